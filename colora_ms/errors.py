@@ -1,7 +1,7 @@
 """The exceptions of colora_ms, and the "did you mean" helper that their messages use.
 
-Every exception below is also a ``ValueError``, so code that only knows Python's own exceptions
-still catches them; ``ColoraError`` catches all of them and nothing else.
+``ColoraError`` catches all of them and nothing else; each kind is also a ``ValueError``, so code
+that only knows Python's own exceptions still catches it.
 """
 
 import difflib
