@@ -1,0 +1,256 @@
+"""One decoder-only model for the Llama family: Llama, SmolLM2, Qwen2/2.5 and Qwen3, told apart by their config.
+
+The Cell tree has Hugging Face's names, so a parameter's name is its name in the checkpoint
+(``model.layers.0.self_attn.q_proj.weight``). Rows carry an adapter slot each; a plain model ignores it.
+"""
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, mint, nn, ops
+
+from colora_ms.errors import CheckpointError
+from colora_ms.kernels import cached_attention, causal_attention, multi_lora_linear, rms_norm, swiglu
+from colora_ms.models.layers import Embedding, Linear, RMSNorm
+from colora_ms.models.quantize import check_format, to_format
+from colora_ms.models.rope import rope_tables
+
+
+class Attention(nn.Cell):
+    """Grouped-query self-attention with rotary position embedding; q/k norm where the config has it (Qwen3)."""
+
+    def __init__(self, config, build, layer):
+        super().__init__()
+        prefix = f"model.layers.{layer}.self_attn"
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.q_proj = build.linear(f"{prefix}.q_proj")
+        self.k_proj = build.linear(f"{prefix}.k_proj")
+        self.v_proj = build.linear(f"{prefix}.v_proj")
+        self.o_proj = build.linear(f"{prefix}.o_proj")
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = build.norm(f"{prefix}.q_norm")
+            self.k_norm = build.norm(f"{prefix}.k_norm")
+
+    def project(self, x, slots):
+        """x: (rows, tokens, hidden) -> q (rows, tokens, heads * head_dim), k, v (rows, tokens, kv_heads * head_dim)."""
+        if self.q_proj.fusible and self.k_proj.fusible and self.v_proj.fusible:
+            q, k, v = multi_lora_linear(
+                x, slots, *(self.q_proj.operands() + self.k_proj.operands() + self.v_proj.operands()))
+        else:
+            q, k, v = self.q_proj(x, slots), self.k_proj(x, slots), self.v_proj(x, slots)
+        if self.qk_norm:
+            q = self.norm_heads(q, self.q_norm, self.num_heads, slots)
+            k = self.norm_heads(k, self.k_norm, self.num_kv_heads, slots)
+        return q, k, v
+
+    def norm_heads(self, x, norm, heads, slots):
+        """RMS norm of each head of x (rows, tokens, heads * head_dim)."""
+        shape = x.shape
+        return norm(x.reshape(shape[0], shape[1], heads, self.head_dim), slots).reshape(shape)
+
+    def construct(self, x, slots, cos, sin, lengths):
+        """Causal attention without a cache (training); lengths: (rows,) int32, the real tokens of each row."""
+        q, k, v = self.project(x, slots)
+        return self.o_proj(causal_attention(q, k, v, cos, sin, lengths), slots)
+
+    def cached(self, x, slots, cos, sin, keys, values, cache_rows, start, length):
+        """Append x's tokens to the cache (in place) and attend to it; see ``kernels.cached_attention``."""
+        q, k, v = self.project(x, slots)
+        out = cached_attention(q, k, v, cos, sin, keys, values, cache_rows, start, length)
+        return self.o_proj(out, slots)
+
+
+class Mlp(nn.Cell):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, build, layer):
+        super().__init__()
+        prefix = f"model.layers.{layer}.mlp"
+        self.gate_proj = build.linear(f"{prefix}.gate_proj")
+        self.up_proj = build.linear(f"{prefix}.up_proj")
+        self.down_proj = build.linear(f"{prefix}.down_proj")
+
+    def construct(self, x, slots):
+        if self.gate_proj.fusible and self.up_proj.fusible:
+            gate, up = multi_lora_linear(x, slots, *(self.gate_proj.operands() + self.up_proj.operands()))
+        else:
+            gate, up = self.gate_proj(x, slots), self.up_proj(x, slots)
+        return self.down_proj(swiglu(gate, up), slots)
+
+
+class DecoderLayer(nn.Cell):
+    """Pre-norm attention and MLP; carries the residual stream beside the last block's output."""
+
+    def __init__(self, config, build, layer):
+        super().__init__()
+        prefix = f"model.layers.{layer}"
+        self.self_attn = Attention(config, build, layer)
+        self.mlp = Mlp(build, layer)
+        self.input_layernorm = build.norm(f"{prefix}.input_layernorm")
+        self.post_attention_layernorm = build.norm(f"{prefix}.post_attention_layernorm")
+
+    def construct(self, x, residual, slots, cos, sin, lengths):
+        h, residual = self.input_layernorm.add(x, residual, slots)
+        h = self.self_attn(h, slots, cos, sin, lengths)
+        h, residual = self.post_attention_layernorm.add(h, residual, slots)
+        return self.mlp(h, slots), residual
+
+    def cached(self, x, residual, slots, cos, sin, keys, values, cache_rows, start, length):
+        h, residual = self.input_layernorm.add(x, residual, slots)
+        h = self.self_attn.cached(h, slots, cos, sin, keys, values, cache_rows, start, length)
+        h, residual = self.post_attention_layernorm.add(h, residual, slots)
+        return self.mlp(h, slots), residual
+
+
+class DecoderModel(nn.Cell):
+    """Embedding, layers and last norm: token ids to hidden states."""
+
+    def __init__(self, config, build, max_positions):
+        super().__init__()
+        self.embed_tokens = build.embedding("model.embed_tokens")
+        self.layers = nn.CellList([DecoderLayer(config, build, i) for i in range(config.num_hidden_layers)])
+        self.norm = build.norm("model.norm")
+        cos, sin = rope_tables(config, max_positions)
+        self.rope_cos = Parameter(Tensor(cos), requires_grad=False)
+        self.rope_sin = Parameter(Tensor(sin), requires_grad=False)
+
+    def construct(self, ids, lengths, slots):
+        x = self.embed_tokens(ids, slots)
+        residual = ops.zeros_like(x)
+        for layer in self.layers:
+            x, residual = layer(x, residual, slots, self.rope_cos, self.rope_sin, lengths)
+        x, residual = self.norm.add(x, residual, slots)
+        return x
+
+    def cached(self, ids, slots, cache, cache_rows, start, length):
+        x = self.embed_tokens(ids, slots)
+        residual = ops.zeros_like(x)
+        keys, values = cache.keys, cache.values
+        for i, layer in enumerate(self.layers):
+            x, residual = layer.cached(x, residual, slots, self.rope_cos, self.rope_sin, keys[i], values[i],
+                                       cache_rows, start, length)
+        x, residual = self.norm.add(x, residual, slots)
+        return x
+
+
+class Decoder(nn.Cell):
+    """A decoder-only language model.
+
+    Args:
+        config: :class:`colora_ms.models.config.DecoderConfig`.
+        weights: mapping from Hugging Face names to float32 NumPy arrays (read one at a time), or None for random
+            weights (normal, standard deviation 0.02, seed 0).
+        weight_format: "float32", "bfloat16", "int8" or "int4" for the linears, the embedding and the head.
+        max_positions: rows of the rotary tables, the longest sequence; by default ``min(config's maximum, 8192)``.
+
+    Rows: every construct takes ``slots`` (rows,) int32, the adapter slot of each row, -1 for none.
+    """
+
+    def __init__(self, config, weights=None, weight_format="float32", max_positions=None):
+        super().__init__()
+        self.config = config
+        self.weight_format = check_format(weight_format)
+        self.max_positions = max_positions or min(config.max_position_embeddings, 8192)
+        build = _Builder(config, weights, weight_format)
+        self.model = DecoderModel(config, build, self.max_positions)
+        if config.tie_word_embeddings:
+            embed = self.model.embed_tokens
+            scale = embed.weight_scale if isinstance(embed.weight_scale, Parameter) else None
+            self.lm_head = Linear(embed.weight, config.hidden_size, config.vocab_size, weight_scale=scale)
+        else:
+            self.lm_head = build.linear("lm_head")
+        # A Cell renames the parameters that are put into it; the names of the checkpoint are the ones that count.
+        for parameter, name in build.names.values():
+            parameter.name = name
+        self.model.rope_cos.name, self.model.rope_sin.name = "rope.cos", "rope.sin"
+
+    def hidden(self, ids, lengths, slots):
+        """Hidden states after the last norm, without a cache.
+
+        Args:
+            ids: (rows, tokens) int32, padded at the right.
+            lengths: (rows,) int32, real tokens of each row.
+            slots: (rows,) int32.
+
+        Returns:
+            (rows, tokens, hidden) float32; padding positions hold no meaning.
+        """
+        return self.model(ids, lengths, slots)
+
+    def construct(self, ids, lengths, slots):
+        """Logits of all positions, (rows, tokens, vocab) float32; arguments as :meth:`hidden`."""
+        return self.lm_head(self.hidden(ids, lengths, slots), slots)
+
+    def step(self, ids, slots, cache, cache_rows, start, length):
+        """Append tokens to the cache and return the logits after each row's last real token.
+
+        Args:
+            ids: (rows, tokens) int32; row r's tokens stand at positions start[r] ... start[r] + length[r] - 1.
+            slots: (rows,) int32.
+            cache: :class:`colora_ms.models.cache.KeyValueCache`, written in place.
+            cache_rows: (rows,) int32, the row of the cache that each row uses.
+            start, length: (rows,) int32; length 0 leaves the row and its cache alone.
+
+        Returns:
+            (rows, vocab) float32.
+        """
+        x = self.model.cached(ids, slots, cache, cache_rows, start, length)
+        if ids.shape[1] > 1:
+            last = ops.maximum(length - 1, 0).reshape(-1, 1, 1)
+            index = ops.broadcast_to(last, (x.shape[0], 1, x.shape[2]))
+            x = ops.gather_elements(x, 1, index)
+        return self.lm_head(x, slots).reshape(x.shape[0], -1)
+
+
+class _Builder:
+    """Makes the leaf Cells of a decoder from the config's shapes and a mapping of weights."""
+
+    def __init__(self, config, weights, weight_format):
+        self.shapes = config.parameter_shapes()
+        self.weights = weights
+        self.weight_format = weight_format
+        self.eps = config.rms_norm_eps
+        self.random = np.random.default_rng(0)
+        self.names = {}
+
+    def array(self, name):
+        shape = tuple(self.shapes[name])
+        if self.weights is None:
+            if name.endswith("norm.weight"):
+                return np.ones(shape, np.float32)
+            return (self.random.standard_normal(shape, np.float32) * np.float32(0.02)).astype(np.float32)
+        if name not in self.weights:
+            raise CheckpointError(f"tensor {name!r} of shape {shape} is missing")
+        value = np.asarray(self.weights[name], np.float32)
+        if value.shape != shape:
+            raise CheckpointError(f"tensor {name!r} has shape {value.shape}, the config asks for {shape}")
+        return value
+
+    def parameter(self, tensor, name):
+        parameter = Parameter(tensor, name=name, requires_grad=False)
+        self.names[id(parameter)] = (parameter, name)
+        return parameter
+
+    def matrix(self, prefix):
+        name = f"{prefix}.weight"
+        tensor, scale = to_format(self.array(name), self.weight_format)
+        scale = None if scale is None else self.parameter(scale, f"{prefix}.weight_scale")
+        return self.parameter(tensor, name), scale
+
+    def linear(self, prefix):
+        out_features, in_features = self.shapes[f"{prefix}.weight"]
+        weight, scale = self.matrix(prefix)
+        bias = None
+        if f"{prefix}.bias" in self.shapes:
+            bias = self.parameter(Tensor(self.array(f"{prefix}.bias")), f"{prefix}.bias")
+        return Linear(weight, in_features, out_features, weight_scale=scale, bias=bias)
+
+    def embedding(self, prefix):
+        weight, scale = self.matrix(prefix)
+        return Embedding(weight, self.shapes[f"{prefix}.weight"][1], weight_scale=scale)
+
+    def norm(self, prefix):
+        return RMSNorm(self.parameter(Tensor(self.array(f"{prefix}.weight")), f"{prefix}.weight"), self.eps)

@@ -1,0 +1,82 @@
+"""The three parameterised Cells of a decoder: ``Linear``, ``Embedding`` and ``RMSNorm``.
+
+Each takes the rows' adapter slots as an argument, so that an adapter Cell can stand in its place, and each keeps its
+weight in one of four formats (see :mod:`colora_ms.models.quantize`): float32, bfloat16, int8 and packed int4.
+"""
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn
+
+from colora_ms.kernels import ABSENT, embedding, multi_lora_linear, rms_norm, rms_norm_residual
+
+
+def frozen(value, name):
+    """A Parameter that is not trained, from a NumPy array or Tensor."""
+    tensor = value if isinstance(value, Tensor) else Tensor(value)
+    return Parameter(tensor, name=name, requires_grad=False)
+
+
+class Linear(nn.Cell):
+    """``y = x @ weight.T + bias``.
+
+    Args:
+        weight: Parameter (out, in) float32 or bfloat16 or int8, or (out, in / 2) uint8 for packed int4.
+        weight_scale: Parameter (out,) or (out, in / group) float32 for the integer formats, else None.
+        bias: Parameter (out,) float32 or None.
+        in_features, out_features: the sizes of x's and y's last axis.
+    """
+
+    #: True where ``operands()`` tells all that the Cell computes, so that several can share one kernel call.
+    fusible = True
+
+    def __init__(self, weight, in_features, out_features, weight_scale=None, bias=None):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = weight
+        self.weight_scale = ABSENT if weight_scale is None else weight_scale
+        self.bias = ABSENT if bias is None else bias
+        self.has_bias = bias is not None
+
+    def operands(self):
+        """The six tensors of one linear in :func:`colora_ms.kernels.multi_lora_linear` (no adapter here)."""
+        return (self.weight, self.weight_scale, self.bias, ABSENT, ABSENT, ABSENT)
+
+    def construct(self, x, slots):
+        """x: (rows, tokens, in) or (rows, in); slots: (rows,) int32 -> y: (..., out) float32."""
+        return multi_lora_linear(x, slots, *self.operands())
+
+    def extend_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"
+
+
+class Embedding(nn.Cell):
+    """Rows of ``weight`` (vocab, hidden) picked by token ids; the same formats as :class:`Linear`."""
+
+    def __init__(self, weight, hidden_size, weight_scale=None):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.weight = weight
+        self.weight_scale = ABSENT if weight_scale is None else weight_scale
+
+    def construct(self, ids, slots):
+        """ids: (rows, tokens) int32; slots: (rows,) int32 (for adapters) -> (rows, tokens, hidden) float32."""
+        return embedding(ids, self.weight, self.weight_scale)
+
+
+class RMSNorm(nn.Cell):
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last axis, in float32."""
+
+    def __init__(self, weight, eps):
+        super().__init__()
+        self.weight = weight
+        self.eps = Tensor(eps, ms.float32)
+
+    def construct(self, x, slots):
+        """x: (..., hidden) float32 -> the same shape."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x, residual, slots):
+        """The norm of ``x + residual``, and that sum; both of x's shape."""
+        return rms_norm_residual(x, residual, self.weight, self.eps)
+
