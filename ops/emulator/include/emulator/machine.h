@@ -1,0 +1,169 @@
+// One emulated vector core: unified buffer with shadow state, four pipes with vector clocks, flags, counters.
+//
+// Every instruction runs at once and in program order, so results are those of a correctly synchronised kernel; what
+// the pipes could have done instead is tracked by vector clocks. known[p][q] is the number of the latest instruction
+// of pipe q that pipe p may rely on. An access that needs a younger instruction than that is a hazard: on the device
+// nothing orders the two, unless the compiler inserts the synchronisation (which strict mode does not assume).
+#pragma once
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "types.h"
+
+namespace emulator {
+
+struct Where {
+    const char* file;
+    int line;
+};
+// Default argument of every API function: the place in the kernel that called it.
+#define EMULATOR_HERE                             \
+    ::emulator::Where {                           \
+        __builtin_FILE(), int(__builtin_LINE())   \
+    }
+
+enum Pipe : uint8_t { S = 0, V = 1, MTE2 = 2, MTE3 = 3, PIPES = 4 };
+extern const char* const pipe_names[PIPES];
+
+constexpr uint32_t ub_bytes = 192 * 1024;
+// What a kernel may allocate: 256 bytes at the end are the system's and 8 KiB are reserved for Select and the like.
+constexpr uint32_t ub_usable = ub_bytes - 256 - 8 * 1024;
+constexpr uint32_t block_bytes = 32;
+constexpr uint32_t ub_blocks = ub_bytes / block_bytes;
+constexpr uint32_t repeat_bytes = 256;
+
+enum GmKind { GM_INPUT = 0, GM_OUTPUT = 1, GM_WORKSPACE = 2, GM_INOUT = 3 };
+
+struct GmBuffer {
+    char* data = nullptr;
+    uint64_t bytes = 0;
+    int kind = GM_INPUT;
+    uint64_t bytes_in = 0, bytes_out = 0;
+    // For what may be written, one word per 2 bytes: who wrote (or read) last. 0 is "nobody in this launch".
+    std::vector<uint32_t> writer, reader;
+};
+
+struct UbBlock {
+    uint32_t write_time = 0;
+    uint32_t read_time[PIPES] = {0, 0, 0, 0};
+    uint8_t write_pipe = S;
+};
+
+struct QueueBuffer {
+    enum State { FREE, ALLOCATED, QUEUED, TAKEN } state = FREE;
+    uint32_t address = 0, bytes = 0, generation = 0;
+    std::array<uint32_t, PIPES> ready{}, released{};
+    Where at{"", 0};
+};
+
+struct VectorCount {
+    uint64_t instructions = 0, repeats = 0, elements = 0;
+};
+
+struct Counters {
+    std::map<std::string, VectorCount> vector;
+    uint64_t bytes_in = 0, bytes_out = 0, transfers_in = 0, transfers_out = 0, bursts = 0;
+    uint64_t scalar_gm_bytes = 0, scalar_ub_reads = 0, barriers = 0, syncs = 0;
+    uint64_t burst_sizes[32] = {0};  // [k]: bursts of 2^k up to 2^(k+1) - 1 bytes
+};
+
+struct Core {
+    int index = 0;
+    uint32_t epoch = 1;
+    std::vector<char> ub;
+    std::vector<uint8_t> written;
+    std::vector<UbBlock> blocks;
+    uint32_t issued[PIPES];
+    uint32_t known[PIPES][PIPES];
+    uint32_t allocated = 0;
+    std::vector<QueueBuffer> buffers;
+    std::map<uint32_t, std::array<uint32_t, PIPES>> flags;
+    std::map<uint32_t, Where> flag_places;
+    bool atomic_add = false;
+    bool masked_out = false;
+    Counters count;
+
+    void reset(int block);
+};
+
+struct Machine {
+    std::vector<GmBuffer> gm;
+    bool strict = true;
+    int blocks = 1;
+    uint64_t random_state = 1;
+    bool interleave = true;
+    int running = 0;
+};
+
+extern thread_local Core* core;
+extern thread_local Machine* machine;
+
+// Records a finding once per kind and place, with the number of times it was seen. printf-style.
+void report(const char* kind, Where at, const char* format, ...) __attribute__((format(printf, 3, 4)));
+void yield_point();             // lets another block run now and then
+void sync_all(Where at);        // all blocks meet
+uint64_t random_number();
+
+void* gm_check(int buffer, const void* address, uint64_t bytes, Where at, bool write, Pipe pipe);
+int gm_find(const void* address);
+
+inline uint32_t issue(Pipe p) {
+    if (p == S) core->known[S][S] = core->issued[S] + 1;  // the scalar unit runs in program order
+    for (int q = 0; q < PIPES; ++q) {
+        // An instruction is dispatched by the scalar unit, so it sees what the scalar unit had waited for.
+        if (core->known[p][q] < core->known[S][q] && q != int(p)) core->known[p][q] = core->known[S][q];
+    }
+    return ++core->issued[p];
+}
+
+void hazard(const char* kind, Pipe now, Pipe before, uint32_t block, Where at);
+
+// All three: [address, address + bytes) of the unified buffer, by the instruction just issued on pipe p.
+inline bool read_ub(Pipe p, uint32_t address, uint32_t bytes, Where at, bool overlap_allowed = true) {
+    if (bytes == 0) return true;
+    if (std::memchr(core->written.data() + address, 0, bytes)) {
+        report("uninitialised", at, "reads unified buffer bytes %u..%u, not all of which were ever written", address,
+               address + bytes - 1);
+    }
+    const uint32_t last = (address + bytes - 1) / block_bytes, now = core->issued[p];
+    for (uint32_t b = address / block_bytes; b <= last; ++b) {
+        UbBlock& block = core->blocks[b];
+        const bool own = block.write_pipe == p && block.write_time == now;
+        if (block.write_time > core->known[p][block.write_pipe] && (!own || p == MTE2)) {
+            hazard("RAW", p, Pipe(block.write_pipe), b, at);
+        } else if (own && !overlap_allowed) {
+            report("overlap", at, "a repeat reads what an earlier repeat of the same instruction wrote");
+        }
+        block.read_time[p] = now;
+    }
+    return true;
+}
+
+inline void write_ub(Pipe p, uint32_t address, uint32_t bytes, Where at) {
+    if (bytes == 0) return;
+    std::memset(core->written.data() + address, 1, bytes);
+    const uint32_t last = (address + bytes - 1) / block_bytes, now = core->issued[p];
+    for (uint32_t b = address / block_bytes; b <= last; ++b) {
+        UbBlock& block = core->blocks[b];
+        if (block.write_time > core->known[p][block.write_pipe] && !(block.write_pipe == p && block.write_time == now)) {
+            hazard("WAW", p, Pipe(block.write_pipe), b, at);
+        }
+        for (int q = 0; q < PIPES; ++q) {
+            if (block.read_time[q] > core->known[p][q] && !(q == p && block.read_time[q] == now)) {
+                hazard("WAR", p, Pipe(q), b, at);
+            }
+        }
+        block.write_time = now;
+        block.write_pipe = p;
+    }
+}
+
+using KernelCall = void (*)(void** arguments);
+struct Registered {
+    Registered(const char* name, int arguments, KernelCall call);
+};
+
+}  // namespace emulator

@@ -1,0 +1,131 @@
+"""Calls the C operators of the CPU library with NumPy arrays, without MindSpore (fast, and usable under ASan).
+
+    y = call("rms_norm", [x, weight, eps], [((4, 64), "float32")])[0]
+
+An input is an array, a ``(uint16 array, "bfloat16")`` pair, or None for an absent one. The library is
+``$COLORA_CPU_LIBRARY`` or the one inside the package, built first if it is missing or out of date.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Refused(Exception):
+    """The operator returned a non-zero value; the text is colora_last_error()."""
+
+
+def _open():
+    path = os.environ.get("COLORA_CPU_LIBRARY")
+    if not path:
+        sys.path.insert(0, str(ROOT / "ops" / "cpu"))
+        try:
+            import build
+        finally:
+            sys.path.pop(0)
+        path = ROOT / "colora_ms" / "_lib" / "libcolora_cpu.so"
+        build.build(path)
+    library = ctypes.CDLL(str(path))
+    library.colora_last_error.restype = ctypes.c_char_p
+    library.colora_isa.restype = ctypes.c_char_p
+    return library
+
+
+LIBRARY = _open()
+
+
+def set_isa(name):
+    """Switch to "avx512", "avx2" or "baseline"; returns the one in use (lower if the machine cannot)."""
+    assert LIBRARY.colora_set_isa(name.encode()) == 0
+    return LIBRARY.colora_isa().decode()
+
+
+def available_isas():
+    """The instruction sets that this machine can run, best first."""
+    before = LIBRARY.colora_isa().decode()
+    found = [name for name in ("avx512", "avx2", "baseline") if set_isa(name) == name]
+    set_isa(before)
+    return found
+
+
+def set_threads(n):
+    assert LIBRARY.colora_set_threads(n) == 0
+
+
+def to_bf16(array):
+    """float32 array -> (uint16 bit patterns rounded to nearest even, "bfloat16")."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), "bfloat16"
+
+
+def from_bf16(pair):
+    """The inverse of to_bf16, as float32."""
+    bits = pair[0] if isinstance(pair, tuple) else pair
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _tensor(value):
+    """-> (array, dtype name, rank)"""
+    if value is None:
+        return np.zeros((), np.float32), "float32", 0
+    array, dtype = value if isinstance(value, tuple) else (value, None)
+    array = np.asarray(array)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    return array, dtype or array.dtype.name, array.ndim
+
+
+def empty(shape, dtype):
+    """An output array; bfloat16 is held as uint16. Filled with a marker so that unwritten parts show."""
+    array = np.empty(shape, np.uint16 if dtype == "bfloat16" else dtype)
+    array.view(np.uint8).reshape(-1)[...] = 0xAB if array.ndim else 0
+    return array
+
+
+class Prepared:
+    """A call with its argument block built once, so that a benchmark times only the C function."""
+
+    def __init__(self, name, inputs, outputs):
+        self.name = name
+        self.outputs = [value if isinstance(value, np.ndarray) else empty(*value) for value in outputs]
+        kinds = [value[1] if isinstance(value, tuple) else value.dtype.name for value in outputs]
+        tensors = [_tensor(value) for value in inputs]
+        tensors += [(array, kind, array.ndim) for array, kind in zip(self.outputs, kinds)]
+        self._keep = tensors
+        n = len(tensors)
+        self._n = n
+        self._params = (ctypes.c_void_p * n)(*[array.ctypes.data for array, _, _ in tensors])
+        self._ndims = (ctypes.c_int * n)(*[rank for _, _, rank in tensors])
+        self._shape_rows = [(ctypes.c_int64 * max(rank, 1))(*array.shape) for array, _, rank in tensors]
+        self._shapes = (ctypes.POINTER(ctypes.c_int64) * n)(
+            *[ctypes.cast(row, ctypes.POINTER(ctypes.c_int64)) for row in self._shape_rows])
+        self._dtypes = (ctypes.c_char_p * n)(*[kind.encode() for _, kind, _ in tensors])
+        self._function = getattr(LIBRARY, "colora_" + name)
+
+    def __call__(self):
+        code = self._function(self._n, self._params, self._ndims, self._shapes, self._dtypes, None, None)
+        if code:
+            raise Refused(LIBRARY.colora_last_error().decode())
+        return self.outputs
+
+
+def call(name, inputs, outputs):
+    """Run colora_<name>.
+
+    Args:
+        name: operator.
+        inputs: arrays; see the module docstring. An array that the operator writes in place must be C-contiguous.
+        outputs: ``(shape, dtype name)`` pairs, or arrays to write into.
+
+    Returns:
+        The list of output arrays.
+
+    Raises:
+        Refused: with the operator's message.
+    """
+    return Prepared(name, inputs, outputs)()
