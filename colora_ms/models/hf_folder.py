@@ -1,0 +1,289 @@
+"""Hugging Face model folders: ``config.json`` with one or several safetensors files.
+
+Reading is lazy (memory-mapped, a tensor at a time); writing is atomic: everything is written
+into a temporary folder beside the target, which is renamed only when it is complete.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+
+import numpy as np
+
+from colora_ms.errors import CheckpointError, ConfigError
+from colora_ms.models.config import DecoderConfig
+from colora_ms.models.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, WRITE_DTYPES, \
+    SafetensorsFile, write_safetensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAX_JSON_BYTES = 64 << 20
+
+
+def read_json(path):
+    """A JSON file as a Python value.
+
+    Raises:
+        CheckpointError: missing, unreadable, too large, or not JSON.
+    """
+    try:
+        if os.path.getsize(path) > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {os.path.getsize(path)} bytes, expected a JSON file "
+                                  f"of at most {_MAX_JSON_BYTES}")
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_config(folder):
+    """The ``DecoderConfig`` of a folder; end tokens of ``generation_config.json`` are added.
+
+    Raises:
+        CheckpointError: there is no readable ``config.json``.
+        ConfigError: the config is not supported (the message starts with the file's path).
+    """
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{folder} has no config.json, so it is not a model folder; a model "
+                              "folder holds config.json and model.safetensors")
+    values = read_json(path)
+    generation = os.path.join(folder, "generation_config.json")
+    if isinstance(values, dict) and os.path.isfile(generation):
+        extra = read_json(generation)
+        values = dict(values, eos_token_id=_merge_ids(
+            values.get("eos_token_id"), extra.get("eos_token_id") if isinstance(extra, dict)
+            else None))
+    try:
+        return DecoderConfig.from_hf(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _merge_ids(*sources):
+    """End-token ids of several files, in order, without repeats."""
+    merged = []
+    for source in sources:
+        for item in source if isinstance(source, list) else [source]:
+            if item is not None and item not in merged:
+                merged.append(item)
+    return merged
+
+
+class SafetensorsFolder:
+    """The tensors of one or several safetensors files, by name.
+
+    Attributes:
+        shapes: ``{name: shape}`` over all files.
+        files: the files' paths.
+    """
+
+    def __init__(self, files):
+        """
+        Args:
+            files: ``{path: names or None}``; with names, exactly these must be in that file.
+
+        Raises:
+            CheckpointError: a file is damaged, a name is in two files, or a file and the index
+                disagree (all disagreements in one message).
+        """
+        self._where, problems = {}, []
+        for path, expected in files.items():
+            file = SafetensorsFile(path)
+            for name in file.entries:
+                if name in self._where:
+                    problems.append(f"{name!r} is in {self._where[name].path} and in {path}")
+                self._where[name] = file
+            if expected is not None:
+                problems += [f"{name!r} is not in {path}, where the index has it"
+                             for name in expected if name not in file.entries]
+        if problems:
+            raise CheckpointError(f"the index of the model's files is wrong: {problems[0]}"
+                                  + (f" ({len(problems) - 1} more)" if problems[1:] else ""))
+        self.files = list(files)
+        self.shapes = {name: file.shape(name) for name, file in self._where.items()}
+
+    def read(self, name):
+        """The tensor, float32."""
+        return self._where[name].read(name)
+
+    def check_dtypes(self, names):
+        """CheckpointError if one of the tensors does not hold floating-point numbers."""
+        for name in names:
+            dtype = self._where[name].entries[name][0]
+            if dtype not in FLOAT_DTYPES:
+                raise CheckpointError(
+                    f"{self._where[name].path}: tensor {name!r} has dtype {dtype}; weights are "
+                    f"read from {', '.join(FLOAT_DTYPES)} (quantized models: use a GGUF file)")
+
+    def same_bytes(self, first, second):
+        """Whether two tensors are stored with identical shape, dtype and bytes."""
+        one, two = self._where[first], self._where[second]
+        if one.entries[first][:2] != two.entries[second][:2]:
+            return np.array_equal(one.read(first), two.read(second))
+        return np.array_equal(one.raw(first), two.raw(second))
+
+
+def find_weights(folder):
+    """Which safetensors files make up the model in a folder.
+
+    Returns:
+        ``{path: names or None}`` for ``SafetensorsFolder``, or ``None`` when the folder holds no
+        safetensors file.
+
+    Raises:
+        CheckpointError: an index that is damaged or points outside the folder, several files
+            without an index, or only PyTorch pickles.
+    """
+    single, index = os.path.join(folder, SINGLE), os.path.join(folder, INDEX)
+    if os.path.isfile(single):
+        return {single: None}
+    if os.path.isfile(index):
+        return _read_index(folder, index)
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if len(names) == 1:
+        return {os.path.join(folder, names[0]): None}
+    if names:
+        raise CheckpointError(f"{folder} holds {len(names)} safetensors files ({names[0]}, ...) "
+                              f"but no {INDEX}; fetch that file too")
+    pickles = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".pt", ".pth"))]
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds {pickles[0]}: PyTorch pickle files are not read, because loading one "
+            "can run any code; convert it to safetensors first (transformers: "
+            "model.save_pretrained(folder, safe_serialization=True))")
+    return None
+
+
+def _read_index(folder, path):
+    values = read_json(path)
+    table = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{path} has no 'weight_map' of tensor names and files")
+    files = {}
+    for name, file in table.items():
+        # symbolic links inside the folder are fine (Hugging Face's cache), other folders are not
+        if not isinstance(file, str) or not file.endswith(".safetensors") \
+                or os.path.basename(file) != file or "\\" in file or "\0" in file:
+            raise CheckpointError(f"{path} puts the tensor {name!r:.80} into {file!r:.80}; expected "
+                                  "the plain name of a .safetensors file in the same folder")
+        files.setdefault(os.path.join(folder, file), []).append(name)
+    for file in files:
+        if not os.path.isfile(file):
+            raise CheckpointError(f"{path} names {os.path.basename(file)}, which is not there "
+                                  f"({len(files)} files are expected in all)")
+    return files
+
+
+def write_hf_folder(path, config, tensors, tokenizer_source=None, dtype="float32",
+                    max_shard_bytes=4 << 30, overwrite=False):
+    """Write a model in Hugging Face's layout; the folder appears complete or not at all.
+
+    Args:
+        path: the folder to make; an empty folder may exist there.
+        config: ``DecoderConfig``.
+        tensors: mapping of Hugging Face names to arrays (any float dtype), read one at a time.
+        tokenizer_source: what ``load_tokenizer`` takes (a folder, a file, a ``Tokenizer``), or
+            ``None`` to write no tokenizer.
+        dtype: ``"float32"``, ``"bfloat16"`` (round to nearest even) or ``"float16"``.
+        max_shard_bytes: a new file is begun when this size would be exceeded.
+        overwrite: replace a folder that is not empty.
+
+    Returns:
+        The path as ``str``.
+
+    Raises:
+        CheckpointError: tensors that do not fit the config, an unknown dtype, a folder in the
+            way, or a place that cannot be written.  Nothing is left behind.
+        TokenizerError: the tokenizer cannot be read.
+    """
+    from colora_ms.models.checkpoint import check_shapes
+    path = os.path.abspath(os.fspath(path))
+    if dtype not in WRITE_DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} cannot be written; choose one of "
+                              f"{', '.join(WRITE_DTYPES)}")
+    shapes = config.parameter_shapes()
+    given = getattr(tensors, "shapes", None) or {name: np.shape(tensors[name]) for name in tensors}
+    check_shapes(given, shapes, path)
+    if os.path.exists(path) and not overwrite and (not os.path.isdir(path) or os.listdir(path)):
+        raise CheckpointError(f"{path} exists already; choose another folder or pass "
+                              "overwrite=True")
+    parent = os.path.dirname(path)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        work = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", dir=parent)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
+    try:
+        _write_files(work, config, shapes, tensors, tokenizer_source, dtype, max_shard_bytes)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(work, 0o777 & ~mask)  # mkdtemp makes private folders
+        _move_into_place(work, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def _write_files(folder, config, shapes, tensors, tokenizer_source, dtype, max_shard_bytes):
+    values = dict(config.to_hf(), torch_dtype=dtype)
+    _write_json(os.path.join(folder, "config.json"), values)
+    generation = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+                  if values[key] is not None}
+    _write_json(os.path.join(folder, "generation_config.json"), generation)
+    if tokenizer_source is not None:
+        from colora_ms.models.tokenizer import load_tokenizer
+        load_tokenizer(tokenizer_source).save(folder)
+    item, shards = ITEM_BYTES[WRITE_DTYPES[dtype]], [{}]
+    total = filled = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * item
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+        total += size
+    table = {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else \
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(os.path.join(folder, name), shard, tensors.__getitem__, dtype)
+        table.update({tensor: name for tensor in shard})
+    if len(shards) > 1:
+        _write_json(os.path.join(folder, INDEX),
+                    {"metadata": {"total_size": total}, "weight_map": table})
+
+
+def _write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _move_into_place(work, path):
+    """Rename the finished folder to its name; an old one is moved aside first, then removed."""
+    if not os.path.lexists(path) or (os.path.isdir(path) and not os.path.islink(path)
+                                     and not os.listdir(path)):
+        os.rename(work, path)
+        return
+    aside = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.old.", dir=os.path.dirname(path))
+    kept = os.path.join(aside, "old")
+    os.rename(path, kept)
+    try:
+        os.rename(work, path)
+    except OSError:
+        os.rename(kept, path)
+        raise
+    finally:
+        if os.path.lexists(path):
+            shutil.rmtree(aside, ignore_errors=True)
