@@ -1,0 +1,42 @@
+"""Low-rank adapters and Contrastive LoRA Decoding (CoLD) in MindSpore graph mode.
+
+The house in ten lines; every room imports only from those below it:
+
+* ``cli``          the ``colora-ms`` command
+* ``evaluation``   exact match, multiple choice, perplexity, paired tests
+* ``training``     datasets, the train step in graph mode, atomic checkpoints
+* ``decoding``     contrast, sampling, the generation loop as one static graph, ``Generator``
+* ``adapters``     LoRA as Cells: inject, merge, PEFT's directory format
+* ``models``       decoders of the Llama family, checkpoints, tokenizers
+* ``kernels``      the operations that must be fast: a Python face, a reference form, a form for each device
+* ``ops/``         (beside the package) the C++ and Ascend C sources of those operations
+"""
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Completion": "colora_ms.decoding",
+    "Contrast": "colora_ms.decoding",
+    "Generator": "colora_ms.decoding",
+    "Sampling": "colora_ms.decoding",
+    "LoraConfig": "colora_ms.adapters",
+    "inject": "colora_ms.adapters",
+    "load_adapter": "colora_ms.adapters",
+    "load_model": "colora_ms.models",
+    "ColoraError": "colora_ms.errors",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name):
+    # Names are imported when they are used: the package itself then costs nothing to import.
+    if name in _EXPORTS:
+        import importlib
+
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'colora_ms' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_EXPORTS])

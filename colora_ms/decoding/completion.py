@@ -1,0 +1,57 @@
+"""What a finished request returns."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRecord:
+    """What happened at one generated token.
+
+    Attributes:
+        token: the id that was chosen.
+        favourite: the id with the expert's highest logit.
+        valid: size of the expert's alpha-cut (the whole vocabulary without a contrast).
+        expert: the expert's logit of the chosen token.
+        amateur: the amateur's logit of it (0 without a contrast).
+        score: its contrastive score (the expert's logit without a contrast).
+        best: the expert's highest logit.
+    """
+
+    token: int
+    favourite: int
+    valid: int
+    expert: float
+    amateur: float
+    score: float
+    best: float
+
+    @property
+    def changed(self):
+        """Whether another token than the expert's favourite was chosen."""
+        return self.token != self.favourite
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One generated answer.
+
+    Attributes:
+        text: the decoded answer, cut before a stop string, without special tokens.
+        tokens: the ids that were generated, an end-of-sequence id included.
+        prompt_tokens: how many tokens the prompt had.
+        finish_reason: "stop" (end of sequence or stop string) or "length".
+        adapter: the adapter's name, or None for the base model.
+        records: a :class:`TokenRecord` a token where they were asked for, else ().
+    """
+
+    text: str
+    tokens: tuple
+    prompt_tokens: int
+    finish_reason: str
+    adapter: str = None
+    records: tuple = ()
+
+    @property
+    def changed_share(self):
+        """Share of the tokens where the contrast chose another token than the expert's favourite."""
+        return sum(r.changed for r in self.records) / len(self.records) if self.records else 0.0

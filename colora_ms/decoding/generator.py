@@ -1,0 +1,333 @@
+"""Text in, text out: ``Generator`` plans requests into batches, runs the graphs and decodes their ids."""
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Tensor
+
+from colora_ms import runtime
+from colora_ms.decoding.completion import Completion, TokenRecord
+from colora_ms.decoding.contrast import Contrast, Sampling
+from colora_ms.decoding.loop import ContinueLoop, GenerationLoop
+from colora_ms.errors import DecodingError
+from colora_ms.models.cache import KeyValueCache
+
+_BUCKETS = sorted({n * 2**k for n in (4, 6) for k in range(2, 14)})
+
+
+def bucket(size, smallest=16):
+    """The smallest static size that holds ``size``: 16, 24, 32, 48, 64, 96, ..."""
+    return next(b for b in _BUCKETS if b >= max(size, smallest))
+
+
+def row_bucket(rows):
+    """The smallest static number of rows that holds ``rows``: a power of two."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+class Request:
+    """One prompt with its settings, and what has been generated for it so far."""
+
+    def __init__(self, ids, adapter, slot, contrast, sampling, budget):
+        self.ids = ids
+        self.adapter = adapter
+        self.slot = slot
+        self.contrast = contrast
+        self.sampling = sampling
+        self.budget = budget
+        self.tokens = []
+        self.records = []
+        self.text = ""
+        self.finish_reason = None
+
+    @property
+    def rows(self):
+        """Rows of the batch that it takes."""
+        return 1 if self.contrast is None else 2
+
+
+class Generator:
+    """Generates text with a decoder, its adapters, and a contrast between them and the base model.
+
+    Args:
+        decoder: :class:`colora_ms.models.decoder.Decoder`.
+        tokenizer: :class:`colora_ms.models.tokenizer.Tokenizer`.
+        adapters: the handle that :func:`colora_ms.adapters.inject` or ``load_adapter`` returned, or None.
+        max_rows: rows that one batch may have (a contrastive request takes two).
+        chunk: tokens a graph call makes at most when text is streamed or stop strings are watched.
+        cache_dtype: ``mindspore.float32`` or ``mindspore.bfloat16`` for keys and values.
+    """
+
+    def __init__(self, decoder, tokenizer, adapters=None, max_rows=16, chunk=16, cache_dtype=ms.float32):
+        if max_rows < 2:
+            raise DecodingError(f"max_rows={max_rows} leaves no room for a contrastive request, which takes two rows")
+        runtime.configure()
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.adapters = adapters
+        self.max_rows = max_rows
+        self.chunk = chunk
+        self.cache_dtype = cache_dtype
+        self.cache = None
+        self._first = self._later = None
+        decoder.set_train(False)
+
+    @classmethod
+    def from_pretrained(cls, model="smollm2-135m", adapters=None, weight_format="float32", **options):
+        """Load a model, its tokenizer and named adapters.
+
+        Args:
+            model: a known name or the path of a folder or file (see ``colora_ms.models.load_model``).
+            adapters: mapping of adapter names to PEFT folders, or None.
+            weight_format: "float32", "bfloat16", "int8" or "int4".
+            options: passed to the constructor.
+        """
+        from colora_ms.adapters import load_adapters
+        from colora_ms.models import load_model
+
+        decoder, tokenizer = load_model(model, weight_format=weight_format)
+        handle = load_adapters(decoder, adapters) if adapters else None
+        return cls(decoder, tokenizer, handle, **options)
+
+    @property
+    def max_length(self):
+        """Tokens that a prompt and its answer may have together."""
+        return min(self.decoder.max_positions, self.decoder.config.max_position_embeddings)
+
+    def generate(self, prompts, adapter=None, contrast=None, sampling=None, max_new_tokens=64, stop=(), records=False,
+                 ignore_eos=False, on_text=None):
+        """Answer prompts.
+
+        Args:
+            prompts: one prompt or a list; a prompt is a string, a list of token ids, or a list of chat messages
+                (``{"role": …, "content": …}``), which go through the tokenizer's chat template.
+            adapter: name of the adapter, None for the base model, or a list with one entry a prompt.
+            contrast: :class:`Contrast`, None for the expert alone, or a list with one entry a prompt.
+            sampling: :class:`Sampling`, None for greedy, or a list with one entry a prompt.
+            max_new_tokens: tokens an answer may have, or a list with one number a prompt.
+            stop: strings that end an answer; the answer is cut before them.
+            records: whether each completion carries a :class:`TokenRecord` a token.
+            ignore_eos: go on after an end-of-sequence token (for benchmarks).
+            on_text: called with (index of the prompt, new text) after every chunk.
+
+        Returns:
+            list of :class:`Completion`, in the order of the prompts.
+
+        Raises:
+            DecodingError: empty prompt, prompt longer than the context, unknown adapter, contrast without an adapter.
+        """
+        requests = self._requests(prompts, adapter, contrast, sampling, max_new_tokens)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise DecodingError(f"stop={stop!r}: stop strings are non-empty strings")
+        eos = () if ignore_eos else tuple(self.tokenizer.eos_token_ids or self.decoder.config.eos_token_ids)
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
+        for batch in self._batches([(i, requests[i]) for i in order]):
+            self._run(batch, eos, stop, on_text)
+        return [self._completion(r, records) for r in requests]
+
+    def _requests(self, prompts, adapter, contrast, sampling, max_new_tokens):
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, dict)))
+        prompts = [prompts] if single else list(prompts)
+
+        def spread(name, value):
+            values = list(value) if isinstance(value, (list, tuple)) else [value] * len(prompts)
+            if len(values) != len(prompts):
+                raise DecodingError(f"{name} has {len(values)} entries for {len(prompts)} prompts")
+            return values
+
+        settings = zip(prompts, spread("adapter", adapter), spread("contrast", contrast), spread("sampling", sampling),
+                       spread("max_new_tokens", max_new_tokens))
+        return [self._request(i, *setting) for i, setting in enumerate(settings)]
+
+    def _request(self, index, prompt, adapter, contrast, sampling, budget):
+        ids = self.encode(prompt)
+        if not ids:
+            raise DecodingError(f"prompt {index} is empty; give at least one token")
+        top = self.decoder.config.vocab_size
+        bad = [i for i in ids if not 0 <= i < top]
+        if bad:
+            raise DecodingError(f"prompt {index} holds token id {bad[0]}, outside the vocabulary 0..{top - 1}")
+        if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
+            raise DecodingError(f"max_new_tokens={budget!r} is not a whole number >= 1")
+        if len(ids) + 1 > self.max_length:
+            raise DecodingError(f"prompt {index} has {len(ids)} tokens; the context holds {self.max_length}, and at least "
+                                "one is needed for the answer")
+        if contrast is not None and not isinstance(contrast, Contrast):
+            raise DecodingError(f"contrast={contrast!r} is not a Contrast(alpha, beta)")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise DecodingError(f"sampling={sampling!r} is not a Sampling(temperature, top_k, top_p, seed)")
+        if contrast is not None and adapter is None:
+            raise DecodingError("a contrast compares an adapter with the base model, so it needs adapter=…")
+        budget = min(int(budget), self.max_length - len(ids))
+        return Request(ids, adapter, self._slot(adapter), contrast, sampling or Sampling(), budget)
+
+    def _slot(self, adapter):
+        if adapter is None:
+            return -1
+        if self.adapters is None:
+            raise DecodingError(f"adapter {adapter!r} was asked for, but this generator has no adapters")
+        return self.adapters.slot(adapter)
+
+    def encode(self, prompt):
+        """Token ids of a prompt: a string, ids, or chat messages."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt) if prompt else []
+        prompt = list(prompt)
+        if prompt and isinstance(prompt[0], dict):
+            text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return [int(i) for i in prompt]
+
+    def _batches(self, indexed):
+        batch, rows = [], 0
+        for index, request in indexed:
+            if batch and rows + request.rows > self.max_rows:
+                yield batch
+                batch, rows = [], 0
+            batch.append((index, request))
+            rows += request.rows
+        if batch:
+            yield batch
+
+    def _reserve(self, rows, length):
+        """A cache of at least this size; a larger one replaces the present one and its graphs."""
+        if self.cache is not None and self.cache.rows >= rows and self.cache.max_length >= length:
+            return
+        if self.cache is not None:
+            rows, length = max(rows, self.cache.rows), max(length, self.cache.max_length)
+        self._first = self._later = self.cache = None
+        length = min(max(256, 1 << (length - 1).bit_length()), self.max_length)
+        self.cache = KeyValueCache(self.decoder.config, rows, length, self.cache_dtype)
+        self._first = GenerationLoop(self.decoder, self.cache).set_train(False)
+        self._later = ContinueLoop(self.decoder, self.cache).set_train(False)
+
+    def _run(self, batch, eos, stop, on_text):
+        requests = [request for _, request in batch]
+        plan = _Plan(requests, eos)
+        self._reserve(plan.rows, max(len(r.ids) + r.budget for r in requests))
+        watched = bool(stop) or on_text is not None
+        longest = max(r.budget for r in requests)
+        capacity = self.chunk if watched else bucket(longest)
+        (ints, floats), (later_ints, later_floats, counts, state) = runtime.run(
+            self._first, *plan.prompt(self.cache.max_length), *plan.layout, *plan.options, plan.uniforms(0, 1 + capacity),
+            plan.budget(), plan.eos, Tensor(1 + capacity, ms.int32))
+        plan.take(ints.asnumpy()[None], floats.asnumpy()[None], np.ones(len(requests), np.int32))
+        plan.take(later_ints.asnumpy(), later_floats.asnumpy(), counts.asnumpy())
+        active = self._settle(batch, state[2].asnumpy(), eos, stop, on_text)
+        done = 1 + capacity
+        while active.any():
+            state = (state[0], state[1], plan.pad_bool(active))
+            ints, floats, counts, state = runtime.run(
+                self._later, *state, *plan.layout, *plan.options, plan.uniforms(done, capacity), plan.budget(), plan.eos,
+                Tensor(capacity, ms.int32))
+            plan.take(ints.asnumpy(), floats.asnumpy(), counts.asnumpy())
+            active = self._settle(batch, state[2].asnumpy(), eos, stop, on_text)
+            done += capacity
+
+    def _settle(self, batch, active, eos, stop, on_text):
+        """Decode what is there, cut at stop strings, report new text; returns which requests go on."""
+        going = np.zeros(len(batch), bool)
+        for i, (index, request) in enumerate(batch):
+            if request.finish_reason is not None:
+                continue
+            ended = bool(request.tokens) and request.tokens[-1] in eos
+            full = len(request.tokens) >= request.budget
+            text = self.tokenizer.decode(request.tokens[:-1] if ended else request.tokens)
+            cut = min((p for p in (text.find(s) for s in stop) if p >= 0), default=-1)
+            if cut >= 0:
+                text, ended = text[:cut], True
+            if ended or full:
+                request.finish_reason = "stop" if ended else "length"
+            going[i] = request.finish_reason is None and bool(active[i])
+            shown = text if request.finish_reason else _printable(text, stop)
+            if on_text is not None and len(shown) > len(request.text):
+                on_text(index, shown[len(request.text):])
+            if on_text is None or len(shown) > len(request.text) or request.finish_reason:
+                request.text = shown
+        return going
+
+    def _completion(self, request, records):
+        kept = tuple(request.records) if records else ()
+        return Completion(request.text, tuple(request.tokens), len(request.ids), request.finish_reason, request.adapter,
+                          kept)
+
+
+def _printable(text, stop):
+    """``text`` without a tail that may still become a stop string or another character."""
+    text = text.rstrip("\ufffd")
+    for s in stop:
+        for size in range(min(len(s) - 1, len(text)), 0, -1):
+            if text.endswith(s[:size]):
+                return text[:-size]
+    return text
+
+
+class _Plan:
+    """The tensors of one batch, padded to its bucket, and the way back to its requests."""
+
+    def __init__(self, requests, eos):
+        self.requests = requests
+        self.size = row_bucket(len(requests))
+        contrastive = [i for i, r in enumerate(requests) if r.contrast is not None]
+        self.rows = self.size + (row_bucket(len(contrastive)) if contrastive else 0)
+        row_request = np.zeros(self.rows, np.int32)
+        slots = np.full(self.rows, -1, np.int32)
+        expert = np.arange(self.size, dtype=np.int32)
+        amateur = np.full(self.size, -1, np.int32)
+        row_request[:self.size] = expert
+        for i, r in enumerate(requests):
+            slots[i] = r.slot
+        # Amateur rows stand behind all expert rows; rows that only fill the bucket belong to a request of length 0.
+        row_request[self.size:] = self.size - 1 if len(requests) < self.size else 0
+        for k, i in enumerate(contrastive):
+            amateur[i] = self.size + k
+            row_request[self.size + k] = i
+        cache_rows = np.arange(self.rows, dtype=np.int32)
+        self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows, expert, amateur))
+        self.options = (
+            self._floats(lambda r: r.contrast.alpha if r.contrast else 1.0, 1.0),
+            self._floats(lambda r: r.contrast.beta if r.contrast else 0.0, 0.0),
+            self._floats(lambda r: r.sampling.temperature, 0.0),
+            Tensor(self._array(lambda r: r.sampling.top_k, 0, np.int32)),
+            self._floats(lambda r: r.sampling.top_p, 1.0),
+        )
+        # -1 is no token id: it stands for "no end of sequence".
+        self.eos = Tensor(np.array(sorted(eos) or [-1], np.int32))
+
+    def _array(self, value, filler, dtype):
+        return np.array([value(r) for r in self.requests] + [filler] * (self.size - len(self.requests)), dtype)
+
+    def _floats(self, value, filler):
+        return Tensor(self._array(value, filler, np.float32))
+
+    def prompt(self, limit):
+        """(ids (requests, bucket) int32, lengths (requests,) int32)."""
+        width = min(bucket(max(len(r.ids) for r in self.requests)), limit)
+        ids = np.zeros((self.size, width), np.int32)
+        for i, r in enumerate(self.requests):
+            ids[i, :len(r.ids)] = r.ids
+        return Tensor(ids), Tensor(self._array(lambda r: len(r.ids), 0, np.int32))
+
+    def budget(self):
+        """(requests,) int32: tokens that each request may still take."""
+        return Tensor(self._array(lambda r: r.budget - len(r.tokens), 0, np.int32))
+
+    def uniforms(self, skip, count):
+        """(requests, count) float32: the random numbers of the next tokens; zeros for greedy requests."""
+        values = np.zeros((self.size, count), np.float32)
+        for i, r in enumerate(self.requests):
+            if r.sampling.temperature > 0:
+                values[i] = r.sampling.uniforms(count, skip)
+        return Tensor(values)
+
+    def pad_bool(self, flags):
+        return Tensor(np.concatenate([flags, np.zeros(self.size - len(flags), bool)]))
+
+    def take(self, ints, floats, counts):
+        """Append the first ``counts[i]`` steps of (steps, requests, 3 or 4) arrays to the requests."""
+        for i, request in enumerate(self.requests):
+            for step in range(int(counts[i])):
+                token, favourite, valid = (int(v) for v in ints[step, i])
+                request.tokens.append(token)
+                request.records.append(TokenRecord(token, favourite, valid, *(float(v) for v in floats[step, i])))

@@ -1,0 +1,124 @@
+"""The generation loop as one static graph: prefill, then ``while`` inside ``construct``.
+
+A *request* is one answer to be generated; it owns one row of the batch, or two when it is contrastive (expert and
+amateur, which see the same tokens). All shapes depend on four numbers only (requests, rows, prompt length, steps), so a
+graph is compiled once for each bucket of those and reused for every adapter, contrast and sampling setting.
+"""
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from colora_ms.kernels import contrastive_select
+
+
+class _Loop(nn.Cell):
+    """What both graphs share: one selection, and the token loop."""
+
+    def __init__(self, decoder, cache):
+        super().__init__()
+        self.decoder = decoder
+        self.cache = cache
+        self.one = Tensor(1, ms.int32)
+
+    def select(self, logits, rows, options, uniform, active):
+        """Choose a token for every active request; see ``kernels.contrastive_select``."""
+        expert_rows, amateur_rows = rows
+        alpha, beta, temperature, top_k, top_p = options
+        expert_rows = ops.where(active, expert_rows, -self.one)
+        return contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
+
+    def ended(self, token, eos):
+        """(requests,) bool: whether the token is one of eos (ends,) int32."""
+        return ops.equal(token.reshape(-1, 1), eos.reshape(1, -1)).any(axis=1)
+
+    def run(self, state, layout, options, uniforms, budget, eos, steps):
+        """Generate until every request ended or ``steps`` steps were made.
+
+        Args:
+            state: (token, position, active): the last token of each request, the position that it takes, and whether
+                the request goes on; each (requests,).
+            layout: (row_request, slots, cache_rows, expert_rows, amateur_rows).
+            options: (alpha, beta, temperature, top_k, top_p), each (requests,).
+            uniforms: (requests, capacity) float32, a random number a step.
+            budget: (requests,) int32, tokens that each request may still take in this call.
+            eos: (ends,) int32.
+            steps: scalar int32, at most ``capacity``.
+
+        Returns:
+            (ints (capacity, requests, 3), floats (capacity, requests, 4), counts (requests,), state).
+        """
+        token, position, active = state
+        row_request, slots, cache_rows, expert_rows, amateur_rows = layout
+        requests, capacity = uniforms.shape
+        ints = ops.zeros((capacity, requests, 3), ms.int32)
+        floats = ops.zeros((capacity, requests, 4), ms.float32)
+        index = ops.arange(0, capacity).astype(ms.int32).reshape(-1, 1, 1)
+        counts = ops.zeros_like(token)
+        step = steps - steps
+        active = ops.logical_and(active, budget > 0)
+        while ops.logical_and(step < steps, active.any()):
+            length = ops.gather(active.astype(ms.int32), row_request, 0)
+            ids = ops.gather(token, row_request, 0).reshape(-1, 1)
+            start = ops.gather(position, row_request, 0)
+            logits = self.decoder.step(ids, slots, self.cache, cache_rows, start, length)
+            uniform = ops.gather(uniforms, step, 1)
+            new_ints, new_floats = self.select(logits, (expert_rows, amateur_rows), options, uniform, active)
+            here = ops.equal(index, step)
+            ints = ops.where(here, new_ints.expand_dims(0), ints)
+            floats = ops.where(here, new_floats.expand_dims(0), floats)
+            token = ops.where(active, new_ints[:, 0], token)
+            taken = active.astype(ms.int32)
+            counts = counts + taken
+            position = position + taken
+            active = ops.logical_and(active, ops.logical_not(self.ended(token, eos)))
+            active = ops.logical_and(active, counts < budget)
+            step = step + self.one
+        return ints, floats, counts, (token, position, active)
+
+
+class GenerationLoop(_Loop):
+    """Prefill of the prompts and the token loop in one graph. The arguments are flat tensors, so that none is a constant
+    of the graph."""
+
+    def construct(self, ids, lengths, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta, temperature,
+                  top_k, top_p, uniforms, budget, eos, steps):
+        """Read the prompts, choose the first token from their last logits, then loop.
+
+        Args:
+            ids: (requests, prompt) int32, padded at the right.
+            lengths: (requests,) int32, tokens of each prompt; 0 marks a request that only fills the bucket.
+            row_request: (rows,) int32, the request that each row belongs to.
+            slots: (rows,) int32, adapter slots, -1 for the base model.
+            cache_rows: (rows,) int32, the row of the cache that each row uses.
+            expert_rows, amateur_rows: (requests,) int32, rows of each request; amateur -1 where it is not contrastive.
+            alpha, beta, temperature, top_p: (requests,) float32; top_k: (requests,) int32.
+            uniforms: (requests, 1 + capacity) float32, a random number a token.
+            budget: (requests,) int32, tokens that each request may take.
+            eos: (ends,) int32.
+            steps: scalar int32, tokens to make at most in this call; at most 1 + capacity.
+
+        Returns:
+            (first ints (requests, 3), first floats (requests, 4)), then the results of ``run`` for the later tokens.
+        """
+        layout = (row_request, slots, cache_rows, expert_rows, amateur_rows)
+        options = (alpha, beta, temperature, top_k, top_p)
+        length = ops.gather(lengths, row_request, 0)
+        rows_ids = ops.gather(ids, row_request, 0)
+        logits = self.decoder.step(rows_ids, slots, self.cache, cache_rows, ops.zeros_like(length), length)
+        active = lengths > 0
+        ints, floats = self.select(logits, (expert_rows, amateur_rows), options, uniforms[:, 0], active)
+        token = ints[:, 0]
+        going = ops.logical_and(active, ops.logical_not(self.ended(token, eos)))
+        result = self.run((token, lengths, going), layout, options, uniforms[:, 1:], budget - self.one, eos,
+                          steps - self.one)
+        return (ints, floats), result
+
+
+class ContinueLoop(_Loop):
+    """Goes on where a :class:`GenerationLoop` with the same cache stopped: the graph of the later chunks."""
+
+    def construct(self, token, position, active, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
+                  temperature, top_k, top_p, uniforms, budget, eos, steps):
+        layout = (row_request, slots, cache_rows, expert_rows, amateur_rows)
+        options = (alpha, beta, temperature, top_k, top_p)
+        return self.run((token, position, active), layout, options, uniforms, budget, eos, steps)

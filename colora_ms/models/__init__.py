@@ -1,0 +1,39 @@
+"""Decoders of the Llama family, their checkpoints and tokenizers."""
+
+__all__ = ["Decoder", "DecoderConfig", "KeyValueCache", "load_model", "open_checkpoint"]
+
+
+def load_model(name_or_path="smollm2-135m", weight_format="float32", max_positions=None):
+    """Load a decoder and its tokenizer.
+
+    Args:
+        name_or_path: a known name ("smollm2-135m"), a Hugging Face folder, a GGUF file, or a MindSpore checkpoint's
+            folder.
+        weight_format: "float32", "bfloat16", "int8" or "int4"; integer formats are rounded to nearest while loading.
+        max_positions: the longest sequence; by default ``min(the config's maximum, 8192)``.
+
+    Returns:
+        (:class:`Decoder`, :class:`colora_ms.models.tokenizer.Tokenizer`).
+
+    Raises:
+        CheckpointError, ConfigError, TokenizerError: with what is wrong and what to do.
+    """
+    from colora_ms import runtime
+    from colora_ms.models.checkpoint import open_checkpoint, resolve_model
+    from colora_ms.models.decoder import Decoder
+    from colora_ms.models.tokenizer import load_tokenizer
+
+    runtime.configure()
+    checkpoint = open_checkpoint(resolve_model(name_or_path))
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+    decoder = Decoder(checkpoint.config, checkpoint.tensors, weight_format=weight_format, max_positions=max_positions)
+    return decoder, tokenizer
+
+
+def __getattr__(name):
+    import importlib
+
+    modules = {"Decoder": "decoder", "DecoderConfig": "config", "KeyValueCache": "cache", "open_checkpoint": "checkpoint"}
+    if name in modules:
+        return getattr(importlib.import_module(f"colora_ms.models.{modules[name]}"), name)
+    raise AttributeError(f"module 'colora_ms.models' has no attribute {name!r}")

