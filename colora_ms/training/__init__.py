@@ -1,0 +1,12 @@
+"""Data, train step, checkpoints and the training loop for adapters.
+
+    data        examples, templates, token ids, batches
+    config      the recipe: every setting with its meaning
+    optimizer   AdamW with a schedule, clipping and accumulation, inside the graph
+    step        loss, gradients and update as one static graph
+    checkpoint  atomic saving, exact resuming
+    trainer     the loop: progress, evaluation, best checkpoint
+    report      JSON lines and the loss curve
+
+Import the modules that you need; this package imports nothing by itself.
+"""
