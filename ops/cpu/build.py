@@ -21,7 +21,7 @@ from pathlib import Path
 SOURCE_DIR = Path(__file__).resolve().parent
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden",
          "-D_GLIBCXX_USE_CXX11_ABI=0", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes",
-         "-Wno-unknown-pragmas"]
+         "-Wno-unknown-pragmas", "-Wno-uninitialized"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g",
                   "-O1"]
 X86_VARIANTS = {

@@ -1,0 +1,242 @@
+// y = x·Wᵀ as dot products: vector lanes run along `in`, so neither x nor W needs packing.
+//
+// One tile is kOuts rows of W times up to kRows rows of x, all partial sums in registers. The order in which one
+// output element is summed depends on `in` and the instruction set only: lane l adds the columns k = l (mod lanes) in
+// ascending order inside a block of columns (column_block), the lanes fold as a tree, the blocks add up in ascending
+// order. So the result of a row is bit-identical for any number of rows, in decode, prefill and any thread count.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+#include "weights.h"
+
+namespace COLORA_ISA_NAMESPACE {
+
+constexpr int kOuts = 4;  // rows of W in a tile
+#if defined(__AVX512F__)
+constexpr int kRows = 6;  // rows of x in a tile: 24 sums + 6 + 1 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kRows = 3;  // 12 + 3 + 1 of 16
+#else
+constexpr int kRows = 2;
+#endif
+
+// Columns of one block: x and W parts of a tile stay in the L1 cache. A multiple of every reader's step.
+inline int64_t column_block(int64_t in) {
+  const int64_t most = 1024, blocks = std::max<int64_t>(1, (in + most - 1) / most);
+  return ((in + blocks - 1) / blocks + 31) / 32 * 32;
+}
+
+// The low-rank part of one row: y += v·upᵀ, appended to the dot product as further columns. v is padded with zeros to
+// whole vectors (padded_rank).
+struct RowAdapter {
+  const float* v = nullptr;   // scale * x·downᵀ, or null: no adapter
+  const float* up = nullptr;  // (out, rank) of the row's slot
+};
+inline int64_t padded_rank(int64_t rank) { return (rank + kLanes - 1) / kLanes * kLanes; }
+
+// Sums of four vectors, in the order of sum().
+inline v4f sum4(vf a, vf b, vf c, vf d) {
+#if defined(__AVX512F__)
+  // halves of 512 bits: [a.low + a.high | b.low + b.high], then the same with 256
+  const auto merge8 = [](__m512 p, __m512 q) {
+    const __m512 other = _mm512_shuffle_f32x4(p, q, 0x4e);  // p.high, q.low
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, p, q), other);
+  };
+  const __m512 ab = merge8((__m512)a, (__m512)b), cd = merge8((__m512)c, (__m512)d);
+  const __m512 even = _mm512_shuffle_f32x4(ab, cd, 0x88), odd = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+  const __m512 m = _mm512_add_ps(even, odd);  // four 128-bit parts: a, b, c, d
+  __m128 r0 = _mm512_castps512_ps128(m), r1 = _mm512_extractf32x4_ps(m, 1), r2 = _mm512_extractf32x4_ps(m, 2),
+         r3 = _mm512_extractf32x4_ps(m, 3);
+#elif defined(__AVX2__)
+  const auto half = [](vf v) {
+    return _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  };
+  __m128 r0 = half(a), r1 = half(b), r2 = half(c), r3 = half(d);
+#endif
+#if defined(__AVX2__)
+  _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+  return (v4f)_mm_add_ps(_mm_add_ps(r0, r2), _mm_add_ps(r1, r3));
+#else
+  return v4f{sum(a), sum(b), sum(c), sum(d)};
+#endif
+}
+
+// One tile over the columns [k0, k1) of x rows x[0..R) and weight rows o..o+O. `first`: y is set, otherwise added to.
+// `last`: the low-rank part joins the sums and the bias is added.
+template <class Reader, int O, int R, bool kPrefetch>
+inline __attribute__((always_inline)) void tile(const Reader& w, int64_t o, int64_t group, const float* const* x,
+                                                int64_t k0, int64_t k1, bool first, bool last, int64_t rank,
+                                                const RowAdapter* adapters, const float* bias, float* const* y,
+                                                int64_t ahead) {
+  vf acc[O][R];
+  for (int i = 0; i < O; ++i)
+    for (int r = 0; r < R; ++r) acc[i][r] = vf{};
+  for (int64_t k = k0; k < k1;) {
+    const int64_t g = k / group, end = std::min(k1, (g + 1) * group);
+    typename Reader::Scale scale[O];
+    for (int i = 0; i < O; ++i) scale[i] = w.scale(o + i, g);
+    for (; k + Reader::kStep <= end; k += Reader::kStep) {
+      vf part[Reader::kUnits];
+      if constexpr (Reader::kUnits == 1) {
+        vf xs[R];
+        for (int r = 0; r < R; ++r) xs[r] = load(x[r] + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < O; ++i) {
+          w.read(o + i, k, scale[i], part);
+          if (kPrefetch) prefetch(static_cast<const char*>(w.address(o + i, k)) + ahead);
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r) acc[i][r] = fma(part[0], xs[r], acc[i][r]);
+        }
+      } else {
+#pragma GCC unroll 4
+        for (int i = 0; i < O; ++i) {
+          w.read(o + i, k, scale[i], part);
+          if (kPrefetch) prefetch(static_cast<const char*>(w.address(o + i, k)) + ahead);
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r)
+            for (int u = 0; u < Reader::kUnits; ++u)
+              acc[i][r] = fma(part[u], load(x[r] + k + u * kLanes), acc[i][r]);
+        }
+      }
+    }
+    if (k < end) {  // the last columns of the row
+      vf part[Reader::kUnits], xs[R][Reader::kUnits];
+      // Rearranged rows (more than one unit) are padded, others are not.
+      for (int r = 0; r < R; ++r)
+        for (int u = 0; u < Reader::kUnits; ++u)
+          xs[r][u] = Reader::kUnits == 1 ? load_partial(x[r] + k, end - k) : load(x[r] + k + u * kLanes);
+      for (int i = 0; i < O; ++i) {
+        w.read_tail(o + i, k, end - k, scale[i], part);
+        for (int r = 0; r < R; ++r)
+          for (int u = 0; u < Reader::kUnits; ++u) acc[i][r] = fma(part[u], xs[r][u], acc[i][r]);
+      }
+      k = end;
+    }
+  }
+  if (last && adapters) {
+    for (int r = 0; r < R; ++r) {
+      if (!adapters[r].v) continue;
+      const float* up = adapters[r].up + o * rank;
+      int64_t j = 0;
+      for (; j + kLanes <= rank; j += kLanes) {
+        const vf v = load(adapters[r].v + j);
+        for (int i = 0; i < O; ++i) acc[i][r] = fma(load(up + i * rank + j), v, acc[i][r]);
+      }
+      if (j < rank) {
+        const vf v = load(adapters[r].v + j);
+        for (int i = 0; i < O; ++i) acc[i][r] = fma(load_partial(up + i * rank + j, rank - j), v, acc[i][r]);
+      }
+    }
+  }
+  if constexpr (O == 4) {
+    v4f b = {};
+    if (last && bias) std::memcpy(&b, bias + o, sizeof b);
+    for (int r = 0; r < R; ++r) {
+      v4f s = sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r]);
+      if (!first) {
+        v4f before;
+        std::memcpy(&before, y[r] + o, sizeof before);
+        s = before + s;
+      }
+      if (last && bias) s = s + b;
+      std::memcpy(y[r] + o, &s, sizeof s);
+    }
+  } else {
+    for (int i = 0; i < O; ++i)
+      for (int r = 0; r < R; ++r) {
+        float s = sum(acc[i][r]);
+        if (!first) s = y[r][o + i] + s;
+        if (last && bias) s = s + bias[o + i];
+        y[r][o + i] = s;
+      }
+  }
+}
+
+// Rows of x with their outputs; arrays of `count` pointers.
+struct Rows {
+  int64_t count = 0;
+  const float* const* x = nullptr;
+  float* const* y = nullptr;  // y[r] + o is the place of output o
+  const RowAdapter* adapters = nullptr;  // null: no adapters at all
+  int64_t rank = 0;
+};
+
+template <class Reader, int O, bool kPrefetch>
+inline void tile_rows(int rows, const Reader& w, int64_t o, int64_t group, const float* const* x, int64_t k0,
+                      int64_t k1, bool first, bool last, int64_t rank, const RowAdapter* adapters, const float* bias,
+                      float* const* y, int64_t ahead) {
+#define COLORA_TILE(R) \
+  case R: return tile<Reader, O, R, kPrefetch>(w, o, group, x, k0, k1, first, last, rank, adapters, bias, y, ahead);
+  switch (rows) {
+    COLORA_TILE(1)
+    COLORA_TILE(2)
+#if defined(__AVX2__)
+    COLORA_TILE(3)
+#endif
+#if defined(__AVX512F__)
+    COLORA_TILE(4)
+    COLORA_TILE(5)
+    COLORA_TILE(6)
+#endif
+  }
+#undef COLORA_TILE
+}
+
+// Number of tiles for `rows`, and the rows of tile i: as even as possible (8 rows are 4 + 4, not 6 + 2).
+inline int64_t row_tiles(int64_t rows) { return (rows + kRows - 1) / kRows; }
+inline int64_t row_begin(int64_t rows, int64_t tiles, int64_t i) { return rows * i / tiles; }
+
+// Outputs [o0, o1) of all rows, one pass over W; for few rows (decode). `block` = column_block(in).
+template <class Reader>
+inline void dense_few_rows(const Reader& w, int64_t columns, int64_t block, int64_t group, const float* bias,
+                           const Rows& rows, int64_t o0, int64_t o1) {
+  const int64_t tiles = row_tiles(rows.count);
+  const int64_t ahead =
+      static_cast<const char*>(w.address(kOuts, 0)) - static_cast<const char*>(w.address(0, 0));
+  int64_t o = o0;
+  const auto run = [&](auto outs) {
+    constexpr int O = decltype(outs)::value;
+    for (; o + O <= o1; o += O)
+      for (int64_t k = 0; k < columns; k += block) {
+        const int64_t end = std::min(columns, k + block);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t r = row_begin(rows.count, tiles, t), n = row_begin(rows.count, tiles, t + 1) - r;
+          const RowAdapter* adapters = rows.adapters ? rows.adapters + r : nullptr;
+          if (t == 0)
+            tile_rows<Reader, O, true>(int(n), w, o, group, rows.x + r, k, end, k == 0, end == columns, rows.rank,
+                                       adapters, bias, rows.y + r, ahead);
+          else
+            tile_rows<Reader, O, false>(int(n), w, o, group, rows.x + r, k, end, k == 0, end == columns, rows.rank,
+                                        adapters, bias, rows.y + r, ahead);
+        }
+      }
+  };
+  run(std::integral_constant<int, kOuts>());
+  run(std::integral_constant<int, 1>());
+}
+
+// Outputs [o0, o1) of many rows. `w` must read float32 (a panel of W that fits the L2 cache).
+inline void dense_many_rows(const Float32Reader& w, int64_t columns, int64_t block, const float* bias,
+                            const Rows& rows, int64_t o0, int64_t o1) {
+  const int64_t tiles = row_tiles(rows.count);
+  for (int64_t k = 0; k < columns; k += block) {
+    const int64_t end = std::min(columns, k + block);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t r = row_begin(rows.count, tiles, t), n = row_begin(rows.count, tiles, t + 1) - r;
+      const RowAdapter* adapters = rows.adapters ? rows.adapters + r : nullptr;
+      int64_t o = o0;
+      for (; o + kOuts <= o1; o += kOuts)
+        tile_rows<Float32Reader, kOuts, false>(int(n), w, o, columns, rows.x + r, k, end, k == 0, end == columns,
+                                               rows.rank, adapters, bias, rows.y + r, 0);
+      for (; o < o1; ++o)
+        tile_rows<Float32Reader, 1, false>(int(n), w, o, columns, rows.x + r, k, end, k == 0, end == columns,
+                                           rows.rank, adapters, bias, rows.y + r, 0);
+    }
+  }
+}
+
+}  // namespace COLORA_ISA_NAMESPACE

@@ -1,0 +1,136 @@
+// What the operators with adapters share: their arguments, tokens grouped by slot, and the shrink v = scale·x·downᵀ.
+#pragma once
+
+#include <vector>
+
+#include "check.h"
+#include "gemm.h"
+
+namespace COLORA_ISA_NAMESPACE {
+
+// The stacked adapters of one linear: down (slots, rank, in), up (slots, out, rank), scale (slots,).
+struct Adapters {
+  const float* down = nullptr;
+  const float* up = nullptr;
+  const float* scale = nullptr;
+  int64_t slots = 0, rank = 0;
+  bool present() const { return slots > 0 && rank > 0; }
+};
+
+inline void check_stack(const colora::Tensor& stack, const char* dims) {
+  stack.expect_dtype("float32");
+  if (stack.ndim != 3) stack.fail("has shape %s, expected (%s)", stack.shape_text().c_str(), dims);
+}
+
+inline Adapters adapters_of(const colora::Tensor& down, const colora::Tensor& up, const colora::Tensor& scale,
+                            int64_t in, int64_t out) {
+  Adapters a;
+  if (down.absent() && up.absent() && scale.absent()) return a;
+  for (const colora::Tensor* t : {&down, &up, &scale})
+    if (t->absent()) t->fail("is absent, but 'down', 'up' and 'scale' come together");
+  check_stack(down, "slots, rank, in");
+  check_stack(up, "slots, out, rank");
+  down.expect_dim(2, in, "the input columns of the weight");
+  a.slots = down.dim(0);
+  a.rank = down.dim(1);
+  up.expect_dim(0, a.slots, "the slots of 'down'").expect_dim(1, out, "the output rows of the weight");
+  up.expect_dim(2, a.rank, "the rank of 'down'");
+  scale.expect_dtype("float32").expect_rank(1).expect_dim(0, a.slots, "one scale per slot");
+  a.down = down.data<const float>();
+  a.up = up.data<const float>();
+  a.scale = scale.data<const float>();
+  return a;
+}
+
+// Tokens that have an adapter, ordered by slot; tokens of one slot keep their order.
+struct SlotGroups {
+  struct Group {
+    int32_t slot;
+    int64_t begin, end;  // in `tokens`
+  };
+  std::vector<int64_t> tokens;
+  std::vector<Group> groups;
+};
+
+// slot_of(token) -> slot or -1
+template <class SlotOf>
+inline SlotGroups group_by_slot(int64_t tokens, int64_t slots, const SlotOf& slot_of) {
+  SlotGroups result;
+  std::vector<int64_t> start(size_t(slots) + 1, 0);
+  for (int64_t t = 0; t < tokens; ++t)
+    if (slot_of(t) >= 0) ++start[size_t(slot_of(t)) + 1];
+  for (int64_t s = 0; s < slots; ++s) {
+    if (start[s + 1] > 0) result.groups.push_back({int32_t(s), start[s], start[s] + start[s + 1]});
+    start[s + 1] += start[s];
+  }
+  result.tokens.resize(size_t(start[slots]));
+  for (int64_t t = 0; t < tokens; ++t)
+    if (slot_of(t) >= 0) result.tokens[size_t(start[slot_of(t)]++)] = t;
+  return result;
+}
+
+// The shrink of one linear, cut into independent tasks.
+class Shrink {
+ public:
+  // v: (tokens, stride) with stride >= rank; columns from rank on are set to 0. x: (tokens, in).
+  Shrink(const Adapters& adapters, const SlotGroups& groups, const float* x, int64_t in, float* v, int64_t stride,
+         int threads)
+      : adapters_(adapters), groups_(groups), in_(in), stride_(stride) {
+    x_.reserve(groups.tokens.size());
+    v_.reserve(groups.tokens.size());
+    for (int64_t t : groups.tokens) {
+      x_.push_back(x + t * in);
+      v_.push_back(v + t * stride);
+    }
+    // Few rows: a task is a part of the ranks, so that each is read once; many rows: a part of the rows.
+    const int64_t few = 32;
+    for (const SlotGroups::Group& g : groups.groups) {
+      if (g.end - g.begin <= few) {
+        const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads, adapters.rank / kOuts));
+        for (int64_t p = 0; p < pieces; ++p) {
+          const int64_t j0 = adapters.rank * p / pieces / kOuts * kOuts;
+          const int64_t j1 = p + 1 == pieces ? adapters.rank : adapters.rank * (p + 1) / pieces / kOuts * kOuts;
+          tasks_.push_back({g.slot, g.begin, g.end, j0, j1});
+        }
+      } else {
+        for (int64_t b = g.begin; b < g.end; b += 8 * kRows)
+          tasks_.push_back({g.slot, b, std::min<int64_t>(g.end, b + 8 * kRows), 0, adapters.rank});
+      }
+    }
+  }
+
+  int64_t tasks() const { return int64_t(tasks_.size()); }
+
+  void run(int64_t i) const {
+    const Task& task = tasks_[size_t(i)];
+    const Float32Reader down(adapters_.down + int64_t(task.slot) * adapters_.rank * in_, in_);
+    Rows rows;
+    rows.count = task.end - task.begin;
+    rows.x = x_.data() + task.begin;
+    rows.y = v_.data() + task.begin;
+    if (rows.count <= 32)
+      dense_few_rows(down, in_, column_block(in_), in_, nullptr, rows, task.j0, task.j1);
+    else
+      dense_many_rows(down, in_, column_block(in_), nullptr, rows, task.j0, task.j1);
+    const float scale = adapters_.scale[task.slot];
+    for (int64_t r = 0; r < rows.count; ++r) {
+      for (int64_t j = task.j0; j < task.j1; ++j) rows.y[r][j] *= scale;
+      if (task.j1 == adapters_.rank)
+        for (int64_t j = adapters_.rank; j < stride_; ++j) rows.y[r][j] = 0;
+    }
+  }
+
+ private:
+  struct Task {
+    int32_t slot;
+    int64_t begin, end, j0, j1;
+  };
+  const Adapters& adapters_;
+  const SlotGroups& groups_;
+  int64_t in_, stride_;
+  std::vector<const float*> x_;
+  std::vector<float*> v_;
+  std::vector<Task> tasks_;
+};
+
+}  // namespace COLORA_ISA_NAMESPACE
