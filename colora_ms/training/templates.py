@@ -5,6 +5,7 @@
 
     prompt(example) -> str        what the model reads
     answer(example) -> str        what it should write (without the end-of-text token)
+    request(example)              the prompt in the form to hand to a Generator
     digest -> str                 changes when the prompt of any example would change
     adds_special_tokens -> bool   whether the tokenizer still has to add a beginning-of-text token
 """
@@ -60,6 +61,10 @@ class TextTemplate:
                             "chat template (template: chat)")
         return self._head.replace("{prompt}", example.question)
 
+    def request(self, example):
+        """The prompt as text: the generator adds a beginning-of-text token if the model has one."""
+        return self.prompt(example)
+
     def answer(self, example):
         """The text of the answer, with the blanks that belong to it."""
         return self._blanks + example.completion
@@ -90,6 +95,10 @@ class ChatTemplate:
         if messages is None:
             messages = ({"role": "user", "content": example.prompt},)
         return self._render([dict(item) for item in messages])
+
+    def request(self, example):
+        """The prompt as token ids, because the rendered text holds all special tokens already."""
+        return list(self._tokenizer.encode(self.prompt(example), add_special_tokens=False))
 
     def answer(self, example):
         """The text of the answer."""

@@ -1,0 +1,172 @@
+"""Perplexity and multiple choice, both from the log-probabilities of given tokens.
+
+The model comes in as anything with
+
+    token_logprobs(sequences) -> list of arrays
+
+For a sequence of n ids the array has n - 1 numbers: number t is log p(ids[t + 1] | ids[0..t]).
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from colora_ms.errors import ConfigError, DataError, near
+from colora_ms.evaluation.significance import wilson_interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """``perplexity`` = exp(``loss``), ``loss`` = mean negative log-likelihood of ``tokens``."""
+
+    perplexity: float
+    loss: float
+    tokens: int
+
+
+def perplexity(model, ids, window, stride=None, batch_size=1):
+    """Perplexity of a long text, in windows that overlap.
+
+    A window of ``window`` tokens moves on by ``stride``; only the tokens that no earlier window
+    has scored count, so every token but the very first counts exactly once, each with at least
+    ``window - stride`` tokens in front of it (apart from the beginning).
+
+    Args:
+        model: see the head of this module.
+        ids: token ids of the whole text.
+        window: tokens of a window, at most the model's context.
+        stride: tokens between the beginnings of windows; default ``window // 2``.
+        batch_size: windows in one call of ``token_logprobs``.
+
+    Raises:
+        ConfigError: not ``1 <= stride < window``, or ``batch_size < 1``.
+        DataError: fewer than two tokens, or the model gave wrong shapes or non-finite numbers.
+    """
+    stride = window // 2 if stride is None else stride
+    if window < 2 or not 1 <= stride < window or batch_size < 1:
+        raise ConfigError(f"window={window}, stride={stride}, batch_size={batch_size}: expected "
+                          "1 <= stride < window and batch_size >= 1")
+    ids = [int(token) for token in ids]
+    if len(ids) < 2:
+        raise DataError(f"perplexity needs at least two tokens, the text has {len(ids)}")
+    spans, scored = [], 1
+    for begin in range(0, len(ids), stride):
+        end = min(begin + window, len(ids))
+        spans.append((begin, end, scored))
+        scored = end
+        if end == len(ids):
+            break
+    total, count = 0.0, 0
+    for start in range(0, len(spans), batch_size):
+        chunk = spans[start:start + batch_size]
+        rows = logprobs_of(model, [ids[begin:end] for begin, end, _ in chunk])
+        for (begin, end, first), row in zip(chunk, rows):
+            # row[t] belongs to position begin + t + 1
+            total -= math.fsum(row[first - begin - 1:])
+            count += end - first
+    loss = total / count
+    return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceItem:
+    """A question with given answers; ``answer`` is the index of the right one."""
+
+    id: str
+    context: str
+    choices: tuple
+    answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceResult:
+    """``items``: list of ``{"id", "correct", "chosen", "answer", "scores"}``."""
+
+    items: list
+    accuracy: float
+    interval: tuple
+
+    @property
+    def outcomes(self):
+        """``{id: correct}``, the input of ``mcnemar``."""
+        return {item["id"]: item["correct"] for item in self.items}
+
+
+_NORMALISATIONS = ("none", "token", "byte")
+
+
+def multiple_choice(model, tokenizer, items, normalise="token", batch_size=8):
+    """Take the choice with the highest log-likelihood after the context.
+
+    Context and choices are encoded apart (a choice should begin with its blank).
+
+    Args:
+        model: see the head of this module.
+        tokenizer: has ``encode(text, add_special_tokens=...) -> list of int``.
+        items: list of ``ChoiceItem``.
+        normalise: divide the sum by the number of tokens, of UTF-8 bytes, or by nothing.
+        batch_size: sequences in one call of ``token_logprobs``.
+
+    Returns:
+        ChoiceResult; between equal scores the first choice wins.
+
+    Raises:
+        ConfigError: unknown ``normalise``.
+        DataError: no items, an item without two choices, an empty text, an impossible answer.
+    """
+    if normalise not in _NORMALISATIONS:
+        raise ConfigError(f"normalise is {normalise!r}, expected one of "
+                          f"{', '.join(_NORMALISATIONS)}.{near(normalise, _NORMALISATIONS)}")
+    items = list(items)
+    if not items:
+        raise DataError("there are no multiple-choice items")
+    work = []  # (item number, sequence, tokens of the choice, divisor)
+    for number, item in enumerate(items):
+        if len(item.choices) < 2 or isinstance(item.answer, bool) \
+                or not isinstance(item.answer, int) or not 0 <= item.answer < len(item.choices):
+            raise DataError(f"item {item.id}: {len(item.choices)} choices and the answer "
+                            f"{item.answer!r}; expected at least two choices and an index of one")
+        context = list(tokenizer.encode(item.context, add_special_tokens=True))
+        for choice in item.choices:
+            ids = list(tokenizer.encode(choice, add_special_tokens=False))
+            if not context or not ids:
+                raise DataError(f"item {item.id}: context {item.context!r} and choice {choice!r} "
+                                "must both have tokens")
+            divisor = {"none": 1, "token": len(ids), "byte": len(choice.encode())}[normalise]
+            work.append((number, context + ids, len(ids), divisor))
+    scores = [[] for _ in items]
+    # Similar lengths together: less padding in the model.
+    order = sorted(range(len(work)), key=lambda k: len(work[k][1]))
+    found = {}
+    for start in range(0, len(order), batch_size):
+        chunk = order[start:start + batch_size]
+        for k, row in zip(chunk, logprobs_of(model, [work[k][1] for k in chunk])):
+            found[k] = math.fsum(row[-work[k][2]:]) / work[k][3]
+    for k, (number, *_) in enumerate(work):
+        scores[number].append(found[k])
+    results = []
+    for item, values in zip(items, scores):
+        chosen = int(np.argmax(values))
+        results.append({"id": item.id, "correct": chosen == item.answer, "chosen": chosen,
+                        "answer": item.answer, "scores": values})
+    correct = sum(result["correct"] for result in results)
+    return ChoiceResult(results, correct / len(results), wilson_interval(correct, len(results)))
+
+
+def logprobs_of(model, sequences):
+    """``model.token_logprobs(sequences)`` as float64 arrays, checked for count, length, finiteness.
+
+    Raises:
+        DataError: names the sequence that is wrong.
+    """
+    rows = [np.asarray(row, np.float64) for row in model.token_logprobs(sequences)]
+    if len(rows) != len(sequences):
+        raise DataError(f"the model gave {len(rows)} rows for {len(sequences)} sequences")
+    for number, (row, sequence) in enumerate(zip(rows, sequences)):
+        if row.shape != (len(sequence) - 1,):
+            raise DataError(f"sequence {number} has {len(sequence)} tokens, so {len(sequence) - 1} "
+                            f"log-probabilities are expected; the model gave shape {row.shape}")
+        if np.isnan(row).any():
+            raise DataError(f"the model gave NaN log-probabilities for sequence {number}")
+    return rows
