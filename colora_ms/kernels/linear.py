@@ -1,0 +1,149 @@
+"""Linear layers whose rows may each use another adapter: one pass over the base weight for all rows."""
+
+import mindspore as ms
+from mindspore import ops
+
+from colora_ms.kernels.aot import KernelError, backend, custom
+from colora_ms.kernels.lora import low_rank_reference
+from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
+
+_CPU = backend() == "cpu"
+
+#: Tensors that describe one linear: weight, weight_scale, bias, down, up, scale.
+OPERANDS = 6
+#: Most linears that one call may fuse.
+MOST_LINEARS = 4
+
+_WEIGHT_DTYPES = (ms.float32, ms.bfloat16, ms.int8, ms.uint8)
+
+
+def multi_lora_linear(x, slots, *operands):
+    """One to four linear layers on the same input, each row with its own LoRA adapter or none.
+
+    Semantics, for every linear and row r with s = slots[r]:
+    ``y[r] = x[r] @ W.T + bias + (scale[s] * (x[r] @ down[s].T)) @ up[s].T``; the last term is skipped where s = -1 (what
+    an unused adapter holds, NaN included, never reaches a result). Sums are float32; a row's result is bit-identical
+    whatever other rows are in the call and however many tokens it has.
+
+    Args:
+        x: (rows, tokens, in) or (rows, in) float32.
+        slots: (rows,) int32, -1 or an adapter number; one slot holds for all tokens of a row. ``ABSENT`` = all -1.
+        operands: six tensors per linear, ``ABSENT`` for what is not there:
+            weight (out, in) float32, bfloat16 or int8, or (out, in/2) uint8 = packed int4 (low nibble = even column,
+            stored as value + 8);
+            weight_scale float32 (out,) or (out, groups), only and always with int8 and int4;
+            bias (out,) float32;
+            down (slots, rank, in), up (slots, out, rank), scale (slots,), all float32.
+
+    Returns:
+        (rows, tokens, out) or (rows, out) float32; a tuple of these when more than one linear is given.
+
+    Raises:
+        KernelError: a shape or dtype is wrong (while the graph is compiled).
+        RuntimeError: a slot number is below -1 or not below the number of slots; nothing is written then.
+
+    Gradients: x, down and up. The base weight, its scale, the bias and the adapter scale are taken to be frozen and get
+    zeros: to train those use :func:`multi_lora_linear_reference`.
+
+    Source: LoRA, arXiv 2106.09685, eq. 3; rows of many adapters in one product: Punica, arXiv 2310.18547; int4 and int8
+    as LR-QAT exports them, arXiv 2406.06385.
+    """
+    if _CPU:
+        return _FORWARD[len(operands) // OPERANDS](x, slots, *operands)
+    return multi_lora_linear_reference(x, slots, *operands)
+
+
+def multi_lora_linear_reference(x, slots, *operands):
+    """:func:`multi_lora_linear` in built-in operators; differentiable in everything, any device."""
+    outputs = ()
+    for i in range(len(operands) // OPERANDS):
+        weight, weight_scale, bias, down, up, scale = operands[OPERANDS * i : OPERANDS * i + OPERANDS]
+        w = dequantize(weight, weight_scale)
+        flat = x.reshape((-1, x.shape[-1]))
+        y = ops.matmul(flat, ops.transpose(w, (1, 0))).reshape(x.shape[:-1] + (w.shape[0],))
+        if bias.ndim > 0:
+            y = y + bias
+        if down.ndim > 0 and slots.ndim > 0:
+            y = y + low_rank_reference(x, slots, down, up, scale)
+        outputs = outputs + (y,)
+    if len(outputs) == 1:
+        return outputs[0]
+    return outputs
+
+
+def dequantize(weight, weight_scale):
+    """A weight in any of the formats of :func:`multi_lora_linear` as float32 (out, in), in built-in operators."""
+    if weight.dtype == ms.uint8:
+        pairs = weight.astype(ms.int32)
+        high = ops.div(pairs, 16, rounding_mode="floor").astype(ms.int32)
+        low = pairs - high * 16
+        values = ops.stack((low, high), -1).reshape((weight.shape[0], weight.shape[1] * 2)).astype(ms.float32) - 8.0
+    else:
+        values = weight.astype(ms.float32)
+    if weight_scale.ndim == 0:
+        return values
+    if weight_scale.ndim == 1:
+        return values * weight_scale.reshape((-1, 1))
+    out, columns = values.shape
+    groups = weight_scale.shape[1]
+    return (values.reshape((out, groups, columns // groups)) * ops.expand_dims(weight_scale, -1)).reshape((out, columns))
+
+
+# -- the CPU operator -------------------------------------------------------------------------------------------------
+
+_NAME = "multi_lora_linear"
+
+
+def _check_linear(i, columns, operands):
+    """Shapes of one linear -> number of outputs. ``operands`` are six shapes (lists of int)."""
+    weight, weight_scale, bias, down, up, scale = operands
+    tag = f" (linear {i})" if i else ""
+    require(len(weight) == 2, _NAME, "weight" + tag, weight, "(out, in), or (out, in/2) for int4")
+    out = weight[0]
+    require(weight[1] in (columns, columns / 2), _NAME, "weight" + tag, weight,
+            f"{columns} columns like x ({columns / 2:g} for packed int4)")
+    if weight_scale:
+        require(len(weight_scale) in (1, 2) and weight_scale[0] == out, _NAME, "weight_scale" + tag, weight_scale,
+                f"({out},) or ({out}, groups)")
+        if len(weight_scale) == 2:
+            require(weight_scale[1] > 0 and columns % weight_scale[1] == 0, _NAME, "weight_scale" + tag, weight_scale,
+                    f"a number of groups that divides {columns}")
+    if bias:
+        require_shape(_NAME, "bias" + tag, bias, (out,))
+    given = [len(shape) > 0 for shape in (down, up, scale)]
+    if any(given):
+        for name, shape, there in zip(("down", "up", "scale"), (down, up, scale), given):
+            require(there, _NAME, name + tag, "absent", "given, since 'down', 'up' and 'scale' come together")
+        require(len(down) == 3 and down[2] == columns, _NAME, "down" + tag, down, f"(slots, rank, {columns})")
+        require_shape(_NAME, "up" + tag, up, (down[0], out, down[1]))
+        require_shape(_NAME, "scale" + tag, scale, (down[0],))
+    return out
+
+
+def _shapes(x, slots, *operands):
+    n = len(operands) // OPERANDS
+    require(1 <= n <= MOST_LINEARS and len(operands) == n * OPERANDS, _NAME, "number of operands", len(operands),
+            "6, 12, 18 or 24 tensors (six per linear)")
+    require(len(x) in (2, 3) and x[-1] > 0, _NAME, "x", x, "(rows, tokens, in) or (rows, in)")
+    if slots:
+        require_shape(_NAME, "slots", slots, (x[0],))
+    outputs = tuple(
+        list(x[:-1]) + [_check_linear(i, x[-1], operands[OPERANDS * i : OPERANDS * (i + 1)])] for i in range(n)
+    )
+    return outputs if n > 1 else outputs[0]
+
+
+def _dtypes(x, slots, *operands):
+    kinds = [element_type(kind) for kind in (x, slots) + operands]
+    require_dtype(_NAME, "x", kinds[0], (ms.float32,))
+    require_dtype(_NAME, "slots", kinds[1], (ms.int32, ms.float32))
+    for i in range(len(operands) // OPERANDS):
+        weight, *others = kinds[2 + OPERANDS * i : 2 + OPERANDS * (i + 1)]
+        require_dtype(_NAME, "weight", weight, _WEIGHT_DTYPES)
+        for name, kind in zip(("weight_scale", "bias", "down", "up", "scale"), others):
+            require_dtype(_NAME, name, kind, (ms.float32,))
+    n = len(operands) // OPERANDS
+    return (x,) * n if n > 1 else x
+
+
+_FORWARD = {n: custom(_NAME, _shapes, _dtypes) for n in range(1, MOST_LINEARS + 1)} if _CPU else {}
