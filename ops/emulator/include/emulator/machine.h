@@ -64,7 +64,7 @@ struct VectorCount {
 };
 
 struct Counters {
-    std::map<std::string, VectorCount> vector;
+    std::vector<VectorCount> vector;  // by the number that intern() gave the instruction's name
     uint64_t bytes_in = 0, bytes_out = 0, transfers_in = 0, transfers_out = 0, bursts = 0;
     uint64_t scalar_gm_bytes = 0, scalar_ub_reads = 0, barriers = 0, syncs = 0;
     uint64_t burst_sizes[32] = {0};  // [k]: bursts of 2^k up to 2^(k+1) - 1 bytes
@@ -83,7 +83,6 @@ struct Core {
     std::map<uint32_t, std::array<uint32_t, PIPES>> flags;
     std::map<uint32_t, Where> flag_places;
     bool atomic_add = false;
-    bool masked_out = false;
     Counters count;
 
     void reset(int block);
@@ -103,6 +102,7 @@ extern thread_local Machine* machine;
 
 // Records a finding once per kind and place, with the number of times it was seen. printf-style.
 void report(const char* kind, Where at, const char* format, ...) __attribute__((format(printf, 3, 4)));
+int intern(const std::string& instruction);
 void yield_point();             // lets another block run now and then
 void sync_all(Where at);        // all blocks meet
 uint64_t random_number();
@@ -112,9 +112,9 @@ int gm_find(const void* address);
 
 inline uint32_t issue(Pipe p) {
     if (p == S) core->known[S][S] = core->issued[S] + 1;  // the scalar unit runs in program order
-    for (int q = 0; q < PIPES; ++q) {
+    for (int q = V; q < PIPES; ++q) {
         // An instruction is dispatched by the scalar unit, so it sees what the scalar unit had waited for.
-        if (core->known[p][q] < core->known[S][q] && q != int(p)) core->known[p][q] = core->known[S][q];
+        if (core->known[p][q] < core->known[S][q]) core->known[p][q] = core->known[S][q];
     }
     return ++core->issued[p];
 }
@@ -132,7 +132,7 @@ inline bool read_ub(Pipe p, uint32_t address, uint32_t bytes, Where at, bool ove
     for (uint32_t b = address / block_bytes; b <= last; ++b) {
         UbBlock& block = core->blocks[b];
         const bool own = block.write_pipe == p && block.write_time == now;
-        if (block.write_time > core->known[p][block.write_pipe] && (!own || p == MTE2)) {
+        if (block.write_time > core->known[p][block.write_pipe] && !own) {
             hazard("RAW", p, Pipe(block.write_pipe), b, at);
         } else if (own && !overlap_allowed) {
             report("overlap", at, "a repeat reads what an earlier repeat of the same instruction wrote");

@@ -1,0 +1,517 @@
+// The three phases of y += scale[slot] * (x . down[slot]^T) . up[slot]^T on vector cores.
+//
+//   shrink   every core takes some hidden columns of some adapters and multiplies them with all tokens of the adapter;
+//            partial sums go to the workspace                                                           (SyncAll)
+//   reduce   every core takes some tokens: sum of the partial sums, times scale, rounded if asked       (SyncAll)
+//   expand   every core takes some output columns of some adapters and adds to y for all tokens of the adapter
+//
+// So a weight is read once per pass whatever the number of tokens, and one token still occupies all cores. Sums have a
+// fixed order (no atomics): equal inputs give equal bits.
+// down is (slots, rank, hidden), up is rank-major: (slots, rank, width). T is half, bfloat16_t or float.
+// float16 with exact == 0: the coefficients of a token (rank values) are rounded to float16, under a power of two when
+// they leave the well-behaved range, because Axpy from half needs no widening of the weights; sums stay in float32.
+#ifndef COLORA_LORA_PHASES_H
+#define COLORA_LORA_PHASES_H
+#include "lora_groups.h"
+
+namespace colora {
+
+using namespace AscendC;
+
+constexpr uint32_t kWeightTile = 12288;     // elements
+constexpr uint32_t kRowTileBytes = 8192;
+constexpr uint32_t kPartialTileBytes = 16384;
+constexpr uint32_t kAccBytes = 16384;       // 64 ranks x 64 lanes in float32
+constexpr uint32_t kCopyBytes = 4096;
+constexpr uint32_t kMaxTileColumns = 2032;  // a row stride of at most 255 blocks in float32
+
+template <typename A, typename B>
+struct Same {
+    static constexpr bool value = false;
+};
+template <typename A>
+struct Same<A, A> {
+    static constexpr bool value = true;
+};
+
+__aicore__ inline uint32_t RoundUp(uint32_t value, uint32_t step) { return (value + step - 1) / step * step; }
+__aicore__ inline uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+template <typename T>
+class LoraPhases {
+  public:
+    static constexpr bool kFloat = Same<T, float>::value;
+    static constexpr bool kHalf = Same<T, half>::value;
+    static constexpr uint32_t kPerBlock = 32 / sizeof(T);
+    static constexpr uint32_t kRowTile = kRowTileBytes / sizeof(T);
+
+    template <typename Tiling>
+    __aicore__ inline void Init(TPipe* pipe, const Tiling& t, GM_ADDR workspace) {
+        pipe_ = pipe;
+        tokens_ = t.tokens;
+        hidden_ = t.hidden;
+        rank_ = t.rank;
+        width_ = t.width;
+        rowWidth_ = t.rowWidth;
+        offset_ = t.offset;
+        bank_ = t.slots;
+        cores_ = t.cores;
+        window_ = t.window;
+        unitIn_ = t.unitIn;
+        unitOut_ = t.unitOut;
+        rounded_ = kHalf && t.exact == 0;
+        core_ = static_cast<uint32_t>(GetBlockIdx());
+        padded_ = RoundUp(rank_, 8);
+        coefficients_ = RoundUp(rank_, 16);
+        coefficientRow_ = rounded_ ? coefficients_ / 2 + 8 : padded_;  // in floats
+        const uint64_t partials = static_cast<uint64_t>(window_) * cores_ * padded_;
+        partialGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace), partials);
+        coefficientGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace) + partials,
+                                       static_cast<uint64_t>(window_) * coefficientRow_);
+        pipe_->InitBuffer(weightQueue_, 2, kWeightTile * sizeof(T));
+        if constexpr (!kFloat) pipe_->InitBuffer(wideWeights_, kWeightTile * sizeof(float));
+        pipe_->InitBuffer(inQueue_, 2, kRowTileBytes);
+        pipe_->InitBuffer(outQueue_, 2, kRowTileBytes);
+        pipe_->InitBuffer(rows_, kRowTile * sizeof(float));
+        pipe_->InitBuffer(acc_, kAccBytes);
+        pipe_->InitBuffer(small_, 3072);
+        pipe_->InitBuffer(partialQueue_, 1, kPartialTileBytes);
+        pipe_->InitBuffer(copyQueue_, 1, kCopyBytes);
+    }
+    __aicore__ inline void SetInput(GM_ADDR x, GM_ADDR down) {
+        xGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(x), static_cast<uint64_t>(tokens_) * hidden_);
+        downGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(down), static_cast<uint64_t>(bank_) * rank_ * hidden_);
+    }
+    __aicore__ inline void SetScale(GM_ADDR scale) {
+        scaleGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(scale), bank_);
+    }
+    __aicore__ inline void SetOutput(GM_ADDR up, GM_ADDR y, GM_ADDR out) {
+        upGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(up), static_cast<uint64_t>(bank_) * rank_ * width_);
+        yGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(y), static_cast<uint64_t>(tokens_) * rowWidth_);
+        outGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(out), static_cast<uint64_t>(tokens_) * rowWidth_);
+        inPlace_ = y == out;
+    }
+
+    // Reads the slots of tokens [from, from + n), n <= 64, and groups them.
+    __aicore__ inline void Sort(Groups& groups, const GlobalTensor<int32_t>& slotGm, uint32_t from, uint32_t n) {
+        LocalTensor<int32_t> slots = inQueue_.template AllocTensor<int32_t>();
+        DataCopyPad(slots, slotGm[from], DataCopyExtParams(1, n * sizeof(int32_t), 0, 0, 0),
+                    DataCopyPadExtParams<int32_t>(false, 0, 0, 0));
+        inQueue_.EnQue(slots);
+        slots = inQueue_.template DeQue<int32_t>();
+        Order<HardEvent::MTE2_S>();
+        groups.Sort(slots, from, n, bank_);
+        Order<HardEvent::S_V>();
+        inQueue_.FreeTensor(slots);
+    }
+
+    __aicore__ inline void Shrink(const Groups& groups) {
+        shrink_.Plan(groups, (hidden_ + unitIn_ - 1) / unitIn_, cores_, 8 * rank_, rank_ + 8);
+        for (uint32_t g = 0; g < groups.count; ++g) {
+            const uint32_t from = shrink_.UnitAt(g, shrink_.Boundary(core_));
+            const uint32_t to = shrink_.UnitAt(g, shrink_.Boundary(core_ + 1));
+            if (from >= to) continue;
+            ShrinkSlice(groups, g, from * unitIn_, Smaller(to * unitIn_, hidden_), shrink_.Piece(g, core_, from));
+        }
+    }
+
+    // Sums the pieces of each token; `emit(token position, group, sums)` takes the `padded` float32 sums from there.
+    __aicore__ inline void Reduce(const Groups& groups) {
+        for (uint32_t i = core_; i < groups.tokens; i += cores_) {
+            const uint32_t g = groups.GroupOf(i);
+            LocalTensor<float> sum = SumPieces(i, shrink_.Pieces(g));
+            Muls(sum, sum, scaleGm_.GetValue(groups.slot[g]), static_cast<int32_t>(padded_));
+            PipeBarrier<PIPE_V>();
+            LocalTensor<float> row = partialQueue_.template AllocTensor<float>();
+            Pack(row, sum);
+            Order<HardEvent::S_MTE3>();
+            partialQueue_.EnQue(row);
+            row = partialQueue_.template DeQue<float>();
+            const uint32_t bytes = rounded_ ? coefficients_ * 2 + 4 : padded_ * 4;
+            DataCopyPad(coefficientGm_[static_cast<uint64_t>(i) * coefficientRow_], row, DataCopyExtParams(1, bytes, 0, 0, 0));
+            partialQueue_.FreeTensor(row);
+        }
+    }
+
+    // Sums the pieces of each token into h (tokens, rank), without scale: the shrink operator's own output.
+    __aicore__ inline void ReduceInto(const Groups& groups, const GlobalTensor<float>& h) {
+        for (uint32_t i = core_; i < groups.tokens; i += cores_) {
+            const uint32_t g = groups.GroupOf(i);
+            LocalTensor<float> sum = SumPieces(i, shrink_.Pieces(g));
+            LocalTensor<float> row = partialQueue_.template AllocTensor<float>();
+            Muls(row, sum, 1.0f, static_cast<int32_t>(padded_));
+            StoreH(h, row, groups.Token(g, i));
+        }
+    }
+    // Zeroes the rows of h that no adapter writes. `used` is a bit a token.
+    __aicore__ inline void ZeroInto(const GlobalTensor<float>& h, uint32_t from, uint32_t n, uint64_t used) {
+        for (uint32_t i = core_; i < n; i += cores_) {
+            if (used >> i & 1) continue;
+            LocalTensor<float> row = partialQueue_.template AllocTensor<float>();
+            Duplicate(row, 0.0f, static_cast<int32_t>(padded_));
+            StoreH(h, row, from + i);
+        }
+    }
+
+    // given: whether the coefficients are rows of h (float32, unscaled, by token) and not of the workspace.
+    __aicore__ inline void Expand(const Groups& groups, bool given, const GlobalTensor<float>& h) {
+        expand_.Plan(groups, (width_ + unitOut_ - 1) / unitOut_, cores_, 8 * rank_, rank_ + 16);
+        for (uint32_t g = 0; g < groups.count; ++g) {
+            const uint32_t from = expand_.UnitAt(g, expand_.Boundary(core_));
+            const uint32_t to = expand_.UnitAt(g, expand_.Boundary(core_ + 1));
+            if (from >= to) continue;
+            ExpandSlice(groups, g, from * unitOut_, Smaller(to * unitOut_, width_), given, h);
+        }
+    }
+
+    // When y and out are two tensors, what the expansion does not touch is copied: whole rows of tokens without an
+    // adapter, and the columns beside the slice of the others. `used` is asked for each token.
+    template <typename Used>
+    __aicore__ inline void CopyThrough(uint32_t from, uint32_t n, const Used& used) {
+        if (inPlace_) return;
+        const uint32_t chunk = kCopyBytes / sizeof(T), chunks = (rowWidth_ + chunk - 1) / chunk;
+        for (uint32_t k = core_; k < n * chunks; k += cores_) {
+            const uint32_t token = from + k / chunks, left = k % chunks * chunk, right = Smaller(left + chunk, rowWidth_);
+            if (!used(token)) {
+                CopyPart(token, left, right);
+                continue;
+            }
+            CopyPart(token, left, Smaller(right, offset_));
+            CopyPart(token, left > offset_ + width_ ? left : offset_ + width_, right);
+        }
+    }
+
+    uint32_t core_ = 0, cores_ = 1, tokens_ = 0, window_ = 1, rank_ = 0, bank_ = 0;
+
+  private:
+    template <HardEvent event>
+    __aicore__ inline void Order() {
+        const TEventID id = pipe_->FetchEventID(event);
+        SetFlag<event>(id);
+        WaitFlag<event>(id);
+    }
+    __aicore__ inline void Widen(const LocalTensor<float>& dst, const LocalTensor<T>& src, uint32_t n) {
+        if constexpr (kFloat) Muls(dst, src, 1.0f, static_cast<int32_t>(n));
+        else Cast(dst, src, RoundMode::CAST_NONE, n);
+    }
+    __aicore__ inline void Narrow(const LocalTensor<T>& dst, const LocalTensor<float>& src, uint32_t n) {
+        if constexpr (kFloat) Muls(dst, src, 1.0f, static_cast<int32_t>(n));
+        else Cast(dst, src, RoundMode::CAST_RINT, n);
+    }
+    __aicore__ inline uint32_t Pitch(uint32_t columns) const { return RoundUp(columns, kPerBlock); }
+    // Columns of a weight tile: all ranks must fit.
+    __aicore__ inline uint32_t TileColumns(uint32_t columns) const {
+        return Smaller(columns, Smaller(kWeightTile / rank_ / 16 * 16, kMaxTileColumns));
+    }
+
+    // rank_ rows of `columns` elements; rows lie Pitch(columns) apart, filled up with zeros.
+    __aicore__ inline LocalTensor<T> LoadWeights(const GlobalTensor<T>& gm, uint64_t at, uint32_t columns, uint32_t stride) {
+        LocalTensor<T> tile = weightQueue_.template AllocTensor<T>();
+        DataCopyPad(tile, gm[at],
+                    DataCopyExtParams(static_cast<uint16_t>(rank_), columns * sizeof(T), (stride - columns) * sizeof(T), 0, 0),
+                    DataCopyPadExtParams<T>(true, 0, static_cast<uint8_t>(Pitch(columns) - columns), T()));
+        weightQueue_.EnQue(tile);
+        return weightQueue_.template DeQue<T>();
+    }
+    __aicore__ inline LocalTensor<float> WidenWeights(const LocalTensor<T>& tile, uint32_t columns) {
+        if constexpr (kFloat) {
+            return tile;
+        } else {
+            LocalTensor<float> wide = wideWeights_.template Get<float>();
+            PipeBarrier<PIPE_V>();
+            Widen(wide, tile, rank_ * Pitch(columns));
+            PipeBarrier<PIPE_V>();
+            weightQueue_.FreeTensor(tile);
+            return wide;
+        }
+    }
+    // n rows (tokens at positions from `position` on), columns [column, column + columns), widened to float32.
+    __aicore__ inline LocalTensor<float> LoadRows(const GlobalTensor<T>& gm, const Groups& groups, uint32_t g, uint32_t position,
+                                                  uint32_t n, uint32_t stride, uint32_t column, uint32_t columns) {
+        const uint32_t pitch = Pitch(columns);
+        LocalTensor<T> tile = inQueue_.template AllocTensor<T>();
+        for (uint32_t i = 0; i < n;) {
+            const uint32_t run = groups.Run(g, position + i, n - i);
+            DataCopyPad(tile[i * pitch], gm[static_cast<uint64_t>(groups.Token(g, position + i)) * stride + column],
+                        DataCopyExtParams(static_cast<uint16_t>(run), columns * sizeof(T), (stride - columns) * sizeof(T), 0, 0),
+                        DataCopyPadExtParams<T>(true, 0, static_cast<uint8_t>(pitch - columns), T()));
+            i += run;
+        }
+        inQueue_.EnQue(tile);
+        tile = inQueue_.template DeQue<T>();
+        LocalTensor<float> wide = rows_.template Get<float>();
+        PipeBarrier<PIPE_V>();
+        Widen(wide, tile, n * pitch);
+        PipeBarrier<PIPE_V>();
+        inQueue_.FreeTensor(tile);
+        return wide;
+    }
+
+    // h[j] (+)= sum over the columns of w[j] * x, j < rank. 64 lanes of partial sums a rank, then two block sums.
+    __aicore__ inline void Products(const LocalTensor<float>& h, const LocalTensor<float>& w, const LocalTensor<float>& x,
+                                    uint32_t pitch, bool add) {
+        LocalTensor<float> acc = acc_.template Get<float>();
+        LocalTensor<float> eighths = small_.template Get<float>();
+        LocalTensor<float> sums = eighths[512];
+        for (uint32_t j = 0; j < rank_; j += 64) {
+            const uint32_t ranks = Smaller(64, rank_ - j);
+            const BinaryRepeatParams strides{1, 1, 1, 8, static_cast<uint8_t>(pitch / 8), 0};
+            PipeBarrier<PIPE_V>();
+            if (pitch < 64) Duplicate(acc, 0.0f, static_cast<int32_t>(ranks * 64));
+            else Mul(acc, w[j * pitch], x, static_cast<uint64_t>(64), static_cast<uint8_t>(ranks), strides);
+            PipeBarrier<PIPE_V>();
+            for (uint32_t c = pitch < 64 ? 0 : 64; c < pitch; c += 64) {
+                MulAddDst(acc, w[j * pitch + c], x[c], static_cast<uint64_t>(Smaller(64, pitch - c)), static_cast<uint8_t>(ranks), strides);
+                PipeBarrier<PIPE_V>();
+            }
+            BlockReduceSum(eighths, acc, static_cast<int32_t>(ranks), 64, 1, 1, 8);
+            PipeBarrier<PIPE_V>();
+            const LocalTensor<float> target = add ? sums : h[j];
+            const uint32_t whole = ranks / 8, rest = ranks % 8;
+            if (whole) BlockReduceSum(target, eighths, static_cast<int32_t>(whole), 64, 1, 1, 8);
+            if (rest) BlockReduceSum(target[whole * 8], eighths[whole * 64], 1, static_cast<int32_t>(rest * 8), 1, 1, 8);
+            if (add) {
+                PipeBarrier<PIPE_V>();
+                Add(h[j], h[j], sums, static_cast<int32_t>(ranks));
+            }
+        }
+        PipeBarrier<PIPE_V>();
+    }
+
+    __aicore__ inline void ShrinkSlice(const Groups& groups, uint32_t g, uint32_t begin, uint32_t end, uint32_t piece) {
+        const uint32_t tileColumns = TileColumns(end - begin);
+        const bool once = tileColumns == end - begin;
+        const uint64_t bank = static_cast<uint64_t>(groups.slot[g]) * rank_ * hidden_;
+        const uint32_t most = kPartialTileBytes / sizeof(float) / padded_;
+        LocalTensor<T> tile;
+        LocalTensor<float> w;
+        for (uint32_t t = 0; t < groups.size[g]; t += most) {
+            const uint32_t n = Smaller(most, groups.size[g] - t), position = groups.first[g] + t;
+            LocalTensor<float> part = partialQueue_.template AllocTensor<float>();
+            Duplicate(part, 0.0f, static_cast<int32_t>(n * padded_));
+            for (uint32_t c = begin; c < end; c += tileColumns) {
+                const uint32_t columns = Smaller(tileColumns, end - c), pitch = Pitch(columns);
+                if (!once || t == 0) {
+                    tile = LoadWeights(downGm_, bank + c, columns, hidden_);
+                    w = WidenWeights(tile, columns);
+                }
+                const uint32_t rowsAtOnce = kRowTile / pitch;
+                for (uint32_t r = 0; r < n; r += rowsAtOnce) {
+                    const uint32_t m = Smaller(rowsAtOnce, n - r);
+                    LocalTensor<float> x = LoadRows(xGm_, groups, g, position + r, m, hidden_, c, columns);
+                    for (uint32_t i = 0; i < m; ++i) Products(part[(r + i) * padded_], w, x[i * pitch], pitch, c != begin);
+                }
+                if constexpr (kFloat) {
+                    if (!once) weightQueue_.FreeTensor(tile);
+                }
+            }
+            partialQueue_.EnQue(part);
+            part = partialQueue_.template DeQue<float>();
+            DataCopyPad(partialGm_[(static_cast<uint64_t>(position) * cores_ + piece) * padded_], part,
+                        DataCopyExtParams(static_cast<uint16_t>(n), padded_ * 4, 0, (cores_ - 1) * padded_ * 4, 0));
+            partialQueue_.FreeTensor(part);
+        }
+        if constexpr (kFloat) {
+            if (once) weightQueue_.FreeTensor(tile);
+        }
+    }
+
+    __aicore__ inline LocalTensor<float> SumPieces(uint32_t position, uint32_t pieces) {
+        LocalTensor<float> sum = rows_.template Get<float>();
+        const uint32_t most = kWeightTile * sizeof(T) / sizeof(float) / padded_;
+        const uint64_t at = static_cast<uint64_t>(position) * cores_ * padded_;
+        PipeBarrier<PIPE_V>();
+        for (uint32_t p = 0; p < pieces; p += most) {
+            uint32_t n = Smaller(most, pieces - p);
+            LocalTensor<float> part = weightQueue_.template AllocTensor<float>();
+            DataCopyPad(part, partialGm_[at + static_cast<uint64_t>(p) * padded_], DataCopyExtParams(1, n * padded_ * 4, 0, 0, 0),
+                        DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
+            weightQueue_.EnQue(part);
+            part = weightQueue_.template DeQue<float>();
+            while (n > 1) {
+                const uint32_t half = n / 2;
+                Add(part, part, part[(n - half) * padded_], static_cast<int32_t>(half * padded_));
+                PipeBarrier<PIPE_V>();
+                n -= half;
+            }
+            if (p == 0) Muls(sum, part, 1.0f, static_cast<int32_t>(padded_));
+            else Add(sum, sum, part, static_cast<int32_t>(padded_));
+            PipeBarrier<PIPE_V>();
+            weightQueue_.FreeTensor(part);
+        }
+        return sum;
+    }
+
+    // One token's coefficients in the form in which the expansion wants them. sums (padded floats) may be changed.
+    __aicore__ inline void Pack(const LocalTensor<float>& row, const LocalTensor<float>& sums) {
+        if (!rounded_) {
+            Muls(row, sums, 1.0f, static_cast<int32_t>(padded_));
+            return;
+        }
+        LocalTensor<half> halves = row.template ReinterpretCast<half>();
+        LocalTensor<float> largest = small_.template Get<float>(), scratch = largest[64], work = largest[384];
+        PipeBarrier<PIPE_V>();
+        Abs(scratch, sums, static_cast<int32_t>(rank_));
+        Duplicate(halves, static_cast<half>(0.0f), static_cast<int32_t>(coefficients_));
+        PipeBarrier<PIPE_V>();
+        ReduceMax(largest, scratch, work, static_cast<int32_t>(rank_), false);
+        Order<HardEvent::V_S>();
+        float most = largest.GetValue(0), up = 1.0f;
+        // In half, values from 2^-4 to 2^12 leave room for terms 2^-10 times smaller; otherwise a power of two moves
+        // the largest below 2. Zeros, infinities and NaN stay as they are.
+        if (!(most < 3.0e38f)) most = 1.0f;
+        if (most > 0.0f && (most < 0.0625f || most >= 4096.0f)) {
+            float down = 1.0f;
+            for (uint32_t k = 0; k < 100 && most >= 2.0f; ++k) { most *= 0.5f; down *= 0.5f; up *= 2.0f; }
+            for (uint32_t k = 0; k < 100 && most < 1.0f; ++k) { most *= 2.0f; down *= 2.0f; up *= 0.5f; }
+            Order<HardEvent::S_V>();
+            Muls(sums, sums, down, static_cast<int32_t>(padded_));
+            PipeBarrier<PIPE_V>();
+        }
+        Cast(halves, sums, RoundMode::CAST_RINT, rank_);
+        row.SetValue(coefficients_ / 2, up);
+        Order<HardEvent::S_V>();
+        PipeBarrier<PIPE_V>();
+    }
+
+    __aicore__ inline void StoreH(const GlobalTensor<float>& h, LocalTensor<float>& row, uint32_t token) {
+        partialQueue_.EnQue(row);
+        row = partialQueue_.template DeQue<float>();
+        DataCopyPad(h[static_cast<uint64_t>(token) * rank_], row, DataCopyExtParams(1, rank_ * 4, 0, 0, 0));
+        partialQueue_.FreeTensor(row);
+    }
+
+    // The coefficients of n tokens, to be read by the scalar unit from acc_ (unused in this phase).
+    __aicore__ inline LocalTensor<float> LoadCoefficients(const Groups& groups, uint32_t g, uint32_t position, uint32_t n,
+                                                          bool given, const GlobalTensor<float>& h) {
+        LocalTensor<float> table = acc_.template Get<float>();
+        Order<HardEvent::S_MTE2>();
+        Order<HardEvent::V_MTE2>();
+        if (!given) {
+            const uint32_t bytes = rounded_ ? coefficients_ * 2 + 4 : padded_ * 4;
+            DataCopyPad(table, coefficientGm_[static_cast<uint64_t>(position) * coefficientRow_],
+                        DataCopyExtParams(static_cast<uint16_t>(n), bytes, coefficientRow_ * 4 - bytes, 0, 0),
+                        DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
+            Order<HardEvent::MTE2_S>();
+            return table;
+        }
+        const float scale = scaleGm_.GetValue(groups.slot[g]);
+        Order<HardEvent::S_V>();
+        for (uint32_t i = 0; i < n; ++i) {
+            LocalTensor<float> raw = inQueue_.template AllocTensor<float>();
+            DataCopyPad(raw, h[static_cast<uint64_t>(groups.Token(g, position + i)) * rank_], DataCopyExtParams(1, rank_ * 4, 0, 0, 0),
+                        DataCopyPadExtParams<float>(true, 0, static_cast<uint8_t>(padded_ - rank_), 0.0f));
+            inQueue_.EnQue(raw);
+            raw = inQueue_.template DeQue<float>();
+            Muls(raw, raw, scale, static_cast<int32_t>(padded_));
+            PipeBarrier<PIPE_V>();
+            Pack(table[i * coefficientRow_], raw);
+            inQueue_.FreeTensor(raw);
+        }
+        Order<HardEvent::V_S>();
+        return table;
+    }
+
+    __aicore__ inline void ExpandSlice(const Groups& groups, uint32_t g, uint32_t begin, uint32_t end, bool given,
+                                       const GlobalTensor<float>& h) {
+        const uint32_t tileColumns = TileColumns(end - begin);
+        const bool once = tileColumns == end - begin;
+        const uint64_t bank = static_cast<uint64_t>(groups.slot[g]) * rank_ * width_;
+        const uint32_t most = kAccBytes / sizeof(float) / coefficientRow_;
+        LocalTensor<T> tile;
+        for (uint32_t t = 0; t < groups.size[g]; t += most) {
+            const uint32_t n = Smaller(most, groups.size[g] - t), position = groups.first[g] + t;
+            const LocalTensor<float> table = LoadCoefficients(groups, g, position, n, given, h);
+            for (uint32_t c = begin; c < end; c += tileColumns) {
+                const uint32_t columns = Smaller(tileColumns, end - c), pitch = Pitch(columns);
+                if (!once || t == 0) {
+                    tile = LoadWeights(upGm_, bank + c, columns, width_);
+                    if (!rounded_) wide_ = WidenWeights(tile, columns);
+                }
+                const uint32_t rowsAtOnce = kRowTile / pitch;
+                for (uint32_t r = 0; r < n; r += rowsAtOnce) {
+                    const uint32_t m = Smaller(rowsAtOnce, n - r);
+                    LocalTensor<float> y = LoadRows(yGm_, groups, g, position + r, m, rowWidth_, offset_ + c, columns);
+                    if constexpr (kHalf) {
+                        if (rounded_) AddRounded(y, tile, table[r * coefficientRow_], m, columns);
+                    }
+                    if (!rounded_) AddExact(y, table[r * coefficientRow_], m, columns);
+                    LocalTensor<T> out = outQueue_.template AllocTensor<T>();
+                    Narrow(out, y, m * pitch);
+                    outQueue_.EnQue(out);
+                    StoreRows(groups, g, position + r, m, c, columns);
+                }
+                if (!once && (kFloat || rounded_)) weightQueue_.FreeTensor(tile);
+            }
+        }
+        if (once && (kFloat || rounded_)) weightQueue_.FreeTensor(tile);
+    }
+    __aicore__ inline void AddExact(const LocalTensor<float>& y, const LocalTensor<float>& table, uint32_t m, uint32_t columns) {
+        const uint32_t pitch = Pitch(columns);
+        for (uint32_t j = 0; j < rank_; ++j) {
+            for (uint32_t i = 0; i < m; ++i) {
+                Axpy(y[i * pitch], wide_[j * pitch], table.GetValue(i * coefficientRow_ + j), static_cast<int32_t>(columns));
+            }
+            PipeBarrier<PIPE_V>();
+        }
+    }
+    __aicore__ inline void AddRounded(const LocalTensor<float>& y, const LocalTensor<half>& w, const LocalTensor<float>& table,
+                                      uint32_t m, uint32_t columns) {
+        const uint32_t pitch = Pitch(columns);
+        const LocalTensor<half> halves = table.template ReinterpretCast<half>();
+        for (uint32_t i = 0; i < m; ++i) {
+            const float up = table.GetValue(i * coefficientRow_ + coefficients_ / 2);
+            if (up != 1.0f) Muls(y[i * pitch], y[i * pitch], 1.0f / up, static_cast<int32_t>(columns));
+        }
+        PipeBarrier<PIPE_V>();
+        for (uint32_t j = 0; j < rank_; ++j) {
+            for (uint32_t i = 0; i < m; ++i) {
+                Axpy(y[i * pitch], w[j * pitch], halves.GetValue(i * coefficientRow_ * 2 + j), static_cast<int32_t>(columns));
+            }
+            PipeBarrier<PIPE_V>();
+        }
+        for (uint32_t i = 0; i < m; ++i) {
+            const float up = table.GetValue(i * coefficientRow_ + coefficients_ / 2);
+            if (up != 1.0f) Muls(y[i * pitch], y[i * pitch], up, static_cast<int32_t>(columns));
+        }
+        PipeBarrier<PIPE_V>();
+    }
+    __aicore__ inline void StoreRows(const Groups& groups, uint32_t g, uint32_t position, uint32_t n, uint32_t column, uint32_t columns) {
+        const uint32_t pitch = Pitch(columns);
+        LocalTensor<T> out = outQueue_.template DeQue<T>();
+        for (uint32_t i = 0; i < n;) {
+            const uint32_t run = groups.Run(g, position + i, n - i);
+            DataCopyPad(outGm_[static_cast<uint64_t>(groups.Token(g, position + i)) * rowWidth_ + offset_ + column], out[i * pitch],
+                        DataCopyExtParams(static_cast<uint16_t>(run), columns * sizeof(T), 0, (rowWidth_ - columns) * sizeof(T), 0));
+            i += run;
+        }
+        outQueue_.FreeTensor(out);
+    }
+    __aicore__ inline void CopyPart(uint32_t token, uint32_t left, uint32_t right) {
+        if (left >= right) return;
+        const uint64_t at = static_cast<uint64_t>(token) * rowWidth_ + left;
+        LocalTensor<T> part = copyQueue_.template AllocTensor<T>();
+        DataCopyPad(part, yGm_[at], DataCopyExtParams(1, (right - left) * sizeof(T), 0, 0, 0),
+                    DataCopyPadExtParams<T>(false, 0, 0, T()));
+        copyQueue_.EnQue(part);
+        part = copyQueue_.template DeQue<T>();
+        DataCopyPad(outGm_[at], part, DataCopyExtParams(1, (right - left) * sizeof(T), 0, 0, 0));
+        copyQueue_.FreeTensor(part);
+    }
+
+    TPipe* pipe_ = nullptr;
+    TQue<QuePosition::VECIN, 1> weightQueue_, inQueue_;
+    TQue<QuePosition::VECOUT, 1> outQueue_, partialQueue_;
+    TQueBind<QuePosition::VECIN, QuePosition::VECOUT, 1> copyQueue_;
+    TBuf<QuePosition::VECCALC> wideWeights_, rows_, acc_, small_;
+    GlobalTensor<T> xGm_, downGm_, upGm_, yGm_, outGm_;
+    GlobalTensor<float> scaleGm_, partialGm_, coefficientGm_;
+    LocalTensor<float> wide_;
+    Split shrink_, expand_;
+    uint32_t hidden_ = 0, width_ = 0, rowWidth_ = 0, offset_ = 0, unitIn_ = 16, unitOut_ = 16;
+    uint32_t padded_ = 8, coefficients_ = 16, coefficientRow_ = 8;
+    bool rounded_ = false, inPlace_ = true;
+};
+
+}  // namespace colora
+#endif
