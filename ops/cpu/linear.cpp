@@ -209,6 +209,7 @@ COLORA_OPERATOR(multi_lora_linear) {
   const colora::Tensor x = call.in(0, "x"), slots = call.in(1, "slots");
   x.expect_dtype("float32").expect_rank(2, 3);
   const int64_t in = x.dim(-1), rows = x.dim(0), per_row = x.ndim == 3 ? x.dim(1) : 1, tokens = rows * per_row;
+  if (in < 1) x.fail("has shape %s, expected at least one column", x.shape_text().c_str());
   if (!slots.absent()) slots.expect_dtype("int32").expect_rank(1).expect_dim(0, rows, "one slot per row of 'x'");
 
   std::vector<Linear> linears(static_cast<size_t>(n));

@@ -1,0 +1,227 @@
+// Gradient of multi_lora_linear with a frozen base weight, for 1 to 4 linears that share x.
+//
+// Inputs: count (1,) int32 = number of linears; x, slots as in the forward; then per linear dy, weight, weight_scale,
+// down, up, scale. Outputs: dx, then (ddown, dup) of every linear that has adapters.
+//
+//   v = scale·x·downᵀ (computed again)      dup[s]   = sum over the rows of s of dyᵀ·v
+//   u = scale·dy·up                         ddown[s] = sum over the rows of s of uᵀ·x
+//   dx = sum over the linears of dy·W + u·down[slot]
+// A slot that no row uses gets zeros.
+#include <memory>
+
+#include "gemm.h"
+#include "lora.h"
+#include "outer.h"
+#include "weights.h"
+
+namespace COLORA_ISA_NAMESPACE {
+namespace {
+
+// Consecutive tokens of one slot.
+struct Run {
+  int32_t slot;
+  int64_t begin, end;
+};
+
+struct LinearGrad {
+  Weight weight;
+  Adapters adapters;
+  const float* dy = nullptr;
+  float *ddown = nullptr, *dup = nullptr;
+  std::vector<float> v, u;  // (tokens, stride), by token
+  int64_t stride = 0;
+  SlotGroups groups;
+  std::vector<std::vector<Run>> runs;  // per group
+  std::vector<Run> all_runs;           // by first token
+  std::unique_ptr<Shrink> shrink;
+};
+
+// Rows [o0, o1), columns [k0, k1) of W as float32, row stride kOuterColumns.
+void pack(const Weight& w, int64_t o0, int64_t o1, int64_t k0, int64_t k1, float* to) {
+  for (int64_t o = o0; o < o1; ++o, to += kOuterColumns) {
+    if (w.format == Format::kFloat32) {
+      std::memcpy(to, w.f32() + o * w.in + k0, size_t(k1 - k0) * sizeof(float));
+    } else if (w.format == Format::kBfloat16) {
+      const bf16* from = w.bf() + o * w.in + k0;
+      int64_t k = 0;
+      for (; k + kLanes <= k1 - k0; k += kLanes) store(to + k, load_bf16(from + k));
+      for (; k < k1 - k0; ++k) to[k] = bf16_to_float(from[k]);
+    } else {
+      for (int64_t k = k0; k < k1; ++k) to[k - k0] = element(w, o, k);
+    }
+  }
+}
+
+class Backward {
+ public:
+  Backward(std::vector<LinearGrad>& linears, const float* x, float* dx, int64_t tokens, int64_t in)
+      : linears_(linears), x_(x), dx_(dx), tokens_(tokens), in_(in) {
+    panels_ = (in + kOuterColumns - 1) / kOuterColumns;
+    // Rows are cut only as far as needed to give every thread several tasks: each piece packs W again.
+    int64_t pieces = std::max<int64_t>(1, 4 * colora::thread_count() / panels_);
+    rows_ = std::max<int64_t>((tokens + pieces - 1) / pieces, 16 * kOuterRows);
+    rows_ = (rows_ + kOuterRows - 1) / kOuterRows * kOuterRows;
+  }
+
+  void run() {
+    for (LinearGrad& l : linears_) {
+      if (!l.ddown) continue;
+      const int64_t cells = l.adapters.slots * l.adapters.rank;
+      std::memset(l.ddown, 0, size_t(cells * in_) * sizeof(float));
+      std::memset(l.dup, 0, size_t(cells * l.weight.out) * sizeof(float));
+      for (size_t g = 0; g < l.groups.groups.size(); ++g) {
+        const SlotGroups::Group& group = l.groups.groups[g];
+        std::vector<Run> runs;
+        for (int64_t i = group.begin; i < group.end; ++i) {
+          const int64_t t = l.groups.tokens[size_t(i)];
+          if (!runs.empty() && runs.back().end == t)
+            ++runs.back().end;
+          else
+            runs.push_back({group.slot, t, t + 1});
+        }
+        l.all_runs.insert(l.all_runs.end(), runs.begin(), runs.end());
+        l.runs.push_back(std::move(runs));
+      }
+      std::sort(l.all_runs.begin(), l.all_runs.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
+      if (l.shrink) parallel_tasks(l.shrink->tasks(), [&](int64_t i) { l.shrink->run(i); });
+      const int64_t piece = 8 * kOuterRows;
+      parallel_tasks((tokens_ + piece - 1) / piece, [&](int64_t i) { expand_back(l, i * piece, (i + 1) * piece); });
+      adapter_gradients(l);
+    }
+    const int64_t pieces = (tokens_ + rows_ - 1) / rows_;
+    parallel_tasks(panels_ * pieces, [&](int64_t i) {
+      const int64_t begin = i % pieces * rows_;
+      input_gradient(i / pieces, begin, std::min(tokens_, begin + rows_));
+    });
+  }
+
+ private:
+  // u = scale·dy·up for the tokens [begin, end) that have an adapter
+  void expand_back(LinearGrad& l, int64_t begin, int64_t end) {
+    const int64_t rank = l.adapters.rank, out = l.weight.out;
+    for (const Run& run : l.all_runs) {
+      const int64_t t0 = std::max(begin, run.begin), t1 = std::min(end, run.end);
+      if (t0 >= t1) continue;
+      const float* up = l.adapters.up + run.slot * out * rank;
+      for (int64_t j = 0; j < rank; j += kOuterColumns)
+        outer_panel(t1 - t0, std::min(kOuterColumns, rank - j), out, l.dy + t0 * out, out, 1, up + j, rank,
+                    l.u.data() + t0 * l.stride + j, l.stride, true);
+      const float scale = l.adapters.scale[run.slot];
+      for (int64_t i = t0 * l.stride; i < t1 * l.stride; ++i) l.u[size_t(i)] *= scale;
+    }
+  }
+
+  void adapter_gradients(LinearGrad& l) {
+    const int64_t rank = l.adapters.rank, out = l.weight.out, wide = 16 * kOuterRows;
+    const int64_t down_tasks = panels_, up_tasks = (out + wide - 1) / wide, per_group = down_tasks + up_tasks;
+    parallel_tasks(int64_t(l.runs.size()) * per_group, [&](int64_t task) {
+      const std::vector<Run>& runs = l.runs[size_t(task / per_group)];
+      const int64_t i = task % per_group, slot = runs[0].slot;
+      bool first = true;
+      for (const Run& run : runs) {
+        const int64_t t0 = run.begin, n = run.end - run.begin;
+        if (i < down_tasks) {
+          const int64_t k0 = i * kOuterColumns;
+          outer_panel(rank, std::min(kOuterColumns, in_ - k0), n, l.u.data() + t0 * l.stride, 1, l.stride,
+                      x_ + t0 * in_ + k0, in_, l.ddown + slot * rank * in_ + k0, in_, first);
+        } else {
+          const int64_t o0 = (i - down_tasks) * wide, o1 = std::min(out, o0 + wide);
+          for (int64_t j = 0; j < rank; j += kOuterColumns)
+            outer_panel(o1 - o0, std::min(kOuterColumns, rank - j), n, l.dy + t0 * out + o0, 1, out,
+                        l.v.data() + t0 * l.stride + j, l.stride, l.dup + (slot * out + o0) * rank + j, rank, first);
+        }
+        first = false;
+      }
+    });
+  }
+
+  // dx of the tokens [t0, t1) in one panel of columns
+  void input_gradient(int64_t panel, int64_t t0, int64_t t1) {
+    alignas(64) float packed[kOuterDepth * kOuterColumns];
+    const int64_t k0 = panel * kOuterColumns, k1 = std::min(in_, k0 + kOuterColumns);
+    bool first = true;
+    for (const LinearGrad& l : linears_) {
+      const int64_t out = l.weight.out;
+      for (int64_t o = 0; o < out; o += kOuterDepth) {
+        const int64_t depth = std::min(kOuterDepth, out - o);
+        pack(l.weight, o, o + depth, k0, k1, packed);
+        outer_panel(t1 - t0, k1 - k0, depth, l.dy + t0 * out + o, out, 1, packed, kOuterColumns,
+                    dx_ + t0 * in_ + k0, in_, first);
+        first = false;
+      }
+      for (const Run& run : l.all_runs) {
+        const int64_t begin = std::max(t0, run.begin), end = std::min(t1, run.end);
+        if (begin < end)
+          outer_panel(end - begin, k1 - k0, l.adapters.rank, l.u.data() + begin * l.stride, l.stride, 1,
+                      l.adapters.down + run.slot * l.adapters.rank * in_ + k0, in_, dx_ + begin * in_ + k0, in_,
+                      false);
+      }
+    }
+  }
+
+  std::vector<LinearGrad>& linears_;
+  const float* x_;
+  float* dx_;
+  int64_t tokens_, in_, panels_, rows_;
+};
+
+}  // namespace
+}  // namespace COLORA_ISA_NAMESPACE
+
+COLORA_OPERATOR(multi_lora_linear_grad) {
+  using namespace COLORA_ISA_NAMESPACE;
+  if (call.count() < 10) colora::refuse("%s: got %d tensors, expected at least 10", call.op(), call.count());
+  const colora::Tensor count = call.in(0, "count");
+  count.expect_dtype("int32").expect_rank(1).expect_dim(0, 1, "one number");
+  const int n = count.data<const int32_t>()[0];
+  if (n < 1 || n > 64) count.fail("is %d, expected the number of linears", n);
+  const int inputs = 3 + 6 * n;
+  if (call.count() < inputs + 1)
+    colora::refuse("%s: got %d tensors, expected %d inputs for %d linears and at least one output", call.op(),
+                   call.count(), inputs, n);
+  call.expect(inputs, call.count() - inputs);
+  const colora::Tensor x = call.in(1, "x"), slots = call.in(2, "slots"), dx = call.out(0, "dx");
+  x.expect_dtype("float32").expect_rank(2, 3);
+  dx.expect_dtype("float32").expect_same_shape(x);
+  const int64_t in = x.dim(-1), rows = x.dim(0), per_row = x.ndim == 3 ? x.dim(1) : 1, tokens = rows * per_row;
+  if (in < 1) x.fail("has shape %s, expected at least one column", x.shape_text().c_str());
+  if (!slots.absent()) slots.expect_dtype("int32").expect_rank(1).expect_dim(0, rows, "one slot per row of 'x'");
+
+  std::vector<LinearGrad> linears(static_cast<size_t>(n));
+  int outputs = 1;
+  for (int i = 0; i < n; ++i) {
+    LinearGrad& l = linears[size_t(i)];
+    const int at = 3 + 6 * i;
+    const colora::Tensor dy = call.in(at, "dy");
+    l.weight = weight_of(call.in(at + 1, "weight"), call.in(at + 2, "weight_scale"), in);
+    dy.expect_dtype("float32").expect_rank(x.ndim).expect_dim(0, rows, "the rows of 'x'");
+    if (x.ndim == 3) dy.expect_dim(1, per_row, "the tokens of 'x'");
+    dy.expect_dim(-1, l.weight.out, "the output rows of the weight");
+    l.dy = dy.data<const float>();
+    const colora::Tensor down = call.in(at + 3, "down"), up = call.in(at + 4, "up");
+    l.adapters = adapters_of(down, up, call.in(at + 5, "scale"), in, l.weight.out);
+    if (down.absent()) continue;
+    const colora::Tensor ddown = call.out(outputs, "ddown"), dup = call.out(outputs + 1, "dup");
+    ddown.expect_dtype("float32").expect_same_shape(down);
+    dup.expect_dtype("float32").expect_same_shape(up);
+    l.ddown = ddown.data<float>();
+    l.dup = dup.data<float>();
+    outputs += 2;
+    if (!slots.absent()) colora::check_slots(slots, l.adapters.slots);
+  }
+  if (call.count() != inputs + outputs)
+    colora::refuse("%s: got %d outputs, expected %d", call.op(), call.count() - inputs, outputs);
+
+  const int32_t* row_slot = slots.absent() ? nullptr : slots.data<const int32_t>();
+  for (LinearGrad& l : linears) {
+    if (!l.adapters.present() || !row_slot) continue;
+    l.groups = group_by_slot(tokens, l.adapters.slots, [&](int64_t t) { return row_slot[t / per_row]; });
+    if (l.groups.tokens.empty()) continue;
+    l.stride = padded_rank(l.adapters.rank);
+    l.v.resize(size_t(tokens * l.stride));
+    l.u.resize(size_t(tokens * l.stride));
+    l.shrink = std::make_unique<Shrink>(l.adapters, l.groups, x.data<const float>(), in, l.v.data(), l.stride,
+                                        colora::thread_count());
+  }
+  Backward(linears, x.data<const float>(), dx.data<float>(), tokens, in).run();
+}
