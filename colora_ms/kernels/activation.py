@@ -1,0 +1,55 @@
+"""The gated activation of Llama-like feed-forward blocks (SwiGLU, arXiv 2002.05202)."""
+
+import mindspore as ms
+from mindspore import ops
+
+from colora_ms.kernels.aot import backend, custom
+from colora_ms.kernels.shapes import element_type, require_dtype, require_shape
+
+_CPU = backend() == "cpu"
+
+
+def swiglu(gate, up):
+    """SiLU of the gate times ``up``, element by element.
+
+    Semantics: ``y = gate / (1 + exp(-gate)) * up`` (arXiv 2002.05202, eq. 6 with beta = 1).
+
+    Args:
+        gate: any shape, float32.
+        up: gate's shape, float32.
+
+    Returns:
+        gate's shape, float32.
+
+    Raises:
+        KernelError: the shapes differ, or a dtype is not float32.
+
+    Gradients: gate and up.
+    """
+    if _CPU:
+        return _swiglu(gate, up)
+    return swiglu_reference(gate, up)
+
+
+def swiglu_reference(gate, up):
+    """:func:`swiglu` in built-in operators; differentiable, any device."""
+    return gate * ops.sigmoid(gate) * up
+
+
+def _shapes(gate, up):
+    require_shape("swiglu", "up", up, gate)
+    return gate
+
+
+def _dtypes(gate, up):
+    require_dtype("swiglu", "gate", element_type(gate), (ms.float32,))
+    require_dtype("swiglu", "up", element_type(up), (ms.float32,))
+    return ms.float32
+
+
+def _bprop(gate, up, out, dout):
+    return _swiglu_grad(gate, up, dout)
+
+
+_swiglu = custom("swiglu", _shapes, _dtypes, _bprop)
+_swiglu_grad = custom("swiglu_grad", lambda gate, up, dy: (gate, gate), lambda *dtypes: (ms.float32, ms.float32))
