@@ -15,8 +15,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
           r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_BYTE_PRE = {"smollm": "digits", "gpt-2": "plain", "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2,
-             "llama-bpe": _LLAMA3, "llama3": _LLAMA3}
+_BYTE_PRE = {"smollm": "digits", "starcoder": "digits", "refact": "digits", "gpt-2": "plain",
+             "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "llama-bpe": _LLAMA3, "llama3": _LLAMA3}
 
 
 def from_gguf(metadata, where):
@@ -84,10 +84,11 @@ def _integers(values, where):
 def _byte_level(metadata, pieces, types, where):
     """Byte-level BPE: the vocabulary is written in GPT-2's printable byte alphabet."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if pre not in _BYTE_PRE:
+    pre = metadata.get("tokenizer.ggml.pre")
+    if not isinstance(pre, str) or pre not in _BYTE_PRE:
         raise TokenizerError(f"{where}: the pre-tokenizer {pre!r:.60} is not known; known: "
-                             f"{', '.join(_BYTE_PRE)}.{near(pre, _BYTE_PRE)}")
+                             f"{', '.join(_BYTE_PRE)}.{near(pre, _BYTE_PRE)} (A file without one "
+                             "was made by an old llama.cpp: convert the model again)")
     vocab = {piece: index for index, piece in enumerate(pieces) if types[index] != _UNUSED}
     merges = []
     for line in metadata.get("tokenizer.ggml.merges") or []:
