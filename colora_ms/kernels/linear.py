@@ -49,7 +49,7 @@ def multi_lora_linear(x, slots, *operands):
     as LR-QAT exports them, arXiv 2406.06385.
     """
     if _CPU:
-        return _FORWARD[len(operands) // OPERANDS](x, slots, *operands)
+        return _FORWARD[(len(operands) - 1) // OPERANDS](x, slots, *operands)
     return multi_lora_linear_reference(x, slots, *operands)
 
 
@@ -146,4 +146,65 @@ def _dtypes(x, slots, *operands):
     return (x,) * n if n > 1 else x
 
 
-_FORWARD = {n: custom(_NAME, _shapes, _dtypes) for n in range(1, MOST_LINEARS + 1)} if _CPU else {}
+def _grad_shapes(count, x, slots, *rest):
+    outputs = [list(x)]
+    for i in range(len(rest) // OPERANDS):
+        outputs += [list(rest[OPERANDS * i + 3]), list(rest[OPERANDS * i + 4])]  # rank 0 where there is no adapter
+    return tuple(outputs)
+
+
+def _grad_dtypes(count, x, slots, *rest):
+    return (x,) * (1 + 2 * (len(rest) // OPERANDS))
+
+
+def _gradients(x, slots, operands, douts):
+    """A gradient for every input, given one dout per linear; those of frozen inputs are zeros."""
+    inputs = ()
+    for i in range(len(douts)):
+        weight, weight_scale, _, down, up, scale = operands[OPERANDS * i : OPERANDS * i + OPERANDS]
+        inputs = inputs + (douts[i], weight, weight_scale, down, up, scale)
+    gradients = _multi_lora_linear_grad(_COUNT[len(douts) - 1], x, slots, *inputs)
+    result = (gradients[0], ops.zeros_like(slots))
+    for i in range(len(douts)):
+        weight, weight_scale, bias, _, _, scale = operands[OPERANDS * i : OPERANDS * i + OPERANDS]
+        result = result + (ops.zeros_like(weight), ops.zeros_like(weight_scale), ops.zeros_like(bias),
+                           gradients[1 + 2 * i], gradients[2 + 2 * i], ops.zeros_like(scale))
+    return result
+
+
+# MindSpore passes a gradient function its arguments one by one and does not fill a *args, hence one function per
+# number of linears. Of each linear: w weight, s weight_scale, b bias, d down, u up, c adapter scale.
+def _backward_1(x, slots, w1, s1, b1, d1, u1, c1, out, dout):
+    return _gradients(x, slots, (w1, s1, b1, d1, u1, c1), (dout,))
+
+
+def _backward_2(x, slots, w1, s1, b1, d1, u1, c1, w2, s2, b2, d2, u2, c2, out, dout):
+    return _gradients(x, slots, (w1, s1, b1, d1, u1, c1, w2, s2, b2, d2, u2, c2), dout)
+
+
+def _backward_3(x, slots, w1, s1, b1, d1, u1, c1, w2, s2, b2, d2, u2, c2, w3, s3, b3, d3, u3, c3, out, dout):
+    return _gradients(x, slots, (w1, s1, b1, d1, u1, c1, w2, s2, b2, d2, u2, c2, w3, s3, b3, d3, u3, c3), dout)
+
+
+def _backward_4(x, slots, w1, s1, b1, d1, u1, c1, w2, s2, b2, d2, u2, c2, w3, s3, b3, d3, u3, c3, w4, s4, b4, d4, u4,
+                c4, out, dout):
+    return _gradients(x, slots, (w1, s1, b1, d1, u1, c1, w2, s2, b2, d2, u2, c2, w3, s3, b3, d3, u3, c3, w4, s4, b4, d4,
+                                 u4, c4), dout)
+
+
+_COUNT = tuple(ms.Tensor([n], ms.int32) for n in range(1, MOST_LINEARS + 1))
+_BACKWARD = (_backward_1, _backward_2, _backward_3, _backward_4)
+
+
+def _forward_operators():
+    operators = []
+    for i, backward in enumerate(_BACKWARD):
+        operator = custom(_NAME, _shapes, _dtypes, bprop=backward)
+        # MindSpore keeps one gradient graph for all primitives whose attributes are equal.
+        operator.add_prim_attr("linears", i + 1)
+        operators.append(operator)
+    return tuple(operators)
+
+
+_FORWARD = _forward_operators() if _CPU else ()
+_multi_lora_linear_grad = custom(_NAME + "_grad", _grad_shapes, _grad_dtypes) if _CPU else None

@@ -83,7 +83,7 @@ def _tensor(value):
 def empty(shape, dtype):
     """An output array; bfloat16 is held as uint16. Filled with a marker so that unwritten parts show."""
     array = np.empty(shape, np.uint16 if dtype == "bfloat16" else dtype)
-    array.view(np.uint8).reshape(-1)[...] = 0xAB if array.ndim else 0
+    array.reshape(-1).view(np.uint8)[...] = 0xAB
     return array
 
 
