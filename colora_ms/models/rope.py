@@ -115,7 +115,10 @@ def rope_frequencies(config):
     kind = scaling["rope_type"]
     dim = config.head_dim
     exponents = np.arange(0, dim, 2).astype(np.float32) / np.float32(dim)
-    powers = np.power(np.float32(config.rope_theta), exponents)
+    # a float32 power, correctly rounded (torch's is; NumPy's own float32 power is not): one unit
+    # in the last place would be 2e-4 radians at position 4000
+    base = np.float64(np.float32(config.rope_theta))
+    powers = np.power(base, exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1.0) / powers
     if kind in ("default", "dynamic"):
         # dynamic: the base only grows beyond the original length, which rope_tables refuses.
