@@ -1,0 +1,34 @@
+"""Low-rank adapters on any Cell tree: configs, Cells, injection, merging, and PEFT's directory format.
+
+    adapters = inject(net, LoraConfig(r=16, target_modules="all-linear"))   # train adapters.trainable_params()
+    adapters.save("out")                                                    # a PEFT folder
+    adapters = load_adapter(net, "out")                                     # into another model
+
+The adapter of a row is a tensor: ``net(ids, lengths, adapters.slots(rows))``. Adding, choosing, disabling and mixing
+adapters compiles nothing anew.
+"""
+
+from colora_ms.adapters.config import LoraConfig
+from colora_ms.adapters.handle import Adapters
+from colora_ms.adapters.inject import adapters_of, inject, load_adapter, wrap_lora
+from colora_ms.adapters.lora import LoraEmbedding, LoraLinear, initial_values
+from colora_ms.adapters.peft_format import digest
+from colora_ms.adapters.registry import Method, register
+from colora_ms.adapters.store import adapter_path, check_name
+
+register(Method(LoraConfig, wrap_lora, initial_values))
+
+__all__ = [
+    "Adapters",
+    "LoraConfig",
+    "LoraEmbedding",
+    "LoraLinear",
+    "Method",
+    "adapter_path",
+    "adapters_of",
+    "check_name",
+    "digest",
+    "inject",
+    "load_adapter",
+    "register",
+]

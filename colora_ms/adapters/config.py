@@ -1,0 +1,248 @@
+"""``LoraConfig``: the settings of a LoRA adapter, with PEFT's field names and meaning.
+
+Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; rank-stabilised scaling:
+Kalajdzievski, arXiv 2312.03732. A config from disk may carry settings of other methods (DoRA, aLoRA, ...): every one
+that changes what the adapter computes and is not implemented is refused, and all refusals come in one error.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Optional, Union
+
+from colora_ms.errors import AdapterError, near
+
+#: Keys of adapter_config.json that are known and change nothing that is computed here, whatever their value.
+#: ``fan_in_fan_out`` describes the storage of the base weight, not of the adapter; the ``*_config`` of initialisations
+#: matter only with the ``init_lora_weights`` that asks for them, which is checked itself.
+HARMLESS_KEYS = frozenset({
+    "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config", "megatron_core",
+    "peft_version", "qalora_group_size", "runtime_config",
+})
+
+#: Settings that are known, change the mathematics and are not implemented: key -> what it is.
+REFUSED_KEYS = {
+    "alora_invocation_tokens": "activated LoRA (aLoRA)",
+    "arrow_config": "Arrow routing between adapters",
+    "enable_lora": "the merged q/k/v linears of old versions",
+    "ensure_weight_tying": "adapters that stay tied across tied weights",
+    "kasa_config": "KaSA",
+    "layer_replication": "replicated layers",
+    "lora_bias": "a bias on lora_B",
+    "megatron_config": "Megatron's parallel linears",
+    "monteclora_config": "MonteCLoRA",
+    "target_parameters": "adapters on bare parameters",
+    "trainable_token_indices": "trainable token rows",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "velora_config": "VeLoRA",
+}
+
+BIAS = ("none", "all", "lora_only")
+
+#: Initialisations that can start a new adapter.
+INITIALISATIONS = (True, False, "gaussian")
+
+#: Initialisations of which a trained adapter shows no trace: such an adapter can be loaded, but not begun, here.
+LOADABLE_INITIALISATIONS = INITIALISATIONS + ("eva", "orthogonal")
+
+
+@dataclass
+class LoraConfig:
+    """Settings of one LoRA adapter.
+
+    Each targeted linear computes ``W x + scaling * up (down dropout(x))``, with scaling = lora_alpha / r, or
+    lora_alpha / sqrt(r) with ``use_rslora``.
+
+    Raises:
+        AdapterError: one or more values cannot be used; the message lists all of them.
+    """
+
+    #: Rank of the update; more rank, more capacity and more memory.
+    r: int = 8
+    #: Scale of the update relative to its rank (with Adam it acts much like the learning rate).
+    lora_alpha: float = 8
+    #: Probability of dropping an input of the low-rank branch in training.
+    lora_dropout: float = 0.0
+    #: Linears to adapt: a list of names or endings of names, a regular expression for the whole name, or "all-linear"
+    #: (all but the output head). None takes q_proj and v_proj on the models of this package.
+    target_modules: Optional[Union[list, str]] = None
+    #: Modules to leave out, in the same notation.
+    exclude_modules: Optional[Union[list, str]] = None
+    #: Rank of single modules: {ending of the name or regular expression: rank}.
+    rank_pattern: dict = field(default_factory=dict)
+    #: lora_alpha of single modules, in the same notation.
+    alpha_pattern: dict = field(default_factory=dict)
+    #: Modules that are trained and saved whole beside the adapter (endings of their names).
+    modules_to_save: Optional[list] = None
+    #: Layer index or indices to adapt; needs a list in ``target_modules``.
+    layers_to_transform: Optional[Union[list, int]] = None
+    #: Name of the list of layers ("layers"), for ``layers_to_transform``.
+    layers_pattern: Optional[Union[list, str]] = None
+    #: scaling = lora_alpha / sqrt(r) in place of lora_alpha / r.
+    use_rslora: bool = False
+    #: Biases that are trained: "none", "all", or "lora_only" (those of the adapted linears).
+    bias: str = "none"
+    #: Start of the factors: True (down uniform, up zero), "gaussian" (down normal / r, up zero), False (both random).
+    init_lora_weights: Union[bool, str] = True
+    #: Kept for the file only: the base weight's storage; it does not change the adapter.
+    fan_in_fan_out: bool = False
+    #: Kept for the file only, such as "CAUSAL_LM".
+    task_type: Optional[str] = None
+    #: Name or folder of the base model that the adapter was made for.
+    base_model_name_or_path: Optional[str] = None
+    #: Revision of the base model.
+    revision: Optional[str] = None
+
+    #: Written as ``peft_type``.
+    peft_type = "LORA"
+
+    def __post_init__(self):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset)):
+                setattr(self, name, sorted(value))
+            elif isinstance(value, tuple):
+                setattr(self, name, list(value))
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
+        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+        problems = self.problems()
+        if problems:
+            raise AdapterError("this LoRA config cannot be used: " + "; ".join(problems))
+
+    def problems(self):
+        """All that is wrong with the values, as a list of sentences (empty when the config can be used)."""
+        found = []
+        if not _is_int(self.r) or self.r < 1:
+            found.append(f"r is {self.r!r}, expected a whole number from 1 on")
+        if not _is_finite(self.lora_alpha):
+            found.append(f"lora_alpha is {self.lora_alpha!r}, expected a finite number")
+        if not _is_finite(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            found.append(f"lora_dropout is {self.lora_dropout!r}, expected a number in [0, 1)")
+        if self.bias not in BIAS:
+            found.append(f"bias is {self.bias!r}, expected one of {', '.join(BIAS)}.{near(self.bias, BIAS)}")
+        for name in ("use_rslora", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                found.append(f"{name} is {getattr(self, name)!r}, expected true or false")
+        found += self._module_problems()
+        found += self._pattern_problems()
+        if not any(self.init_lora_weights is one or self.init_lora_weights == one and isinstance(one, str)
+                   for one in LOADABLE_INITIALISATIONS):
+            found.append(f"init_lora_weights={self.init_lora_weights!r} is not implemented (methods such as PiSSA, OLoRA, "
+                         "CorDA and LoftQ change the base weights, so that the factors alone are not the adapter); "
+                         "convert the adapter to plain LoRA first, or use one of "
+                         + ", ".join(map(repr, INITIALISATIONS)))
+        for name in ("task_type", "base_model_name_or_path", "revision"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                found.append(f"{name} is {getattr(self, name)!r}, expected a string")
+        return found
+
+    def _module_problems(self):
+        found = []
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str) and not _is_names(value):
+                found.append(f"{name} is {value!r:.80}, expected a list of names or one regular expression")
+        if self.modules_to_save is not None and not _is_names(self.modules_to_save):
+            found.append(f"modules_to_save is {self.modules_to_save!r:.80}, expected a list of names")
+        if self.target_modules in ("", []) and not self.modules_to_save:
+            found.append("target_modules is empty: the adapter would change nothing")
+        layers = self.layers_to_transform
+        if layers is not None:
+            indices = layers if isinstance(layers, list) else [layers]
+            if not all(_is_int(i) and i >= 0 for i in indices):
+                found.append(f"layers_to_transform is {layers!r:.80}, expected a layer index or a list of them")
+            if isinstance(self.target_modules, str):
+                found.append("layers_to_transform needs a list in target_modules, which is "
+                             f"{self.target_modules!r:.80}: write the layers into that expression")
+        elif self.layers_pattern:
+            found.append(f"layers_pattern is {self.layers_pattern!r:.80}, but layers_to_transform is not given")
+        return found
+
+    def _pattern_problems(self):
+        found = []
+        for name, valid, expected in (
+                ("rank_pattern", lambda v: _is_int(v) and v >= 1, "a whole number from 1 on"),
+                ("alpha_pattern", _is_finite, "a finite number")):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, dict):
+                found.append(f"{name} is {patterns!r:.80}, expected {{name or regular expression: number}}")
+                continue
+            found += [f"{name}[{key!r}] is {value!r}, expected {expected}"
+                      for key, value in patterns.items() if not isinstance(key, str) or not valid(value)]
+        return found
+
+    @classmethod
+    def parse_peft(cls, values):
+        """Read an ``adapter_config.json`` without raising.
+
+        Args:
+            values: the file's JSON object.
+
+        Returns:
+            (LoraConfig, or None if its own values cannot be used; list of all problems).
+        """
+        if not isinstance(values, dict):
+            return None, [f"an adapter config must be a JSON object, this is a {type(values).__name__}"]
+        kind = values.get("peft_type")
+        if kind != cls.peft_type:
+            return None, [f"peft_type is {kind!r:.60}, expected {cls.peft_type!r}: another kind of adapter, or not an "
+                          "adapter_config.json"]
+        known = {one.name for one in fields(cls)}
+        found, own = [], {}
+        for key, value in values.items():
+            if key in known:
+                own[key] = value
+            elif key == "alora_invocation_tokens" and value is not None or key in REFUSED_KEYS and value:
+                found.append(f"the setting {key}={value!r:.60} ({REFUSED_KEYS[key]}) is not implemented")
+            elif key not in HARMLESS_KEYS and key not in REFUSED_KEYS and key != "peft_type" and value:
+                found.append(f"{key}={value!r:.60} is not a known setting.{near(key, known)}")
+        try:
+            return cls(**own), found
+        except AdapterError as error:
+            return None, found + [str(error)]
+
+    @classmethod
+    def from_peft(cls, values):
+        """The config of an ``adapter_config.json``.
+
+        Args:
+            values: the file's JSON object as a dict.
+
+        Raises:
+            AdapterError: not a LoRA adapter, unusable values, or settings that are not implemented; all in one message.
+        """
+        config, problems = cls.parse_peft(values)
+        if problems:
+            raise AdapterError("this adapter's config cannot be used: " + "; ".join(problems))
+        return config
+
+    def to_peft(self, target_modules=None):
+        """The dict to write as ``adapter_config.json``.
+
+        Args:
+            target_modules: written in place of the config's own value (the names that "all-linear" stood for).
+        """
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values["target_modules"] = self.target_modules if target_modules is None else target_modules
+        values["peft_type"] = self.peft_type
+        values["inference_mode"] = True
+        return values
+
+    def scaling(self, r, alpha):
+        """The factor of the low-rank branch for rank r and this alpha."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value):
+    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)

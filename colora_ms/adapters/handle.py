@@ -1,0 +1,416 @@
+"""``Adapters``: the handle of a model's adapters. It keeps names and configs; what a graph sees are tensors only."""
+
+import zlib
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, Tensor
+
+from colora_ms.adapters import tree
+from colora_ms.adapters.config import INITIALISATIONS
+from colora_ms.adapters.matching import plan as make_plan
+from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
+from colora_ms.adapters.registry import method
+from colora_ms.adapters.slots import to_float32
+from colora_ms.adapters.store import check_name
+from colora_ms.errors import AdapterError, near
+
+#: Attribute of a model that holds its handle.
+HANDLE = "colora_adapters"
+
+#: Name that stands for the base model in a list of the rows' adapters (as in PEFT).
+BASE = "__base__"
+
+
+class Adapters:
+    """The adapters of one model; made by :func:`colora_ms.adapters.inject` or ``load_adapter``.
+
+    Attributes:
+        net: the model; capacity: slots that it has; trainable: whether the adapters' Parameters require gradients.
+        sites: {(module name, "lora" or "saved"): adapter Cell}.
+        active_slot: () int32 Parameter, the adapter of the Cells that take no row slots, -1 = none.
+    """
+
+    def __init__(self, net, modules, defaults, capacity, trainable, seed, base_model):
+        self.net = net
+        self.modules = modules
+        self.capacity = capacity
+        self.trainable = trainable
+        self.base_model = base_model
+        self.dropout = 0.0
+        self.sites = {}
+        self.active_slot = Parameter(Tensor(-1, ms.int32), name="adapters.active_slot", requires_grad=False)
+        self._defaults = defaults
+        self._seed = seed
+        self._cells = tree.cells_by_name(net)
+        self._frozen = [(parameter, parameter.requires_grad) for parameter in net.get_parameters()]
+        self._entries = {}  # name -> (slot, config, plan)
+        self._active = None
+        self._enabled = True
+        self._merged = None
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self):
+        """Names of the adapters, in the order of their slots."""
+        return tuple(sorted(self._entries, key=lambda name: self._entries[name][0]))
+
+    @property
+    def active(self):
+        """Name of the active adapter, or None (no adapter, or disabled)."""
+        return self._active if self._enabled else None
+
+    @property
+    def merged(self):
+        """Name of the adapter that is merged into the base weights, or None."""
+        return self._merged
+
+    @property
+    def free_slots(self):
+        """How many more adapters fit."""
+        return self.capacity - len(self._entries)
+
+    def slot(self, name):
+        """Slot number of an adapter."""
+        return self._entry(name)[0]
+
+    def config(self, name=None):
+        """LoraConfig of an adapter, by default the active one."""
+        return self._entry(self._default(name))[1]
+
+    def plan(self, name=None):
+        """What an adapter changes in the model: :class:`colora_ms.adapters.matching.Plan`."""
+        return self._entry(self._default(name))[2]
+
+    def slots(self, rows, name=None):
+        """The slot of each row, as the decoder takes it.
+
+        Args:
+            rows: number of rows.
+            name: an adapter for all rows, a list with a name for each row ("__base__" or None: the base model), or None
+                for the active adapter.
+
+        Returns:
+            (rows,) int32 Tensor; -1 where no adapter is to be added (none, disabled, or merged into the weights).
+        """
+        if isinstance(name, (list, tuple)):
+            if len(name) != rows:
+                raise AdapterError(f"{len(name)} adapter names for {rows} rows; give one for each row")
+            return Tensor(np.array([self._row_slot(one) for one in name], np.int32))
+        one = self.active if name is None else name
+        return Tensor(np.full(rows, self._row_slot(one if one is not None else self._merged_or_base()), np.int32))
+
+    def trainable_params(self, name=None):
+        """The Parameters that training an adapter (by default the active one) changes, in the order of the model.
+
+        With more than one slot these are stacked Parameters, of which the other adapters' slots get zero gradients;
+        weight decay would still shrink those, so train with ``slots=1``.
+        """
+        if not self.trainable:
+            raise AdapterError("these adapters were loaded for inference; use trainable=True to train them")
+        name = self._default(name)
+        self._check_not_merged("train")
+        slot, _, plan = self._entry(name)
+        wanted = set(_places(plan))
+        return [parameter for place, cell in self.sites.items() if place in wanted for parameter in cell.parameters_of(slot)]
+
+    # -- adding, choosing, removing -----------------------------------------------------------------------------------
+
+    def add_adapter(self, name, config):
+        """Start a new adapter in a free slot, with the config's initial values.
+
+        Raises:
+            AdapterError: the name is taken or not allowed, no slot is free, or the config does not fit the Cells that
+                ``inject`` made; nothing is changed.
+        """
+        self._check_new_name(name)
+        self.check_start(config)
+        plan = make_plan(config, self.modules, self._defaults)
+        self.check_fits(config, plan)
+        self.publish(name, config, plan, self._initial(config, plan))
+
+    def delete_adapter(self, name):
+        """Remove an adapter; its slot is free afterwards."""
+        slot = self.slot(name)
+        self._check_not_merged("delete an adapter")
+        del self._entries[name]
+        if self._active == name:
+            self._active = None
+        self._show_active()
+        for cell in self.sites.values():
+            cell.clear(slot)
+
+    def set_adapter(self, name):
+        """Make an adapter the active one (and enable adapters again)."""
+        self._entry(name)
+        if self._merged not in (None, name):
+            self._check_not_merged("change the adapter")
+        self._active, self._enabled = name, True
+        self._show_active()
+
+    def disable_adapter(self):
+        """Use the base model alone, until ``enable_adapter()``, or as a context manager until its end."""
+        self._check_not_merged("disable it")
+        before, self._enabled = self._enabled, False
+        self._show_active()
+        return _Disabled(self, before)
+
+    def enable_adapter(self):
+        """Use the active adapter again."""
+        self._enabled = True
+        self._show_active()
+
+    def unload(self):
+        """Take all adapter Cells out of the model; a merged adapter stays in its weights. The handle is of no use then."""
+        names = tree.ParameterNames(self.net)
+        for path in {path: None for path, _ in self.sites}:
+            cell = self._cells[path]
+            for role in ("lora", "saved"):
+                release = getattr(self.sites.get((path, role)), "release", None)
+                if release is not None:
+                    release()
+            tree.replace(self.net, path, cell)
+        names.restore()
+        for parameter, flag in self._frozen:
+            parameter.requires_grad = flag
+        self.sites, self._entries, self._active = {}, {}, None
+        object.__setattr__(self.net, HANDLE, None)
+        tree.forget_graphs()
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+
+    def merge(self, name=None, safe_merge=False):
+        """Add an adapter to the base weights: in float32, rounded once to the weights' dtype.
+
+        Args:
+            name: by default the active adapter.
+            safe_merge: refuse, and put all back, if a merged weight is not finite.
+
+        Raises:
+            AdapterError: another adapter is merged, a base weight is an integer format or tied to another module, or
+                (safe_merge) a value is not finite; the weights are as before.
+        """
+        name = self._default(name)
+        slot, _, plan = self._entry(name)
+        self._check_not_merged("merge another")
+        places = [place for place in self.sites if place in set(_places(plan))]
+        self._check_mergeable(name, places)
+        for place in places:
+            self.sites[place].merge(slot)
+        self._merged = name
+        self._active, self._enabled = name, True
+        self._show_active()
+        if safe_merge:
+            bad = [path for path, role in places if not _finite(self._cells[path])]
+            if bad:
+                self.unmerge()
+                raise AdapterError(f"merging adapter {name!r} gives values that are not finite in {len(bad)} modules, "
+                                   f"{bad[0]!r} first; the weights are as before")
+
+    def unmerge(self):
+        """Restore the base weights from the kept copies, bit for bit."""
+        if self._merged is None:
+            raise AdapterError("no adapter is merged")
+        for cell in self.sites.values():
+            cell.unmerge()
+        self._merged = None
+        self._show_active()
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, folder, name=None):
+        """Write an adapter (by default the active one) as a PEFT folder, whole or not at all.
+
+        Args:
+            folder: becomes the adapter's folder itself; replaced if it is there, its other files are kept.
+
+        Raises:
+            AdapterError: a value is not finite, or the folder cannot be written.
+        """
+        slot, config, plan = self._entry(self._default(name))
+        values = {}
+        for place, shapes in self._shapes(plan).items():
+            values[place] = self.sites[place].read(slot, shapes)
+        if self.base_model and not config.base_model_name_or_path:
+            config.base_model_name_or_path = str(self.base_model)
+        write_adapter(folder, config, plan, self.modules, values)
+
+    def load(self, folder, name, replace=False):
+        """Load a PEFT folder into a free slot (or, with ``replace``, into the slot of the adapter of that name).
+
+        The folder is read and checked in full before anything changes.
+
+        Raises:
+            AdapterError: all that is wrong with it, or no slot is free, or the name is taken; nothing is changed.
+        """
+        check_name(name)
+        if not (replace and name in self._entries):
+            self._check_new_name(name)
+        else:
+            self._check_not_merged("replace one")
+        stored = StoredAdapter(folder)
+        plan, values = self.stage(stored)
+        self.check_fits(stored.config, plan)
+        self.publish(name, stored.config, plan, values)
+
+    def stage(self, stored):
+        """Check an opened folder against the model and read it: (Plan, values). Changes nothing."""
+        if stored.config is None:
+            stored.refuse(stored.problems, self.base_model)
+        try:
+            plan = make_plan(stored.config, self.modules, self._defaults)
+        except AdapterError as error:
+            stored.refuse(stored.problems + [str(error)], self.base_model)
+        return plan, stored.read(plan, self.modules, lambda path: tree.base_values(self._cells[path]), self.base_model)
+
+    def publish(self, name, config, plan, values):
+        """Put checked values into a slot and give them a name; cannot fail any more."""
+        slot = self._entries[name][0] if name in self._entries else self._free_slot()
+        for (path, role), cell in self.sites.items():
+            target = plan.targets.get(path)
+            cell.write(slot, values.get((path, role), {}), target.scaling if target else 0.0)
+        self._entries[name] = (slot, config, plan)
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def check_start(self, config):
+        """Refuse a config that a new adapter cannot begin with."""
+        if not any(config.init_lora_weights is one for one in (True, False)) \
+                and config.init_lora_weights not in INITIALISATIONS:
+            raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} is not implemented for a new adapter; use "
+                               "one of " + ", ".join(map(repr, INITIALISATIONS)))
+
+    def check_fits(self, config, plan):
+        """Refuse a plan that needs Cells which ``inject`` did not make; all reasons in one error."""
+        problems = []
+        for path, target in plan.targets.items():
+            cell = self.sites.get((path, "lora"))
+            if cell is None or not cell.max_rank:
+                problems.append(f"{path} was not prepared for adapters")
+            elif cell.max_rank < target.r:
+                problems.append(f"{path} has room for rank {cell.max_rank}, the adapter has rank {target.r}")
+        problems += [f"{path} was not prepared for a bias of the adapter's own" for path in plan.biases
+                     if not getattr(self.sites.get((path, "lora")), "has_bias", False)]
+        problems += [f"{path} was not prepared to be saved whole" for path in plan.saved
+                     if (path, "saved") not in self.sites]
+        if self.trainable and config.lora_dropout != self.dropout:
+            problems.append(f"lora_dropout is {config.lora_dropout}, the model was prepared for {self.dropout}")
+        if problems:
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise AdapterError("the adapter does not fit the Cells that inject made: " + "; ".join(problems[:8]) + more
+                               + ". Call inject (or load_adapter) with max_rank=... and reserve=... wide enough for all "
+                               "adapters to come, so that adding one compiles nothing")
+
+    def _check_new_name(self, name):
+        check_name(name)
+        if name in self._entries:
+            raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
+        self._check_not_merged("add one")
+        self._free_slot()
+
+    def _check_not_merged(self, what):
+        if self._merged is not None:
+            raise AdapterError(f"adapter {self._merged!r} is merged into the base weights; call unmerge() before you {what}")
+
+    def _check_mergeable(self, name, places):
+        shared = tree.shared_parameters(self.net)
+        for path, _ in places:
+            for field, parameter in tree.leaf_parameters(self._cells[path]).items():
+                if parameter.dtype in (ms.int8, ms.uint8):
+                    raise AdapterError(f"adapter {name!r} cannot be merged: {path}.{field} is stored as integers, which "
+                                       "would round the adapter away; load the model as float32 or bfloat16 to merge")
+                if id(parameter) in shared:
+                    raise AdapterError(f"adapter {name!r} cannot be merged: {path}.{field} is tied to another module, "
+                                       "which would change too; use the adapter unmerged")
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _entry(self, name):
+        if name not in self._entries:
+            have = f"there are: {', '.join(self.names)}" if self._entries else "there is none"
+            raise AdapterError(f"there is no adapter {name!r:.80}; {have}." + near(name, self._entries))
+        return self._entries[name]
+
+    def _default(self, name):
+        name = self._active if name is None else name
+        if name is None:
+            raise AdapterError("no adapter is active; name one")
+        return name
+
+    def _free_slot(self):
+        taken = {slot for slot, _, _ in self._entries.values()}
+        free = [slot for slot in range(self.capacity) if slot not in taken]
+        if not free:
+            raise AdapterError(f"no slot is free: the model has {self.capacity} and holds {', '.join(self.names)}; delete an "
+                               "adapter, or inject with slots=... large enough")
+        return free[0]
+
+    def _merged_or_base(self):
+        return self._merged if self._merged is not None else BASE
+
+    def _row_slot(self, name):
+        if name is None or name == BASE:
+            if self._merged is not None:
+                self._check_not_merged("use the base model")
+            return -1
+        slot = self.slot(name)
+        if self._merged is not None:
+            if name != self._merged:
+                self._check_not_merged("use another")
+            return -1
+        return slot
+
+    def _show_active(self):
+        slot = -1 if self.active is None or self._merged is not None else self.slot(self.active)
+        self.active_slot.set_data(Tensor(slot, ms.int32))
+
+    def _initial(self, config, plan):
+        seed = self._seed if self._seed is not None else ms.get_seed() or 0
+        start, values = method(config.peft_type).initial_values, {}
+        for path, target in plan.targets.items():
+            # A stream for each module: the values do not depend on which other modules are adapted.
+            random = np.random.default_rng([seed, zlib.crc32(path.encode())])
+            values[path, "lora"] = start(config, target, self.modules[path], random)
+        for path in plan.biases:
+            values.setdefault((path, "lora"), {})["bias"] = tree.base_values(self._cells[path])["bias"]
+        for path in plan.saved:
+            values[path, "saved"] = tree.base_values(self._cells[path])
+        return values
+
+    def _shapes(self, plan):
+        """{place: {field: shape}} in the Cells' own orientation."""
+        shapes = {}
+        for path, target in plan.targets.items():
+            module = self.modules[path]
+            down = (target.r, module.in_features) if target.kind == "linear" else (module.in_features, target.r)
+            shapes[path, "lora"] = {"down": down, "up": (module.out_features, target.r)}
+        for path in plan.biases:
+            shapes.setdefault((path, "lora"), {})["bias"] = self.modules[path].parameters["bias"]
+        for path in plan.saved:
+            shapes[path, "saved"] = self.modules[path].parameters
+        return shapes
+
+
+class _Disabled:
+    """What ``disable_adapter`` returns: at the end of a with-block the former state comes back."""
+
+    def __init__(self, handle, before):
+        self.handle, self.before = handle, before
+
+    def __enter__(self):
+        return self.handle
+
+    def __exit__(self, *reason):
+        if self.before:
+            self.handle.enable_adapter()
+
+
+def _places(plan):
+    """The (module name, role) that a plan uses."""
+    return [(path, "lora") for path in dict.fromkeys([*plan.targets, *plan.biases])] + [(p, "saved") for p in plan.saved]
+
+
+def _finite(cell):
+    return all(np.isfinite(to_float32(parameter)).all() for parameter in tree.leaf_parameters(cell).values())

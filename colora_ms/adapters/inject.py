@@ -1,0 +1,169 @@
+"""Putting adapters into a model: ``inject`` replaces Cells in place, ``load_adapter`` does it from a folder."""
+
+from pathlib import Path
+
+from colora_ms.adapters import tree
+from colora_ms.adapters.config import LoraConfig
+from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
+from colora_ms.adapters.handle import HANDLE, Adapters
+from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
+from colora_ms.adapters.matching import plan as make_plan
+from colora_ms.adapters.peft_format import StoredAdapter
+from colora_ms.adapters.registry import Site, method
+from colora_ms.adapters.saved import SavedModule
+from colora_ms.adapters.slots import AdapterCell
+from colora_ms.adapters.store import check_name
+from colora_ms.errors import AdapterError
+
+
+def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, reserve=None, trainable=True, seed=None,
+           base_model=None):
+    """Put adapters into a model, in place. All parameters of the model are frozen and keep their names.
+
+    New Parameters are called as on disk, without the prefix: ``<module>.lora_A`` (slots, r, in), ``<module>.lora_B``
+    (slots, out, r), ``<module>.lora_embedding_A`` and ``_B``, ``<module>.lora_bias``, ``<module>.saved_<slot>.weight``.
+
+    Args:
+        net: a :class:`colora_ms.models.decoder.Decoder`, or any Cell tree with ``nn.Dense``, ``mint.nn.Linear`` or
+            embedding Cells.
+        config: LoraConfig of the first adapter, which becomes active; None for an empty bank (then give ``reserve``).
+        adapter_name: name of that adapter, ``[A-Za-z0-9._-]{1,64}``.
+        slots: adapters that the model can hold at a time. A trained adapter needs no more than one.
+        max_rank: largest rank of any adapter; by default what ``config`` (or ``reserve``) needs, module by module.
+        reserve: modules that later adapters may use beside those of ``config``: a LoraConfig (its targets, rank,
+            modules_to_save and bias), or just its ``target_modules``. Cells are made now, so that adding an adapter
+            later compiles nothing.
+        trainable: whether the adapter's Parameters require gradients.
+        seed: of the initial values; by default ``mindspore.get_seed()``, or 0. Each module has its own stream.
+        base_model: the base model's name or folder, kept in saved configs and used in messages.
+
+    Returns:
+        :class:`colora_ms.adapters.Adapters`, the handle of everything else.
+
+    Raises:
+        AdapterError: the config does not fit the model, or the model has adapters already; the model is unchanged.
+    """
+    if getattr(net, HANDLE, None) is not None:
+        raise AdapterError("this model has adapters already; use add_adapter or load of its handle "
+                           "(colora_ms.adapters.adapters_of(net)), or unload() them first")
+    if config is None and reserve is None:
+        raise AdapterError("inject needs a config, or reserve=... to say which modules later adapters may use")
+    if config is not None:
+        check_name(adapter_name)
+    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+        raise AdapterError(f"slots is {slots!r}, expected a whole number from 1 on")
+    modules, defaults = _modules(net), tree.default_targets(net)
+    plans = [make_plan(config, modules, defaults)] if config is not None else []
+    plans += _reserved(reserve, config, max_rank, modules, defaults)
+    handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
+    handle.dropout = config.lora_dropout if config is not None else getattr(reserve, "lora_dropout", 0.0)
+    if config is not None:
+        handle.check_start(config)
+    _replace(net, handle, plans, config.peft_type if config is not None else "LORA", max_rank)
+    if config is not None:
+        handle.add_adapter(adapter_name, config)
+        handle.set_adapter(adapter_name)
+    return handle
+
+
+def load_adapter(net, folder, name=None, slots=1, max_rank=None, reserve=None, trainable=False, base_model=None):
+    """Load a PEFT adapter folder into a model, which gets its adapter Cells first if it has none.
+
+    Args:
+        net: the model; if it has adapters already, the folder's adapter takes a free slot beside them.
+        folder: a folder with adapter_config.json and adapter_model.safetensors.
+        name: the adapter's name; by default the folder's.
+        slots, max_rank, reserve, trainable, base_model: as in :func:`inject`; used if the model has no adapters yet.
+
+    Returns:
+        The :class:`colora_ms.adapters.Adapters` handle; the adapter is the active one.
+
+    Raises:
+        AdapterError: everything that is wrong with the folder, at once; the model is unchanged.
+    """
+    name = check_name(name if name is not None else Path(folder).resolve().name)
+    handle = adapters_of(net)
+    if handle is None:
+        stored = StoredAdapter(folder)
+        modules, defaults = _modules(net), tree.default_targets(net)
+        handle = Adapters(net, modules, defaults, slots, trainable, None, base_model)
+        plan, values = handle.stage(stored)
+        handle.dropout = stored.config.lora_dropout
+        plans = [plan] + _reserved(reserve, stored.config, max_rank, modules, defaults)
+        _replace(net, handle, plans, stored.config.peft_type, max_rank)
+        handle.publish(name, stored.config, plan, values)
+    else:
+        handle.load(folder, name)
+    handle.set_adapter(name)
+    return handle
+
+
+def adapters_of(net):
+    """The handle of a model's adapters, or None."""
+    return getattr(net, HANDLE, None)
+
+
+def _modules(net):
+    """{name: Module} of a model without adapters."""
+    return {name: tree.module_of(name, cell) for name, cell in tree.cells_by_name(net).items()}
+
+
+def _reserved(reserve, config, max_rank, modules, defaults):
+    """The plan of the modules that later adapters may use, in a list (empty without ``reserve``)."""
+    if reserve is None:
+        return []
+    if not isinstance(reserve, LoraConfig):
+        rank = max_rank or (max([config.r, *config.rank_pattern.values()]) if config is not None else LoraConfig.r)
+        reserve = LoraConfig(target_modules=reserve, r=rank)
+    return [make_plan(reserve, modules, defaults)]
+
+
+def _replace(net, handle, plans, peft_type, max_rank):
+    """Freeze the model and put the adapter Cells of all plans into it; checks come before the first change."""
+    needed = max((target.r for plan in plans for target in plan.targets.values()), default=0)
+    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < needed):
+        raise AdapterError(f"max_rank is {max_rank!r}, but an adapter here has rank {needed}")
+    names = tree.ParameterNames(net)
+    cells = tree.cells_by_name(net)
+    wrap = method(peft_type).wrap
+    for parameter in net.get_parameters():
+        parameter.requires_grad = False
+    for path, module in handle.modules.items():
+        rank = max((plan.targets[path].r for plan in plans if path in plan.targets), default=0)
+        bias = any(path in plan.biases for plan in plans)
+        cell = cells[path]
+        if rank or bias:
+            rank = max_rank if rank and max_rank else rank
+            site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot)
+            cell = handle.sites[path, "lora"] = wrap(cell, path, site)
+        if any(path in plan.saved for plan in plans):
+            cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle)
+        if cell is not cells[path]:
+            fresh = [(parameter, parameter.name) for parameter in cell.get_parameters()
+                     if not any(parameter is old for old in cells[path].get_parameters())]
+            tree.replace(net, path, cell)
+            for parameter, name in fresh:
+                parameter.name = name
+    names.restore()
+    handle.active_slot.name = "adapters.active_slot"
+    object.__setattr__(net, HANDLE, handle)
+    tree.forget_graphs()
+
+
+def wrap_lora(cell, path, site):
+    """The LoRA Cell for a base Cell (``Method.wrap``); see :class:`colora_ms.adapters.registry.Site`."""
+    if tree.kind_of(cell) == "embedding":
+        if tree.takes_slots(cell):
+            return LoraEmbedding(cell, path, site.slots, site.max_rank, site.trainable)
+        return LoraLookup(cell, path, site.active_slot, site.slots, site.max_rank, site.trainable)
+    rest = (site.slots, site.max_rank, site.dropout, site.bias, site.trainable)
+    if tree.takes_slots(cell):
+        return LoraLinear(cell, path, *rest)
+    return LoraDense(cell, path, site.active_slot, *rest)
+
+
+def _wrap_saved(cell, path, module, handle):
+    inner = cell.base_layer if isinstance(cell, AdapterCell) else cell
+    if tree.takes_slots(inner):
+        return SavedModule(cell, path, handle.capacity, module.parameters, handle.trainable)
+    return SavedCell(cell, path, handle.active_slot, handle.capacity, handle.trainable)

@@ -1,0 +1,225 @@
+"""PEFT's directory format: ``adapter_config.json`` beside ``adapter_model.safetensors``, read strictly and written.
+
+On disk: ``base_model.model.<module>.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r); embeddings
+``.lora_embedding_A`` (r, vocab) and ``.lora_embedding_B`` (hidden, r); a trained bias of an adapted linear
+``.base_layer.bias``; modules saved whole under their own names. The scaling is not stored but follows from the config.
+This file alone knows that form; everything else uses down (r, in) or (vocab, r), and up (out, r).
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from colora_ms.adapters import store
+from colora_ms.adapters.registry import method
+from colora_ms.errors import AdapterError, CheckpointError, near
+from colora_ms.models.safetensors_file import SafetensorsFile, write_safetensors
+
+PREFIX = "base_model.model."
+
+#: Lines of a list of problems, at most.
+MAX_LINES = 100
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an adapter file: where its values belong, and its shape on disk."""
+
+    path: str
+    role: str
+    field: str
+    shape: tuple
+    transposed: bool = False
+    alias: str = ""
+
+
+class StoredAdapter:
+    """An adapter folder, opened and not yet read: its config, its tensors, and what is already known to be wrong.
+
+    Attributes:
+        folder: Path; config: the method's config, or None if its values cannot be used; problems: list of sentences.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise AdapterError(f"there is no adapter folder {folder}")
+        self.values = store.read_config(self.folder)
+        self.file = _open_weights(self.folder)
+        kind = self.values.get("peft_type") if isinstance(self.values, dict) else None
+        self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
+
+    def digest(self):
+        """Digest of the content; see :func:`colora_ms.adapters.store.digest`."""
+        return store.digest(self.values, self.file)
+
+    def refuse(self, problems, base_model=None):
+        """Raise AdapterError with all problems, if there are any."""
+        if not problems:
+            return
+        shown = list(problems[:MAX_LINES])
+        if len(problems) > MAX_LINES:
+            shown.append(f"and {len(problems) - MAX_LINES} more")
+        made_for = self.values.get("base_model_name_or_path") if isinstance(self.values, dict) else None
+        hint = ""
+        if made_for and base_model != made_for:
+            hint = (f"\nMaybe it was made for another base model: it names {made_for!r:.200}"
+                    + (f", this is {base_model!r:.200}." if base_model else "."))
+        raise AdapterError(f"the adapter in {self.folder} cannot be loaded, and nothing was changed. "
+                           f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:\n  - " + "\n  - ".join(shown) + hint)
+
+    def read(self, plan, modules, base, base_model=None):
+        """Read and check all tensors.
+
+        Args:
+            plan: Plan of the config on the model; modules: {name: Module}.
+            base: function (module name) -> {name on disk: float32 array} of the base model, for tensors of the base
+                that PEFT stores beside an adapter: they must be equal to it.
+            base_model: name of the base model, for the hint.
+
+        Returns:
+            {(module name, role): {field: float32 array}}.
+
+        Raises:
+            AdapterError: everything that is missing, unexpected, mis-shaped, not finite or not implemented, at once.
+        """
+        wanted = (method(self.config.peft_type).entries or entries)(plan, modules)
+        problems = list(self.problems)
+        found, used = {}, set()
+        for key, entry in wanted.items():
+            name = key if key in self.file.entries or entry.alias not in self.file.entries else entry.alias
+            if name not in self.file.entries:
+                problems.append(f"tensor {key!r} of shape {entry.shape} is missing")
+                continue
+            used.add(name)
+            value = self._tensor(name, entry.shape, problems)
+            if value is not None:
+                value = np.ascontiguousarray(value.T) if entry.transposed else value
+                found.setdefault((entry.path, entry.role), {})[entry.field] = value
+        for name in self.file.entries:
+            if name not in used and not self._is_base_copy(name, modules, base, problems):
+                problems.append(f"tensor {name!r:.300} of shape {self.file.shape(name)} is not part of the adapter that "
+                                "the config describes." + near(name, [key for key in wanted if key not in used], 1))
+        self.refuse(problems, base_model)
+        return found
+
+    def _tensor(self, name, shape, problems):
+        if self.file.shape(name) != shape:
+            problems.append(f"tensor {name!r} has shape {self.file.shape(name)}, the config and the model ask for {shape}")
+            return None
+        try:
+            value = self.file.read(name)
+        except CheckpointError as error:
+            problems.append(str(error))
+            return None
+        bad = value.size - int(np.isfinite(value).sum())
+        if bad:
+            problems.append(f"tensor {name!r} has {bad} value{'s' if bad > 1 else ''} that "
+                            f"{'are' if bad > 1 else 'is'} not finite")
+            return None
+        return value
+
+    def _is_base_copy(self, name, modules, base, problems):
+        """PEFT adds the base's embedding and head in some cases: harmless if equal to ours, an error if changed."""
+        path, _, field = name.removeprefix(PREFIX).rpartition(".")
+        path = path.removesuffix(".base_layer")
+        if not name.startswith(PREFIX) or path not in modules or field not in modules[path].parameters:
+            return False
+        own = base(path).get(field)
+        if own is None or own.shape != self.file.shape(name):
+            problems.append(f"tensor {name!r} of shape {self.file.shape(name)} replaces the base's {path}, which has shape "
+                            f"{None if own is None else own.shape}: the vocabulary was changed; use that base model")
+            return True
+        value = self._tensor(name, own.shape, problems)
+        if value is not None and not np.allclose(value, own, rtol=1e-2, atol=1e-2 * float(np.abs(own).max(initial=0))):
+            problems.append(f"tensor {name!r} is a copy of the base's {path} but differs from it: the adapter was made "
+                            "for another base model, or trained it outside modules_to_save")
+        return True
+
+
+def entries(plan, modules):
+    """{key on disk: Entry} of all tensors of an adapter; plan and modules as in :meth:`StoredAdapter.read`."""
+    found = {}
+    for name, target in plan.targets.items():
+        module, r, key = modules[name], target.r, PREFIX + name
+        if target.kind == "linear":
+            found[f"{key}.lora_A.weight"] = Entry(name, "lora", "down", (r, module.in_features))
+            found[f"{key}.lora_B.weight"] = Entry(name, "lora", "up", (module.out_features, r))
+        else:
+            found[f"{key}.lora_embedding_A"] = Entry(name, "lora", "down", (r, module.in_features), transposed=True)
+            found[f"{key}.lora_embedding_B"] = Entry(name, "lora", "up", (module.out_features, r))
+    for name in plan.biases:
+        shape = modules[name].parameters["bias"]
+        if name in plan.targets:
+            found[f"{PREFIX}{name}.base_layer.bias"] = Entry(name, "lora", "bias", shape, alias=f"{PREFIX}{name}.bias")
+        else:
+            found[f"{PREFIX}{name}.bias"] = Entry(name, "lora", "bias", shape)
+    for name in plan.saved:
+        for field, shape in modules[name].parameters.items():
+            found[f"{PREFIX}{name}.{field}"] = Entry(name, "saved", field, shape)
+    return found
+
+
+def write_adapter(folder, config, plan, modules, values):
+    """Write an adapter as PEFT does, whole or not at all.
+
+    Args:
+        folder: created, or replaced while its other files are kept.
+        config: the adapter's config; plan and modules: what it means on the model.
+        values: {(module name, role): {field: float32 array}}, as :meth:`StoredAdapter.read` returns.
+
+    Raises:
+        AdapterError: a value is not finite, or the folder cannot be written.
+    """
+    tensors, broken = {}, []
+    for key, entry in (method(config.peft_type).entries or entries)(plan, modules).items():
+        value = values[entry.path, entry.role][entry.field]
+        tensors[key] = np.ascontiguousarray(value.T) if entry.transposed else value
+        if not np.isfinite(value).all():
+            broken.append(key)
+    if broken:
+        raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values that "
+                           f"are not finite, {broken[0]!r} first: its training diverged; load an earlier checkpoint")
+    text = json.dumps(config.to_peft(_explicit_targets(config, plan, modules)), indent=2, sort_keys=True) + "\n"
+
+    def write(temporary):
+        write_safetensors(os.fspath(temporary / store.WEIGHTS_FILE), {key: value.shape for key, value in tensors.items()},
+                          tensors.__getitem__)
+        with open(temporary / store.CONFIG_FILE, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    store.write_folder(folder, write)
+
+
+def digest(folder):
+    """Digest of an adapter folder's content, 64 hexadecimal digits; the same for any order of tensors and any name."""
+    return StoredAdapter(folder).digest()
+
+
+def _explicit_targets(config, plan, modules):
+    """What "all-linear" or no target_modules stood for, since other readers of the format know lists only."""
+    if not (config.target_modules is None and plan.targets or
+            isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+        return None
+    short = {name.rsplit(".", 1)[-1] for name in plan.targets}
+    meant = {name for name in modules if any(name == one or name.endswith("." + one) for one in short)}
+    return sorted(short if meant == set(plan.targets) else plan.targets)
+
+
+def _open_weights(folder):
+    path = folder / store.WEIGHTS_FILE
+    if not path.exists():
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterError(f"{folder} holds adapter_model.bin, a pickle file, which can run any code when it is read; "
+                               "save the adapter as safetensors (PEFT: save_pretrained(..., safe_serialization=True))")
+        raise AdapterError(f"{folder} has no {store.WEIGHTS_FILE}")
+    store.regular_file(path)
+    try:
+        return SafetensorsFile(path)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None

@@ -1,0 +1,57 @@
+"""The adapter methods: a new one is a file of its own and one ``register`` line in ``colora_ms/adapters/__init__.py``."""
+
+from dataclasses import dataclass
+from typing import Any, Callable, Optional
+
+from colora_ms.errors import AdapterError, near
+
+METHODS = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One adapter method; ``peft_type`` of its config names it on disk.
+
+    Attributes:
+        config: its config class, with ``peft_type``, ``parse_peft``, ``to_peft`` and the fields that matching reads.
+        wrap: function (base Cell, name, :class:`Site`) that returns the adapter Cell to put in its place.
+        initial_values: function (config, target, module, random) that gives the values a new adapter starts from.
+        entries: function (plan, modules) that lists its tensors on disk; None for PEFT's LoRA names.
+    """
+
+    config: Any
+    wrap: Callable
+    initial_values: Callable
+    entries: Optional[Callable] = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """What an adapter Cell is built with.
+
+    Attributes:
+        slots: adapters that it holds; max_rank: the largest rank (0 for a bias alone).
+        dropout, bias, trainable: as the Cells take them.
+        active_slot: the scalar Parameter for Cells without row slots.
+    """
+
+    slots: int
+    max_rank: int
+    dropout: float
+    bias: bool
+    trainable: bool
+    active_slot: Any
+
+
+def register(method_):
+    """Add a method to the table."""
+    METHODS[method_.config.peft_type] = method_
+
+
+def method(peft_type, where=""):
+    """The Method called ``peft_type``; AdapterError lists the known ones."""
+    if not isinstance(peft_type, str) or peft_type not in METHODS:
+        place = f" in {where}" if where else ""
+        raise AdapterError(f"peft_type {peft_type!r:.60}{place} is not implemented; known: {', '.join(sorted(METHODS))}."
+                           + near(peft_type, METHODS))
+    return METHODS[peft_type]

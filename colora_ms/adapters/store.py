@@ -1,0 +1,166 @@
+"""Adapter folders: safe names, whole-or-nothing writing, and the digest of what is in one."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from colora_ms.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+#: Bytes of an adapter_config.json, at most.
+MAX_CONFIG_BYTES = 16 << 20
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def check_name(name):
+    """Return ``name`` if an adapter may be called so; otherwise raise AdapterError."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
+        raise AdapterError(f"{name!r:.80} cannot be an adapter's name: use 1 to 64 letters, digits, '.', '_' or '-'")
+    return name
+
+
+def adapter_path(root, name):
+    """The folder of the adapter ``name`` inside ``root``.
+
+    Raises:
+        AdapterError: the name is not allowed, or the folder (through a symbolic link) or one of its files lies outside.
+    """
+    path = Path(root) / check_name(name)
+    inside = Path(root).resolve()
+    for one in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
+        if not one.resolve().is_relative_to(inside):
+            raise AdapterError(f"adapter {name!r} lies outside {root}: {one} is a link to {one.resolve()}")
+    return path
+
+
+def regular_file(path):
+    """Return ``path`` if it is a readable regular file (a pipe would hang, a device never end)."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise AdapterError(f"{path} is not a regular file")
+    return path
+
+
+def read_config(folder):
+    """The JSON object of a folder's adapter_config.json."""
+    path = regular_file(Path(folder) / CONFIG_FILE)
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise AdapterError(f"{path} has {path.stat().st_size} bytes; an adapter's config has at most {MAX_CONFIG_BYTES}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not valid JSON: {error}") from None
+
+
+def write_folder(folder, write):
+    """Create or replace an adapter folder, whole or not at all.
+
+    Args:
+        folder: the folder; other files that it holds are kept.
+        write: function (temporary folder) that writes and syncs the new files.
+
+    Raises:
+        AdapterError: the folder cannot be written; what was there before is unchanged.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise AdapterError(f"{folder} is a file; an adapter is a folder")
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+        os.chmod(temporary, 0o777 & ~_umask())
+        write(temporary)
+        if target.is_dir():
+            _link_others(target, temporary)
+        _sync(temporary)
+        _swap(temporary, target)
+    except OSError as error:
+        raise AdapterError(f"the adapter cannot be written to {folder}: {error.strerror or error}") from None
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link_others(old, new):
+    """Take over the files that are not rewritten, as hard links where the file system has them."""
+    for entry in old.iterdir():
+        if (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(entry, new / entry.name)
+
+
+def _link_or_copy(source, target):
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _swap(new, target):
+    """Put ``new`` in the place of ``target``; if that fails, the old folder is put back."""
+    if not target.exists():
+        os.rename(new, target)
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        os.rename(target, old)  # replaces the empty folder
+        try:
+            os.rename(new, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
+
+
+def _sync(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask():
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+#: Settings that decide what an adapter computes.
+_DIGESTED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
+             "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias")
+
+
+def digest(config, file):
+    """Digest of an adapter's content: the settings that count and all tensors, whatever their order in the file.
+
+    Args:
+        config: the dict of adapter_config.json; file: SafetensorsFile.
+
+    Returns:
+        64 hexadecimal digits (SHA-256).
+    """
+    total = hashlib.sha256()
+    settings = {key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+                for key, value in config.items() if key in _DIGESTED and value is not None and value is not False and value not in ({}, [])}
+    total.update(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(file.entries):
+        dtype, shape = file.entries[name][:2]
+        total.update(json.dumps([name, dtype, list(shape)]).encode())
+        total.update(file.raw(name))
+    return total.hexdigest()

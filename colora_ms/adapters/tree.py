@@ -1,0 +1,163 @@
+"""A Cell tree as adapters see it: the table of its modules, and the replacing of Cells in place."""
+
+import mindspore as ms
+from mindspore import mint, nn
+
+from colora_ms.adapters.matching import DEFAULT_TARGETS, Module
+from colora_ms.errors import AdapterError
+from colora_ms.models import layers as decoder_layers
+from colora_ms.models.quantize import dequantize, unpack_int4
+
+#: Names on disk of MindSpore's parameter names.
+DISK_NAMES = {"embedding_table": "weight", "gamma": "weight", "beta": "bias"}
+
+#: Cells that can be adapted or saved whole: [(type, kind)]; the first match counts. Integrations append theirs.
+KINDS = [
+    (decoder_layers.Linear, "linear"),
+    (decoder_layers.Embedding, "embedding"),
+    (decoder_layers.RMSNorm, "norm"),
+    (nn.Dense, "linear"),
+    (mint.nn.Linear, "linear"),
+    (nn.Embedding, "embedding"),
+    (mint.nn.Embedding, "embedding"),
+    (nn.LayerNorm, "norm"),
+    (mint.nn.LayerNorm, "norm"),
+]
+
+#: Last part of the names of output heads, which "all-linear" leaves out.
+HEADS = ("lm_head",)
+
+#: The decoder's own Cells: they take (x, slots), all other Cells take x.
+ROW_CELLS = (decoder_layers.Linear, decoder_layers.Embedding, decoder_layers.RMSNorm)
+
+
+def takes_slots(cell):
+    """Whether the Cell is one of the decoder's, whose rows carry adapter slots."""
+    return isinstance(cell, ROW_CELLS)
+
+
+def kind_of(cell):
+    """"linear", "embedding", "norm", or "other"."""
+    return next((kind for cls, kind in KINDS if isinstance(cell, cls)), "other")
+
+
+def leaf_parameters(cell):
+    """{name on disk: Parameter} of a leaf Cell's floating-point parameters."""
+    if isinstance(cell, ROW_CELLS):
+        return {"weight": cell.weight, "bias": cell.bias} if getattr(cell, "has_bias", False) else {"weight": cell.weight}
+    return {DISK_NAMES.get(name, name): value for name, value in cell._params.items()  # pylint: disable=protected-access
+            if value is not None}
+
+
+def base_values(cell):
+    """{name on disk: float32 array} of a leaf Cell; integer weights are multiplied out."""
+    found = {}
+    for name, parameter in leaf_parameters(cell).items():
+        if parameter.dtype in (ms.int8, ms.uint8):
+            raw = parameter.asnumpy()
+            raw = unpack_int4(raw) if parameter.dtype == ms.uint8 else raw
+            found[name] = dequantize(raw, cell.weight_scale.asnumpy())
+        else:
+            found[name] = parameter.astype(ms.float32).asnumpy()
+    return found
+
+
+def cells_by_name(net, is_adapter=lambda cell: False):
+    """{name: Cell} of all Cells under ``net``, in its order; adapter Cells are not entered."""
+    found = {}
+
+    def walk(cell, prefix):
+        for name, child in cell._cells.items():  # pylint: disable=protected-access
+            if child is None:
+                continue
+            path = f"{prefix}{name}"
+            found[path] = child
+            if not is_adapter(child):
+                walk(child, path + ".")
+
+    walk(net, "")
+    return found
+
+
+def module_of(name, cell):
+    """The :class:`Module` of one (unwrapped) Cell."""
+    kind = kind_of(cell)
+    is_head = kind == "linear" and name.rsplit(".", 1)[-1] in HEADS
+    if kind == "other":
+        return Module("other")
+    shapes = {key: _logical_shape(cell, key, value) for key, value in leaf_parameters(cell).items()}
+    if kind == "linear":
+        out_features, in_features = shapes["weight"]
+    elif kind == "embedding":
+        in_features, out_features = shapes["weight"]
+    else:
+        in_features = out_features = 0
+    return Module(kind, in_features, out_features, shapes, is_head)
+
+
+def default_targets(net):
+    """What target_modules=None means for this model, or None."""
+    config = getattr(net, "config", None)
+    return list(DEFAULT_TARGETS) if getattr(config, "model_type", None) in ("llama", "qwen2", "qwen3") else None
+
+
+def _logical_shape(cell, key, parameter):
+    """A packed int4 weight (out, in / 2) has the shape (out, in)."""
+    shape = tuple(parameter.shape)
+    if key == "weight" and parameter.dtype == ms.uint8:
+        return (shape[0], shape[1] * 2)
+    return shape
+
+
+def replace(net, name, cell):
+    """Put ``cell`` in the place of the Cell called ``name``; parameter names change as MindSpore changes them."""
+    parent_name, _, last = name.rpartition(".")
+    parent = net
+    for part in parent_name.split(".") if parent_name else ():
+        parent = parent._cells[part]  # pylint: disable=protected-access
+    if isinstance(parent, (nn.CellList, nn.SequentialCell)):
+        parent[list(parent._cells).index(last)] = cell  # pylint: disable=protected-access
+    elif isinstance(parent, nn.CellDict):
+        parent[last] = cell
+    else:
+        setattr(parent, last, cell)
+
+
+class ParameterNames:
+    """The names of a model's parameters, to be put back after Cells were replaced."""
+
+    def __init__(self, net):
+        self.names = [(parameter, parameter.name) for parameter in net.get_parameters()]
+        taken = {}
+        for parameter, name in self.names:
+            if taken.setdefault(name, parameter) is not parameter:
+                raise AdapterError(f"two parameters of the model are called {name!r}; give them different names first")
+
+    def restore(self):
+        """Give every parameter the name that it had."""
+        for parameter, name in self.names:
+            if parameter.name != name:
+                parameter.name = name
+
+
+def shared_parameters(net):
+    """ids of the Parameters that more than one Cell holds (tied weights)."""
+    seen, shared = set(), set()
+    for _, cell in net.cells_and_names():
+        for parameter in cell._params.values():  # pylint: disable=protected-access
+            if parameter is not None:
+                (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared
+
+
+def forget_graphs():
+    """Make every compiled Cell compile anew at its next call: the tree under one of them has changed.
+
+    MindSpore asks only for the arguments' types before it runs a compiled graph; its counter of registered hooks is part
+    of that question for all Cells, and registering one on an unused Cell raises it.
+    """
+    nn.ReLU().register_forward_pre_hook(_no_change).remove()
+
+
+def _no_change(cell, inputs):
+    return inputs
