@@ -17,12 +17,6 @@
 namespace COLORA_ISA_NAMESPACE {
 namespace {
 
-// Consecutive tokens of one slot.
-struct Run {
-  int32_t slot;
-  int64_t begin, end;
-};
-
 struct LinearGrad {
   Weight weight;
   Adapters adapters;
@@ -73,15 +67,7 @@ class Backward {
       std::memset(l.ddown, 0, size_t(cells * in_) * sizeof(float));
       std::memset(l.dup, 0, size_t(cells * l.weight.out) * sizeof(float));
       for (size_t g = 0; g < l.groups.groups.size(); ++g) {
-        const SlotGroups::Group& group = l.groups.groups[g];
-        std::vector<Run> runs;
-        for (int64_t i = group.begin; i < group.end; ++i) {
-          const int64_t t = l.groups.tokens[size_t(i)];
-          if (!runs.empty() && runs.back().end == t)
-            ++runs.back().end;
-          else
-            runs.push_back({group.slot, t, t + 1});
-        }
+        std::vector<Run> runs = runs_of(l.groups, l.groups.groups[g]);
         l.all_runs.insert(l.all_runs.end(), runs.begin(), runs.end());
         l.runs.push_back(std::move(runs));
       }
@@ -108,7 +94,7 @@ class Backward {
       const float* up = l.adapters.up + run.slot * out * rank;
       for (int64_t j = 0; j < rank; j += kOuterColumns)
         outer_panel(t1 - t0, std::min(kOuterColumns, rank - j), out, l.dy + t0 * out, out, 1, up + j, rank,
-                    l.u.data() + t0 * l.stride + j, l.stride, true);
+                    nullptr, l.u.data() + t0 * l.stride + j, l.stride);
       const float scale = l.adapters.scale[run.slot];
       for (int64_t i = t0 * l.stride; i < t1 * l.stride; ++i) l.u[size_t(i)] *= scale;
     }
@@ -125,13 +111,16 @@ class Backward {
         const int64_t t0 = run.begin, n = run.end - run.begin;
         if (i < down_tasks) {
           const int64_t k0 = i * kOuterColumns;
+          float* to = l.ddown + slot * rank * in_ + k0;
           outer_panel(rank, std::min(kOuterColumns, in_ - k0), n, l.u.data() + t0 * l.stride, 1, l.stride,
-                      x_ + t0 * in_ + k0, in_, l.ddown + slot * rank * in_ + k0, in_, first);
+                      x_ + t0 * in_ + k0, in_, first ? nullptr : to, to, in_);
         } else {
           const int64_t o0 = (i - down_tasks) * wide, o1 = std::min(out, o0 + wide);
-          for (int64_t j = 0; j < rank; j += kOuterColumns)
+          for (int64_t j = 0; j < rank; j += kOuterColumns) {
+            float* to = l.dup + (slot * out + o0) * rank + j;
             outer_panel(o1 - o0, std::min(kOuterColumns, rank - j), n, l.dy + t0 * out + o0, 1, out,
-                        l.v.data() + t0 * l.stride + j, l.stride, l.dup + (slot * out + o0) * rank + j, rank, first);
+                        l.v.data() + t0 * l.stride + j, l.stride, first ? nullptr : to, to, rank);
+          }
         }
         first = false;
       }
@@ -142,22 +131,23 @@ class Backward {
   void input_gradient(int64_t panel, int64_t t0, int64_t t1) {
     alignas(64) float packed[kOuterDepth * kOuterColumns];
     const int64_t k0 = panel * kOuterColumns, k1 = std::min(in_, k0 + kOuterColumns);
-    bool first = true;
+    float* to = dx_ + t0 * in_ + k0;
+    const float* from = nullptr;
     for (const LinearGrad& l : linears_) {
       const int64_t out = l.weight.out;
       for (int64_t o = 0; o < out; o += kOuterDepth) {
         const int64_t depth = std::min(kOuterDepth, out - o);
         pack(l.weight, o, o + depth, k0, k1, packed);
         outer_panel(t1 - t0, k1 - k0, depth, l.dy + t0 * out + o, out, 1, packed, kOuterColumns,
-                    dx_ + t0 * in_ + k0, in_, first);
-        first = false;
+                    from, to, in_);
+        from = to;
       }
       for (const Run& run : l.all_runs) {
         const int64_t begin = std::max(t0, run.begin), end = std::min(t1, run.end);
-        if (begin < end)
-          outer_panel(end - begin, k1 - k0, l.adapters.rank, l.u.data() + begin * l.stride, l.stride, 1,
-                      l.adapters.down + run.slot * l.adapters.rank * in_ + k0, in_, dx_ + begin * in_ + k0, in_,
-                      false);
+        if (begin >= end) continue;
+        float* rows = dx_ + begin * in_ + k0;
+        outer_panel(end - begin, k1 - k0, l.adapters.rank, l.u.data() + begin * l.stride, l.stride, 1,
+                    l.adapters.down + run.slot * l.adapters.rank * in_ + k0, in_, rows, rows, in_);
       }
     }
   }

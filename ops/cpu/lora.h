@@ -69,6 +69,24 @@ inline SlotGroups group_by_slot(int64_t tokens, int64_t slots, const SlotOf& slo
   return result;
 }
 
+// Consecutive tokens of one slot.
+struct Run {
+  int32_t slot;
+  int64_t begin, end;
+};
+
+inline std::vector<Run> runs_of(const SlotGroups& groups, const SlotGroups::Group& group) {
+  std::vector<Run> runs;
+  for (int64_t i = group.begin; i < group.end; ++i) {
+    const int64_t t = groups.tokens[size_t(i)];
+    if (!runs.empty() && runs.back().end == t)
+      ++runs.back().end;
+    else
+      runs.push_back({group.slot, t, t + 1});
+  }
+  return runs;
+}
+
 // The shrink of one linear, cut into independent tasks.
 class Shrink {
  public:
