@@ -43,6 +43,7 @@ def from_gguf(metadata, where):
     types = [_NORMAL] * len(pieces) if types is None else _integers(types, where)
     if len(types) != len(pieces):
         raise TokenizerError(f"{where}: {len(pieces)} tokens but {len(types)} token types")
+    _refuse_repeats(pieces, types, where)
     ids = {}
     for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"),
                       ("pad_token", "padding")):
@@ -72,6 +73,15 @@ def from_gguf(metadata, where):
     if isinstance(template, str):
         settings["chat_template"] = template
     return tokenizer, settings
+
+
+def _refuse_repeats(pieces, types, where):
+    """Two ids for one piece: one of them could never be produced, and none is surely right."""
+    seen = {}
+    for index, (piece, kind) in enumerate(zip(pieces, types)):
+        if kind != _UNUSED and seen.setdefault(piece, index) != index:
+            raise TokenizerError(f"{where}: the piece {piece!r:.60} has the ids {seen[piece]} and "
+                                 f"{index}; the vocabulary is damaged")
 
 
 def _integers(values, where):
@@ -157,6 +167,7 @@ def _from_model_proto(data, path):
     if trainer.get(3, 1) != 2:
         raise TokenizerError(f"{path} is a SentencePiece model of type {trainer.get(3, 1)}; only "
                              "byte-pair models (type 2) are read, as the Llama family has them")
+    _refuse_repeats(pieces, types, path)
     if normalizer.get(2):
         raise TokenizerError(f"{path} normalizes its text with a character map, which is not "
                              "implemented; use the model's tokenizer.json")
@@ -208,9 +219,7 @@ def _varint(data, at):
 def _sentencepiece(pieces, scores, types, prefix, collapse=False):
     """SentencePiece BPE: merges are every split of a piece into two pieces, best score first."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
-    vocab = {}
-    for index, piece in enumerate(pieces):
-        vocab.setdefault(piece, index)
+    vocab = {piece: index for index, piece in enumerate(pieces)}
     unknown = next((piece for piece, kind in zip(pieces, types) if kind == _UNKNOWN), None)
     usable = {piece for piece, kind in zip(pieces, types)
               if kind in (_NORMAL, _USER_DEFINED, _UNUSED)}

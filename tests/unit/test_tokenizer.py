@@ -351,7 +351,8 @@ def piece(text, kind=1):
 @pytest.mark.parametrize("data, part", [
     (b"", "no pieces"), (b"\xff" * 40, "64 bits"), (b"hello world", "not a usable"),
     (proto(1, b"\x0a\x7f"), "middle"), (piece("a") + proto(2, proto(3, 1)), "byte-pair"),
-    (piece("a") + proto(2, proto(3, 2)) + proto(3, proto(2, b"map")), "character map")])
+    (piece("a") + proto(2, proto(3, 2)) + proto(3, proto(2, b"map")), "character map"),
+    (piece("a") + piece("a") + proto(2, proto(3, 2)), "ids 0 and 1")])
 def test_hostile_sentencepiece_models(data, part, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(data)
@@ -375,3 +376,66 @@ def test_damaged_sentencepiece_models_never_do_worse_than_an_error(tmp_path, cha
         load_tokenizer(str(path)).encode("Once upon a time")
     except TokenizerError:
         pass
+
+
+# ---------------------------------------------------------------- inside a GGUF
+
+def write_gguf_vocabulary(path, model, pieces, types, **more):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(pieces)
+    writer.add_token_types(types)
+    for name, value in more.items():
+        getattr(writer, "add_" + name)(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_sentencepiece_inside_a_gguf(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    source = os.path.join(STORIES, "tokenizer.model")
+    if not os.path.isfile(source):
+        pytest.skip(f"the stories260k model is not at {STORIES}")
+    library = sentencepiece.SentencePieceProcessor(model_file=source)
+    size = library.vocab_size()
+    kinds = [2 if library.is_unknown(i) else 3 if library.is_control(i) else
+             6 if library.is_byte(i) else 1 for i in range(size)]
+    path = write_gguf_vocabulary(
+        tmp_path / "v.gguf", "llama", [library.id_to_piece(i).encode() for i in range(size)], kinds,
+        token_scores=[library.get_score(i) for i in range(size)], bos_token_id=1, eos_token_id=2)
+    tokenizer = load_tokenizer(path)
+    for text, ids in zip(VECTORS["strings"], VECTORS["stories260k"]):
+        if ids is not None:
+            assert tokenizer.encode(text) == ids
+            assert streamed(tokenizer, ids) == text
+
+
+def test_byte_level_inside_a_gguf(tmp_path):
+    from tokenizers import pre_tokenizers
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["12", "he", "ll", "hell", "<s>", "[PAD]"]
+    kinds = [1] * (len(pieces) - 2) + [3, 5]
+    more = dict(tokenizer_pre="smollm", token_merges=["1 2", "h e", "l l", "he ll"],
+                bos_token_id=len(pieces) - 2, eos_token_id=len(pieces) - 2)
+
+    def load(**change):
+        return load_tokenizer(write_gguf_vocabulary(tmp_path / "v.gguf", "gpt2", pieces, kinds,
+                                                    **dict(more, **change)))
+    names = [pieces.index(item) for item in ("hell", "o", "1", "2")]
+    assert load().encode("hello12") == names
+    assert load(add_bos_token=True).encode("hello12") == [len(pieces) - 2] + names
+    # unused rows are no text, the rows of the model's embedding exist all the same
+    assert load().vocab_size == len(pieces) - 1
+    # cut as Llama 3 does it: digits in groups, whole words looked up first, begin token by default
+    llama3 = load(tokenizer_pre="llama-bpe")
+    assert llama3.encode("12 1") == [len(pieces) - 2] + [
+        pieces.index(item) for item in ("12", "Ġ", "1")]
+    for change, part in ((dict(tokenizer_pre="smolm"), "Did you mean 'smollm'"),
+                         (dict(token_merges=["1 2 3"]), "not two pieces"),
+                         (dict(token_merges=["h zz"]), "do not fit"),
+                         (dict(bos_token_id=9999), "bos_token_id is 9999")):
+        with pytest.raises(TokenizerError, match=part):
+            load(**change)
