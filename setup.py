@@ -17,7 +17,7 @@ def build_operators(folder):
     spec.loader.exec_module(builder)
     try:
         builder.build(Path(folder) / "libcolora_cpu.so")
-    except builder.CompilerMissing as error:
+    except builder.BuildError as error:
         print(f"colora_ms: {error}; the package will use its slower reference operators.")
 
 

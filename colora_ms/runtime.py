@@ -1,15 +1,22 @@
-"""Process-wide settings of MindSpore that the package relies on, in one place."""
+"""Process-wide settings of MindSpore that the package relies on, and the one way to call a compiled Cell."""
 
 import os
+import weakref
 from pathlib import Path
 
 import mindspore as ms
+from mindspore import Tensor
+
+from colora_ms.graph_cache import GraphCache, source_fingerprint
+from colora_ms.kernels.aot import KernelError, last_error, library_path
 
 _configured = False
+_graphs = None
+_compiled = weakref.WeakKeyDictionary()
 
 
 def cache_folder():
-    """The folder of compiled graphs: ``COLORA_CACHE``, else ``$XDG_CACHE_HOME/colora_ms``, else ``~/.cache/colora_ms``."""
+    """The package's cache: ``COLORA_CACHE``, else ``$XDG_CACHE_HOME/colora_ms``, else ``~/.cache/colora_ms``."""
     override = os.environ.get("COLORA_CACHE")
     if override:
         return Path(override)
@@ -19,23 +26,45 @@ def cache_folder():
 def configure():
     """Prepare MindSpore once a process: deep graphs may be parsed, compiled graphs are kept for the next start.
 
-    A mode or device that the caller has set stays. ``COLORA_COMPILE_CACHE=0`` switches the graph cache off.
+    ``COLORA_COMPILE_CACHE=0`` switches the graph cache off.
     """
-    global _configured
+    global _configured, _graphs
     if _configured:
         return
     _configured = True
     ms.set_recursion_limit(10000)
+    if os.environ.get("COLORA_COMPILE_CACHE", "1") != "0":
+        _graphs = GraphCache(cache_folder(), source_fingerprint(library_path()))
+
+
+def graph_cache():
+    """The :class:`GraphCache` in use, or None."""
+    return _graphs
 
 
 def run(cell, *args):
-    """Call a compiled Cell; a refusal by a custom operator becomes a KernelError that names argument and value."""
-    from colora_ms.kernels.aot import KernelError, last_error
+    """Call a Cell with tensors, through the graph cache where it has to be compiled.
 
+    Raises:
+        KernelError: a custom operator refused an argument; the message names operator, argument and value.
+    """
+    known = _compiled.setdefault(cell, set())
+    shapes = tuple((str(a.dtype), a.shape) if isinstance(a, Tensor) else repr(a) for a in args)
+    new = shapes not in known
     try:
-        return cell(*args)
+        if new and _graphs is not None and ms.get_context("mode") == ms.GRAPH_MODE:
+            result = _graphs.call(cell, args)
+        else:
+            result = cell(*args)
     except RuntimeError as error:
         reason = last_error()
         if "AOT kernel" in str(error) and reason:
             raise KernelError(reason) from error
         raise
+    known.add(shapes)
+    return result
+
+
+def compilations(cell):
+    """How many graphs have been compiled for a Cell that was called through :func:`run`."""
+    return len(_compiled.get(cell, ()))

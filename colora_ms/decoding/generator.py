@@ -94,6 +94,12 @@ class Generator:
         """Tokens that a prompt and its answer may have together."""
         return min(self.decoder.max_positions, self.decoder.config.max_position_embeddings)
 
+    @property
+    def eos_token_ids(self):
+        """Ids that end an answer: the model config's and the tokenizer's."""
+        extra = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys([*self.decoder.config.eos_token_ids, *([] if extra is None else [extra])]))
+
     def generate(self, prompts, adapter=None, contrast=None, sampling=None, max_new_tokens=64, stop=(), records=False,
                  ignore_eos=False, on_text=None):
         """Answer prompts.
@@ -120,7 +126,7 @@ class Generator:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if any(not isinstance(s, str) or not s for s in stop):
             raise DecodingError(f"stop={stop!r}: stop strings are non-empty strings")
-        eos = () if ignore_eos else tuple(self.tokenizer.eos_token_ids or self.decoder.config.eos_token_ids)
+        eos = () if ignore_eos else self.eos_token_ids
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
         for batch in self._batches([(i, requests[i]) for i in order]):
             self._run(batch, eos, stop, on_text)

@@ -1,0 +1,163 @@
+"""Compiled graphs kept on disk between processes, keyed by content.
+
+MindSpore numbers the graphs that a process compiles and loads graph number n of its cache folder for the n-th compile,
+whatever that graph is: a process that compiles in another order gets another graph's code without an error. So every
+process gets a private cache folder here; before a compile the file with the right *content key* is put where MindSpore
+will look for it, and afterwards a new file is taken into the store.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, Tensor
+from mindspore.graph import api
+
+_ENABLE, _PATH = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+class GraphCache:
+    """The store of compiled graphs in ``folder``.
+
+    Args:
+        folder: where the store lives; made when the first graph is kept.
+        fingerprint: text that must be equal for a stored graph to be used (sources, libraries, versions).
+    """
+
+    def __init__(self, folder, fingerprint):
+        self.folder = Path(folder)
+        self.fingerprint = fingerprint
+        self.hits = self.misses = 0
+        self._work = None
+        self._count = 0
+
+    def call(self, cell, args):
+        """Compile ``cell`` for ``args`` (from the store if it is there) and run it."""
+        key = graph_key(cell, args, self.fingerprint)
+        work = self._work_folder()
+        if work is None:
+            return cell(*args)
+        number, self._count = self._count, self._count + 1
+        wanted = work / f"compile_cache_{number}.mindir"
+        kept = self.folder / "graphs" / key
+        hit = _copy(kept / "graph.mindir", wanted) and _copy(kept / "dependency.hash", work / "compile_dependency.hash")
+        self.hits, self.misses = self.hits + hit, self.misses + (not hit)
+        with _caching_on():
+            result = cell(*args)
+        if not hit:
+            self._keep(kept, wanted, work / "compile_dependency.hash")
+        wanted.unlink(missing_ok=True)
+        return result
+
+    def _work_folder(self):
+        if self._work is None and os.environ.get(_PATH) is None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                holder = tempfile.TemporaryDirectory(prefix="process-", dir=self.folder)
+            except OSError:
+                return None  # an unwritable home only costs the compile time
+            self._work = holder
+            os.environ[_PATH] = holder.name
+        if self._work is None:
+            return None
+        path = Path(self._work.name) / "rank_0" / "graph_cache"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _keep(self, kept, graph, dependency):
+        if not (graph.is_file() and dependency.is_file()):
+            return
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix="new-", dir=kept.parent))
+            _copy(graph, staging / "graph.mindir")
+            _copy(dependency, staging / "dependency.hash")
+            try:
+                staging.rename(kept)
+            except OSError:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def graph_key(cell, args, fingerprint):
+    """Digest of all that a compiled graph depends on: the Cell tree's classes, constants and parameters, and the
+    arguments' shapes and dtypes."""
+    parts = [fingerprint, str(ms.get_context("mode")), str(ms.get_context("device_target"))]
+    for name, child in cell.cells_and_names():
+        constants = {k: v for k, v in vars(child).items() if not k.startswith("_") and _constant(v)}
+        parts.append(f"{name}|{type(child).__module__}.{type(child).__qualname__}|{child.training}")
+        parts.extend(f"{k}={_describe(v)}" for k, v in sorted(constants.items()) if k not in _VOLATILE)
+    for parameter in cell.get_parameters():
+        parts.append(f"{parameter.name}:{parameter.dtype}:{parameter.shape}:{parameter.requires_grad}")
+    parts.extend(f"{a.dtype}:{a.shape}" if isinstance(a, Tensor) else repr(a) for a in args)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+# Bookkeeping of MindSpore's own Cells that differs between equal graphs.
+_VOLATILE = {"create_time", "instance_count", "total_instance_count", "compile_phase", "current_phase", "phase",
+             "arguments_key", "param_prefix", "bprop_debug", "cls_name", "pynative"}
+
+
+def _constant(value):
+    if isinstance(value, Parameter):
+        return False
+    if isinstance(value, Tensor):
+        return value.size <= 4096
+    return isinstance(value, _SIMPLE) or (isinstance(value, (tuple, list)) and all(_constant(v) for v in value))
+
+
+def _describe(value):
+    if isinstance(value, Tensor):
+        array = value.asnumpy() if value.dtype != ms.bfloat16 else value.astype(ms.float32).asnumpy()
+        return f"{value.dtype}{array.shape}{array.tobytes().hex()}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ",".join(_describe(v) for v in value) + "]"
+    return repr(value)
+
+
+@contextlib.contextmanager
+def _caching_on():
+    """MindSpore's cache for one compile; the dependency files are ours, since the entry script says nothing here."""
+    before = os.environ.get(_ENABLE)
+    dependencies = api._get_compile_cache_dep_files
+    os.environ[_ENABLE] = "1"
+    api._get_compile_cache_dep_files = lambda: [__file__]
+    try:
+        yield
+    finally:
+        api._get_compile_cache_dep_files = dependencies
+        if before is None:
+            del os.environ[_ENABLE]
+        else:
+            os.environ[_ENABLE] = before
+
+
+def _copy(source, target):
+    """Copy a file by a hard link where possible; whether it was there."""
+    if not source.is_file():
+        return False
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return True
+
+
+def source_fingerprint(library):
+    """Digest of the package's sources, the operators' library and MindSpore's version."""
+    digest = hashlib.sha256(ms.__version__.encode())
+    package = Path(__file__).resolve().parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    if Path(library).is_file():
+        digest.update(Path(library).read_bytes())
+    digest.update(json.dumps(np.__version__).encode())
+    return digest.hexdigest()

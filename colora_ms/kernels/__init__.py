@@ -1,0 +1,44 @@
+"""The operations that must be fast: one Python face each, a reference form, and a form for each device."""
+
+from colora_ms.kernels.activation import swiglu, swiglu_reference
+from colora_ms.kernels.aot import ABSENT, KernelError, backend
+from colora_ms.kernels.attention import (
+    cached_attention,
+    cached_attention_reference,
+    causal_attention,
+    causal_attention_reference,
+)
+from colora_ms.kernels.embedding import embedding, embedding_reference
+from colora_ms.kernels.linear import multi_lora_linear, multi_lora_linear_reference
+from colora_ms.kernels.lora import lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference
+from colora_ms.kernels.loss import linear_cross_entropy, linear_cross_entropy_reference
+from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residual, rms_norm_residual_reference
+from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
+
+__all__ = [
+    "ABSENT",
+    "KernelError",
+    "backend",
+    "cached_attention",
+    "cached_attention_reference",
+    "causal_attention",
+    "causal_attention_reference",
+    "contrastive_select",
+    "contrastive_select_reference",
+    "embedding",
+    "embedding_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "lora_expand",
+    "lora_expand_reference",
+    "lora_shrink",
+    "lora_shrink_reference",
+    "multi_lora_linear",
+    "multi_lora_linear_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "rms_norm_residual",
+    "rms_norm_residual_reference",
+    "swiglu",
+    "swiglu_reference",
+]
