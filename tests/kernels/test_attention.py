@@ -298,3 +298,134 @@ def test_wrong_shapes_are_python_exceptions_at_compile_time():
     arguments = [Tensor(x) for x in (case.q, case.k, case.v, case.start, case.length)]
     with pytest.raises(KernelError, match=r"cached_attention: q has shape \(1, 1, 6\)"):
         net(*arguments, Tensor(1, ms.int32))
+
+# -- causal_attention -------------------------------------------------------------------------------------------------
+
+def causal_inputs(rng, rows, tokens, kv_heads, group, dim):
+    q = rng.normal(size=(rows, tokens, kv_heads * group * dim)).astype(np.float32)
+    k, v = rng.normal(size=(2, rows, tokens, kv_heads * dim)).astype(np.float32)
+    lengths = rng.integers(0, tokens + 1, size=rows).astype(np.int32)
+    return [q, k, v, *tables(tokens + 3, dim), lengths]
+
+
+def causal_expected(q, k, v, cos, sin, lengths):
+    """The output in the dtype of q, k, v (float64 for the tests)."""
+    rows, tokens, _ = q.shape
+    dim = 2 * cos.shape[1]
+    heads, kv_heads = q.shape[2] // dim, k.shape[2] // dim
+    q, k, v = (x.reshape(rows, tokens, -1, dim) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for row in range(rows):
+        n = lengths[row]
+        for h in range(heads):
+            kv = h * kv_heads // heads
+            scores = rotate(q[row, :n, h], cos[:n], sin[:n]) @ rotate(k[row, :n, kv], cos[:n], sin[:n]).T
+            scores = np.where(np.tri(n, dtype=bool), scores / np.sqrt(dim), -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True, initial=-1e300))
+            out[row, :n, h] = weights @ v[row, :n, kv] / weights.sum(-1, keepdims=True)
+    return out.reshape(rows, tokens, heads * dim)
+
+
+def run_causal(inputs):
+    q, dim = inputs[0], 2 * inputs[3].shape[1]
+    return call("causal_attention", inputs,
+                [(q.shape, "float32"), ((q.shape[0], q.shape[2] // dim, q.shape[1]), "float32")])
+
+
+CAUSAL = dict(rows=st.integers(1, 3), tokens=st.sampled_from([1, 2, 15, 64, 65, 130]), kv_heads=st.integers(1, 2),
+              group=st.integers(1, 8), dim=st.sampled_from([2, 8, 18, 64]), seed=st.integers(0, 999))
+
+
+@settings(max_examples=25, deadline=None)
+@given(**CAUSAL)
+def test_causal_attention_matches_float64(rows, tokens, kv_heads, group, dim, seed):
+    inputs = causal_inputs(np.random.default_rng(seed), rows, tokens, kv_heads, group, dim)
+    wide = [x.astype(np.float64) for x in inputs[:5]] + inputs[5:]
+    np.testing.assert_allclose(run_causal(inputs)[0], causal_expected(*wide), rtol=1e-4, atol=3e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(**CAUSAL)
+def test_causal_gradients_match_finite_differences(rows, tokens, kv_heads, group, dim, seed):
+    rng = np.random.default_rng(seed)
+    inputs = causal_inputs(rng, rows, tokens, kv_heads, group, dim)
+    wide = [x.astype(np.float64) for x in inputs[:5]] + inputs[5:]
+    dout = rng.normal(size=inputs[0].shape).astype(np.float32)
+    out, lse = run_causal(inputs)
+    gradients = call("causal_attention_grad", [*inputs, out, lse, dout], [(x.shape, "float32") for x in inputs[:3]])
+    for place, gradient in enumerate(gradients):
+        step = rng.normal(size=gradient.shape) * 1e-5
+        ends = []
+        for sign in (1, -1):
+            moved = list(wide)
+            moved[place] = wide[place] + sign * step
+            ends.append((dout * causal_expected(*moved)).sum())
+        # One direction at a time; float32 gradients, float64 differences.
+        size = np.abs(gradient * step).sum() + 1e-9
+        assert abs((gradient * step).sum() - (ends[0] - ends[1]) / 2) < 2e-5 * size + 1e-9
+        for row in range(rows):
+            assert not gradient[row, inputs[5][row]:].any()
+
+
+def test_causal_rows_do_not_depend_on_neighbours_nor_on_threads():
+    rng = np.random.default_rng(0)
+    inputs = causal_inputs(rng, 4, 100, 3, 3, 32)
+    inputs[5][:] = 100, 57, 0, 3
+    dout = rng.normal(size=inputs[0].shape).astype(np.float32)
+
+    def both(rows):
+        part = [x[rows] for x in inputs[:3]] + inputs[3:5] + [inputs[5][rows]]
+        out, lse = run_causal(part)
+        return [out] + call("causal_attention_grad", [*part, out, lse, dout[rows]],
+                            [(x.shape, "float32") for x in part[:3]])
+
+    whole = both(slice(None))
+    for row in range(4):
+        assert all(np.array_equal(x[0], y[row]) for x, y in zip(both(slice(row, row + 1)), whole))
+    set_threads(1)
+    assert all(np.array_equal(x, y) for x, y in zip(both(slice(None)), whole))
+    set_threads(2)
+
+
+@pytest.mark.parametrize("place, value, words", [
+    (5, np.array([3, 5], np.int32), ("lengths", "5", "row 1", "0 to 4")),
+    (5, np.array([-1, 2], np.int32), ("lengths", "-1", "row 0")),
+    (3, np.zeros((3, 8), np.float32), ("cos", "3", "4")),
+    (1, np.zeros((2, 4, 40), np.float32), ("k", "40")),
+    (0, np.zeros((2, 4, 48), np.float32), ("q", "48", "32")),
+])
+def test_bad_causal_arguments_are_refused_before_writing(place, value, words):
+    inputs = causal_inputs(np.random.default_rng(0), 2, 4, 2, 2, 16)
+    inputs[4] = np.zeros((3, 8), np.float32) if place == 3 else inputs[4]
+    out, lse = np.full(inputs[0].shape, 7, np.float32), np.full((2, 4, 4), 7, np.float32)
+    inputs[place] = value
+    with pytest.raises(Refused) as error:
+        call("causal_attention", inputs, [out, lse])
+    assert all(word in str(error.value) for word in ("causal_attention", *words)), str(error.value)
+    assert (out == 7).all() and (lse == 7).all()
+
+
+def test_causal_face_and_reference_agree_in_graph_mode():
+    rng = np.random.default_rng(2)
+    inputs = causal_inputs(rng, 3, 21, 2, 3, 16)
+    inputs[5][:] = 21, 9, 0
+    q, k, v, cos, sin, lengths = (Tensor(x) for x in inputs)
+    mix = Tensor(rng.normal(size=q.shape).astype(np.float32))
+
+    @ms.jit
+    def face(q, k, v):
+        return ops.value_and_grad(
+            lambda q, k, v: (attention.causal_attention(q, k, v, cos, sin, lengths) * mix).sum(), (0, 1, 2))(q, k, v)
+
+    @ms.jit
+    def reference(q, k, v):
+        return ops.value_and_grad(
+            lambda q, k, v: (attention.causal_attention_reference(q, k, v, cos, sin, lengths) * mix).sum(),
+            (0, 1, 2))(q, k, v)
+
+    value, gradients = face(q, k, v)
+    want_value, want_gradients = reference(q, k, v)
+    np.testing.assert_allclose(value.asnumpy(), want_value.asnumpy(), rtol=1e-4, atol=1e-4)
+    for got, want in zip(gradients, want_gradients):
+        assert want.asnumpy().any()
+        np.testing.assert_allclose(got.asnumpy(), want.asnumpy(), rtol=1e-3, atol=1e-5)

@@ -1,0 +1,116 @@
+"""Cross-entropy of a language model's head, fused with the head's product so that no (tokens, vocab) matrix is kept."""
+
+import mindspore as ms
+from mindspore import ops
+
+from colora_ms.kernels.aot import backend, custom
+from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
+
+_CPU = backend() == "cpu"
+
+#: Label of a token that has no part in the loss.
+IGNORED = -100
+
+
+def linear_cross_entropy(hidden, weight, labels):
+    """Summed cross-entropy of ``softmax(hidden @ weight.T)``.
+
+    Semantics, over the tokens n with ``labels[n] != -100``: ``loss_sum = sum(logsumexp(z[n]) - z[n, labels[n]])`` with
+    ``z = hidden @ weight.T`` in float32; the other tokens are not computed. The forward pass also computes the gradient
+    of ``hidden``, block by block (the idea of Cut Cross-Entropy, arXiv 2411.09009); for a loss alone, without training,
+    :func:`linear_token_losses` costs half.
+
+    Args:
+        hidden: (tokens, hidden_size) float32.
+        weight: (vocab, hidden_size) float32 or bfloat16.
+        labels: (tokens,) int32, each -100 or 0 <= label < vocab.
+
+    Returns:
+        ``(loss_sum, count)``: float32 of rank 0, the sum and the number of tokens in it (0 and 0 if there is none).
+
+    Raises:
+        KernelError: a shape or dtype is wrong.
+        RuntimeError: a label is out of range.
+
+    Gradients: hidden and weight; that of weight is computed only where weight is trained.
+    """
+    if _CPU:
+        loss_sum, count, _, _ = _linear_cross_entropy(hidden, weight, labels)
+        return loss_sum.reshape(()), count.reshape(())
+    return linear_cross_entropy_reference(hidden, weight, labels)
+
+
+def linear_token_losses(hidden, weight, labels):
+    """The cross-entropy of each token, for perplexity and multiple choice; the arguments of linear_cross_entropy.
+
+    Returns:
+        (tokens,) float32: ``logsumexp(z[n]) - z[n, labels[n]]``, and 0 where the label is -100.
+
+    Raises:
+        KernelError, RuntimeError: as :func:`linear_cross_entropy`.
+
+    Gradients: refused (use :func:`linear_cross_entropy`).
+    """
+    if _CPU:
+        return _linear_token_losses(hidden, weight, labels)
+    return linear_token_losses_reference(hidden, weight, labels)
+
+
+def linear_token_losses_reference(hidden, weight, labels):
+    """:func:`linear_token_losses` in built-in operators; differentiable, any device; labels are not checked."""
+    logits = ops.matmul(hidden, weight.astype(ms.float32).transpose((1, 0)))
+    scores = ops.log_softmax(logits, -1)
+    place = ops.maximum(labels, 0).reshape((-1, 1))
+    losses = -ops.gather_elements(scores, 1, place).reshape((-1,))
+    return ops.where(labels == IGNORED, ops.zeros_like(losses), losses)
+
+
+def linear_cross_entropy_reference(hidden, weight, labels):
+    """:func:`linear_cross_entropy` in built-in operators; differentiable, any device; labels are not checked."""
+    losses = linear_token_losses_reference(hidden, weight, labels)
+    return losses.sum(), (labels != IGNORED).astype(ms.float32).sum()
+
+
+# -- the CPU operators ------------------------------------------------------------------------------------------------
+
+def _check(name, hidden, weight, labels):
+    require(len(hidden) == 2, name, "hidden", hidden, "(tokens, hidden_size)")
+    require(len(weight) == 2 and weight[1] == hidden[1], name, "weight", weight, f"(vocab, {hidden[1]}) as in hidden")
+    require_shape(name, "labels", labels, hidden[:1])
+
+
+def _loss_shapes(hidden, weight, labels):
+    _check("linear_cross_entropy", hidden, weight, labels)
+    return [1], [1], hidden, labels  # a rank of 0 would become a Python number in the graph
+
+
+def _token_shapes(hidden, weight, labels):
+    _check("linear_token_losses", hidden, weight, labels)
+    return labels
+
+
+def _dtype_function(name, outputs):
+    def dtypes(hidden, weight, labels):
+        require_dtype(name, "hidden", element_type(hidden), (ms.float32,))
+        require_dtype(name, "weight", element_type(weight), (ms.float32, ms.bfloat16))
+        require_dtype(name, "labels", element_type(labels), (ms.int32,))
+        return (ms.float32,) * outputs if outputs > 1 else ms.float32
+    return dtypes
+
+
+def _bprop(hidden, weight, labels, out, dout):
+    # The compiler drops the weight's part where the weight is frozen.
+    dweight = _weight_grad(hidden, weight, labels, out[3]) * dout[0]
+    return out[2] * dout[0], dweight.astype(weight.dtype), ops.zeros_like(labels)
+
+
+def _no_gradient(hidden, weight, labels, out, dout):
+    raise RuntimeError("linear_token_losses has no gradient; use linear_cross_entropy for training")
+
+
+# Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, and the log-sum-exp of each token.
+_linear_cross_entropy = custom("linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 4), _bprop)
+_weight_grad = custom("linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse: weight,
+                      lambda *dtypes: ms.float32)
+_linear_token_losses = custom("linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1),
+                              _no_gradient)
