@@ -5,6 +5,7 @@ sandbox, without access to Python objects, files or imports.
 """
 
 import datetime
+import functools
 import json
 
 from colora_ms.errors import TokenizerError
@@ -28,14 +29,19 @@ def render(template, messages, add_generation_prompt=False, variables=None):
     _check(messages)
     from jinja2 import TemplateError
     try:
-        compiled = _environment().from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt,
-                               **(variables or {}))
+        return _compile(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, **(variables or {}))
     except TemplateError as error:
         raise TokenizerError(f"the chat template refuses the conversation: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError,
             MemoryError) as error:
         raise TokenizerError(f"the chat template fails on the conversation: {error}") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(template):
+    """Compiling a long template takes milliseconds, so a server keeps the last few."""
+    return _environment().from_string(template)
 
 
 def _environment():
