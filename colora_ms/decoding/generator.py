@@ -70,6 +70,8 @@ class Generator:
         self.cache_dtype = cache_dtype
         self.cache = None
         self._first = self._later = None
+        #: Graphs of the decoders that leave the graph at every token; see ``colora_ms.decoding.stepwise``.
+        self.steppers = {}
         decoder.set_train(False)
 
     @classmethod
@@ -82,11 +84,14 @@ class Generator:
             weight_format: "float32", "bfloat16", "int8" or "int4".
             options: passed to the constructor.
         """
-        from colora_ms.adapters import load_adapters
+        from colora_ms.adapters import load_adapter
         from colora_ms.models import load_model
 
         decoder, tokenizer = load_model(model, weight_format=weight_format)
-        handle = load_adapters(decoder, adapters) if adapters else None
+        handle = None
+        for name, folder in (adapters or {}).items():
+            several = dict(slots=len(adapters), reserve="all-linear") if len(adapters) > 1 else {}
+            handle = load_adapter(decoder, folder, name, **several)
         return cls(decoder, tokenizer, handle, **options)
 
     @property

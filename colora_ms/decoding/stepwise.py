@@ -46,14 +46,20 @@ class ReorderCache(nn.Cell):
 class _Stepper:
     """A decoder with a cache of its own, fed token by token from Python."""
 
-    def __init__(self, decoder, rows, length, slot):
+    def __init__(self, decoder, rows, length):
         runtime.configure()
         decoder.set_train(False)
         self.rows = rows
         self.cache = KeyValueCache(decoder.config, rows, length)
         self.graph = StepGraph(decoder, self.cache).set_train(False)
-        self.slots = Tensor(np.full(rows, slot, np.int32))
+        self.reorder = ReorderCache(self.cache).set_train(False)
         self.cache_rows = Tensor(np.arange(rows, dtype=np.int32))
+        self.slots = None
+
+    def use(self, slot):
+        """Start anew with this adapter slot in all rows; returns the stepper."""
+        self.slots = Tensor(np.full(self.rows, slot, np.int32))
+        return self
 
     def prefill(self, ids):
         """ids: a list of prompt ids, the same for all rows -> logits (rows, vocab) after the last one."""
@@ -72,6 +78,15 @@ class _Stepper:
                            Tensor(full * length)).asnumpy()
 
 
+def _steppers(generator, count, rows, tokens):
+    """``count`` steppers with room for ``tokens``; the generator keeps them, since each one is a compiled graph."""
+    length = min(max(128, 1 << (tokens - 1).bit_length()), generator.max_length)
+    kept = generator.steppers.setdefault((rows, length), [])
+    while len(kept) < count:
+        kept.append(_Stepper(generator.decoder, rows, length))
+    return kept[:count]
+
+
 def naive_contrastive(generator, prompt, adapter, contrast, max_new_tokens=64, ignore_eos=False):
     """Greedy CoLD with two forwards a token, one for the expert and one for the amateur, contrasted in NumPy.
 
@@ -88,9 +103,9 @@ def naive_contrastive(generator, prompt, adapter, contrast, max_new_tokens=64, i
     if not ids:
         raise DecodingError("the prompt is empty; give at least one token")
     budget = min(max_new_tokens, generator.max_length - len(ids))
-    length = min(1 << (len(ids) + budget).bit_length(), generator.max_length)
-    expert = _Stepper(generator.decoder, 1, length, generator.adapters.slot(adapter))
-    amateur = _Stepper(generator.decoder, 1, length, -1)
+    expert, amateur = _steppers(generator, 2, 1, len(ids) + budget)
+    expert.use(generator.adapters.slot(adapter))
+    amateur.use(-1)
     eos = () if ignore_eos else generator.eos_token_ids
     tokens = []
     expert_logits, amateur_logits = expert.prefill(ids), amateur.prefill(ids)
@@ -120,10 +135,8 @@ def beam_search(generator, prompt, adapter=None, beams=4, max_new_tokens=64, len
     if not ids:
         raise DecodingError("the prompt is empty; give at least one token")
     budget = min(max_new_tokens, generator.max_length - len(ids))
-    length = min(1 << (len(ids) + budget).bit_length(), generator.max_length)
-    slot = -1 if adapter is None else generator.adapters.slot(adapter)
-    stepper = _Stepper(generator.decoder, beams, length, slot)
-    reorder = ReorderCache(stepper.cache)
+    stepper, = _steppers(generator, 1, beams, len(ids) + budget)
+    stepper.use(-1 if adapter is None else generator.adapters.slot(adapter))
     eos = set(generator.eos_token_ids)
     totals = np.full(beams, -np.inf)
     totals[0] = 0.0  # all rows hold the same prompt, so only one may be expanded at first
@@ -155,7 +168,7 @@ def beam_search(generator, prompt, adapter=None, beams=4, max_new_tokens=64, len
             kept.append(kept[0])
             scores.append(-np.inf)
         hypotheses, totals = kept, np.array(scores)
-        runtime.run(reorder, Tensor(np.array(parents, np.int32)))
+        runtime.run(stepper.reorder, Tensor(np.array(parents, np.int32)))
         logits = stepper.step([tokens[-1] for tokens in hypotheses], len(ids) + step)
     score, tokens = finished[0]
     return tokens, float(score)
