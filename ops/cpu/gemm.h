@@ -1,4 +1,4 @@
-// y = x·Wᵀ as dot products: vector lanes run along `in`, so neither x nor W needs packing.
+// y = x·Wᵀ as dot products: vector lanes run along `in`, so few rows can be multiplied with W where it lies.
 //
 // One tile is kOuts rows of W times up to kRows rows of x, all partial sums in registers. The order in which one
 // output element is summed depends on `in` and the instruction set only: lane l adds the columns k = l (mod lanes) in
@@ -65,6 +65,28 @@ inline v4f sum4(vf a, vf b, vf c, vf d) {
 #endif
 }
 
+// acc += up[o..o+O)·v of every row that has an adapter. The loops are unrolled so that the sums stay in registers.
+template <int O, int R>
+inline __attribute__((always_inline)) void add_low_rank(vf (&acc)[O][R], int64_t o, int64_t rank,
+                                                        const RowAdapter* adapters) {
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    if (!adapters[r].v) continue;
+    const float* up = adapters[r].up + o * rank;
+    int64_t j = 0;
+    for (; j + kLanes <= rank; j += kLanes) {
+      const vf v = load(adapters[r].v + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < O; ++i) acc[i][r] = fma(load(up + i * rank + j), v, acc[i][r]);
+    }
+    if (j < rank) {
+      const vf v = load(adapters[r].v + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < O; ++i) acc[i][r] = fma(load_partial(up + i * rank + j, rank - j), v, acc[i][r]);
+    }
+  }
+}
+
 // One tile over the columns [k0, k1) of x rows x[0..R) and weight rows o..o+O. `first`: y is set, otherwise added to.
 // `last`: the low-rank part joins the sums and the bias is added.
 template <class Reader, int O, int R, bool kPrefetch>
@@ -117,21 +139,7 @@ inline __attribute__((always_inline)) void tile(const Reader& w, int64_t o, int6
       k = end;
     }
   }
-  if (last && adapters) {
-    for (int r = 0; r < R; ++r) {
-      if (!adapters[r].v) continue;
-      const float* up = adapters[r].up + o * rank;
-      int64_t j = 0;
-      for (; j + kLanes <= rank; j += kLanes) {
-        const vf v = load(adapters[r].v + j);
-        for (int i = 0; i < O; ++i) acc[i][r] = fma(load(up + i * rank + j), v, acc[i][r]);
-      }
-      if (j < rank) {
-        const vf v = load(adapters[r].v + j);
-        for (int i = 0; i < O; ++i) acc[i][r] = fma(load_partial(up + i * rank + j, rank - j), v, acc[i][r]);
-      }
-    }
-  }
+  if (last && adapters) add_low_rank<O, R>(acc, o, rank, adapters);
   if constexpr (O == 4) {
     v4f b = {};
     if (last && bias) std::memcpy(&b, bias + o, sizeof b);
@@ -219,22 +227,109 @@ inline void dense_few_rows(const Reader& w, int64_t columns, int64_t block, int6
   run(std::integral_constant<int, 1>());
 }
 
-// Outputs [o0, o1) of many rows. `w` must read float32 (a panel of W that fits the L2 cache).
-inline void dense_many_rows(const Float32Reader& w, int64_t columns, int64_t block, const float* bias,
+// ---- many rows -----------------------------------------------------------------------------------------------------
+// x and W are copied into aligned blocks in the order in which a tile reads them: for every kLanes columns the vectors
+// of the tile's rows. Missing columns and outputs are zeros. Same sums in the same order as above.
+
+// Columns as a reader hands them out, in vectors.
+inline int64_t packed_vectors(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
+
+// One row into its place (row i of a tile of n rows).
+inline void pack_row(const float* from, int64_t columns, int i, int n, float* tile) {
+  int64_t k = 0;
+  float* to = tile + i * kLanes;
+  for (; k + kLanes <= columns; k += kLanes, to += n * kLanes) store(to, load(from + k));
+  if (k < columns) store(to, load_partial(from + k, columns - k));
+}
+
+template <int R>
+inline __attribute__((always_inline)) void packed_tile(const float* w, const float* x, int64_t vectors, bool first,
+                                                       bool last, int64_t o, int64_t outs, int64_t rank,
+                                                       const RowAdapter* adapters, const float* bias,
+                                                       float* const* y) {
+  vf acc[kOuts][R];
+#pragma GCC unroll 4
+  for (int i = 0; i < kOuts; ++i)
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) acc[i][r] = vf{};
+  for (int64_t s = 0; s < vectors; ++s, w += kOuts * kLanes, x += R * kLanes) {
+    vf xs[R];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) xs[r] = load(x + r * kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kOuts; ++i) {
+      const vf part = load(w + i * kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) acc[i][r] = fma(part, xs[r], acc[i][r]);
+    }
+  }
+  if (outs == kOuts) {
+    if (last && adapters) add_low_rank<kOuts, R>(acc, o, rank, adapters);
+    v4f b = {};
+    if (last && bias) std::memcpy(&b, bias + o, sizeof b);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      v4f s = sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r]);
+      if (!first) {
+        v4f before;
+        std::memcpy(&before, y[r] + o, sizeof before);
+        s = before + s;
+      }
+      if (last && bias) s = s + b;
+      std::memcpy(y[r] + o, &s, sizeof s);
+    }
+    return;
+  }
+  for (int i = 0; i < outs; ++i) {  // the last outputs, one by one
+    vf one[1][R];
+    for (int r = 0; r < R; ++r) one[0][r] = i == 0 ? acc[0][r] : i == 1 ? acc[1][r] : acc[2][r];
+    if (last && adapters) add_low_rank<1, R>(one, o + i, rank, adapters);
+    for (int r = 0; r < R; ++r) {
+      float s = sum(one[0][r]);
+      if (!first) s = y[r][o + i] + s;
+      if (last && bias) s = s + bias[o + i];
+      y[r][o + i] = s;
+    }
+  }
+}
+
+template <int R>
+__attribute__((noinline)) inline void packed_strip(const float* w, const float* x, int64_t k0, int64_t k1,
+                                                   int64_t vectors, int64_t o0, int64_t o1, const Rows& rows,
+                                                   int64_t row, const float* bias) {
+  const RowAdapter* adapters = nullptr;
+  for (int r = 0; rows.adapters && r < R; ++r)
+    if (rows.adapters[row + r].v) adapters = rows.adapters + row;
+  for (int64_t o = o0; o < o1; o += kOuts)
+    packed_tile<R>(w + ((o - o0) * vectors + k0 * kOuts) * kLanes, x + k0 * R * kLanes, k1 - k0, k0 == 0,
+                   k1 == vectors, o, std::min<int64_t>(kOuts, o1 - o), rows.rank, adapters, bias, rows.y + row);
+}
+
+// Outputs [o0, o1) of all rows. `w`: their packed rows in tiles of kOuts; `x`: all rows packed in row_tiles(count)
+// tiles; both `vectors` long. `block` = column_block(in) / kLanes.
+inline void dense_many_rows(const float* w, const float* x, int64_t vectors, int64_t block, const float* bias,
                             const Rows& rows, int64_t o0, int64_t o1) {
   const int64_t tiles = row_tiles(rows.count);
-  for (int64_t k = 0; k < columns; k += block) {
-    const int64_t end = std::min(columns, k + block);
+  for (int64_t k = 0; k < vectors; k += block) {
+    const int64_t end = std::min(vectors, k + block);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t r = row_begin(rows.count, tiles, t), n = row_begin(rows.count, tiles, t + 1) - r;
-      const RowAdapter* adapters = rows.adapters ? rows.adapters + r : nullptr;
-      int64_t o = o0;
-      for (; o + kOuts <= o1; o += kOuts)
-        tile_rows<Float32Reader, kOuts, false>(int(n), w, o, columns, rows.x + r, k, end, k == 0, end == columns,
-                                               rows.rank, adapters, bias, rows.y + r, 0);
-      for (; o < o1; ++o)
-        tile_rows<Float32Reader, 1, false>(int(n), w, o, columns, rows.x + r, k, end, k == 0, end == columns,
-                                           rows.rank, adapters, bias, rows.y + r, 0);
+      const float* packed = x + r * vectors * kLanes;
+#define COLORA_STRIP(R) \
+  case R: packed_strip<R>(w, packed, k, end, vectors, o0, o1, rows, r, bias); break;
+      switch (n) {
+        COLORA_STRIP(1)
+        COLORA_STRIP(2)
+#if defined(__AVX2__)
+        COLORA_STRIP(3)
+#endif
+#if defined(__AVX512F__)
+        COLORA_STRIP(4)
+        COLORA_STRIP(5)
+        COLORA_STRIP(6)
+#endif
+      }
+#undef COLORA_STRIP
     }
   }
 }

@@ -30,122 +30,158 @@ struct Linear {
   bool rearranged() const { return weight.format == Format::kInt4 && regular_groups(weight); }
 };
 
-// Dequantises the rows [o0, o1) into a float32 panel with `stride` columns a row, in the order of the reader.
+// Dequantises the rows [o0, o1) into tiles of kOuts packed rows, `vectors` vectors each; missing rows become zeros.
 template <class Reader>
-void unpack_panel(const Reader& reader, const Weight& w, int64_t o0, int64_t o1, float* panel, int64_t stride) {
+void unpack_panel(const Reader& reader, const Weight& w, int64_t o0, int64_t o1, float* panel, int64_t vectors) {
   for (int64_t o = o0; o < o1; ++o) {
-    float* row = panel + (o - o0) * stride;
+    const int64_t at = o - o0;
+    float* to = panel + (at / kOuts * kOuts * vectors + at % kOuts) * kLanes;
     for (int64_t k = 0; k < w.in;) {
       const int64_t g = k / w.group, end = std::min(w.in, (g + 1) * w.group);
       const auto scale = reader.scale(o, g);
       vf part[Reader::kUnits];
-      for (; k + Reader::kStep <= end; k += Reader::kStep) {
-        reader.read(o, k, scale, part);
-        for (int u = 0; u < Reader::kUnits; ++u) store(row + k + u * kLanes, part[u]);
-      }
-      if (k < end) {
-        reader.read_tail(o, k, end - k, scale, part);
-        if (Reader::kUnits == 1)
-          store_partial(row + k, part[0], end - k);
+      for (; k < end; k += Reader::kStep) {
+        if (k + Reader::kStep <= end)
+          reader.read(o, k, scale, part);
         else
-          for (int u = 0; u < Reader::kUnits; ++u) store(row + k + u * kLanes, part[u]);
-        k = end;
+          reader.read_tail(o, k, end - k, scale, part);
+        for (int u = 0; u < Reader::kUnits; ++u, to += kOuts * kLanes) store(to, part[u]);
       }
+      k = end;
     }
   }
 }
 
-void make_panel(const Weight& w, int64_t o0, int64_t o1, float* panel, int64_t stride) {
+void make_panel(const Weight& w, int64_t o0, int64_t o1, float* panel, int64_t vectors) {
+  for (int64_t at = o1 - o0; at % kOuts; ++at)
+    for (int64_t s = 0; s < vectors; ++s)
+      store(panel + ((at / kOuts * vectors + s) * kOuts + at % kOuts) * kLanes, vf{});
   if (!regular_groups(w)) {
-    for (int64_t o = o0; o < o1; ++o)
-      for (int64_t k = 0; k < w.in; ++k) panel[(o - o0) * stride + k] = element(w, o, k);
+    std::vector<float> row(size_t(w.in));
+    for (int64_t o = o0; o < o1; ++o) {
+      for (int64_t k = 0; k < w.in; ++k) row[size_t(k)] = element(w, o, k);
+      const int64_t at = o - o0;
+      pack_row(row.data(), w.in, int(at % kOuts), kOuts, panel + at / kOuts * kOuts * vectors * kLanes);
+    }
     return;
   }
   switch (w.format) {
-    case Format::kFloat32: return unpack_panel(Float32Reader(w), w, o0, o1, panel, stride);
-    case Format::kBfloat16: return unpack_panel(Bfloat16Reader(w), w, o0, o1, panel, stride);
-    case Format::kInt8: return unpack_panel(Int8Reader(w), w, o0, o1, panel, stride);
-    case Format::kInt4: return unpack_panel(Int4Reader(w), w, o0, o1, panel, stride);
+    case Format::kFloat32: return unpack_panel(Float32Reader(w), w, o0, o1, panel, vectors);
+    case Format::kBfloat16: return unpack_panel(Bfloat16Reader(w), w, o0, o1, panel, vectors);
+    case Format::kInt8: return unpack_panel(Int8Reader(w), w, o0, o1, panel, vectors);
+    case Format::kInt4: return unpack_panel(Int4Reader(w), w, o0, o1, panel, vectors);
   }
 }
+
+// Zeroed floats whose first one is aligned to a cache line (vectors that cross lines cost up to a third).
+class AlignedFloats {
+ public:
+  void resize(int64_t n) {
+    memory_.resize(size_t(n) + 16);
+    offset_ = (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) / sizeof(float) % 16;
+  }
+  float* data() { return memory_.data() + offset_; }
+
+ private:
+  std::vector<float> memory_;
+  size_t offset_ = 0;
+};
+
+// How x must lie for a linear: as it is, or with even and odd columns apart (int4).
+struct Activations {
+  bool needed = false;
+  int64_t columns = 0;             // of a row, zero padding included
+  AlignedFloats copy;              // rows of `stride`, or packed in tiles
+  std::vector<const float*> rows;  // few rows only
+};
 
 class Forward {
  public:
   Forward(std::vector<Linear>& linears, const float* x, int64_t tokens, int64_t in)
-      : linears_(linears), tokens_(tokens), in_(in) {
-    bool plain = false, rearranged = false;
-    for (const Linear& l : linears) (l.rearranged() ? rearranged : plain) = true;
-    if (plain) {
-      x_plain_.resize(size_t(tokens));
-      for (int64_t t = 0; t < tokens; ++t) x_plain_[size_t(t)] = x + t * in;
+      : linears_(linears), x_(x), tokens_(tokens), in_(in) {
+    many_ = tokens > kFewRows;
+    for (const Linear& l : linears) {
+      many_ |= tokens > kRows && l.weight.format != Format::kFloat32;
+      many_ |= !regular_groups(l.weight);
     }
-    if (rearranged) {
-      const int64_t stride = Int4Reader::padded(in);
-      even_odd_.resize(size_t(tokens * stride));
-      x_rearranged_.resize(size_t(tokens));
-      for (int64_t t = 0; t < tokens; ++t) x_rearranged_[size_t(t)] = even_odd_.data() + t * stride;
+    plain_.columns = in;
+    even_odd_.columns = Int4Reader::padded(in);
+    int64_t outs = 0;
+    for (const Linear& l : linears) {
+      (l.rearranged() ? even_odd_ : plain_).needed = true;
+      outs += l.weight.out;
     }
-    x_ = x;
-    for (const Linear& l : linears) work_ += l.weight.out * in * std::max<int64_t>(1, tokens / 4);
+    threads_ = threads_for(outs * in * std::max<int64_t>(1, tokens / 4), 1 << 14);
+    for (Activations* a : {&plain_, &even_odd_}) {
+      if (!a->needed) continue;
+      const int64_t stride = packed_vectors(a->columns) * kLanes;
+      // One or two plain rows are cheaper read where they are.
+      copied_ = many_ || a == &even_odd_ || tokens > 2;
+      if (copied_) a->copy.resize(tokens * stride);
+      for (int64_t t = 0; !many_ && t < tokens; ++t)
+        a->rows.push_back(copied_ ? a->copy.data() + t * stride : x + t * in);
+    }
+    // Blocks of outputs: for few rows single tiles, dealt in contiguous shares; for many rows a panel of W in the L2
+    // cache, dealt one by one.
+    width_ = kOuts;
+    if (many_) {
+      const int64_t fit = (768 << 10) / 4 / even_odd_.columns;
+      width_ = std::max<int64_t>(std::min(fit, outs / (4 * threads_)) / kOuts * kOuts, 4 * kOuts);
+      panel_size_ = width_ * even_odd_.columns;
+      panels_.resize(panel_size_ * threads_);
+    }
+    for (const Linear& l : linears) {
+      first_block_.push_back(total_);
+      total_ += (l.weight.out + width_ - 1) / width_;
+    }
   }
 
   void run() {
-    const int threads = threads_for(work_, 1 << 14);
-    prepare(threads);
     std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads_) if (threads_ > 1)
     {
       const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-      if (!x_rearranged_.empty())
-        for (int64_t t = me; t < tokens_; t += all)
-          Int4Reader::rearrange(x_ + t * in_, in_, even_odd_.data() + t * Int4Reader::padded(in_));
+      prepare(me, all);
+      bool wait = copied_;
       int64_t turn = 0;
       for (const Linear& l : linears_)
-        for (int64_t i = 0; l.shrink && i < l.shrink->tasks(); ++i)
+        for (int64_t i = 0; l.shrink && i < l.shrink->tasks(); ++i, wait = true)
           if (turn++ % all == me) l.shrink->run(i);
+      if (wait) {
 #pragma omp barrier
-      float* panel = panels_.data() + me * panel_size_;
-      if (shared_) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total_;) block(i, i + 1, panel);
+      }
+      if (many_) {
+        float* panel = panels_.data() + me * panel_size_;
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total_;) blocks(i, i + 1, panel);
       } else {
-        block(total_ * me / all, total_ * (me + 1) / all, panel);
+        blocks(total_ * me / all, total_ * (me + 1) / all, nullptr);
       }
     }
   }
 
  private:
-  void prepare(int threads) {
-    // Blocks of outputs: four for few rows, dealt in contiguous shares; L2-sized for many rows, dealt one by one.
-    shared_ = tokens_ > kFewRows;
-    const int64_t stride = Int4Reader::padded(in_);
-    int64_t outs = 0;
-    for (const Linear& l : linears_) outs += l.weight.out;
-    if (shared_) {
-      width_ = std::min<int64_t>((512 << 10) / 4 / std::max<int64_t>(stride, 1), 256);
-      width_ = std::min(width_, outs / (4 * threads));
-      width_ = std::max<int64_t>(width_ / kOuts * kOuts, 16);
-    } else {
-      width_ = kOuts;
-    }
-    total_ = 0;
-    bool panels = false;
-    for (const Linear& l : linears_) {
-      first_block_.push_back(total_);
-      total_ += (l.weight.out + width_ - 1) / width_;
-      panels |= !direct(l);
-    }
-    if (panels) {
-      panel_size_ = std::max<int64_t>(width_, 16) * stride;
-      panels_.resize(size_t(panel_size_ * threads));
+  // Copies of x; thread `me` of `all` takes a share of the rows.
+  void prepare(int64_t me, int64_t all) {
+    if (!copied_) return;
+    const int64_t tiles = many_ ? row_tiles(tokens_) : tokens_;
+    std::vector<float> row(size_t(even_odd_.needed ? even_odd_.columns : 0));
+    for (int64_t t = tiles * me / all; t < tiles * (me + 1) / all; ++t) {
+      const int64_t begin = row_begin(tokens_, tiles, t), n = row_begin(tokens_, tiles, t + 1) - begin;
+      for (int64_t i = 0; i < n; ++i) {
+        const float* from = x_ + (begin + i) * in_;
+        if (plain_.needed) pack_row(from, in_, int(i), int(n), place(plain_, begin));
+        if (even_odd_.needed) {
+          Int4Reader::rearrange(from, in_, row.data());
+          pack_row(row.data(), even_odd_.columns, int(i), int(n), place(even_odd_, begin));
+        }
+      }
     }
   }
 
-  // W is read where it lies: float32 always, other formats when a row of W meets one tile of rows only.
-  bool direct(const Linear& l) const {
-    return l.weight.format == Format::kFloat32 || (tokens_ <= kRows && regular_groups(l.weight));
-  }
+  // Where the tile (or, of few rows, the row) that begins with row t lies.
+  static float* place(Activations& a, int64_t t) { return a.copy.data() + t * packed_vectors(a.columns) * kLanes; }
 
-  void block(int64_t begin, int64_t end, float* panel) {
+  void blocks(int64_t begin, int64_t end, float* panel) {
     for (size_t i = 0; i < linears_.size(); ++i) {
       const Linear& l = linears_[i];
       const int64_t last = first_block_[i] + (l.weight.out + width_ - 1) / width_;
@@ -156,42 +192,35 @@ class Forward {
   }
 
   void outputs(const Linear& l, int64_t o0, int64_t o1, float* panel) {
+    Activations& x = l.rearranged() ? even_odd_ : plain_;
+    const Weight& w = l.weight;
+    const int64_t block = column_block(in_);
     Rows rows;
     rows.count = tokens_;
-    rows.x = l.rearranged() ? x_rearranged_.data() : x_plain_.data();
+    rows.x = x.rows.data();
     rows.y = l.y_rows.data();
     rows.adapters = l.row_adapters.empty() ? nullptr : l.row_adapters.data();
     rows.rank = l.adapters.rank;
-    const Weight& w = l.weight;
-    const int64_t block = column_block(in_);
-    if (direct(l) && !shared_) {
-      switch (w.format) {
-        case Format::kFloat32: return dense_few_rows(Float32Reader(w), in_, block, in_, l.bias, rows, o0, o1);
-        case Format::kBfloat16: return dense_few_rows(Bfloat16Reader(w), in_, block, in_, l.bias, rows, o0, o1);
-        case Format::kInt8: return dense_few_rows(Int8Reader(w), in_, block, w.group, l.bias, rows, o0, o1);
-        case Format::kInt4: return dense_few_rows(Int4Reader(w), in_, block, w.group, l.bias, rows, o0, o1);
-      }
+    if (many_) {
+      const int64_t vectors = packed_vectors(x.columns);
+      make_panel(w, o0, o1, panel, vectors);
+      return dense_many_rows(panel, x.copy.data(), vectors, block / kLanes, l.bias, rows, o0, o1);
     }
-    if (direct(l)) return dense_many_rows(Float32Reader(w), in_, block, l.bias, rows, o0, o1);
-    const int64_t columns = l.rearranged() ? Int4Reader::padded(in_) : in_;
-    const int64_t step = shared_ ? width_ : 16;
-    for (int64_t o = o0; o < o1; o += step) {
-      const int64_t end = std::min(o1, o + step);
-      make_panel(w, o, end, panel, columns);
-      // The reader counts rows from the panel's first one; the address before it is formed, never read.
-      const Float32Reader reader(reinterpret_cast<const float*>(reinterpret_cast<uintptr_t>(panel) -
-                                                                size_t(o * columns) * sizeof(float)),
-                                 columns);
-      dense_many_rows(reader, columns, block, l.bias, rows, o, end);
+    switch (w.format) {
+      case Format::kFloat32: return dense_few_rows(Float32Reader(w), in_, block, in_, l.bias, rows, o0, o1);
+      case Format::kBfloat16: return dense_few_rows(Bfloat16Reader(w), in_, block, in_, l.bias, rows, o0, o1);
+      case Format::kInt8: return dense_few_rows(Int8Reader(w), in_, block, w.group, l.bias, rows, o0, o1);
+      case Format::kInt4: return dense_few_rows(Int4Reader(w), in_, block, w.group, l.bias, rows, o0, o1);
     }
   }
 
   std::vector<Linear>& linears_;
-  int64_t tokens_, in_, width_ = 0, total_ = 0, panel_size_ = 0, work_ = 0;
-  bool shared_ = false;
-  const float* x_ = nullptr;
-  std::vector<const float*> x_plain_, x_rearranged_;
-  std::vector<float> even_odd_, panels_;
+  const float* x_;
+  int64_t tokens_, in_, width_ = 0, total_ = 0, panel_size_ = 0;
+  int threads_ = 1;
+  bool many_ = false, copied_ = false;
+  Activations plain_, even_odd_;
+  AlignedFloats panels_;
   std::vector<int64_t> first_block_;
 };
 

@@ -126,10 +126,7 @@ class Shrink {
     rows.count = task.end - task.begin;
     rows.x = x_.data() + task.begin;
     rows.y = v_.data() + task.begin;
-    if (rows.count <= 32)
-      dense_few_rows(down, in_, column_block(in_), in_, nullptr, rows, task.j0, task.j1);
-    else
-      dense_many_rows(down, in_, column_block(in_), nullptr, rows, task.j0, task.j1);
+    dense_few_rows(down, in_, column_block(in_), in_, nullptr, rows, task.j0, task.j1);
     const float scale = adapters_.scale[task.slot];
     for (int64_t r = 0; r < rows.count; ++r) {
       for (int64_t j = task.j0; j < task.j1; ++j) rows.y[r][j] *= scale;
