@@ -54,14 +54,16 @@ def wrapper(name, dtype, source=None):
     source = Path(source or kernel_source(name))
     header, struct = KERNELS[name]
     symbol = f"{name}_{dtype}"
-    return (f'#include "{ASCEND / header}"\n#define EMULATOR_TILING {struct}\n#define DTYPE_X {DTYPES[dtype]}\n'
+    return (f'#include "{ASCEND / header}"\n#define EMULATOR_TILING {struct}\n#define DTYPE_X {DTYPES[dtype]}\n#define DTYPE_EXPERT {DTYPES[dtype]}\n'
             f"#define {name} {symbol}\n"
             f'#include "{source}"\n{registration(symbol, kernel_arguments(source.read_text(), name))}')
 
 
 def flags(optimise="-O3"):
+    """Compiler flags; without optimisation also without this machine's own instructions (compiles faster)."""
+    native = [] if optimise == "-O0" else ["-march=native"]
     include = [f"-I{HERE / 'include'}", f"-I{ASCEND / 'common' / 'op_kernel'}", f"-I{ASCEND}"]
-    return ["-std=c++17", optimise, "-march=native", "-fPIC", "-pthread", "-Wall", "-Wno-unused-parameter", *include]
+    return ["-std=c++17", optimise, *native, "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-unused-parameter", *include]
 
 
 def compiler():

@@ -14,8 +14,8 @@
 namespace emulator {
 
 const char* const pipe_names[PIPES] = {"S", "V", "MTE2", "MTE3"};
-thread_local Core* core = nullptr;
-thread_local Machine* machine = nullptr;
+Core* core = nullptr;
+Machine* machine = nullptr;
 
 namespace {
 
@@ -47,7 +47,7 @@ struct Fiber {
     std::vector<char> stack;
     Core core;
     BlockState state = BlockState::READY;
-    Where sync_at{"", 0};
+    Where sync_at = Where("", 0);
 };
 
 struct Launch {
@@ -60,7 +60,7 @@ struct Launch {
     std::map<std::tuple<std::string, std::string, int>, Finding> findings;
 };
 
-thread_local Launch* launch = nullptr;
+Launch* launch = nullptr;
 std::mutex one_launch;
 std::string last_report;
 
@@ -349,11 +349,12 @@ void* gm_check(int buffer, const void* address, uint64_t bytes, Where at, bool w
 // ---- the launch interface, called from Python (ctypes) and from the ahead-of-time operators --------------------
 using namespace emulator;
 
+#define EMULATOR_EXPORT __attribute__((visibility("default")))
 extern "C" {
 
 // Runs `name` on `blocks` cores. kinds: GmKind of each pointer. flags: 1 strict, 2 interleave.
 // Returns the number of distinct findings, or -1 (no such kernel) / -2 (wrong number of pointers).
-int emulator_launch(const char* name, int blocks, int n, void** pointers, const uint64_t* bytes, const int* kinds,
+EMULATOR_EXPORT int emulator_launch(const char* name, int blocks, int n, void** pointers, const uint64_t* bytes, const int* kinds,
                     uint64_t seed, int flags) {
     auto found = registry().find(name);
     if (found == registry().end()) return -1;
@@ -413,9 +414,9 @@ int emulator_launch(const char* name, int blocks, int n, void** pointers, const 
 }
 
 // JSON of the last launch: findings, counters of each core, totals, bytes by argument.
-const char* emulator_report() { return last_report.c_str(); }
+EMULATOR_EXPORT const char* emulator_report() { return last_report.c_str(); }
 
-const char* emulator_kernels() {
+EMULATOR_EXPORT const char* emulator_kernels() {
     static thread_local std::string names;
     names.clear();
     for (const auto& item : registry()) names += item.first + "\n";

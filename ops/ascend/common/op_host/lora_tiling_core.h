@@ -7,10 +7,6 @@
 
 namespace colora {
 
-// Unified buffer budget of op_kernel/lora_phases.h, in bytes. The sum must stay below 192 KiB - 8 KiB - 256.
-constexpr uint32_t kWeightElements = 12288;  // one tile of down or up rows
-constexpr uint32_t kRowBytes = 8192;         // one tile of x or y rows
-constexpr uint32_t kPartialBytes = 16384;    // partial sums of one tile of tokens
 constexpr uint32_t kMaxRank = 256;
 constexpr uint32_t kMaxGroups = 64;          // adapters (or segments) in one pass over the cores
 constexpr uint32_t kSortWindow = 64;         // tokens that are grouped by adapter at a time

@@ -18,7 +18,6 @@ namespace colora {
 
 using namespace AscendC;
 
-constexpr uint32_t kWeightTile = 12288;     // elements
 constexpr uint32_t kRowTileBytes = 8192;
 constexpr uint32_t kPartialTileBytes = 16384;
 constexpr uint32_t kAccBytes = 16384;       // 64 ranks x 64 lanes in float32
@@ -68,8 +67,12 @@ class LoraPhases {
         partialGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace), partials);
         coefficientGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace) + partials,
                                        static_cast<uint64_t>(window_) * coefficientRow_);
-        pipe_->InitBuffer(weightQueue_, 2, kWeightTile * sizeof(T));
-        if constexpr (!kFloat) pipe_->InitBuffer(wideWeights_, kWeightTile * sizeof(float));
+        // Two tiles that are loaded in turn; beyond rank 192 one larger tile, which keeps rows of 64 columns. float32
+        // needs no widened copy and takes its room.
+        const uint8_t tiles = rank_ > 192 ? 1 : 2;
+        weightTile_ = rank_ > 192 ? 16384 : 12288;
+        pipe_->InitBuffer(weightQueue_, tiles, weightTile_ * sizeof(T));
+        if constexpr (!kFloat) pipe_->InitBuffer(wideWeights_, weightTile_ * sizeof(float));
         pipe_->InitBuffer(inQueue_, 2, kRowTileBytes);
         pipe_->InitBuffer(outQueue_, 2, kRowTileBytes);
         pipe_->InitBuffer(rows_, kRowTile * sizeof(float));
@@ -201,7 +204,7 @@ class LoraPhases {
     __aicore__ inline uint32_t Pitch(uint32_t columns) const { return RoundUp(columns, kPerBlock); }
     // Columns of a weight tile: all ranks must fit.
     __aicore__ inline uint32_t TileColumns(uint32_t columns) const {
-        return Smaller(columns, Smaller(kWeightTile / rank_ / 16 * 16, kMaxTileColumns));
+        return Smaller(columns, Smaller(weightTile_ / rank_ / 16 * 16, kMaxTileColumns));
     }
 
     // rank_ rows of `columns` elements; rows lie Pitch(columns) apart, filled up with zeros.
@@ -318,7 +321,7 @@ class LoraPhases {
 
     __aicore__ inline LocalTensor<float> SumPieces(uint32_t position, uint32_t pieces) {
         LocalTensor<float> sum = rows_.template Get<float>();
-        const uint32_t most = kWeightTile * sizeof(T) / sizeof(float) / padded_;
+        const uint32_t most = weightTile_ * sizeof(T) / sizeof(float) / padded_;
         const uint64_t at = static_cast<uint64_t>(position) * cores_ * padded_;
         PipeBarrier<PIPE_V>();
         for (uint32_t p = 0; p < pieces; p += most) {
@@ -445,6 +448,7 @@ class LoraPhases {
             }
         }
         if (once && (kFloat || rounded_)) weightQueue_.FreeTensor(tile);
+        Order<HardEvent::S_V>();  // the next phase may overwrite the coefficients that the scalar unit read
     }
     __aicore__ inline void AddExact(const LocalTensor<float>& y, const LocalTensor<float>& table, uint32_t m, uint32_t columns) {
         const uint32_t pitch = Pitch(columns);
@@ -509,7 +513,7 @@ class LoraPhases {
     LocalTensor<float> wide_;
     Split shrink_, expand_;
     uint32_t hidden_ = 0, width_ = 0, rowWidth_ = 0, offset_ = 0, unitIn_ = 16, unitOut_ = 16;
-    uint32_t padded_ = 8, coefficients_ = 16, coefficientRow_ = 8;
+    uint32_t weightTile_ = 12288, padded_ = 8, coefficients_ = 16, coefficientRow_ = 8;
     bool rounded_ = false, inPlace_ = true;
 };
 

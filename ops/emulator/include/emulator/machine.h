@@ -15,15 +15,14 @@
 
 namespace emulator {
 
+// The place in the kernel that called an API function: `Where at = EMULATOR_HERE` as its last parameter. The builtins
+// must be defaults of a constructor: only there they give the line of the outermost call, in g++ and clang alike.
 struct Where {
     const char* file;
     int line;
+    constexpr Where(const char* f = __builtin_FILE(), int l = __builtin_LINE()) : file(f), line(l) {}
 };
-// Default argument of every API function: the place in the kernel that called it.
-#define EMULATOR_HERE                             \
-    ::emulator::Where {                           \
-        __builtin_FILE(), int(__builtin_LINE())   \
-    }
+#define EMULATOR_HERE ::emulator::Where()
 
 enum Pipe : uint8_t { S = 0, V = 1, MTE2 = 2, MTE3 = 3, PIPES = 4 };
 extern const char* const pipe_names[PIPES];
@@ -56,7 +55,7 @@ struct QueueBuffer {
     enum State { FREE, ALLOCATED, QUEUED, TAKEN } state = FREE;
     uint32_t address = 0, bytes = 0, generation = 0;
     std::array<uint32_t, PIPES> ready{}, released{};
-    Where at{"", 0};
+    Where at = Where("", 0);
 };
 
 struct VectorCount {
@@ -97,8 +96,9 @@ struct Machine {
     int running = 0;
 };
 
-extern thread_local Core* core;
-extern thread_local Machine* machine;
+// The running block and launch. Plain globals: one launch runs at a time (emulator_launch holds a lock).
+extern Core* core;
+extern Machine* machine;
 
 // Records a finding once per kind and place, with the number of times it was seen. printf-style.
 void report(const char* kind, Where at, const char* format, ...) __attribute__((format(printf, 3, 4)));
@@ -121,43 +121,55 @@ inline uint32_t issue(Pipe p) {
 
 void hazard(const char* kind, Pipe now, Pipe before, uint32_t block, Where at);
 
-// All three: [address, address + bytes) of the unified buffer, by the instruction just issued on pipe p.
-inline bool read_ub(Pipe p, uint32_t address, uint32_t bytes, Where at, bool overlap_allowed = true) {
-    if (bytes == 0) return true;
+// Both: [address, address + bytes) of the unified buffer, by the instruction just issued on pipe p.
+inline void read_ub(Pipe p, uint32_t address, uint32_t bytes, Where at, bool overlap_allowed = true) {
+    if (bytes == 0) return;
     if (std::memchr(core->written.data() + address, 0, bytes)) {
         report("uninitialised", at, "reads unified buffer bytes %u..%u, not all of which were ever written", address,
                address + bytes - 1);
     }
-    const uint32_t last = (address + bytes - 1) / block_bytes, now = core->issued[p];
-    for (uint32_t b = address / block_bytes; b <= last; ++b) {
+    const uint32_t first = address / block_bytes, last = (address + bytes - 1) / block_bytes, now = core->issued[p];
+    const uint32_t* known = core->known[p];
+    uint32_t suspects = 0;
+    for (uint32_t b = first; b <= last; ++b) {
         UbBlock& block = core->blocks[b];
-        const bool own = block.write_pipe == p && block.write_time == now;
-        if (block.write_time > core->known[p][block.write_pipe] && !own) {
-            hazard("RAW", p, Pipe(block.write_pipe), b, at);
-        } else if (own && !overlap_allowed) {
-            report("overlap", at, "a repeat reads what an earlier repeat of the same instruction wrote");
-        }
+        suspects |= block.write_time > known[block.write_pipe];
         block.read_time[p] = now;
     }
-    return true;
+    for (uint32_t b = first; suspects && b <= last; ++b) {
+        const UbBlock& block = core->blocks[b];
+        if (block.write_time <= known[block.write_pipe]) continue;
+        if (block.write_pipe != p || block.write_time != now) {
+            hazard("RAW", p, Pipe(block.write_pipe), b, at);
+        } else if (!overlap_allowed) {
+            report("overlap", at, "a repeat reads what an earlier repeat of the same instruction wrote");
+        }
+    }
 }
 
 inline void write_ub(Pipe p, uint32_t address, uint32_t bytes, Where at) {
     if (bytes == 0) return;
     std::memset(core->written.data() + address, 1, bytes);
-    const uint32_t last = (address + bytes - 1) / block_bytes, now = core->issued[p];
-    for (uint32_t b = address / block_bytes; b <= last; ++b) {
-        UbBlock& block = core->blocks[b];
-        if (block.write_time > core->known[p][block.write_pipe] && !(block.write_pipe == p && block.write_time == now)) {
+    const uint32_t first = address / block_bytes, last = (address + bytes - 1) / block_bytes, now = core->issued[p];
+    const uint32_t* known = core->known[p];
+    uint32_t suspects = 0;
+    for (uint32_t b = first; b <= last; ++b) {
+        const UbBlock& block = core->blocks[b];
+        suspects |= block.write_time > known[block.write_pipe];
+        for (int q = 0; q < PIPES; ++q) suspects |= block.read_time[q] > known[q];
+    }
+    for (uint32_t b = first; suspects && b <= last; ++b) {
+        const UbBlock& block = core->blocks[b];
+        if (block.write_time > known[block.write_pipe] && !(block.write_pipe == p && block.write_time == now)) {
             hazard("WAW", p, Pipe(block.write_pipe), b, at);
         }
         for (int q = 0; q < PIPES; ++q) {
-            if (block.read_time[q] > core->known[p][q] && !(q == p && block.read_time[q] == now)) {
-                hazard("WAR", p, Pipe(q), b, at);
-            }
+            if (block.read_time[q] > known[q] && !(q == p && block.read_time[q] == now)) hazard("WAR", p, Pipe(q), b, at);
         }
-        block.write_time = now;
-        block.write_pipe = p;
+    }
+    for (uint32_t b = first; b <= last; ++b) {
+        core->blocks[b].write_time = now;
+        core->blocks[b].write_pipe = p;
     }
 }
 

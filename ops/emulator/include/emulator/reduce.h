@@ -8,12 +8,16 @@ namespace AscendC {
 
 // Sums as the device does: pairs, then pairs of pairs.
 template <typename T>
-T tree_sum(const T* values, uint32_t n) {
-    using C = std::conditional_t<std::is_same<T, half>::value, half, float>;
-    C part[128];
+inline T tree_sum(const T* values, uint32_t n) {
+    if (n == 8) {
+        const T a = T(float(values[0]) + float(values[1])), b = T(float(values[2]) + float(values[3]));
+        const T c = T(float(values[4]) + float(values[5])), d = T(float(values[6]) + float(values[7]));
+        return T(float(T(float(a) + float(b))) + float(T(float(c) + float(d))));
+    }
+    T part[128];
     for (uint32_t i = 0; i < n; ++i) part[i] = values[i];
     for (; n > 1; n = (n + 1) / 2) {
-        for (uint32_t i = 0; i < n / 2; ++i) part[i] = C(float(part[2 * i]) + float(part[2 * i + 1]));
+        for (uint32_t i = 0; i < n / 2; ++i) part[i] = T(float(part[2 * i]) + float(part[2 * i + 1]));
         if (n % 2) part[n / 2] = part[n - 1];
     }
     return part[0];

@@ -68,9 +68,9 @@ void stretches(const Operand& o, uint32_t repeat, uint32_t lanes, Visit visit) {
     }
 }
 template <typename T>
-const T* gather(const Operand& o, uint32_t repeat, uint32_t lanes, T* scratch, Where at, bool overlap) {
+const T* gather(const Operand& o, uint32_t repeat, uint32_t lanes, T* scratch, Where at, bool overlap, bool is_dst = false) {
     char* ub = emulator::core->ub.data();
-    if (repeat == 0 || o.repeat_stride) {
+    if (repeat == 0 || o.repeat_stride || is_dst) {  // what stays in place was checked in the first repeat
         stretches(o, repeat, lanes, [&](uint32_t a, uint32_t n, uint32_t) { emulator::read_ub(emulator::V, a, n, at, overlap); });
     }
     if (o.block_stride == 1) return reinterpret_cast<const T*>(ub + o.lane(repeat, 0));
@@ -123,7 +123,7 @@ void run_repeats(int id, const LocalTensor<D>& dst, const LocalTensor<A>& a, con
         const A* pa = gather(oa, r, mask, left, at, overlap);
         const A* pb = &a == &b ? pa : gather(ob, r, mask, right, at, overlap);
         if (reads_dst) {
-            const D* old = gather(od, r, mask, target, at, overlap);
+            const D* old = gather(od, r, mask, target, at, overlap, true);
             if (old != target) std::memcpy(target, old, mask * sizeof(D));
         }
         f(target, pa, pb, int64_t(mask));

@@ -1,0 +1,27 @@
+// y[t, offset:offset+width] += scale[s] * h[t] . up[s], s = slots[t]: the second half alone (tensor parallel ranks sum
+// h between the halves). h (tokens, rank) float32, up (slots, rank, width), scale (slots) float32, slots (tokens) int32.
+#include "lora_phases.h"
+
+extern "C" __global__ __aicore__ void lora_expand(GM_ADDR h, GM_ADDR up, GM_ADDR scale, GM_ADDR slots, GM_ADDR y, GM_ADDR out,
+                                                  GM_ADDR workspace, GM_ADDR tiling) {
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);  // the cores never meet
+    GET_TILING_DATA(data, tiling);
+    AscendC::TPipe pipe;
+    colora::LoraPhases<DTYPE_X> lora;
+    lora.Init(&pipe, data, workspace);
+    lora.SetScale(scale);
+    lora.SetOutput(up, y, out);
+    AscendC::GlobalTensor<int32_t> slotGm;
+    slotGm.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(slots), lora.tokens_);
+    AscendC::GlobalTensor<float> hGm;
+    hGm.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(h), static_cast<uint64_t>(lora.tokens_) * lora.rank_);
+    colora::Groups groups;
+    for (uint32_t from = 0; from < lora.tokens_; from += lora.window_) {
+        const uint32_t n = colora::Smaller(lora.window_, lora.tokens_ - from);
+        lora.Sort(groups, slotGm, from, n);
+        uint64_t used = 0;
+        for (uint32_t i = 0; i < groups.tokens; ++i) used |= static_cast<uint64_t>(1) << (groups.order[i] - from);
+        lora.CopyThrough(from, n, [used, from](uint32_t token) { return (used >> (token - from) & 1) != 0; });
+        if (groups.tokens) lora.Expand(groups, true, hGm);
+    }
+}

@@ -1,0 +1,134 @@
+"""The emulator's checks, tested by planted bugs: each must be reported, with its kind and its line; the clean twin of
+each kernel must not be. Some are small kernels (mutants.cpp), some the real ones with one edit."""
+import re
+
+import numpy as np
+import pytest
+
+from emulated import INOUT, INPUT, OUTPUT, STRICT, WORKSPACE, Emulator, build, plan_lora
+from lora_cases import LoraCase
+
+HERE = __import__("pathlib").Path(__file__).parent
+MUTANTS = HERE / "mutants.cpp"
+LORA = build.ASCEND / "multi_lora" / "op_kernel" / "multi_lora.cpp"
+PHASES = build.ASCEND / "common" / "op_kernel" / "lora_phases.h"
+GROUPS = build.ASCEND / "common" / "op_kernel" / "lora_groups.h"
+
+# name: (kinds that must be reported). The kernel of this name is in mutants.cpp; it marks the line with BUG.
+PLANTED = {
+    "capacity": {"ub_capacity"}, "misaligned": {"alignment"}, "cut_copy": {"alignment"}, "repeat_256": {"range"},
+    "mask_65": {"range"}, "negative_count": {"range"}, "block_count": {"range"}, "compare_tail": {"range"},
+    "rounding_mode": {"range"}, "past_buffer": {"ub_bounds"}, "past_tensor": {"gm_bounds"}, "past_argument": {"gm_bounds"},
+    "write_input": {"gm_write"}, "never_written": {"uninitialised"}, "workspace_unwritten": {"gm_uninitialised"},
+    "no_enqueue": {"queue", "RAW"}, "no_free": {"queue"}, "free_twice": {"queue"}, "use_after_free": {"queue"},
+    "alloc_twice": {"queue"}, "raw_v_mte2": {"RAW"}, "raw_mte3_v": {"RAW"}, "war_mte2_v": {"WAR"}, "waw_v_mte2": {"WAW"},
+    "raw_v_v": {"RAW"}, "raw_s_v": {"RAW"}, "raw_v_s": {"RAW"}, "war_v_s": {"WAR"}, "gm_raw": {"RAW"},
+    "set_without_wait": {"flag"}, "wait_without_set": {"flag"}, "set_twice": {"flag"}, "event_id": {"flag"},
+    "system_event": {"flag"}, "barrier_s": {"barrier"}, "partial_overlap": {"overlap"}, "repeat_overlap": {"overlap"},
+    "race_write_read": {"race", "gm_uninitialised"}, "race_write_write": {"race"}, "race_read_write": {"race"}, "stale_scalar": {"stale"},
+    "sync_missing_block": {"sync"},
+}
+CLEAN = ("clean_copy", "clean_vector", "clean_sync", "clean_atomic", "clean_double_buffer", "clean_scalar")
+
+# The real kernel, with one edit: (file, pattern, replacement, kinds of which at least one must be reported).
+EDITS = {
+    "no_first_sync": (LORA, r"lora\.Shrink\(groups\);\s*AscendC::SyncAll\(\);", "lora.Shrink(groups);", {"race", "gm_uninitialised"}),
+    "no_second_sync": (LORA, r"lora\.Reduce\(groups\);\s*AscendC::SyncAll\(\);", "lora.Reduce(groups);", {"race", "gm_uninitialised"}),
+    "no_barrier_in_expand": (PHASES, r"(halves\.GetValue.*?\n\s*\})\s*PipeBarrier<PIPE_V>\(\);", r"\1", {"RAW", "WAW"}),
+    "no_barrier_in_products": (PHASES, r"BlockReduceSum\(eighths, acc.*?;\s*PipeBarrier<PIPE_V>\(\);",
+                               "BlockReduceSum(eighths, acc, static_cast<int32_t>(ranks), 64, 1, 1, 8);", {"RAW"}),
+    "no_scalar_wait": (PHASES, r"Order<HardEvent::MTE2_S>\(\);\s*return table;", "return table;", {"RAW"}),
+    "weights_past_end": (PHASES, r"downGm_, bank \+ c,", "downGm_, bank + c + rank_ * hidden_,", {"gm_bounds"}),
+    "no_padding_value": (PHASES, r"DataCopyPad\(tile, gm\[at\],", "DataCopyPad(tile[1], gm[at],", {"alignment", "ub_bounds"}),
+    "rows_not_freed": (PHASES, r"inQueue_\.FreeTensor\(tile\);\s*return wide;", "return wide;", {"queue"}),
+    "tile_too_large": (PHASES, r"12288;\n\s*pipe_->InitBuffer", "16384;\n pipe_->InitBuffer", {"ub_capacity"}),
+    "order_lost": (GROUPS, r"return listed \? order\[position\]", "return listed ? order[position] + 1", {"gm_bounds", "race"}),
+}
+
+
+@pytest.fixture(scope="module")
+def mutants(emulator, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mutants")
+    text = MUTANTS.read_text()
+    names = re.findall(r"KERNEL\((\w+)\)", text)
+    assert set(names) >= set(PLANTED) | set(CLEAN)
+    units = {"machine.cpp": build.HERE / "src" / "machine.cpp",
+             "mutants.cpp": f'#include "{MUTANTS}"\n' + "".join(build.registration(n, 4) for n in names if n != "name"),
+             "edits.cpp": f'#include "{build.ASCEND / "common/op_host/lora_tiling_core.h"}"\n#include "kernel_operator.h"\n'
+                          "#define EMULATOR_TILING colora::LoraTilingData\n#define DTYPE_X half\n"
+                          + "".join(edited(*EDITS[name][:3], name) for name in EDITS)}
+    return Emulator(build.compile_units(units, folder / "mutants.so", "-O0"))
+
+
+def edited(file, pattern, replacement, name):
+    """The real kernel in one piece with the edit made, registered as edit_<name>."""
+    texts = {p: p.read_text() for p in (GROUPS, PHASES, LORA)}
+    texts[file], count = re.subn(pattern, replacement, texts[file], count=1, flags=re.S)
+    assert count == 1, f"the edit {name} no longer applies to {file.name}"
+    body = "".join(re.sub(r"^#.*$", "", text, flags=re.M) for text in texts.values())
+    body = re.sub(r"\bcolora\b", f"colora_{name}", body)  # one namespace an edit: the linker must not merge them
+    symbol = f"edit_{name}"
+    return body.replace("void multi_lora(", f"void {symbol}(") + build.registration(symbol, 9)
+
+
+def run_small(mutants, name, flags=STRICT, cores=4):
+    data = np.arange(4096, dtype=np.float32)
+    out, workspace, tiling = np.zeros(4096, np.float32), np.zeros(4096, np.float32), np.zeros(16, np.uint32)
+    report = mutants.launch(name, cores, [(data, INPUT), (out, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], 3, flags)
+    return report["findings"], out
+
+
+@pytest.mark.parametrize("name", sorted(PLANTED))
+def test_planted_bug_is_found(mutants, name):
+    findings, _ = run_small(mutants, name)
+    kinds = {f["kind"] for f in findings}
+    assert kinds == PLANTED[name] or (name == "race_write_read" and kinds <= PLANTED[name] and kinds), findings
+    lines = MUTANTS.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if f"KERNEL({name})" in line)
+    marked = {i + 1 for i in range(start, len(lines)) if "// BUG" in lines[i]
+              and i < next((j for j in range(start + 1, len(lines)) if "KERNEL(" in lines[j]), len(lines))}
+    assert marked, f"mutants.cpp marks no line of {name}"
+    assert {f["line"] for f in findings} & marked, f"{name}: reported {findings}, marked {sorted(marked)}"
+    assert all(f["file"].endswith("mutants.cpp") for f in findings)
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_clean_kernel_has_no_findings(mutants, name):
+    findings, out = run_small(mutants, name, cores=1 if name in ("clean_copy", "clean_vector", "clean_scalar") else 4)
+    assert findings == []
+    assert out[0] != 0 or out[1] != 0
+
+
+def test_hazards_are_not_reported_where_the_compiler_synchronises(mutants):
+    for name in ("raw_v_v", "raw_s_v", "raw_v_s", "gm_raw"):
+        assert run_small(mutants, name, flags=0)[0] == []
+
+
+def test_missing_synchronisation_shows_in_results(mutants):
+    """Blocks run in random order, interleaved: without SyncAll some order gives a wrong sum, not just a finding."""
+    results = set()
+    for seed in range(12):
+        data, out = np.ones(4096, np.float32), np.zeros(4096, np.float32)
+        workspace, tiling = np.zeros(4096, np.float32), np.zeros(16, np.uint32)
+        mutants.launch("race_write_read", 4, [(data, INPUT), (out, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], seed, 3)
+        results.add(float(out[:32].sum()))
+    assert len(results) > 1
+
+
+@pytest.mark.parametrize("name", sorted(EDITS))
+def test_edit_of_the_real_kernel_is_found(mutants, name):
+    case = LoraCase(7, 1000, 72, 1000, "float16", "distinct", bank=3)
+    tokens, hidden, rank, width = case.shape
+    tiling, workspace = plan_lora(tokens, hidden, rank, width, case.dtype, 48, slots=case.bank)
+    y = case.y.copy()
+    report = mutants.launch(f"edit_{name}", 48, [
+        (case.x, INPUT), (case.down, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT), (y, INOUT),
+        (y, INOUT), (workspace, WORKSPACE), (tiling, INPUT)])
+    assert {f["kind"] for f in report["findings"]} & EDITS[name][3], report["findings"]
+
+
+def test_unknown_kernel_and_wrong_arguments(emulator):
+    with pytest.raises(ValueError, match="no kernel"):
+        emulator.launch("no_such_kernel", 1, [])
+    with pytest.raises(ValueError, match="no kernel"):
+        emulator.launch("multi_lora_float16", 48, [(np.zeros(4, np.float16), INPUT)])

@@ -1,0 +1,190 @@
+"""The LoRA kernels under the strict emulator against float64."""
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+
+from emulated import INOUT, INPUT, OUTPUT, WORKSPACE, plan_lora, to_float64
+from lora_cases import CORES, LoraCase, launch_lora
+
+RANKS = (1, 3, 8, 16, 24, 32, 64, 128, 256)
+HIDDEN = (64, 576, 1000, 4096, 11008)
+TOKENS = (0, 1, 2, 7, 32, 300)
+DTYPES = ("float16", "bfloat16")
+PATTERNS = ("mixed", "none", "one", "distinct", "skewed")
+
+
+def run(emulator, case, **options):
+    out, report = launch_lora(emulator, case, **options)
+    assert report["findings"] == []
+    case.check(out, exact=options.get("exact", False))
+
+
+def pick(patterns, *key):
+    """A choice that is fixed for a case and spread over the matrix."""
+    return patterns[hashlib.sha256(repr(key).encode()).digest()[0] % len(patterns)]
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_matrix(emulator, rank):
+    """rank x hidden x tokens x dtype; the slot pattern, the layout of y and the form of fp16 rotate over the cases."""
+    for hidden, tokens, dtype in itertools.product(HIDDEN, TOKENS, DTYPES):
+        pattern = pick(PATTERNS, rank, hidden, tokens, dtype)
+        exact = pick((False, True, False), "exact", rank, hidden, tokens) and dtype == "float16"
+        in_place = pick((True, False), "place", rank, hidden, tokens, dtype)
+        case = LoraCase(tokens, hidden, rank, hidden, dtype, pattern, seed=1)
+        run(emulator, case, exact=exact, in_place=in_place, counters=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("rank", RANKS)
+def test_matrix_in_full(emulator, rank, pattern):
+    for hidden, tokens, dtype in itertools.product(HIDDEN, TOKENS, DTYPES):
+        for exact in {False, dtype == "float16"}:
+            run(emulator, LoraCase(tokens, hidden, rank, hidden, dtype, pattern, seed=2), exact=exact, counters=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES + ("float32",))
+@pytest.mark.parametrize("hidden,width,row_width,offset", [
+    (576, 192, 960, 576), (576, 192, 960, 768), (100, 7, 7, 0), (33, 1, 50, 49), (4096, 1024, 6144, 4096), (16, 5000, 5003, 2)])
+def test_narrow_slices(emulator, dtype, hidden, width, row_width, offset):
+    """Fused q/k/v and tensor-parallel shards: in not equal to out, an output offset, unaligned everything."""
+    for tokens, rank, in_place in ((1, 8, True), (9, 5, False), (65, 16, True), (70, 3, False)):
+        case = LoraCase(tokens, hidden, rank, width, dtype, row_width=row_width, offset=offset, seed=3)
+        run(emulator, case, in_place=in_place)
+
+
+@pytest.mark.parametrize("cores", (1, 2, 20, 40, 48, 64))
+def test_any_number_of_cores(emulator, cores):
+    for tokens, hidden, dtype in ((1, 1000, "float16"), (67, 576, "bfloat16"), (5, 64, "float32")):
+        run(emulator, LoraCase(tokens, hidden, 24, 200, dtype, bank=7), cores=cores)
+
+
+def test_order_of_blocks_does_not_matter(emulator):
+    """Equal inputs give equal bits, whatever the order in which the cores run."""
+    case = LoraCase(33, 1000, 16, 1000, "float16", bank=6)
+    first, _ = launch_lora(emulator, case)
+    for seed in range(1, 6):
+        out, report = launch_lora(emulator, case, seed=seed)
+        assert np.array_equal(out, first) and report["findings"] == []
+
+
+def test_many_adapters(emulator):
+    """More adapters than cores, and every token its own."""
+    run(emulator, LoraCase(64, 576, 16, 576, "float16", "distinct", bank=64))
+    run(emulator, LoraCase(130, 576, 8, 576, "bfloat16", "distinct", bank=130))
+
+
+def test_slots_outside_the_bank_are_skipped(emulator):
+    case = LoraCase(6, 576, 16, 576, "float16", bank=3)
+    case.slots = np.array([0, 3, 2, -7, 2 ** 31 - 1, 1], np.int32)
+    out, report = launch_lora(emulator, case)
+    assert report["findings"] == []
+    case.check(out)
+
+
+def test_other_rows_are_untouched_bit_for_bit(emulator):
+    """NaN and infinity in the rows of the amateur and in adapters that nobody uses stay where they are."""
+    case = LoraCase(5, 576, 16, 576, "float16", bank=4)
+    case.slots = np.array([1, -1, 1, -1, 1], np.int32)
+    case.x[1] = np.nan
+    case.y[3] = np.inf
+    case.down[[0, 2, 3]] = np.nan
+    out, report = launch_lora(emulator, case)
+    assert report["findings"] == []
+    assert np.array_equal(out[[1, 3]], case.y[[1, 3]])
+    assert np.isfinite(out[[0, 2, 4]]).all()
+
+
+@pytest.mark.parametrize("size", (1e-7, 1e-3, 30.0, 900.0))
+def test_coefficients_of_any_size(emulator, size):
+    """fp16 coefficients travel with a power of two, so x . down may leave the range of fp16 (65504)."""
+    for factor in (1.0, 60.0):
+        case = LoraCase(3, 4096, 16, 576, "float16", "one", seed=5)
+        case.x = (case.x.astype(np.float32) * min(size, 60.0)).astype(np.float16)
+        case.down = (case.down.astype(np.float32) * factor * max(size / 60.0, 1.0)).astype(np.float16)
+        case.up = (case.up.astype(np.float32) / max(size * factor, 1.0) / 8).astype(np.float16)
+        run(emulator, case)
+
+
+# ---- segments (prefill) --------------------------------------------------------------------------------------------
+def launch_segments(emulator, case, starts, slots, in_place=True, seed=0, cores=CORES):
+    tokens, hidden, rank, width = case.shape
+    starts, slots = np.array(starts, np.int32), np.array(slots, np.int32)
+    tiling, workspace = plan_lora(tokens, hidden, rank, width, case.dtype, cores, case.row_width, case.offset, case.bank,
+                                  segments=max(len(slots), 1))
+    tiling[7] = len(slots)
+    y = case.y.copy()
+    out = y if in_place else np.full_like(y, 0x7777 if case.dtype == "bfloat16" else 99)
+    kinds = (INOUT, INOUT) if in_place else (INPUT, OUTPUT)
+    report = emulator.launch(f"multi_lora_segments_{case.dtype}", cores, [
+        (case.x, INPUT), (case.down, INPUT), (case.up, INPUT), (case.scale, INPUT), (starts, INPUT), (slots, INPUT),
+        (y, kinds[0]), (out, kinds[1]), (workspace, WORKSPACE), (tiling, INPUT)], seed)
+    case.slots = np.full(tokens, -1, np.int32)
+    for k, slot in enumerate(slots):
+        case.slots[starts[k]:starts[k + 1]] = slot
+    return out, report
+
+
+@pytest.mark.parametrize("dtype", DTYPES + ("float32",))
+@pytest.mark.parametrize("starts,slots", [
+    ((0, 300), (2,)), ((0, 100, 100, 300), (1, 0, -1)), ((0, 1, 2, 250, 299), (3, -1, 0, 3)), ((10, 20, 40), (0, 1)),
+    ((0, 7), (-1,)), (tuple(range(0, 301, 3)), tuple(k % 4 for k in range(100)))])
+def test_segments(emulator, dtype, starts, slots):
+    for hidden, rank, width, in_place in ((576, 16, 200, True), (1000, 40, 64, False)):
+        case = LoraCase(300, hidden, rank, width, dtype, row_width=width + 30, offset=9)
+        out, report = launch_segments(emulator, case, starts, slots, in_place)
+        assert report["findings"] == []
+        case.check(out)
+
+
+@pytest.mark.parametrize("rank", (1, 24, 256))
+def test_long_segments(emulator, rank):
+    """Longer than a pass (128 tokens at rank 256) and than a table of coefficients."""
+    case = LoraCase(700, 320, rank, 330, "float16")
+    out, report = launch_segments(emulator, case, (0, 650, 700), (1, 3))
+    assert report["findings"] == []
+    case.check(out)
+
+
+def test_segments_equal_tokens(emulator):
+    """The two forms are one computation: equal up to the order of the partial sums."""
+    case = LoraCase(40, 576, 16, 576, "float32")
+    case.slots = np.repeat(np.array([2, -1, 0], np.int32), (15, 5, 20))
+    tokens, _ = launch_lora(emulator, case)
+    segments, _ = launch_segments(emulator, case, (0, 15, 20, 40), (2, -1, 0))
+    assert np.allclose(tokens, segments, rtol=0, atol=2e-5)
+
+
+# ---- the two halves alone ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES + ("float32",))
+@pytest.mark.parametrize("tokens,hidden,rank,width", [(1, 4096, 16, 4096), (7, 1000, 3, 64), (70, 576, 24, 100), (2, 64, 256, 576),
+                                                       (0, 64, 8, 64)])
+def test_shrink_then_expand(emulator, dtype, tokens, hidden, rank, width):
+    case = LoraCase(tokens, hidden, rank, width, dtype)
+    tiling, workspace = plan_lora(tokens, hidden, rank, width, dtype, slots=case.bank)
+    h = np.full((tokens, rank), np.nan, np.float32)
+    report = emulator.launch(f"lora_shrink_{dtype}", CORES, [
+        (case.x, INPUT), (case.down, INPUT), (case.slots, INPUT), (h, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)])
+    assert report["findings"] == []
+    want, size = case.products()
+    assert (np.abs(h - want) <= size * 2.0 ** -23 * (4 + np.log2(hidden + 1))).all()
+
+    y = case.y.copy()
+    report = emulator.launch(f"lora_expand_{dtype}", CORES, [
+        (h, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT), (y, INOUT), (y, INOUT),
+        (workspace, WORKSPACE), (tiling, INPUT)])
+    assert report["findings"] == []
+    case.check(y, h=h.astype(np.float64), h_error=np.zeros((tokens, rank)))
+
+
+def test_rank_padding_changes_nothing(emulator):
+    """An adapter of rank 5 in a bank of rank 16, filled up with zeros, gives the same as rank 5 alone."""
+    small = LoraCase(9, 576, 5, 576, "float16")
+    large = LoraCase(9, 576, 16, 576, "float16")
+    large.x, large.y, large.scale, large.slots = small.x, small.y, small.scale, small.slots
+    large.down[:], large.up[:] = 0, 0
+    large.down[:, :5], large.up[:, :5] = small.down, small.up
+    assert np.array_equal(launch_lora(emulator, small)[0], launch_lora(emulator, large)[0])
