@@ -23,7 +23,6 @@ using colora::Tensor;
 constexpr int32_t kIgnored = -100;
 constexpr int64_t kChunk = 128;    // rows of the weight of one task
 constexpr int64_t kDepth = 320;    // part of hidden_size that a panel of hidden states in the L1/L2 cache covers
-constexpr int64_t kColumns = 96;   // columns of the hidden states' gradient of one task
 constexpr int64_t kScratch = 16 << 20;  // floats for the logits of a block
 
 struct Head {
@@ -94,8 +93,10 @@ void chunk_logits(const Head& h, const float* xt, int64_t stride, int64_t used, 
 struct Work {
   std::vector<float> xt, logits, top, mass, at_label, buffers, lse;
   int64_t stride, logits_size, buffer_size;
-  Work(const Head& h, int64_t block, bool keep_logits) : stride((block + kLanes - 1) / kLanes * kLanes) {
+  Work(const Head& h, int64_t block, bool keep_logits) : stride((block + 15) / 16 * 16) {
     const size_t threads = size_t(colora::thread_count());
+    // An odd number of cache lines a row: a column of logits then spreads over all sets of the L1 cache.
+    if (stride / 16 % 2 == 0) stride += 16;
     logits_size = kChunk * stride;
     buffer_size = kChunk * h.hidden;
     xt.resize(size_t(h.hidden * stride));
@@ -143,6 +144,13 @@ void block_statistics(const Head& h, Work& w, int64_t first, int64_t count, bool
   }
 }
 
+// Columns of the hidden states' gradient that one task computes. Every task reads all logits of the block, so there are
+// no more tasks than threads, unless their part of the weight would not fit into the L2 cache.
+int64_t share_columns(const Head& h) {
+  const int64_t share = (h.hidden + colora::thread_count() - 1) / colora::thread_count();
+  return std::clamp<int64_t>((share + 31) / 32 * 32, 32, 512);
+}
+
 // Rows of `dx` (hidden,) for the block's tokens: sum over v of softmax[v] * weight[v] - weight[label].
 void block_gradient(const Head& h, Work& w, int64_t first, int64_t count, float* dx, float* block_dx, float* buffers) {
   const int64_t stride = w.stride, used = (count + kLanes - 1) / kLanes * kLanes;
@@ -156,9 +164,10 @@ void block_gradient(const Head& h, Work& w, int64_t first, int64_t count, float*
       }
     }
   });
-  parallel_tasks((h.hidden + kColumns - 1) / kColumns, [&](int64_t task) {
-    const int64_t i = task * kColumns, columns = std::min(kColumns, h.hidden - i);
-    float* buffer = buffers ? buffers + omp_get_thread_num() * 2 * kChunk * kColumns : nullptr;
+  const int64_t share = share_columns(h);
+  parallel_tasks((h.hidden + share - 1) / share, [&](int64_t task) {
+    const int64_t i = task * share, columns = std::min(share, h.hidden - i);
+    float* buffer = buffers ? buffers + omp_get_thread_num() * 2 * kChunk * share : nullptr;
     for (int64_t v = 0; v < h.vocab; v += 2 * kChunk) {
       const int64_t rows = std::min(2 * kChunk, h.vocab - v);
       int64_t row;
@@ -196,7 +205,7 @@ COLORA_OPERATOR(linear_cross_entropy) {
   const int64_t block = h.block(true), active = int64_t(h.active.size());
   Work w(h, active ? block : 0, active > 0);
   std::vector<float> block_dx(size_t(block * h.hidden));
-  std::vector<float> buffers(h.weight.is("float32") ? 0 : size_t(colora::thread_count() * 2 * kChunk * kColumns));
+  std::vector<float> buffers(h.weight.is("float32") ? 0 : size_t(colora::thread_count() * 2 * kChunk * share_columns(h)));
 
   std::fill_n(dhidden.data<float>(), dhidden.size(), 0.0f);
   std::fill_n(lse.data<float>(), lse.size(), 0.0f);

@@ -70,22 +70,9 @@ bool block_maxima(const float* e, int64_t vocab, float* maxima) {
   return true;
 }
 
-// Inverse of the distribution over candidates in descending order, after top_k and top_p.
-Candidate draw(std::vector<Candidate>& candidates, const Options& o) {
-  if (o.top_k > 0 && o.top_k < int64_t(candidates.size())) {
-    std::nth_element(candidates.begin(), candidates.begin() + o.top_k, candidates.end(), better);
-    candidates.resize(size_t(o.top_k));
-  }
-  float highest = -kInfinity;
-  for (const Candidate& c : candidates) highest = c.score > highest ? c.score : highest;
-  double mass = 0.0;
-  for (size_t i = 0; i < candidates.size(); i += kLanes) {
-    const size_t count = std::min<size_t>(kLanes, candidates.size() - i);
-    float scaled[kLanes] = {};
-    for (size_t j = 0; j < count; ++j) scaled[j] = (candidates[i + j].score - highest) / o.temperature;
-    store(scaled, exp(load(scaled)));
-    for (size_t j = 0; j < count; ++j) mass += candidates[i + j].weight = scaled[j];
-  }
+// Candidates in descending order until the drawn mass is reached (top_k has been applied). `mass` is that of all
+// candidates, `complete` tells whether all of them are here. Returns false if those that are here do not suffice.
+bool draw(std::vector<Candidate>& candidates, const Options& o, double mass, bool complete, Candidate* picked) {
   const auto worse = [](const Candidate& x, const Candidate& y) { return better(y, x); };
   std::make_heap(candidates.begin(), candidates.end(), worse);
   // Taken candidates gather at the end of the vector, the best one last.
@@ -97,15 +84,94 @@ Candidate draw(std::vector<Candidate>& candidates, const Options& o) {
     taken += heap_end->weight;
   };
   if (o.top_p >= 1.0f) {
-    do take(); while (taken <= double(o.uniform) * mass && heap_end != candidates.begin());
-    return *heap_end;
+    const double wanted = double(o.uniform) * mass;
+    do take(); while (taken <= wanted && heap_end != candidates.begin());
+    *picked = *heap_end;
+    return complete || taken > wanted;
   }
-  do take(); while (taken < double(o.top_p) * mass && heap_end != candidates.begin());
+  const double kept = double(o.top_p) * mass;
+  do take(); while (taken < kept && heap_end != candidates.begin());
+  if (!complete && taken < kept) return false;
   const double wanted = double(o.uniform) * taken;
   double sum = 0.0;
-  for (auto c = candidates.end(); c-- != heap_end;)
-    if ((sum += c->weight) > wanted || c == heap_end) return *c;
-  return *heap_end;
+  auto c = candidates.end();
+  do sum += (--c)->weight; while (sum <= wanted && c != heap_end);
+  *picked = *c;
+  return true;
+}
+
+// Sets the candidates' weights exp((score - highest) / temperature) and returns their sum.
+double weigh(std::vector<Candidate>& candidates, float highest, float temperature) {
+  double mass = 0.0;
+  for (size_t i = 0; i < candidates.size(); i += kLanes) {
+    const size_t count = std::min<size_t>(kLanes, candidates.size() - i);
+    float scaled[kLanes] = {};
+    for (size_t j = 0; j < count; ++j) scaled[j] = (candidates[i + j].score - highest) / temperature;
+    store(scaled, exp(load(scaled)));
+    for (size_t j = 0; j < count; ++j) mass += candidates[i + j].weight = scaled[j];
+  }
+  return mass;
+}
+
+void cut_to_top_k(std::vector<Candidate>& candidates, int64_t top_k) {
+  if (top_k <= 0 || top_k >= int64_t(candidates.size())) return;
+  std::nth_element(candidates.begin(), candidates.begin() + top_k, candidates.end(), better);
+  candidates.resize(size_t(top_k));
+}
+
+// A draw among given candidates.
+Candidate sample(std::vector<Candidate>& candidates, const Options& o) {
+  cut_to_top_k(candidates, o.top_k);
+  float highest = -kInfinity;
+  for (const Candidate& c : candidates) highest = c.score > highest ? c.score : highest;
+  const double mass = weigh(candidates, highest, o.temperature);
+  Candidate picked{};
+  draw(candidates, o, mass, true, &picked);
+  return picked;
+}
+
+// A draw among the whole vocabulary by plain scores. The tail of tiny weights is only looked at if the draw gets there.
+Candidate sample_plain(const float* e, int64_t vocab, const std::vector<float>& maxima, float highest,
+                       const Options& o) {
+  std::vector<Candidate> candidates;
+  const auto collect = [&](float least) {
+    candidates.clear();
+    for (size_t b = 0; b < maxima.size(); ++b) {
+      if (maxima[b] < least) continue;
+      const int64_t end = std::min(vocab, int64_t(b + 1) * kBlock);
+      for (int64_t i = int64_t(b) * kBlock; i < end; ++i)
+        if (e[i] >= least) candidates.push_back({e[i], int32_t(i), 0.0f});
+    }
+  };
+  double mass = 0.0;
+  if (o.top_k == 0)
+    for (int64_t b = 0; b < vocab; b += kBlock) {
+      vf sum_of_block{};
+      const int64_t end = std::min(vocab, b + kBlock);
+      for (int64_t i = b; i < end; i += kLanes) {
+        const int64_t left = end - i;
+        vf weight = exp((load_upto(e + i, left) - splat(highest)) / splat(o.temperature));
+        if (left < kLanes) {
+          float lanes[kLanes];
+          store(lanes, weight);
+          std::fill(lanes + left, lanes + kLanes, 0.0f);
+          weight = load(lanes);
+        }
+        sum_of_block = sum_of_block + weight;
+      }
+      mass += sum(sum_of_block);
+    }
+  Candidate picked{};
+  for (const bool complete : {false, true}) {
+    collect(complete ? -kInfinity : highest - 9.0f * o.temperature);
+    if (o.top_k > 0) {
+      if (!complete && int64_t(candidates.size()) < std::min(o.top_k, vocab)) continue;
+      return sample(candidates, o);
+    }
+    weigh(candidates, highest, o.temperature);
+    if (draw(candidates, o, mass, complete, &picked)) break;
+  }
+  return picked;
 }
 
 std::string text(const char* what, int64_t row, int64_t token) {
@@ -140,10 +206,12 @@ Choice choose(const float* logits, int64_t vocab, const Options& o) {
   if (!a && !sampling) {
     choice.valid = vocab;
     best = {highest, int32_t(favourite), 0.0f};
+  } else if (!a) {
+    choice.valid = vocab;
+    best = sample_plain(e, vocab, maxima, highest, o);
   } else {
-    const float cut = a ? std::log(o.alpha) + highest : -kInfinity;
+    const float cut = std::log(o.alpha) + highest;
     const float gain = 1.0f + o.beta;
-    if (sampling && !a) candidates.reserve(size_t(vocab));
     for (size_t b = 0; b < maxima.size(); ++b) {
       if (maxima[b] < cut) continue;
       const int64_t end = std::min(vocab, int64_t(b + 1) * kBlock);
@@ -151,7 +219,7 @@ Choice choose(const float* logits, int64_t vocab, const Options& o) {
         if (!(e[i] >= cut)) continue;
         ++choice.valid;
         float score = e[i];
-        if (a && o.beta != 0.0f) {
+        if (o.beta != 0.0f) {
           score = gain * e[i] - o.beta * a[i];
           if (!std::isfinite(score)) {
             choice.error = text("argument 'logits' holds NaN or infinity (or their contrast overflows)", o.amateur, i);
@@ -163,7 +231,7 @@ Choice choose(const float* logits, int64_t vocab, const Options& o) {
         else if (score > best.score) best = candidate;
       }
     }
-    if (sampling) best = draw(candidates, o);
+    if (sampling) best = sample(candidates, o);
   }
   choice.token = best.token;
   choice.score = best.score;
@@ -236,7 +304,7 @@ COLORA_OPERATOR(contrastive_select) {
       choices[size_t(r)].error = "no memory";
     }
   };
-  if (vocab < (1 << 12)) {
+  if (requests * vocab < (1 << 18)) {  // less than what starting threads costs
     for (int64_t r = 0; r < requests; ++r) work(r);
   } else {
     parallel_tasks(requests, work);

@@ -141,6 +141,19 @@ def test_draws_follow_the_distribution():
     assert np.abs(share - p / p.sum()).max() < 1e-3
 
 
+def test_a_draw_that_reaches_the_tail_of_tiny_weights():
+    logits = np.zeros((1, 5001), np.float32)
+    logits[0, 1234] = 10  # the others: e^-10 each, together 18 % of the mass
+    for uniform in (0.5, 0.9, 0.999):
+        token = expected(logits[0], None, 1, 0, 1.0, 0, 1.0, uniform)[0]
+        assert (token == 1234) == (uniform < 0.8)
+        got = select(logits, 0, -1, temperature=1.0, uniform=uniform)[0][0, 0]
+        assert abs(int(got) - token) <= 1
+    assert select(logits, 0, -1, temperature=1.0, top_p=0.9, uniform=0.99)[0][0, 0] < 2700
+    assert select(logits, 0, -1, temperature=1.0, top_k=3, uniform=0.99999)[0][0, 0] == 1
+    assert select(logits, 0, -1, temperature=1.0, top_k=3, uniform=0.5)[0][0, 0] == 1234
+
+
 def test_requests_do_not_depend_on_one_another_nor_on_threads():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(14, 5000)).astype(np.float32) * 3
