@@ -1,0 +1,50 @@
+"""The ``colora-ms`` command: one module a sub-command, each with ``add_arguments(parser)`` and ``run(arguments)``."""
+
+import argparse
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "quickstart": "train a small adapter, decode it greedily and contrastively, print the comparison",
+    "generate": "answer prompts with a model, an adapter and a contrast",
+    "train": "train an adapter as a recipe says",
+    "evaluate": "score a model, an adapter and a contrast on a set of problems",
+    "info": "show what a model or an adapter is",
+    "convert": "write a model as a Hugging Face folder",
+}
+
+
+def build_parser():
+    """The parser of all sub-commands; a command's module is imported only when its help or run needs it."""
+    from colora_ms import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="colora-ms", description="Low-rank adapters and Contrastive LoRA Decoding (CoLD) in MindSpore graph mode.",
+        epilog="colora-ms COMMAND --help explains a command.")
+    parser.add_argument("--version", action="version", version=f"colora-ms {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, sentence in COMMANDS.items():
+        module = importlib.import_module(f"colora_ms.cli.{name}")
+        command = commands.add_parser(name, help=sentence, description=sentence[0].upper() + sentence[1:] + ".",
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments=None):
+    """Entry point of the console command; returns the exit code. An expected failure is one paragraph, not a traceback."""
+    parsed = build_parser().parse_args(arguments)
+    # MindSpore's own warnings are for its developers; set GLOG_v=2 to see them.
+    os.environ.setdefault("GLOG_v", "3")
+    from colora_ms.errors import ColoraError
+
+    try:
+        return parsed.run(parsed) or 0
+    except ColoraError as error:
+        print(f"colora-ms {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as reason:
+        print(f"colora-ms {parsed.command}: {str(reason) or 'interrupted'}", file=sys.stderr)
+        return 130

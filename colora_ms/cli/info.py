@@ -1,0 +1,32 @@
+"""``colora-ms info``: show what a model or an adapter is."""
+
+import json
+from pathlib import Path
+
+
+def add_arguments(parser):
+    parser.add_argument("path", help="known model name, model folder or file, or adapter folder")
+
+
+def run(arguments):
+    path = Path(arguments.path)
+    if (path / "adapter_config.json").is_file():
+        return _adapter(path)
+    from colora_ms.models.checkpoint import open_checkpoint, resolve_model
+
+    checkpoint = open_checkpoint(resolve_model(arguments.path))
+    print(f"format      {checkpoint.format}\npath        {checkpoint.path}")
+    print(f"parameters  {checkpoint.config.parameter_count():,}")
+    for name, value in checkpoint.config.to_hf().items():
+        print(f"{name:24s} {value}")
+    return 0
+
+
+def _adapter(path):
+    from colora_ms.adapters import digest
+    from colora_ms.adapters.peft_format import StoredAdapter
+
+    stored = StoredAdapter(path)
+    print(f"digest      {digest(path)}")
+    print(json.dumps(stored.config.to_peft(), indent=2, sort_keys=True, default=str))
+    return 0

@@ -1,0 +1,132 @@
+"""``colora-ms quickstart``: the whole idea in minutes: train, decode greedily and contrastively, compare."""
+
+import json
+import time
+from pathlib import Path
+
+RECIPE = Path("model_zoo") / "smollm2-135m" / "quickstart.yaml"
+
+
+def add_arguments(parser):
+    parser.add_argument("--recipe", default=None, help=f"training recipe; by default {RECIPE} of the checkout")
+    parser.add_argument("--output", default="runs/quickstart", help="folder of the run")
+    parser.add_argument("--items", type=int, default=200, help="held-out problems")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--alpha", type=float, default=0.1, help="the expert's cut of the contrast")
+    parser.add_argument("--beta", type=float, default=0.5, help="weight of the base model in the contrast")
+    parser.add_argument("--fast", action="store_true", help="a shorter training and fewer problems (3 minutes)")
+    parser.add_argument("--scorer", default="normalised", help="how an answer is scored: number, exact, normalised")
+
+
+def run(arguments):
+    started = time.perf_counter()
+    from colora_ms.decoding import Contrast, Generator
+    from colora_ms.training.config import TrainingConfig
+    from colora_ms.training.sources import load_examples
+    from colora_ms.training.templates import make_template
+    from colora_ms.training.trainer import train
+
+    output = Path(arguments.output) / time.strftime("%Y%m%d-%H%M%S")
+    changes = [f"output={output}"]
+    items = arguments.items
+    if arguments.fast:
+        changes += ["loop.steps=30"]
+        items = min(items, 40)
+    config = TrainingConfig.from_yaml(find_recipe(arguments.recipe), overrides=changes)
+    test = held_out(config, items)
+    print(f"1/3  training a LoRA adapter on {config.model}; run folder {output}")
+    result = train(config)
+    trained = time.perf_counter() - started
+    print(f"     {result.steps} updates in {result.seconds:.0f} s, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}")
+    print(f"     PEFT folder: {result.adapter}")
+
+    print(f"2/3  answering {len(test)} held-out problems three times")
+    generator = Generator.from_pretrained(config.model, {"quickstart": result.adapter}, weight_format=config.weight_format)
+    template = make_template(config.data.template, generator.tokenizer, config.data.system)
+    contrast = Contrast(arguments.alpha, arguments.beta)
+    decoders = {
+        "base": {},
+        "LoRA, greedy": {"adapter": "quickstart"},
+        f"LoRA + CoLD (alpha {contrast.alpha:g}, beta {contrast.beta:g})": {"adapter": "quickstart", "contrast": contrast},
+    }
+    results = score(generator, test, template, decoders, arguments, output)
+    print("3/3  result\n")
+    print(table(results))
+    greedy, cold = list(results.values())[1:]
+    print(f"\nCoLD against greedy, same adapter, same problems: {greedy.compare(cold).summary()}")
+    show_samples(generator, template, test, cold, contrast, arguments.max_new_tokens)
+    seconds = time.perf_counter() - started
+    summary = {"seconds": seconds, "training_seconds": trained, "steps": result.steps,
+               "results": {name: r.to_json() for name, r in results.items()}}
+    (output / "quickstart.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
+    print(f"\nDone in {seconds / 60:.1f} minutes, {trained / 60:.1f} of them training. All answers: {output}")
+    return 0
+
+
+def find_recipe(path):
+    """The recipe's path: as given, or the checkout's."""
+    from colora_ms.errors import ConfigError
+
+    if path is not None:
+        return path
+    recipe = Path(__file__).resolve().parents[2] / RECIPE
+    if not recipe.is_file():
+        raise ConfigError(f"{RECIPE} is not beside the package; run in a checkout or give --recipe FILE")
+    return recipe
+
+
+def held_out(config, size):
+    """Problems of the recipe's training tasks from other seeds; none stands in the training data."""
+    from colora_ms.training.sources import load_examples, without_overlap
+
+    sources = config.data.train if isinstance(config.data.train, list) else [config.data.train]
+    test = load_examples([{**s, "seed": s["seed"] + 10_000_000, "size": 2 * size} for s in sources])
+    test, _ = without_overlap(test, load_examples(sources))
+    return test[:size]
+
+
+def score(generator, test, template, decoders, arguments, output):
+    """An EvaluationResult a decoder; batches fill the generator's rows."""
+    from colora_ms.evaluation.evaluate import evaluate
+
+    results = {}
+    for number, (name, settings) in enumerate(decoders.items()):
+        rows = 2 if "contrast" in settings else 1
+        results[name] = evaluate(
+            generator, test, arguments.scorer, template=template, path=output / f"answers-{number}.jsonl",
+            batch_size=generator.max_rows // rows, keep_records=True,
+            options={**settings, "max_new_tokens": arguments.max_new_tokens, "records": True})
+        print(f"     {name}: {results[name].summary()}")
+    return results
+
+
+def table(results):
+    """The results as a Markdown table."""
+    lines = ["| decoder | accuracy | 95 % interval | tokens/s | tokens changed |", "|---|---|---|---|---|"]
+    for name, result in results.items():
+        low, high = result.interval
+        records = [r for item in result.items for r in item.get("records", ())]
+        changed = sum(r["token"] != r["favourite"] for r in records) / max(len(records), 1)
+        lines.append(f"| {name} | {100 * result.accuracy:.1f} % | {100 * low:.1f} - {100 * high:.1f} % | "
+                     f"{result.tokens_per_second:.0f} | {100 * changed:.1f} % |")
+    return "\n".join(lines)
+
+
+def show_samples(generator, template, test, cold, contrast, max_new_tokens, count=3):
+    """Three problems with all three answers, and the tokens that the contrast changed; those with changes first."""
+    from colora_ms.cli.generate import changes
+
+    def changed(item):
+        return sum(r["token"] != r["favourite"] for r in item.get("records", ()))
+
+    order = sorted(range(len(test)), key=lambda i: -changed(cold.items[i]))[:count]
+    prompts = [template.request(test[i]) for i in order]
+    same = dict(max_new_tokens=max_new_tokens)
+    base = generator.generate(prompts, **same)
+    greedy = generator.generate(prompts, adapter="quickstart", **same)
+    contrasted = generator.generate(prompts, adapter="quickstart", contrast=contrast, records=True, **same)
+    for place, i in enumerate(order):
+        print(f"\nProblem: {test[i].question.strip()}\nExpected: {test[i].completion.strip()}")
+        for name, answer in (("base  ", base), ("greedy", greedy), ("CoLD  ", contrasted)):
+            print(f"  {name} | {' / '.join(answer[place].text.strip().splitlines())[:160]}")
+        print(changes(contrasted[place], generator.tokenizer))

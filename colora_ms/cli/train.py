@@ -1,0 +1,21 @@
+"""``colora-ms train``: train an adapter as a recipe says."""
+
+
+def add_arguments(parser):
+    parser.add_argument("recipe", help="YAML recipe, see model_zoo/")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the output folder")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                        help="change a setting of the recipe: --set loop.steps=50 (repeatable)")
+
+
+def run(arguments):
+    from colora_ms.training.config import TrainingConfig
+    from colora_ms.training.trainer import train
+
+    config = TrainingConfig.from_yaml(arguments.recipe, overrides=arguments.set)
+    result = train(config, resume=arguments.resume)
+    speed = result.tokens / result.seconds if result.seconds else 0.0
+    print(f"{result.steps} updates, last loss {result.losses[-1]:.4f}, {speed:.0f} tokens/s" if result.losses
+          else f"{result.steps} updates were made already")
+    print(f"adapter: {result.adapter}")
+    return 0
