@@ -87,12 +87,12 @@ class AdapterCell(nn.Cell):
 
     def keep(self, parameters):
         """Copy base Parameters aside before they change."""
-        self._kept = [(parameter, parameter.value().copy()) for parameter in parameters]
+        self._kept = [(parameter, parameter.asnumpy().copy()) for parameter in parameters]
 
     def unmerge(self):
         """Put the kept base weights back, bit for bit."""
         for parameter, value in self._kept or ():
-            parameter.set_data(value)
+            parameter.set_data(Tensor(value))
         self._kept = None
 
 
@@ -202,7 +202,7 @@ class SavedBase(AdapterCell):
             base = leaf_parameters(self.inner)
             self.keep(list(base.values()))
             for name, parameter in self.values_of(slot).items():
-                base[name].set_data(parameter.value().astype(base[name].dtype))
+                base[name].set_data(Tensor(parameter.asnumpy().copy()).astype(base[name].dtype))
 
 
 def add_in_float32(parameter, delta):
