@@ -1,0 +1,136 @@
+"""AdamW inside the graph: schedule, clipping by the global norm, LoRA+ rates.
+
+AdamW (Loshchilov and Hutter, arXiv 1711.05101), for the gradient g at update t:
+
+    m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
+    p <- p - lr (mhat / (sqrt(vhat) + eps) + decay p)
+    mhat = m / (1 - b1^t)         vhat = v / (1 - b2^t)
+
+Rate and bias corrections come in as tensors, computed in float64 outside, so that no update
+compiles anything.
+"""
+
+import math
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from colora_ms.errors import ConfigError
+
+
+def learning_rate(config, step, steps):
+    """The rate of one update.
+
+    Rises linearly over ``warmup_ratio * steps`` updates, then falls along half a cosine or a line
+    to ``min_ratio`` of its height, or stays.
+
+    Args:
+        config: ``OptimizerConfig``.
+        step: the update, counted from 1.
+        steps: number of all updates.
+
+    Returns:
+        float, above 0 for every step up to ``steps`` unless ``min_ratio`` is 0 and it is the last.
+    """
+    warmup = int(config.warmup_ratio * steps)
+    if step <= warmup:
+        return config.learning_rate * step / (warmup + 1)
+    if config.schedule == "constant":
+        return config.learning_rate
+    # The first update after the warm-up has the full rate; one past the last would have the least.
+    part = min((step - 1 - warmup) / max(steps - warmup, 1), 1.0)
+    if config.schedule == "cosine":
+        part = 0.5 * (1 - math.cos(math.pi * part))
+    return config.learning_rate * (1 - (1 - config.min_ratio) * part)
+
+
+def is_up_factor(name):
+    """Whether a parameter is the second factor of an adapter (``....lora_B``, ``....up``)."""
+    last = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return last in ("up", "lora_up", "lora_B", "lora_embedding_B")
+
+
+class AdamW(nn.Cell):
+    """One update of all trained parameters.
+
+    Args:
+        parameters: list of ``Parameter``, float32.
+        config: ``OptimizerConfig``.
+
+    Raises:
+        ConfigError: no parameters, or one that is not float32.
+    """
+
+    def __init__(self, parameters, config):
+        super().__init__()
+        parameters = list(parameters)
+        if not parameters:
+            raise ConfigError("there is nothing to train: no parameter has requires_grad=True; "
+                              "inject an adapter into the model first")
+        for item in parameters:
+            if item.dtype != ms.float32:
+                raise ConfigError(f"the trained parameter {item.name} is {item.dtype}, expected "
+                                  "float32; keep adapters in float32 whatever the base model is")
+        self.config = config
+        self.trained = ParameterTuple(parameters)
+        self.mean = ParameterTuple([_zeros(item, "adam_mean") for item in parameters])
+        self.square = ParameterTuple([_zeros(item, "adam_square") for item in parameters])
+        ratio = config.lora_plus_ratio
+        self.ratios = tuple(ratio if is_up_factor(item.name) else 1.0 for item in parameters)
+        self.beta1, self.beta2 = Tensor(config.beta1, ms.float32), Tensor(config.beta2, ms.float32)
+        # What comes off a parameter is lr * decay * p whatever the bias correction.
+        self.decay = config.weight_decay
+        self.max_norm = config.max_grad_norm or 0.0
+        self.update = ops.AdamWeightDecay()
+
+    def hyper(self, step, steps):
+        """The numbers of one update as a float32 tensor (3,).
+
+        They are: rate with both bias corrections, epsilon in the uncorrected scale, and the decay
+        that makes ``rate * decay`` the plain ``learning_rate * weight_decay``.
+        """
+        rate = learning_rate(self.config, step, steps)
+        root = math.sqrt(1 - self.config.beta2 ** step)
+        corrected = rate * root / (1 - self.config.beta1 ** step)
+        decay = self.config.weight_decay * rate / corrected if corrected else 0.0
+        return Tensor(np.array([corrected, self.config.epsilon * root, decay], np.float32))
+
+    def construct(self, grads, divisor, hyper):
+        """Divide the gradients, clip them, update the parameters in place.
+
+        Args:
+            grads: tuple of float32 tensors, the gradients of a sum.
+            divisor: 0-d float32, the number of terms of the sum (answer tokens).
+            hyper: (3,) float32 from ``hyper``.
+
+        Returns:
+            0-d float32: the norm of the mean's gradient before clipping. If it is not finite, the
+            parameters stay as they are.
+        """
+        # L2Loss is sum(g^2) / 2 in one operator.
+        total = ops.L2Loss()(grads[0])
+        for grad in grads[1:]:
+            total = total + ops.L2Loss()(grad)
+        norm = ops.sqrt(2.0 * total) / divisor
+        factor = 1.0 / divisor
+        if self.max_norm > 0:
+            # The small term is that of torch.nn.utils.clip_grad_norm_.
+            factor = factor * ops.minimum(self.max_norm / (norm + 1e-6), Tensor(1.0, ms.float32))
+        finite = ops.isfinite(norm)
+        rate = ops.select(finite, hyper[0], ops.zeros_like(hyper[0]))
+        factor = ops.select(finite, factor, ops.zeros_like(factor))
+        for k in range(len(self.trained)):
+            # 0 * inf would be NaN; MulNoNan gives 0, and with rate 0 nothing moves.
+            grad = ops.MulNoNan()(grads[k], factor)
+            decay = hyper[2] / self.ratios[k]
+            norm = ops.depend(norm, self.update(
+                self.trained[k], self.mean[k], self.square[k], rate * self.ratios[k], self.beta1,
+                self.beta2, hyper[1], decay, grad))
+        return norm
+
+
+def _zeros(parameter, prefix):
+    return Parameter(Tensor(np.zeros(parameter.shape, np.float32)),
+                     name=f"{prefix}.{parameter.name}", requires_grad=False)

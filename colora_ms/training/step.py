@@ -1,0 +1,263 @@
+"""Loss, gradients and update as static graphs.
+
+    loss = sum over answer tokens of -log p(token | tokens before it) / number of answer tokens
+
+Gradients are those of the sum and are divided by the count at the update, so that accumulated
+batches, or the summed gradients of several processes, equal one large batch (up to the order of
+additions).
+"""
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from colora_ms import runtime
+from colora_ms.errors import ConfigError
+from colora_ms.kernels import linear_cross_entropy
+from colora_ms.training.encoding import IGNORE
+from colora_ms.training.optimizer import AdamW
+
+
+class CausalLossCell(nn.Cell):
+    """The loss of a decoder on the answer tokens.
+
+    Args:
+        decoder: has ``hidden(ids, lengths, slots) -> (rows, tokens, hidden)`` and ``lm_head``, a
+            linear Cell with ``weight`` (vocabulary, hidden).
+    """
+
+    def __init__(self, decoder):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+        self.fused = has_plain_head(decoder)
+
+    def construct(self, ids, labels, lengths, slots):
+        """Sum of the losses, and number of the labels that count.
+
+        Args:
+            ids: (rows, tokens) int32, padded on the right.
+            labels: (rows, tokens) int32, what each position should predict; -100 does not count.
+            lengths: (rows,) int32.
+            slots: (rows,) int32, the adapter of each row.
+
+        Returns:
+            (loss_sum, count): 0-d float32 both.
+        """
+        hidden = self.decoder.hidden(ids, lengths, slots)
+        labels = labels.reshape((-1,))
+        if self.fused:
+            loss, count = linear_cross_entropy(hidden.reshape((-1, hidden.shape[-1])),
+                                               self.decoder.lm_head.weight, labels)
+        else:
+            logits = self.decoder.lm_head(hidden, slots)
+            loss, count = masked_cross_entropy(logits.reshape((-1, logits.shape[-1])), labels)
+        return loss, count
+
+
+def has_plain_head(decoder):
+    """Whether ``lm_head`` is one float matrix: no adapter on it, not quantized, no bias."""
+    head = decoder.lm_head
+    weight = getattr(head, "weight", None)
+    return (isinstance(weight, Parameter) and weight.dtype in (ms.float32, ms.bfloat16)
+            and not getattr(head, "has_bias", False))
+
+
+def masked_cross_entropy(logits, labels):
+    """Summed cross-entropy of the labels that are not -100, through the whole logits.
+
+    Args:
+        logits: (tokens, vocabulary) float32; labels: (tokens,) int32.
+
+    Returns:
+        (loss_sum, count): 0-d float32 both.
+    """
+    counts = labels != IGNORE
+    picked = ops.gather_elements(logits, 1, ops.maximum(labels, 0).reshape((-1, 1)))
+    losses = ops.logsumexp(logits, 1) - picked.reshape((-1,))
+    mask = counts.astype(ms.float32)
+    return (losses * mask).sum(), mask.sum()
+
+
+class TrainStep(nn.Cell):
+    """Loss, gradients, clipping and update of one batch in one graph.
+
+    Args:
+        loss_cell: ``construct(ids, labels, lengths, slots) -> (loss_sum, count)``.
+        optimizer: ``AdamW``; only its parameters are differentiated.
+    """
+
+    def __init__(self, loss_cell, optimizer):
+        super().__init__(auto_prefix=False)
+        self.loss_cell = loss_cell
+        self.optimizer = optimizer
+        self.gradient = ops.value_and_grad(loss_cell, None, optimizer.trained, has_aux=True)
+
+    def construct(self, ids, labels, lengths, slots, hyper):
+        """Returns (loss_sum, count, norm of the gradient of the mean loss), 0-d float32 each."""
+        (loss, count), grads = self.gradient(ids, labels, lengths, slots)
+        norm = self.optimizer(grads, ops.maximum(count, Tensor(1.0, ms.float32)), hyper)
+        return loss, count, norm
+
+
+class GradientStep(nn.Cell):
+    """Adds the gradients of one batch to buffers; ``UpdateStep`` uses them up.
+
+    Args:
+        loss_cell, optimizer: as for ``TrainStep``.
+    """
+
+    def __init__(self, loss_cell, optimizer):
+        super().__init__(auto_prefix=False)
+        self.loss_cell = loss_cell
+        self.gradient = ops.value_and_grad(loss_cell, None, optimizer.trained, has_aux=True)
+        self.buffers = ParameterTuple([
+            Parameter(Tensor(np.zeros(item.shape, np.float32)), name=f"gradient.{item.name}",
+                      requires_grad=False) for item in optimizer.trained])
+        self.count = Parameter(Tensor(np.zeros((), np.float32)), name="gradient_count",
+                               requires_grad=False)
+
+    def construct(self, ids, labels, lengths, slots):
+        """Returns (loss_sum, count) of the batch, 0-d float32 each."""
+        (loss, count), grads = self.gradient(ids, labels, lengths, slots)
+        for k in range(len(grads)):
+            ops.assign_add(self.buffers[k], grads[k])
+        ops.assign_add(self.count, count)
+        return loss, count
+
+
+class UpdateStep(nn.Cell):
+    """Sums the buffers over all processes, updates the parameters, empties the buffers.
+
+    Args:
+        gradient_step: the ``GradientStep`` with the buffers.
+        optimizer: ``AdamW``.
+        world: number of processes; above 1, MindSpore's communication must be initialized.
+    """
+
+    def __init__(self, gradient_step, optimizer, world=1):
+        super().__init__(auto_prefix=False)
+        self.buffers, self.count = gradient_step.buffers, gradient_step.count
+        self.optimizer = optimizer
+        self.world = world
+        if world > 1:
+            self.all_reduce = ops.AllReduce(ops.ReduceOp.SUM)
+
+    def construct(self, hyper):
+        """Returns (number of answer tokens of the update, norm), 0-d float32 each."""
+        grads, count = (), self.count.value()
+        for buffer in self.buffers:
+            grads += (self.total(buffer.value()),)
+        count = self.total(count.reshape((1,))).reshape(())
+        norm = self.optimizer(grads, ops.maximum(count, Tensor(1.0, ms.float32)), hyper)
+        for buffer in self.buffers:
+            ops.assign(buffer, ops.zeros_like(buffer))
+        ops.assign(self.count, ops.zeros_like(self.count))
+        return count, norm
+
+    def total(self, value):
+        """The sum of ``value`` over all processes."""
+        if self.world > 1:
+            return self.all_reduce(value)
+        return value
+
+
+class EvaluationStep(nn.Cell):
+    """The loss of a batch without gradients, and without dropout.
+
+    Args:
+        loss_cell: ``construct(ids, labels, lengths, slots) -> (loss_sum, count)``.
+    """
+
+    def __init__(self, loss_cell):
+        super().__init__(auto_prefix=False)
+        self.loss_cell = loss_cell
+
+    def construct(self, ids, labels, lengths, slots):
+        """Returns (loss_sum, count), 0-d float32 each."""
+        return self.loss_cell(ids, labels, lengths, slots)
+
+    def run(self, batches, stepper, world=1):
+        """Mean loss over all answer tokens of ``batches``, on all processes."""
+        total, count = 0.0, 0.0
+        self.loss_cell.set_train(False)
+        try:
+            for batch in batches:
+                loss, tokens = runtime.run(self, *stepper.tensors(batch))
+                total += float(loss.asnumpy())
+                count += float(tokens.asnumpy())
+        finally:
+            self.loss_cell.set_train(True)
+        if world > 1:
+            sums = ops.AllReduce(ops.ReduceOp.SUM)(Tensor(np.array([total, count], np.float32)))
+            total, count = (float(item) for item in sums.asnumpy())
+        return total / max(count, 1.0)
+
+
+class Stepper:
+    """One update from one or several batches, whatever the settings; feeds NumPy arrays.
+
+    Args:
+        decoder: the model, with the adapter injected (its parameters require gradients).
+        config: ``OptimizerConfig``.
+        slot: adapter slot that all rows use.
+        world: number of processes.
+        loss_cell: in place of ``CausalLossCell(decoder)``.
+
+    Raises:
+        ConfigError: nothing is trainable.
+    """
+
+    def __init__(self, decoder, config, slot=0, world=1, loss_cell=None):
+        self.loss_cell = CausalLossCell(decoder) if loss_cell is None else loss_cell
+        parameters = self.loss_cell.trainable_params()
+        self.optimizer = AdamW(parameters, config)
+        stacked = [item.name for item in parameters if is_stacked_with_others(item)]
+        if config.weight_decay and stacked:
+            raise ConfigError(f"weight_decay would also shrink the other adapters that share a "
+                              f"parameter with the trained one (for example {stacked[0]}); train "
+                              "with a single slot or without weight_decay")
+        self.config, self.slot, self.world = config, slot, world
+        self.loss_cell.set_train(True)
+        if config.accumulation_steps == 1 and world == 1:
+            self.whole = TrainStep(self.loss_cell, self.optimizer)
+            self.part = self.update = None
+        else:
+            self.whole = None
+            self.part = GradientStep(self.loss_cell, self.optimizer)
+            self.update = UpdateStep(self.part, self.optimizer, world)
+
+    def __call__(self, batches, step, steps):
+        """Make one update.
+
+        Args:
+            batches: list of ``accumulation_steps`` batches (``Batch``).
+            step: number of the update, from 1; ``steps``: number of all.
+
+        Returns:
+            (loss, norm): mean loss over the answer tokens of this process, and the norm of the
+            gradient before clipping, as float.
+        """
+        hyper = self.optimizer.hyper(step, steps)
+        total, count, norm = 0.0, 0.0, 0.0
+        for batch in batches:
+            tensors = self.tensors(batch)
+            if self.whole is not None:
+                loss, tokens, norm = runtime.run(self.whole, *tensors, hyper)
+            else:
+                loss, tokens = runtime.run(self.part, *tensors)
+            total += float(loss.asnumpy())
+            count += float(tokens.asnumpy())
+        if self.update is not None:
+            _, norm = runtime.run(self.update, hyper)
+        return total / max(count, 1.0), float(norm.asnumpy())
+
+    def tensors(self, batch):
+        """The batch as the tensors that the graphs take."""
+        slots = np.full(len(batch.lengths), self.slot, np.int32)
+        return (Tensor(batch.ids), Tensor(batch.labels), Tensor(batch.lengths), Tensor(slots))
+
+
+def is_stacked_with_others(parameter):
+    """Whether an adapter parameter (``<path>.lora_A`` ...) holds more than one slot."""
+    return ".lora_" in parameter.name and parameter.ndim == 3 and parameter.shape[0] > 1

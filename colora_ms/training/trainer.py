@@ -1,0 +1,445 @@
+"""The training loop: progress, evaluation, best adapter, checkpoints, exact resuming.
+
+``train(config)`` does everything from a recipe; ``Trainer`` works on a model of one's own.
+
+A run's folder holds
+
+    adapter/             the adapter after the last update (PEFT's format)
+    best/                the adapter with the lowest validation loss, if there is validation data
+    checkpoint-000120/   see ``checkpoint``
+    log.jsonl            one line an update and an evaluation
+    loss.png             the loss curve
+    recipe.yaml          the settings
+"""
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+
+from colora_ms import runtime
+from colora_ms.errors import CheckpointError, ColoraError, ConfigError
+from colora_ms.training import checkpoint as checkpoints
+from colora_ms.training.data import (BatchLoader, encode_examples, load_examples, make_template,
+                                     without_overlap)
+from colora_ms.training.optimizer import learning_rate
+from colora_ms.training.report import RunLog, draw_loss_curve
+from colora_ms.training.step import EvaluationStep, Stepper
+
+
+class TrainingError(ColoraError, RuntimeError):
+    """Training cannot go on: the loss is not finite, or memory ran out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """What ``Trainer.train`` returns.
+
+    Attributes:
+        steps: updates made in all, resumed ones included.
+        losses: training loss of the updates made by this call, in order.
+        validation: ``[(step, loss)]`` of the evaluations made by this call.
+        best_step, best_loss: the best evaluation of the whole run, or ``None``.
+        adapter: folder of the adapter to use: ``best`` if there was an evaluation, else ``adapter``.
+        seconds: time in this call; tokens: real tokens fed in it.
+    """
+
+    steps: int
+    losses: list
+    validation: list
+    best_step: int
+    best_loss: float
+    adapter: Path
+    seconds: float
+    tokens: int
+
+
+class Callback:
+    """Base of callbacks; every method may be left as it is."""
+
+    def on_step(self, trainer, record):
+        """After an update; ``record`` is its line of the log."""
+
+    def on_evaluation(self, trainer, record):
+        """After an evaluation on the validation data."""
+
+    def on_end(self, trainer, result):
+        """After the last update, with the ``TrainingResult``."""
+
+
+class Trainer:
+    """Trains the parameters of a model that require gradients.
+
+    Args:
+        decoder: the model with its adapter injected.
+        data: ``EncodedSet`` to train on.
+        config: ``TrainingConfig``.
+        save_adapter: ``function(folder)`` that writes the adapter.
+        validation: ``EncodedSet``, or ``None``.
+        callbacks: list of ``Callback``.
+        slot: adapter slot of the training rows.
+        rank, world: this process and their number; only rank 0 writes files.
+        loss_cell: a loss in place of ``CausalLossCell(decoder)``.
+
+    Raises:
+        CheckpointError: the output folder cannot be written.
+        ConfigError: nothing to train, or an example longer than the model's context.
+    """
+
+    def __init__(self, decoder, data, config, save_adapter, validation=None, callbacks=(), slot=0,
+                 rank=0, world=1, loss_cell=None):
+        self.folder = Path(config.output)
+        if rank == 0:
+            checkpoints.check_writable(self.folder)
+        runtime.configure()
+        self.config, self.save_adapter = config, save_adapter
+        self.callbacks, self.rank, self.world = list(callbacks), rank, world
+        context = getattr(decoder, "max_positions", None)
+        longest = max(len(item) for item in data.items) - 1
+        if context is not None and longest > context:
+            raise ConfigError(f"an example has {longest} tokens, the model's context is {context}; "
+                              f"set data.max_length to at most {context}")
+        self.loader = self._loader(data, rank, world)
+        self.validation = None
+        if validation is not None:
+            self.validation = self._loader(validation, rank, world, shuffle=False)
+        self.stepper = Stepper(decoder, config.optimizer, slot, world, loss_cell)
+        self.evaluation = EvaluationStep(self.stepper.loss_cell)
+        self.steps = config.loop.steps or self._steps_of(config.loop.epochs)
+        self.step, self.best_step, self.best_loss = 0, None, None
+        self.seconds_before = 0.0
+        self._stop = False
+
+    def _loader(self, data, rank, world, shuffle=True):
+        options = self.config.data
+        buckets = options.buckets
+        if not shuffle:
+            # The training lengths, so that evaluation compiles no shape of its own if they fit.
+            longest = max(len(item) for item in data.items) - 1
+            buckets = sorted({*self.loader.buckets, max(longest, self.loader.buckets[-1])})
+        return BatchLoader(data, options.batch_size, self.config.loop.seed, buckets,
+                           options.max_buckets, options.bucket_multiple,
+                           options.packing and shuffle, rank, world, shuffle)
+
+    def _steps_of(self, epochs):
+        batches = self.loader.batches_per_epoch * epochs
+        return max(1, math.ceil(batches / self.config.optimizer.accumulation_steps))
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def train(self, resume=False):
+        """Run until ``steps`` updates are made.
+
+        Args:
+            resume: ``True`` continues from the newest checkpoint of the output folder, or begins
+                if there is none; a path continues from that checkpoint.
+
+        Returns:
+            TrainingResult.
+
+        Raises:
+            CheckpointError: the folder holds a run and ``resume`` is false; a damaged or foreign
+                checkpoint; a file that cannot be written.
+            TrainingError: the loss is not finite, or memory ran out.
+            KeyboardInterrupt: after Ctrl-C (or SIGTERM); a checkpoint has been written.
+        """
+        self._begin(resume)
+        log = None
+        if self.rank == 0:
+            log = RunLog(self.folder / "log.jsonl", self.step)
+        losses, validation, tokens = [], [], 0
+        started = time.perf_counter()
+        saved = self.step if self.step else None
+        progress = _Progress(self.steps, self.step, self.config.loop.progress and self.rank == 0)
+        try:
+            with _stop_signals(self):
+                while self.step < self.steps:
+                    batches = [self.loader.next()
+                               for _ in range(self.config.optimizer.accumulation_steps)]
+                    began = time.perf_counter()
+                    loss, norm = self._update(batches)
+                    seconds = time.perf_counter() - began
+                    fed = sum(batch.tokens for batch in batches)
+                    self.step += 1
+                    losses.append(loss)
+                    tokens += fed
+                    record = {"loss": loss, "norm": norm, "seconds": round(seconds, 4),
+                              "rate": learning_rate(self.config.optimizer, self.step, self.steps),
+                              "tokens": fed, "epoch": self.loader.epoch}
+                    progress.show(record)
+                    if log and (self.step % self.config.loop.log_every == 0
+                                or self.step == self.steps):
+                        log.add("step", self.step, **record)
+                    self._call("on_step", {"step": self.step, **record})
+                    if self._due(self.config.loop.evaluate_every) and self.validation is not None:
+                        validation.append((self.step, self._evaluate(log, progress)))
+                    if self._due(self.config.loop.save_every) or self._stop:
+                        self._save(started)
+                        saved = self.step
+                    if self._stop:
+                        raise KeyboardInterrupt(f"stopped after update {self.step}; continue with "
+                                                "--resume")
+        finally:
+            progress.close()
+            if log:
+                log.close()
+        seconds = time.perf_counter() - started
+        if self.rank == 0:
+            if saved != self.step:
+                self._save(started)
+            self.save_adapter(self.folder / "adapter")
+            draw_loss_curve(self.folder / "log.jsonl", self.folder / "loss.png")
+        result = TrainingResult(self.step, losses, validation, self.best_step, self.best_loss,
+                                self.folder / ("adapter" if self.best_step is None else "best"),
+                                seconds, tokens)
+        self._call("on_end", result)
+        return result
+
+    def _due(self, every):
+        """Whether something that happens every so many updates, and after the last, is due now."""
+        return self.step == self.steps or (every is not None and self.step % every == 0)
+
+    def _call(self, method, value):
+        for callback in self.callbacks:
+            getattr(callback, method)(self, value)
+
+    def _update(self, batches):
+        step = self.step + 1
+        try:
+            loss, norm = self.stepper(batches, step, self.steps)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, ColoraError) or not _is_out_of_memory(error):
+                raise
+            shape = max((batch.ids.shape for batch in batches), key=lambda s: s[0] * s[1])
+            raise TrainingError(
+                f"memory ran out at update {step}, with a batch of {shape[0]} x {shape[1]} tokens; "
+                "lower data.batch_size (and raise optimizer.accumulation_steps to make up for it), "
+                "data.max_length, or the adapter's rank") from error
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+            found = checkpoints.list_checkpoints(self.folder)
+            last = f" The last checkpoint is {found[-1][1]}." if found else ""
+            advice = ("the base model or the adapter it started from holds non-finite values, or "
+                      "its weight_format is too coarse") if step == 1 else \
+                ("try a lower optimizer.learning_rate (now "
+                 f"{self.config.optimizer.learning_rate:g}), a longer warmup_ratio, or "
+                 "max_grad_norm: 1.0")
+            raise TrainingError(f"the {what} at update {step}; the parameters were left as they "
+                                f"were before it: {advice}.{last}")
+        return loss, norm
+
+    def _evaluate(self, log, progress):
+        """Validation loss; keeps the adapter if it is the best so far."""
+        began = time.perf_counter()
+        loss = self.evaluation.run(self.validation.epoch_batches(), self.stepper, self.world)
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_step, self.best_loss = self.step, loss
+            if self.rank == 0:
+                self.save_adapter(self.folder / "best")
+        record = {"loss": loss, "best_step": self.best_step,
+                  "seconds": round(time.perf_counter() - began, 4)}
+        if log:
+            log.add("evaluation", self.step, **record)
+        progress.say(f"update {self.step}: validation loss {loss:.4f}"
+                     + (" (best)" if self.best_step == self.step else ""))
+        self._call("on_evaluation", {"step": self.step, **record})
+        return loss
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def _begin(self, resume):
+        found = checkpoints.list_checkpoints(self.folder)
+        if not resume:
+            if found:
+                raise CheckpointError(f"{self.folder} holds a run of {found[-1][0]} updates "
+                                      "already; continue it with resume (--resume), or choose "
+                                      "another output folder")
+            if self.rank == 0:
+                self._write_recipe()
+            return
+        source = self.folder if resume is True else Path(resume)
+        if resume is True and not found:
+            if self.rank == 0:
+                self._write_recipe()
+            return
+        values, tensors = checkpoints.read_checkpoint(source)
+        changed = _differences(values.get("recipe", {}), self._recipe())
+        if changed:
+            raise CheckpointError("the run cannot continue exactly, because the recipe has "
+                                  "changed: " + "; ".join(changed))
+        self.loader.restore(values["data"])
+        checkpoints.restore(self.stepper.optimizer, tensors)
+        self.step = values["step"]
+        self.best_step, self.best_loss = values.get("best_step"), values.get("best_loss")
+        self.seconds_before = values.get("seconds", 0.0)
+
+    def _save(self, started):
+        if self.rank != 0:
+            return
+        state = {"data": self.loader.state(), "recipe": self._recipe(),
+                 "best_step": self.best_step, "best_loss": self.best_loss,
+                 "seconds": self.seconds_before + time.perf_counter() - started}
+        checkpoints.save_checkpoint(self.folder, self.step, self.stepper.optimizer, state,
+                                    self.config.loop.keep_checkpoints)
+
+    def _recipe(self):
+        """What must be equal for a resumed run to continue exactly."""
+        values = self.config.to_dict()
+        exact = {key: values[key] for key in ("model", "weight_format", "adapter", "optimizer")}
+        exact["steps"], exact["seed"] = self.steps, self.config.loop.seed
+        exact["world"] = self.world
+        return json.loads(json.dumps(exact, default=str))
+
+    def _write_recipe(self):
+        import yaml
+        with checkpoints.writing(self.folder / "recipe.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(json.loads(json.dumps(self.config.to_dict(),
+                                                                      default=str)),
+                                                sort_keys=False), encoding="utf-8")
+
+
+def train(config, resume=False, callbacks=(), rank=0, world=1):
+    """Train an adapter as a recipe says: load the model, inject, encode the data, run the loop.
+
+    Args:
+        config: ``TrainingConfig``, or the path of a recipe.
+        resume: see ``Trainer.train``.
+        callbacks: list of ``Callback``.
+        rank, world: this process and the number of processes.
+
+    Returns:
+        TrainingResult.
+
+    Raises:
+        ColoraError: in one of its kinds, see ``Trainer``; the output folder is checked before
+            anything is loaded.
+    """
+    from colora_ms.adapters import inject
+    from colora_ms.models import load_model
+    from colora_ms.training.config import TrainingConfig
+    if not isinstance(config, TrainingConfig):
+        config = TrainingConfig.from_yaml(config)
+    if rank == 0:
+        checkpoints.check_writable(config.output)
+        if not resume and checkpoints.list_checkpoints(config.output):
+            raise CheckpointError(f"{config.output} holds a run already; continue it with resume "
+                                  "(--resume), or choose another output folder")
+    train_examples = load_examples(config.data.train)
+    held_out = load_examples(config.data.validation) if config.data.validation is not None else []
+    removed = 0
+    if held_out:
+        train_examples, removed = without_overlap(train_examples, held_out)
+    decoder, tokenizer = load_model(config.model, weight_format=config.weight_format)
+    data, validation = encode_data(config, tokenizer, train_examples, held_out, decoder)
+    say = _Progress(0, 0, config.loop.progress and rank == 0).say
+    say(f"training data: {data.summary()}"
+        + (f"; removed {removed} that stand in the validation data" if removed else ""))
+    if validation is not None:
+        say(f"validation data: {validation.summary()}")
+    lora = config.lora_config()
+    if lora.lora_dropout and resume:
+        say("note: with lora_dropout the masks after resuming differ from an uninterrupted run")
+    handle = inject(decoder, lora, adapter_name="default", seed=config.loop.seed,
+                    base_model=config.model)
+    trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default"),
+                      validation, callbacks, rank=rank, world=world)
+    return trainer.train(resume)
+
+
+def encode_data(config, tokenizer, train_examples, held_out, decoder):
+    """The examples of a recipe as ``(EncodedSet, EncodedSet or None)``."""
+    template = make_template(config.data.template, tokenizer, config.data.system)
+    limit = min(config.data.max_length, decoder.max_positions)
+    vocabulary = decoder.config.vocab_size
+    data = encode_examples(train_examples, tokenizer, template, limit, config.data.on_long,
+                           vocabulary)
+    validation = None
+    if held_out:
+        validation = encode_examples(held_out, tokenizer, template, limit, config.data.on_long,
+                                     vocabulary)
+    return data, validation
+
+
+def _differences(old, new):
+    """Texts that say which settings of two recipes differ."""
+    texts = []
+    for key in new:
+        before, now = old.get(key), new[key]
+        if isinstance(now, dict) and isinstance(before, dict):
+            texts += [f"{key}.{name} was {before.get(name)!r}, is {now.get(name)!r}"
+                      for name in {**before, **now} if before.get(name) != now.get(name)]
+        elif before != now:
+            texts.append(f"{key} was {before!r}, is {now!r}")
+    return texts
+
+
+def _is_out_of_memory(error):
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in text for words in ("out of memory", "malloc", "bad_alloc", "alloc memory",
+                                    "allocate memory", "memory isn't enough", "memory not enough"))
+
+
+class _Progress:
+    """A progress bar on standard error: loss, tokens a second, time left."""
+
+    def __init__(self, steps, done, active):
+        self.bar, self.active = None, active
+        self.tokens, self.seconds, self.loss = 0, 0.0, None
+        if active and steps:
+            from tqdm import tqdm
+            self.bar = tqdm(total=steps, initial=done, unit="update", dynamic_ncols=True)
+
+    def show(self, record):
+        """One update further."""
+        if self.bar is None:
+            return
+        # The first update compiles; the speed of the others is what tells the time left.
+        if self.loss is not None:
+            self.tokens += record["tokens"]
+            self.seconds += record["seconds"]
+        self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
+        speed = f", {self.tokens / self.seconds:.0f} tokens/s" if self.seconds else ""
+        self.bar.set_postfix_str(f"loss {self.loss:.3f}{speed}", refresh=False)
+        self.bar.update(1)
+
+    def say(self, text):
+        """A line above the bar."""
+        if self.active:
+            from tqdm import tqdm
+            import sys
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self):
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _stop_signals:
+    """While active, the first SIGINT or SIGTERM asks the trainer to stop after the current update.
+
+    A second one interrupts at once. Outside the main thread nothing is changed.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.old = trainer, {}
+
+    def __enter__(self):
+        self.trainer._stop = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number, frame):
+        if self.trainer._stop:
+            raise KeyboardInterrupt
+        self.trainer._stop = True
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
