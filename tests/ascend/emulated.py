@@ -1,14 +1,8 @@
-"""Run the emulated device kernels from Python: launch, findings, counters, and the plan of the LoRA operators."""
-import ctypes
+"""What the tests need of ops/emulator: its driver (ops/emulator/driver.py) and its builder, as `build`."""
 import importlib.util
-import json
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[2]
-INPUT, OUTPUT, WORKSPACE, INOUT = 0, 1, 2, 3
-STRICT, INTERLEAVE = 1, 2
 
 
 def load_module(path, name):
@@ -19,75 +13,4 @@ def load_module(path, name):
 
 
 build = load_module(ROOT / "ops" / "emulator" / "build.py", "emulator_build")
-
-
-# ---- bfloat16 as uint16, since NumPy has none -----------------------------------------------------------------
-def to_bfloat16(values):
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def to_dtype(values, dtype):
-    """float array -> storage array of dtype (bfloat16 is stored as uint16)."""
-    return to_bfloat16(values) if dtype == "bfloat16" else np.ascontiguousarray(values).astype(dtype)
-
-
-def to_float64(stored, dtype):
-    if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return stored.astype(np.float64)
-
-
-# Half a unit in the last place, relative.
-ROUNDING = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "float32": 2.0 ** -24}
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-
-
-class Emulator:
-    """A library built by ops/emulator/build.py."""
-
-    def __init__(self, path):
-        self.library = ctypes.CDLL(str(path))
-        self.library.emulator_report.restype = ctypes.c_char_p
-        self.library.emulator_kernels.restype = ctypes.c_char_p
-
-    def kernels(self):
-        return self.library.emulator_kernels().decode().split()
-
-    def launch(self, kernel, cores, arguments, seed=0, flags=STRICT | INTERLEAVE, counters=True):
-        """Run `kernel` on `cores` blocks. arguments: [(contiguous array, kind)]. Returns the report as a dict."""
-        count = len(arguments)
-        pointers = (ctypes.c_void_p * count)(*[a.ctypes.data if a.size else None for a, _ in arguments])
-        sizes = (ctypes.c_uint64 * count)(*[a.nbytes for a, _ in arguments])
-        kinds = (ctypes.c_int * count)(*[kind for _, kind in arguments])
-        found = self.library.emulator_launch(kernel.encode(), cores, count, pointers, sizes, kinds,
-                                             ctypes.c_uint64(seed), flags)
-        if found < 0:
-            raise ValueError(f"no kernel {kernel} with {count} arguments")
-        if not counters and not found:
-            return {"findings": []}
-        return json.loads(self.library.emulator_report())
-
-
-# ---- the tiling of the LoRA operators, in Python for what the tests need; compared with the C++ one in test_tiling --
-FIELDS = ("tokens", "hidden", "rank", "width", "rowWidth", "offset", "slots", "segments", "cores", "window", "unitIn",
-          "unitOut", "exact")
-
-
-def column_unit(columns, cores):
-    for unit in (64, 32):
-        if -(-columns // unit) * 2 > cores:
-            return unit
-    return 16
-
-
-def plan_lora(tokens, hidden, rank, width, dtype, cores=48, row_width=None, offset=0, slots=1, segments=0, exact=False):
-    """(tiling array, workspace array) as plan_lora of lora_tiling_core.h makes them."""
-    exact = exact or dtype != "float16"
-    padded = -(-rank // 8) * 8
-    window = 32768 // padded if segments else 64
-    window = min(window, max(tokens, 1))
-    values = (tokens, hidden, rank, width, row_width or width, offset, slots, segments, cores, window,
-              column_unit(hidden, cores), column_unit(width, cores), int(exact))
-    row = padded * 4 if exact else -(-rank // 16) * 32 + 32
-    return np.array(values, np.uint32), np.empty(window * cores * padded * 4 + window * row, np.uint8)
+globals().update(vars(load_module(ROOT / "ops" / "emulator" / "driver.py", "emulator_driver")))

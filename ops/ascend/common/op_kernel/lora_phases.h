@@ -136,13 +136,13 @@ class LoraPhases {
         }
     }
 
-    // Sums the pieces of each token into h (tokens, rank), without scale: the shrink operator's own output.
+    // Sums the pieces of each token, times scale, into h (tokens, rank): the shrink operator's own output.
     __aicore__ inline void ReduceInto(const Groups& groups, const GlobalTensor<float>& h) {
         for (uint32_t i = core_; i < groups.tokens; i += cores_) {
             const uint32_t g = groups.GroupOf(i);
             LocalTensor<float> sum = SumPieces(i, shrink_.Pieces(g));
             LocalTensor<float> row = partialQueue_.template AllocTensor<float>();
-            Muls(row, sum, 1.0f, static_cast<int32_t>(padded_));
+            Muls(row, sum, scaleGm_.GetValue(groups.slot[g]), static_cast<int32_t>(padded_));
             StoreH(h, row, groups.Token(g, i));
         }
     }
@@ -156,7 +156,7 @@ class LoraPhases {
         }
     }
 
-    // given: whether the coefficients are rows of h (float32, unscaled, by token) and not of the workspace.
+    // given: whether the coefficients are rows of h (float32, by token) and not of the workspace.
     __aicore__ inline void Expand(const Groups& groups, bool given, const GlobalTensor<float>& h) {
         expand_.Plan(groups, (width_ + unitOut_ - 1) / unitOut_, cores_, 8 * rank_, rank_ + 16);
         for (uint32_t g = 0; g < groups.count; ++g) {
@@ -398,7 +398,6 @@ class LoraPhases {
             Order<HardEvent::MTE2_S>();
             return table;
         }
-        const float scale = scaleGm_.GetValue(groups.slot[g]);
         Order<HardEvent::S_V>();
         for (uint32_t i = 0; i < n; ++i) {
             LocalTensor<float> raw = inQueue_.template AllocTensor<float>();
@@ -406,8 +405,6 @@ class LoraPhases {
                         DataCopyPadExtParams<float>(true, 0, static_cast<uint8_t>(padded_ - rank_), 0.0f));
             inQueue_.EnQue(raw);
             raw = inQueue_.template DeQue<float>();
-            Muls(raw, raw, scale, static_cast<int32_t>(padded_));
-            PipeBarrier<PIPE_V>();
             Pack(table[i * coefficientRow_], raw);
             inQueue_.FreeTensor(raw);
         }

@@ -1,15 +1,14 @@
-// y[t, offset:offset+width] += scale[s] * h[t] . up[s], s = slots[t]: the second half alone (tensor parallel ranks sum
-// h between the halves). h (tokens, rank) float32, up (slots, rank, width), scale (slots) float32, slots (tokens) int32.
+// y[t, offset:offset+width] += h[t] . up[s], s = slots[t]: the second half alone (tensor parallel ranks sum
+// h between the halves). h (tokens, rank) float32, up (slots, rank, width), slots (tokens) int32.
 #include "lora_phases.h"
 
-extern "C" __global__ __aicore__ void lora_expand(GM_ADDR h, GM_ADDR up, GM_ADDR scale, GM_ADDR slots, GM_ADDR y, GM_ADDR out,
+extern "C" __global__ __aicore__ void lora_expand(GM_ADDR h, GM_ADDR up, GM_ADDR slots, GM_ADDR y, GM_ADDR out,
                                                   GM_ADDR workspace, GM_ADDR tiling) {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);  // the cores never meet
     GET_TILING_DATA(data, tiling);
     AscendC::TPipe pipe;
     colora::LoraPhases<DTYPE_X> lora;
     lora.Init(&pipe, data, workspace);
-    lora.SetScale(scale);
     lora.SetOutput(up, y, out);
     AscendC::GlobalTensor<int32_t> slotGm;
     slotGm.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(slots), lora.tokens_);

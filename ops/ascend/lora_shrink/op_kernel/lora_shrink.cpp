@@ -1,14 +1,16 @@
-// h[t] = x[t] . down[slots[t]]^T in float32, zeros for tokens without an adapter; no scale.
-// x (tokens, hidden), down (slots, rank, hidden), slots (tokens) int32, h (tokens, rank) float32.
+// h[t] = scale[s] * (x[t] . down[s]^T) in float32, s = slots[t]; zeros for tokens without an adapter.
+// x (tokens, hidden), down (slots, rank, hidden), scale (slots) float32, slots (tokens) int32, h (tokens, rank) float32.
 #include "lora_phases.h"
 
-extern "C" __global__ __aicore__ void lora_shrink(GM_ADDR x, GM_ADDR down, GM_ADDR slots, GM_ADDR h, GM_ADDR workspace, GM_ADDR tiling) {
+extern "C" __global__ __aicore__ void lora_shrink(GM_ADDR x, GM_ADDR down, GM_ADDR scale, GM_ADDR slots, GM_ADDR h,
+                                                  GM_ADDR workspace, GM_ADDR tiling) {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);  // vector cores only, with the hardware's SyncAll
     GET_TILING_DATA(data, tiling);
     AscendC::TPipe pipe;
     colora::LoraPhases<DTYPE_X> lora;
     lora.Init(&pipe, data, workspace);
     lora.SetInput(x, down);
+    lora.SetScale(scale);
     AscendC::GlobalTensor<int32_t> slotGm;
     slotGm.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(slots), lora.tokens_);
     AscendC::GlobalTensor<float> hGm;
