@@ -95,10 +95,13 @@ inline __attribute__((always_inline)) void tile(const Reader& w, int64_t o, int6
                                                 const RowAdapter* adapters, const float* bias, float* const* y,
                                                 int64_t ahead) {
   vf acc[O][R];
+#pragma GCC unroll 4
   for (int i = 0; i < O; ++i)
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) acc[i][r] = vf{};
-  for (int64_t k = k0; k < k1;) {
-    const int64_t g = k / group, end = std::min(k1, (g + 1) * group);
+  int64_t g = k0 == 0 ? 0 : k0 / group;
+  for (int64_t k = k0; k < k1; ++g) {
+    const int64_t end = std::min(k1, (g + 1) * group);
     typename Reader::Scale scale[O];
     for (int i = 0; i < O; ++i) scale[i] = w.scale(o + i, g);
     for (; k + Reader::kStep <= end; k += Reader::kStep) {
@@ -203,8 +206,9 @@ template <class Reader>
 inline void dense_few_rows(const Reader& w, int64_t columns, int64_t block, int64_t group, const float* bias,
                            const Rows& rows, int64_t o0, int64_t o1) {
   const int64_t tiles = row_tiles(rows.count);
-  const int64_t ahead =
-      static_cast<const char*>(w.address(kOuts, 0)) - static_cast<const char*>(w.address(0, 0));
+  // The tile after this one, or further where rows are short: far enough to hide the latency of memory.
+  const int64_t ahead = std::max<int64_t>(
+      8192, static_cast<const char*>(w.address(kOuts, 0)) - static_cast<const char*>(w.address(0, 0)));
   int64_t o = o0;
   const auto run = [&](auto outs) {
     constexpr int O = decltype(outs)::value;

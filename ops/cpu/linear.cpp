@@ -10,12 +10,14 @@
 
 #include "gemm.h"
 #include "lora.h"
+#include "pages.h"
 #include "weights.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kFewRows = 32;
+constexpr int64_t kAhead = 8192;  // bytes that unpacking prefetches ahead
 
 struct Linear {
   Weight weight;
@@ -36,18 +38,21 @@ void unpack_panel(const Reader& reader, const Weight& w, int64_t o0, int64_t o1,
   for (int64_t o = o0; o < o1; ++o) {
     const int64_t at = o - o0;
     float* to = panel + (at / kOuts * kOuts * vectors + at % kOuts) * kLanes;
-    for (int64_t k = 0; k < w.in;) {
-      const int64_t g = k / w.group, end = std::min(w.in, (g + 1) * w.group);
+    int64_t g = 0;
+    for (int64_t k = 0; k < w.in; ++g) {
+      const int64_t end = std::min(w.in, (g + 1) * w.group);
       const auto scale = reader.scale(o, g);
       vf part[Reader::kUnits];
-      for (; k < end; k += Reader::kStep) {
-        if (k + Reader::kStep <= end)
-          reader.read(o, k, scale, part);
-        else
-          reader.read_tail(o, k, end - k, scale, part);
+      for (; k + Reader::kStep <= end; k += Reader::kStep) {
+        prefetch(static_cast<const char*>(reader.address(o, k)) + kAhead);
+        reader.read(o, k, scale, part);
         for (int u = 0; u < Reader::kUnits; ++u, to += kOuts * kLanes) store(to, part[u]);
       }
-      k = end;
+      if (k < end) {
+        reader.read_tail(o, k, end - k, scale, part);
+        for (int u = 0; u < Reader::kUnits; ++u, to += kOuts * kLanes) store(to, part[u]);
+        k = end;
+      }
     }
   }
 }
@@ -101,7 +106,7 @@ class Forward {
       : linears_(linears), x_(x), tokens_(tokens), in_(in) {
     many_ = tokens > kFewRows;
     for (const Linear& l : linears) {
-      many_ |= tokens > kRows && l.weight.format != Format::kFloat32;
+      many_ |= tokens > kRows && l.weight.scale != nullptr;
       many_ |= !regular_groups(l.weight);
     }
     plain_.columns = in;
@@ -121,12 +126,14 @@ class Forward {
       for (int64_t t = 0; !many_ && t < tokens; ++t)
         a->rows.push_back(copied_ ? a->copy.data() + t * stride : x + t * in);
     }
-    // Blocks of outputs: for few rows single tiles, dealt in contiguous shares; for many rows a panel of W in the L2
-    // cache, dealt one by one.
+    // Blocks of outputs. Few rows: single tiles (or, unpacked, two in the L1 cache), dealt in contiguous shares. Many
+    // rows: a panel of W in the L2 cache, dealt one by one.
     width_ = kOuts;
     if (many_) {
       const int64_t fit = (768 << 10) / 4 / even_odd_.columns;
-      width_ = std::max<int64_t>(std::min(fit, outs / (4 * threads_)) / kOuts * kOuts, 4 * kOuts);
+      width_ = tokens <= kFewRows
+                   ? 2 * kOuts
+                   : std::max<int64_t>(std::min(fit, outs / (4 * threads_)) / kOuts * kOuts, 4 * kOuts);
       panel_size_ = width_ * even_odd_.columns;
       panels_.resize(panel_size_ * threads_);
     }
@@ -150,11 +157,11 @@ class Forward {
       if (wait) {
 #pragma omp barrier
       }
-      if (many_) {
-        float* panel = panels_.data() + me * panel_size_;
+      float* panel = panels_.data() + me * panel_size_;
+      if (tokens_ > kFewRows) {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total_;) blocks(i, i + 1, panel);
       } else {
-        blocks(total_ * me / all, total_ * (me + 1) / all, nullptr);
+        blocks(total_ * me / all, total_ * (me + 1) / all, panel);
       }
     }
   }
@@ -203,8 +210,12 @@ class Forward {
     rows.rank = l.adapters.rank;
     if (many_) {
       const int64_t vectors = packed_vectors(x.columns);
-      make_panel(w, o0, o1, panel, vectors);
-      return dense_many_rows(panel, x.copy.data(), vectors, block / kLanes, l.bias, rows, o0, o1);
+      for (int64_t o = o0; o < o1; o += width_) {
+        const int64_t end = std::min(o1, o + width_);
+        make_panel(w, o, end, panel, vectors);
+        dense_many_rows(panel, x.copy.data(), vectors, block / kLanes, l.bias, rows, o, end);
+      }
+      return;
     }
     switch (w.format) {
       case Format::kFloat32: return dense_few_rows(Float32Reader(w), in_, block, in_, l.bias, rows, o0, o1);
@@ -260,6 +271,11 @@ COLORA_OPERATOR(multi_lora_linear) {
     if (!slots.absent() && l.adapters.present()) colora::check_slots(slots, l.adapters.slots);
   }
   if (tokens == 0) return;
+  for (int i = 0; i < n; ++i) {
+    const colora::Tensor weight = call.in(2 + 6 * i, "weight");
+    const int width = weight.is("float32") ? 4 : weight.is("bfloat16") ? 2 : 1;
+    colora::prefer_huge_pages(weight.raw, size_t(weight.size()) * size_t(width));
+  }
 
   const int32_t* row_slot = slots.absent() ? nullptr : slots.data<const int32_t>();
   for (Linear& l : linears) {

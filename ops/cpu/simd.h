@@ -148,6 +148,7 @@ inline void store_bf16_partial(bf16* p, vf v, int64_t n) {
   std::memcpy(p, buffer, size_t(n) * sizeof(bf16));
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// (always inlined: as a function of its own GCC takes it for one without effect and drops the call)
+inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace COLORA_ISA_NAMESPACE
