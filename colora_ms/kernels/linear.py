@@ -3,7 +3,7 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import KernelError, backend, custom
+from colora_ms.kernels.aot import ABSENT, backend, custom
 from colora_ms.kernels.lora import low_rank_reference
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 

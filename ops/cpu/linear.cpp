@@ -94,7 +94,7 @@ class AlignedFloats {
 
 // How x must lie for a linear: as it is, or with even and odd columns apart (int4).
 struct Activations {
-  bool needed = false;
+  bool needed = false, copied = false;
   int64_t columns = 0;             // of a row, zero padding included
   AlignedFloats copy;              // rows of `stride`, or packed in tiles
   std::vector<const float*> rows;  // few rows only
@@ -121,10 +121,10 @@ class Forward {
       if (!a->needed) continue;
       const int64_t stride = packed_vectors(a->columns) * kLanes;
       // One or two plain rows are cheaper read where they are.
-      copied_ = many_ || a == &even_odd_ || tokens > 2;
-      if (copied_) a->copy.resize(tokens * stride);
+      a->copied = many_ || a == &even_odd_ || tokens > 2;
+      if (a->copied) a->copy.resize(tokens * stride);
       for (int64_t t = 0; !many_ && t < tokens; ++t)
-        a->rows.push_back(copied_ ? a->copy.data() + t * stride : x + t * in);
+        a->rows.push_back(a->copied ? a->copy.data() + t * stride : x + t * in);
     }
     // Blocks of outputs. Few rows: single tiles (or, unpacked, two in the L1 cache), dealt in contiguous shares. Many
     // rows: a panel of W in the L2 cache, dealt one by one.
@@ -149,7 +149,7 @@ class Forward {
     {
       const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
       prepare(me, all);
-      bool wait = copied_;
+      bool wait = plain_.copied || even_odd_.copied;
       int64_t turn = 0;
       for (const Linear& l : linears_)
         for (int64_t i = 0; l.shrink && i < l.shrink->tasks(); ++i, wait = true)
@@ -169,15 +169,15 @@ class Forward {
  private:
   // Copies of x; thread `me` of `all` takes a share of the rows.
   void prepare(int64_t me, int64_t all) {
-    if (!copied_) return;
+    if (!plain_.copied && !even_odd_.copied) return;
     const int64_t tiles = many_ ? row_tiles(tokens_) : tokens_;
-    std::vector<float> row(size_t(even_odd_.needed ? even_odd_.columns : 0));
+    std::vector<float> row(size_t(even_odd_.copied ? even_odd_.columns : 0));
     for (int64_t t = tiles * me / all; t < tiles * (me + 1) / all; ++t) {
       const int64_t begin = row_begin(tokens_, tiles, t), n = row_begin(tokens_, tiles, t + 1) - begin;
       for (int64_t i = 0; i < n; ++i) {
         const float* from = x_ + (begin + i) * in_;
-        if (plain_.needed) pack_row(from, in_, int(i), int(n), place(plain_, begin));
-        if (even_odd_.needed) {
+        if (plain_.copied) pack_row(from, in_, int(i), int(n), place(plain_, begin));
+        if (even_odd_.copied) {
           Int4Reader::rearrange(from, in_, row.data());
           pack_row(row.data(), even_odd_.columns, int(i), int(n), place(even_odd_, begin));
         }
@@ -229,7 +229,7 @@ class Forward {
   const float* x_;
   int64_t tokens_, in_, width_ = 0, total_ = 0, panel_size_ = 0;
   int threads_ = 1;
-  bool many_ = false, copied_ = false;
+  bool many_ = false;
   Activations plain_, even_odd_;
   AlignedFloats panels_;
   std::vector<int64_t> first_block_;

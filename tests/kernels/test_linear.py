@@ -1,0 +1,390 @@
+"""multi_lora_linear and its gradient: the C operators against NumPy float64, the faces in graph mode."""
+
+import numpy as np
+import pytest
+from call import Refused, available_isas, call, from_bf16, set_isa, set_threads, to_bf16
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ISAS = available_isas()
+FORMATS = ("float32", "bfloat16", "int8", "int8 grouped", "int4", "int4 grouped")
+FEW = settings(max_examples=12, deadline=None)
+
+
+@pytest.fixture(params=ISAS, autouse=True, scope="module")
+def isa(request):
+    assert set_isa(request.param) == request.param
+    yield request.param
+    set_isa(ISAS[0])
+
+
+def make_weight(rng, out, columns, kind):
+    """-> (weight, weight_scale, the same weight dequantised by NumPy in float32)."""
+    dense = (rng.normal(size=(out, columns)) * 0.2).astype(np.float32)
+    if kind == "float32":
+        return dense, None, dense
+    if kind == "bfloat16":
+        pair = to_bf16(dense)
+        return pair, None, from_bf16(pair)
+    groups = 1
+    if "grouped" in kind:
+        groups = max(g for g in (1, 2, 3, 4, 6, 9) if columns % g == 0)
+    scale = (rng.random((out, groups)) * 0.02 + 0.001).astype(np.float32)
+    low, high = (-128, 128) if "int8" in kind else (-8, 8)
+    q = rng.integers(low, high, (out, columns))
+    dense = (q.reshape(out, groups, -1).astype(np.float32) * scale[:, :, None]).reshape(out, columns)
+    given_scale = scale if "grouped" in kind else scale[:, 0].copy()
+    if "int8" in kind:
+        return q.astype(np.int8), given_scale, dense
+    packed = (q[:, 0::2] + 8) | ((q[:, 1::2] + 8) << 4)
+    return packed.astype(np.uint8), given_scale, dense
+
+
+def make_adapters(rng, slots, rank, columns, out):
+    return [(rng.normal(size=(slots, rank, columns)) * 0.1).astype(np.float32),
+            (rng.normal(size=(slots, out, rank)) * 0.1).astype(np.float32),
+            rng.uniform(0.5, 2, slots).astype(np.float32)]
+
+
+def out_of(weight):
+    return (weight[0] if isinstance(weight, tuple) else weight).shape[0]
+
+
+def run(x, slots, *linears):
+    """Each linear: weight, weight_scale, bias, down, up, scale."""
+    outputs = [(x.shape[:-1] + (out_of(linear[0]),), "float32") for linear in linears]
+    return call("multi_lora_linear", [x, slots] + [tensor for linear in linears for tensor in linear], outputs)
+
+
+def expected(x, slots, dense, bias, adapters):
+    x = x.astype(np.float64)
+    y = x @ dense.T.astype(np.float64)
+    if bias is not None:
+        y = y + bias
+    if adapters is not None:
+        down, up, scale = (a.astype(np.float64) for a in adapters)
+        for row, slot in enumerate(slots):
+            if slot >= 0:
+                y[row] += scale[slot] * (x[row] @ down[slot].T) @ up[slot].T
+    return y
+
+
+def close(got, want):
+    # float32 sums: an error of a few ulps of the largest term of a row
+    np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * max(1.0, np.abs(want).max()))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@FEW
+@given(rows=st.integers(1, 9), tokens=st.sampled_from([0, 1, 1, 2, 5, 40]), out=st.integers(1, 41),
+       half=st.sampled_from([1, 3, 8, 9, 16, 17, 48, 99, 288, 700]), rank=st.sampled_from([1, 3, 8, 16, 17, 64, 256]),
+       seed=st.integers(0, 9999))
+def test_forward_matches_float64(kind, rows, tokens, out, half, rank, seed):
+    rng = np.random.default_rng(seed)
+    columns = 2 * half - (seed % 2 if "int4" not in kind else 0)
+    weight, weight_scale, dense = make_weight(rng, out, columns, kind)
+    adapters = make_adapters(rng, 3, rank, columns, out)
+    adapters[0][2] = adapters[1][2] = adapters[2][2] = np.nan  # a slot that no row uses
+    bias = rng.normal(size=out).astype(np.float32) if seed % 3 else None
+    shape = (rows, columns) if tokens == 0 else (rows, tokens, columns)  # tokens 0 stands for the rank 2 form
+    x = rng.normal(size=shape).astype(np.float32)
+    slots = rng.integers(-1, 2, rows).astype(np.int32)
+    (y,) = run(x, slots, [weight, weight_scale, bias, *adapters])
+    close(y, expected(x, slots, dense, bias, adapters))
+    (base,) = run(x, None, [weight, weight_scale, bias, None, None, None])
+    assert np.array_equal(y[slots < 0], base[slots < 0])  # rows without adapter: bit for bit the base
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_row_is_the_same_in_any_batch(kind):
+    rng = np.random.default_rng(3)
+    for out, columns in ((70, 576), (13, 1536), (21, 36)):
+        weight, weight_scale, _ = make_weight(rng, out, columns, kind)
+        adapters = make_adapters(rng, 4, 16, columns, out)
+        bias = rng.normal(size=out).astype(np.float32)
+        x = rng.normal(size=(70, columns)).astype(np.float32)
+        slots = rng.integers(-1, 4, 70).astype(np.int32)
+        linear = [weight, weight_scale, bias, *adapters]
+        alone = np.concatenate([run(x[i : i + 1], slots[i : i + 1], linear)[0] for i in range(70)])
+        for n in [*range(1, 33), 33, 64, 70]:
+            start = int(rng.integers(0, 71 - n))
+            (y,) = run(x[start : start + n], slots[start : start + n], linear)
+            assert np.array_equal(y, alone[start : start + n]), (out, columns, n)
+        (y,) = run(x[:66].reshape(2, 33, columns), np.array([2, -1], np.int32), linear)
+        first = run(x[5:6], np.array([2], np.int32), linear)[0]
+        assert np.array_equal(y[0, 5:6], first)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_threads_do_not_change_a_bit(kind):
+    rng = np.random.default_rng(4)
+    weight, weight_scale, _ = make_weight(rng, 130, 576, kind)
+    adapters = make_adapters(rng, 2, 8, 576, 130)
+    for rows in (1, 8, 50):
+        x = rng.normal(size=(rows, 576)).astype(np.float32)
+        slots = rng.integers(-1, 2, rows).astype(np.int32)
+        results = []
+        for threads in (1, 2, 3, 5):
+            set_threads(threads)
+            results.append(run(x, slots, [weight, weight_scale, None, *adapters])[0])
+        set_threads(2)
+        assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+def test_fused_linears_are_the_single_ones():
+    rng = np.random.default_rng(5)
+    kinds, outs = ("float32", "int4 grouped", "bfloat16", "int8"), (20, 7, 33, 64)
+    for rows in (1, 5, 12, 40):
+        linears = []
+        for i, (kind, out) in enumerate(zip(kinds, outs)):
+            weight, weight_scale, _ = make_weight(rng, out, 192, kind)
+            adapters = make_adapters(rng, 3, 4 * i + 1, 192, out) if i != 2 else [None] * 3
+            linears.append([weight, weight_scale, None, *adapters])
+        x = rng.normal(size=(rows, 1, 192)).astype(np.float32)
+        slots = rng.integers(-1, 3, rows).astype(np.int32)
+        for n in range(1, 5):
+            for linear, y in zip(linears, run(x, slots, *linears[:n])):
+                assert np.array_equal(y, run(x, slots, linear)[0])
+
+
+def test_a_smaller_rank_padded_with_zeros_is_the_same_adapter():
+    rng = np.random.default_rng(6)
+    weight, _, dense = make_weight(rng, 24, 100, "float32")
+    down, up, scale = make_adapters(rng, 2, 6, 100, 24)
+    wide_down, wide_up = np.zeros((2, 40, 100), np.float32), np.zeros((2, 24, 40), np.float32)
+    wide_down[:, :6], wide_up[:, :, :6] = down, up
+    x, slots = rng.normal(size=(3, 100)).astype(np.float32), np.array([1, -1, 0], np.int32)
+    narrow = run(x, slots, [weight, None, None, down, up, scale])[0]
+    wide = run(x, slots, [weight, None, None, wide_down, wide_up, scale])[0]
+    close(wide, expected(x, slots, dense, None, [down, up, scale]))
+    np.testing.assert_allclose(narrow, wide, rtol=0, atol=2e-6)
+
+
+def test_nothing_to_do():
+    weight = np.ones((3, 4), np.float32)
+    assert run(np.zeros((0, 4), np.float32), np.zeros(0, np.int32), [weight] + [None] * 5)[0].shape == (0, 3)
+    assert run(np.zeros((2, 0, 4), np.float32), None, [weight] + [None] * 5)[0].shape == (2, 0, 3)
+
+
+def gradients(x, slots, linears, dys):
+    inputs = [np.array([len(linears)], np.int32), x, slots]
+    outputs = [(x.shape, "float32")]
+    for (weight, weight_scale, down, up, scale), dy in zip(linears, dys):
+        inputs += [dy, weight, weight_scale, down, up, scale]
+        outputs += [(() if down is None else down.shape, "float32"), (() if up is None else up.shape, "float32")]
+    return call("multi_lora_linear_grad", inputs, outputs)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@FEW
+@given(rows=st.integers(1, 6), tokens=st.sampled_from([1, 2, 7, 30]), out=st.integers(1, 150),
+       half=st.sampled_from([1, 3, 9, 17, 48, 99, 140]), rank=st.sampled_from([1, 3, 8, 16, 17, 70]),
+       seed=st.integers(0, 9999))
+def test_gradients_match_float64(kind, rows, tokens, out, half, rank, seed):
+    rng = np.random.default_rng(seed)
+    columns = 2 * half - (seed % 2 if "int4" not in kind else 0)
+    x = rng.normal(size=(rows, tokens, columns)).astype(np.float32)
+    slots = rng.integers(-1, 2, rows).astype(np.int32)
+    linears, dys, wanted = [], [], []
+    dx = np.zeros(x.shape)
+    for i, with_adapters in enumerate((True, False)):
+        n = out + 3 * i
+        weight, weight_scale, dense = make_weight(rng, n, columns, kind)
+        dy = rng.normal(size=(rows, tokens, n)).astype(np.float32)
+        dx += dy.astype(np.float64) @ dense
+        down, up, scale = make_adapters(rng, 3, rank, columns, n) if with_adapters else (None, None, None)
+        linears.append((weight, weight_scale, down, up, scale))
+        dys.append(dy)
+        if not with_adapters:
+            wanted += [np.zeros(()), np.zeros(())]
+            continue
+        down[2] = up[2] = scale[2] = np.nan  # a slot that no row uses gets zeros
+        ddown, dup = np.zeros(down.shape), np.zeros(up.shape)
+        for row, slot in enumerate(slots):
+            if slot >= 0:
+                v = scale[slot].astype(np.float64) * x[row].astype(np.float64) @ down[slot].T
+                u = scale[slot].astype(np.float64) * dy[row].astype(np.float64) @ up[slot]
+                dup[slot] += dy[row].T.astype(np.float64) @ v
+                ddown[slot] += u.T @ x[row]
+                dx[row] += u @ down[slot]
+        wanted += [ddown, dup]
+    for got, want in zip(gradients(x, slots, linears, dys), [dx, *wanted]):
+        np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * max(1.0, np.abs(want).max()))
+
+
+def test_gradients_are_the_finite_differences_of_the_forward():
+    rng = np.random.default_rng(8)
+    weight, _, _ = make_weight(rng, 6, 10, "float32")
+    down, up, scale = make_adapters(rng, 2, 3, 10, 6)
+    x, slots = rng.normal(size=(3, 2, 10)).astype(np.float32), np.array([1, -1, 0], np.int32)
+    dy = rng.normal(size=(3, 2, 6)).astype(np.float32)
+
+    def loss():
+        return float((run(x, slots, [weight, None, None, down, up, scale])[0].astype(np.float64) * dy).sum())
+
+    got = gradients(x, slots, [(weight, None, down, up, scale)], [dy])
+    for array, gradient in zip((x, down, up), got):
+        for _ in range(6):
+            at = tuple(int(rng.integers(0, n)) for n in array.shape)
+            kept, step = array[at], np.float32(0.05)  # the loss is linear or quadratic in each number: no step error
+            array[at] = kept + step
+            above = loss()
+            array[at] = kept - step
+            below = loss()
+            array[at] = kept
+            assert abs((above - below) / (2 * step) - gradient[at]) < 2e-4
+
+
+GOOD = {
+    "x": np.ones((2, 1, 8), np.float32), "slots": np.array([0, -1], np.int32), "weight": np.ones((5, 8), np.float32),
+    "weight_scale": None, "bias": None, "down": np.ones((2, 3, 8), np.float32),
+    "up": np.ones((2, 5, 3), np.float32), "scale": np.ones(2, np.float32),
+}
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"slots": np.array([0, 2], np.int32)}, ["slots", "slot 2 at index 1", "0 to 1"]),
+    ({"slots": np.array([-2, 0], np.int32)}, ["slots", "slot -2 at index 0"]),
+    ({"slots": np.array([0, 0, 0], np.int32)}, ["slots", "(3,)"]),
+    ({"slots": np.array([0, 0], np.int64)}, ["slots", "int64", "int32"]),
+    ({"x": np.ones((2, 1, 7), np.float32)}, ["weight", "(5, 8)", "7"]),
+    ({"x": np.ones((2, 1, 8), np.float64)}, ["x", "float64", "float32"]),
+    ({"x": np.ones((2, 1, 1, 8), np.float32)}, ["x", "rank"]),
+    ({"weight": np.ones((5, 8), np.int16)}, ["weight", "int16"]),
+    ({"weight": np.ones((5, 8), np.int8)}, ["weight_scale", "absent"]),
+    ({"weight": np.ones((5, 4), np.uint8), "weight_scale": np.ones((5, 3), np.float32)}, ["weight_scale", "3 groups"]),
+    ({"weight_scale": np.ones(5, np.float32)}, ["weight_scale", "no scale"]),
+    ({"bias": np.ones(4, np.float32)}, ["bias", "(4,)", "5"]),
+    ({"down": None}, ["down", "absent", "together"]),
+    ({"down": np.ones((2, 3, 9), np.float32)}, ["down", "(2, 3, 9)", "8"]),
+    ({"up": np.ones((2, 5, 4), np.float32)}, ["up", "(2, 5, 4)", "3"]),
+    ({"up": np.ones((5, 3), np.float32)}, ["up", "(5, 3)", "slots, out, rank"]),
+    ({"scale": np.ones(3, np.float32)}, ["scale", "(3,)", "2"]),
+    ({"scale": np.ones(2, np.float64)}, ["scale", "float64"]),
+])
+def test_bad_arguments_are_named_and_nothing_is_written(change, words):
+    given_values = list({**GOOD, **change}.values())
+    y = np.full((2, 1, 5), 7, np.float32)
+    with pytest.raises(Refused) as refused:
+        call("multi_lora_linear", given_values, [y])
+    for word in ["multi_lora_linear", *words]:
+        assert word in str(refused.value)
+    assert (y == 7).all()
+
+
+def test_wrong_numbers_of_tensors_and_outputs_are_refused():
+    values = list(GOOD.values())
+    with pytest.raises(Refused, match="got 8 tensors"):
+        call("multi_lora_linear", values[:-1], [((2, 1, 5), "float32")])
+    with pytest.raises(Refused, match="'y' has shape .*expected 5"):
+        call("multi_lora_linear", values, [((2, 1, 6), "float32")])
+    with pytest.raises(Refused, match="count.* is 0"):
+        call("multi_lora_linear_grad", [np.array([0], np.int32)] + values, [((1,), "float32")] * 4)
+
+
+# -- in graph mode ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def graph(mindspore, isa):
+    """(mindspore, the linear module) with the CPU operators; once, not per instruction set."""
+    from colora_ms.kernels import aot, linear
+
+    if isa != ISAS[0] or aot.backend() != "cpu":
+        pytest.skip("graph mode is tested with the CPU operators, once")
+    return mindspore, linear
+
+
+def graph_operands(ms, rng, kinds, columns, outs, rank=5):
+    from colora_ms.kernels.aot import ABSENT
+
+    operands = []
+    for i, (kind, out) in enumerate(zip(kinds, outs)):
+        weight, weight_scale, _ = make_weight(rng, out, columns, kind)
+        if kind == "bfloat16":
+            tensor = ms.Tensor(from_bf16(weight)).astype(ms.bfloat16)
+        else:
+            tensor = ms.Tensor(weight)
+        adapters = [ms.Tensor(a) for a in make_adapters(rng, 3, rank, columns, out)] if i != 1 else [ABSENT] * 3
+        bias = ms.Tensor(rng.normal(size=out).astype(np.float32)) if i == 0 else ABSENT
+        operands += [tensor, ABSENT if weight_scale is None else ms.Tensor(weight_scale), bias, *adapters]
+    return tuple(operands)
+
+
+def cell(ms, function, operands):
+    class Net(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.operands = operands
+
+        def construct(self, x, slots):
+            return function(x, slots, *self.operands)
+
+    return Net()
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (4, 3, 64)])
+def test_graph_face_equals_reference_form(graph, shape):
+    ms, linear = graph
+    rng = np.random.default_rng(9)
+    operands = graph_operands(ms, rng, ("float32", "int8", "int4 grouped", "bfloat16"), 64, (12, 10, 7, 6))
+    x = ms.Tensor(rng.normal(size=shape).astype(np.float32))
+    slots = ms.Tensor(np.array([0, -1, 2, 1], np.int32))
+    fast = cell(ms, linear.multi_lora_linear, operands)(x, slots)
+    slow = cell(ms, linear.multi_lora_linear_reference, operands)(x, slots)
+    for a, b in zip(fast, slow):
+        close(a.asnumpy(), b.asnumpy())
+
+
+def test_graph_gradients_equal_those_of_the_reference_form(graph):
+    ms, linear = graph
+    rng = np.random.default_rng(10)
+    operands = graph_operands(ms, rng, ("float32", "int8 grouped", "bfloat16"), 36, (12, 10, 7))
+    head = graph_operands(ms, rng, ("float32",), 12, (5,))
+
+    def gradients_with(function):
+        class Loss(ms.nn.Cell):
+            def construct(self, x, slots, down, up, down3):
+                a, b, c = function(x, slots, *operands[:3], down, up, *operands[5:15], down3, *operands[16:])
+                d = function(a, slots, *head)
+                return (a * a).sum() + (b * c[:, :, :1]).sum() + (d * d * d).sum()
+
+        class Gradient(ms.nn.Cell):
+            def __init__(self):
+                super().__init__()
+                self.loss = Loss()
+                self.gradient = ms.ops.GradOperation(get_all=True)
+
+            def construct(self, *args):
+                return self.gradient(self.loss)(*args)
+
+        x = ms.Tensor(np.random.default_rng(1).normal(size=(4, 3, 36)).astype(np.float32))
+        slots = ms.Tensor(np.array([0, -1, 2, 0], np.int32))
+        return Gradient()(x, slots, operands[3], operands[4], operands[15])
+
+    fast = gradients_with(linear.multi_lora_linear)
+    slow = gradients_with(linear.multi_lora_linear_reference)
+    for i in (0, 2, 3, 4):
+        want = slow[i].asnumpy()
+        assert np.abs(want).max() > 0.01
+        np.testing.assert_allclose(fast[i].asnumpy(), want, rtol=0, atol=5e-6 * np.abs(want).max())
+
+
+def test_graph_errors_reach_python(graph):
+    ms, linear = graph
+    from colora_ms.kernels.aot import KernelError, last_error
+
+    rng = np.random.default_rng(11)
+    operands = graph_operands(ms, rng, ("float32",), 8, (5,))
+    x = ms.Tensor(np.ones((2, 8), np.float32))
+    with pytest.raises(RuntimeError, match="multi_lora_linear"):
+        cell(ms, linear.multi_lora_linear, operands)(x, ms.Tensor(np.array([0, 9], np.int32))).asnumpy()
+    assert "slot 9 at index 1" in last_error()
+    slots = ms.Tensor(np.array([0, 1], np.int32))
+    with pytest.raises(KernelError, match=r"weight has shape \(5, 8\), expected 7 columns"):
+        cell(ms, linear.multi_lora_linear, operands)(x[:, :7], slots)
+    with pytest.raises(KernelError, match="number of operands is 5"):
+        cell(ms, linear.multi_lora_linear, operands[:5])(x, slots)
+    with pytest.raises(KernelError, match="'down', 'up' and 'scale' come together"):
+        cell(ms, linear.multi_lora_linear, operands[:3] + (linear.ABSENT,) + operands[4:])(x, slots)
+    with pytest.raises(KernelError, match="x has dtype Float16"):
+        cell(ms, linear.multi_lora_linear, operands)(x.astype(ms.float16), slots)
