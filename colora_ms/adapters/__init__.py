@@ -10,7 +10,7 @@ adapters compiles nothing anew.
 
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.handle import Adapters
-from colora_ms.adapters.inject import adapters_of, inject, load_adapter, wrap_lora
+from colora_ms.adapters.inject import adapters_of, inject, load_adapter, load_adapters, wrap_lora
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear, initial_values
 from colora_ms.adapters.peft_format import digest
 from colora_ms.adapters.registry import Method, register
@@ -30,5 +30,6 @@ __all__ = [
     "digest",
     "inject",
     "load_adapter",
+    "load_adapters",
     "register",
 ]

@@ -38,6 +38,11 @@ REFUSED_KEYS = {
     "velora_config": "VeLoRA",
 }
 
+#: Largest rank, and most entries of a list or pattern: beyond any real adapter, below what would exhaust a machine.
+MAX_RANK = 1 << 20
+MAX_ENTRIES = 100_000
+MAX_PATTERNS = 5_000
+
 BIAS = ("none", "all", "lora_only")
 
 #: Initialisations that can start a new adapter.
@@ -115,8 +120,8 @@ class LoraConfig:
     def problems(self):
         """All that is wrong with the values, as a list of sentences (empty when the config can be used)."""
         found = []
-        if not _is_int(self.r) or self.r < 1:
-            found.append(f"r is {self.r!r}, expected a whole number from 1 on")
+        if not _is_rank(self.r):
+            found.append(f"r is {self.r!r}, expected a whole number from 1 to {MAX_RANK}")
         if not _is_finite(self.lora_alpha):
             found.append(f"lora_alpha is {self.lora_alpha!r}, expected a finite number")
         if not _is_finite(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
@@ -147,6 +152,11 @@ class LoraConfig:
                 found.append(f"{name} is {value!r:.80}, expected a list of names or one regular expression")
         if self.modules_to_save is not None and not _is_names(self.modules_to_save):
             found.append(f"modules_to_save is {self.modules_to_save!r:.80}, expected a list of names")
+        for name, most in (("target_modules", MAX_ENTRIES), ("exclude_modules", MAX_ENTRIES), ("modules_to_save", MAX_PATTERNS),
+                           ("layers_to_transform", MAX_ENTRIES), ("layers_pattern", MAX_PATTERNS)):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) > most:
+                found.append(f"{name} has {len(value)} entries, at most {most} are allowed")
         if self.target_modules in ("", []) and not self.modules_to_save:
             found.append("target_modules is empty: the adapter would change nothing")
         layers = self.layers_to_transform
@@ -164,12 +174,14 @@ class LoraConfig:
     def _pattern_problems(self):
         found = []
         for name, valid, expected in (
-                ("rank_pattern", lambda v: _is_int(v) and v >= 1, "a whole number from 1 on"),
+                ("rank_pattern", _is_rank, f"a whole number from 1 to {MAX_RANK}"),
                 ("alpha_pattern", _is_finite, "a finite number")):
             patterns = getattr(self, name)
             if not isinstance(patterns, dict):
                 found.append(f"{name} is {patterns!r:.80}, expected {{name or regular expression: number}}")
                 continue
+            if len(patterns) > MAX_PATTERNS:
+                found.append(f"{name} has {len(patterns)} entries, at most {MAX_PATTERNS} are allowed")
             found += [f"{name}[{key!r}] is {value!r}, expected {expected}"
                       for key, value in patterns.items() if not isinstance(key, str) or not valid(value)]
         return found
@@ -240,8 +252,13 @@ def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_rank(value):
+    return _is_int(value) and 1 <= value <= MAX_RANK
+
+
 def _is_finite(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that float32 holds with room to spare (a comparison takes any int; math.isfinite does not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 <= value <= 1e30
 
 
 def _is_names(value):

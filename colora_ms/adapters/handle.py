@@ -1,5 +1,6 @@
 """``Adapters``: the handle of a model's adapters. It keeps names and configs; what a graph sees are tensors only."""
 
+import copy
 import zlib
 
 import numpy as np
@@ -271,7 +272,7 @@ class Adapters:
         for (path, role), cell in self.sites.items():
             target = plan.targets.get(path)
             cell.write(slot, values.get((path, role), {}), target.scaling if target else 0.0)
-        self._entries[name] = (slot, config, plan)
+        self._entries[name] = (slot, copy.deepcopy(config), plan)
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

@@ -50,11 +50,10 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
         raise AdapterError("inject needs a config, or reserve=... to say which modules later adapters may use")
     if config is not None:
         check_name(adapter_name)
-    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
-        raise AdapterError(f"slots is {slots!r}, expected a whole number from 1 on")
+    _check_slots(slots, 1)
     modules, defaults = _modules(net), tree.default_targets(net)
     plans = [make_plan(config, modules, defaults)] if config is not None else []
-    plans += _reserved(reserve, config, max_rank, modules, defaults)
+    plans += _reserved(reserve, [] if config is None else [config], max_rank, modules, defaults)
     handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
     handle.dropout = config.lora_dropout if config is not None else getattr(reserve, "lora_dropout", 0.0)
     if config is not None:
@@ -66,7 +65,7 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     return handle
 
 
-def load_adapter(net, folder, name=None, slots=1, max_rank=None, reserve=None, trainable=False, base_model=None):
+def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None):
     """Load a PEFT adapter folder into a model, which gets its adapter Cells first if it has none.
 
     Args:
@@ -81,20 +80,48 @@ def load_adapter(net, folder, name=None, slots=1, max_rank=None, reserve=None, t
     Raises:
         AdapterError: everything that is wrong with the folder, at once; the model is unchanged.
     """
-    name = check_name(name if name is not None else Path(folder).resolve().name)
-    handle = adapters_of(net)
-    if handle is None:
-        stored = StoredAdapter(folder)
-        modules, defaults = _modules(net), tree.default_targets(net)
-        handle = Adapters(net, modules, defaults, slots, trainable, None, base_model)
-        plan, values = handle.stage(stored)
-        handle.dropout = stored.config.lora_dropout
-        plans = [plan] + _reserved(reserve, stored.config, max_rank, modules, defaults)
-        _replace(net, handle, plans, stored.config.peft_type, max_rank)
-        handle.publish(name, stored.config, plan, values)
-    else:
-        handle.load(folder, name)
+    name = name if name is not None else Path(folder).resolve().name
+    handle = load_adapters(net, {name: folder}, slots, max_rank, reserve, trainable, base_model)
     handle.set_adapter(name)
+    return handle
+
+
+def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None):
+    """Load several PEFT adapter folders into a model; its Cells get room for all of them.
+
+    Args:
+        folders: {adapter name: folder}.
+        slots: adapters that the model can hold; by default as many as there are folders.
+        The others as in :func:`load_adapter`.
+
+    Returns:
+        The handle; no adapter is active that was not before.
+
+    Raises:
+        AdapterError: a folder cannot be loaded; all folders are checked before the model is changed.
+    """
+    for name in folders:
+        check_name(name)
+    handle = adapters_of(net)
+    if handle is not None:
+        for name, folder in folders.items():
+            handle.load(folder, name)
+        return handle
+    slots = max(len(folders), 1) if slots is None else slots
+    _check_slots(slots, len(folders))
+    modules, defaults = _modules(net), tree.default_targets(net)
+    handle = Adapters(net, modules, defaults, slots, trainable, None, base_model)
+    loaded = []
+    for name, folder in folders.items():
+        stored = StoredAdapter(folder)
+        loaded.append((name, stored.config, *handle.stage(stored)))
+    configs = [config for _, config, _, _ in loaded]
+    _check_together(configs, trainable)
+    handle.dropout = configs[0].lora_dropout if trainable else 0.0
+    plans = [plan for _, _, plan, _ in loaded] + _reserved(reserve, configs, max_rank, modules, defaults)
+    _replace(net, handle, plans, configs[0].peft_type, max_rank)
+    for name, config, plan, values in loaded:
+        handle.publish(name, config, plan, values)
     return handle
 
 
@@ -108,13 +135,33 @@ def _modules(net):
     return {name: tree.module_of(name, cell) for name, cell in tree.cells_by_name(net).items()}
 
 
-def _reserved(reserve, config, max_rank, modules, defaults):
+def _check_slots(slots, needed):
+    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+        raise AdapterError(f"slots is {slots!r}, expected a whole number from 1 on")
+    if slots < needed:
+        raise AdapterError(f"slots is {slots}, but {needed} adapters are to be loaded")
+
+
+def _check_together(configs, trainable):
+    """Refuse adapters that cannot share Cells; configs is not empty."""
+    if not configs:
+        raise AdapterError("no adapter folder is given")
+    kinds = {config.peft_type for config in configs}
+    if len(kinds) > 1:
+        raise AdapterError(f"adapters of different methods cannot share a model: {', '.join(sorted(kinds))}")
+    rates = sorted({config.lora_dropout for config in configs})
+    if trainable and len(rates) > 1:
+        raise AdapterError(f"adapters with different lora_dropout ({', '.join(map(str, rates))}) cannot be trained in one "
+                           "model; load them one at a time")
+
+
+def _reserved(reserve, configs, max_rank, modules, defaults):
     """The plan of the modules that later adapters may use, in a list (empty without ``reserve``)."""
     if reserve is None:
         return []
     if not isinstance(reserve, LoraConfig):
-        rank = max_rank or (max([config.r, *config.rank_pattern.values()]) if config is not None else LoraConfig.r)
-        reserve = LoraConfig(target_modules=reserve, r=rank)
+        ranks = [r for config in configs for r in (config.r, *config.rank_pattern.values())]
+        reserve = LoraConfig(target_modules=reserve, r=max_rank or max(ranks, default=LoraConfig.r))
     return [make_plan(reserve, modules, defaults)]
 
 

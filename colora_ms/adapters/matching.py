@@ -139,7 +139,8 @@ class _Tests:
             else:
                 self.alphas[role[1]] = found
         if isinstance(config.exclude_modules, list):
-            self.excluded |= {name for name in names if _ends_with_any(name, config.exclude_modules)}
+            excluded = set(config.exclude_modules)
+            self.excluded |= {name for name in names if _ends_with_any(name, excluded)}
 
 
 def _matched(config, targets, modules, tests, problems):
@@ -148,20 +149,19 @@ def _matched(config, targets, modules, tests, problems):
         if targets.lower() == ALL_LINEAR:
             return [name for name, module in modules.items() if module.kind == "linear" and not module.is_head]
         return [name for name in modules if name in tests.target]
-    found = []
+    entries, found = set(targets), []
     for name in modules:
-        if name in targets:
+        if name in entries or _ends_with_any(name, entries) and _in_layers(config, name):
             found.append(name)
-        elif _ends_with_any(name, targets) and _in_layers(config, name):
-            found.append(name)
-    missing = [entry for entry in targets if not any(name == entry or name.endswith("." + entry) for name in modules)]
+    known = {ending for name in modules for ending in _endings(name)}
+    missing = [entry for entry in targets if entry not in known]
     if missing and len(missing) < len(targets):
         problems.append(f"target_modules has {_examples(missing)}, which the model does not have." + _near_names(missing, modules))
     layers = config.layers_to_transform
     if layers is not None and layers != []:
         layers = layers if isinstance(layers, list) else [layers]
-        present = {_layer_index(config, name) for name in modules if _ends_with_any(name, targets)}
-        absent = [i for i in layers if i not in present]
+        present = {_layer_index(config, name) for name in modules if _ends_with_any(name, entries)}
+        absent = sorted(set(layers) - present)
         if absent and len(missing) < len(targets):
             have = sorted(i for i in present if i is not None)
             problems.append(f"layers_to_transform has {_examples(absent)}, but the matching modules are in "
@@ -212,8 +212,15 @@ def _target(config, name, kind, tests):
     return Target(name=name, kind=kind, r=r, alpha=alpha, scaling=config.scaling(r, alpha))
 
 
+def _endings(name):
+    """The name and its endings after each dot."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
 def _ends_with_any(name, entries):
-    return any(name == entry or name.endswith("." + entry) for entry in entries)
+    """Whether the set ``entries`` has the name or an ending of it, cut at a dot."""
+    return not entries.isdisjoint(_endings(name))
 
 
 def _in_layers(config, name):

@@ -22,7 +22,7 @@ def put(parameter, slot, value):
     whole[slot] = 0
     value = np.asarray(value)
     whole[(slot, *(slice(n) for n in value.shape))] = value
-    parameter.set_data(Tensor(whole))
+    parameter.set_data(Tensor.from_numpy(whole))
 
 
 def get(parameter, slot, shape=()):
@@ -119,14 +119,13 @@ class LowRankCell(AdapterCell):
         self.bias_owned = stacked(f"{self.path}.lora_bias_owned", (slots,), False, np.int32)
 
     def write(self, slot, values, scaling):
-        self.clear(slot)
-        if "down" in values:
-            put(self.down, slot, values["down"])
-            put(self.up, slot, values["up"])
-            put(self.scale, slot, np.float32(scaling))
-        if "bias" in values:
-            put(self.bias, slot, values["bias"])
-            put(self.bias_owned, slot, 1)
+        if self.max_rank:
+            for name in ("down", "up"):
+                put(getattr(self, name), slot, values.get(name, np.float32(0)))
+            put(self.scale, slot, np.float32(scaling if "down" in values else 0))
+        if self.has_bias:
+            put(self.bias, slot, values.get("bias", np.float32(0)))
+            put(self.bias_owned, slot, "bias" in values)
 
     def read(self, slot, shapes):
         return {name: get(getattr(self, name), slot, shape) for name, shape in shapes.items()}

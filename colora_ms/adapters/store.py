@@ -15,7 +15,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 #: Bytes of an adapter_config.json, at most.
-MAX_CONFIG_BYTES = 16 << 20
+MAX_CONFIG_BYTES = 4 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

@@ -100,3 +100,13 @@ def test_not_a_lora_config(values):
 def test_scaling():
     assert LoraConfig(r=4, lora_alpha=6).scaling(4, 6) == 1.5
     assert LoraConfig(r=4, lora_alpha=6, use_rslora=True).scaling(4, 6) == 3.0
+
+
+@pytest.mark.parametrize("settings", [
+    {"r": 10**400}, {"lora_alpha": 10**400}, {"lora_alpha": 1e308}, {"rank_pattern": {"q": 10**12}},
+    {"target_modules": ["x"] * 100_001}, {"rank_pattern": {str(i): 2 for i in range(5_001)}},
+    {"modules_to_save": ["x"] * 5_001},
+])
+def test_absurd_sizes_are_refused(settings):
+    with pytest.raises(AdapterError):
+        LoraConfig(**settings)

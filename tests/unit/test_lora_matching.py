@@ -140,3 +140,10 @@ def test_expressions_match_whole_names(names, expression):
             plan(LoraConfig(target_modules=expression), modules)
     else:
         assert list(plan(LoraConfig(target_modules=expression), modules).targets) == expected
+
+
+def test_long_lists_are_matched_in_no_time():
+    begin = time.monotonic()
+    with pytest.raises(AdapterError, match="and 99994 more"):
+        plan(LoraConfig(target_modules=["q_proj", *(f"x{i}" for i in range(99_999))]), LLAMA)
+    assert time.monotonic() - begin < 5

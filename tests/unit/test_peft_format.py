@@ -13,7 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from colora_ms.adapters import LoraConfig, adapter_path, adapters_of, check_name, digest, inject, load_adapter
+from colora_ms.adapters import (
+    LoraConfig,
+    adapter_path,
+    adapters_of,
+    check_name,
+    digest,
+    inject,
+    load_adapter,
+    load_adapters,
+)
 from colora_ms.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from colora_ms.errors import AdapterError
 
@@ -396,3 +405,23 @@ def test_peft_on_torch_reads_what_we_write(mindspore, goldens, tmp_path):
                    timeout=300)
     for case, ours in enumerate(expected):
         assert np.abs(ours - np.load(tmp_path / str(case) / "logits.npy")[0]).max() < TOLERANCE, PEER_CASES[case]
+
+
+def test_several_folders_get_room_for_all(mindspore, goldens, tmp_path):
+    net = build(goldens, "llama")
+    folders = {name: goldens / "peft" / name for name in ("qv_r8", "all_rslora", "save_lm_head")}
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["qv_r8"], broken)
+    (broken / WEIGHTS_FILE).write_bytes(b"")
+    with pytest.raises(AdapterError):
+        load_adapters(net, {**folders, "broken": broken})
+    assert adapters_of(net) is None
+    adapters = load_adapters(net, folders)
+    assert adapters.names == tuple(folders) and adapters.active is None
+    stored = {name: np.load(folder / "logits.npz") for name, folder in folders.items()}
+    ids = np.concatenate([one["ids"][:1] for one in stored.values()])
+    ours = logits(net, ids, adapters.slots(3, list(folders)))
+    for row, one in zip(ours, stored.values()):
+        assert np.abs(row[one["positions"]] - one["logits"][0]).max() < TOLERANCE
+    with pytest.raises(AdapterError, match="slots is 1, but 2 adapters"):
+        load_adapters(build(goldens, "llama"), {"a": folders["qv_r8"], "b": folders["all_rslora"]}, slots=1)
