@@ -241,6 +241,8 @@ class Loop(nn.Cell):
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
 def test_face_and_reference_agree_inside_a_while_loop(tokens, dtype):
+    if not attention._CPU and dtype == ms.bfloat16:
+        pytest.skip("the reference form keeps a float32 cache on a CPU")
     case = Case(np.random.default_rng(9), 3, tokens, 2, 3, 16, 20)
     case.start[:], case.length[:] = (0, 2, 0), (1, tokens, 0)
     results = []
