@@ -152,8 +152,9 @@ class LoraConfig:
                 found.append(f"{name} is {value!r:.80}, expected a list of names or one regular expression")
         if self.modules_to_save is not None and not _is_names(self.modules_to_save):
             found.append(f"modules_to_save is {self.modules_to_save!r:.80}, expected a list of names")
-        for name, most in (("target_modules", MAX_ENTRIES), ("exclude_modules", MAX_ENTRIES), ("modules_to_save", MAX_PATTERNS),
-                           ("layers_to_transform", MAX_ENTRIES), ("layers_pattern", MAX_PATTERNS)):
+        for name, most in (("target_modules", MAX_ENTRIES), ("exclude_modules", MAX_ENTRIES),
+                           ("layers_to_transform", MAX_ENTRIES), ("modules_to_save", MAX_PATTERNS),
+                           ("layers_pattern", MAX_PATTERNS)):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) > most:
                 found.append(f"{name} has {len(value)} entries, at most {most} are allowed")

@@ -11,7 +11,8 @@ import numpy as np
 import mindspore as ms
 from mindspore import nn, ops
 
-from colora_ms.adapters.slots import LowRankCell, SavedBase, get, stacked
+from colora_ms.adapters.cells import LowRankCell, SavedBase
+from colora_ms.adapters.slots import get, stacked
 from colora_ms.adapters.tree import leaf_parameters
 
 

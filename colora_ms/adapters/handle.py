@@ -10,10 +10,11 @@ from mindspore import Parameter, Tensor
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.config import INITIALISATIONS
+from colora_ms.adapters.matching import places_of, value_shapes
 from colora_ms.adapters.matching import plan as make_plan
+from colora_ms.adapters.merging import check_mergeable, not_finite
 from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
 from colora_ms.adapters.registry import method
-from colora_ms.adapters.slots import to_float32
 from colora_ms.adapters.store import check_name
 from colora_ms.errors import AdapterError, near
 
@@ -114,8 +115,9 @@ class Adapters:
         name = self._default(name)
         self._check_not_merged("train")
         slot, _, plan = self._entry(name)
-        wanted = set(_places(plan))
-        return [parameter for place, cell in self.sites.items() if place in wanted for parameter in cell.parameters_of(slot)]
+        wanted = set(places_of(plan))
+        return [parameter for place, cell in self.sites.items() if place in wanted
+                for parameter in cell.parameters_of(slot)]
 
     # -- adding, choosing, removing -----------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ class Adapters:
         self._show_active()
 
     def unload(self):
-        """Take all adapter Cells out of the model; a merged adapter stays in its weights. The handle is of no use then."""
+        """Take all adapter Cells out of the model; a merged adapter stays in its weights. The handle ends with it."""
         names = tree.ParameterNames(self.net)
         for path in {path: None for path, _ in self.sites}:
             cell = self._cells[path]
@@ -196,15 +198,15 @@ class Adapters:
         name = self._default(name)
         slot, _, plan = self._entry(name)
         self._check_not_merged("merge another")
-        places = [place for place in self.sites if place in set(_places(plan))]
-        self._check_mergeable(name, places)
+        places = [place for place in self.sites if place in set(places_of(plan))]
+        check_mergeable(self.net, self._cells, name, places)
         for place in places:
             self.sites[place].merge(slot)
         self._merged = name
         self._active, self._enabled = name, True
         self._show_active()
         if safe_merge:
-            bad = [path for path, role in places if not _finite(self._cells[path])]
+            bad = not_finite(self._cells, places)
             if bad:
                 self.unmerge()
                 raise AdapterError(f"merging adapter {name!r} gives values that are not finite in {len(bad)} modules, "
@@ -232,7 +234,7 @@ class Adapters:
         """
         slot, config, plan = self._entry(self._default(name))
         values = {}
-        for place, shapes in self._shapes(plan).items():
+        for place, shapes in value_shapes(plan, self.modules).items():
             values[place] = self.sites[place].read(slot, shapes)
         if self.base_model and not config.base_model_name_or_path:
             config.base_model_name_or_path = str(self.base_model)
@@ -280,8 +282,8 @@ class Adapters:
         """Refuse a config that a new adapter cannot begin with."""
         if not any(config.init_lora_weights is one for one in (True, False)) \
                 and config.init_lora_weights not in INITIALISATIONS:
-            raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} is not implemented for a new adapter; use "
-                               "one of " + ", ".join(map(repr, INITIALISATIONS)))
+            raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} is not implemented for a new adapter; "
+                               "use one of " + ", ".join(map(repr, INITIALISATIONS)))
 
     def check_fits(self, config, plan):
         """Refuse a plan that needs Cells which ``inject`` did not make; all reasons in one error."""
@@ -313,18 +315,8 @@ class Adapters:
 
     def _check_not_merged(self, what):
         if self._merged is not None:
-            raise AdapterError(f"adapter {self._merged!r} is merged into the base weights; call unmerge() before you {what}")
-
-    def _check_mergeable(self, name, places):
-        shared = tree.shared_parameters(self.net)
-        for path, _ in places:
-            for field, parameter in tree.leaf_parameters(self._cells[path]).items():
-                if parameter.dtype in (ms.int8, ms.uint8):
-                    raise AdapterError(f"adapter {name!r} cannot be merged: {path}.{field} is stored as integers, which "
-                                       "would round the adapter away; load the model as float32 or bfloat16 to merge")
-                if id(parameter) in shared:
-                    raise AdapterError(f"adapter {name!r} cannot be merged: {path}.{field} is tied to another module, "
-                                       "which would change too; use the adapter unmerged")
+            raise AdapterError(f"adapter {self._merged!r} is merged into the base weights; call unmerge() before you "
+                               f"{what}")
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
@@ -344,8 +336,8 @@ class Adapters:
         taken = {slot for slot, _, _ in self._entries.values()}
         free = [slot for slot in range(self.capacity) if slot not in taken]
         if not free:
-            raise AdapterError(f"no slot is free: the model has {self.capacity} and holds {', '.join(self.names)}; delete an "
-                               "adapter, or inject with slots=... large enough")
+            raise AdapterError(f"no slot is free: the model has {self.capacity} and holds {', '.join(self.names)}; delete "
+                               "an adapter, or inject with slots=... large enough")
         return free[0]
 
     def _merged_or_base(self):
@@ -380,19 +372,6 @@ class Adapters:
             values[path, "saved"] = tree.base_values(self._cells[path])
         return values
 
-    def _shapes(self, plan):
-        """{place: {field: shape}} in the Cells' own orientation."""
-        shapes = {}
-        for path, target in plan.targets.items():
-            module = self.modules[path]
-            down = (target.r, module.in_features) if target.kind == "linear" else (module.in_features, target.r)
-            shapes[path, "lora"] = {"down": down, "up": (module.out_features, target.r)}
-        for path in plan.biases:
-            shapes.setdefault((path, "lora"), {})["bias"] = self.modules[path].parameters["bias"]
-        for path in plan.saved:
-            shapes[path, "saved"] = self.modules[path].parameters
-        return shapes
-
 
 class _Disabled:
     """What ``disable_adapter`` returns: at the end of a with-block the former state comes back."""
@@ -406,12 +385,3 @@ class _Disabled:
     def __exit__(self, *reason):
         if self.before:
             self.handle.enable_adapter()
-
-
-def _places(plan):
-    """The (module name, role) that a plan uses."""
-    return [(path, "lora") for path in dict.fromkeys([*plan.targets, *plan.biases])] + [(p, "saved") for p in plan.saved]
-
-
-def _finite(cell):
-    return all(np.isfinite(to_float32(parameter)).all() for parameter in tree.leaf_parameters(cell).values())

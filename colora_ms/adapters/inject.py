@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from colora_ms.adapters import tree
+from colora_ms.adapters.cells import AdapterCell
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
@@ -11,7 +12,6 @@ from colora_ms.adapters.matching import plan as make_plan
 from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.adapters.registry import Site, method
 from colora_ms.adapters.saved import SavedModule
-from colora_ms.adapters.slots import AdapterCell
 from colora_ms.adapters.store import check_name
 from colora_ms.errors import AdapterError
 

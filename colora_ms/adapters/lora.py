@@ -9,7 +9,8 @@ import numpy as np
 
 from mindspore import nn, ops
 
-from colora_ms.adapters.slots import LowRankCell, get, owned_slots, rows_where
+from colora_ms.adapters.cells import LowRankCell
+from colora_ms.adapters.slots import get, owned_slots, rows_where
 from colora_ms.kernels import ABSENT, lora_expand_reference, lora_shrink_reference, multi_lora_linear
 
 

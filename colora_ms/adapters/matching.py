@@ -110,6 +110,27 @@ def plan(config, modules, defaults=None):
     return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved))
 
 
+def places_of(plan_):
+    """The (module name, "lora" or "saved") that a plan uses."""
+    low_rank = dict.fromkeys([*plan_.targets, *plan_.biases])
+    return [(path, "lora") for path in low_rank] + [(path, "saved") for path in plan_.saved]
+
+
+def value_shapes(plan_, modules):
+    """{(module name, role): {field: shape}} of an adapter's values in the Cells' orientation: down (r, in), for an
+    embedding (vocab, r); up (out, r); a bias; the parameters of modules saved whole."""
+    shapes = {}
+    for path, target in plan_.targets.items():
+        module = modules[path]
+        down = (target.r, module.in_features) if target.kind == "linear" else (module.in_features, target.r)
+        shapes[path, "lora"] = {"down": down, "up": (module.out_features, target.r)}
+    for path in plan_.biases:
+        shapes.setdefault((path, "lora"), {})["bias"] = modules[path].parameters["bias"]
+    for path in plan_.saved:
+        shapes[path, "saved"] = modules[path].parameters
+    return shapes
+
+
 class _Tests:
     """All regular expressions of a config, matched against all names at once."""
 
@@ -156,7 +177,8 @@ def _matched(config, targets, modules, tests, problems):
     known = {ending for name in modules for ending in _endings(name)}
     missing = [entry for entry in targets if entry not in known]
     if missing and len(missing) < len(targets):
-        problems.append(f"target_modules has {_examples(missing)}, which the model does not have." + _near_names(missing, modules))
+        problems.append(f"target_modules has {_examples(missing)}, which the model does not have."
+                        + _near_names(missing, modules))
     layers = config.layers_to_transform
     if layers is not None and layers != []:
         layers = layers if isinstance(layers, list) else [layers]
@@ -188,7 +210,8 @@ def _saved_leaves(config, modules):
     for entry in config.modules_to_save or ():
         roots = [name for name in modules if name.endswith(entry)]
         if not roots:
-            problems.append(f"modules_to_save has {entry!r}, which the model does not have." + _near_names([entry], modules))
+            problems.append(f"modules_to_save has {entry!r}, which the model does not have."
+                            + _near_names([entry], modules))
         for root in roots:
             inside = [name for name in modules if name == root or name.startswith(root + ".")]
             leaves = [name for name in inside if modules[name].parameters]

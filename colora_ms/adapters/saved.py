@@ -7,7 +7,8 @@ import numpy as np
 
 from mindspore import Parameter, Tensor, nn
 
-from colora_ms.adapters.slots import SavedBase, owned_slots, rows_where, stacked
+from colora_ms.adapters.cells import SavedBase
+from colora_ms.adapters.slots import owned_slots, rows_where, stacked
 from colora_ms.kernels import multi_lora_linear_reference
 from colora_ms.models.layers import Embedding, Linear, RMSNorm
 

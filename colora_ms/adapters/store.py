@@ -156,8 +156,11 @@ def digest(config, file):
         64 hexadecimal digits (SHA-256).
     """
     total = hashlib.sha256()
-    settings = {key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
-                for key, value in config.items() if key in _DIGESTED and value is not None and value is not False and value not in ({}, [])}
+    settings = {key: value for key, value in config.items()
+                if key in _DIGESTED and value is not None and value is not False and value not in ({}, [])}
+    for key, value in settings.items():
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            settings[key] = sorted(value)  # peft writes its sets in any order
     total.update(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(file.entries):
         dtype, shape = file.entries[name][:2]

@@ -1,0 +1,33 @@
+"""When an adapter can be merged into the base weights, and whether the result can be used."""
+
+import numpy as np
+
+import mindspore as ms
+
+from colora_ms.adapters import tree
+from colora_ms.adapters.slots import to_float32
+from colora_ms.errors import AdapterError
+
+
+def check_mergeable(net, cells, name, places):
+    """Refuse to merge into integer weights, and into weights that another module uses too.
+
+    Args:
+        net: the model; cells: {module name: base Cell}.
+        name: the adapter's name, for the message; places: [(module name, role)] that it changes.
+    """
+    shared = tree.shared_parameters(net)
+    for path, _ in places:
+        for field, parameter in tree.leaf_parameters(cells[path]).items():
+            if parameter.dtype in (ms.int8, ms.uint8):
+                raise AdapterError(f"adapter {name!r} cannot be merged: {path}.{field} is stored as integers, which would "
+                                   "round the adapter away; load the model as float32 or bfloat16 to merge")
+            if id(parameter) in shared:
+                raise AdapterError(f"adapter {name!r} cannot be merged: {path}.{field} is tied to another module, which "
+                                   "would change too; use the adapter unmerged")
+
+
+def not_finite(cells, places):
+    """Names of the modules whose weights hold a value that is not finite."""
+    return [path for path, _ in places
+            if not all(np.isfinite(to_float32(one)).all() for one in tree.leaf_parameters(cells[path]).values())]
