@@ -20,6 +20,7 @@ ASCEND = HERE.parent / "ascend"
 LIBRARY = "libcolora_emulator.so"
 
 DTYPES = {"float16": "half", "bfloat16": "bfloat16_t", "float32": "float"}
+DTYPE_MACROS = ("DTYPE_X", "DTYPE_UP", "DTYPE_EXPERT")  # CANN defines DTYPE_<INPUT>
 # operator: (tiling header, tiling struct, namespace included)
 KERNELS = {
     "multi_lora": ("common/op_host/lora_tiling_core.h", "colora::LoraTilingData"),
@@ -49,14 +50,17 @@ def registration(symbol, count):
     return f'static emulator::Registered registered_{symbol}("{symbol}", {count}, [](void** a) {{ {symbol}({pointers}); }});\n'
 
 
-def wrapper(name, dtype, source=None):
-    """A translation unit that compiles one kernel for one dtype, under the symbol <name>_<dtype>."""
-    source = Path(source or kernel_source(name))
+def wrapper(name):
+    """A translation unit that compiles one kernel once for each dtype, under the symbols <name>_<dtype>."""
+    source = kernel_source(name)
     header, struct = KERNELS[name]
-    symbol = f"{name}_{dtype}"
-    return (f'#include "{ASCEND / header}"\n#define EMULATOR_TILING {struct}\n#define DTYPE_X {DTYPES[dtype]}\n#define DTYPE_EXPERT {DTYPES[dtype]}\n'
-            f"#define {name} {symbol}\n"
-            f'#include "{source}"\n{registration(symbol, kernel_arguments(source.read_text(), name))}')
+    text = f'#include "{ASCEND / header}"\n#define EMULATOR_TILING {struct}\n'
+    for dtype, spelled in DTYPES.items():
+        symbol = f"{name}_{dtype}"
+        text += ("".join(f"#define {macro} {spelled}\n" for macro in DTYPE_MACROS) + f"#define {name} {symbol}\n"
+                 f'#include "{source}"\n#undef {name}\n' + "".join(f"#undef {macro}\n" for macro in DTYPE_MACROS) +
+                 f"{registration(symbol, kernel_arguments(source.read_text(), name))}")
+    return text
 
 
 def flags(optimise="-O3"):
@@ -117,13 +121,9 @@ def build(output=None, jobs=2):
     output = Path(output or HERE / "build" / LIBRARY)
     if output.exists() and output.stat().st_mtime > max(p.stat().st_mtime for p in sources()):
         return output
-    units = {"machine.cpp": HERE / "src" / "machine.cpp"}
-    if (HERE / "src" / "aot.cpp").exists():
-        units["aot.cpp"] = HERE / "src" / "aot.cpp"
+    units = {f"{name}.cpp": HERE / "src" / f"{name}.cpp" for name in ("machine", "aot")}
     for name in KERNELS:
-        if kernel_source(name).exists():
-            for dtype in DTYPES:
-                units[f"{name}_{dtype}.cpp"] = wrapper(name, dtype)
+        units[f"{name}.cpp"] = wrapper(name)
     return compile_units(units, output, jobs=jobs)
 
 

@@ -19,3 +19,7 @@
     EMULATOR_TILING name;              \
     std::memcpy(&name, address, sizeof(name))
 #define KERNEL_TASK_TYPE_DEFAULT(type)
+namespace AscendC {
+// On the device the system's own workspace comes first in the same allocation.
+inline GM_ADDR GetUserWorkspace(GM_ADDR workspace) { return workspace; }
+}  // namespace AscendC

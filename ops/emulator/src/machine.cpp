@@ -280,11 +280,13 @@ void sync_all(Where at) {
 
 int gm_find(const void* address) {
     const char* a = static_cast<const char*>(address);
+    int at_end = -1;  // an empty tensor may point to the end of another
     for (size_t i = 0; i < machine->gm.size(); ++i) {
         const GmBuffer& b = machine->gm[i];
-        if (b.data && a >= b.data && a <= b.data + b.bytes) return int(i);
+        if (b.data && a >= b.data && a < b.data + b.bytes) return int(i);
+        if (b.data && a == b.data + b.bytes) at_end = int(i);
     }
-    return -1;
+    return at_end;
 }
 
 void* gm_check(int buffer, const void* address, uint64_t bytes, Where at, bool write, Pipe pipe) {

@@ -8,6 +8,8 @@
 // keeps its logits in the unified buffer between the two passes.
 #include "kernel_operator.h"
 
+#ifndef COLORA_CONTRASTIVE_SELECT  // the emulator includes this file once for each dtype
+#define COLORA_CONTRASTIVE_SELECT
 namespace colora {
 
 using namespace AscendC;
@@ -233,6 +235,7 @@ class ContrastiveSelect {
 };
 
 }  // namespace colora
+#endif
 
 extern "C" __global__ __aicore__ void contrastive_select(GM_ADDR expert, GM_ADDR amateur, GM_ADDR logAlpha, GM_ADDR beta, GM_ADDR mask,
                                                          GM_ADDR token, GM_ADDR workspace, GM_ADDR tiling) {
@@ -240,6 +243,6 @@ extern "C" __global__ __aicore__ void contrastive_select(GM_ADDR expert, GM_ADDR
     GET_TILING_DATA(data, tiling);
     AscendC::TPipe pipe;
     colora::ContrastiveSelect<DTYPE_EXPERT> select;
-    select.Init(&pipe, data, expert, amateur, logAlpha, beta, mask, token, workspace);
+    select.Init(&pipe, data, expert, amateur, logAlpha, beta, mask, token, AscendC::GetUserWorkspace(workspace));
     select.Process();
 }

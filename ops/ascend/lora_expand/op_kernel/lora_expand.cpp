@@ -7,8 +7,8 @@ extern "C" __global__ __aicore__ void lora_expand(GM_ADDR h, GM_ADDR up, GM_ADDR
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);  // the cores never meet
     GET_TILING_DATA(data, tiling);
     AscendC::TPipe pipe;
-    colora::LoraPhases<DTYPE_X> lora;
-    lora.Init(&pipe, data, workspace);
+    colora::LoraPhases<DTYPE_UP> lora;
+    lora.Init(&pipe, data, AscendC::GetUserWorkspace(workspace));
     lora.SetOutput(up, y, out);
     AscendC::GlobalTensor<int32_t> slotGm;
     slotGm.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(slots), lora.tokens_);

@@ -8,7 +8,7 @@ extern "C" __global__ __aicore__ void lora_shrink(GM_ADDR x, GM_ADDR down, GM_AD
     GET_TILING_DATA(data, tiling);
     AscendC::TPipe pipe;
     colora::LoraPhases<DTYPE_X> lora;
-    lora.Init(&pipe, data, workspace);
+    lora.Init(&pipe, data, AscendC::GetUserWorkspace(workspace));
     lora.SetInput(x, down);
     lora.SetScale(scale);
     AscendC::GlobalTensor<int32_t> slotGm;

@@ -9,7 +9,7 @@ extern "C" __global__ __aicore__ void multi_lora(GM_ADDR x, GM_ADDR down, GM_ADD
     GET_TILING_DATA(data, tiling);
     AscendC::TPipe pipe;
     colora::LoraPhases<DTYPE_X> lora;
-    lora.Init(&pipe, data, workspace);
+    lora.Init(&pipe, data, AscendC::GetUserWorkspace(workspace));
     lora.SetInput(x, down);
     lora.SetScale(scale);
     lora.SetOutput(up, y, out);

@@ -3,6 +3,8 @@
 // in multi_lora. Tokens outside all segments keep y's bits.
 #include "lora_phases.h"
 
+#ifndef COLORA_SEGMENT_WALK  // the emulator includes this file once for each dtype
+#define COLORA_SEGMENT_WALK
 namespace colora {
 
 // Walks the segments in passes of at most `window` tokens and 64 groups. Every core walks alike.
@@ -59,6 +61,7 @@ class SegmentWalk {
 };
 
 }  // namespace colora
+#endif
 
 extern "C" __global__ __aicore__ void multi_lora_segments(GM_ADDR x, GM_ADDR down, GM_ADDR up, GM_ADDR scale, GM_ADDR starts,
                                                           GM_ADDR slots, GM_ADDR y, GM_ADDR out, GM_ADDR workspace, GM_ADDR tiling) {
@@ -66,7 +69,7 @@ extern "C" __global__ __aicore__ void multi_lora_segments(GM_ADDR x, GM_ADDR dow
     GET_TILING_DATA(data, tiling);
     AscendC::TPipe pipe;
     colora::LoraPhases<DTYPE_X> lora;
-    lora.Init(&pipe, data, workspace);
+    lora.Init(&pipe, data, AscendC::GetUserWorkspace(workspace));
     lora.SetInput(x, down);
     lora.SetScale(scale);
     lora.SetOutput(up, y, out);

@@ -1,0 +1,376 @@
+"""The Ascend C operators of ``ops/ascend`` as MindSpore primitives, on the NPU or emulated on a CPU.
+
+On Ascend a primitive is ``ops.Custom("aclnn<Name>", ..., func_type="aot")``: MindSpore finds the built package through
+``ASCEND_CUSTOM_OPP_PATH`` (or the folder ``_lib/ascend`` of the installed package, which :func:`find_package` adds).
+With ``COLORA_KERNELS=emulator`` it is the same device source, compiled for the host by ``ops/emulator/build.py``.
+
+Layout at this border: the project keeps ``up`` as (slots, out, rank); the device wants it rank-major, (slots, rank,
+out), so that one row of weights lies along the outputs. :func:`rank_major` converts, once, when a bank is loaded.
+
+Not yet run on an NPU: ``scripts/verify_on_npu.sh`` is there for the first who can.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import mindspore as ms
+from mindspore import ops
+from mindspore.ops import CustomRegOp
+
+from colora_ms.kernels.aot import KernelError, backend
+from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
+
+_F16, _BF16, _F32, _I32 = "float16", "bfloat16", "float32", "int32"
+_T = (_F16, _BF16, _F32)  # the dtype that a kernel is compiled for; position k of every list below is one combination
+_FLOAT, _INT = (_F32,) * 3, (_I32,) * 3
+
+#: operator -> inputs [(name, dtypes, required)], outputs [(name, dtypes)], attributes [(name, type, default)], in the
+#: order of the kernels' arguments. tests/ascend/test_contract.py holds the OpDef sources to this table.
+OPERATORS = {
+    "MultiLora": {
+        "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True), ("slots", _INT, True),
+                   ("y", _T, True)],
+        "outputs": [("out", _T)],
+        "attributes": [("offset", "int", 0), ("exact", "bool", False)],
+    },
+    "MultiLoraSegments": {
+        "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True), ("starts", _INT, True),
+                   ("slots", _INT, True), ("y", _T, True)],
+        "outputs": [("out", _T)],
+        "attributes": [("offset", "int", 0), ("exact", "bool", False)],
+    },
+    "LoraShrink": {
+        "inputs": [("x", _T, True), ("down", _T, True), ("scale", _FLOAT, True), ("slots", _INT, True)],
+        "outputs": [("h", _FLOAT)],
+        "attributes": [],
+    },
+    "LoraExpand": {
+        "inputs": [("h", _FLOAT, True), ("up", _T, True), ("slots", _INT, True), ("y", _T, True)],
+        "outputs": [("out", _T)],
+        "attributes": [("offset", "int", 0), ("exact", "bool", False)],
+    },
+    "ContrastiveSelect": {
+        "inputs": [("expert", _T, True), ("amateur", _T, True), ("log_alpha", _FLOAT, True), ("beta", _FLOAT, True),
+                   ("mask", _FLOAT, True)],
+        "outputs": [("token", _INT)],
+        "attributes": [],
+    },
+}
+
+MOST_RANKS = 256
+MOST_TOKENS_OF_A_VOCABULARY = 262144
+
+
+def registration(name, target="Ascend"):
+    """The ``reg_info`` of an operator, as ``CustomRegOp`` builds it.
+
+    Args:
+        name: a key of :data:`OPERATORS`.
+        target: "Ascend" or "CPU".
+    """
+    spec = OPERATORS[name]
+    info = CustomRegOp(f"aclnn{name}" if target == "Ascend" else name)
+    for i, (argument, _, required) in enumerate(spec["inputs"]):
+        info.input(i, argument, "required" if required else "optional")
+    for i, (argument, _) in enumerate(spec["outputs"]):
+        info.output(i, argument, "required")
+    if target == "Ascend":
+        for attribute, kind, default in spec["attributes"]:
+            info.attr(attribute, "optional", kind, value=str(default).lower() if kind == "bool" else default)
+    columns = [types for _, types, _ in spec["inputs"]] + [types for _, types in spec["outputs"]]
+    for k in range(len(columns[0])):
+        info.dtype_format(*[(types[k], "DefaultFormat") for types in columns])
+    return info.target(target).get_op_info()
+
+
+# -- where the compiled operators are -------------------------------------------------------------------------------
+
+def find_package():
+    """Make the built Ascend package visible to MindSpore and return its path.
+
+    Raises:
+        KernelError: neither ``ASCEND_CUSTOM_OPP_PATH`` nor the package's own folder holds the operators.
+    """
+    own = Path(__file__).resolve().parent.parent / "_lib" / "ascend"
+    paths = [p for p in os.environ.get("ASCEND_CUSTOM_OPP_PATH", "").split(":") if p]
+    for path in paths + [str(own)]:
+        if (Path(path) / "op_api" / "include" / "aclnn_multi_lora.h").is_file():
+            if path not in paths:
+                os.environ["ASCEND_CUSTOM_OPP_PATH"] = ":".join([path] + paths)
+            return Path(path)
+    raise KernelError(
+        f"the Ascend operators are not built: looked in ASCEND_CUSTOM_OPP_PATH={':'.join(paths) or '(not set)'} and {own}; "
+        "run `bash ops/ascend/build.sh` on a machine with the CANN toolkit"
+    )
+
+
+def emulator_library():
+    """Path of the emulated operators; built on first use when the sources are there.
+
+    ``COLORA_EMULATOR_LIBRARY`` names another file. Raises KernelError when there is neither a library nor a source.
+    """
+    override = os.environ.get("COLORA_EMULATOR_LIBRARY")
+    if override:
+        if not Path(override).is_file():
+            raise KernelError(f"COLORA_EMULATOR_LIBRARY={override!r} does not exist")
+        return Path(override)
+    package = Path(__file__).resolve().parent.parent
+    builder = package.parent / "ops" / "emulator" / "build.py"
+    if builder.is_file():
+        spec = importlib.util.spec_from_file_location("colora_emulator_build", builder)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        try:
+            return Path(module.build())
+        except RuntimeError as error:
+            raise KernelError(f"the emulated Ascend operators could not be built: {error}") from error
+    library = package / "_lib" / "libcolora_emulator.so"
+    if library.is_file():
+        return library
+    raise KernelError(f"{library} does not exist; run `python ops/emulator/build.py {library}` in the source tree")
+
+
+_PRIMITIVES = {}
+
+
+def primitive(name, target=None, **attributes):
+    """The ``ops.Custom`` primitive of an operator; made once per name, target and attributes.
+
+    Args:
+        name: a key of :data:`OPERATORS`.
+        target: "Ascend" or "CPU" (emulated); None: "Ascend" if the ascend kernels are in use, else "CPU".
+        attributes: values for the operator's attributes. Emulated, ``offset`` must be 0 (cut the slice out of y) and
+            ``exact`` exists for MultiLora alone.
+    """
+    target = target or ("Ascend" if backend() == "ascend" else "CPU")
+    key = (name, target, tuple(sorted(attributes.items())))
+    if key not in _PRIMITIVES:
+        known = [attribute for attribute, _, _ in OPERATORS[name]["attributes"]]
+        for attribute in attributes:
+            require(attribute in known, name, attribute, "given", f"one of {', '.join(known) or 'no attributes'}")
+        if target == "Ascend":
+            find_package()
+            function = f"aclnn{name}"
+        else:
+            require(not attributes.get("offset"), name, "offset", attributes.get("offset"), "0 when emulated")
+            function = f"{emulator_library()}:{name}{'Exact' if attributes.get('exact') and name == 'MultiLora' else ''}"
+        made = ops.Custom(function, _SHAPES[name], _DTYPES[name], "aot", reg_info=registration(name, target))
+        for attribute, value in attributes.items():
+            if target == "Ascend":
+                made.add_prim_attr(attribute, value)
+        _PRIMITIVES[key] = made
+    return _PRIMITIVES[key]
+
+
+# -- shapes and dtypes ------------------------------------------------------------------------------------------------
+
+def _lora_shapes(name, x, down, up, scale, slots, y, starts=None):
+    require(len(x) == 2, name, "x", x, "(tokens, in)")
+    require(len(down) == 3 and down[2] == x[1] and 1 <= down[1] <= MOST_RANKS, name, "down", down,
+            f"(slots, rank, {x[1]}) with a rank of 1..{MOST_RANKS}")
+    require(len(up) == 3 and list(up[:2]) == list(down[:2]), name, "up", up, f"({down[0]}, {down[1]}, out), rank-major")
+    require_shape(name, "scale", scale, (down[0],))
+    require(len(y) == 2 and y[0] == x[0] and y[1] >= up[2], name, "y", y, f"({x[0]}, at least {up[2]})")
+    if starts is None:
+        require_shape(name, "slots", slots, (x[0],))
+    else:
+        require(len(slots) == 1, name, "slots", slots, "(segments,)")
+        require_shape(name, "starts", starts, (slots[0] + 1,))
+    return list(y)
+
+
+def _shrink_shapes(x, down, scale, slots):
+    require(len(x) == 2, "LoraShrink", "x", x, "(tokens, in)")
+    require(len(down) == 3 and down[2] == x[1] and 1 <= down[1] <= MOST_RANKS, "LoraShrink", "down", down,
+            f"(slots, rank, {x[1]}) with a rank of 1..{MOST_RANKS}")
+    require_shape("LoraShrink", "scale", scale, (down[0],))
+    require_shape("LoraShrink", "slots", slots, (x[0],))
+    return [x[0], down[1]]
+
+
+def _expand_shapes(h, up, slots, y):
+    require(len(h) == 2 and 1 <= h[1] <= MOST_RANKS, "LoraExpand", "h", h, f"(tokens, rank), rank 1..{MOST_RANKS}")
+    require(len(up) == 3 and up[1] == h[1], "LoraExpand", "up", up, f"(slots, {h[1]}, out), rank-major")
+    require_shape("LoraExpand", "slots", slots, (h[0],))
+    require(len(y) == 2 and y[0] == h[0] and y[1] >= up[2], "LoraExpand", "y", y, f"({h[0]}, at least {up[2]})")
+    return list(y)
+
+
+def _select_shapes(expert, amateur, log_alpha, beta, mask):
+    name = "ContrastiveSelect"
+    require(len(expert) == 2 and 1 <= expert[1] <= MOST_TOKENS_OF_A_VOCABULARY, name, "expert", expert,
+            f"(requests, vocabulary), at most {MOST_TOKENS_OF_A_VOCABULARY} tokens")
+    require_shape(name, "amateur", amateur, expert)
+    require_shape(name, "log_alpha", log_alpha, expert[:1])
+    require_shape(name, "beta", beta, expert[:1])
+    require(list(mask) == [1] or (len(mask) == 2 and mask[1] == expert[1] and mask[0] in (1, expert[0])), name, "mask", mask,
+            f"(1,) for none, (1, {expert[1]}) or {tuple(expert)}")
+    return [expert[0]]
+
+
+_SHAPES = {
+    "MultiLora": lambda x, down, up, scale, slots, y: _lora_shapes("MultiLora", x, down, up, scale, slots, y),
+    "MultiLoraSegments": lambda x, down, up, scale, starts, slots, y: _lora_shapes(
+        "MultiLoraSegments", x, down, up, scale, slots, y, starts),
+    "LoraShrink": _shrink_shapes,
+    "LoraExpand": _expand_shapes,
+    "ContrastiveSelect": _select_shapes,
+}
+
+
+def _dtype_function(name):
+    spec = OPERATORS[name]
+
+    def infer(*given):
+        given = [element_type(one) for one in given]
+        names = {ms.float16: _F16, ms.bfloat16: _BF16, ms.float32: _F32, ms.int32: _I32}
+        typed = next(i for i, (_, types, _) in enumerate(spec["inputs"]) if types is _T)
+        for (argument, _, _), dtype in zip(spec["inputs"], given):
+            require_dtype(name, argument, dtype, tuple(names))
+        kind = names[given[typed]]
+        require(kind in _T, name, spec["inputs"][typed][0], kind, "float16, bfloat16 or float32")
+        k = _T.index(kind)
+        back = {value: key for key, value in names.items()}
+        for (argument, types, _), dtype in zip(spec["inputs"], given):
+            require_dtype(name, argument, dtype, (back[types[k]],))
+        return back[spec["outputs"][0][1][k]]
+
+    return infer
+
+
+_DTYPES = {name: _dtype_function(name) for name in OPERATORS}
+
+
+# A graph cannot look a primitive up, so the faces below use these names; load() fills them.
+_multi_lora = _multi_lora_segments = _lora_shrink = _lora_expand = _contrastive_select = None
+
+
+def load(target=None):
+    """Make the primitives of the functions below. Done at import when ``COLORA_KERNELS`` or the device asks for them.
+
+    Args:
+        target: "Ascend", "CPU" (emulated), or None for what is in use.
+    """
+    global _multi_lora, _multi_lora_segments, _lora_shrink, _lora_expand, _contrastive_select
+    _multi_lora = primitive("MultiLora", target)
+    _multi_lora_segments = primitive("MultiLoraSegments", target)
+    _lora_shrink = primitive("LoraShrink", target)
+    _lora_expand = primitive("LoraExpand", target)
+    _contrastive_select = primitive("ContrastiveSelect", target)
+
+
+# -- the faces ----------------------------------------------------------------------------------------------------------
+
+def rank_major(up):
+    """(slots, out, rank) -> (slots, rank, out), the layout in which the device reads ``up``."""
+    if up.dtype == ms.bfloat16:  # a CPU has no Transpose for it; the way through float32 is exact
+        return ops.transpose(up.astype(ms.float32), (0, 2, 1)).astype(ms.bfloat16)
+    return ops.transpose(up, (0, 2, 1))
+
+
+def multi_lora(x, slots, down, up, scale, y):
+    """``y[t] + scale[s] * (x[t] @ down[s].T) @ up[s].T`` with s = slots[t]; ``y[t]``'s own bits where s = -1.
+
+    Args:
+        x: (rows, tokens, in) or (tokens, in), float16, bfloat16 or float32.
+        slots: int32, one per row. down: (slots, rank, in), rank 1..256. up: (slots, rank, out), rank-major.
+        scale: (slots,) float32. y: x's shape with out columns. x, down, up, y share a dtype.
+
+    Returns:
+        A new tensor like y. Sums are float32; float16 coefficients (x @ down, times scale) are rounded to float16.
+
+    Raises:
+        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
+    """
+    if x.ndim == 3:
+        rows, tokens, _ = x.shape
+        each = ops.broadcast_to(slots.reshape((rows, 1)), (rows, tokens)).reshape((rows * tokens,))
+        flat = _multi_lora(x.reshape((rows * tokens, -1)), down, up, scale, each, y.reshape((rows * tokens, -1)))
+        return flat.reshape(y.shape)
+    return _multi_lora(x, down, up, scale, slots, y)
+
+
+def multi_lora_segments(x, starts, slots, down, up, scale, y):
+    """:func:`multi_lora` for a prefill: tokens ``starts[k]`` to ``starts[k + 1] - 1`` use adapter ``slots[k]``.
+
+    Args:
+        x: (total tokens, in). starts: (segments + 1,) int32, ascending. slots: (segments,) int32; the rest as there.
+    """
+    return _multi_lora_segments(x, down, up, scale, starts, slots, y)
+
+
+def lora_shrink(x, slots, down, scale):
+    """``scale[s] * x[t] @ down[s].T`` as (tokens, rank) float32; zeros where slots[t] = -1. Arguments as multi_lora's."""
+    return _lora_shrink(x, down, scale, slots)
+
+
+def lora_expand(h, slots, up, y):
+    """``y[t] + h[t] @ up[s].T`` for h (tokens, rank) float32 and a rank-major ``up``; a new tensor like y."""
+    return _lora_expand(h, up, slots, y)
+
+
+def contrastive_token(expert, amateur, alpha, beta, mask=None):
+    """The token of each request by the CoLD rule (arXiv 2505.14620), ties to the smallest index.
+
+    Args:
+        expert, amateur: (requests, vocabulary) logits of one float dtype, at most 262,144 tokens.
+        alpha: (requests,) float32 in (0, 1]. beta: (requests,) float32 >= 0.
+        mask: None, or float32 (1, vocabulary) or (requests, vocabulary), added to the expert's logits.
+
+    Returns:
+        (requests,) int32.
+    """
+    nothing = ops.zeros((1,), ms.float32) if mask is None else mask
+    return _contrastive_select(expert, amateur, ops.log(alpha), beta, nothing)
+
+
+# -- what the NPU has built in ------------------------------------------------------------------------------------------
+
+#: kernel of this package -> how Ascend's built-in operator is called: the MindSpore primitive, the construction
+#: arguments, the call arguments in their order ("None" where one is left out) and the conversions before and after.
+BUILT_IN = {
+    "rms_norm": {
+        "primitive": "RmsNorm", "init": ("epsilon",), "call": ("x", "gamma"),
+        "note": "x and gamma in one dtype (float16, bfloat16, float32); the first of two outputs is the result",
+    },
+    "rotary": {
+        "primitive": "ApplyRotaryPosEmb", "init": ("cos_format",),
+        "call": ("query", "key", "cos", "sin", "position_ids"),
+        "note": "query, key (tokens, heads * head_dim) float16 or bfloat16; cos, sin (tokens, head_dim); cos_format=0 for "
+                "one cos row a token; the halves convention of Llama",
+    },
+    "cache_append": {
+        "primitive": "ReshapeAndCache", "init": (),
+        "call": ("key", "value", "key_cache", "value_cache", "slot_mapping"),
+        "note": "key, value (tokens, kv_heads, head_dim) or (tokens, kv_heads * head_dim); caches (blocks, block, "
+                "kv_heads, head_dim), written in place; slot_mapping int32 position in the cache, -1 skips",
+    },
+    "decode_attention": {
+        "primitive": "PagedAttention", "init": ("head_num", "scale_value", "kv_head_num"),
+        "call": ("query", "key_cache", "value_cache", "block_tables", "context_lens"),
+        "note": "one query token a row; block_tables int32 (rows, blocks), context_lens int32 (rows,) counts the new token",
+    },
+    "prefill_attention": {
+        "primitive": "FlashAttentionScore",
+        "init": ("head_num", "keep_prob", "scale_value", "pre_tokens", "next_tokens", "inner_precise", "input_layout",
+                 "sparse_mode"),
+        "call": ("query", "key", "value", "real_shift", "drop_mask", "padding_mask", "attn_mask", "prefix",
+                 "actual_seq_qlen", "actual_seq_kvlen"),
+        "note": "input_layout BSH; sparse_mode=2 with a (2048, 2048) uint8 mask whose upper triangle is 1; the fourth "
+                "output is the result",
+    },
+    "swiglu": {
+        "primitive": "Swiglu", "init": (), "call": ("input", "dim"),
+        "note": "input is gate and up side by side on axis dim: silu(first half) * second half",
+    },
+    "quantized_linear": {
+        "primitive": "WeightQuantBatchMatmul", "init": ("transpose_x", "transpose_weight", "antiquant_group_size"),
+        "call": ("x", "weight", "antiquant_scale", "antiquant_offset", "quant_scale", "quant_offset", "bias"),
+        "note": "x float16 or bfloat16 (tokens, in); weight int8 or qint4x2 (out, in) with transpose_weight=True; scale in "
+                "x's dtype, (out, 1) or (out, groups); values are signed, so the packed nibbles (stored + 8) lose 8 first",
+    },
+}
+
+if backend() in ("emulator", "ascend"):
+    load()

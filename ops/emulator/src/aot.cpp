@@ -1,0 +1,221 @@
+// The emulated device kernels as ahead-of-time operators of MindSpore on a CPU: the C functions that
+// ops.Custom("libcolora_emulator.so:MultiLora", ..., func_type="aot") calls. Inputs come first, the output last.
+//
+// Return values: 0; 1: an input has a wrong shape, dtype or value; 2: the strict emulator had a finding, which is a bug
+// of the kernel. colora_emulator_error() has the text. COLORA_EMULATOR_CORES sets the number of cores (48).
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "common/op_host/lora_tiling_core.h"
+#include "contrastive_select/op_host/contrastive_select_tiling_core.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int emulator_launch(const char* name, int blocks, int n, void** pointers, const uint64_t* bytes, const int* kinds,
+                           uint64_t seed, int flags);
+EXPORT const char* emulator_report();
+
+namespace {
+
+thread_local std::string error_text;
+
+int fail(const std::string& text) {
+    error_text = text;
+    std::fprintf(stderr, "colora emulator: %s\n", text.c_str());
+    return 1;
+}
+
+// The arguments of one call, with what the operators ask about them.
+struct Call {
+    int count;
+    void** data;
+    int* ranks;
+    int64_t** shapes;
+    const char** dtypes;
+
+    uint32_t dim(int i, int axis) const { return uint32_t(shapes[i][axis]); }
+    uint64_t elements(int i) const {
+        uint64_t n = 1;
+        for (int k = 0; k < ranks[i]; ++k) n *= uint64_t(shapes[i][k]);
+        return n;
+    }
+    std::string dtype(int i) const {
+        for (const char* name : {"bfloat16", "float16", "float32", "int32"}) {
+            if (std::strstr(dtypes[i], name)) return name;
+        }
+        return dtypes[i];
+    }
+    uint64_t bytes(int i) const {
+        const std::string name = dtype(i);
+        return elements(i) * (name == "float32" || name == "int32" ? 4 : 2);
+    }
+    std::string shape(int i) const {
+        std::string text = "(";
+        for (int k = 0; k < ranks[i]; ++k) text += (k ? ", " : "") + std::to_string(shapes[i][k]);
+        return text + ")";
+    }
+};
+
+uint32_t cores() {
+    const char* text = std::getenv("COLORA_EMULATOR_CORES");
+    const int n = text ? std::atoi(text) : 48;
+    return n >= 1 && n <= 64 ? uint32_t(n) : 48;
+}
+
+// Launches kernel_<dtype of argument `typed`> with the call's arguments, a workspace and the tiling.
+int launch(const std::string& kernel, const Call& call, int typed, uint64_t workspace, const void* tiling, uint64_t size) {
+    const std::string dtype = call.dtype(typed);
+    if (dtype == "int32") return fail(kernel + ": argument " + std::to_string(typed) + " must be a float tensor");
+    std::vector<void*> pointers(call.data, call.data + call.count);
+    std::vector<uint64_t> bytes;
+    std::vector<int> kinds(size_t(call.count), 0);
+    kinds.back() = 1;
+    for (int i = 0; i < call.count; ++i) bytes.push_back(call.bytes(i));
+    std::vector<char> scratch(workspace), plan(static_cast<const char*>(tiling), static_cast<const char*>(tiling) + size);
+    pointers.insert(pointers.end(), {scratch.data(), plan.data()});
+    bytes.insert(bytes.end(), {workspace, size});
+    kinds.insert(kinds.end(), {2, 0});
+    static uint64_t seed = 0;
+    const int found = emulator_launch((kernel + "_" + dtype).c_str(), int(cores()), int(pointers.size()), pointers.data(),
+                                      bytes.data(), kinds.data(), ++seed, 3);
+    if (found == 0) return 0;
+    fail(found < 0 ? kernel + ": no emulated kernel for " + dtype
+                   : kernel + ": the emulator reports " + std::string(emulator_report()).substr(0, 2000));
+    return 2;
+}
+
+int check_slots(const char* name, const Call& call, int argument, uint32_t bank) {
+    const int32_t* slots = static_cast<const int32_t*>(call.data[argument]);
+    if (call.dtype(argument) != "int32") return fail(std::string(name) + ": slots must be int32, not " + call.dtype(argument));
+    for (uint64_t i = 0; i < call.elements(argument); ++i) {
+        if (slots[i] < -1 || slots[i] >= int64_t(bank)) {
+            return fail(std::string(name) + ": slots[" + std::to_string(i) + "] is " + std::to_string(slots[i]) +
+                        ", expected -1.." + std::to_string(bank - 1));
+        }
+    }
+    return 0;
+}
+
+int check_count(const char* name, const Call& call, int expected) {
+    if (call.count == expected) return 0;
+    return fail(std::string(name) + ": " + std::to_string(call.count) + " tensors, expected " + std::to_string(expected));
+}
+
+int check_shape(const char* name, const Call& call, int argument, const char* what, std::vector<int64_t> expected) {
+    bool same = call.ranks[argument] == int(expected.size());
+    for (size_t k = 0; same && k < expected.size(); ++k) same = call.shapes[argument][k] == expected[k];
+    return same ? 0 : fail(std::string(name) + ": " + what + " has shape " + call.shape(argument));
+}
+
+int lora(const char* name, const std::string& kernel, const Call& call, bool exact) {
+    const bool segments = kernel == "multi_lora_segments";
+    const int y = segments ? 6 : 5, slots = y - 1;
+    if (int bad = check_count(name, call, y + 2)) return bad;
+    if (call.ranks[0] != 2 || call.ranks[1] != 3 || call.ranks[2] != 3) return fail(std::string(name) + ": x is (tokens, in), down and up have 3 axes");
+    const int64_t tokens = call.shapes[0][0], hidden = call.shapes[0][1], bank = call.shapes[1][0], rank = call.shapes[1][1],
+                  width = call.shapes[2][2];
+    if (int bad = check_shape(name, call, 1, "down", {bank, rank, hidden})) return bad;
+    if (int bad = check_shape(name, call, 2, "up (rank-major)", {bank, rank, width})) return bad;
+    if (int bad = check_shape(name, call, 3, "scale", {bank})) return bad;
+    if (int bad = check_shape(name, call, y, "y", {tokens, width})) return bad;
+    if (int bad = check_shape(name, call, y + 1, "out", {tokens, width})) return bad;
+    for (int i : {1, 2, y}) {
+        if (call.dtype(i) != call.dtype(0)) return fail(std::string(name) + ": x, down, up and y must have one dtype");
+    }
+    if (call.dtype(3) != "float32") return fail(std::string(name) + ": scale must be float32");
+    if (int bad = check_slots(name, call, slots, uint32_t(bank))) return bad;
+    uint32_t count = 0;
+    if (segments) {
+        count = uint32_t(call.elements(slots));
+        const int32_t* starts = static_cast<const int32_t*>(call.data[4]);
+        if (call.dtype(4) != "int32" || call.elements(4) != count + 1) return fail(std::string(name) + ": starts must be int32 with one value more than slots");
+        for (uint32_t k = 0; k <= count; ++k) {
+            if (starts[k] < (k ? starts[k - 1] : 0) || starts[k] > tokens) return fail(std::string(name) + ": starts must ascend from 0 up to the number of tokens");
+        }
+    } else if (int bad = check_shape(name, call, slots, "slots", {tokens})) {
+        return bad;
+    }
+    const auto plan = colora::plan_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rank), uint32_t(width), uint32_t(width), 0, uint32_t(bank),
+                                        count, cores(), call.dtype(0) == "float32" ? 4 : 2, call.dtype(0) == "float16", exact);
+    if (!plan.error.empty()) return fail(std::string(name) + ": " + plan.error);
+    return launch(kernel, call, 0, plan.workspace, &plan.data, sizeof(plan.data));
+}
+
+}  // namespace
+
+#define AOT_ARGUMENTS int nparam, void **params, int *ndims, int64_t **shapes, const char **dtypes, void *, void *
+#define AOT_CALL \
+    Call { nparam, params, ndims, shapes, dtypes }
+
+EXPORT const char* colora_emulator_error() { return error_text.c_str(); }
+
+// x, down, up (rank-major), scale, slots, y -> y + scale (x . down^T) . up
+EXPORT int MultiLora(AOT_ARGUMENTS) { return lora("MultiLora", "multi_lora", AOT_CALL, false); }
+EXPORT int MultiLoraExact(AOT_ARGUMENTS) { return lora("MultiLoraExact", "multi_lora", AOT_CALL, true); }
+// x, down, up (rank-major), scale, starts, slots, y
+EXPORT int MultiLoraSegments(AOT_ARGUMENTS) { return lora("MultiLoraSegments", "multi_lora_segments", AOT_CALL, false); }
+
+// x, down, scale, slots -> h float32
+EXPORT int LoraShrink(AOT_ARGUMENTS) {
+    const Call call = AOT_CALL;
+    const char* name = "LoraShrink";
+    if (int bad = check_count(name, call, 5)) return bad;
+    if (call.ranks[0] != 2 || call.ranks[1] != 3) return fail("LoraShrink: x is (tokens, in), down is (slots, rank, in)");
+    const int64_t tokens = call.shapes[0][0], hidden = call.shapes[0][1], bank = call.shapes[1][0], rank = call.shapes[1][1];
+    if (int bad = check_shape(name, call, 1, "down", {bank, rank, hidden})) return bad;
+    if (int bad = check_shape(name, call, 2, "scale", {bank})) return bad;
+    if (int bad = check_shape(name, call, 3, "slots", {tokens})) return bad;
+    if (int bad = check_shape(name, call, 4, "h", {tokens, rank})) return bad;
+    if (call.dtype(1) != call.dtype(0) || call.dtype(2) != "float32" || call.dtype(4) != "float32") {
+        return fail("LoraShrink: x and down must have one dtype, scale and h are float32");
+    }
+    if (int bad = check_slots(name, call, 3, uint32_t(bank))) return bad;
+    const auto plan = colora::plan_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rank), 1, 1, 0, uint32_t(bank), 0, cores(),
+                                        call.dtype(0) == "float32" ? 4 : 2, call.dtype(0) == "float16", false);
+    if (!plan.error.empty()) return fail("LoraShrink: " + plan.error);
+    return launch("lora_shrink", call, 0, plan.workspace, &plan.data, sizeof(plan.data));
+}
+
+// h float32, up (rank-major), slots, y -> y + h . up
+EXPORT int LoraExpand(AOT_ARGUMENTS) {
+    const Call call = AOT_CALL;
+    const char* name = "LoraExpand";
+    if (int bad = check_count(name, call, 5)) return bad;
+    if (call.ranks[0] != 2 || call.ranks[1] != 3) return fail("LoraExpand: h is (tokens, rank), up is (slots, rank, out)");
+    const int64_t tokens = call.shapes[0][0], rank = call.shapes[0][1], bank = call.shapes[1][0], width = call.shapes[1][2];
+    if (int bad = check_shape(name, call, 1, "up (rank-major)", {bank, rank, width})) return bad;
+    if (int bad = check_shape(name, call, 2, "slots", {tokens})) return bad;
+    if (int bad = check_shape(name, call, 3, "y", {tokens, width})) return bad;
+    if (int bad = check_shape(name, call, 4, "out", {tokens, width})) return bad;
+    if (call.dtype(0) != "float32" || call.dtype(1) != call.dtype(3)) return fail("LoraExpand: h is float32, up and y have one dtype");
+    if (int bad = check_slots(name, call, 2, uint32_t(bank))) return bad;
+    const auto plan = colora::plan_lora(uint32_t(tokens), 1, uint32_t(rank), uint32_t(width), uint32_t(width), 0, uint32_t(bank), 0, cores(),
+                                        call.dtype(1) == "float32" ? 4 : 2, call.dtype(1) == "float16", false);
+    if (!plan.error.empty()) return fail("LoraExpand: " + plan.error);
+    return launch("lora_expand", call, 1, plan.workspace, &plan.data, sizeof(plan.data));
+}
+
+// expert, amateur, log_alpha, beta, mask (or a tensor of one element: none) -> token int32
+EXPORT int ContrastiveSelect(AOT_ARGUMENTS) {
+    const Call call = AOT_CALL;
+    const char* name = "ContrastiveSelect";
+    if (int bad = check_count(name, call, 6)) return bad;
+    if (call.ranks[0] != 2) return fail("ContrastiveSelect: expert is (requests, vocabulary)");
+    const int64_t rows = call.shapes[0][0], vocab = call.shapes[0][1];
+    if (int bad = check_shape(name, call, 1, "amateur", {rows, vocab})) return bad;
+    if (int bad = check_shape(name, call, 2, "log_alpha", {rows})) return bad;
+    if (int bad = check_shape(name, call, 3, "beta", {rows})) return bad;
+    if (int bad = check_shape(name, call, 5, "token", {rows})) return bad;
+    if (call.dtype(1) != call.dtype(0) || call.dtype(5) != "int32") return fail("ContrastiveSelect: expert and amateur must have one dtype, token is int32");
+    for (int i : {2, 3, 4}) {
+        if (call.dtype(i) != "float32") return fail("ContrastiveSelect: log_alpha, beta and mask must be float32");
+    }
+    const bool masked = call.ranks[4] == 2;
+    if (masked && int64_t(call.dim(4, 1)) != vocab) return fail("ContrastiveSelect: mask has shape " + call.shape(4));
+    const auto plan = colora::plan_contrastive_select(uint32_t(rows), uint32_t(vocab), masked ? call.dim(4, 0) : 0, cores());
+    if (!plan.error.empty()) return fail("ContrastiveSelect: " + plan.error);
+    return launch("contrastive_select", call, 0, plan.workspace, &plan.data, sizeof(plan.data));
+}

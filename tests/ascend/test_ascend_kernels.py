@@ -1,0 +1,180 @@
+"""colora_ms/kernels/ascend.py: the emulated operators inside MindSpore graphs, and the map of built-in operators."""
+import inspect
+
+import numpy as np
+import pytest
+
+ms = pytest.importorskip("mindspore")
+from colora_ms.kernels import ascend  # noqa: E402
+from colora_ms.kernels.aot import KernelError  # noqa: E402
+from lora_cases import LoraCase  # noqa: E402
+
+ms.set_context(mode=ms.GRAPH_MODE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded(emulator):
+    ascend.load("CPU")
+
+
+def tensor(array, dtype=None):
+    """A Tensor; bfloat16 arrays are stored as uint16 here and cast exactly."""
+    if dtype == "bfloat16":
+        return ms.Tensor((array.astype(np.uint32) << 16).view(np.float32)).astype(ms.bfloat16)
+    return ms.Tensor(array)
+
+
+def stored(result, dtype):
+    if dtype == "bfloat16":
+        return (result.astype(ms.float32).asnumpy().view(np.uint32) >> 16).astype(np.uint16)
+    return result.asnumpy()
+
+
+class Linear(ms.nn.Cell):
+    def construct(self, x, slots, down, up, scale, y):
+        return ascend.multi_lora(x, slots, down, ascend.rank_major(up), scale, y)
+
+
+class Segments(ms.nn.Cell):
+    def construct(self, x, starts, slots, down, up, scale, y):
+        return ascend.multi_lora_segments(x, starts, slots, down, up, scale, y)
+
+
+class Halves(ms.nn.Cell):
+    def construct(self, x, slots, down, up, scale, y):
+        return ascend.lora_expand(ascend.lora_shrink(x, slots, down, scale), slots, up, y)
+
+
+class Select(ms.nn.Cell):
+    def construct(self, expert, amateur, alpha, beta):
+        return ascend.contrastive_token(expert, amateur, alpha, beta)
+
+
+def operands(case, swap=True):
+    up = case.up.transpose(0, 2, 1).copy() if swap else case.up
+    d = case.dtype
+    return tensor(case.down, d), tensor(up, d), tensor(case.scale), tensor(case.y, d)
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
+def test_multi_lora_in_a_graph(emulator, dtype):
+    for tokens, hidden, rank, width in ((1, 576, 16, 192), (5, 1000, 3, 64)):
+        case = LoraCase(tokens, hidden, rank, width, dtype)
+        out = Linear()(tensor(case.x, dtype), tensor(case.slots), *operands(case))
+        case.check(stored(out, dtype))
+
+
+def test_rows_of_several_tokens(emulator):
+    case = LoraCase(12, 576, 8, 100, "float32")
+    case.slots = np.repeat(np.array([2, -1, 0], np.int32), 4)
+    down, up, scale, y = operands(case)
+    out = Linear()(tensor(case.x.reshape(3, 4, 576)), ms.Tensor([2, -1, 0], ms.int32), down, up, scale, y.reshape((3, 4, 100)))
+    assert out.shape == (3, 4, 100)
+    case.check(out.asnumpy().reshape(12, 100))
+
+
+def test_segments_and_halves_in_a_graph(emulator):
+    case = LoraCase(30, 576, 8, 100, "float16")
+    case.slots = np.repeat(np.array([1, -1, 3], np.int32), (10, 5, 15))
+    down, up, scale, y = operands(case, swap=False)
+    out = Segments()(tensor(case.x), ms.Tensor([0, 10, 15, 30], ms.int32), ms.Tensor([1, -1, 3], ms.int32), down, up, scale, y)
+    case.check(out.asnumpy())
+    out = Halves()(tensor(case.x), tensor(case.slots), down, up, scale, y)
+    case.check(out.asnumpy())
+
+
+def test_contrastive_token_in_a_graph(emulator):
+    rng = np.random.default_rng(0)
+    expert, amateur = rng.standard_normal((2, 3, 5000)).astype(np.float32)
+    alpha, beta = np.array([0.1, 0.5, 1.0], np.float32), np.array([0.5, 0.0, 2.0], np.float32)
+    got = Select()(*(ms.Tensor(a) for a in (expert, amateur, alpha, beta))).asnumpy()
+    score = (1 + beta[:, None]) * expert - beta[:, None] * amateur
+    want = np.where(expert >= np.log(alpha)[:, None] + expert.max(1, keepdims=True), score, -np.inf).argmax(1)
+    assert np.array_equal(got, want)
+
+
+def test_a_loop_in_the_graph(emulator):
+    """Tokens chosen step by step by the device sources inside a `while` of one static graph, two requests with two
+    adapters, expert and amateur rows together; equal to the same loop in NumPy."""
+    vocab, hidden, rank, steps = 300, 64, 4, 6
+    rng = np.random.default_rng(7)
+    table = rng.standard_normal((vocab, hidden)).astype(np.float32)
+    head = rng.standard_normal((hidden, vocab)).astype(np.float32)
+    down = (rng.standard_normal((2, rank, hidden)) / 8).astype(np.float32)
+    up = rng.standard_normal((2, rank, vocab)).astype(np.float32)
+    slots = np.array([0, 1, -1, -1], np.int32)
+
+    class Loop(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = ms.Tensor(table), ms.Tensor(head)
+            self.down, self.up, self.scale = ms.Tensor(down), ms.Tensor(up), ms.Tensor(np.array([2.0, 3.0], np.float32))
+            self.slots = ms.Tensor(slots)
+            self.alpha, self.beta = ms.Tensor(np.full(2, 0.1, np.float32)), ms.Tensor(np.full(2, 0.5, np.float32))
+            self.out = ms.Parameter(ms.Tensor(np.zeros((steps, 2), np.int32)))
+
+        def construct(self, first):
+            token, step = first, ms.Tensor(0, ms.int32)
+            while step < steps:
+                x = ms.ops.gather(self.table, ms.ops.concat((token, token)), 0)
+                y = ms.ops.matmul(x, self.head)
+                logits = ascend.multi_lora(x, self.slots, self.down, self.up, self.scale, y)
+                token = ascend.contrastive_token(logits[:2], logits[2:], self.alpha, self.beta)
+                self.out = ms.ops.scatter_update(self.out, step.reshape((1,)), token.reshape((1, 2)))
+                step = step + 1
+            return self.out
+
+    got = Loop()(ms.Tensor([3, 5], ms.int32)).asnumpy()
+    token = np.array([3, 5])
+    for step in range(steps):
+        x = table[token].astype(np.float64)
+        amateur = x @ head
+        expert = np.stack([amateur[r] + (2.0, 3.0)[r] * (down[r] @ x[r]) @ up[r] for r in range(2)])
+        score = np.where(expert >= np.log(0.1) + expert.max(1, keepdims=True), 1.5 * expert - 0.5 * amateur, -np.inf)
+        token = score.argmax(1)
+        assert np.array_equal(got[step], token), step
+
+
+def test_bad_arguments_are_python_errors(emulator):
+    case = LoraCase(4, 64, 8, 64, "float32")
+    down, up, scale, y = operands(case, swap=False)
+    x, slots = tensor(case.x), tensor(case.slots)
+    run = ascend.primitive("MultiLora", "CPU")
+
+    class Raw(ms.nn.Cell):
+        def construct(self, *given):
+            return run(*given)
+
+    with pytest.raises(KernelError, match="MultiLora: up has shape"):
+        Raw()(x, down, tensor(case.up.transpose(0, 2, 1)[:, :7].copy()), scale, slots, y)
+    with pytest.raises(KernelError, match="MultiLora: y has dtype"):
+        Raw()(x, down, up, scale, slots, y.astype(ms.float16))
+    with pytest.raises(KernelError, match="MultiLora: slots has dtype"):
+        Raw()(x, down, up, scale, slots.astype(ms.float32), y)
+    with pytest.raises(RuntimeError):
+        Raw()(x, down, up, scale, ms.Tensor([0, 1, 4, 0], ms.int32), y).asnumpy()
+    with pytest.raises(KernelError, match="offset"):
+        ascend.primitive("MultiLora", "CPU", offset=3)
+    with pytest.raises(KernelError, match="nonsense"):
+        ascend.primitive("MultiLora", "CPU", nonsense=3)
+
+
+def test_missing_package_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", "/nowhere")
+    with pytest.raises(KernelError, match="build.sh"):
+        ascend.find_package()
+    monkeypatch.setenv("COLORA_EMULATOR_LIBRARY", "/nowhere.so")
+    with pytest.raises(KernelError, match="/nowhere.so"):
+        ascend.emulator_library()
+
+
+@pytest.mark.parametrize("kernel", sorted(ascend.BUILT_IN))
+def test_built_in_operators_have_these_signatures(kernel):
+    """The map is held to the installed MindSpore: constructor and call arguments exist, in this order."""
+    entry = ascend.BUILT_IN[kernel]
+    module = __import__("mindspore.ops.auto_generate.gen_ops_prim", fromlist=["x"])
+    primitive = getattr(module, entry["primitive"])
+    call = list(inspect.signature(primitive.__call__).parameters)[1:]
+    assert tuple(call[:len(entry["call"])]) == entry["call"]
+    init = list(inspect.signature(primitive.__init__).parameters)[1:]
+    assert tuple(init[:len(entry["init"])]) == entry["init"]

@@ -1,0 +1,172 @@
+"""Packaging: names, order, dtypes and attributes agree between OpDef, op-info JSON, aclnn header, the kernels' arguments,
+the tiling structs and colora_ms/kernels/ascend.py, with MindSpore's own CustomInfoGenerator as the reader."""
+import ctypes
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from emulated import FIELDS, ROOT, build, load_module, plan_lora
+
+ASCEND = ROOT / "ops" / "ascend"
+contract = load_module(ASCEND / "contract.py", "ascend_contract")
+stage = load_module(ASCEND / "stage.py", "ascend_stage")
+DEFINITIONS = {d["name"]: d for d in contract.definitions()}
+
+
+def test_every_operator_is_complete():
+    assert sorted(contract.snake(name) for name in DEFINITIONS) == sorted(stage.OPERATORS) == sorted(build.KERNELS)
+    for name in stage.OPERATORS:
+        for part in ("def.cpp", "tiling.h", "tiling.cpp", "proto.cpp"):
+            assert (ASCEND / name / "op_host" / f"{name}_{part}").is_file()
+        assert build.kernel_source(name).is_file()
+
+
+@pytest.mark.parametrize("name", sorted(DEFINITIONS))
+def test_kernel_takes_the_arguments_of_its_definition(name):
+    d, snake = DEFINITIONS[name], contract.snake(name)
+    text = build.kernel_source(snake).read_text()
+    arguments = re.search(r"__aicore__ void %s\((.*?)\)" % snake, text, re.S).group(1)
+    found = [contract.snake(a.split()[-1]) for a in arguments.split(",")]
+    assert found == [n for n, *_ in d["inputs"] + d["outputs"]] + ["workspace", "tiling"]
+    used = set(re.findall(r"DTYPE_(\w+)", text))
+    assert used and used <= {n.upper() for n, *_ in d["inputs"]}, "CANN defines DTYPE_<INPUT> for the inputs alone"
+    assert d["units"] == ["ascend910b", "ascend910_93"]
+
+
+@pytest.mark.parametrize("name", sorted(DEFINITIONS))
+def test_kernels_that_meet_are_launched_together(name):
+    """SyncAll needs the kernel type with hardware synchronisation and all cores at once (schedule mode 1)."""
+    snake = contract.snake(name)
+    meets = "SyncAll()" in build.kernel_source(snake).read_text()
+    assert ("KERNEL_TYPE_MIX_AIV_1_0" in build.kernel_source(snake).read_text()) == meets
+    assert ("SetScheduleMode(1)" in (ASCEND / snake / "op_host" / f"{snake}_tiling.cpp").read_text()) == meets
+
+
+@pytest.mark.parametrize("name", sorted(DEFINITIONS))
+def test_tiling_struct_is_the_shared_one(name):
+    """The struct that CANN copies to the device has the fields of the CANN-free one, in its order, and all are set."""
+    snake = contract.snake(name)
+    header, struct = build.KERNELS[snake]
+    core = re.search(r"struct %s \{(.*?)\};" % struct.split("::")[1], (ASCEND / header).read_text(), re.S).group(1)
+    fields = re.findall(r"(uint32_t) (\w+);", core)
+    host = (ASCEND / snake / "op_host" / f"{snake}_tiling.h").read_text()
+    assert re.findall(r"TILING_DATA_FIELD_DEF\((\w+), (\w+)\);", host) == fields
+    assert f"REGISTER_TILING_DATA_CLASS({name}, {name}TilingData)" in host
+    source = (ASCEND / snake / "op_host" / f"{snake}_tiling.cpp").read_text()
+    assert re.findall(r"tiling\.set_(\w+)\(plan\.data\.(\w+)\)", source) == [(f, f) for _, f in fields]
+    if "Lora" in name:
+        assert tuple(f for _, f in fields) == FIELDS
+
+
+def test_staged_project(tmp_path):
+    """Flat op_host and op_kernel folders in which every quoted include is found (CANN's own headers apart)."""
+    files = stage.stage(tmp_path)
+    for side, names in files.items():
+        for file in names:
+            for include in re.findall(r'#include "(.+?)"', (tmp_path / side / file).read_text()):
+                assert include in names or include == "kernel_operator.h" or include.startswith(("register/", "tiling/")), include
+
+
+def test_mindspore_reads_what_python_registers(tmp_path, monkeypatch):
+    ms = pytest.importorskip("mindspore")
+    from mindspore.ops.operations import _custom_ops_utils as utils
+
+    from colora_ms.kernels import ascend
+
+    class Chip:
+        @staticmethod
+        def get_instance():
+            return Chip
+
+        @staticmethod
+        def get_ascend_soc_version():
+            return "ascend910b"
+
+    contract.write(tmp_path)
+    monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", str(tmp_path))
+    monkeypatch.setattr(utils, "MSContext", Chip)
+    assert set(ascend.OPERATORS) == set(DEFINITIONS)
+    for name, spec in ascend.OPERATORS.items():
+        reader = utils.CustomInfoGenerator(f"aclnn{name}")
+        theirs, ours = reader.generate_custom_reg_op(), ascend.registration(name)
+        for side in ("inputs", "outputs"):
+            assert [(t["index"], t["name"], t["paramType"]) for t in theirs[side]] == \
+                [(t["index"], t["name"], t["paramType"]) for t in ours[side]], name
+        assert theirs["dtype_format"] == ours["dtype_format"]
+        assert [(a["name"], a["type"], a["paramType"]) for a in theirs["attr"]] == \
+            [(a["name"], a["type"], a["paramType"]) for a in ours["attr"]]
+        assert [(n, k) for n, _, k, _ in DEFINITIONS[name]["attributes"]] == [(n, k) for n, k, _ in spec["attributes"]]
+        types = utils.CustomInfoGenerator(f"aclnn{name}").get_aclnn_api_types()
+        kinds = {"int": "int64_t", "bool": "bool"}
+        assert types == ["aclTensor*"] * len(spec["inputs"]) + [kinds[k] for _, k, _ in spec["attributes"]] \
+            + ["aclTensor*"] * len(spec["outputs"]) + ["uint64_t*", "aclOpExecutor**"]
+        code = utils.CustomCodeGenerator().generate_callback_by_types(f"aclnn{name}", ours, types)
+        assert f"aclnn{name}" in code
+
+
+def test_the_form_of_the_files_is_that_of_a_real_package():
+    """Our generator's keys are those of the package that MindSpore ships compiled."""
+    import importlib.util
+    import json
+    from pathlib import Path
+
+    found = importlib.util.find_spec("mindspore")
+    real = Path(found.origin).parent / "lib/plugin/ascend/custom_ascendc_910b" if found else Path("/nowhere")
+    if not real.is_dir():
+        pytest.skip("the installed mindspore ships no compiled custom operator")
+    info = json.loads((real / "op_impl/ai_core/tbe/config/ascend910b/aic-ascend910b-ops-info.json").read_text())["AllFinite"]
+    ours = contract.op_info(DEFINITIONS["MultiLora"])
+    assert set(ours["input0"]) <= set(info["input0"]) and set(ours) - set(info) <= {
+        *(f"input{i}" for i in range(9)), "attr", "attr_offset", "attr_exact"}
+
+
+# ---- tiling arithmetic, on the host -----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory):
+    text = '''#include "common/op_host/lora_tiling_core.h"
+extern "C" __attribute__((visibility("default"))) int plan(const unsigned* a, unsigned* out, unsigned long long* ws) {
+    const colora::LoraPlan p = colora::plan_lora(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
+    __builtin_memcpy(out, &p.data, sizeof(p.data));
+    *ws = p.workspace;
+    return p.error.empty() ? 0 : 1;
+}'''
+    return ctypes.CDLL(str(build.compile_units({"plan.cpp": text}, tmp_path_factory.mktemp("plan") / "plan.so", "-O0")))
+
+
+def plan(planner, *values):
+    out, workspace = np.zeros(13, np.uint32), ctypes.c_ulonglong()
+    failed = planner.plan(np.array(values, np.uint32).ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p),
+                          ctypes.byref(workspace))
+    return failed, out, workspace.value
+
+
+def test_plan_is_what_the_tests_assume(planner):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        tokens, hidden, rank, width, cores = (int(rng.integers(a, b)) for a, b in ((0, 500), (1, 12000), (1, 257), (1, 12000), (1, 65)))
+        segments, exact, dtype = int(rng.integers(0, 3)), bool(rng.integers(2)), ("float16", "bfloat16", "float32")[rng.integers(3)]
+        failed, out, workspace = plan(planner, tokens, hidden, rank, width, width + 5, 2, 4, segments, cores,
+                                      4 if dtype == "float32" else 2, dtype == "float16", exact)
+        want, scratch = plan_lora(tokens, hidden, rank, width, dtype, cores, width + 5, 2, 4, segments, exact)
+        assert not failed and np.array_equal(out, want) and workspace == scratch.nbytes
+
+
+def test_plan_refuses(planner):
+    good = [4, 64, 8, 64, 64, 0, 2, 0, 48, 2, 1, 0]
+    assert plan(planner, *good)[0] == 0
+    for place, value in ((1, 0), (2, 0), (2, 257), (3, 0), (5, 1), (6, 0), (8, 0), (8, 65)):
+        bad = list(good)
+        bad[place] = value
+        assert plan(planner, *bad)[0] == 1, (place, value)
+
+
+def test_build_says_what_is_missing(tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "ASCEND_HOME_PATH": str(tmp_path / "none")}
+    for path, text in ((tmp_path / "none", "is no folder"), (tmp_path, "operator project template")):
+        environment["ASCEND_HOME_PATH"] = str(path)
+        done = subprocess.run(["bash", str(ASCEND / "build.sh"), str(tmp_path / "out")], env=environment, capture_output=True, text=True)
+        assert done.returncode == 1 and text in done.stderr and done.stderr.count("\n") == 1
+    assert sys.version_info >= (3, 9)
