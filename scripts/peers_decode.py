@@ -210,12 +210,18 @@ def write_lora_gguf(source, adapter, target):
         module, _, half = rest.removesuffix(".weight").rpartition(".")
         name = GGUF_NAMES[module]
         if half == "lora_B" and name in heads:
-            # GGUF keeps the rows of q and k of Llama models in the interleaved rotary order.
-            rows, columns = values.shape
-            values = values.reshape(heads[name], 2, rows // heads[name] // 2, columns).swapaxes(1, 2)
-            values = values.reshape(rows, columns).copy()
+            values = interleave(values, heads[name])
         writer.add_tensor(f"blk.{layer}.{name}.weight.{half.lower()}", values)
     _finish(writer)
+
+
+def interleave(values, heads):
+    """Rows of q or k from Hugging Face's rotary order (halves) to the one of GGUF's Llama models (pairs).
+
+    values: (heads * head_dim, columns) -> the same shape.
+    """
+    rows, columns = values.shape
+    return values.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns).copy()
 
 
 def _finish(writer):
