@@ -1,5 +1,6 @@
 """Process-wide settings of MindSpore that the package relies on, and the one way to call a compiled Cell."""
 
+import contextlib
 import os
 import weakref
 from pathlib import Path
@@ -42,8 +43,22 @@ def graph_cache():
     return _graphs
 
 
+@contextlib.contextmanager
+def graph_mode():
+    """GRAPH_MODE for the block, whatever the caller's mode is; ``COLORA_MODE=pynative`` keeps PyNative for debugging."""
+    before = ms.get_context("mode")
+    if before == ms.GRAPH_MODE or os.environ.get("COLORA_MODE", "").lower() == "pynative":
+        yield
+        return
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=before)
+
+
 def run(cell, *args):
-    """Call a Cell with tensors, through the graph cache where it has to be compiled.
+    """Call a Cell with tensors in graph mode, through the graph cache where it has to be compiled.
 
     Raises:
         KernelError: a custom operator refused an argument; the message names operator, argument and value.
@@ -52,10 +67,9 @@ def run(cell, *args):
     shapes = tuple((str(a.dtype), a.shape) if isinstance(a, Tensor) else repr(a) for a in args)
     new = shapes not in known
     try:
-        if new and _graphs is not None and ms.get_context("mode") == ms.GRAPH_MODE:
-            result = _graphs.call(cell, args)
-        else:
-            result = cell(*args)
+        with graph_mode():
+            cached = new and _graphs is not None and ms.get_context("mode") == ms.GRAPH_MODE
+            result = _graphs.call(cell, args) if cached else cell(*args)
     except RuntimeError as error:
         reason = last_error()
         if "AOT kernel" in str(error) and reason:

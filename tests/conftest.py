@@ -29,7 +29,6 @@ def mindspore():
     import mindspore as ms
 
     ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_device("CPU")
     return ms
 
 

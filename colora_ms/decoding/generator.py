@@ -134,7 +134,12 @@ class Generator:
         eos = () if ignore_eos else self.eos_token_ids
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
         for batch in self._batches([(i, requests[i]) for i in order]):
-            self._run(batch, eos, stop, on_text)
+            try:
+                self._run(batch, eos, stop, on_text)
+            except RuntimeError:
+                # MindSpore does not run a graph again after one of its operators has failed.
+                self._first = self._later = self.cache = None
+                raise
         return [self._completion(r, records) for r in requests]
 
     def _requests(self, prompts, adapter, contrast, sampling, max_new_tokens):

@@ -11,7 +11,12 @@ from colora_ms.kernels.attention import (
 from colora_ms.kernels.embedding import embedding, embedding_reference
 from colora_ms.kernels.linear import multi_lora_linear, multi_lora_linear_reference
 from colora_ms.kernels.lora import lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference
-from colora_ms.kernels.loss import linear_cross_entropy, linear_cross_entropy_reference
+from colora_ms.kernels.loss import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_token_losses,
+    linear_token_losses_reference,
+)
 from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residual, rms_norm_residual_reference
 from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
 
@@ -29,6 +34,8 @@ __all__ = [
     "embedding_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "linear_token_losses",
+    "linear_token_losses_reference",
     "lora_expand",
     "lora_expand_reference",
     "lora_shrink",

@@ -1,0 +1,76 @@
+"""The colora-ms command: help, errors of one paragraph, exit codes; and what importing the package costs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from colora_ms.cli import COMMANDS, main
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["info", "smollm3-135m"], "smollm2-135m"),
+    (["info", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["train", "/nowhere/recipe.yaml"], "/nowhere/recipe.yaml"),
+    (["generate", "--contrast", "--alpha", "2", "--adapter", "/nowhere", "--model", "/nowhere", "hi"], "nowhere"),
+    (["evaluate", "--data", "{kind: reasoning_gim}"], "reasoning_gym"),
+])
+def test_errors_are_one_paragraph(arguments, words, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+def test_info_of_a_folder(capsys, goldens):
+    assert main(["info", str(goldens / "tiny" / "qwen3")]) == 0
+    assert "Qwen3ForCausalLM" in capsys.readouterr().out
+
+
+def test_info_of_an_adapter(capsys, goldens):
+    assert main(["info", str(goldens / "peft" / "qv_r8")]) == 0
+    assert '"r": 8' in capsys.readouterr().out
+
+
+def test_convert_round_trip(capsys, goldens, tmp_path):
+    assert main(["convert", str(goldens / "tiny" / "llama"), str(tmp_path / "copy")]) == 0
+    assert main(["info", str(tmp_path / "copy")]) == 0
+    assert main(["convert", str(goldens / "tiny" / "llama"), str(tmp_path / "copy")]) == 1
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_generate_prints_json(capsys, goldens, shared):
+    model = shared / "data" / "stories260k"
+    assert main(["generate", "--model", str(model), "--max-new-tokens", "24", "--json", "Once upon a time"]) == 0
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert row["text"].startswith(", there was a little girl named Lily.")
+    assert len(row["tokens"]) == 24 and row["finish_reason"] == "length"
+
+
+def test_import_is_light():
+    code = (
+        "import time, mindspore; t = time.perf_counter(); import colora_ms, colora_ms.models, colora_ms.decoding, "
+        "colora_ms.adapters; t = time.perf_counter() - t; import sys; "
+        "assert 'mindformers' not in sys.modules and 'transformers' not in sys.modules and 'torch' not in sys.modules; "
+        "print(t)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120,
+                          env={**os.environ, "GLOG_v": "3"})
+    assert float(done.stdout) < 3.0
+    assert done.stderr == ""

@@ -1,0 +1,76 @@
+"""The graph cache: right results whatever the order of compilation, hits in the second process, and its key."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+SCRIPT = """
+import json, sys
+import mindspore as ms, numpy as np
+from mindspore import Parameter, Tensor, nn
+from colora_ms import runtime
+ms.set_context(mode=ms.GRAPH_MODE); ms.set_device("CPU")
+class Scale(nn.Cell):
+    def __init__(self, factor, size):
+        super().__init__()
+        self.factor = factor
+        self.weight = Parameter(np.full(size, 2, np.float32), name="weight")
+    def construct(self, x):
+        return x * self.weight * self.factor
+runtime.configure()
+values = []
+for text in sys.argv[1:]:
+    factor, size = map(int, text.split("x"))
+    values.append(runtime.run(Scale(float(factor), size), Tensor(np.ones(size, np.float32))).asnumpy().tolist())
+cache = runtime.graph_cache()
+print(json.dumps([values, cache.hits if cache else None, cache.misses if cache else None]))
+"""
+
+
+def start(tmp_path, *graphs, **environment):
+    env = {**os.environ, "COLORA_CACHE": str(tmp_path / "cache"), "GLOG_v": "3", **environment}
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, str(script), *graphs], env=env, capture_output=True, text=True, check=True,
+                          timeout=300)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_another_order_gives_the_right_graphs(tmp_path):
+    graphs = ["3x4", "5x4", "3x8"]
+    right = [[6.0] * 4, [10.0] * 4, [6.0] * 8]
+    assert start(tmp_path, *graphs) == [right, 0, 3]
+    assert start(tmp_path, *graphs[::-1]) == [right[::-1], 3, 0]
+    # A new graph between known ones.
+    assert start(tmp_path, "3x8", "7x4", "3x4") == [[[6.0] * 8, [14.0] * 4, [6.0] * 4], 2, 1]
+
+
+def test_the_cache_can_be_switched_off(tmp_path):
+    assert start(tmp_path, "3x4", COLORA_COMPILE_CACHE="0") == [[[6.0] * 4], None, None]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_unusable_folder_costs_only_time(tmp_path):
+    (tmp_path / "cache").write_text("a file stands where the folder should be")
+    assert start(tmp_path, "3x4")[0] == [[6.0] * 4]
+
+
+def test_key_depends_on_structure_and_shapes(tiny_decoder):
+    from mindspore import Tensor
+
+    from colora_ms.adapters import LoraConfig, inject
+    from colora_ms.graph_cache import graph_key
+
+    ids = Tensor(np.zeros((1, 4), np.int32))
+    decoder = tiny_decoder()
+    key = graph_key(decoder, (ids,), "f")
+    assert key == graph_key(tiny_decoder(), (ids,), "f")
+    assert key != graph_key(decoder, (Tensor(np.zeros((1, 5), np.int32)),), "f")
+    assert key != graph_key(decoder, (ids,), "g")
+    assert key != graph_key(tiny_decoder(rms_norm_eps=1e-5), (ids,), "f")
+    assert key != graph_key(tiny_decoder(num_key_value_heads=4), (ids,), "f")
+    inject(decoder, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert key != graph_key(decoder, (ids,), "f")
