@@ -1,8 +1,8 @@
 """Compiles ops/cpu/*.cpp into one shared library.
 
 Every source is compiled once per instruction set (AVX-512, AVX2, baseline; only the baseline on machines that are not
-x86-64); ``dispatch.cpp`` is compiled once and picks the variant when the library is loaded. Needs g++ (or clang++)
-with OpenMP and nothing else::
+x86-64); ``dispatch.cpp`` is compiled once and picks the variant when the library is loaded. Needs g++ or clang++
+and nothing else::
 
     python ops/cpu/build.py colora_ms/_lib/libcolora_cpu.so
 """
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).resolve().parent
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden",
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden",
          "-D_GLIBCXX_USE_CXX11_ABI=0", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes",
          "-Wno-unknown-pragmas", "-Wno-uninitialized"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g",
@@ -126,7 +126,7 @@ def build(out_path, compiler=None, sanitize=False, jobs=None):
             objects = list(pool.map(compile_one, _objects(sanitize)))
         linked = Path(work) / out_path.name
         sanitizers = SANITIZE_FLAGS[:1] if sanitize else []
-        _run([*compiler.split(), "-shared", "-fopenmp", *sanitizers, "-o", str(linked), *map(str, objects)])
+        _run([*compiler.split(), "-shared", "-pthread", *sanitizers, "-o", str(linked), *map(str, objects)])
         os.replace(linked, out_path)
         stamp.write_text(wanted)
     _forget_old(cache)

@@ -1,12 +1,14 @@
 // Choice of the instruction set, thread count, and the text of the last refusal. Compiled once (baseline only).
-#include <omp.h>
+#include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <thread>
 
 #include "check.h"
 #include "parallel.h"
@@ -46,7 +48,12 @@ std::atomic<int> active_isa{[] {
 std::atomic<int> threads{[] {
   const char* wish = std::getenv("OMP_NUM_THREADS");
   int n = wish ? std::atoi(wish) : 0;
-  return n > 0 ? n : omp_get_num_procs();
+  if (n > 0) return n;
+#if defined(__linux__)
+  cpu_set_t allowed;  // fewer than the machine has inside a container or under taskset
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) n = CPU_COUNT(&allowed);
+#endif
+  return n > 0 ? n : std::max(1, int(std::thread::hardware_concurrency()));
 }()};
 
 void keep_error(const char* text) {

@@ -126,8 +126,8 @@ class Forward {
       for (int64_t t = 0; !many_ && t < tokens; ++t)
         a->rows.push_back(a->copied ? a->copy.data() + t * stride : x + t * in);
     }
-    // Blocks of outputs. Few rows: single tiles (or, unpacked, two in the L1 cache), dealt in contiguous shares. Many
-    // rows: a panel of W in the L2 cache, dealt one by one.
+    // Blocks of outputs. Few rows: single tiles (or, unpacked, two in the L1 cache), several to a share. Many rows: a
+    // panel of W in the L2 cache.
     width_ = kOuts;
     if (many_) {
       const int64_t fit = (768 << 10) / 4 / even_odd_.columns;
@@ -137,39 +137,39 @@ class Forward {
       panel_size_ = width_ * even_odd_.columns;
       panels_.resize(panel_size_ * threads_);
     }
+    int64_t bytes = 0;
     for (const Linear& l : linears) {
       first_block_.push_back(total_);
       total_ += (l.weight.out + width_ - 1) / width_;
+      bytes += l.weight.bytes();
     }
+    // Long contiguous shares keep the prefetchers running; several per thread let a thread that was interrupted do less.
+    shares_ = tokens > kFewRows ? total_ : std::min(total_, std::clamp<int64_t>(bytes >> 17, threads_, 8 * threads_));
   }
 
   void run() {
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
-    {
-      const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-      prepare(me, all);
-      bool wait = plain_.copied || even_odd_.copied;
-      int64_t turn = 0;
-      for (const Linear& l : linears_)
-        for (int64_t i = 0; l.shrink && i < l.shrink->tasks(); ++i, wait = true)
-          if (turn++ % all == me) l.shrink->run(i);
-      if (wait) {
-#pragma omp barrier
-      }
-      float* panel = panels_.data() + me * panel_size_;
-      if (tokens_ > kFewRows) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total_;) blocks(i, i + 1, panel);
-      } else {
-        blocks(total_ * me / all, total_ * (me + 1) / all, panel);
-      }
-    }
+    std::vector<std::pair<const Shrink*, int64_t>> first;  // null: a share of the copies of x
+    const bool copies = plain_.copied || even_odd_.copied;
+    const int64_t copy_shares = copies ? std::min<int64_t>(threads_, std::max<int64_t>(1, tokens_ * in_ >> 13)) : 0;
+    for (int64_t i = 0; i < copy_shares; ++i) first.emplace_back(nullptr, i);
+    for (const Linear& l : linears_)
+      for (int64_t i = 0; l.shrink && i < l.shrink->tasks(); ++i) first.emplace_back(l.shrink.get(), i);
+    parallel_tasks(int64_t(first.size()), threads_, [&](int64_t i) {
+      const auto [shrink, part] = first[size_t(i)];
+      if (shrink)
+        shrink->run(part);
+      else
+        prepare(part, copy_shares);
+    });
+    parallel_tasks(shares_, threads_, [&](int64_t i) {
+      float* panel = panels_.data() + worker_index() * panel_size_;
+      blocks(total_ * i / shares_, total_ * (i + 1) / shares_, panel);
+    });
   }
 
  private:
-  // Copies of x; thread `me` of `all` takes a share of the rows.
+  // Share `me` of `all` of the copies of x.
   void prepare(int64_t me, int64_t all) {
-    if (!plain_.copied && !even_odd_.copied) return;
     const int64_t tiles = many_ ? row_tiles(tokens_) : tokens_;
     std::vector<float> row(size_t(even_odd_.copied ? even_odd_.columns : 0));
     for (int64_t t = tiles * me / all; t < tiles * (me + 1) / all; ++t) {
@@ -227,7 +227,7 @@ class Forward {
 
   std::vector<Linear>& linears_;
   const float* x_;
-  int64_t tokens_, in_, width_ = 0, total_ = 0, panel_size_ = 0;
+  int64_t tokens_, in_, width_ = 0, total_ = 0, shares_ = 0, panel_size_ = 0;
   int threads_ = 1;
   bool many_ = false;
   Activations plain_, even_odd_;
@@ -271,11 +271,7 @@ COLORA_OPERATOR(multi_lora_linear) {
     if (!slots.absent() && l.adapters.present()) colora::check_slots(slots, l.adapters.slots);
   }
   if (tokens == 0) return;
-  for (int i = 0; i < n; ++i) {
-    const colora::Tensor weight = call.in(2 + 6 * i, "weight");
-    const int width = weight.is("float32") ? 4 : weight.is("bfloat16") ? 2 : 1;
-    colora::prefer_huge_pages(weight.raw, size_t(weight.size()) * size_t(width));
-  }
+  for (const Linear& l : linears) colora::prefer_huge_pages(l.weight.data, size_t(l.weight.bytes()));
 
   const int32_t* row_slot = slots.absent() ? nullptr : slots.data<const int32_t>();
   for (Linear& l : linears) {

@@ -116,17 +116,13 @@ COLORA_OPERATOR(lora_expand) {
   const int threads = threads_for(int64_t(groups.tokens.size()) * out * rank, 1 << 15);
   const int64_t panel_size = std::max<int64_t>(rank, 1) * kOuterColumns;
   std::vector<float> buffers(size_t(panel_size * threads));
-  std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    float* packed = buffers.data() + omp_get_thread_num() * panel_size;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < int64_t(runs.size()) * panels;) {
-      const std::vector<Run>& group = runs[size_t(i / panels)];
-      const int64_t o0 = i % panels * kOuterColumns, o1 = std::min(out, o0 + kOuterColumns);
-      transpose_panel(stack + group[0].slot * out * rank, rank, o0, o1, packed);
-      for (const Run& run : group)
-        outer_panel(run.end - run.begin, o1 - o0, rank, low + run.begin * rank, rank, 1, packed, kOuterColumns,
-                    from + run.begin * out + o0, to + run.begin * out + o0, out);
-    }
-  }
+  parallel_tasks(int64_t(runs.size()) * panels, threads, [&](int64_t i) {
+    float* packed = buffers.data() + worker_index() * panel_size;
+    const std::vector<Run>& group = runs[size_t(i / panels)];
+    const int64_t o0 = i % panels * kOuterColumns, o1 = std::min(out, o0 + kOuterColumns);
+    transpose_panel(stack + group[0].slot * out * rank, rank, o0, o1, packed);
+    for (const Run& run : group)
+      outer_panel(run.end - run.begin, o1 - o0, rank, low + run.begin * rank, rank, 1, packed, kOuterColumns,
+                  from + run.begin * out + o0, to + run.begin * out + o0, out);
+  });
 }

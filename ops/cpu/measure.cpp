@@ -43,8 +43,7 @@ COLORA_OPERATOR(measure_fma) {
   constexpr int kSums = 12;
   std::atomic<int> kept{0};
   const int threads = colora::thread_count();
-#pragma omp parallel num_threads(threads)
-  {
+  parallel_tasks(threads, threads, [&](int64_t) {
     vf sums[kSums];
     for (int s = 0; s < kSums; ++s) sums[s] = splat(float(s) * 1e-3f);
     vf a = splat(0.999f), b = splat(1e-3f);
@@ -57,6 +56,6 @@ COLORA_OPERATOR(measure_fma) {
     float mine = 0;
     for (int s = 0; s < kSums; ++s) mine += sum(sums[s]);
     if (mine > 0) kept.fetch_add(1);
-  }
+  });
   result.data<float>()[0] = kept.load() ? float(2.0 * 8 * kSums * kLanes * double(n) * threads / 1e6) : 0.f;
 }

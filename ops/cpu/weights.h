@@ -27,6 +27,15 @@ struct Weight {
   int64_t out = 0, in = 0;
   int64_t groups = 1;            // scales per row
   int64_t group = 0;             // columns per scale
+  int64_t bytes() const {
+    switch (format) {
+      case Format::kFloat32: return out * in * 4;
+      case Format::kBfloat16: return out * in * 2;
+      case Format::kInt8: return out * in;
+      case Format::kInt4: break;
+    }
+    return out * in / 2;
+  }
   const float* f32() const { return static_cast<const float*>(data); }
   const bf16* bf() const { return static_cast<const bf16*>(data); }
   const int8_t* i8() const { return static_cast<const int8_t*>(data); }
