@@ -84,14 +84,11 @@ class Generator:
             weight_format: "float32", "bfloat16", "int8" or "int4".
             options: passed to the constructor.
         """
-        from colora_ms.adapters import load_adapter
+        from colora_ms.adapters import load_adapters
         from colora_ms.models import load_model
 
         decoder, tokenizer = load_model(model, weight_format=weight_format)
-        handle = None
-        for name, folder in (adapters or {}).items():
-            several = dict(slots=len(adapters), reserve="all-linear") if len(adapters) > 1 else {}
-            handle = load_adapter(decoder, folder, name, **several)
+        handle = load_adapters(decoder, adapters) if adapters else None
         return cls(decoder, tokenizer, handle, **options)
 
     @property
@@ -173,13 +170,17 @@ class Generator:
             raise DecodingError(f"contrast={contrast!r} is not a Contrast(alpha, beta)")
         if sampling is not None and not isinstance(sampling, Sampling):
             raise DecodingError(f"sampling={sampling!r} is not a Sampling(temperature, top_k, top_p, seed)")
+        merged = getattr(self.adapters, "merged", None)
+        if merged is not None and (contrast is not None or adapter != merged):
+            raise DecodingError(f"adapter {merged!r} is merged into the base weights, so neither the base model, another "
+                                "adapter nor a contrast can be decoded now; call unmerge() first")
         if contrast is not None and adapter is None:
             raise DecodingError("a contrast compares an adapter with the base model, so it needs adapter=…")
         budget = min(int(budget), self.max_length - len(ids))
         return Request(ids, adapter, self._slot(adapter), contrast, sampling or Sampling(), budget)
 
     def _slot(self, adapter):
-        if adapter is None:
+        if adapter is None or adapter == getattr(self.adapters, "merged", None):
             return -1
         if self.adapters is None:
             raise DecodingError(f"adapter {adapter!r} was asked for, but this generator has no adapters")

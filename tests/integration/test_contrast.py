@@ -201,3 +201,23 @@ def test_unknown_adapter_is_refused(generator):
 
     with pytest.raises(AdapterError, match="nobody"):
         generator.generate([5], adapter="nobody")
+
+
+def test_a_merged_adapter_leaves_no_base_to_contrast_with(tiny_decoder, word_tokenizer):
+    from mindspore import Tensor
+
+    from colora_ms.adapters import LoraConfig, inject
+
+    decoder = tiny_decoder()
+    handle = inject(decoder, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="a")
+    for parameter in handle.trainable_params():
+        parameter.set_data(Tensor(np.random.default_rng(1).standard_normal(parameter.shape).astype(np.float32)))
+    generator = Generator(decoder, word_tokenizer, handle)
+    before = generator.generate(PROMPTS, adapter="a", max_new_tokens=8)
+    handle.merge("a")
+    assert tokens(generator.generate(PROMPTS, adapter="a", max_new_tokens=8)) == tokens(before)
+    for options in ({}, {"adapter": "a", "contrast": Contrast()}):
+        with pytest.raises(DecodingError, match="unmerge"):
+            generator.generate(PROMPTS, **options)
+    handle.unmerge()
+    assert tokens(generator.generate(PROMPTS, adapter="a", max_new_tokens=8)) == tokens(before)
