@@ -11,11 +11,11 @@ def add_arguments(parser):
     parser.add_argument("--recipe", default=None, help=f"training recipe; by default {RECIPE} of the checkout")
     parser.add_argument("--output", default="runs/quickstart", help="folder of the run")
     parser.add_argument("--items", type=int, default=200, help="held-out problems")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer")
     parser.add_argument("--alpha", type=float, default=0.1, help="the expert's cut of the contrast")
     parser.add_argument("--beta", type=float, default=0.5, help="weight of the base model in the contrast")
     parser.add_argument("--fast", action="store_true", help="a shorter training and fewer problems (3 minutes)")
-    parser.add_argument("--scorer", default="normalised", help="how an answer is scored: number, exact, normalised")
+    parser.add_argument("--scorer", default="number", help="how an answer is scored: number, exact, normalised")
 
 
 def run(arguments):
