@@ -56,7 +56,7 @@ class Emulator:
         return json.loads(self.library.emulator_report())
 
 
-# ---- the tiling of the LoRA operators, in Python for what the tests need; compared with the C++ one in test_tiling --
+# ---- the tiling of the LoRA operators, in Python for what the tests need; compared with the C++ one in test_contract
 FIELDS = ("tokens", "hidden", "rank", "width", "rowWidth", "offset", "slots", "segments", "cores", "window", "unitIn",
           "unitOut", "exact")
 

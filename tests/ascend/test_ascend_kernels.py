@@ -1,5 +1,8 @@
 """colora_ms/kernels/ascend.py: the emulated operators inside MindSpore graphs, and the map of built-in operators."""
 import inspect
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import pytest
 ms = pytest.importorskip("mindspore")
 from colora_ms.kernels import ascend  # noqa: E402
 from colora_ms.kernels.aot import KernelError  # noqa: E402
+from emulated import ROOT  # noqa: E402
 from lora_cases import LoraCase  # noqa: E402
 
 ms.set_context(mode=ms.GRAPH_MODE)
@@ -71,6 +75,29 @@ def test_rows_of_several_tokens(emulator):
     out = Linear()(tensor(case.x.reshape(3, 4, 576)), ms.Tensor([2, -1, 0], ms.int32), down, up, scale, y.reshape((3, 4, 100)))
     assert out.shape == (3, 4, 100)
     case.check(out.asnumpy().reshape(12, 100))
+
+
+def test_low_rank_in_place_of_the_reference(emulator):
+    from colora_ms.kernels.lora import low_rank_reference
+
+    class Both(ms.nn.Cell):
+        def construct(self, x, slots, down, up, scale):
+            return ascend.low_rank(x, slots, down, up, scale), low_rank_reference(x, slots, down, up, scale)
+
+    case = LoraCase(6, 96, 8, 50, "float32")
+    down, up, scale, _ = operands(case)
+    for shape, slots in (((6, 96), case.slots), ((3, 2, 96), np.array([1, -1, 3], np.int32))):
+        ours, reference = Both()(tensor(case.x.reshape(shape)), tensor(slots), down, up, scale)
+        assert ours.shape == reference.shape and np.abs((ours - reference).asnumpy()).max() < 2e-5
+
+
+def test_backend_of_a_process(emulator):
+    """COLORA_KERNELS=emulator loads the operators at import."""
+    code = ("from colora_ms.kernels import ascend, backend\n"
+            "assert backend() == 'emulator' and ascend._multi_lora is not None and ascend._contrastive_select is not None")
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "COLORA_KERNELS": "emulator"}, capture_output=True,
+                          text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_segments_and_halves_in_a_graph(emulator):

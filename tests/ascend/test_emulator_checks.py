@@ -12,6 +12,7 @@ HERE = __import__("pathlib").Path(__file__).parent
 MUTANTS = HERE / "mutants.cpp"
 LORA = build.ASCEND / "multi_lora" / "op_kernel" / "multi_lora.cpp"
 PHASES = build.ASCEND / "common" / "op_kernel" / "lora_phases.h"
+EXPAND = build.ASCEND / "common" / "op_kernel" / "lora_expand_phase.h"
 GROUPS = build.ASCEND / "common" / "op_kernel" / "lora_groups.h"
 
 # name: (kinds that must be reported). The kernel of this name is in mutants.cpp; it marks the line with BUG.
@@ -34,10 +35,10 @@ CLEAN = ("clean_copy", "clean_vector", "clean_sync", "clean_atomic", "clean_doub
 EDITS = {
     "no_first_sync": (LORA, r"lora\.Shrink\(groups\);\s*AscendC::SyncAll\(\);", "lora.Shrink(groups);", {"race", "gm_uninitialised"}),
     "no_second_sync": (LORA, r"lora\.Reduce\(groups\);\s*AscendC::SyncAll\(\);", "lora.Reduce(groups);", {"race", "gm_uninitialised"}),
-    "no_barrier_in_expand": (PHASES, r"(halves\.GetValue.*?\n\s*\})\s*PipeBarrier<PIPE_V>\(\);", r"\1", {"RAW", "WAW"}),
+    "no_barrier_in_expand": (EXPAND, r"(halves\.GetValue.*?\n\s*\})\s*PipeBarrier<PIPE_V>\(\);", r"\1", {"RAW", "WAW"}),
     "no_barrier_in_products": (PHASES, r"BlockReduceSum\(eighths, acc.*?;\s*PipeBarrier<PIPE_V>\(\);",
                                "BlockReduceSum(eighths, acc, static_cast<int32_t>(ranks), 64, 1, 1, 8);", {"RAW"}),
-    "no_scalar_wait": (PHASES, r"Order<HardEvent::MTE2_S>\(\);\s*return table;", "return table;", {"RAW"}),
+    "no_scalar_wait": (EXPAND, r"Order<HardEvent::MTE2_S>\(\);\s*return table;", "return table;", {"RAW"}),
     "weights_past_end": (PHASES, r"downGm_, bank \+ c,", "downGm_, bank + c + rank_ * hidden_,", {"gm_bounds"}),
     "no_padding_value": (PHASES, r"DataCopyPad\(tile, gm\[at\],", "DataCopyPad(tile[1], gm[at],", {"alignment", "ub_bounds"}),
     "rows_not_freed": (PHASES, r"inQueue_\.FreeTensor\(tile\);\s*return wide;", "return wide;", {"queue"}),
@@ -62,7 +63,7 @@ def mutants(emulator, tmp_path_factory):
 
 def edited(file, pattern, replacement, name):
     """The real kernel in one piece with the edit made, registered as edit_<name>."""
-    texts = {p: p.read_text() for p in (GROUPS, PHASES, LORA)}
+    texts = {p: p.read_text() for p in (GROUPS, PHASES, EXPAND, LORA)}
     texts[file], count = re.subn(pattern, replacement, texts[file], count=1, flags=re.S)
     assert count == 1, f"the edit {name} no longer applies to {file.name}"
     body = "".join(re.sub(r"^#.*$", "", text, flags=re.M) for text in texts.values())

@@ -24,6 +24,20 @@ constexpr uint32_t kAccBytes = 16384;       // 64 ranks x 64 lanes in float32
 constexpr uint32_t kCopyBytes = 4096;
 constexpr uint32_t kMaxTileColumns = 2032;  // a row stride of at most 255 blocks in float32
 
+// Which tokens of a stretch have an adapter: all, none, or by bit from token `from` on.
+struct Used {
+    uint64_t bits = 0;
+    uint32_t from = 0;
+    bool all = false;
+    __aicore__ inline bool Has(uint32_t token) const { return all || (token - from < 64 && (bits >> (token - from) & 1) != 0); }
+};
+__aicore__ inline Used UsedBy(const Groups& groups, uint32_t from) {
+    Used used;
+    used.from = from;
+    for (uint32_t i = 0; i < groups.tokens; ++i) used.bits |= static_cast<uint64_t>(1) << (groups.order[i] - from);
+    return used;
+}
+
 template <typename A, typename B>
 struct Same {
     static constexpr bool value = false;
@@ -130,7 +144,7 @@ class LoraPhases {
             Order<HardEvent::S_MTE3>();
             partialQueue_.EnQue(row);
             row = partialQueue_.template DeQue<float>();
-            const uint32_t bytes = rounded_ ? coefficients_ * 2 + 4 : padded_ * 4;
+            const uint32_t bytes = rounded_ ? coefficients_ * 2 + 8 : padded_ * 4;
             DataCopyPad(coefficientGm_[static_cast<uint64_t>(i) * coefficientRow_], row, DataCopyExtParams(1, bytes, 0, 0, 0));
             partialQueue_.FreeTensor(row);
         }
@@ -146,10 +160,10 @@ class LoraPhases {
             StoreH(h, row, groups.Token(g, i));
         }
     }
-    // Zeroes the rows of h that no adapter writes. `used` is a bit a token.
-    __aicore__ inline void ZeroInto(const GlobalTensor<float>& h, uint32_t from, uint32_t n, uint64_t used) {
+    // Zeroes the rows of h that no adapter writes.
+    __aicore__ inline void ZeroInto(const GlobalTensor<float>& h, uint32_t from, uint32_t n, const Used& used) {
         for (uint32_t i = core_; i < n; i += cores_) {
-            if (used >> i & 1) continue;
+            if (used.Has(from + i)) continue;
             LocalTensor<float> row = partialQueue_.template AllocTensor<float>();
             Duplicate(row, 0.0f, static_cast<int32_t>(padded_));
             StoreH(h, row, from + i);
@@ -157,32 +171,11 @@ class LoraPhases {
     }
 
     // given: whether the coefficients are rows of h (float32, by token) and not of the workspace.
-    __aicore__ inline void Expand(const Groups& groups, bool given, const GlobalTensor<float>& h) {
-        expand_.Plan(groups, (width_ + unitOut_ - 1) / unitOut_, cores_, 8 * rank_, rank_ + 16);
-        for (uint32_t g = 0; g < groups.count; ++g) {
-            const uint32_t from = expand_.UnitAt(g, expand_.Boundary(core_));
-            const uint32_t to = expand_.UnitAt(g, expand_.Boundary(core_ + 1));
-            if (from >= to) continue;
-            ExpandSlice(groups, g, from * unitOut_, Smaller(to * unitOut_, width_), given, h);
-        }
-    }
+    __aicore__ inline void Expand(const Groups& groups, bool given, const GlobalTensor<float>& h);
 
     // When y and out are two tensors, what the expansion does not touch is copied: whole rows of tokens without an
-    // adapter, and the columns beside the slice of the others. `used` is asked for each token.
-    template <typename Used>
-    __aicore__ inline void CopyThrough(uint32_t from, uint32_t n, const Used& used) {
-        if (inPlace_) return;
-        const uint32_t chunk = kCopyBytes / sizeof(T), chunks = (rowWidth_ + chunk - 1) / chunk;
-        for (uint32_t k = core_; k < n * chunks; k += cores_) {
-            const uint32_t token = from + k / chunks, left = k % chunks * chunk, right = Smaller(left + chunk, rowWidth_);
-            if (!used(token)) {
-                CopyPart(token, left, right);
-                continue;
-            }
-            CopyPart(token, left, Smaller(right, offset_));
-            CopyPart(token, left > offset_ + width_ ? left : offset_ + width_, right);
-        }
-    }
+    // adapter, and the columns beside the slice of the others.
+    __aicore__ inline void CopyThrough(uint32_t from, uint32_t n, const Used& used);
 
     uint32_t core_ = 0, cores_ = 1, tokens_ = 0, window_ = 1, rank_ = 0, bank_ = 0;
 
@@ -359,12 +352,11 @@ class LoraPhases {
         PipeBarrier<PIPE_V>();
         ReduceMax(largest, scratch, work, static_cast<int32_t>(rank_), false);
         Order<HardEvent::V_S>();
-        float most = largest.GetValue(0), up = 1.0f;
+        float most = largest.GetValue(0), up = 1.0f, down = 1.0f;
         // In half, values from 2^-4 to 2^12 leave room for terms 2^-10 times smaller; otherwise a power of two moves
         // the largest below 2. Zeros, infinities and NaN stay as they are.
         if (!(most < 3.0e38f)) most = 1.0f;
         if (most > 0.0f && (most < 0.0625f || most >= 4096.0f)) {
-            float down = 1.0f;
             for (uint32_t k = 0; k < 100 && most >= 2.0f; ++k) { most *= 0.5f; down *= 0.5f; up *= 2.0f; }
             for (uint32_t k = 0; k < 100 && most < 1.0f; ++k) { most *= 2.0f; down *= 2.0f; up *= 0.5f; }
             Order<HardEvent::S_V>();
@@ -373,6 +365,7 @@ class LoraPhases {
         }
         Cast(halves, sums, RoundMode::CAST_RINT, rank_);
         row.SetValue(coefficients_ / 2, up);
+        row.SetValue(coefficients_ / 2 + 1, down);
         Order<HardEvent::S_V>();
         PipeBarrier<PIPE_V>();
     }
@@ -386,119 +379,15 @@ class LoraPhases {
 
     // The coefficients of n tokens, to be read by the scalar unit from acc_ (unused in this phase).
     __aicore__ inline LocalTensor<float> LoadCoefficients(const Groups& groups, uint32_t g, uint32_t position, uint32_t n,
-                                                          bool given, const GlobalTensor<float>& h) {
-        LocalTensor<float> table = acc_.template Get<float>();
-        Order<HardEvent::S_MTE2>();
-        Order<HardEvent::V_MTE2>();
-        if (!given) {
-            const uint32_t bytes = rounded_ ? coefficients_ * 2 + 4 : padded_ * 4;
-            DataCopyPad(table, coefficientGm_[static_cast<uint64_t>(position) * coefficientRow_],
-                        DataCopyExtParams(static_cast<uint16_t>(n), bytes, coefficientRow_ * 4 - bytes, 0, 0),
-                        DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
-            Order<HardEvent::MTE2_S>();
-            return table;
-        }
-        Order<HardEvent::S_V>();
-        for (uint32_t i = 0; i < n; ++i) {
-            LocalTensor<float> raw = inQueue_.template AllocTensor<float>();
-            DataCopyPad(raw, h[static_cast<uint64_t>(groups.Token(g, position + i)) * rank_], DataCopyExtParams(1, rank_ * 4, 0, 0, 0),
-                        DataCopyPadExtParams<float>(true, 0, static_cast<uint8_t>(padded_ - rank_), 0.0f));
-            inQueue_.EnQue(raw);
-            raw = inQueue_.template DeQue<float>();
-            Pack(table[i * coefficientRow_], raw);
-            inQueue_.FreeTensor(raw);
-        }
-        Order<HardEvent::V_S>();
-        return table;
-    }
+                                                          bool given, const GlobalTensor<float>& h);
 
     __aicore__ inline void ExpandSlice(const Groups& groups, uint32_t g, uint32_t begin, uint32_t end, bool given,
-                                       const GlobalTensor<float>& h) {
-        const uint32_t tileColumns = TileColumns(end - begin);
-        const bool once = tileColumns == end - begin;
-        const uint64_t bank = static_cast<uint64_t>(groups.slot[g]) * rank_ * width_;
-        const uint32_t most = kAccBytes / sizeof(float) / coefficientRow_;
-        LocalTensor<T> tile;
-        for (uint32_t t = 0; t < groups.size[g]; t += most) {
-            const uint32_t n = Smaller(most, groups.size[g] - t), position = groups.first[g] + t;
-            const LocalTensor<float> table = LoadCoefficients(groups, g, position, n, given, h);
-            for (uint32_t c = begin; c < end; c += tileColumns) {
-                const uint32_t columns = Smaller(tileColumns, end - c), pitch = Pitch(columns);
-                if (!once || t == 0) {
-                    tile = LoadWeights(upGm_, bank + c, columns, width_);
-                    if (!rounded_) wide_ = WidenWeights(tile, columns);
-                }
-                const uint32_t rowsAtOnce = kRowTile / pitch;
-                for (uint32_t r = 0; r < n; r += rowsAtOnce) {
-                    const uint32_t m = Smaller(rowsAtOnce, n - r);
-                    LocalTensor<float> y = LoadRows(yGm_, groups, g, position + r, m, rowWidth_, offset_ + c, columns);
-                    if constexpr (kHalf) {
-                        if (rounded_) AddRounded(y, tile, table[r * coefficientRow_], m, columns);
-                    }
-                    if (!rounded_) AddExact(y, table[r * coefficientRow_], m, columns);
-                    LocalTensor<T> out = outQueue_.template AllocTensor<T>();
-                    Narrow(out, y, m * pitch);
-                    outQueue_.EnQue(out);
-                    StoreRows(groups, g, position + r, m, c, columns);
-                }
-                if (!once && (kFloat || rounded_)) weightQueue_.FreeTensor(tile);
-            }
-        }
-        if (once && (kFloat || rounded_)) weightQueue_.FreeTensor(tile);
-        Order<HardEvent::S_V>();  // the next phase may overwrite the coefficients that the scalar unit read
-    }
-    __aicore__ inline void AddExact(const LocalTensor<float>& y, const LocalTensor<float>& table, uint32_t m, uint32_t columns) {
-        const uint32_t pitch = Pitch(columns);
-        for (uint32_t j = 0; j < rank_; ++j) {
-            for (uint32_t i = 0; i < m; ++i) {
-                Axpy(y[i * pitch], wide_[j * pitch], table.GetValue(i * coefficientRow_ + j), static_cast<int32_t>(columns));
-            }
-            PipeBarrier<PIPE_V>();
-        }
-    }
+                                       const GlobalTensor<float>& h);
+    __aicore__ inline void AddExact(const LocalTensor<float>& y, const LocalTensor<float>& table, uint32_t m, uint32_t columns);
     __aicore__ inline void AddRounded(const LocalTensor<float>& y, const LocalTensor<half>& w, const LocalTensor<float>& table,
-                                      uint32_t m, uint32_t columns) {
-        const uint32_t pitch = Pitch(columns);
-        const LocalTensor<half> halves = table.template ReinterpretCast<half>();
-        for (uint32_t i = 0; i < m; ++i) {
-            const float up = table.GetValue(i * coefficientRow_ + coefficients_ / 2);
-            if (up != 1.0f) Muls(y[i * pitch], y[i * pitch], 1.0f / up, static_cast<int32_t>(columns));
-        }
-        PipeBarrier<PIPE_V>();
-        for (uint32_t j = 0; j < rank_; ++j) {
-            for (uint32_t i = 0; i < m; ++i) {
-                Axpy(y[i * pitch], w[j * pitch], halves.GetValue(i * coefficientRow_ * 2 + j), static_cast<int32_t>(columns));
-            }
-            PipeBarrier<PIPE_V>();
-        }
-        for (uint32_t i = 0; i < m; ++i) {
-            const float up = table.GetValue(i * coefficientRow_ + coefficients_ / 2);
-            if (up != 1.0f) Muls(y[i * pitch], y[i * pitch], up, static_cast<int32_t>(columns));
-        }
-        PipeBarrier<PIPE_V>();
-    }
-    __aicore__ inline void StoreRows(const Groups& groups, uint32_t g, uint32_t position, uint32_t n, uint32_t column, uint32_t columns) {
-        const uint32_t pitch = Pitch(columns);
-        LocalTensor<T> out = outQueue_.template DeQue<T>();
-        for (uint32_t i = 0; i < n;) {
-            const uint32_t run = groups.Run(g, position + i, n - i);
-            DataCopyPad(outGm_[static_cast<uint64_t>(groups.Token(g, position + i)) * rowWidth_ + offset_ + column], out[i * pitch],
-                        DataCopyExtParams(static_cast<uint16_t>(run), columns * sizeof(T), 0, (rowWidth_ - columns) * sizeof(T), 0));
-            i += run;
-        }
-        outQueue_.FreeTensor(out);
-    }
-    __aicore__ inline void CopyPart(uint32_t token, uint32_t left, uint32_t right) {
-        if (left >= right) return;
-        const uint64_t at = static_cast<uint64_t>(token) * rowWidth_ + left;
-        LocalTensor<T> part = copyQueue_.template AllocTensor<T>();
-        DataCopyPad(part, yGm_[at], DataCopyExtParams(1, (right - left) * sizeof(T), 0, 0, 0),
-                    DataCopyPadExtParams<T>(false, 0, 0, T()));
-        copyQueue_.EnQue(part);
-        part = copyQueue_.template DeQue<T>();
-        DataCopyPad(outGm_[at], part, DataCopyExtParams(1, (right - left) * sizeof(T), 0, 0, 0));
-        copyQueue_.FreeTensor(part);
-    }
+                                      uint32_t m, uint32_t columns);
+    __aicore__ inline void StoreRows(const Groups& groups, uint32_t g, uint32_t position, uint32_t n, uint32_t column, uint32_t columns);
+    __aicore__ inline void CopyPart(uint32_t token, uint32_t left, uint32_t right);
 
     TPipe* pipe_ = nullptr;
     TQue<QuePosition::VECIN, 1> weightQueue_, inQueue_;
@@ -515,4 +404,6 @@ class LoraPhases {
 };
 
 }  // namespace colora
+
+#include "lora_expand_phase.h"
 #endif

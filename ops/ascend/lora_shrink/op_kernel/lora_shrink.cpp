@@ -19,9 +19,7 @@ extern "C" __global__ __aicore__ void lora_shrink(GM_ADDR x, GM_ADDR down, GM_AD
     for (uint32_t from = 0; from < lora.tokens_; from += lora.window_) {
         const uint32_t n = colora::Smaller(lora.window_, lora.tokens_ - from);
         lora.Sort(groups, slotGm, from, n);
-        uint64_t used = 0;
-        for (uint32_t i = 0; i < groups.tokens; ++i) used |= static_cast<uint64_t>(1) << (groups.order[i] - from);
-        lora.ZeroInto(hGm, from, n, used);
+        lora.ZeroInto(hGm, from, n, colora::UsedBy(groups, from));
         if (groups.tokens == 0) continue;
         lora.Shrink(groups);
         AscendC::SyncAll();

@@ -20,9 +20,7 @@ extern "C" __global__ __aicore__ void multi_lora(GM_ADDR x, GM_ADDR down, GM_ADD
     for (uint32_t from = 0; from < lora.tokens_; from += lora.window_) {
         const uint32_t n = colora::Smaller(lora.window_, lora.tokens_ - from);
         lora.Sort(groups, slotGm, from, n);
-        uint64_t used = 0;
-        for (uint32_t i = 0; i < groups.tokens; ++i) used |= static_cast<uint64_t>(1) << (groups.order[i] - from);
-        lora.CopyThrough(from, n, [used, from](uint32_t token) { return (used >> (token - from) & 1) != 0; });
+        lora.CopyThrough(from, n, colora::UsedBy(groups, from));
         if (groups.tokens == 0) continue;
         lora.Shrink(groups);
         AscendC::SyncAll();

@@ -76,16 +76,14 @@ extern "C" __global__ __aicore__ void multi_lora_segments(GM_ADDR x, GM_ADDR dow
     colora::SegmentWalk walk;
     walk.Init(starts, slots, data.segments, lora.tokens_, lora.window_, lora.bank_);
     if (y != out) {
-        lora.CopyThrough(0, walk.Head(), [](uint32_t) { return false; });
-        for (uint32_t k = 0; k < walk.Count(); ++k) {
+        colora::Used used;
+        lora.CopyThrough(0, walk.Head(), used);
+        for (uint32_t k = 0; k <= walk.Count() && walk.Count(); ++k) {
             uint32_t from = 0, to = 0;
-            const bool used = walk.Stretch(k, from, to);
+            used.all = walk.Stretch(k, from, to);
             if (k == 0) from = walk.Head();
-            if (from < to) lora.CopyThrough(from, to - from, [used](uint32_t) { return used; });
+            if (from < to) lora.CopyThrough(from, to - from, used);
         }
-        uint32_t from = 0, to = 0;
-        walk.Stretch(walk.Count(), from, to);
-        if (walk.Count() && from < to) lora.CopyThrough(from, to - from, [](uint32_t) { return false; });
     }
     AscendC::GlobalTensor<float> none;
     colora::Groups groups;
