@@ -52,8 +52,28 @@ def is_up_factor(name):
     return last in ("up", "lora_up", "lora_B", "lora_embedding_B")
 
 
+_half_square = ops.MultitypeFuncGraph("half_square")
+_adam = ops.MultitypeFuncGraph("adam")
+
+
+@_half_square.register("Tensor")
+def _half_square_of(grad):
+    """sum(grad^2) / 2 in one operator."""
+    return ops.L2Loss()(grad)
+
+
+@_adam.register("Function", *["Tensor"] * 10)
+def _adam_of(update, rate, beta1, beta2, epsilon, decay, factor, parameter, mean, square, grad):
+    """Update one parameter in place. 0 * inf would be NaN; MulNoNan gives 0 for a factor of 0."""
+    return update(parameter, mean, square, rate, beta1, beta2, epsilon, decay,
+                  ops.MulNoNan()(grad, factor))
+
+
 class AdamW(nn.Cell):
     """One update of all trained parameters.
+
+    ``trained`` holds them with the down factors first; gradients come in that order. The graph
+    maps over them (a Python loop over hundreds of parameters would compile for a minute).
 
     Args:
         parameters: list of ``Parameter``, float32.
@@ -74,16 +94,18 @@ class AdamW(nn.Cell):
                 raise ConfigError(f"the trained parameter {item.name} is {item.dtype}, expected "
                                   "float32; keep adapters in float32 whatever the base model is")
         self.config = config
+        downs = [item for item in parameters if not is_up_factor(item.name)]
+        ups = [item for item in parameters if is_up_factor(item.name)]
+        self.downs, self.ups = len(downs), len(ups)
+        parameters = downs + ups
         self.trained = ParameterTuple(parameters)
         self.mean = ParameterTuple([_zeros(item, "adam_mean") for item in parameters])
         self.square = ParameterTuple([_zeros(item, "adam_square") for item in parameters])
-        ratio = config.lora_plus_ratio
-        self.ratios = tuple(ratio if is_up_factor(item.name) else 1.0 for item in parameters)
+        self.ratio = config.lora_plus_ratio
         self.beta1, self.beta2 = Tensor(config.beta1, ms.float32), Tensor(config.beta2, ms.float32)
-        # What comes off a parameter is lr * decay * p whatever the bias correction.
-        self.decay = config.weight_decay
         self.max_norm = config.max_grad_norm or 0.0
         self.update = ops.AdamWeightDecay()
+        self.map = ops.HyperMap()
 
     def hyper(self, step, steps):
         """The numbers of one update as a float32 tensor (3,).
@@ -101,7 +123,7 @@ class AdamW(nn.Cell):
         """Divide the gradients, clip them, update the parameters in place.
 
         Args:
-            grads: tuple of float32 tensors, the gradients of a sum.
+            grads: tuple of float32 tensors, the gradients of a sum, in the order of ``trained``.
             divisor: 0-d float32, the number of terms of the sum (answer tokens).
             hyper: (3,) float32 from ``hyper``.
 
@@ -109,11 +131,7 @@ class AdamW(nn.Cell):
             0-d float32: the norm of the mean's gradient before clipping. If it is not finite, the
             parameters stay as they are.
         """
-        # L2Loss is sum(g^2) / 2 in one operator.
-        total = ops.L2Loss()(grads[0])
-        for grad in grads[1:]:
-            total = total + ops.L2Loss()(grad)
-        norm = ops.sqrt(2.0 * total) / divisor
+        norm = ops.sqrt(2.0 * ops.addn(self.map(_half_square, grads))) / divisor
         factor = 1.0 / divisor
         if self.max_norm > 0:
             # The small term is that of torch.nn.utils.clip_grad_norm_.
@@ -121,13 +139,18 @@ class AdamW(nn.Cell):
         finite = ops.isfinite(norm)
         rate = ops.select(finite, hyper[0], ops.zeros_like(hyper[0]))
         factor = ops.select(finite, factor, ops.zeros_like(factor))
-        for k in range(len(self.trained)):
-            # 0 * inf would be NaN; MulNoNan gives 0, and with rate 0 nothing moves.
-            grad = ops.MulNoNan()(grads[k], factor)
-            decay = hyper[2] / self.ratios[k]
-            norm = ops.depend(norm, self.update(
-                self.trained[k], self.mean[k], self.square[k], rate * self.ratios[k], self.beta1,
-                self.beta2, hyper[1], decay, grad))
+        epsilon, decay, n = hyper[1], hyper[2], self.downs
+        if n > 0:
+            one = ops.partial(_adam, self.update, rate, self.beta1, self.beta2, epsilon, decay,
+                              factor)
+            done = self.map(one, self.trained[:n], self.mean[:n], self.square[:n], grads[:n])
+            norm = ops.depend(norm, done)
+        if self.ups > 0:
+            # LoRA+: another rate, but the same pull towards zero.
+            one = ops.partial(_adam, self.update, rate * self.ratio, self.beta1, self.beta2,
+                              epsilon, decay / self.ratio, factor)
+            done = self.map(one, self.trained[n:], self.mean[n:], self.square[n:], grads[n:])
+            norm = ops.depend(norm, done)
         return norm
 
 

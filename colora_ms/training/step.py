@@ -100,6 +100,26 @@ class TrainStep(nn.Cell):
         return loss, count, norm
 
 
+_add_to = ops.MultitypeFuncGraph("add_to")
+_read = ops.MultitypeFuncGraph("read")
+_clear = ops.MultitypeFuncGraph("clear")
+
+
+@_add_to.register("Tensor", "Tensor")
+def _add_to_buffer(buffer, grad):
+    return ops.assign_add(buffer, grad)
+
+
+@_read.register("Function", "Tensor")
+def _read_total(all_reduce, buffer):
+    return all_reduce(buffer)
+
+
+@_clear.register("Tensor")
+def _clear_buffer(buffer):
+    return ops.assign(buffer, ops.zeros_like(buffer))
+
+
 class GradientStep(nn.Cell):
     """Adds the gradients of one batch to buffers; ``UpdateStep`` uses them up.
 
@@ -116,13 +136,13 @@ class GradientStep(nn.Cell):
                       requires_grad=False) for item in optimizer.trained])
         self.count = Parameter(Tensor(np.zeros((), np.float32)), name="gradient_count",
                                requires_grad=False)
+        self.map = ops.HyperMap()
 
     def construct(self, ids, labels, lengths, slots):
         """Returns (loss_sum, count) of the batch, 0-d float32 each."""
         (loss, count), grads = self.gradient(ids, labels, lengths, slots)
-        for k in range(len(grads)):
-            ops.assign_add(self.buffers[k], grads[k])
-        ops.assign_add(self.count, count)
+        done = self.map(_add_to, self.buffers, grads)
+        loss = ops.depend(loss, (done, ops.assign_add(self.count, count)))
         return loss, count
 
 
@@ -140,26 +160,22 @@ class UpdateStep(nn.Cell):
         self.buffers, self.count = gradient_step.buffers, gradient_step.count
         self.optimizer = optimizer
         self.world = world
+        self.map = ops.HyperMap()
         if world > 1:
             self.all_reduce = ops.AllReduce(ops.ReduceOp.SUM)
 
     def construct(self, hyper):
         """Returns (number of answer tokens of the update, norm), 0-d float32 each."""
-        grads, count = (), self.count.value()
-        for buffer in self.buffers:
-            grads += (self.total(buffer.value()),)
-        count = self.total(count.reshape((1,))).reshape(())
-        norm = self.optimizer(grads, ops.maximum(count, Tensor(1.0, ms.float32)), hyper)
-        for buffer in self.buffers:
-            ops.assign(buffer, ops.zeros_like(buffer))
-        ops.assign(self.count, ops.zeros_like(self.count))
-        return count, norm
-
-    def total(self, value):
-        """The sum of ``value`` over all processes."""
+        grads, count = self.buffers, self.count.value()
         if self.world > 1:
-            return self.all_reduce(value)
-        return value
+            grads = self.map(ops.partial(_read, self.all_reduce), grads)
+            count = self.all_reduce(count.reshape((1,))).reshape(())
+        norm = self.optimizer(grads, ops.maximum(count, Tensor(1.0, ms.float32)), hyper)
+        # The buffers are emptied only after the optimizer has read them.
+        buffers = ops.depend(self.buffers, norm)
+        norm = ops.depend(norm, self.map(_clear, buffers))
+        norm = ops.depend(norm, ops.assign(self.count, ops.zeros_like(self.count)))
+        return count, norm
 
 
 class EvaluationStep(nn.Cell):

@@ -96,7 +96,7 @@ def test_adamw_follows_the_formulas(settings):
         divisor = float(random.integers(1, 50))
         grads = {name: (random.normal(size=shape) * divisor * 10.0 ** random.integers(-4, 2))
                  .astype(np.float32) for name, shape in shapes.items()}
-        norm = optimizer(ms.mutable(tuple(Tensor(grad) for grad in grads.values())),
+        norm = optimizer(ms.mutable(tuple(Tensor(grads[item.name]) for item in optimizer.trained)),
                          Tensor(divisor, ms.float32), optimizer.hyper(step, 12))
         want = numpy_adamw(config, values, {name: grad.astype(np.float64) / divisor
                                             for name, grad in grads.items()}, moments, step, 12)
