@@ -190,10 +190,12 @@ def main():
     for dtype in ("float16", "bfloat16"):
         report = run(emulator, "lora_expand", Shape(48, 4096, 16, dtype, bank=48), slots)
         print(f"lora_expand in {dtype}: {cycles(report['total']) / 48:.0f} modelled vector cycles a token")
-    measure("gathered_weight_bytes", 0, "bytes")  # the kernels have no gathered copy; the workspace holds sums only
-    _, workspace = driver.plan_lora(32, 4096, 16, 4096, "float16", CORES, slots=32)
-    print(f"workspace at batch 32: {workspace.nbytes} bytes of partial sums; gather + batched product would copy "
-          f"{32 * 2 * 16 * 4096 * 2} bytes of weights")
+    # What the 32-adapter batch writes besides y, in whole weight matrices: a gathered copy would be 64 of them.
+    report = run(emulator, "multi_lora", Shape(32, 4096, 16, bank=32), np.arange(32))
+    written, matrix = sum(b["out"] for b in report["buffers"][7:]), 16 * 4096 * 2
+    measure("gathered_weight_bytes", written // matrix * matrix, "bytes")
+    print(f"batch 32, 32 adapters: {written} bytes of sums written to the workspace ({report['buffers'][7]['bytes']} bytes); "
+          f"gather + batched product would copy {64 * matrix} bytes of weights")
     if not options.quick:
         found, launches = strict_matrix(emulator)
         measure("strict_findings", found, "findings")
