@@ -3,7 +3,6 @@
 // One token a row (decoding) runs by positions: tasks of (row, key/value head, chunk of positions), then a merge of the
 // chunks. More tokens (prefill) run by blocks of queries. Chunk and block borders are absolute, so a row's result does
 // not depend on the other rows nor on the number of threads.
-#include <omp.h>
 
 #include <cstring>
 
@@ -241,7 +240,7 @@ void prefill(const Arguments& a, void* k_cache, void* v_cache) {
   });
   parallel_tasks(int64_t(tasks.size()), [&](int64_t i) {
     const Task task = tasks[size_t(i)];
-    BlockScratch& scratch = scratches[size_t(omp_get_thread_num())];
+    BlockScratch& scratch = scratches[size_t(worker_index())];
     const int64_t count = std::min<int64_t>(block, a.length[task.row] - task.token);
     const auto place = [&](int64_t m) {  // of query row m in q and in the output
       return ((task.row * n.tokens + task.token + m / n.group) * n.heads + task.kv * n.group + m % n.group) * n.dim;

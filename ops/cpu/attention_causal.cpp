@@ -3,7 +3,6 @@
 // The forward pass saves the log-sum-exp of each query; the backward pass computes the scores again, block by block, so
 // that no (T, T) matrix exists (FlashAttention-2, arXiv 2307.08691). One thread does one key/value head of one row in
 // the backward pass and one block of queries in the forward pass, always in the same order.
-#include <omp.h>
 
 #include <cstring>
 
@@ -139,7 +138,7 @@ COLORA_OPERATOR(causal_attention) {
     const int64_t first = (blocks - 1 - i / (s.rows * s.kv_heads)) * block, row = i % (s.rows * s.kv_heads) / s.kv_heads,
                   kv = i % s.kv_heads, count = std::min<int64_t>(block, s.lengths[row] - first);
     if (count <= 0) return;
-    BlockScratch& scratch = scratches[size_t(omp_get_thread_num())];
+    BlockScratch& scratch = scratches[size_t(worker_index())];
     for (int64_t m = 0; m < count * s.group; ++m) {
       const int64_t token = first + m / s.group;
       rotate_head(s.q + s.query(row, token, kv * s.group + m % s.group), s.cos + token * s.half,
@@ -174,7 +173,7 @@ COLORA_OPERATOR(causal_attention_grad) {
   for (const Tensor* t : {&dq, &dk, &dv}) std::memset(t->raw, 0, size_t(t->size()) * sizeof(float));
   parallel_tasks(tasks, [&](int64_t task) {
     const int64_t row = task / s.kv_heads, kv = task % s.kv_heads, length = s.lengths[row], dim = s.dim;
-    BackwardScratch& b = scratches[size_t(omp_get_thread_num())];
+    BackwardScratch& b = scratches[size_t(worker_index())];
     for (int64_t token = 0; token < length; ++token) {
       const float *cos = s.cos + token * s.half, *sin = s.sin + token * s.half;
       rotate_head(s.k + s.key(row, token, kv), cos, sin, s.half, 1.0f, b.k.data() + token * dim);

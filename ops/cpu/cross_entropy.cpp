@@ -4,7 +4,6 @@
 // Tokens with a label go through in blocks; for each, the vocabulary goes through in chunks. The logits of a block are
 // kept transposed, (vocab, block), so that the weight's rows are read as they lie. Chunk borders are fixed, and sums
 // over chunks run in ascending order: the same result for any number of threads.
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -107,7 +106,7 @@ struct Work {
     lse.resize(size_t(stride));
     if (!h.weight.is("float32")) buffers.resize(size_t(buffer_size) * threads);
   }
-  float* buffer() { return buffers.empty() ? nullptr : buffers.data() + omp_get_thread_num() * buffer_size; }
+  float* buffer() { return buffers.empty() ? nullptr : buffers.data() + worker_index() * buffer_size; }
 };
 
 // The log-sum-exp and the label's logit of a block of tokens. With `keep`, w.logits holds exp(logit - chunk maximum).
@@ -116,7 +115,7 @@ void block_statistics(const Head& h, Work& w, int64_t first, int64_t count, bool
   gather_transposed(h, first, count, stride, w.xt.data());
   parallel_tasks(h.chunks(), [&](int64_t c) {
     const int64_t v0 = c * kChunk, rows = std::min(kChunk, h.vocab - v0);
-    float* logits = w.logits.data() + (keep ? v0 * stride : omp_get_thread_num() * w.logits_size);
+    float* logits = w.logits.data() + (keep ? v0 * stride : worker_index() * w.logits_size);
     chunk_logits(h, w.xt.data(), stride, used, v0, rows, w.buffer(), logits);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t label = h.labels[h.active[size_t(first + j)]];
@@ -167,7 +166,7 @@ void block_gradient(const Head& h, Work& w, int64_t first, int64_t count, float*
   const int64_t share = share_columns(h);
   parallel_tasks((h.hidden + share - 1) / share, [&](int64_t task) {
     const int64_t i = task * share, columns = std::min(share, h.hidden - i);
-    float* buffer = buffers ? buffers + omp_get_thread_num() * 2 * kChunk * share : nullptr;
+    float* buffer = buffers ? buffers + worker_index() * 2 * kChunk * share : nullptr;
     for (int64_t v = 0; v < h.vocab; v += 2 * kChunk) {
       const int64_t rows = std::min(2 * kChunk, h.vocab - v);
       int64_t row;
@@ -263,7 +262,7 @@ COLORA_OPERATOR(linear_cross_entropy_weight_grad) {
     }
     parallel_tasks(h.chunks(), [&](int64_t c) {
       const int64_t v0 = c * kChunk, rows = std::min(kChunk, h.vocab - v0);
-      float* logits = w.logits.data() + omp_get_thread_num() * w.logits_size;
+      float* logits = w.logits.data() + worker_index() * w.logits_size;
       chunk_logits(h, w.xt.data(), stride, stride, v0, rows, w.buffer(), logits);
       for (int64_t i = 0; i < rows * stride; i += kLanes)
         store(logits + i, exp(load(logits + i) - load(w.lse.data() + i % stride)));

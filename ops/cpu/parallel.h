@@ -27,8 +27,6 @@ void run_tasks(int64_t tasks, int threads, void (*call)(void* context, int64_t i
 namespace COLORA_ISA_NAMESPACE {
 
 using colora::worker_index;
-// The same under OpenMP's name, found first by the operators of this namespace.
-inline int omp_get_thread_num() { return worker_index(); }
 
 // Number of threads worth starting for `work` units when one thread should get at least `grain` of them.
 inline int threads_for(int64_t work, int64_t grain) {
