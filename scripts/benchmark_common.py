@@ -238,7 +238,7 @@ class Worker:
 
     def _tail(self):
         self._log.seek(0)
-        return "".join(self._log.readlines()[-20:])
+        return "".join(line[:300] for line in self._log.readlines()[-8:])
 
 
 def serve(handler):

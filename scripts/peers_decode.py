@@ -14,6 +14,8 @@ import argparse
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,10 +28,12 @@ GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_
 
 
 class Peer:
-    """One engine: ``load`` answers {"cases", "versions"} or {"missing": what to install}; ``run`` times one case."""
+    """One engine: ``load`` answers {"cases", "versions", "note"} or {"missing": what to install}; ``run`` times a case."""
 
     cases = ()
     install = ""
+    #: Set where the engine does not run as fast as it could; the benchmark prints it.
+    note = ""
     packages = ()
 
     def load(self, model, adapter, folder, threads, alpha, beta):
@@ -38,7 +42,7 @@ class Peer:
             self.prepare(Path(model), Path(adapter), Path(folder))
         except ImportError as error:
             return {"missing": f"{error}; to install it: {self.install}"}
-        return {"cases": list(self.cases), "versions": versions(*self.packages)}
+        return {"cases": list(self.cases), "versions": versions(*self.packages), "note": self.note}
 
     def run(self, case, prompts, tokens):
         """-> {"seconds", "tokens": ids of each prompt, "peak_bytes"}"""
@@ -93,8 +97,22 @@ class Torch(Peer):
         return self.torch.cat(chosen, 1).tolist()
 
 
+# One prompt through a model, in a process that may die of it.
+PROBE = """
+import sys, llama_cpp
+model = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+model.eval([1] * 16)
+model.eval([1])
+"""
+
+
 class LlamaCpp(Peer):
-    """llama.cpp, one model a weight type, one row."""
+    """llama.cpp, one model a weight type, one row.
+
+    A build for the machine it was built on (the default) uses AMX tiles where the processor names them; some virtual
+    machines name them and then fault. The only switch at run time, ``use_extra_bufts``, turns off the repacking of Q4_0
+    as well, so a run with it is marked by ``note``.
+    """
 
     cases = ("F32", "Q8_0", "Q4_0")
     install = "bash scripts/setup_peers.sh --llama-cpp (compiles for about 20 minutes)"
@@ -106,10 +124,25 @@ class LlamaCpp(Peer):
         self.llama_cpp = llama_cpp
         lora = folder / "lora.gguf"
         write_lora_gguf(model, adapter, lora)
-        self.models = {}
-        for kind in self.cases:
-            path = folder / f"model-{kind}.gguf"
+        paths = {kind: folder / f"model-{kind}.gguf" for kind in self.cases}
+        for kind, path in paths.items():
             write_model_gguf(model, path, kind)
+        probes = [subprocess.run([sys.executable, "-c", PROBE, str(paths[kind])], stdout=2, timeout=300).returncode
+                  for kind in ("Q8_0", "Q4_0")]
+        if any(code < 0 for code in probes):
+            self.note = (f"this build of llama.cpp dies of signal {-min(probes)} on quantised weights, so it runs without "
+                         "its repacked weights (use_extra_bufts off), which makes it slower; for its full speed install it "
+                         "again with CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON'")
+            defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+            def without_extra_buffers():
+                parameters = defaults()
+                parameters.use_extra_bufts = False
+                return parameters
+
+            llama_cpp.llama_cpp.llama_model_default_params = without_extra_buffers
+        self.models = {}
+        for kind, path in paths.items():
             self.models[kind] = llama_cpp.Llama(
                 str(path), lora_path=str(lora), n_ctx=256, n_threads=self.threads, n_threads_batch=self.threads,
                 verbose=False)
