@@ -3,10 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import backend, custom
+from colora_ms.kernels.aot import custom, uses_cpu_library
 from colora_ms.kernels.shapes import element_type, require_dtype, require_shape
 
-_CPU = backend() == "cpu"
+_CPU = uses_cpu_library()
 
 
 def swiglu(gate, up):

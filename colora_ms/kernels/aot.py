@@ -56,6 +56,16 @@ def backend():
     return _BACKEND
 
 
+def uses_cpu_library():
+    """Whether the operators that have no emulated form, or all of them, come from the CPU library."""
+    return _BACKEND == "cpu" or (_BACKEND == "emulator" and library_path().is_file())
+
+
+def uses_device_source():
+    """Whether the low-rank part and the contrast run the Ascend C sources, on an NPU or emulated."""
+    return _BACKEND in ("emulator", "ascend")
+
+
 def custom(name, shape_fn, dtype_fn, bprop=None):
     """An ``ops.Custom`` primitive for the C function ``colora_<name>`` of the CPU library.
 

@@ -10,10 +10,10 @@ import math
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import backend, custom
+from colora_ms.kernels.aot import custom, uses_cpu_library
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
-_CPU = backend() == "cpu"
+_CPU = uses_cpu_library()
 
 # Low enough to vanish in a softmax, and finite, so that a row without any position has no NaN.
 _MASKED = -1e30

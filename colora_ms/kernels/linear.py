@@ -3,11 +3,13 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import ABSENT, backend, custom
+from colora_ms.kernels import ascend
+from colora_ms.kernels.aot import ABSENT, custom, uses_cpu_library, uses_device_source
 from colora_ms.kernels.lora import low_rank_reference
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
-_CPU = backend() == "cpu"
+_CPU = uses_cpu_library()
+_DEVICE_SOURCE = uses_device_source()
 
 #: Tensors that describe one linear: weight, weight_scale, bias, down, up, scale.
 OPERANDS = 6
@@ -48,9 +50,26 @@ def multi_lora_linear(x, slots, *operands):
     Source: LoRA, arXiv 2106.09685, eq. 3; rows of many adapters in one product: Punica, arXiv 2310.18547; int4 and int8
     as LR-QAT exports them, arXiv 2406.06385.
     """
+    if _DEVICE_SOURCE:
+        return _with_device_source(x, slots, *operands)
     if _CPU:
         return _FORWARD[(len(operands) - 1) // OPERANDS](x, slots, *operands)
     return multi_lora_linear_reference(x, slots, *operands)
+
+
+def _with_device_source(x, slots, *operands):
+    """:func:`multi_lora_linear` with the low-rank part by the Ascend C operator, forward only."""
+    outputs = ()
+    for i in range(len(operands) // OPERANDS):
+        weight, weight_scale, bias, down, up, scale = operands[OPERANDS * i : OPERANDS * i + OPERANDS]
+        base = (weight, weight_scale, bias, ABSENT, ABSENT, ABSENT)
+        y = _FORWARD[0](x, slots, *base) if _CPU else multi_lora_linear_reference(x, slots, *base)
+        if down.ndim > 0 and slots.ndim > 0:
+            y = y + ascend.low_rank(x, slots, down, up, scale)
+        outputs = outputs + (y,)
+    if len(outputs) == 1:
+        return outputs[0]
+    return outputs
 
 
 def multi_lora_linear_reference(x, slots, *operands):

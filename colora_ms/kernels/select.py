@@ -3,10 +3,12 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import backend, custom
+from colora_ms.kernels import ascend
+from colora_ms.kernels.aot import custom, uses_cpu_library, uses_device_source
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
-_CPU = backend() == "cpu"
+_CPU = uses_cpu_library()
+_DEVICE_SOURCE = uses_device_source()
 
 _MASKED = -3.0e38  # below every finite logit, and finite, so that differences with it are no NaN
 
@@ -47,10 +49,23 @@ def contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperatu
 
     Gradients: refused.
     """
-    if _CPU:
-        return _contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
-    return contrastive_select_reference(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p,
-                                        uniform)
+    chosen = _contrastive_select if _CPU else contrastive_select_reference
+    ints, floats = chosen(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
+    if _DEVICE_SOURCE:
+        ints = _with_device_token(ints, logits, expert_rows, amateur_rows, alpha, beta, temperature)
+    return ints, floats
+
+
+def _with_device_token(ints, logits, expert_rows, amateur_rows, alpha, beta, temperature):
+    """``ints`` with the tokens of greedy requests chosen by the Ascend C operator."""
+    contrast = amateur_rows >= 0
+    expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)
+    amateur = ops.gather(logits, ops.maximum(ops.where(contrast, amateur_rows, expert_rows), 0), 0)
+    # alpha = 1 keeps the favourite alone: plain greedy decoding.
+    token = ascend.contrastive_token(expert, amateur, ops.where(contrast, alpha, ops.ones_like(alpha)),
+                                     ops.where(contrast, beta, ops.zeros_like(beta)))
+    greedy = ops.logical_and(temperature == 0, expert_rows >= 0)
+    return ops.concat((ops.where(greedy, token, ints[:, 0]).reshape(-1, 1), ints[:, 1:]), 1)
 
 
 def contrastive_select_reference(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform):

@@ -55,6 +55,13 @@ def answers(kernels, tmp_path):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def test_device_sources_give_the_same_tokens(tmp_path):
+    emulated, slow = answers("emulator", tmp_path), answers("reference", tmp_path)
+    assert (emulated[0], slow[0]) == ("emulator", "reference")
+    assert emulated[1] == slow[1]
+    assert np.abs(np.array(emulated[2]) - np.array(slow[2])).max() <= 2e-4
+
+
 @pytest.mark.skipif(backend() != "cpu", reason="the operators are not compiled here")
 def test_compiled_and_reference_operators_agree(tmp_path):
     fast, slow = answers("cpu", tmp_path), answers("reference", tmp_path)
