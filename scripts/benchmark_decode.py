@@ -327,9 +327,13 @@ def check(adapter, prompts, tokens, folder):
     """The compiled operators against the reference forms: logits, and tokens greedy and contrastive."""
     answers, logits = {}, {}
     for kernels in ("cpu", "reference"):
-        worker = Worker([sys.executable, __file__, "--child", "worker"], {"COLORA_KERNELS": kernels}, timeout=3600)
+        # No kept graphs: one compiled for the other kernels would make this compare a thing with itself.
+        environment = {"COLORA_KERNELS": kernels, "COLORA_COMPILE_CACHE": "0"}
+        worker = Worker([sys.executable, __file__, "--child", "worker"], environment, timeout=3600)
         path = folder / f"{kernels}.npy"
-        worker.ask("load", weight_format="float32", adapter=str(adapter), chunk=16)
+        used = worker.ask("load", weight_format="float32", adapter=str(adapter), chunk=16)["backend"]
+        if used != kernels:
+            raise BenchmarkError(f"the check asked for the {kernels} kernels and got the {used} ones")
         answers[kernels] = worker.ask("results", prompts=prompts, tokens=tokens, path=str(path))
         worker.close()
         logits[kernels] = np.load(path)
