@@ -20,6 +20,8 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 from mindspore.graph import api
 
+from colora_ms.kernels.aot import backend, library_path
+
 _ENABLE, _PATH = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
 _SIMPLE = (bool, int, float, str, type(None))
 
@@ -87,9 +89,9 @@ class GraphCache:
 
 
 def graph_key(cell, args, fingerprint):
-    """Digest of all that a compiled graph depends on: the Cell tree's classes, constants and parameters, and the
-    arguments' shapes and dtypes."""
-    parts = [fingerprint, str(ms.get_context("mode")), str(ms.get_context("device_target"))]
+    """Digest of all that a compiled graph depends on: the kernels in use, the Cell tree's classes, constants and
+    parameters, and the arguments' shapes and dtypes."""
+    parts = [fingerprint, backend(), str(library_path()), str(ms.get_context("mode")), str(ms.get_context("device_target"))]
     for name, child in cell.cells_and_names():
         constants = {k: v for k, v in vars(child).items() if not k.startswith("_") and _constant(v)}
         parts.append(f"{name}|{type(child).__module__}.{type(child).__qualname__}|{child.training}")

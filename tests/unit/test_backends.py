@@ -48,7 +48,8 @@ print(json.dumps([backend(), answers, logits.tolist()]))
 def answers(kernels, tmp_path):
     script = tmp_path / f"{kernels}.py"
     script.write_text(SCRIPT)
-    env = {**os.environ, "COLORA_KERNELS": kernels, "GLOG_v": "3"}
+    # One graph cache for all: graphs of different kernels must not meet in it.
+    env = {**os.environ, "COLORA_KERNELS": kernels, "GLOG_v": "3", "COLORA_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, str(script), os.path.dirname(os.path.dirname(__file__))], env=env,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,4 +69,4 @@ def test_compiled_and_reference_operators_agree(tmp_path):
     assert (fast[0], slow[0]) == ("cpu", "reference")
     assert fast[1] == slow[1]
     assert fast[1]["cold"] != fast[1]["greedy"] != fast[1]["base"]
-    assert np.abs(np.array(fast[2]) - np.array(slow[2])).max() <= 2e-4
+    assert 0 < np.abs(np.array(fast[2]) - np.array(slow[2])).max() <= 2e-4
