@@ -22,7 +22,6 @@ def run(arguments):
     started = time.perf_counter()
     from colora_ms.decoding import Contrast, Generator
     from colora_ms.training.config import TrainingConfig
-    from colora_ms.training.sources import load_examples
     from colora_ms.training.templates import make_template
     from colora_ms.training.trainer import train
 
@@ -76,13 +75,13 @@ def find_recipe(path):
 
 
 def held_out(config, size):
-    """Problems of the recipe's training tasks from other seeds; none stands in the training data."""
-    from colora_ms.training.sources import load_examples, without_overlap
+    """The first ``size`` problems of the recipe's test, none of which is trained on."""
+    from colora_ms.errors import ConfigError
+    from colora_ms.training.sources import load_examples
 
-    sources = config.data.train if isinstance(config.data.train, list) else [config.data.train]
-    test = load_examples([{**s, "seed": s["seed"] + 10_000_000, "size": 2 * size} for s in sources])
-    test, _ = without_overlap(test, load_examples(sources))
-    return test[:size]
+    if config.data.held_out is None:
+        raise ConfigError("the recipe has no data.held_out, the problems that the decoders are compared on")
+    return load_examples(config.data.held_out)[:size]
 
 
 def score(generator, test, template, decoders, arguments, output):

@@ -97,6 +97,8 @@ class DataConfig(_Section):
                              "({kind: jsonl | reasoning_gym | datasets, ...}), or a list of these.")
     validation: object = _setting(None, "Data of the evaluations during training, in the same "
                                   "form; questions in it are removed from the training data.")
+    held_out: object = _setting(None, "Data of a later test, in the same form; only used to remove "
+                                "its questions from the training data.")
     template: str = _setting("{prompt}\nAnswer: {completion}", "\"chat\" for the model's chat "
                              "template, or a text with {prompt} that ends with {completion}.")
     system: "str | None" = _setting(None, "System message in front of chats that have none (only "

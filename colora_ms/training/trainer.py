@@ -111,7 +111,7 @@ class Trainer:
         self.steps = config.loop.steps or self._steps_of(config.loop.epochs)
         self.step, self.best_step, self.best_loss = 0, None, None
         self.seconds_before = 0.0
-        self._stop = False
+        self._stop = ""  # name of the signal that asked to stop
 
     def _loader(self, data, rank, world, shuffle=True):
         options = self.config.data
@@ -180,8 +180,8 @@ class Trainer:
                         self._save(started)
                         saved = self.step
                     if self._stop:
-                        raise KeyboardInterrupt(f"stopped after update {self.step}; continue with "
-                                                "--resume")
+                        raise KeyboardInterrupt(f"stopped after update {self.step} "
+                                                f"({self._stop}); continue with --resume")
         finally:
             progress.close()
             if log:
@@ -327,16 +327,12 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         if not resume and checkpoints.list_checkpoints(config.output):
             raise CheckpointError(f"{config.output} holds a run already; continue it with resume "
                                   "(--resume), or choose another output folder")
-    train_examples = load_examples(config.data.train)
-    held_out = load_examples(config.data.validation) if config.data.validation is not None else []
-    removed = 0
-    if held_out:
-        train_examples, removed = without_overlap(train_examples, held_out)
+    train_examples, held_out, removed = load_data(config)
     decoder, tokenizer = load_model(config.model, weight_format=config.weight_format)
     data, validation = encode_data(config, tokenizer, train_examples, held_out, decoder)
     say = _Progress(0, 0, config.loop.progress and rank == 0).say
     say(f"training data: {data.summary()}"
-        + (f"; removed {removed} that stand in the validation data" if removed else ""))
+        + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
     if validation is not None:
         say(f"validation data: {validation.summary()}")
     lora = config.lora_config()
@@ -347,6 +343,24 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default"),
                       validation, callbacks, rank=rank, world=world)
     return trainer.train(resume)
+
+
+def load_data(config):
+    """The examples of a recipe.
+
+    Returns:
+        ``(train, validation, removed)``: two lists of ``Example`` (the second may be empty), and
+        the number of examples taken out of the first because their question stands in
+        ``data.validation`` or ``data.held_out``. The test keeps all its items: taking the shared
+        ones out of the test instead would leave it the unusual, harder questions.
+    """
+    train_examples = load_examples(config.data.train)
+    validation = load_examples(config.data.validation) if config.data.validation else []
+    test = load_examples(config.data.held_out) if config.data.held_out else []
+    if not validation and not test:
+        return train_examples, [], 0
+    train_examples, removed = without_overlap(train_examples, validation + test)
+    return train_examples, validation, removed
 
 
 def encode_data(config, tokenizer, train_examples, held_out, decoder):
@@ -429,7 +443,7 @@ class _stop_signals:
         self.trainer, self.old = trainer, {}
 
     def __enter__(self):
-        self.trainer._stop = False
+        self.trainer._stop = ""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.old[number] = signal.signal(number, self._handle)
@@ -438,7 +452,7 @@ class _stop_signals:
     def _handle(self, number, frame):
         if self.trainer._stop:
             raise KeyboardInterrupt
-        self.trainer._stop = True
+        self.trainer._stop = signal.Signals(number).name
 
     def __exit__(self, *error):
         for number, handler in self.old.items():
