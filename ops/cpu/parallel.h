@@ -12,7 +12,7 @@
 
 namespace colora {
 
-// OMP_NUM_THREADS if it is set, otherwise the number of usable cores.
+// COLORA_NUM_THREADS if it is set, otherwise the number of usable cores.
 int thread_count();
 
 // Which of the threads of the running call this is: 0 (the caller) to threads - 1.
