@@ -44,6 +44,7 @@ def decode(kernels, tmp_path):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_device_sources_decode_the_real_model(smollm2, tmp_path):
     from colora_ms.kernels import backend
 
