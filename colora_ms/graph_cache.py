@@ -23,6 +23,7 @@ from mindspore.graph import api
 from colora_ms.kernels.aot import backend, library_path
 
 _ENABLE, _PATH = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
+_WORK_PREFIX = "colora-process-"
 _SIMPLE = (bool, int, float, str, type(None))
 
 
@@ -60,10 +61,12 @@ class GraphCache:
         return result
 
     def _work_folder(self):
-        if self._work is None and os.environ.get(_PATH) is None:
+        given = os.environ.get(_PATH)
+        # A path that the user has set stays; one that a parent process of this package has set does not.
+        if self._work is None and (given is None or Path(given).name.startswith(_WORK_PREFIX)):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                holder = tempfile.TemporaryDirectory(prefix="process-", dir=self.folder)
+                holder = tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=self.folder)
             except OSError:
                 return None  # an unwritable home only costs the compile time
             self._work = holder

@@ -48,6 +48,12 @@ def test_another_order_gives_the_right_graphs(tmp_path):
     assert start(tmp_path, "3x8", "7x4", "3x4") == [[[6.0] * 8, [14.0] * 4, [6.0] * 4], 2, 1]
 
 
+def test_a_child_of_a_caching_process_caches_too(tmp_path):
+    inherited = {"MS_COMPILER_CACHE_PATH": str(tmp_path / "cache" / "colora-process-of-the-parent")}
+    assert start(tmp_path, "3x4", **inherited)[1:] == [0, 1]
+    assert start(tmp_path, "3x4", **inherited)[1:] == [1, 0]
+
+
 def test_the_cache_can_be_switched_off(tmp_path):
     assert start(tmp_path, "3x4", COLORA_COMPILE_CACHE="0") == [[[6.0] * 4], None, None]
     assert not (tmp_path / "cache").exists()
