@@ -5,15 +5,9 @@ weight in one of four formats (see :mod:`colora_ms.models.quantize`): float32, b
 """
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 
 from colora_ms.kernels import ABSENT, embedding, multi_lora_linear, rms_norm, rms_norm_residual
-
-
-def frozen(value, name):
-    """A Parameter that is not trained, from a NumPy array or Tensor."""
-    tensor = value if isinstance(value, Tensor) else Tensor(value)
-    return Parameter(tensor, name=name, requires_grad=False)
 
 
 class Linear(nn.Cell):
