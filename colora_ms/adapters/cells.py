@@ -47,6 +47,10 @@ class AdapterCell(nn.Cell):
         """Add a slot's adapter to the base weights, in float32; :meth:`unmerge` restores them to the last bit."""
         raise NotImplementedError
 
+    def problems_with(self, target):
+        """Why an adapter with this Target cannot live in this Cell beside its rank, as a list of sentences."""
+        return []
+
     def keep(self, parameters):
         """Copy base Parameters aside before they change."""
         self._kept = [(parameter, parameter.asnumpy().copy()) for parameter in parameters]

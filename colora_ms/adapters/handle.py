@@ -10,11 +10,11 @@ from mindspore import Parameter, Tensor
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.config import INITIALISATIONS
-from colora_ms.adapters.matching import places_of, value_shapes
-from colora_ms.adapters.matching import plan as make_plan
+from colora_ms.adapters.matching import places_of
 from colora_ms.adapters.merging import check_mergeable, not_finite
 from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
-from colora_ms.adapters.registry import method
+from colora_ms.adapters.registry import method, value_shapes
+from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.store import check_name
 from colora_ms.errors import AdapterError, near
 
@@ -30,7 +30,7 @@ class Adapters:
 
     Attributes:
         net: the model; capacity: slots that it has; trainable: whether the adapters' Parameters require gradients.
-        sites: {(module name, "lora" or "saved"): adapter Cell}.
+        sites: {(module name, "lora" or "saved"): adapter Cell}; peft_type: the method that the Cells are of.
         active_slot: () int32 Parameter, the adapter of the Cells that take no row slots, -1 = none.
     """
 
@@ -41,6 +41,7 @@ class Adapters:
         self.trainable = trainable
         self.base_model = base_model
         self.dropout = 0.0
+        self.peft_type = "LORA"
         self.sites = {}
         self.active_slot = Parameter(Tensor(-1, ms.int32), name="adapters.active_slot", requires_grad=False)
         self._defaults = defaults
@@ -116,8 +117,9 @@ class Adapters:
         self._check_not_merged("train")
         slot, _, plan = self._entry(name)
         wanted = set(places_of(plan))
-        return [parameter for place, cell in self.sites.items() if place in wanted
-                for parameter in cell.parameters_of(slot)]
+        found = [parameter for place, cell in self.sites.items() if place in wanted
+                 for parameter in cell.parameters_of(slot)]
+        return list({id(parameter): parameter for parameter in found}.values())
 
     # -- adding, choosing, removing -----------------------------------------------------------------------------------
 
@@ -196,8 +198,11 @@ class Adapters:
                 (safe_merge) a value is not finite; the weights are as before.
         """
         name = self._default(name)
-        slot, _, plan = self._entry(name)
+        slot, config, plan = self._entry(name)
         self._check_not_merged("merge another")
+        reason = method(config.peft_type).why_not_merge(config)
+        if reason:
+            raise AdapterError(f"adapter {name!r} cannot be merged: {reason}")
         places = [place for place in self.sites if place in set(places_of(plan))]
         check_mergeable(self.net, self._cells, name, places)
         for place in places:
@@ -234,7 +239,7 @@ class Adapters:
         """
         slot, config, plan = self._entry(self._default(name))
         values = {}
-        for place, shapes in value_shapes(plan, self.modules).items():
+        for place, shapes in value_shapes(config, plan, self.modules).items():
             values[place] = self.sites[place].read(slot, shapes)
         if self.base_model and not config.base_model_name_or_path:
             config.base_model_name_or_path = str(self.base_model)
@@ -280,13 +285,16 @@ class Adapters:
 
     def check_start(self, config):
         """Refuse a config that a new adapter cannot begin with."""
-        if not any(config.init_lora_weights is one for one in (True, False)) \
-                and config.init_lora_weights not in INITIALISATIONS:
-            raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} is not implemented for a new adapter; "
+        start = getattr(config, "init_lora_weights", True)
+        if not any(start is one for one in (True, False)) and start not in INITIALISATIONS:
+            raise AdapterError(f"init_lora_weights={start!r} is not implemented for a new adapter; "
                                "use one of " + ", ".join(map(repr, INITIALISATIONS)))
 
     def check_fits(self, config, plan):
         """Refuse a plan that needs Cells which ``inject`` did not make; all reasons in one error."""
+        if config.peft_type != self.peft_type:
+            raise AdapterError(f"the adapter is of the method {config.peft_type}, the model was prepared for "
+                               f"{self.peft_type}; unload() its adapters first, or load this one into another model")
         problems = []
         for path, target in plan.targets.items():
             cell = self.sites.get((path, "lora"))
@@ -294,6 +302,8 @@ class Adapters:
                 problems.append(f"{path} was not prepared for adapters")
             elif cell.max_rank < target.r:
                 problems.append(f"{path} has room for rank {cell.max_rank}, the adapter has rank {target.r}")
+            else:
+                problems += cell.problems_with(target)
         problems += [f"{path} was not prepared for a bias of the adapter's own" for path in plan.biases
                      if not getattr(self.sites.get((path, "lora")), "has_bias", False)]
         problems += [f"{path} was not prepared to be saved whole" for path in plan.saved

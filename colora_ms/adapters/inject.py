@@ -1,5 +1,6 @@
 """Putting adapters into a model: ``inject`` replaces Cells in place, ``load_adapter`` does it from a folder."""
 
+import dataclasses
 from pathlib import Path
 
 from colora_ms.adapters import tree
@@ -8,9 +9,9 @@ from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
-from colora_ms.adapters.matching import plan as make_plan
 from colora_ms.adapters.peft_format import StoredAdapter
-from colora_ms.adapters.registry import Site, method
+from colora_ms.adapters.registry import METHODS, Site, method
+from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.saved import SavedModule
 from colora_ms.adapters.store import check_name
 from colora_ms.errors import AdapterError
@@ -26,12 +27,13 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     Args:
         net: a :class:`colora_ms.models.decoder.Decoder`, or any Cell tree with ``nn.Dense``, ``mint.nn.Linear`` or
             embedding Cells.
-        config: LoraConfig of the first adapter, which becomes active; None for an empty bank (then give ``reserve``).
+        config: LoraConfig (or another method's) of the first adapter, which becomes active; None for an empty bank (then
+            give ``reserve``).
         adapter_name: name of that adapter, ``[A-Za-z0-9._-]{1,64}``.
         slots: adapters that the model can hold at a time. A trained adapter needs no more than one.
         max_rank: largest rank of any adapter; by default what ``config`` (or ``reserve``) needs, module by module.
-        reserve: modules that later adapters may use beside those of ``config``: a LoraConfig (its targets, rank,
-            modules_to_save and bias), or just its ``target_modules``. Cells are made now, so that adding an adapter
+        reserve: modules that later adapters may use beside those of ``config``: a config of its kind (its targets,
+            rank, modules_to_save and bias), or just its ``target_modules``. Cells are made now, so that adding an adapter
             later compiles nothing.
         trainable: whether the adapter's Parameters require gradients.
         seed: of the initial values; by default ``mindspore.get_seed()``, or 0. Each module has its own stream.
@@ -58,7 +60,8 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     handle.dropout = config.lora_dropout if config is not None else getattr(reserve, "lora_dropout", 0.0)
     if config is not None:
         handle.check_start(config)
-    _replace(net, handle, plans, config.peft_type if config is not None else "LORA", max_rank)
+    first = config if config is not None else reserve
+    _replace(net, handle, plans, getattr(first, "peft_type", "LORA"), max_rank)
     if config is not None:
         handle.add_adapter(adapter_name, config)
         handle.set_adapter(adapter_name)
@@ -159,9 +162,16 @@ def _reserved(reserve, configs, max_rank, modules, defaults):
     """The plan of the modules that later adapters may use, in a list (empty without ``reserve``)."""
     if reserve is None:
         return []
-    if not isinstance(reserve, LoraConfig):
-        ranks = [r for config in configs for r in (config.r, *config.rank_pattern.values())]
-        reserve = LoraConfig(target_modules=reserve, r=max_rank or max(ranks, default=LoraConfig.r))
+    if not isinstance(reserve, tuple(method_.config for method_ in METHODS.values())):
+        ranks = [r for config in configs for r in (config.r, *getattr(config, "rank_pattern", {}).values())]
+        rank = max_rank or max(ranks, default=LoraConfig.r)
+        if configs and not isinstance(configs[0], LoraConfig):
+            reserve = dataclasses.replace(configs[0], target_modules=reserve, r=rank)
+        else:
+            reserve = LoraConfig(target_modules=reserve, r=rank)
+    if configs and reserve.peft_type != configs[0].peft_type:
+        raise AdapterError(f"reserve is for {reserve.peft_type} adapters, the adapter is of the method "
+                           f"{configs[0].peft_type}; the Cells of a model are of one method")
     return [make_plan(reserve, modules, defaults)]
 
 
@@ -172,16 +182,19 @@ def _replace(net, handle, plans, peft_type, max_rank):
         raise AdapterError(f"max_rank is {max_rank!r}, but an adapter here has rank {needed}")
     names = tree.ParameterNames(net)
     cells = tree.cells_by_name(net)
-    wrap = method(peft_type).wrap
+    wrap, shared = method(peft_type).wrap, {}
+    handle.peft_type = peft_type
     for parameter in net.get_parameters():
         parameter.requires_grad = False
     for path, module in handle.modules.items():
-        rank = max((plan.targets[path].r for plan in plans if path in plan.targets), default=0)
+        targets = [plan.targets[path] for plan in plans if path in plan.targets]
+        target = max(targets, key=lambda one: one.r, default=None)
+        rank = target.r if target else 0
         bias = any(path in plan.biases for plan in plans)
         cell = cells[path]
         if rank or bias:
             rank = max_rank if rank and max_rank else rank
-            site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot)
+            site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot, target, shared)
             cell = handle.sites[path, "lora"] = wrap(cell, path, site)
         if any(path in plan.saved for plan in plans):
             cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle)

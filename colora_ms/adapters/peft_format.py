@@ -34,6 +34,8 @@ class Entry:
     shape: tuple
     transposed: bool = False
     alias: str = ""
+    #: Names under which PEFT writes the same tensor again, for other modules that share it.
+    copies: tuple = ()
 
 
 class StoredAdapter:
@@ -97,6 +99,7 @@ class StoredAdapter:
             used.add(name)
             value = self._tensor(name, entry.shape, problems)
             if value is not None:
+                used.update(self._check_copies(name, value, entry.copies, problems))
                 value = np.ascontiguousarray(value.T) if entry.transposed else value
                 found.setdefault((entry.path, entry.role), {})[entry.field] = value
         for name in self.file.entries:
@@ -105,6 +108,16 @@ class StoredAdapter:
                                 "the config describes." + near(name, [key for key in wanted if key not in used], 1))
         self.refuse(problems, base_model)
         return found
+
+    def _check_copies(self, name, value, copies, problems):
+        """The copies of a shared tensor that the file has; one that differs is a problem."""
+        there = [copy for copy in copies if copy in self.file.entries]
+        for copy in there:
+            other = self._tensor(copy, value.shape, problems)
+            if other is not None and not np.array_equal(other, value):
+                problems.append(f"tensors {name!r} and {copy!r} differ by up to {np.abs(other - value).max():.3g}, but the "
+                                "config says that these modules share one: the file is damaged, or the config is not its")
+        return there
 
     def _tensor(self, name, shape, problems):
         if self.file.shape(name) != shape:
@@ -163,13 +176,14 @@ def entries(plan, modules):
     return found
 
 
-def write_adapter(folder, config, plan, modules, values):
+def write_adapter(folder, config, plan, modules, values, copies=False):
     """Write an adapter as PEFT does, whole or not at all.
 
     Args:
         folder: created, or replaced while its other files are kept.
         config: the adapter's config; plan and modules: what it means on the model.
         values: {(module name, role): {field: float32 array}}, as :meth:`StoredAdapter.read` returns.
+        copies: write a tensor that modules share once for each of them, as PEFT does, not once.
 
     Raises:
         AdapterError: a value is not finite, or the folder cannot be written.
@@ -180,6 +194,8 @@ def write_adapter(folder, config, plan, modules, values):
         tensors[key] = np.ascontiguousarray(value.T) if entry.transposed else value
         if not np.isfinite(value).all():
             broken.append(key)
+        if copies:
+            tensors.update(dict.fromkeys(entry.copies, tensors[key]))
     if broken:
         raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values that "
                            f"are not finite, {broken[0]!r} first: its training diverged; load an earlier checkpoint")

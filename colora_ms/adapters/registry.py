@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
+from colora_ms.adapters import matching
 from colora_ms.errors import AdapterError, near
 
 METHODS = {}
@@ -15,14 +16,22 @@ class Method:
     Attributes:
         config: its config class, with ``peft_type``, ``parse_peft``, ``to_peft`` and the fields that matching reads.
         wrap: function (base Cell, name, :class:`Site`) that returns the adapter Cell to put in its place.
-        initial_values: function (config, target, module, random) that gives the values a new adapter starts from.
+        initial_values: function (config, target, module, random) that gives the values a new adapter starts from: those
+            fields that this module owns (a tensor that modules share is owned by one of them).
         entries: function (plan, modules) that lists its tensors on disk; None for PEFT's LoRA names.
+        plan: function (config, modules, defaults) -> Plan; by default :func:`colora_ms.adapters.matching.plan`.
+        value_shapes: function (plan, modules) that gives the shapes of its values as the Cells read and write them; by
+            default :func:`colora_ms.adapters.matching.value_shapes`.
+        why_not_merge: function (config) that says why such an adapter cannot be merged, or "".
     """
 
     config: Any
     wrap: Callable
     initial_values: Callable
     entries: Optional[Callable] = None
+    plan: Callable = matching.plan
+    value_shapes: Callable = matching.value_shapes
+    why_not_merge: Callable = lambda config: ""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Site:
         slots: adapters that it holds; max_rank: the largest rank (0 for a bias alone).
         dropout, bias, trainable: as the Cells take them.
         active_slot: the scalar Parameter for Cells without row slots.
+        target: the module's Target with the largest rank of those that the Cell is made for; None for a bias alone.
+        shared: a dict, the same one for all Cells of a model, for what they have in common.
     """
 
     slots: int
@@ -41,6 +52,8 @@ class Site:
     bias: bool
     trainable: bool
     active_slot: Any
+    target: Any = None
+    shared: Optional[dict] = None
 
 
 def register(method_):
@@ -55,3 +68,18 @@ def method(peft_type, where=""):
         raise AdapterError(f"peft_type {peft_type!r:.60}{place} is not implemented; known: {', '.join(sorted(METHODS))}."
                            + near(peft_type, METHODS))
     return METHODS[peft_type]
+
+
+def named(name, where=""):
+    """The Method called ``name`` in a recipe, in any case: "lora" for "LORA"."""
+    return method(name.upper() if isinstance(name, str) else name, where)
+
+
+def plan(config, modules, defaults=None):
+    """The Plan of any method's config on a model; see :func:`colora_ms.adapters.matching.plan`."""
+    return method(config.peft_type).plan(config, modules, defaults)
+
+
+def value_shapes(config, plan_, modules):
+    """Shapes of an adapter's values, see :func:`colora_ms.adapters.matching.value_shapes`."""
+    return method(config.peft_type).value_shapes(plan_, modules)
