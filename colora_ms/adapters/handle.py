@@ -9,6 +9,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 
 from colora_ms.adapters import tree
+from colora_ms.adapters.combine import combine
 from colora_ms.adapters.config import INITIALISATIONS
 from colora_ms.adapters.matching import places_of
 from colora_ms.adapters.merging import check_mergeable, not_finite
@@ -135,6 +136,32 @@ class Adapters:
         plan = make_plan(config, self.modules, self._defaults)
         self.check_fits(config, plan)
         self.publish(name, config, plan, self._initial(config, plan))
+
+    def add_weighted_adapter(self, names, weights, new_name, combination_type="svd", svd_rank=None, svd_clamp=None,
+                             density=None, majority_sign_method="total", seed=0):
+        """Combine adapters into a new one in a free slot; see :mod:`colora_ms.adapters.combine` for the ways to do it.
+
+        Args:
+            names: of the adapters, all LoRA without DoRA, biases or modules saved whole.
+            weights: a number for each; negative ones subtract.
+            new_name: of the new adapter; its scaling is 1.
+            combination_type: svd, cat, linear, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four
+                with ``_svd``, as in PEFT. With one adapter always linear.
+            svd_rank: rank of the new adapter where the type ends in svd; by default the largest of the adapters'.
+            svd_clamp: quantile at which the factors of a decomposition are cut off, or None.
+            density: share of the values to keep, for the types with ties, dare or prune.
+            majority_sign_method: how ties elects a sign: by the "total" of the values or their "frequency".
+            seed: of the random choices of dare.
+
+        Raises:
+            AdapterError: all that is wrong with the arguments, or the new adapter does not fit the Cells (``cat`` needs
+                ``max_rank`` as large as the sum of the ranks); nothing is changed.
+        """
+        self._check_new_name(new_name)
+        config, plan, values = combine(self, names, weights, combination_type, svd_rank, svd_clamp, density,
+                                       majority_sign_method, seed)
+        self.check_fits(config, plan)
+        self.publish(new_name, config, plan, values)
 
     def delete_adapter(self, name):
         """Remove an adapter; its slot is free afterwards."""

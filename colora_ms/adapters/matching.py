@@ -131,6 +131,13 @@ def value_shapes(plan_, modules):
     return shapes
 
 
+def shortest_names(names, modules):
+    """A list for ``target_modules`` that means exactly ``names``: their last parts if those suffice, else whole names."""
+    short = {name.rsplit(".", 1)[-1] for name in names}
+    meant = {name for name in modules if not short.isdisjoint(_endings(name))}
+    return sorted(short if meant == set(names) else names)
+
+
 class _Tests:
     """All regular expressions of a config, matched against all names at once."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from colora_ms.adapters import store
+from colora_ms.adapters.matching import shortest_names
 from colora_ms.adapters.registry import method
 from colora_ms.errors import AdapterError, CheckpointError, near
 from colora_ms.models.safetensors_file import SafetensorsFile, write_safetensors
@@ -222,9 +223,7 @@ def _explicit_targets(config, plan, modules):
     if not (config.target_modules is None and plan.targets or
             isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return None
-    short = {name.rsplit(".", 1)[-1] for name in plan.targets}
-    meant = {name for name in modules if any(name == one or name.endswith("." + one) for one in short)}
-    return sorted(short if meant == set(plan.targets) else plan.targets)
+    return shortest_names(plan.targets, modules)
 
 
 def _open_weights(folder):

@@ -50,3 +50,42 @@ AWKWARD_STRINGS = [
     "    def f(x):\n        return x ** 2\n", "C:\\path\\to\\file", "https://example.org/?q=a%20b&c=d",
     "＝＝＝", "!!!???...", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "١٢٣ ४५६ Ⅷ ²³",
 ]
+
+# Adapters on tiny/llama that are combined: name -> LoRA settings.
+COMBINED = {
+    "a": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj", "embed_tokens"]},
+    "b": {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": ["q_proj", "up_proj", "embed_tokens"]},
+    "c": {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "embed_tokens"]},
+    "wide": {"r": 6, "lora_alpha": 3, "target_modules": ["q_proj"]},
+}
+
+# case -> (names, weights, options of add_weighted_adapter)
+COMBINATIONS = {
+    "cat": (["a", "c", "wide"], [0.7, -0.4, 1.5], {"combination_type": "cat"}),
+    "svd": (["a", "c", "wide"], [0.7, -0.4, 1.5], {"combination_type": "svd"}),
+    "svd_rank": (["a", "c"], [1.0, 2.0], {"combination_type": "svd", "svd_rank": 2}),
+    "linear": (["a", "c"], [0.7, -0.4], {"combination_type": "linear"}),
+    "single": (["c"], [-0.5], {"combination_type": "svd"}),
+    "ties": (["a", "c"], [1.0, 0.6], {"combination_type": "ties", "density": 0.4}),
+    "ties_frequency": (["a", "c"], [1.0, 0.6], {"combination_type": "ties", "density": 0.7,
+                                                "majority_sign_method": "frequency"}),
+    "ties_svd": (["a", "c", "wide"], [1.0, 0.6, 0.9], {"combination_type": "ties_svd", "density": 0.5}),
+    "magnitude_prune": (["a", "c"], [1.0, -0.6], {"combination_type": "magnitude_prune", "density": 0.3}),
+    "magnitude_prune_svd": (["a", "wide"], [1.0, -0.6], {"combination_type": "magnitude_prune_svd", "density": 0.3,
+                                                         "svd_rank": 5}),
+    "dare_linear_all": (["a", "c"], [1.0, 0.5], {"combination_type": "dare_linear", "density": 1.0}),
+    "dare_ties_svd_all": (["a", "wide"], [1.0, 0.5], {"combination_type": "dare_ties_svd", "density": 1.0}),
+    "cat_rslora": (["a", "b"], [0.7, -0.4], {"combination_type": "cat"}),
+}
+
+COMBINED_MODULES = {"q": "model.layers.0.self_attn.q_proj", "up": "model.layers.0.mlp.up_proj",
+                    "down": "model.layers.1.mlp.down_proj", "embed": "model.embed_tokens"}
+
+
+def combined_tensor(name, key, shape):
+    """A factor of the adapter ``name`` of ``COMBINED``: uniform, unlike for every name and key."""
+    path = key.split("lora_", 1)[0].removeprefix("base_model.model.").rstrip(".")
+    half = "B" if "_B" in key else "A"
+    raw = np.random.PCG64(zlib.crc32(f"{name} {path} {half}".encode())).random_raw(int(np.prod(shape)))
+    unit = (raw >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24) - np.float32(0.5)
+    return unit.reshape(shape)
