@@ -9,6 +9,7 @@ from colora_ms.kernels.attention import (
     causal_attention_reference,
 )
 from colora_ms.kernels.embedding import embedding, embedding_reference
+from colora_ms.kernels.layers import decoder_layers, fuses_layers
 from colora_ms.kernels.linear import multi_lora_linear, multi_lora_linear_reference
 from colora_ms.kernels.lora import lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference
 from colora_ms.kernels.loss import (
@@ -30,8 +31,10 @@ __all__ = [
     "causal_attention_reference",
     "contrastive_select",
     "contrastive_select_reference",
+    "decoder_layers",
     "embedding",
     "embedding_reference",
+    "fuses_layers",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_token_losses",

@@ -113,29 +113,29 @@ def dequantize(weight, weight_scale):
 _NAME = "multi_lora_linear"
 
 
-def _check_linear(i, columns, operands):
-    """Shapes of one linear -> number of outputs. ``operands`` are six shapes (lists of int)."""
+def check_linear(i, columns, operands, name=_NAME):
+    """Shapes of one linear -> number of outputs. ``operands`` are six shapes (lists of int); i, name: for messages."""
     weight, weight_scale, bias, down, up, scale = operands
     tag = f" (linear {i})" if i else ""
-    require(len(weight) == 2, _NAME, "weight" + tag, weight, "(out, in), or (out, in/2) for int4")
+    require(len(weight) == 2, name, "weight" + tag, weight, "(out, in), or (out, in/2) for int4")
     out = weight[0]
-    require(weight[1] in (columns, columns / 2), _NAME, "weight" + tag, weight,
+    require(weight[1] in (columns, columns / 2), name, "weight" + tag, weight,
             f"{columns} columns like x ({columns / 2:g} for packed int4)")
     if weight_scale:
-        require(len(weight_scale) in (1, 2) and weight_scale[0] == out, _NAME, "weight_scale" + tag, weight_scale,
+        require(len(weight_scale) in (1, 2) and weight_scale[0] == out, name, "weight_scale" + tag, weight_scale,
                 f"({out},) or ({out}, groups)")
         if len(weight_scale) == 2:
-            require(weight_scale[1] > 0 and columns % weight_scale[1] == 0, _NAME, "weight_scale" + tag, weight_scale,
+            require(weight_scale[1] > 0 and columns % weight_scale[1] == 0, name, "weight_scale" + tag, weight_scale,
                     f"a number of groups that divides {columns}")
     if bias:
-        require_shape(_NAME, "bias" + tag, bias, (out,))
+        require_shape(name, "bias" + tag, bias, (out,))
     given = [len(shape) > 0 for shape in (down, up, scale)]
     if any(given):
-        for name, shape, there in zip(("down", "up", "scale"), (down, up, scale), given):
-            require(there, _NAME, name + tag, "absent", "given, since 'down', 'up' and 'scale' come together")
-        require(len(down) == 3 and down[2] == columns, _NAME, "down" + tag, down, f"(slots, rank, {columns})")
-        require_shape(_NAME, "up" + tag, up, (down[0], out, down[1]))
-        require_shape(_NAME, "scale" + tag, scale, (down[0],))
+        for argument, shape, there in zip(("down", "up", "scale"), (down, up, scale), given):
+            require(there, name, argument + tag, "absent", "given, since 'down', 'up' and 'scale' come together")
+        require(len(down) == 3 and down[2] == columns, name, "down" + tag, down, f"(slots, rank, {columns})")
+        require_shape(name, "up" + tag, up, (down[0], out, down[1]))
+        require_shape(name, "scale" + tag, scale, (down[0],))
     return out
 
 
@@ -147,7 +147,7 @@ def _shapes(x, slots, *operands):
     if slots:
         require_shape(_NAME, "slots", slots, (x[0],))
     outputs = tuple(
-        list(x[:-1]) + [_check_linear(i, x[-1], operands[OPERANDS * i : OPERANDS * (i + 1)])] for i in range(n)
+        list(x[:-1]) + [check_linear(i, x[-1], operands[OPERANDS * i : OPERANDS * (i + 1)])] for i in range(n)
     )
     return outputs if n > 1 else outputs[0]
 

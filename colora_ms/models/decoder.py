@@ -10,7 +10,9 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, mint, nn, ops
 
 from colora_ms.errors import CheckpointError
-from colora_ms.kernels import cached_attention, causal_attention, multi_lora_linear, rms_norm, swiglu
+from colora_ms.kernels import (
+    ABSENT, cached_attention, causal_attention, decoder_layers, fuses_layers, multi_lora_linear, swiglu,
+)
 from colora_ms.models.layers import Embedding, Linear, RMSNorm
 from colora_ms.models.quantize import check_format, to_format
 from colora_ms.models.rope import rope_tables
@@ -105,6 +107,28 @@ class DecoderLayer(nn.Cell):
         return self.mlp(h, slots), residual
 
 
+    @property
+    def fusible(self):
+        """Whether ``layer_operands()`` tells all that the layer computes, so that layers can share one kernel call."""
+        attention, mlp = self.self_attn, self.mlp
+        cells = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
+                 mlp.down_proj, self.input_layernorm, self.post_attention_layernorm]
+        cells += [attention.q_norm, attention.k_norm] if attention.qk_norm else []
+        return all(cell.fusible for cell in cells)
+
+    def layer_operands(self, keys, values):
+        """The layer's tensors in :func:`colora_ms.kernels.decoder_layers`."""
+        attention, mlp = self.self_attn, self.mlp
+        before, after = self.input_layernorm, self.post_attention_layernorm
+        head_norms = (ABSENT, ABSENT, ABSENT, ABSENT)
+        if attention.qk_norm:
+            head_norms = (attention.q_norm.weight, attention.q_norm.eps, attention.k_norm.weight, attention.k_norm.eps)
+        return ((before.weight, before.eps) + attention.q_proj.operands() + attention.k_proj.operands()
+                + attention.v_proj.operands() + head_norms + (keys, values) + attention.o_proj.operands()
+                + (after.weight, after.eps) + mlp.gate_proj.operands() + mlp.up_proj.operands()
+                + mlp.down_proj.operands())
+
+
 class DecoderModel(nn.Cell):
     """Embedding, layers and last norm: token ids to hidden states."""
 
@@ -125,13 +149,25 @@ class DecoderModel(nn.Cell):
         x, residual = self.norm.add(x, residual, slots)
         return x
 
+    @property
+    def fused(self):
+        """Whether all layers of a step run as one operator."""
+        return fuses_layers() and all(layer.fusible for layer in self.layers)
+
     def cached(self, ids, slots, cache, cache_rows, start, length):
         x = self.embed_tokens(ids, slots)
         residual = ops.zeros_like(x)
         keys, values = cache.keys, cache.values
-        for i, layer in enumerate(self.layers):
-            x, residual = layer.cached(x, residual, slots, self.rope_cos, self.rope_sin, keys[i], values[i],
-                                       cache_rows, start, length)
+        if self.fused:
+            operands = ()
+            for i, layer in enumerate(self.layers):
+                operands = operands + layer.layer_operands(keys[i], values[i])
+            x, residual = decoder_layers(x, residual, slots, self.rope_cos, self.rope_sin, cache_rows, start, length,
+                                         *operands)
+        else:
+            for i, layer in enumerate(self.layers):
+                x, residual = layer.cached(x, residual, slots, self.rope_cos, self.rope_sin, keys[i], values[i],
+                                           cache_rows, start, length)
         x, residual = self.norm.add(x, residual, slots)
         return x
 

@@ -61,6 +61,9 @@ class Embedding(nn.Cell):
 class RMSNorm(nn.Cell):
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last axis, in float32."""
 
+    #: True where weight and eps are all that the Cell computes with.
+    fusible = True
+
     def __init__(self, weight, eps):
         super().__init__()
         self.weight = weight

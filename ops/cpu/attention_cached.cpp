@@ -6,36 +6,15 @@
 
 #include <cstring>
 
-#include "attention.h"
-#include "check.h"
+#include "attention_cached.h"
 #include "parallel.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
 
-using colora::Tensor;
-
 constexpr int64_t kChunk = 256;   // positions of one decoding task
 constexpr int kGroupPart = 4;     // query heads handled together; larger groups go in parts
 constexpr int kStrip = kLanes == 16 ? 4 : 2;  // value vectors held in registers per query head
-
-struct Sizes {
-  int64_t rows, tokens, heads, kv_heads, group, dim, half, max_len;
-};
-
-struct Arguments {
-  Sizes n;
-  const float *q, *k, *v, *cos, *sin;
-  const int32_t *cache_rows, *start, *length;
-  float* out;
-  bool active(int64_t row) const { return length[row] > 0; }
-  template <class T>
-  T* cache(void* base, int64_t row, int64_t kv) const {
-    return static_cast<T*>(base) + (int64_t(cache_rows[row]) * n.kv_heads + kv) * n.max_len * n.dim;
-  }
-  const float* cosines(int64_t row, int64_t token) const { return cos + (start[row] + token) * n.half; }
-  const float* sines(int64_t row, int64_t token) const { return sin + (start[row] + token) * n.half; }
-};
 
 // Folds vectors so that lane i of the result is the sum over the lanes of v[i].
 template <int kDistance, int... I>
@@ -125,7 +104,7 @@ void decode_chunk(const float* queries, int64_t query_row, const T* keys, const 
 }
 
 template <class T>
-void append(const Arguments& a, void* k_cache, void* v_cache, int64_t row, int64_t token) {
+void append(const CachedArguments& a, void* k_cache, void* v_cache, int64_t row, int64_t token) {
   const int64_t position = a.start[row] + token, width = a.n.kv_heads * a.n.dim;
   for (int64_t kv = 0; kv < a.n.kv_heads; ++kv) {
     const int64_t from = (row * a.n.tokens + token) * width + kv * a.n.dim, to = position * a.n.dim;
@@ -138,8 +117,8 @@ void append(const Arguments& a, void* k_cache, void* v_cache, int64_t row, int64
 }
 
 template <class T>
-void decode(const Arguments& a, void* k_cache, void* v_cache) {
-  const Sizes& n = a.n;
+void decode(const CachedArguments& a, void* k_cache, void* v_cache) {
+  const CachedSizes& n = a.n;
   const int64_t width = padded(n.dim), heads = n.heads;
   std::vector<float> queries(size_t(n.rows * heads * width));
   struct Task { int64_t row, kv, chunk; };
@@ -219,8 +198,8 @@ void decode(const Arguments& a, void* k_cache, void* v_cache) {
 }
 
 template <class T>
-void prefill(const Arguments& a, void* k_cache, void* v_cache) {
-  const Sizes& n = a.n;
+void prefill(const CachedArguments& a, void* k_cache, void* v_cache) {
+  const CachedSizes& n = a.n;
   const int64_t block = std::max<int64_t>(1, kQueryBlock / n.group);  // tokens of a block
   struct Task { int64_t row, kv, token; };
   std::vector<Task> tasks;
@@ -256,7 +235,11 @@ void prefill(const Arguments& a, void* k_cache, void* v_cache) {
   });
 }
 
-void check_rows(const Tensor& cache_rows, const Tensor& start, const Tensor& length, int64_t rows, int64_t tokens,
+}  // namespace
+
+using colora::Tensor;
+
+void check_cache_rows(const Tensor& cache_rows, const Tensor& start, const Tensor& length, int64_t rows, int64_t tokens,
                 int64_t total, int64_t max_len) {
   for (const Tensor* t : {&cache_rows, &start, &length})
     t->expect_dtype("int32").expect_rank(1).expect_dim(0, rows, "rows, as in q");
@@ -281,50 +264,58 @@ void check_rows(const Tensor& cache_rows, const Tensor& start, const Tensor& len
   }
 }
 
-}  // namespace
+CachedSizes cached_sizes(const Tensor& k_cache, const Tensor& v_cache, const Tensor& cos, const Tensor& sin,
+                         int64_t rows, int64_t tokens, int64_t heads_width, const Tensor& q) {
+  for (const Tensor* t : {&cos, &sin}) t->expect_dtype("float32").expect_rank(2);
+  k_cache.expect_dtype("float32", "bfloat16").expect_rank(4);
+  v_cache.expect_dtype(k_cache.dtype).expect_same_shape(k_cache);
+  CachedSizes n;
+  n.rows = rows, n.tokens = tokens, n.kv_heads = k_cache.dim(1), n.max_len = k_cache.dim(2);
+  n.dim = k_cache.dim(3), n.half = n.dim / 2;
+  if (n.dim < 2 || n.dim % 2) k_cache.fail("has head_dim %lld, expected an even number >= 2", (long long)n.dim);
+  if (n.kv_heads < 1) k_cache.fail("has %lld key/value heads, expected at least 1", (long long)n.kv_heads);
+  n.heads = heads_width / n.dim, n.group = n.heads / n.kv_heads;
+  if (n.group < 1 || n.group * n.kv_heads * n.dim != heads_width)
+    q.fail("has %lld outputs for the queries, expected a multiple of kv_heads * head_dim = %lld",
+           (long long)heads_width, (long long)(n.kv_heads * n.dim));
+  cos.expect_dim(1, n.half, "head_dim / 2");
+  if (cos.dim(0) < n.max_len)
+    cos.fail("has %lld positions, expected at least the cache's %lld", (long long)cos.dim(0), (long long)n.max_len);
+  sin.expect_same_shape(cos);
+  return n;
+}
+
+void attend_cached(const CachedArguments& a, void* k_cache, void* v_cache, bool half_width) {
+  const CachedSizes& n = a.n;
+  const int64_t width = n.heads * n.dim;
+  for (int64_t row = 0; row < n.rows; ++row)
+    std::fill(a.out + (row * n.tokens + a.length[row]) * width, a.out + (row + 1) * n.tokens * width, 0.0f);
+  if (n.rows == 0 || n.tokens == 0) return;
+  if (n.tokens == 1) {
+    half_width ? decode<bf16>(a, k_cache, v_cache) : decode<float>(a, k_cache, v_cache);
+  } else {
+    half_width ? prefill<bf16>(a, k_cache, v_cache) : prefill<float>(a, k_cache, v_cache);
+  }
+}
+
 }  // namespace COLORA_ISA_NAMESPACE
 
 // (q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length) -> out
 COLORA_OPERATOR(cached_attention) {
+  using colora::Tensor;
   call.expect(10, 1);
   const Tensor q = call.in(0, "q"), k = call.in(1, "k"), v = call.in(2, "v"), cos = call.in(3, "cos"),
                sin = call.in(4, "sin"), k_cache = call.in(5, "k_cache"), v_cache = call.in(6, "v_cache"),
                out = call.out(0, "out");
   for (const Tensor* t : {&q, &k, &v}) t->expect_dtype("float32").expect_rank(3);
-  for (const Tensor* t : {&cos, &sin}) t->expect_dtype("float32").expect_rank(2);
-  k_cache.expect_dtype("float32", "bfloat16").expect_rank(4);
-  v_cache.expect_dtype(k_cache.dtype).expect_same_shape(k_cache);
-  Sizes n;
-  n.rows = q.dim(0), n.tokens = q.dim(1), n.kv_heads = k_cache.dim(1), n.max_len = k_cache.dim(2);
-  n.dim = k_cache.dim(3), n.half = n.dim / 2;
-  if (n.dim < 2 || n.dim % 2) k_cache.fail("has head_dim %lld, expected an even number >= 2", (long long)n.dim);
-  if (n.kv_heads < 1) k_cache.fail("has %lld key/value heads, expected at least 1", (long long)n.kv_heads);
+  const CachedSizes n = cached_sizes(k_cache, v_cache, cos, sin, q.dim(0), q.dim(1), q.dim(2), q);
   k.expect_dim(0, n.rows, "rows, as in q").expect_dim(1, n.tokens, "tokens, as in q");
   k.expect_dim(2, n.kv_heads * n.dim, "kv_heads * head_dim, as in k_cache");
   v.expect_same_shape(k);
-  n.heads = q.dim(2) / n.dim, n.group = n.heads / n.kv_heads;
-  if (n.group < 1 || n.group * n.kv_heads * n.dim != q.dim(2))
-    q.fail("has a last axis of %lld, expected a multiple of kv_heads * head_dim = %lld", (long long)q.dim(2),
-           (long long)(n.kv_heads * n.dim));
-  cos.expect_dim(1, n.half, "head_dim / 2");
-  if (cos.dim(0) < n.max_len)
-    cos.fail("has %lld positions, expected at least the cache's %lld", (long long)cos.dim(0), (long long)n.max_len);
-  sin.expect_same_shape(cos);
   out.expect_dtype("float32").expect_same_shape(q);
   const Tensor cache_rows = call.in(7, "cache_rows"), start = call.in(8, "start"), length = call.in(9, "length");
-  check_rows(cache_rows, start, length, n.rows, n.tokens, k_cache.dim(0), n.max_len);
-
-  const Arguments a{n, q.data<float>(), k.data<float>(), v.data<float>(), cos.data<float>(), sin.data<float>(),
-                    cache_rows.data<int32_t>(), start.data<int32_t>(), length.data<int32_t>(), out.data<float>()};
-  for (int64_t row = 0; row < n.rows; ++row) {
-    const int64_t width = q.dim(2), real = a.length[row];
-    std::fill(a.out + (row * n.tokens + real) * width, a.out + (row + 1) * n.tokens * width, 0.0f);
-  }
-  if (n.rows == 0 || n.tokens == 0) return;
-  const bool half_width = k_cache.is("bfloat16");
-  if (n.tokens == 1) {
-    half_width ? decode<bf16>(a, k_cache.raw, v_cache.raw) : decode<float>(a, k_cache.raw, v_cache.raw);
-  } else {
-    half_width ? prefill<bf16>(a, k_cache.raw, v_cache.raw) : prefill<float>(a, k_cache.raw, v_cache.raw);
-  }
+  check_cache_rows(cache_rows, start, length, n.rows, n.tokens, k_cache.dim(0), n.max_len);
+  attend_cached({n, q.data<float>(), k.data<float>(), v.data<float>(), cos.data<float>(), sin.data<float>(),
+                 cache_rows.data<int32_t>(), start.data<int32_t>(), length.data<int32_t>(), out.data<float>()},
+                k_cache.raw, v_cache.raw, k_cache.is("bfloat16"));
 }

@@ -1,26 +1,13 @@
 // rms_norm, rms_norm_residual and their gradients. One thread computes a row, so a row's result is the same in any
 // batch; the weight's gradient is summed by columns, over the rows in ascending order.
-#include <cmath>
-#include <vector>
-
-#include "check.h"
-#include "parallel.h"
-#include "vec_math.h"
+#include "norm.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
 
 using colora::Tensor;
 
-constexpr int64_t kGrain = 1 << 15;  // elements a thread should get at least; starting one costs about 2 us
-
-float read_eps(const Tensor& eps) {
-  eps.expect_dtype("float32").expect_rank(0, 1);
-  if (eps.size() != 1) eps.fail("has shape %s, expected one element", eps.shape_text().c_str());
-  const float value = *eps.data<float>();
-  if (!(value >= 0.0f) || !std::isfinite(value)) eps.fail("is %g, expected a finite number >= 0", double(value));
-  return value;
-}
+constexpr int64_t kGrain = kNormGrain;
 
 void check_rows(const Tensor& x, const Tensor& weight) {
   x.expect_dtype("float32");
@@ -35,23 +22,7 @@ void check_inverse(const Tensor& inverse, const Tensor& x) {
   for (int i = 0; i < inverse.ndim; ++i) inverse.expect_dim(i, x.dim(i), "as in x");
 }
 
-// weight as float32: itself, or a widened copy in `buffer`.
-const float* widened(const Tensor& weight, std::vector<float>& buffer) {
-  if (weight.is("float32")) return weight.data<float>();
-  buffer.resize(size_t(weight.size()));
-  for (int64_t i = 0; i < weight.size(); ++i) buffer[size_t(i)] = bf16_to_float(weight.data<bf16>()[i]);
-  return buffer.data();
-}
-
 int64_t rows_of(const Tensor& x) { return x.dim(-1) == 0 ? 0 : x.size() / x.dim(-1); }
-
-float norm_row(const float* x, const float* weight, float* y, int64_t n, float eps) {
-  const float inverse = 1.0f / std::sqrt(dot(x, x, n) / float(n) + eps);
-  const vf scale = splat(inverse);
-  for (int64_t i = 0; i < n; i += kLanes)
-    store_upto(y + i, load_upto(x + i, n - i) * scale * load_upto(weight + i, n - i), n - i);
-  return inverse;
-}
 
 }  // namespace
 }  // namespace COLORA_ISA_NAMESPACE
@@ -88,15 +59,8 @@ COLORA_OPERATOR(rms_norm_residual) {
   std::vector<float> buffer;
   const float* w = widened(weight, buffer);
   const int64_t n = x.dim(-1), rows = rows_of(x);
-  parallel_ranges(rows, 1, kGrain / (n + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const float *a = x.data<float>() + r * n, *b = residual.data<float>() + r * n;
-      float* t = total.data<float>() + r * n;
-      for (int64_t i = 0; i < n; i += kLanes)
-        store_upto(t + i, load_upto(a + i, n - i) + load_upto(b + i, n - i), n - i);
-      inverse.data<float>()[r] = norm_row(t, w, y.data<float>() + r * n, n, eps);
-    }
-  });
+  add_norm_rows(x.data<float>(), residual.data<float>(), w, eps, rows, n, total.data<float>(), y.data<float>(),
+                inverse.data<float>());
 }
 
 // (x, weight, inverse, dy, more or absent) -> dx (+ more):

@@ -1,12 +1,11 @@
 // swiglu = silu(gate) * up, and its gradient.
 #include "check.h"
-#include "parallel.h"
-#include "vec_math.h"
+#include "swiglu.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
 using colora::Tensor;
-constexpr int64_t kGrain = 1 << 14;
+constexpr int64_t kGrain = kSwigluGrain;
 }  // namespace
 }  // namespace COLORA_ISA_NAMESPACE
 
@@ -17,14 +16,7 @@ COLORA_OPERATOR(swiglu) {
   gate.expect_dtype("float32");
   up.expect_dtype("float32").expect_same_shape(gate);
   y.expect_dtype("float32").expect_same_shape(gate);
-  const float *g = gate.data<float>(), *u = up.data<float>();
-  float* out = y.data<float>();
-  parallel_ranges(gate.size(), kLanes, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const vf a = load_upto(g + i, end - i);
-      store_upto(out + i, a / (splat(1.0f) + exp(vf{} - a)) * load_upto(u + i, end - i), end - i);
-    }
-  });
+  swiglu_forward(gate.data<float>(), up.data<float>(), gate.size(), y.data<float>());
 }
 
 // (gate, up, dy) -> (dgate, dup): with s = sigmoid(gate), d silu / d gate = s * (1 + gate * (1 - s))

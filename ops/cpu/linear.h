@@ -1,0 +1,272 @@
+// The forward pass of one to four linears that share x, with an adapter for each row: what multi_lora_linear and the
+// fused decoder layers compute.
+//
+// Decode is bound by reading W, so every linear of the call is read once, in contiguous shares per thread. The shrink
+// runs first (its result is `rank` numbers a row); the expand is folded into the dot products as further columns.
+// Batched multi-adapter products: Chen et al., Punica (arXiv 2310.18547); Sheng et al., S-LoRA (arXiv 2311.03285).
+#pragma once
+
+#include <memory>
+
+#include "gemm.h"
+#include "lora.h"
+#include "pages.h"
+#include "weights.h"
+
+namespace COLORA_ISA_NAMESPACE {
+
+constexpr int64_t kFewRows = 32;
+constexpr int64_t kAhead = 8192;  // bytes that unpacking prefetches ahead
+
+struct Linear {
+  Weight weight;
+  const float* bias = nullptr;
+  Adapters adapters;
+  float* y = nullptr;
+  std::vector<float> v;  // (tokens, padded rank)
+  SlotGroups groups;
+  std::unique_ptr<Shrink> shrink;
+  std::vector<RowAdapter> row_adapters;
+  std::vector<float*> y_rows;
+  bool rearranged() const { return weight.format == Format::kInt4 && regular_groups(weight); }
+};
+
+// Dequantises the rows [o0, o1) into tiles of kOuts packed rows, `vectors` vectors each; missing rows become zeros.
+template <class Reader>
+inline void unpack_panel(const Reader& reader, const Weight& w, int64_t o0, int64_t o1, float* panel, int64_t vectors) {
+  for (int64_t o = o0; o < o1; ++o) {
+    const int64_t at = o - o0;
+    float* to = panel + (at / kOuts * kOuts * vectors + at % kOuts) * kLanes;
+    int64_t g = 0;
+    for (int64_t k = 0; k < w.in; ++g) {
+      const int64_t end = std::min(w.in, (g + 1) * w.group);
+      const auto scale = reader.scale(o, g);
+      vf part[Reader::kUnits];
+      for (; k + Reader::kStep <= end; k += Reader::kStep) {
+        prefetch(static_cast<const char*>(reader.address(o, k)) + kAhead);
+        reader.read(o, k, scale, part);
+        for (int u = 0; u < Reader::kUnits; ++u, to += kOuts * kLanes) store(to, part[u]);
+      }
+      if (k < end) {
+        reader.read_tail(o, k, end - k, scale, part);
+        for (int u = 0; u < Reader::kUnits; ++u, to += kOuts * kLanes) store(to, part[u]);
+        k = end;
+      }
+    }
+  }
+}
+
+inline void make_panel(const Weight& w, int64_t o0, int64_t o1, float* panel, int64_t vectors) {
+  for (int64_t at = o1 - o0; at % kOuts; ++at)
+    for (int64_t s = 0; s < vectors; ++s)
+      store(panel + ((at / kOuts * vectors + s) * kOuts + at % kOuts) * kLanes, vf{});
+  if (!regular_groups(w)) {
+    std::vector<float> row(size_t(w.in));
+    for (int64_t o = o0; o < o1; ++o) {
+      for (int64_t k = 0; k < w.in; ++k) row[size_t(k)] = element(w, o, k);
+      const int64_t at = o - o0;
+      pack_row(row.data(), w.in, int(at % kOuts), kOuts, panel + at / kOuts * kOuts * vectors * kLanes);
+    }
+    return;
+  }
+  switch (w.format) {
+    case Format::kFloat32: return unpack_panel(Float32Reader(w), w, o0, o1, panel, vectors);
+    case Format::kBfloat16: return unpack_panel(Bfloat16Reader(w), w, o0, o1, panel, vectors);
+    case Format::kInt8: return unpack_panel(Int8Reader(w), w, o0, o1, panel, vectors);
+    case Format::kInt4: return unpack_panel(Int4Reader(w), w, o0, o1, panel, vectors);
+  }
+}
+
+// Zeroed floats whose first one is aligned to a cache line (vectors that cross lines cost up to a third).
+class AlignedFloats {
+ public:
+  void resize(int64_t n) {
+    memory_.resize(size_t(n) + 16);
+    offset_ = (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) / sizeof(float) % 16;
+  }
+  float* data() { return memory_.data() + offset_; }
+
+ private:
+  std::vector<float> memory_;
+  size_t offset_ = 0;
+};
+
+// How x must lie for a linear: as it is, or with even and odd columns apart (int4).
+struct Activations {
+  bool needed = false, copied = false;
+  int64_t columns = 0;             // of a row, zero padding included
+  AlignedFloats copy;              // rows of `stride`, or packed in tiles
+  std::vector<const float*> rows;  // few rows only
+};
+
+class Forward {
+ public:
+  Forward(std::vector<Linear>& linears, const float* x, int64_t tokens, int64_t in)
+      : linears_(linears), x_(x), tokens_(tokens), in_(in) {
+    many_ = tokens > kFewRows;
+    for (const Linear& l : linears) {
+      many_ |= tokens > kRows && l.weight.scale != nullptr;
+      many_ |= !regular_groups(l.weight);
+    }
+    plain_.columns = in;
+    even_odd_.columns = Int4Reader::padded(in);
+    int64_t outs = 0;
+    for (const Linear& l : linears) {
+      (l.rearranged() ? even_odd_ : plain_).needed = true;
+      outs += l.weight.out;
+    }
+    threads_ = threads_for(outs * in * std::max<int64_t>(1, tokens / 4), 1 << 14);
+    for (Activations* a : {&plain_, &even_odd_}) {
+      if (!a->needed) continue;
+      const int64_t stride = packed_vectors(a->columns) * kLanes;
+      // One or two plain rows are cheaper read where they are.
+      a->copied = many_ || a == &even_odd_ || tokens > 2;
+      if (a->copied) a->copy.resize(tokens * stride);
+      for (int64_t t = 0; !many_ && t < tokens; ++t)
+        a->rows.push_back(a->copied ? a->copy.data() + t * stride : x + t * in);
+    }
+    // Blocks of outputs. Few rows: single tiles (or, unpacked, two in the L1 cache), several to a share. Many rows: a
+    // panel of W in the L2 cache.
+    width_ = kOuts;
+    if (many_) {
+      const int64_t fit = (768 << 10) / 4 / even_odd_.columns;
+      width_ = tokens <= kFewRows
+                   ? 2 * kOuts
+                   : std::max<int64_t>(std::min(fit, outs / (4 * threads_)) / kOuts * kOuts, 4 * kOuts);
+      panel_size_ = width_ * even_odd_.columns;
+      panels_.resize(panel_size_ * threads_);
+    }
+    int64_t bytes = 0;
+    for (const Linear& l : linears) {
+      first_block_.push_back(total_);
+      total_ += (l.weight.out + width_ - 1) / width_;
+      bytes += l.weight.bytes();
+    }
+    // Long contiguous shares keep the prefetchers running; several per thread let a thread that was interrupted do less.
+    shares_ = tokens > kFewRows ? total_ : std::min(total_, std::clamp<int64_t>(bytes >> 17, threads_, 8 * threads_));
+  }
+
+  void run() {
+    std::vector<std::pair<const Shrink*, int64_t>> first;  // null: a share of the copies of x
+    const bool copies = plain_.copied || even_odd_.copied;
+    const int64_t copy_shares = copies ? std::min<int64_t>(threads_, std::max<int64_t>(1, tokens_ * in_ >> 13)) : 0;
+    for (int64_t i = 0; i < copy_shares; ++i) first.emplace_back(nullptr, i);
+    for (const Linear& l : linears_)
+      for (int64_t i = 0; l.shrink && i < l.shrink->tasks(); ++i) first.emplace_back(l.shrink.get(), i);
+    parallel_tasks(int64_t(first.size()), threads_, [&](int64_t i) {
+      const auto [shrink, part] = first[size_t(i)];
+      if (shrink)
+        shrink->run(part);
+      else
+        prepare(part, copy_shares);
+    });
+    parallel_tasks(shares_, threads_, [&](int64_t i) {
+      float* panel = panels_.data() + worker_index() * panel_size_;
+      blocks(total_ * i / shares_, total_ * (i + 1) / shares_, panel);
+    });
+  }
+
+ private:
+  // Share `me` of `all` of the copies of x.
+  void prepare(int64_t me, int64_t all) {
+    const int64_t tiles = many_ ? row_tiles(tokens_) : tokens_;
+    std::vector<float> row(size_t(even_odd_.copied ? even_odd_.columns : 0));
+    for (int64_t t = tiles * me / all; t < tiles * (me + 1) / all; ++t) {
+      const int64_t begin = row_begin(tokens_, tiles, t), n = row_begin(tokens_, tiles, t + 1) - begin;
+      for (int64_t i = 0; i < n; ++i) {
+        const float* from = x_ + (begin + i) * in_;
+        if (plain_.copied) pack_row(from, in_, int(i), int(n), place(plain_, begin));
+        if (even_odd_.copied) {
+          Int4Reader::rearrange(from, in_, row.data());
+          pack_row(row.data(), even_odd_.columns, int(i), int(n), place(even_odd_, begin));
+        }
+      }
+    }
+  }
+
+  // Where the tile (or, of few rows, the row) that begins with row t lies.
+  static float* place(Activations& a, int64_t t) { return a.copy.data() + t * packed_vectors(a.columns) * kLanes; }
+
+  void blocks(int64_t begin, int64_t end, float* panel) {
+    for (size_t i = 0; i < linears_.size(); ++i) {
+      const Linear& l = linears_[i];
+      const int64_t last = first_block_[i] + (l.weight.out + width_ - 1) / width_;
+      const int64_t b0 = std::max(begin, first_block_[i]), b1 = std::min(end, last);
+      if (b0 >= b1) continue;
+      outputs(l, (b0 - first_block_[i]) * width_, std::min(l.weight.out, (b1 - first_block_[i]) * width_), panel);
+    }
+  }
+
+  void outputs(const Linear& l, int64_t o0, int64_t o1, float* panel) {
+    Activations& x = l.rearranged() ? even_odd_ : plain_;
+    const Weight& w = l.weight;
+    const int64_t block = column_block(in_);
+    Rows rows;
+    rows.count = tokens_;
+    rows.x = x.rows.data();
+    rows.y = l.y_rows.data();
+    rows.adapters = l.row_adapters.empty() ? nullptr : l.row_adapters.data();
+    rows.rank = l.adapters.rank;
+    if (many_) {
+      const int64_t vectors = packed_vectors(x.columns);
+      for (int64_t o = o0; o < o1; o += width_) {
+        const int64_t end = std::min(o1, o + width_);
+        make_panel(w, o, end, panel, vectors);
+        dense_many_rows(panel, x.copy.data(), vectors, block / kLanes, l.bias, rows, o, end);
+      }
+      return;
+    }
+    switch (w.format) {
+      case Format::kFloat32: return dense_few_rows(Float32Reader(w), in_, block, in_, l.bias, rows, o0, o1);
+      case Format::kBfloat16: return dense_few_rows(Bfloat16Reader(w), in_, block, in_, l.bias, rows, o0, o1);
+      case Format::kInt8: return dense_few_rows(Int8Reader(w), in_, block, w.group, l.bias, rows, o0, o1);
+      case Format::kInt4: return dense_few_rows(Int4Reader(w), in_, block, w.group, l.bias, rows, o0, o1);
+    }
+  }
+
+  std::vector<Linear>& linears_;
+  const float* x_;
+  int64_t tokens_, in_, width_ = 0, total_ = 0, shares_ = 0, panel_size_ = 0;
+  int threads_ = 1;
+  bool many_ = false;
+  Activations plain_, even_odd_;
+  AlignedFloats panels_;
+  std::vector<int64_t> first_block_;
+};
+
+// One linear from its six operands, which begin at input `at` of the call; everything but y is set and checked.
+inline Linear read_linear(const colora::Call& call, int at, int64_t in, const colora::Tensor& slots) {
+  Linear l;
+  l.weight = weight_of(call.in(at, "weight"), call.in(at + 1, "weight_scale"), in);
+  const colora::Tensor bias = call.in(at + 2, "bias");
+  if (!bias.absent()) {
+    bias.expect_dtype("float32").expect_rank(1).expect_dim(0, l.weight.out, "the output rows of the weight");
+    l.bias = bias.data<const float>();
+  }
+  l.adapters = adapters_of(call.in(at + 3, "down"), call.in(at + 4, "up"), call.in(at + 5, "scale"), in, l.weight.out);
+  if (!slots.absent() && l.adapters.present()) colora::check_slots(slots, l.adapters.slots);
+  return l;
+}
+
+// y of all linears. x: (tokens, in); token t belongs to row t / per_row; row_slot: the rows' slots, or null.
+inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t tokens, int64_t per_row, int64_t in,
+                        const int32_t* row_slot) {
+  for (Linear& l : linears) {
+    colora::prefer_huge_pages(l.weight.data, size_t(l.weight.bytes()));
+    l.y_rows.resize(size_t(tokens));
+    for (int64_t t = 0; t < tokens; ++t) l.y_rows[size_t(t)] = l.y + t * l.weight.out;
+    if (!l.adapters.present() || !row_slot) continue;
+    l.groups = group_by_slot(tokens, l.adapters.slots, [&](int64_t t) { return row_slot[t / per_row]; });
+    if (l.groups.tokens.empty()) continue;
+    const int64_t stride = padded_rank(l.adapters.rank);
+    l.v.resize(size_t(tokens * stride));
+    l.shrink = std::make_unique<Shrink>(l.adapters, l.groups, x, in, l.v.data(), stride, colora::thread_count());
+    l.row_adapters.resize(size_t(tokens));
+    for (int64_t t : l.groups.tokens)
+      l.row_adapters[size_t(t)] = {l.v.data() + t * stride,
+                                   l.adapters.up + row_slot[t / per_row] * l.weight.out * l.adapters.rank};
+  }
+  Forward(linears, x, tokens, in).run();
+}
+
+}  // namespace COLORA_ISA_NAMESPACE
