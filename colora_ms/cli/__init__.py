@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "score a model, an adapter and a contrast on a set of problems",
     "info": "show what a model or an adapter is",
     "convert": "write a model as a Hugging Face folder",
+    "quantize": "store the linears of a model as integers, rounded to nearest or trained (LR-QAT)",
 }
 
 

@@ -10,6 +10,8 @@ def load_model(name_or_path="smollm2-135m", weight_format="float32", max_positio
         name_or_path: a known name ("smollm2-135m"), a Hugging Face folder, a GGUF file, or a MindSpore checkpoint's
             folder.
         weight_format: "float32", "bfloat16", "int8" or "int4"; integer formats are rounded to nearest while loading.
+            Linears that the folder stores as integers (``colora-ms quantize``) stay what they are; the format then
+            holds for the embedding and the head.
         max_positions: the longest sequence; by default ``min(the config's maximum, 8192)``.
 
     Returns:
@@ -27,6 +29,8 @@ def load_model(name_or_path="smollm2-135m", weight_format="float32", max_positio
     checkpoint = open_checkpoint(resolve_model(name_or_path))
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     decoder = Decoder(checkpoint.config, checkpoint.tensors, weight_format=weight_format, max_positions=max_positions)
+    if checkpoint.quantized is not None:
+        checkpoint.quantized.install(decoder)
     return decoder, tokenizer
 
 

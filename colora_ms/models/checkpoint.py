@@ -12,8 +12,8 @@ import re
 from colora_ms.errors import CheckpointError, near
 from colora_ms.models.gguf_decoder import GgufDecoder
 from colora_ms.models.gguf_reader import GgufFile
-from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, read_config, \
-    write_hf_folder
+from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantization_of, \
+    read_config, write_hf_folder
 from colora_ms.models.mindspore_file import STATE_NAMES, STATE_PREFIXES, MindSporeFile
 
 __all__ = ["Checkpoint", "open_checkpoint", "check_shapes", "default_model_path", "resolve_model",
@@ -42,11 +42,13 @@ class Checkpoint:
         tokenizer_source: path for ``load_tokenizer``, or ``None`` if the model has none.
         format: ``"safetensors"``, ``"gguf"`` or ``"mindspore"``.
         path: what was opened.
+        quantized: ``QuantizedTensors`` of a folder with integer linears, else ``None``.
     """
 
-    def __init__(self, path, kind, config, tensors, tokenizer_source):
+    def __init__(self, path, kind, config, tensors, tokenizer_source, quantized=None):
         self.path, self.format, self.config = path, kind, config
         self.tensors, self.tokenizer_source = tensors, tokenizer_source
+        self.quantized = quantized
 
     def __repr__(self):
         return (f"Checkpoint({self.path!r}, {self.format}, {self.config.model_type}, "
@@ -143,6 +145,12 @@ def _open_file(path):
 
 def _open_safetensors(path, folder, config, files):
     store = SafetensorsFolder(files)
+    settings = quantization_of(folder)
+    if settings is not None:
+        from colora_ms.models.quantized_folder import QuantizedTensors
+        quantized = QuantizedTensors(store, settings, path)
+        check_shapes(quantized.shapes, config.parameter_shapes(), path)
+        return _finish(path, "safetensors", config, quantized.read, _tokenizer_in(folder), quantized)
     shapes = {name: shape for name, shape in store.shapes.items()
               if not _is_state(name)}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -174,9 +182,9 @@ def _open_gguf(path):
     return _finish(path, "gguf", decoder.config, decoder.read, source)
 
 
-def _finish(path, kind, config, read, tokenizer_source):
+def _finish(path, kind, config, read, tokenizer_source, quantized=None):
     return Checkpoint(path, kind, config, LazyTensors(config.parameter_shapes(), read),
-                      tokenizer_source)
+                      tokenizer_source, quantized)
 
 
 def _tokenizer_in(folder):

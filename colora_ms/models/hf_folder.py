@@ -53,6 +53,8 @@ def read_config(folder):
         raise CheckpointError(f"{folder} has no config.json, so it is not a model folder; a model "
                               "folder holds config.json and model.safetensors")
     values = read_json(path)
+    if _integer_settings(values) is not None:
+        values = dict(values, quantization_config=None)  # read by quantized_folder
     generation = os.path.join(folder, "generation_config.json")
     if isinstance(values, dict) and os.path.isfile(generation):
         extra = read_json(generation)
@@ -63,6 +65,18 @@ def read_config(folder):
         return DecoderConfig.from_hf(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def quantization_of(folder):
+    """The ``quantization_config`` of a folder with this package's integer linears, or ``None``."""
+    path = os.path.join(folder, "config.json")
+    return _integer_settings(read_json(path)) if os.path.isfile(path) else None
+
+
+def _integer_settings(values):
+    found = values.get("quantization_config") if isinstance(values, dict) else None
+    ours = isinstance(found, dict) and found.get("quant_method") == "colora_int"
+    return found if ours else None
 
 
 def _merge_ids(*sources):
@@ -111,6 +125,14 @@ class SafetensorsFolder:
     def read(self, name):
         """The tensor, float32."""
         return self._where[name].read(name)
+
+    def dtype(self, name):
+        """The dtype's name in the file, such as "F32"."""
+        return self._where[name].entries[name][0]
+
+    def raw(self, name):
+        """The bytes of the tensor, uint8 (n,)."""
+        return self._where[name].raw(name)
 
     def check_dtypes(self, names):
         """CheckpointError if one of the tensors does not hold floating-point numbers."""

@@ -146,6 +146,8 @@ class OptimizerConfig(_Section):
     lora_plus_ratio: float = _setting(1.0, "Learning rate of the up factors relative to the down "
                                       "factors (LoRA+, arXiv 2402.12354, suggests about 16).",
                                       *_above(0))
+    scale_ratio: float = _setting(0.01, "Learning rate of learned quantisation scales relative to "
+                                  "the others (LR-QAT, arXiv 2406.06385).", *_above(0))
 
 
 @dataclasses.dataclass

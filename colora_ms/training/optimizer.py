@@ -52,6 +52,11 @@ def is_up_factor(name):
     return last in ("up", "lora_up", "lora_B", "lora_embedding_B")
 
 
+def is_learned_scale(name):
+    """Whether a parameter holds the learned scales of quantised weights (``....learned_scale``)."""
+    return name.rsplit(".", 1)[-1] == "learned_scale"
+
+
 _half_square = ops.MultitypeFuncGraph("half_square")
 _adam = ops.MultitypeFuncGraph("adam")
 
@@ -72,8 +77,10 @@ def _adam_of(update, rate, beta1, beta2, epsilon, decay, factor, parameter, mean
 class AdamW(nn.Cell):
     """One update of all trained parameters.
 
-    ``trained`` holds them with the down factors first; gradients come in that order. The graph
-    maps over them (a Python loop over hundreds of parameters would compile for a minute).
+    ``trained`` holds them in three groups of one rate each: down factors and whatever has no group
+    of its own, up factors (``lora_plus_ratio``), learned scales (``scale_ratio``, no decay);
+    gradients come in that order. The graph maps over each (a Python loop over hundreds of
+    parameters would compile for a minute).
 
     Args:
         parameters: list of ``Parameter``, float32.
@@ -94,14 +101,16 @@ class AdamW(nn.Cell):
                 raise ConfigError(f"the trained parameter {item.name} is {item.dtype}, expected "
                                   "float32; keep adapters in float32 whatever the base model is")
         self.config = config
-        downs = [item for item in parameters if not is_up_factor(item.name)]
+        scales = [item for item in parameters if is_learned_scale(item.name)]
         ups = [item for item in parameters if is_up_factor(item.name)]
-        self.downs, self.ups = len(downs), len(ups)
-        parameters = downs + ups
+        downs = [item for item in parameters
+                 if not is_up_factor(item.name) and not is_learned_scale(item.name)]
+        self.downs, self.ups, self.scales = len(downs), len(ups), len(scales)
+        parameters = downs + ups + scales
         self.trained = ParameterTuple(parameters)
         self.mean = ParameterTuple([_zeros(item, "adam_mean") for item in parameters])
         self.square = ParameterTuple([_zeros(item, "adam_square") for item in parameters])
-        self.ratio = config.lora_plus_ratio
+        self.ratio, self.scale_ratio = config.lora_plus_ratio, config.scale_ratio
         self.beta1, self.beta2 = Tensor(config.beta1, ms.float32), Tensor(config.beta2, ms.float32)
         self.max_norm = config.max_grad_norm or 0.0
         self.update = ops.AdamWeightDecay()
@@ -149,6 +158,15 @@ class AdamW(nn.Cell):
             # LoRA+: another rate, but the same pull towards zero.
             one = ops.partial(_adam, self.update, rate * self.ratio, self.beta1, self.beta2,
                               epsilon, decay / self.ratio, factor)
+            end = n + self.ups
+            done = self.map(one, self.trained[n:end], self.mean[n:end], self.square[n:end],
+                            grads[n:end])
+            norm = ops.depend(norm, done)
+        if self.scales > 0:
+            # Scales live on another magnitude than factors, and decay would change the weights.
+            n = n + self.ups
+            one = ops.partial(_adam, self.update, rate * self.scale_ratio, self.beta1, self.beta2,
+                              epsilon, ops.zeros_like(decay), factor)
             done = self.map(one, self.trained[n:], self.mean[n:], self.square[n:], grads[n:])
             norm = ops.depend(norm, done)
         return norm

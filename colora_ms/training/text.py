@@ -1,0 +1,58 @@
+"""Plain text as training data: windows of tokens, every token predicted from those before it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from colora_ms.errors import DataError
+from colora_ms.training.encoding import EncodedExample, EncodedSet
+
+
+def read_text(path):
+    """The content of a UTF-8 text file.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or has nothing in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"the text {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text") from None
+    if not text.strip():
+        raise DataError(f"the text {path} is empty; give a file with some thousand words of running text")
+    return text
+
+
+def encode_text(text, tokenizer, max_length, vocab_size=None):
+    """Cut a text into windows for next-token training.
+
+    Neighbouring windows share one token, so that every token but the first is predicted once. The end that does not fill
+    a window is left out: all windows have one length, one graph.
+
+    Args:
+        text: any length.
+        tokenizer: has ``encode``.
+        max_length: tokens of a window, at least 2; the model sees one less.
+        vocab_size: ids must be below it.
+
+    Returns:
+        ``EncodedSet``; all labels count.
+
+    Raises:
+        DataError: the text does not fill one window, or an id does not fit the model.
+    """
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
+    if max_length < 2:
+        raise DataError(f"a window has {max_length} tokens, expected at least 2")
+    if len(ids) < max_length:
+        raise DataError(f"the text has {len(ids)} tokens, which do not fill a window of {max_length}; give more text or a "
+                        "smaller max_length")
+    if vocab_size is not None and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise DataError(f"the tokenizer gave the id {ids.max()}, but the model has {vocab_size} rows; do the two belong "
+                        "together?")
+    begins = range(0, len(ids) - max_length + 1, max_length - 1)
+    items = [EncodedExample(ids[begin:begin + max_length], ids[begin:begin + max_length], number)
+             for number, begin in enumerate(begins)]
+    return EncodedSet(items, [], 0, max_length)
