@@ -6,8 +6,23 @@ The expert is base + adapter, the amateur is the base. With their logits e and a
     s_i   = (1 + beta) * e_i - beta * a_i     for i in valid
           = -inf                              elsewhere
 
-The graph computes this with :func:`colora_ms.kernels.contrastive_select`; the functions here are its readable twin,
-used by the naive baseline and the tests.
+An *adaptive* contrast puts beta_t = beta * share_t in the place of beta, with share_t in [0, 1] from the logits of step t.
+With V the valid tokens, e1 >= e2 the expert's two highest logits, H the entropy in nats and JS the Jensen-Shannon
+divergence::
+
+    fixed        1                                          the paper's rule
+    entropy      H(softmax of e over V) / ln |V|            contrast where the expert is undecided
+    divergence   JS(softmax e, softmax a) / ln 2            contrast where the adapter changed the distribution (the
+                                                            weight of AdaCAD, arXiv 2409.07394)
+    margin       max(0, 1 - (e1 - e2) / -log(alpha))        contrast near a tie, fading out towards the cut
+
+and with ``skip_copies`` the share is 0 where the expert's favourite goes on with a span of the prompt x: where
+x_j = (the token generated last) and x_{j+1} = argmax e for some j. Numbers and names that an answer copies are so left
+alone from their second token on.
+
+The graph computes this with :func:`colora_ms.kernels.contrast_strength` and
+:func:`colora_ms.kernels.contrastive_select`; the functions here are their readable twins, used by the naive baseline and
+the tests.
 """
 
 import dataclasses
@@ -16,7 +31,8 @@ import numbers
 
 import numpy as np
 
-from colora_ms.errors import DecodingError
+from colora_ms.errors import DecodingError, near
+from colora_ms.kernels.strength import FORMS, SKIP_COPIES
 
 
 def _finite(name, value):
@@ -33,16 +49,37 @@ class Contrast:
         alpha: in (0, 1]; a token stays in play if the expert gives it at least alpha times the probability of the
             expert's favourite. 1 keeps the favourite alone, so the result is greedy decoding of the expert.
         beta: >= 0; weight of the amateur. 0 leaves the expert's scores unchanged.
+        adapt: "fixed", or how beta is scaled at each step: "entropy", "divergence" or "margin"; see the head of this
+            module.
+        skip_copies: no contrast inside spans that are copied from the prompt.
     """
 
     alpha: float = 0.1
     beta: float = 0.5
+    adapt: str = "fixed"
+    skip_copies: bool = False
 
     def __post_init__(self):
         if not 0.0 < _finite("alpha", self.alpha) <= 1.0:
             raise DecodingError(f"alpha={self.alpha!r} is outside (0, 1]; 0.1 is a usual value")
         if _finite("beta", self.beta) < 0.0:
             raise DecodingError(f"beta={self.beta!r} is negative; 0 switches the contrast off, 0.5 is a usual value")
+        if not isinstance(self.adapt, str) or self.adapt not in FORMS:
+            raise DecodingError(f"adapt={self.adapt!r} is no form of the contrast; there are {', '.join(FORMS)}."
+                                f"{near(self.adapt, FORMS)}")
+        if not isinstance(self.skip_copies, bool):
+            raise DecodingError(f"skip_copies={self.skip_copies!r} is not True or False")
+
+    @property
+    def mode(self):
+        """The form as the number that the graph takes; see ``kernels.contrast_strength``."""
+        return FORMS[self.adapt] + (SKIP_COPIES if self.skip_copies else 0)
+
+    @property
+    def label(self):
+        """Short text for tables: "fixed, alpha 0.1, beta 0.5"."""
+        name = f"{self.adapt}, no copies" if self.skip_copies else self.adapt
+        return f"{name}, alpha {self.alpha:g}, beta {self.beta:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +133,54 @@ def contrastive_scores(expert, amateur, alpha, beta):
     cut = np.log(alpha) + expert.max(axis=-1, keepdims=True)
     scores = (np.float32(1) + beta) * expert - beta * amateur
     return np.where(expert >= cut, scores, -np.inf).astype(np.float32)
+
+
+def contrast_strength(expert, amateur, contrast, previous=-1, prompt=()):
+    """beta of one step: ``contrast.beta`` times the share of the contrast's form (head of this module).
+
+    Args:
+        expert, amateur: unnormalised logits, each (vocab,).
+        contrast: :class:`Contrast`.
+        previous: the token generated last, -1 before the first one.
+        prompt: ids of the prompt.
+
+    Returns:
+        float in [0, beta].
+    """
+    expert, amateur = np.asarray(expert, np.float64), np.asarray(amateur, np.float64)
+    favourite = int(expert.argmax())
+    pairs = zip(prompt[:-1], prompt[1:])
+    if contrast.skip_copies and any(x == previous and y == favourite for x, y in pairs):
+        return 0.0
+    return contrast.beta * _SHARES[contrast.adapt](expert, amateur, contrast.alpha)
+
+
+def _softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def _entropy(p):
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+def _entropy_share(expert, amateur, alpha):
+    valid = expert[expert >= math.log(alpha) + expert.max()]
+    return _entropy(_softmax(valid)) / math.log(len(valid)) if len(valid) > 1 else 0.0
+
+
+def _divergence_share(expert, amateur, alpha):
+    p, q = _softmax(expert), _softmax(amateur)
+    return (_entropy(0.5 * (p + q)) - 0.5 * _entropy(p) - 0.5 * _entropy(q)) / math.log(2)
+
+
+def _margin_share(expert, amateur, alpha):
+    if alpha == 1 or len(expert) < 2:
+        return 0.0
+    second, best = np.sort(expert)[-2:]
+    return max(0.0, 1 - (best - second) / -math.log(alpha))
+
+
+_SHARES = {"fixed": lambda expert, amateur, alpha: 1.0, "entropy": _entropy_share, "divergence": _divergence_share,
+           "margin": _margin_share}

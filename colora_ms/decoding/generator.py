@@ -226,9 +226,10 @@ class Generator:
         watched = bool(stop) or on_text is not None
         longest = max(r.budget for r in requests)
         capacity = self.chunk if watched else bucket(longest)
+        prompt = plan.prompt(self.cache.max_length)
         (ints, floats), (later_ints, later_floats, counts, state) = runtime.run(
-            self._first, *plan.prompt(self.cache.max_length), *plan.layout, *plan.options, plan.uniforms(0, 1 + capacity),
-            plan.budget(), plan.eos, Tensor(1 + capacity, ms.int32))
+            self._first, *prompt, *plan.layout, *plan.options, plan.uniforms(0, 1 + capacity), plan.budget(), plan.eos,
+            Tensor(1 + capacity, ms.int32), plan.mode)
         plan.take(ints.asnumpy()[None], floats.asnumpy()[None], np.ones(len(requests), np.int32))
         plan.take(later_ints.asnumpy(), later_floats.asnumpy(), counts.asnumpy())
         active = self._settle(batch, state[2].asnumpy(), eos, stop, on_text)
@@ -237,7 +238,7 @@ class Generator:
             state = (state[0], state[1], plan.pad_bool(active))
             ints, floats, counts, state = runtime.run(
                 self._later, *state, *plan.layout, *plan.options, plan.uniforms(done, capacity), plan.budget(), plan.eos,
-                Tensor(capacity, ms.int32))
+                Tensor(capacity, ms.int32), plan.mode, *prompt)
             plan.take(ints.asnumpy(), floats.asnumpy(), counts.asnumpy())
             active = self._settle(batch, state[2].asnumpy(), eos, stop, on_text)
             done += capacity
@@ -309,6 +310,7 @@ class _Plan:
             Tensor(self._array(lambda r: r.sampling.top_k, 0, np.int32)),
             self._floats(lambda r: r.sampling.top_p, 1.0),
         )
+        self.mode = Tensor(self._array(lambda r: r.contrast.mode if r.contrast else 0, 0, np.int32))
         # -1 is no token id: it stands for "no end of sequence".
         self.eos = Tensor(np.array(sorted(eos) or [-1], np.int32))
 

@@ -8,7 +8,7 @@ graph is compiled once for each bucket of those and reused for every adapter, co
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from colora_ms.kernels import contrastive_select
+from colora_ms.kernels import contrast_strength, contrastive_select
 
 
 class _Loop(nn.Cell):
@@ -20,18 +20,24 @@ class _Loop(nn.Cell):
         self.cache = cache
         self.one = Tensor(1, ms.int32)
 
-    def select(self, logits, rows, options, uniform, active):
-        """Choose a token for every active request; see ``kernels.contrastive_select``."""
+    def select(self, logits, rows, options, uniform, active, adapt=None, previous=None):
+        """Choose a token for every active request; see ``kernels.contrastive_select``.
+
+        With ``adapt`` = (mode, prompt, lengths), beta is scaled first by ``kernels.contrast_strength``.
+        """
         expert_rows, amateur_rows = rows
         alpha, beta, temperature, top_k, top_p = options
         expert_rows = ops.where(active, expert_rows, -self.one)
+        if adapt is not None:
+            mode, prompt, lengths = adapt
+            beta = contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, prompt, lengths)
         return contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
 
     def ended(self, token, eos):
         """(requests,) bool: whether the token is one of eos (ends,) int32."""
         return ops.equal(token.reshape(-1, 1), eos.reshape(1, -1)).any(axis=1)
 
-    def run(self, state, layout, options, uniforms, budget, eos, steps):
+    def run(self, state, layout, options, uniforms, budget, eos, steps, adapt=None):
         """Generate until every request ended or ``steps`` steps were made.
 
         Args:
@@ -43,6 +49,8 @@ class _Loop(nn.Cell):
             budget: (requests,) int32, tokens that each request may still take in this call.
             eos: (ends,) int32.
             steps: scalar int32, at most ``capacity``.
+            adapt: (mode (requests,), prompt ids (requests, prompt), their lengths (requests,)), each int32, of adaptive
+                contrasts; None: beta is taken as it is.
 
         Returns:
             (ints (capacity, requests, 3), floats (capacity, requests, 4), counts (requests,), state).
@@ -62,7 +70,8 @@ class _Loop(nn.Cell):
             start = ops.gather(position, row_request, 0)
             logits = self.decoder.step(ids, slots, self.cache, cache_rows, start, length)
             uniform = ops.gather(uniforms, step, 1)
-            new_ints, new_floats = self.select(logits, (expert_rows, amateur_rows), options, uniform, active)
+            new_ints, new_floats = self.select(logits, (expert_rows, amateur_rows), options, uniform, active,
+                                               adapt, token)
             here = ops.equal(index, step)
             ints = ops.where(here, new_ints.expand_dims(0), ints)
             floats = ops.where(here, new_floats.expand_dims(0), floats)
@@ -81,7 +90,7 @@ class GenerationLoop(_Loop):
     of the graph."""
 
     def construct(self, ids, lengths, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta, temperature,
-                  top_k, top_p, uniforms, budget, eos, steps):
+                  top_k, top_p, uniforms, budget, eos, steps, mode=None):
         """Read the prompts, choose the first token from their last logits, then loop.
 
         Args:
@@ -96,6 +105,7 @@ class GenerationLoop(_Loop):
             budget: (requests,) int32, tokens that each request may take.
             eos: (ends,) int32.
             steps: scalar int32, tokens to make at most in this call; at most 1 + capacity.
+            mode: (requests,) int32, the form of each request's contrast (``Contrast.mode``); None: all are fixed.
 
         Returns:
             (first ints (requests, 3), first floats (requests, 4)), then the results of ``run`` for the later tokens.
@@ -106,11 +116,13 @@ class GenerationLoop(_Loop):
         rows_ids = ops.gather(ids, row_request, 0)
         logits = self.decoder.step(rows_ids, slots, self.cache, cache_rows, ops.zeros_like(length), length)
         active = lengths > 0
-        ints, floats = self.select(logits, (expert_rows, amateur_rows), options, uniforms[:, 0], active)
+        adapt = None if mode is None else (mode, ids, lengths)
+        ints, floats = self.select(logits, (expert_rows, amateur_rows), options, uniforms[:, 0], active, adapt,
+                                   ops.zeros_like(lengths) - self.one)
         token = ints[:, 0]
         going = ops.logical_and(active, ops.logical_not(self.ended(token, eos)))
         result = self.run((token, lengths, going), layout, options, uniforms[:, 1:], budget - self.one, eos,
-                          steps - self.one)
+                          steps - self.one, adapt)
         return (ints, floats), result
 
 
@@ -118,7 +130,8 @@ class ContinueLoop(_Loop):
     """Goes on where a :class:`GenerationLoop` with the same cache stopped: the graph of the later chunks."""
 
     def construct(self, token, position, active, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
-                  temperature, top_k, top_p, uniforms, budget, eos, steps):
+                  temperature, top_k, top_p, uniforms, budget, eos, steps, mode=None, ids=None, lengths=None):
         layout = (row_request, slots, cache_rows, expert_rows, amateur_rows)
         options = (alpha, beta, temperature, top_k, top_p)
-        return self.run((token, position, active), layout, options, uniforms, budget, eos, steps)
+        adapt = None if mode is None else (mode, ids, lengths)
+        return self.run((token, position, active), layout, options, uniforms, budget, eos, steps, adapt)

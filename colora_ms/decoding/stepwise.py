@@ -10,7 +10,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
-from colora_ms.decoding.contrast import contrastive_scores
+from colora_ms.decoding.contrast import contrast_strength, contrastive_scores
 from colora_ms.decoding.generator import bucket
 from colora_ms.errors import DecodingError
 from colora_ms.models.cache import KeyValueCache
@@ -110,7 +110,8 @@ def naive_contrastive(generator, prompt, adapter, contrast, max_new_tokens=64, i
     tokens = []
     expert_logits, amateur_logits = expert.prefill(ids), amateur.prefill(ids)
     while True:
-        scores = contrastive_scores(expert_logits, amateur_logits, contrast.alpha, contrast.beta)
+        beta = contrast_strength(expert_logits[0], amateur_logits[0], contrast, tokens[-1] if tokens else -1, ids)
+        scores = contrastive_scores(expert_logits, amateur_logits, contrast.alpha, beta)
         tokens.append(int(scores[0].argmax()))
         if len(tokens) == budget or tokens[-1] in eos:
             return tokens

@@ -20,6 +20,7 @@ from colora_ms.kernels.loss import (
 )
 from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residual, rms_norm_residual_reference
 from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
+from colora_ms.kernels.strength import contrast_strength, contrast_strength_reference
 
 __all__ = [
     "ABSENT",
@@ -29,6 +30,8 @@ __all__ = [
     "cached_attention_reference",
     "causal_attention",
     "causal_attention_reference",
+    "contrast_strength",
+    "contrast_strength_reference",
     "contrastive_select",
     "contrastive_select_reference",
     "decoder_layers",

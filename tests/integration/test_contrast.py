@@ -82,6 +82,44 @@ def test_equals_the_naive_two_forward_form(generator, alpha, beta):
     assert tokens(answers) != tokens(generator.generate(PROMPTS, adapter="a", max_new_tokens=16))
 
 
+ADAPTIVE = [Contrast(0.05, 1.5, adapt, skip) for adapt in ("fixed", "entropy", "divergence", "margin")
+            for skip in (False, True)]
+
+
+@pytest.mark.parametrize("contrast", ADAPTIVE[1:], ids=lambda c: c.label)
+def test_adaptive_forms_equal_the_naive_two_forward_form(generator, contrast):
+    from colora_ms.decoding.stepwise import naive_contrastive
+
+    answers = generator.generate(PROMPTS, adapter="a", contrast=contrast, max_new_tokens=16)
+    assert tokens(answers) == [tuple(naive_contrastive(generator, p, "a", contrast, 16)) for p in PROMPTS]
+
+
+def test_adaptive_forms_differ_from_one_another(generator):
+    prompt = [PROMPTS[1]] * len(ADAPTIVE)
+    answers = tokens(generator.generate(prompt, adapter="a", contrast=ADAPTIVE, max_new_tokens=40, ignore_eos=True))
+    assert len(set(answers)) >= 4, "the forms give the same answers"
+
+
+def test_adaptive_strength_stands_in_the_records(generator):
+    from colora_ms.decoding.contrast import contrast_strength
+
+    for contrast in ADAPTIVE[2::2]:
+        answer, = generator.generate(PROMPTS[1], adapter="a", contrast=contrast, max_new_tokens=12, records=True)
+        weights = [(r.score - r.expert) / (r.expert - r.amateur) for r in answer.records
+                   if abs(r.expert - r.amateur) > 0.1]
+        assert all(-1e-3 <= w <= contrast.beta + 1e-3 for w in weights) and len({round(w, 3) for w in weights}) > 2
+    # A step by itself: with two equal favourites the margin form contrasts in full.
+    assert contrast_strength([1.0, 1.0, 0.0], [0.0, 0.0, 0.0], Contrast(0.1, 0.7, "margin")) == pytest.approx(0.7)
+
+
+def test_copies_are_watched_across_chunks(generator):
+    # Small chunks: the later ones run in the graph that goes on, which must know the prompt too.
+    contrast = Contrast(0.05, 1.5, skip_copies=True)
+    whole = generator.generate(PROMPTS, adapter="a", contrast=contrast, max_new_tokens=40)
+    streamed = generator.generate(PROMPTS, adapter="a", contrast=contrast, max_new_tokens=40, on_text=lambda *_: None)
+    assert tokens(whole) == tokens(streamed)
+
+
 def test_records_hold_the_rule(generator):
     contrast = Contrast(0.05, 1.5)
     answer = generator.generate(PROMPTS[1], adapter="a", contrast=contrast, max_new_tokens=16, records=True)[0]
@@ -117,7 +155,8 @@ def test_changing_adapters_and_options_compiles_nothing(generator):
     options = dict(max_new_tokens=14)
     generator.generate(PROMPTS, adapter="a", contrast=Contrast(), **options)
     before = runtime.compilations(generator._first)
-    for adapter, contrast in [("b", Contrast(0.2, 0.9)), ("zero", Contrast(1.0, 0.0)), ("a", Contrast(0.7, 3.0))]:
+    for adapter, contrast in [("b", Contrast(0.2, 0.9)), ("zero", Contrast(1.0, 0.0)), ("a", Contrast(0.7, 3.0)),
+                              *(("b", contrast) for contrast in ADAPTIVE)]:
         generator.generate(PROMPTS, adapter=adapter, contrast=contrast, sampling=Sampling(0.7, 5, 0.9, 3), **options)
     assert runtime.compilations(generator._first) == before
 
