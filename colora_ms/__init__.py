@@ -1,8 +1,9 @@
 """Low-rank adapters and Contrastive LoRA Decoding (CoLD) in MindSpore graph mode.
 
-The house in ten lines; every room imports only from those below it:
+The house in a few lines; every room imports only from those below it:
 
 * ``cli``          the ``colora-ms`` command
+* ``serving``      adapter bank, continuous batching
 * ``evaluation``   exact match, multiple choice, perplexity, paired tests
 * ``training``     datasets, the train step in graph mode, atomic checkpoints
 * ``decoding``     contrast, sampling, the generation loop as one static graph, ``Generator``

@@ -27,6 +27,22 @@ class DecodingError(ColoraError, ValueError):
     """A generation request cannot be carried out (prompt, limits, contrast or sampling values)."""
 
 
+class UnknownAdapterError(AdapterError):
+    """A request names an adapter that is not there, or that was withdrawn."""
+
+
+class ServingError(ColoraError, ValueError):
+    """The serving engine cannot take or finish a request."""
+
+
+class QueueFullError(ServingError):
+    """The queue of the serving engine is full; try again later."""
+
+
+class EngineClosedError(ServingError):
+    """The serving engine was closed, or could not go on."""
+
+
 class DataError(ColoraError, ValueError):
     """Training or evaluation data is missing, empty or malformed."""
 

@@ -290,23 +290,34 @@ class Adapters:
         self.check_fits(stored.config, plan)
         self.publish(name, stored.config, plan, values)
 
-    def stage(self, stored):
-        """Check an opened folder against the model and read it: (Plan, values). Changes nothing."""
+    def stage(self, stored, check=None):
+        """Check an opened folder against the model and read it: (Plan, values). Changes nothing.
+
+        Args:
+            stored: StoredAdapter.
+            check: function (config, plan) that may refuse the adapter before its tensors are read.
+        """
         if stored.config is None:
             stored.refuse(stored.problems, self.base_model)
         try:
             plan = make_plan(stored.config, self.modules, self._defaults)
         except AdapterError as error:
             stored.refuse(stored.problems + [str(error)], self.base_model)
+        if check is not None:
+            check(stored.config, plan)
         return plan, stored.read(plan, self.modules, lambda path: tree.base_values(self._cells[path]), self.base_model)
 
     def publish(self, name, config, plan, values):
         """Put checked values into a slot and give them a name; cannot fail any more."""
         slot = self._entries[name][0] if name in self._entries else self._free_slot()
+        self.write_slot(slot, plan, values)
+        self._entries[name] = (slot, copy.deepcopy(config), plan)
+
+    def write_slot(self, slot, plan, values):
+        """Put checked values into a slot, whatever it holds, without a name: for those who keep account of slots."""
         for (path, role), cell in self.sites.items():
             target = plan.targets.get(path)
             cell.write(slot, values.get((path, role), {}), target.scaling if target else 0.0)
-        self._entries[name] = (slot, copy.deepcopy(config), plan)
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

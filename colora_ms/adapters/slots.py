@@ -14,13 +14,20 @@ def stacked(name, shape, trainable, dtype=np.float32):
 def put(parameter, slot, value):
     """Set one slot of a stacked Parameter; a value smaller than the slot is padded with zeros (a rank below the widest).
 
-    The Parameter stays the same object with the same shape, so that compiled graphs see the new value.
+    The Parameter stays the same object with the same shape, so that compiled graphs see the new value. Where its memory
+    is the host's (a CPU), the slot is written in place: copying the whole stack for each slot would make the loading of
+    an adapter as slow as the loading of all of them.
     """
-    whole = parameter.asnumpy().copy()
-    whole[slot] = 0
+    whole = parameter.asnumpy()
+    in_place = whole.flags.writeable and whole.ctypes.data == parameter.data_ptr()
+    if not in_place:
+        whole = whole.copy()
     value = np.asarray(value)
+    if value.shape != whole.shape[1:]:
+        whole[slot] = 0
     whole[(slot, *(slice(n) for n in value.shape))] = value
-    parameter.set_data(Tensor.from_numpy(whole))
+    if not in_place:
+        parameter.set_data(Tensor.from_numpy(whole))
 
 
 def get(parameter, slot, shape=()):

@@ -9,6 +9,7 @@ from colora_ms import runtime
 from colora_ms.decoding.completion import Completion, TokenRecord
 from colora_ms.decoding.contrast import Contrast, Sampling
 from colora_ms.decoding.loop import ContinueLoop, GenerationLoop
+from colora_ms.decoding.prompt import encode_prompt, ending_ids, printable
 from colora_ms.errors import DecodingError
 from colora_ms.models.cache import KeyValueCache
 
@@ -99,8 +100,7 @@ class Generator:
     @property
     def eos_token_ids(self):
         """Ids that end an answer: the model config's and the tokenizer's."""
-        extra = self.tokenizer.eos_token_id
-        return tuple(dict.fromkeys([*self.decoder.config.eos_token_ids, *([] if extra is None else [extra])]))
+        return ending_ids(self.decoder, self.tokenizer)
 
     def generate(self, prompts, adapter=None, contrast=None, sampling=None, max_new_tokens=64, stop=(), records=False,
                  ignore_eos=False, on_text=None):
@@ -188,13 +188,7 @@ class Generator:
 
     def encode(self, prompt):
         """Token ids of a prompt: a string, ids, or chat messages."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt) if prompt else []
-        prompt = list(prompt)
-        if prompt and isinstance(prompt[0], dict):
-            text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        return [int(i) for i in prompt]
+        return encode_prompt(self.tokenizer, prompt)
 
     def _batches(self, indexed):
         batch, rows = [], 0
@@ -258,7 +252,7 @@ class Generator:
             if ended or full:
                 request.finish_reason = "stop" if ended else "length"
             going[i] = request.finish_reason is None and bool(active[i])
-            shown = text if request.finish_reason else _printable(text, stop)
+            shown = text if request.finish_reason else printable(text, stop)
             if on_text is not None and len(shown) > len(request.text):
                 on_text(index, shown[len(request.text):])
             if on_text is None or len(shown) > len(request.text) or request.finish_reason:
@@ -269,16 +263,6 @@ class Generator:
         kept = tuple(request.records) if records else ()
         return Completion(request.text, tuple(request.tokens), len(request.ids), request.finish_reason, request.adapter,
                           kept)
-
-
-def _printable(text, stop):
-    """``text`` without a tail that may still become a stop string or another character."""
-    text = text.rstrip("\ufffd")
-    for s in stop:
-        for size in range(min(len(s) - 1, len(text)), 0, -1):
-            if text.endswith(s[:size]):
-                return text[:-size]
-    return text
 
 
 class _Plan:

@@ -1,0 +1,70 @@
+"""The tensors of one chunk of steps."""
+
+import numpy as np
+
+from mindspore import Tensor
+
+
+class Batch:
+    """Running requests in the rows of one bucket, grouped by adapter.
+
+    Expert rows come first, in the order of their slots, so that rows of one adapter stand together; the amateur rows,
+    all of the base model, stand behind them.
+
+    Args:
+        requests: :class:`colora_ms.serving.request.Request` that run.
+        bucket: rows of the graph; a request takes one or two of them.
+        eos: ids that end an answer.
+    """
+
+    def __init__(self, requests, bucket, eos):
+        self.requests = sorted(requests, key=lambda r: (r.slot, r.handle.id))
+        self.bucket = bucket
+        count = len(self.requests)
+        # Rows that only fill the bucket belong to its last request, which is inactive then.
+        row_request = np.full(bucket, bucket - 1, np.int32)
+        slots = np.full(bucket, -1, np.int32)
+        cache_rows = np.zeros(bucket, np.int32)
+        expert = np.zeros(bucket, np.int32)
+        amateur = np.full(bucket, -1, np.int32)
+        next_amateur = count
+        for i, request in enumerate(self.requests):
+            expert[i] = i
+            slots[i] = request.slot
+            for one in request.rows:
+                row = i
+                if one.amateur:
+                    row = amateur[i] = next_amateur
+                    next_amateur += 1
+                row_request[row] = i
+                cache_rows[row] = one.row.index
+        self.rows = next_amateur
+        self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows, expert, amateur))
+        self.eos = Tensor(np.array(sorted(eos) or [-1], np.int32))  # -1 is no token id
+
+    def arguments(self, capacity, steps):
+        """The arguments of :class:`colora_ms.serving.graphs.ServingLoop`.
+
+        Args:
+            capacity: the graph's steps; steps: how many to make now, at most.
+        """
+        requests = self.requests
+        last = [r.last for r in requests]
+        state = (self._array([token for token, _ in last], 0, np.int32),
+                 self._array([position for _, position in last], 0, np.int32),
+                 self._array([True] * len(requests), False, bool))
+        contrast = [r.settings.contrast for r in requests]
+        sampling = [r.settings.sampling for r in requests]
+        options = (self._array([c.alpha if c else 1.0 for c in contrast], 1.0, np.float32),
+                   self._array([c.beta if c else 0.0 for c in contrast], 0.0, np.float32),
+                   self._array([s.temperature for s in sampling], 0.0, np.float32),
+                   self._array([s.top_k for s in sampling], 0, np.int32),
+                   self._array([s.top_p for s in sampling], 1.0, np.float32))
+        uniforms = np.zeros((self.bucket, capacity), np.float32)
+        for i, request in enumerate(requests):
+            uniforms[i] = request.uniforms(capacity)
+        budget = self._array([r.left for r in requests], 0, np.int32)
+        return (*state, *self.layout, *options, Tensor(uniforms), budget, self.eos, Tensor(np.array(steps, np.int32)))
+
+    def _array(self, values, filler, dtype):
+        return Tensor(np.array(list(values) + [filler] * (self.bucket - len(values)), dtype))

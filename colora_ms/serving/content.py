@@ -1,0 +1,61 @@
+"""What the bank keeps of an adapter in host memory: one folder, read and checked, independent of its files."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from colora_ms.adapters.peft_format import StoredAdapter
+from colora_ms.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Content:
+    """An adapter's checked values, ready to be put into a slot.
+
+    Attributes:
+        digest: 64 hexadecimal digits that name the content (see :func:`colora_ms.adapters.digest`).
+        plan: :class:`colora_ms.adapters.matching.Plan`.
+        values: {(module name, role): {field: float32 array}}, copies that no file can change.
+        rank: its largest rank.
+        nbytes: bytes of all arrays.
+    """
+
+    digest: str
+    plan: object
+    values: dict
+    rank: int
+    nbytes: int
+
+
+def read_content(handle, folder, max_rank, max_bytes):
+    """Read an adapter folder and check it in full; nothing of the model changes. Any thread may call this.
+
+    Args:
+        handle: :class:`colora_ms.adapters.Adapters` of the model.
+        folder: the PEFT folder.
+        max_rank: the largest rank that the slots hold, for the message.
+        max_bytes: the largest file that may be read.
+
+    Raises:
+        AdapterError: all that is wrong with it.
+    """
+    stored = StoredAdapter(folder)
+    size = sum(end - begin for _, _, begin, end in stored.file.entries.values())
+    if size > max_bytes:
+        raise AdapterError(f"the adapter in {folder} has {size} bytes of tensors, the bank keeps {max_bytes} in memory; "
+                           "make the bank with a larger host_bytes")
+
+    def check(config, plan):
+        ranks = {name: target.r for name, target in plan.targets.items()}
+        wide = [name for name, r in ranks.items() if r > max_rank]
+        if wide:
+            raise AdapterError(f"the adapter in {folder} has rank {ranks[wide[0]]} in {len(wide)} modules, {wide[0]!r} "
+                               f"first; this bank was made with max_rank={max_rank}: make it with a larger one")
+        handle.check_fits(config, plan)
+
+    digest = stored.digest()
+    plan, values = handle.stage(stored, check)
+    # A float32 tensor is a view of the mapped file: it would change, or take the process down, with the file.
+    values = {place: {field: np.array(value) for field, value in fields.items()} for place, fields in values.items()}
+    nbytes = sum(value.nbytes for fields in values.values() for value in fields.values())
+    return Content(digest, plan, values, max((t.r for t in plan.targets.values()), default=0), nbytes)

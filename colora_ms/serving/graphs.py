@@ -1,0 +1,56 @@
+"""The graphs of the engine: prompts into the cache, chunks of steps, and copies of a row's prefix.
+
+All of them work on the same cache; which rows, slots, settings and how many steps are tensors, so that a graph is
+compiled once for each bucket of shapes.
+"""
+
+from mindspore import nn, ops
+
+from colora_ms.decoding.loop import ContinueLoop
+from colora_ms.kernels import contrastive_select
+
+
+class Prefill(nn.Cell):
+    """Puts prompt tokens into the cache. No logits: a prompt's last token goes through the loop like any later one."""
+
+    def __init__(self, decoder, cache):
+        super().__init__()
+        self.decoder = decoder
+        self.cache = cache
+
+    def construct(self, ids, slots, cache_rows, start, length):
+        """Arguments as :meth:`colora_ms.models.decoder.Decoder.step`; returns (rows,) float32 without meaning."""
+        return self.decoder.model.cached(ids, slots, self.cache, cache_rows, start, length)[:, 0, 0]
+
+
+class ServingLoop(ContinueLoop):
+    """A chunk of steps of the running requests, see :meth:`colora_ms.decoding.loop.ContinueLoop.construct`.
+
+    A request whose logits are not finite (an adapter with values near the largest float) gets results of zeros, with 0
+    valid tokens, in place of an error of the operator, which would end all requests of the batch.
+    """
+
+    def select(self, logits, rows, options, uniform, active):
+        expert_rows, amateur_rows = rows
+        alpha, beta, temperature, top_k, top_p = options
+        finite = ops.isfinite(logits.sum(axis=1))
+        fine = ops.logical_and(
+            ops.gather(finite, ops.maximum(expert_rows, 0), 0),
+            ops.logical_or(amateur_rows < 0, ops.gather(finite, ops.maximum(amateur_rows, 0), 0)))
+        expert_rows = ops.where(ops.logical_and(active, fine), expert_rows, -self.one)
+        return contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
+
+
+class CopyRow(nn.Cell):
+    """One row of the cache becomes a copy of another one."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache
+
+    def construct(self, source, target):
+        """source, target: (1,) int32."""
+        done = source
+        for tensor in self.cache.keys + self.cache.values:
+            done = ops.depend(done, ops.scatter_update(tensor, target, ops.gather(tensor, source, 0)))
+        return done

@@ -1,0 +1,59 @@
+"""A folder of random adapters for the tiny decoder, and an engine over it."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+LINEARS = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32), "gate_proj": (48, 32),
+           "up_proj": (48, 32), "down_proj": (32, 48)}
+
+
+def adapter_tensors(seed, r=4, targets=tuple(LINEARS), layers=2, scale=0.3):
+    """{PEFT key: float32 array} of a random adapter for the tiny decoder."""
+    random = np.random.default_rng(seed)
+    found = {}
+    for layer in range(layers):
+        for name in targets:
+            out, inner = LINEARS[name]
+            block = "self_attn" if name[0] in "qkvo" else "mlp"
+            key = f"base_model.model.model.layers.{layer}.{block}.{name}"
+            found[f"{key}.lora_A.weight"] = (random.standard_normal((r, inner)) * scale).astype(np.float32)
+            found[f"{key}.lora_B.weight"] = (random.standard_normal((out, r)) * scale).astype(np.float32)
+    return found
+
+
+def adapter_config(r=4, targets=tuple(LINEARS), **changes):
+    """adapter_config.json as PEFT writes it."""
+    return {"peft_type": "LORA", "r": r, "lora_alpha": 8, "target_modules": list(targets), "bias": "none", **changes}
+
+
+def write_adapter(folder, seed, r=4, targets=tuple(LINEARS), tensors=None, **changes):
+    """A PEFT folder with random values, or the given tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(r, targets, **changes)))
+    save_file(adapter_tensors(seed, r, targets) if tensors is None else tensors,
+              str(folder / "adapter_model.safetensors"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tmp_path_factory):
+    """Adapters "a0" to "a5" of ranks 1 to 6, on all linears or on two of them, some with rsLoRA's scale."""
+    root = tmp_path_factory.mktemp("adapters")
+    for i in range(6):
+        targets = tuple(LINEARS) if i % 2 == 0 else ("q_proj", "down_proj")
+        write_adapter(root / f"a{i}", seed=i, r=i + 1, targets=targets, use_rslora=i % 3 == 0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_decoder, word_tokenizer, adapter_folder):
+    """An engine with 8 rows and 3 slots for the six adapters; the tests share it, and its compiled graphs."""
+    from colora_ms.serving import AdapterBank, Engine
+
+    decoder = tiny_decoder()
+    bank = AdapterBank(decoder, adapter_folder, max_loaded=3, max_rank=6)
+    with Engine(decoder, word_tokenizer, bank, rows=8, max_length=96, chunk=4, queue=64, prompt_chunk=24) as engine:
+        yield engine
