@@ -7,7 +7,7 @@ The house in a few lines; every room imports only from those below it:
 * ``evaluation``   exact match, multiple choice, perplexity, paired tests
 * ``training``     datasets, the train step in graph mode, atomic checkpoints
 * ``decoding``     contrast, sampling, the generation loop as one static graph, ``Generator``
-* ``adapters``     LoRA as Cells: inject, merge, PEFT's directory format
+* ``adapters``     LoRA and Lily as Cells: inject, merge, PEFT's directory format
 * ``models``       decoders of the Llama family, checkpoints, tokenizers
 * ``kernels``      the operations that must be fast: a Python face, a reference form, a form for each device
 * ``ops/``         (beside the package) the C++ and Ascend C sources of those operations
@@ -20,6 +20,7 @@ _EXPORTS = {
     "Contrast": "colora_ms.decoding",
     "Generator": "colora_ms.decoding",
     "Sampling": "colora_ms.decoding",
+    "LilyConfig": "colora_ms.adapters",
     "LoraConfig": "colora_ms.adapters",
     "inject": "colora_ms.adapters",
     "load_adapter": "colora_ms.adapters",

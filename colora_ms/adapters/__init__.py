@@ -10,24 +10,35 @@ adapters compiles nothing anew.
 
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.handle import Adapters
+from colora_ms.adapters import lily_lengths, lily_plan
 from colora_ms.adapters.inject import adapters_of, inject, load_adapter, load_adapters, wrap_lora
+from colora_ms.adapters.lily import LilyDense, LilyLinear, StaticLilyLinear, wrap_lily
+from colora_ms.adapters.lily_config import LilyConfig
+from colora_ms.adapters.lily_format import export_lora, peft_config
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear, initial_values
 from colora_ms.adapters.peft_format import digest
 from colora_ms.adapters.registry import Method, register
 from colora_ms.adapters.store import adapter_path, check_name
 
 register(Method(LoraConfig, wrap_lora, initial_values))
+register(Method(LilyConfig, wrap_lily, lily_plan.initial_values, lily_plan.entries, lily_plan.plan, lily_plan.value_shapes,
+                lily_plan.why_not_merge, peft_config, lily_lengths.install, lily_lengths.remove))
 
 __all__ = [
     "Adapters",
+    "LilyConfig",
+    "LilyDense",
+    "LilyLinear",
     "LoraConfig",
     "LoraEmbedding",
     "LoraLinear",
     "Method",
+    "StaticLilyLinear",
     "adapter_path",
     "adapters_of",
     "check_name",
     "digest",
+    "export_lora",
     "inject",
     "load_adapter",
     "load_adapters",

@@ -197,6 +197,7 @@ class Adapters:
     def unload(self):
         """Take all adapter Cells out of the model; a merged adapter stays in its weights. The handle ends with it."""
         names = tree.ParameterNames(self.net)
+        method(self.peft_type).remove(self.net)
         for path in {path: None for path, _ in self.sites}:
             cell = self._cells[path]
             for role in ("lora", "saved"):
@@ -255,22 +256,30 @@ class Adapters:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save(self, folder, name=None):
+    def save(self, folder, name=None, layout=None):
         """Write an adapter (by default the active one) as a PEFT folder, whole or not at all.
 
         Args:
             folder: becomes the adapter's folder itself; replaced if it is there, its other files are kept.
+            layout: "peft" writes tensors that modules share once for each of them, as PEFT does; None writes them once.
 
         Raises:
             AdapterError: a value is not finite, or the folder cannot be written.
         """
-        slot, config, plan = self._entry(self._default(name))
-        values = {}
-        for place, shapes in value_shapes(config, plan, self.modules).items():
-            values[place] = self.sites[place].read(slot, shapes)
+        if layout not in (None, "peft"):
+            raise AdapterError(f"layout is {layout!r}, expected None or 'peft'")
+        _, config, plan = self._entry(self._default(name))
         if self.base_model and not config.base_model_name_or_path:
             config.base_model_name_or_path = str(self.base_model)
-        write_adapter(folder, config, plan, self.modules, values)
+        if layout == "peft":
+            config = method(config.peft_type).peft_config(config, plan, self.modules)
+        write_adapter(folder, config, plan, self.modules, self.values(name), copies=layout == "peft")
+
+    def values(self, name=None):
+        """{(module name, role): {field: float32 array}} of an adapter, by default the active one."""
+        slot, config, plan = self._entry(self._default(name))
+        return {place: self.sites[place].read(slot, shapes)
+                for place, shapes in value_shapes(config, plan, self.modules).items()}
 
     def load(self, folder, name, replace=False):
         """Load a PEFT folder into a free slot (or, with ``replace``, into the slot of the adapter of that name).

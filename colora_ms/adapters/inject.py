@@ -204,6 +204,7 @@ def _replace(net, handle, plans, peft_type, max_rank):
             tree.replace(net, path, cell)
             for parameter, name in fresh:
                 parameter.name = name
+    method(peft_type).install(net, shared)
     names.restore()
     handle.active_slot.name = "adapters.active_slot"
     object.__setattr__(net, HANDLE, handle)

@@ -23,6 +23,8 @@ class Method:
         value_shapes: function (plan, modules) that gives the shapes of its values as the Cells read and write them; by
             default :func:`colora_ms.adapters.matching.value_shapes`.
         why_not_merge: function (config) that says why such an adapter cannot be merged, or "".
+        peft_config: function (config, plan, modules) that gives the config to write in PEFT's own layout.
+        install, remove: functions called with (net, shared) after the Cells were put in, and (net) before they go.
     """
 
     config: Any
@@ -32,6 +34,9 @@ class Method:
     plan: Callable = matching.plan
     value_shapes: Callable = matching.value_shapes
     why_not_merge: Callable = lambda config: ""
+    peft_config: Callable = lambda config, plan, modules: config
+    install: Callable = lambda net, shared: None
+    remove: Callable = lambda net: None
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ class TrainingConfig(_Section):
                           lambda value: bool(value.strip()), "a name or a path")
     weight_format: str = _setting("float32", "Format of the frozen weights.",
                                   *_one_of("float32", "bfloat16", "int8", "int4"))
-    adapter: dict = _setting(None, "Settings of the adapter, with the names of LoraConfig (PEFT's).",
+    adapter: dict = _setting(None, "Settings of the adapter: method (lora or lily; lora if left out), and the "
+                             "names of LoraConfig or LilyConfig (PEFT's).",
                              factory=lambda: {"r": 8, "lora_alpha": 16,
                                               "target_modules": "all-linear"})
     optimizer: object = _setting(None, "AdamW and its schedule; see OptimizerConfig.",
@@ -207,14 +208,14 @@ class TrainingConfig(_Section):
         super().__post_init__()
 
     def _relations(self):
-        from colora_ms.adapters.config import LoraConfig
-        known = [field.name for field in dataclasses.fields(LoraConfig)]
-        for name in self.adapter:
-            if name not in known:
-                return [f"section adapter has no setting {name!r}; it has {', '.join(known)}."
-                        f"{near(name, known)}"]
         try:
-            LoraConfig(**self.adapter)
+            kind, settings = self._adapter_kind()
+            known = [field.name for field in dataclasses.fields(kind)]
+            for name in settings:
+                if name not in known:
+                    return [f"section adapter has no setting {name!r}; it has method, {', '.join(known)}."
+                            f"{near(name, known)}"]
+            kind(**settings)
         except AdapterError as error:
             return [f"section adapter: {error}"]
         if self.loop.evaluate_every is not None and self.data.validation is None:
@@ -233,10 +234,17 @@ class TrainingConfig(_Section):
             return [f"data.template: {error}"]
         return []
 
-    def lora_config(self):
-        """The adapter's settings as a ``LoraConfig``."""
-        from colora_ms.adapters.config import LoraConfig
-        return LoraConfig(**self.adapter)
+    def _adapter_kind(self):
+        """(config class of the adapter's method, the settings without the method's name)."""
+        from colora_ms.adapters import registry
+        settings = dict(self.adapter)
+        method = registry.named(settings.pop("method", "lora"), "section adapter")
+        return method.config, settings
+
+    def adapter_config(self):
+        """The adapter's settings as its method's config, ``LoraConfig`` if no method is named."""
+        kind, settings = self._adapter_kind()
+        return kind(**settings)
 
     def to_dict(self):
         """The recipe as plain dictionaries; ``from_dict`` reads them back equal."""

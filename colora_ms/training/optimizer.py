@@ -49,7 +49,7 @@ def learning_rate(config, step, steps):
 def is_up_factor(name):
     """Whether a parameter is the second factor of an adapter (``....lora_B``, ``....up``)."""
     last = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    return last in ("up", "lora_up", "lora_B", "lora_embedding_B")
+    return last in ("up", "lora_up", "lora_B", "lora_embedding_B", "lily_B")
 
 
 def is_learned_scale(name):

@@ -335,10 +335,10 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
     if validation is not None:
         say(f"validation data: {validation.summary()}")
-    lora = config.lora_config()
-    if lora.lora_dropout and resume:
+    adapter = config.adapter_config()
+    if adapter.lora_dropout and resume:
         say("note: with lora_dropout the masks after resuming differ from an uninterrupted run")
-    handle = inject(decoder, lora, adapter_name="default", seed=config.loop.seed,
+    handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
                     base_model=config.model)
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default"),
                       validation, callbacks, rank=rank, world=world)

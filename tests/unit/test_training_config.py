@@ -38,7 +38,7 @@ def test_yaml_is_read_with_types_and_defaults(tmp_path):
     assert config.optimizer.learning_rate == 1e-3 and config.optimizer.max_grad_norm is None
     assert config.loop.steps == 20 and config.loop.seed == 3 and config.loop.keep_checkpoints == 2
     assert config.data.max_length == 64 and config.data.batch_size == 8
-    assert config.lora_config().r == 4
+    assert config.adapter_config().r == 4
     assert TrainingConfig.from_dict(config.to_dict()) == config
 
 

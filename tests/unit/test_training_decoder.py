@@ -105,4 +105,4 @@ def test_the_quick_start_recipe_is_valid_and_its_test_items_are_new():
     test = load_examples(config.data.held_out)
     assert len(test) >= 100 and 0 < removed < 0.1 * len(train)
     assert len(without_overlap(train, test)[0]) == len(train)
-    assert config.lora_config() == LoraConfig(**config.adapter)
+    assert config.adapter_config() == LoraConfig(**config.adapter)

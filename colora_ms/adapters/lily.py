@@ -1,0 +1,248 @@
+"""Lily on a model's Cells: ``LilyLinear``, ``StaticLilyLinear`` and ``LilyDense`` (Zhong et al., arXiv 2407.09946).
+
+Orientation as everywhere: down (r, in), up (out, r). The down factor of a block of layers and the experts of all layers
+are one Parameter each, which several Cells hold: one optimizer state, and gradients that add up. Mixing the experts and
+then multiplying, as in the paper, equals multiplying each expert by its weighted part of the hidden row:
+``sum_e p_e B_e h = [B_1 ... B_E] (p (x) h)``, so that the second half is a ``lora_expand`` of rank experts * r.
+"""
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+from colora_ms.adapters.cells import AdapterCell
+from colora_ms.adapters.lily_lengths import length_mask, row_lengths
+from colora_ms.adapters.slots import add_in_float32, get, put, stacked
+from colora_ms.adapters.tree import leaf_parameters, takes_slots
+from colora_ms.kernels import (lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference, multi_lora_linear)
+
+
+def wrap_lily(cell, path, site):
+    """The Lily Cell for a base Cell (``Method.wrap``); see :class:`colora_ms.adapters.registry.Site`."""
+    out_features, in_features = leaf_parameters(cell)["weight"].shape
+    if takes_slots(cell):
+        in_features, out_features = cell.in_features, cell.out_features
+        kind = StaticLilyLinear if site.target.pool == "static" else LilyLinear
+        return kind(cell, path, in_features, out_features, site)
+    return LilyDense(cell, path, in_features, out_features, site)
+
+
+class LilyCell(AdapterCell):
+    """What the Lily Cells share: the Parameters, and the handle's face.
+
+    Args:
+        base_layer: the linear Cell; path: its name.
+        in_features, out_features: its sizes.
+        site: :class:`colora_ms.adapters.registry.Site` with a LilyTarget and the model's ``shared`` dict.
+
+    Attributes:
+        down: (slots, r, in) float32, shared by a block of layers; up: (slots, out, experts, r), shared by all layers;
+        router: (slots, experts, r), or (slots, experts) for static weights; scale: (slots,), frozen.
+        owned: the fields that are stored under this Cell's name.
+    """
+
+    kind = "linear"
+    has_bias = False
+    _kept_scale = None
+
+    def __init__(self, base_layer, path, in_features, out_features, site):
+        super().__init__(base_layer, path)
+        target = site.target
+        self.in_features, self.out_features = in_features, out_features
+        self.target, self.max_rank, self.experts = target, site.max_rank, target.experts
+        self.pool, self.form = target.pool, target.form
+
+        def shared(owner, name, shape):
+            key = (owner, name)
+            if key not in site.shared:
+                site.shared[key] = stacked(f"{owner}.{name}", shape, site.trainable)
+            return site.shared[key]
+
+        n, r = site.slots, site.max_rank
+        self.down = shared(target.down_owner, "lily_A", (n, r, in_features))
+        self.up = shared(target.up_owner, "lily_B", (n, out_features, self.experts, r))
+        shape = (n, self.experts) if self.pool == "static" else (n, self.experts, r)
+        self.router = stacked(f"{path}.lily_router", shape, site.trainable)
+        self.scale = stacked(f"{path}.lily_scale", (n,), False)
+        self.owned = (("down",) if target.down_owner == path else ()) + (("up",) if target.up_owner == path else ()) \
+            + ("router",)
+
+    def problems_with(self, target):
+        mine = self.target
+        found = []
+        for name, own, other in (("experts", mine.experts, target.experts), ("router_pool", mine.pool, target.pool),
+                                 ("router_form", mine.form, target.form), ("A owned by", mine.down_owner, target.down_owner),
+                                 ("B owned by", mine.up_owner, target.up_owner)):
+            if own != other:
+                found.append(f"{self.path} was prepared for {name} {own}, the adapter has {other}")
+        return found
+
+    def write(self, slot, values, scaling):
+        for name in self.owned:
+            value = values.get(name, np.float32(0))
+            if name == "up" and name in values:
+                value = value.reshape(self.out_features, self.experts, -1)
+            put(getattr(self, name), slot, value)
+        put(self.scale, slot, np.float32(scaling if "router" in values else 0))
+
+    def read(self, slot, shapes):
+        values = {}
+        for name, shape in shapes.items():
+            if name == "up":
+                inner = (shape[0], self.experts, shape[1] // self.experts)
+                values[name] = get(self.up, slot, inner).reshape(shape)
+            else:
+                values[name] = get(getattr(self, name), slot, shape)
+        return values
+
+    def clear(self, slot):
+        for name in self.owned:
+            put(getattr(self, name), slot, np.float32(0))
+        put(self.scale, slot, np.float32(0))
+
+    def parameters_of(self, slot):
+        return [self.down, self.up, self.router]
+
+    def mixed_up(self, slot):
+        """The up factor of one slot, (out, r) float32: the experts in the router's fixed proportions (static only)."""
+        logits = get(self.router, slot).astype(np.float64)
+        weights = np.exp(logits - logits.max())
+        weights /= weights.sum()
+        return np.einsum("e,oer->or", weights, get(self.up, slot)).astype(np.float32)
+
+    def merge(self, slot):
+        weight = leaf_parameters(self.base_layer)["weight"]
+        self.keep([weight])
+        add_in_float32(weight, get(self.scale, slot) * (self.mixed_up(slot) @ get(self.down, slot)))
+        # The slot's own rows must not get the same change twice.
+        self._kept_scale = (slot, get(self.scale, slot))
+        put(self.scale, slot, np.float32(0))
+
+    def unmerge(self):
+        super().unmerge()
+        if self._kept_scale is not None:
+            put(self.scale, *self._kept_scale)
+        self._kept_scale = None
+
+    def extend_repr(self):
+        return (f"max_rank={self.max_rank}, experts={self.experts}, block={self.target.block}, pool={self.pool}, "
+                f"form={self.form}")
+
+
+class LilyRouted(LilyCell):
+    """A Lily Cell that computes the experts' weights for each input; for lengths see ``adapters/lily_lengths.py``."""
+
+    fusible = False
+
+    def __init__(self, base_layer, path, in_features, out_features, site):
+        super().__init__(base_layer, path, in_features, out_features, site)
+        # The kernels have no gradient; whoever trains takes the built-in operators, in evaluation too.
+        self.fast = not site.trainable
+        self.pooled = self.pool in ("sequence", "batch")
+        self.one = Tensor(np.ones(site.slots, np.float32))
+        if self.pooled:
+            self.lengths = row_lengths(site.shared)
+
+    def shrink(self, x, slots, matrices):
+        """x[row] @ matrices[slot].T, zeros where the slot is -1."""
+        if self.fast:
+            return lora_shrink(x, slots, matrices, self.one)
+        return lora_shrink_reference(x, slots, matrices, self.one)
+
+    def weights(self, hidden, slots):
+        """The experts' weights: hidden (rows, tokens, r) -> (rows, tokens, experts), or (rows, 1, experts) if pooled."""
+        if self.pool == "static":
+            return ops.expand_dims(ops.gather(ops.softmax(self.router, -1), ops.maximum(slots, 0), 0), 1)
+        logits = self.shrink(hidden, slots, self.router)
+        if not self.pooled:
+            return ops.softmax(logits, -1)
+        counted = ops.expand_dims(length_mask(self.lengths, hidden), -1)
+        tokens = counted.sum(axis=1)  # (rows, 1)
+        values = ops.softmax(logits, -1) if self.form == "code" else logits
+        # where, not a product: what a padding token holds, NaN included, must not reach the sum.
+        total = ops.where(counted > 0, values, ops.zeros_like(values)).sum(axis=1)  # (rows, experts)
+        if self.pool == "batch":
+            # Rows of the same adapter pool together; rows without one stand aside.
+            same = ops.equal(slots.reshape((-1, 1)), slots.reshape((1, -1))).astype(ms.float32)
+            total, tokens = ops.matmul(same, total), ops.matmul(same, tokens)
+        if self.form == "code":
+            mixed = total / ops.maximum(tokens, Tensor(1.0, ms.float32))
+        else:
+            mixed = ops.softmax(total, -1)
+        return ops.expand_dims(mixed, 1)
+
+    def low_rank(self, x, slots, y):
+        """y plus the adapter's part: x (rows, tokens, in), slots (rows,), y (rows, tokens, out)."""
+        hidden = self.shrink(x, slots, self.down)
+        weights = self.weights(hidden, slots) * ops.gather(self.scale, ops.maximum(slots, 0), 0).reshape((-1, 1, 1))
+        columns = self.experts * self.max_rank
+        v = (ops.expand_dims(weights, -1) * ops.expand_dims(hidden, 2)).reshape(hidden.shape[:2] + (columns,))
+        up = self.up.reshape((self.up.shape[0], self.out_features, columns))
+        if self.fast:
+            return lora_expand(v, slots, up, y)
+        return lora_expand_reference(v, slots, up, y)
+
+
+class LilyLinear(LilyRouted):
+    """A decoder's linear with a Lily adapter for each slot, routed by the input."""
+
+    def construct(self, x, slots):
+        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
+        y = self.base_layer(x, slots)
+        if x.ndim == 3:
+            return self.low_rank(x, slots, y)
+        return self.low_rank(ops.expand_dims(x, 1), slots, ops.expand_dims(y, 1)).reshape(y.shape)
+
+
+class StaticLilyLinear(LilyCell):
+    """A decoder's linear with a Lily adapter for each slot whose experts have the same weights for every input.
+
+    Such an adapter is a LoRA whose up factor is the mixture, and runs as one.
+    """
+
+    fusible = True
+
+    def operands(self):
+        """The six tensors of :func:`colora_ms.kernels.multi_lora_linear`."""
+        weights = ops.softmax(self.router, -1)
+        up = (self.up * weights.reshape((-1, 1, self.experts, 1))).sum(axis=2)
+        return self.base_layer.operands()[:3] + (self.down, up, self.scale)
+
+    def construct(self, x, slots):
+        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
+        return multi_lora_linear(x, slots, *self.operands())
+
+
+class LilyDense(LilyRouted):
+    """A linear Cell of another model (``nn.Dense``, ``mint.nn.Linear``) with a Lily adapter for each slot.
+
+    All rows use the adapter of the shared scalar ``active_slot``. Such a Cell knows no lengths: "sequence" and "batch"
+    pool over everything that one call gets, padding included.
+    """
+
+    def __init__(self, base_layer, path, in_features, out_features, site):
+        super().__init__(base_layer, path, in_features, out_features, site)
+        self.fast = False
+        self.active_slot = site.active_slot
+        # nn.Dense may end in an activation, but the low-rank product belongs before it.
+        self.late_activation = bool(getattr(base_layer, "activation_flag", False))
+        if self.late_activation:
+            self.activation = base_layer.activation
+            base_layer.activation_flag = False
+
+    def construct(self, x):
+        """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
+        y = self.base_layer(x)
+        flat = x.reshape((1, -1, self.in_features)).astype(ms.float32)
+        slots = self.active_slot.reshape((1,))
+        total = self.low_rank(flat, slots, y.reshape((1, -1, self.out_features)).astype(ms.float32))
+        y = ops.where(self.active_slot >= 0, total.reshape(y.shape).astype(y.dtype), y)
+        if self.late_activation:
+            y = self.activation(y)
+        return y
+
+    def release(self):
+        """Undo what this Cell changed in its base, before the base is used alone again."""
+        if self.late_activation:
+            self.base_layer.activation_flag = True
