@@ -13,7 +13,7 @@ from mindspore import nn, ops
 
 from colora_ms.adapters.cells import LowRankCell, SavedBase
 from colora_ms.adapters.slots import get, stacked
-from colora_ms.adapters.tree import leaf_parameters
+from colora_ms.adapters.tree import leaf_parameters, sizes_of
 
 
 class LoraDense(LowRankCell):
@@ -22,7 +22,7 @@ class LoraDense(LowRankCell):
     The pair is float32 and its product is added in float32, then cast to what the base returns.
 
     Args:
-        base_layer: a Cell with ``weight`` (out, in), that is called with x (..., in).
+        base_layer: a linear Cell, that is called with x (..., in).
         path, slots, max_rank, dropout, bias, trainable: as for :class:`colora_ms.adapters.lora.LoraLinear`.
         active_slot: the shared scalar Parameter.
     """
@@ -33,7 +33,7 @@ class LoraDense(LowRankCell):
         super().__init__(base_layer, path)
         self.active_slot = active_slot
         self.max_rank = max_rank
-        out_features, in_features = base_layer.weight.shape
+        in_features, out_features = sizes_of(base_layer)
         if max_rank:
             self.make_pair(("lora_A", "lora_B"), (slots, max_rank, in_features), (slots, out_features, max_rank),
                            trainable)
@@ -49,7 +49,10 @@ class LoraDense(LowRankCell):
 
     def construct(self, x):
         """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
-        y = self.base_layer(x)
+        return self.adapt(x, self.base_layer(x))
+
+    def adapt(self, x, y):
+        """What becomes of the base's result y (..., out) for x (..., in); of y's dtype."""
         used = self.active_slot >= 0
         slot = ops.maximum(self.active_slot, 0)
         total = y.astype(ms.float32)
@@ -61,9 +64,11 @@ class LoraDense(LowRankCell):
             owned = ops.gather(self.bias_owned, slot, 0) > 0
             total = ops.where(owned, total + change, total)
         y = ops.where(used, total.astype(y.dtype), y)
-        if self.late_activation:
-            y = self.activation(y)
-        return y
+        return self.activate(y) if self.late_activation else y
+
+    def activate(self, y):
+        """The base's own activation, for a base that has one."""
+        return self.activation(y)
 
     def release(self):
         """Undo what this Cell changed in its base, before the base is used alone again."""
@@ -80,7 +85,7 @@ class LoraLookup(LowRankCell):
         super().__init__(base_layer, path)
         self.active_slot = active_slot
         self.max_rank = max_rank
-        vocab, hidden = leaf_parameters(base_layer)["weight"].shape
+        vocab, hidden = sizes_of(base_layer)
         self.make_pair(("lora_embedding_A", "lora_embedding_B"), (slots, vocab, max_rank), (slots, hidden, max_rank),
                        trainable)
 

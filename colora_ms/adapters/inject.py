@@ -25,8 +25,8 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     (slots, out, r), ``<module>.lora_embedding_A`` and ``_B``, ``<module>.lora_bias``, ``<module>.saved_<slot>.weight``.
 
     Args:
-        net: a :class:`colora_ms.models.decoder.Decoder`, or any Cell tree with ``nn.Dense``, ``mint.nn.Linear`` or
-            embedding Cells.
+        net: a :class:`colora_ms.models.decoder.Decoder`, or any Cell tree with ``nn.Dense``, ``mint.nn.Linear``,
+            embedding Cells, or those of mindformers.
         config: LoraConfig (or another method's) of the first adapter, which becomes active; None for an empty bank (then
             give ``reserve``).
         adapter_name: name of that adapter, ``[A-Za-z0-9._-]{1,64}``.
@@ -135,6 +135,7 @@ def adapters_of(net):
 
 def _modules(net):
     """{name: Module} of a model without adapters."""
+    tree.load_integrations(net)
     return {name: tree.module_of(name, cell) for name, cell in tree.cells_by_name(net).items()}
 
 
@@ -220,7 +221,8 @@ def wrap_lora(cell, path, site):
     rest = (site.slots, site.max_rank, site.dropout, site.bias, site.trainable)
     if tree.takes_slots(cell):
         return LoraLinear(cell, path, *rest)
-    return LoraDense(cell, path, site.active_slot, *rest)
+    kind = tree.traits_of(cell).adapted(LoraDense, cell)
+    return kind(cell, path, site.active_slot, *rest)
 
 
 def _wrap_saved(cell, path, module, handle):

@@ -28,6 +28,8 @@ class Module:
         in_features, out_features: sizes of a linear; vocabulary and hidden size of an embedding; else 0.
         parameters: {name on disk: shape} of a leaf that can be saved whole ("weight", "bias").
         is_head: the output head, which "all-linear" leaves out.
+        refusal: why no low-rank pair can be put beside it, or "".
+        whole: whether it can be saved whole.
     """
 
     kind: str
@@ -35,6 +37,8 @@ class Module:
     out_features: int = 0
     parameters: dict = field(default_factory=dict)
     is_head: bool = False
+    refusal: str = ""
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,9 @@ def plan(config, modules, defaults=None):
         problems.append(f"target_modules={_show(targets)} also matches {_examples(wrong)}, which "
                         f"{'is' if len(wrong) == 1 else 'are'} neither linear nor embedding")
     chosen = [name for name in chosen if modules[name].kind in TARGET_KINDS]
+    refused = [name for name in chosen if modules[name].refusal]
+    if refused:
+        problems.append(f"{_examples(refused)} cannot be adapted: {modules[refused[0]].refusal}")
     result = {name: _target(config, name, modules[name].kind, tests) for name in chosen}
     for label, hits in (("rank_pattern", tests.ranks), ("alpha_pattern", tests.alphas)):
         unused = [key for key, names in hits.items() if not names & set(chosen)]
@@ -221,7 +228,7 @@ def _saved_leaves(config, modules):
                             + _near_names([entry], modules))
         for root in roots:
             inside = [name for name in modules if name == root or name.startswith(root + ".")]
-            leaves = [name for name in inside if modules[name].parameters]
+            leaves = [name for name in inside if modules[name].parameters and modules[name].whole]
             if not leaves:
                 problems.append(f"modules_to_save has {entry!r}, but {root!r} is not a module that can be saved whole")
             found += [name for name in leaves if name not in found]

@@ -17,7 +17,10 @@ def check_mergeable(net, cells, name, places):
         name: the adapter's name, for the message; places: [(module name, role)] that it changes.
     """
     shared = tree.shared_parameters(net)
-    for path, _ in places:
+    for path, role in places:
+        if role == "lora" and "weight" not in tree.leaf_parameters(cells[path]):
+            raise AdapterError(f"adapter {name!r} cannot be merged: {path} has no weight of its own, it is called with "
+                               "another module's; use the adapter unmerged")
         for field, parameter in tree.leaf_parameters(cells[path]).items():
             if parameter.dtype in (ms.int8, ms.uint8):
                 raise AdapterError(f"adapter {name!r} cannot be merged: {path}.{field} is stored as integers, which would "

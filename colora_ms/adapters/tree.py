@@ -1,17 +1,22 @@
 """A Cell tree as adapters see it: the table of its modules, and the replacing of Cells in place."""
 
+import importlib
+from dataclasses import dataclass
+from typing import Callable
+
 import mindspore as ms
 from mindspore import mint, nn
 
 from colora_ms.adapters.matching import DEFAULT_TARGETS, Module
 from colora_ms.errors import AdapterError
 from colora_ms.models import layers as decoder_layers
+from colora_ms.models.config import DecoderConfig
 from colora_ms.models.quantize import dequantize, unpack_int4
 
 #: Names on disk of MindSpore's parameter names.
-DISK_NAMES = {"embedding_table": "weight", "gamma": "weight", "beta": "bias"}
+DISK_NAMES = {"embedding_table": "weight", "embedding_weight": "weight", "gamma": "weight", "beta": "bias"}
 
-#: Cells that can be adapted or saved whole: [(type, kind)]; the first match counts. Integrations append theirs.
+#: Cells that can be adapted or saved whole: [(type, kind)]; the first match counts. Integrations put theirs in front.
 KINDS = [
     (decoder_layers.Linear, "linear"),
     (decoder_layers.Embedding, "embedding"),
@@ -27,6 +32,35 @@ KINDS = [
 #: Last part of the names of output heads, which "all-linear" leaves out.
 HEADS = ("lm_head",)
 
+#: {package: module} of libraries whose Cells have an integration here: it is imported when such a Cell is met first.
+INTEGRATIONS = {"mindformers": "colora_ms.integrations.mindformers.cells"}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How the Cells of a class differ from ``nn.Dense`` or ``nn.Embedding``; integrations put theirs into ``TRAITS``.
+
+    Attributes:
+        sizes: function (Cell) -> (in_features, out_features), or (vocabulary, hidden size); by default from the weight.
+        transposed: function (Cell) -> whether the weight is stored (in, out).
+        adapted: function (class of adapter Cell, Cell) -> the class to use in its place: one that is called as the base
+            Cell is called, and returns what that returns.
+        refusal: function (Cell) -> why no adapter can be put on it, or "".
+        whole: whether ``modules_to_save`` may copy it.
+        heads: names of output heads of this class, as in ``HEADS``.
+    """
+
+    sizes: Callable = None
+    transposed: Callable = lambda cell: False
+    adapted: Callable = lambda kind, cell: kind
+    refusal: Callable = lambda cell: ""
+    whole: bool = True
+    heads: tuple = ()
+
+
+#: {class: Traits}, looked up along a Cell's classes.
+TRAITS = {}
+
 #: The decoder's own Cells: they take (x, slots), all other Cells take x.
 ROW_CELLS = (decoder_layers.Linear, decoder_layers.Embedding, decoder_layers.RMSNorm)
 
@@ -39,6 +73,27 @@ def takes_slots(cell):
 def kind_of(cell):
     """"linear", "embedding", "norm", or "other"."""
     return next((kind for cls, kind in KINDS if isinstance(cell, cls)), "other")
+
+
+def traits_of(cell):
+    """The :class:`Traits` of a Cell; those of ``nn.Dense`` if nothing is known of its class."""
+    return next((TRAITS[cls] for cls in type(cell).__mro__ if cls in TRAITS), Traits())
+
+
+def load_integrations(net):
+    """Import the integrations of the libraries that the Cells of a model come from."""
+    found = {type(cell).__module__.partition(".")[0] for _, cell in net.cells_and_names()}
+    for package in found & set(INTEGRATIONS):
+        importlib.import_module(INTEGRATIONS[package])
+
+
+def sizes_of(cell):
+    """(in_features, out_features) of a linear, (vocabulary, hidden size) of an embedding."""
+    traits = traits_of(cell)
+    if traits.sizes is not None:
+        return traits.sizes(cell)
+    first, second = _logical_shape(cell, "weight", leaf_parameters(cell)["weight"])
+    return (second, first) if kind_of(cell) == "linear" else (first, second)
 
 
 def leaf_parameters(cell):
@@ -82,23 +137,19 @@ def cells_by_name(net, is_adapter=lambda cell: False):
 def module_of(name, cell):
     """The :class:`Module` of one (unwrapped) Cell."""
     kind = kind_of(cell)
-    is_head = kind == "linear" and name.rsplit(".", 1)[-1] in HEADS
+    traits = traits_of(cell)
+    is_head = kind == "linear" and name.rsplit(".", 1)[-1] in HEADS + traits.heads
     if kind == "other":
         return Module("other")
     shapes = {key: _logical_shape(cell, key, value) for key, value in leaf_parameters(cell).items()}
-    if kind == "linear":
-        out_features, in_features = shapes["weight"]
-    elif kind == "embedding":
-        in_features, out_features = shapes["weight"]
-    else:
-        in_features = out_features = 0
-    return Module(kind, in_features, out_features, shapes, is_head)
+    in_features, out_features = (0, 0) if kind == "norm" else sizes_of(cell)
+    return Module(kind, in_features, out_features, shapes, is_head, traits.refusal(cell), traits.whole)
 
 
 def default_targets(net):
     """What target_modules=None means for this model, or None."""
-    config = getattr(net, "config", None)
-    return list(DEFAULT_TARGETS) if getattr(config, "model_type", None) in ("llama", "qwen2", "qwen3") else None
+    known = isinstance(getattr(net, "config", None), DecoderConfig)
+    return list(DEFAULT_TARGETS) if known else None
 
 
 def _logical_shape(cell, key, parameter):
