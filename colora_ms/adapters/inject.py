@@ -9,12 +9,14 @@ from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
+from colora_ms.adapters.lora_over_low_rank import LoraOverLowRank
 from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.adapters.registry import METHODS, Site, method
 from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.saved import SavedModule
 from colora_ms.adapters.store import check_name
 from colora_ms.errors import AdapterError
+from colora_ms.models.low_rank import LowRankLinear
 
 
 def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, reserve=None, trainable=True, seed=None,
@@ -219,6 +221,8 @@ def wrap_lora(cell, path, site):
             return LoraEmbedding(cell, path, site.slots, site.max_rank, site.trainable)
         return LoraLookup(cell, path, site.active_slot, site.slots, site.max_rank, site.trainable)
     rest = (site.slots, site.max_rank, site.dropout, site.bias, site.trainable)
+    if isinstance(cell, LowRankLinear):
+        return LoraOverLowRank(cell, path, *rest)
     if tree.takes_slots(cell):
         return LoraLinear(cell, path, *rest)
     kind = tree.traits_of(cell).adapted(LoraDense, cell)

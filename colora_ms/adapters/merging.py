@@ -7,10 +7,11 @@ import mindspore as ms
 from colora_ms.adapters import tree
 from colora_ms.adapters.slots import to_float32
 from colora_ms.errors import AdapterError
+from colora_ms.models.low_rank import LowRankLinear
 
 
 def check_mergeable(net, cells, name, places):
-    """Refuse to merge into integer weights, and into weights that another module uses too.
+    """Refuse to merge into integer weights, into factors, and into weights that another module uses too.
 
     Args:
         net: the model; cells: {module name: base Cell}.
@@ -18,6 +19,9 @@ def check_mergeable(net, cells, name, places):
     """
     shared = tree.shared_parameters(net)
     for path, role in places:
+        if isinstance(cells[path], LowRankLinear):
+            raise AdapterError(f"adapter {name!r} cannot be merged: {path} is decomposed into factors, whose product has too "
+                               "low a rank for it; use the adapter unmerged, or recompose(model) before you load it")
         if role == "lora" and "weight" not in tree.leaf_parameters(cells[path]):
             raise AdapterError(f"adapter {name!r} cannot be merged: {path} has no weight of its own, it is called with "
                                "another module's; use the adapter unmerged")

@@ -11,6 +11,7 @@ from colora_ms.adapters.matching import DEFAULT_TARGETS, Module
 from colora_ms.errors import AdapterError
 from colora_ms.models import layers as decoder_layers
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.low_rank import LowRankLinear
 from colora_ms.models.quantize import dequantize, unpack_int4
 
 #: Names on disk of MindSpore's parameter names.
@@ -19,6 +20,7 @@ DISK_NAMES = {"embedding_table": "weight", "embedding_weight": "weight", "gamma"
 #: Cells that can be adapted or saved whole: [(type, kind)]; the first match counts. Integrations put theirs in front.
 KINDS = [
     (decoder_layers.Linear, "linear"),
+    (LowRankLinear, "linear"),
     (decoder_layers.Embedding, "embedding"),
     (decoder_layers.RMSNorm, "norm"),
     (nn.Dense, "linear"),
@@ -59,10 +61,10 @@ class Traits:
 
 
 #: {class: Traits}, looked up along a Cell's classes.
-TRAITS = {}
+TRAITS = {LowRankLinear: Traits(sizes=lambda cell: (cell.in_features, cell.out_features), whole=False)}
 
 #: The decoder's own Cells: they take (x, slots), all other Cells take x.
-ROW_CELLS = (decoder_layers.Linear, decoder_layers.Embedding, decoder_layers.RMSNorm)
+ROW_CELLS = (decoder_layers.Linear, LowRankLinear, decoder_layers.Embedding, decoder_layers.RMSNorm)
 
 
 def takes_slots(cell):
@@ -97,7 +99,9 @@ def sizes_of(cell):
 
 
 def leaf_parameters(cell):
-    """{name on disk: Parameter} of a leaf Cell's floating-point parameters."""
+    """{name on disk: Parameter} of a leaf Cell's floating-point parameters; a low-rank linear has no "weight"."""
+    if isinstance(cell, LowRankLinear):
+        return {"bias": cell.bias} if cell.has_bias else {}
     if isinstance(cell, ROW_CELLS):
         return {"weight": cell.weight, "bias": cell.bias} if getattr(cell, "has_bias", False) else {"weight": cell.weight}
     return {DISK_NAMES.get(name, name): value for name, value in cell._params.items()  # pylint: disable=protected-access

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model, an adapter and a contrast on a set of problems",
     "info": "show what a model or an adapter is",
+    "decompose": "make a model smaller by low-rank decomposition, without training",
     "convert": "write a model as a Hugging Face folder",
     "quantize": "store the linears of a model as integers, rounded to nearest or trained (LR-QAT)",
 }

@@ -16,7 +16,13 @@ def run(arguments):
 
     checkpoint = open_checkpoint(resolve_model(arguments.path))
     print(f"format      {checkpoint.format}\npath        {checkpoint.path}")
-    print(f"parameters  {checkpoint.config.parameter_count():,}")
+    if checkpoint.low_rank:
+        from colora_ms.models.low_rank_folder import parameter_count
+
+        print(f"parameters  {parameter_count(checkpoint):,} ({checkpoint.config.parameter_count():,} before it was decomposed)")
+        print(f"low rank    {len(checkpoint.low_rank)} matrices: {', '.join(list(checkpoint.low_rank)[:3])}, ...")
+    else:
+        print(f"parameters  {checkpoint.config.parameter_count():,}")
     for name, value in checkpoint.config.to_hf().items():
         print(f"{name:24s} {value}")
     return 0

@@ -1,14 +1,14 @@
 """Decoders of the Llama family, their checkpoints and tokenizers."""
 
-__all__ = ["Decoder", "DecoderConfig", "KeyValueCache", "load_model", "open_checkpoint"]
+__all__ = ["Decoder", "DecoderConfig", "KeyValueCache", "build_decoder", "load_model", "open_checkpoint"]
 
 
 def load_model(name_or_path="smollm2-135m", weight_format="float32", max_positions=None):
     """Load a decoder and its tokenizer.
 
     Args:
-        name_or_path: a known name ("smollm2-135m"), a Hugging Face folder, a GGUF file, or a MindSpore checkpoint's
-            folder.
+        name_or_path: a known name ("smollm2-135m"), a Hugging Face folder, a GGUF file, a MindSpore checkpoint's
+            folder, or a folder that ``colora-ms decompose`` wrote.
         weight_format: "float32", "bfloat16", "int8" or "int4"; integer formats are rounded to nearest while loading.
             Linears that the folder stores as integers (``colora-ms quantize``) stay what they are; the format then
             holds for the embedding and the head.
@@ -22,16 +22,26 @@ def load_model(name_or_path="smollm2-135m", weight_format="float32", max_positio
     """
     from colora_ms import runtime
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
-    from colora_ms.models.decoder import Decoder
     from colora_ms.models.tokenizer import load_tokenizer
 
     runtime.configure()
     checkpoint = open_checkpoint(resolve_model(name_or_path))
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+    return build_decoder(checkpoint, weight_format, max_positions), tokenizer
+
+
+def build_decoder(checkpoint, weight_format="float32", max_positions=None):
+    """The :class:`Decoder` of an opened checkpoint; arguments as in :func:`load_model`."""
+    from colora_ms.models.decoder import Decoder
+
     decoder = Decoder(checkpoint.config, checkpoint.tensors, weight_format=weight_format, max_positions=max_positions)
     if checkpoint.quantized is not None:
         checkpoint.quantized.install(decoder)
-    return decoder, tokenizer
+    if checkpoint.low_rank:
+        from colora_ms.models.low_rank_folder import put_factors
+
+        put_factors(decoder, checkpoint.low_rank)
+    return decoder
 
 
 def __getattr__(name):

@@ -10,6 +10,7 @@ import os
 import re
 
 from colora_ms.errors import CheckpointError, near
+from colora_ms.models import low_rank_folder
 from colora_ms.models.gguf_decoder import GgufDecoder
 from colora_ms.models.gguf_reader import GgufFile
 from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantization_of, \
@@ -40,15 +41,19 @@ class Checkpoint:
             (float32 safetensors give read-only views of the mapped file); ``tensors.shapes`` has
             the shapes without reading.
         tokenizer_source: path for ``load_tokenizer``, or ``None`` if the model has none.
-        format: ``"safetensors"``, ``"gguf"`` or ``"mindspore"``.
+        format: ``"safetensors"``, ``"gguf"``, ``"mindspore"`` or ``"low-rank"``.
         path: what was opened.
         quantized: ``QuantizedTensors`` of a folder with integer linears, else ``None``.
+        low_rank: {module name: function that reads its factors} of a decomposed model (see
+            ``colora_ms.models.low_rank_folder``), else empty; ``tensors`` has the products.
     """
 
-    def __init__(self, path, kind, config, tensors, tokenizer_source, quantized=None):
+    def __init__(self, path, kind, config, tensors, tokenizer_source, quantized=None,
+                 low_rank=None):
         self.path, self.format, self.config = path, kind, config
         self.tensors, self.tokenizer_source = tensors, tokenizer_source
         self.quantized = quantized
+        self.low_rank = low_rank or {}
 
     def __repr__(self):
         return (f"Checkpoint({self.path!r}, {self.format}, {self.config.model_type}, "
@@ -114,6 +119,8 @@ def _open_folder(path):
             raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files ({', '.join(ggufs[:4])}); "
                                   "name the one to open")
         return _open_gguf(os.path.join(path, ggufs[0]))
+    if low_rank_folder.is_low_rank(path):
+        return low_rank_folder.open_low_rank(path)
     config = read_config(path)
     files = find_weights(path)
     if files is not None:
@@ -150,7 +157,7 @@ def _open_safetensors(path, folder, config, files):
         from colora_ms.models.quantized_folder import QuantizedTensors
         quantized = QuantizedTensors(store, settings, path)
         check_shapes(quantized.shapes, config.parameter_shapes(), path)
-        return _finish(path, "safetensors", config, quantized.read, _tokenizer_in(folder), quantized)
+        return _finish(path, "safetensors", config, quantized.read, tokenizer_in(folder), quantized)
     shapes = {name: shape for name, shape in store.shapes.items()
               if not _is_state(name)}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -162,14 +169,14 @@ def _open_safetensors(path, folder, config, files):
         del shapes[head]
     check_shapes(shapes, config.parameter_shapes(), path)
     store.check_dtypes(shapes)
-    return _finish(path, "safetensors", config, store.read, _tokenizer_in(folder))
+    return _finish(path, "safetensors", config, store.read, tokenizer_in(folder))
 
 
 def _open_mindspore(path, file, config):
     store = MindSporeFile(file)
     check_shapes(store.shapes, config.parameter_shapes(), file)
     return _finish(path, "mindspore", config, store.read,
-                   _tokenizer_in(os.path.dirname(os.path.abspath(file))))
+                   tokenizer_in(os.path.dirname(os.path.abspath(file))))
 
 
 def _open_gguf(path):
@@ -187,7 +194,7 @@ def _finish(path, kind, config, read, tokenizer_source, quantized=None):
                       tokenizer_source, quantized)
 
 
-def _tokenizer_in(folder):
+def tokenizer_in(folder):
     for name in _TOKENIZER_FILES:
         if os.path.isfile(os.path.join(folder, name)):
             return folder

@@ -55,6 +55,11 @@ def read_config(folder):
     values = read_json(path)
     if _integer_settings(values) is not None:
         values = dict(values, quantization_config=None)  # read by quantized_folder
+    return parse_config(folder, path, values)
+
+
+def parse_config(folder, path, values):
+    """``read_config`` for the content of a config.json that has been read already."""
     generation = os.path.join(folder, "generation_config.json")
     if isinstance(values, dict) and os.path.isfile(generation):
         extra = read_json(generation)
@@ -224,12 +229,19 @@ def write_hf_folder(path, config, tensors, tokenizer_source=None, dtype="float32
             way, or a place that cannot be written.  Nothing is left behind.
         TokenizerError: the tokenizer cannot be read.
     """
+    return write_model_folder(path, config.to_hf(), config.parameter_shapes(), tensors,
+                              tokenizer_source, dtype, max_shard_bytes, overwrite)
+
+
+def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dtype="float32",
+                       max_shard_bytes=4 << 30, overwrite=False):
+    """``write_hf_folder`` for any config.json: ``values`` is its content, ``shapes`` are the
+    tensors that it calls for ({name: shape}); the other arguments, errors and result as there."""
     from colora_ms.models.checkpoint import check_shapes
     path = os.path.abspath(os.fspath(path))
     if dtype not in WRITE_DTYPES:
         raise CheckpointError(f"dtype {dtype!r} cannot be written; choose one of "
                               f"{', '.join(WRITE_DTYPES)}")
-    shapes = config.parameter_shapes()
     given = getattr(tensors, "shapes", None) or {name: np.shape(tensors[name]) for name in tensors}
     check_shapes(given, shapes, path)
     if os.path.exists(path) and not overwrite and (not os.path.isdir(path) or os.listdir(path)):
@@ -242,7 +254,7 @@ def write_hf_folder(path, config, tensors, tokenizer_source=None, dtype="float32
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
     try:
-        _write_files(work, config, shapes, tensors, tokenizer_source, dtype, max_shard_bytes)
+        _write_files(work, values, shapes, tensors, tokenizer_source, dtype, max_shard_bytes)
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(work, 0o777 & ~mask)  # mkdtemp makes private folders
@@ -254,8 +266,8 @@ def write_hf_folder(path, config, tensors, tokenizer_source=None, dtype="float32
     return path
 
 
-def _write_files(folder, config, shapes, tensors, tokenizer_source, dtype, max_shard_bytes):
-    values = dict(config.to_hf(), torch_dtype=dtype)
+def _write_files(folder, values, shapes, tensors, tokenizer_source, dtype, max_shard_bytes):
+    values = dict(values, torch_dtype=dtype)
     _write_json(os.path.join(folder, "config.json"), values)
     generation = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
                   if values[key] is not None}
