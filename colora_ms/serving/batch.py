@@ -42,11 +42,17 @@ class Batch:
         self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows, expert, amateur))
         self.eos = Tensor(np.array(sorted(eos) or [-1], np.int32))  # -1 is no token id
 
-    def arguments(self, capacity, steps):
+    @property
+    def one_step(self):
+        """Whether this chunk must have one step: a first token whose contrast asks what was generated before."""
+        return any(not r.tokens and r.settings.contrast and r.settings.contrast.skip_copies for r in self.requests)
+
+    def arguments(self, capacity, steps, width):
         """The arguments of :class:`colora_ms.serving.graphs.ServingLoop`.
 
         Args:
             capacity: the graph's steps; steps: how many to make now, at most.
+            width: tokens that a prompt may have.
         """
         requests = self.requests
         last = [r.last for r in requests]
@@ -64,7 +70,15 @@ class Batch:
         for i, request in enumerate(requests):
             uniforms[i] = request.uniforms(capacity)
         budget = self._array([r.left for r in requests], 0, np.int32)
-        return (*state, *self.layout, *options, Tensor(uniforms), budget, self.eos, Tensor(np.array(steps, np.int32)))
+        # Adaptive contrasts look for copies in the prompt.
+        ids = np.zeros((self.bucket, width), np.int32)
+        for i, request in enumerate(requests):
+            ids[i, :len(request.ids)] = request.ids
+        adapt = (self._array([c.mode if c else 0 for c in contrast], 0, np.int32), Tensor(ids),
+                 self._array([len(r.ids) for r in requests], 0, np.int32),
+                 self._array([not r.tokens for r in requests], False, bool))
+        return (*state, *self.layout, *options, Tensor(uniforms), budget, self.eos, Tensor(np.array(steps, np.int32)),
+                *adapt)
 
     def _array(self, values, filler, dtype):
         return Tensor(np.array(list(values) + [filler] * (self.bucket - len(values)), dtype))

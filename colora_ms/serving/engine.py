@@ -314,9 +314,9 @@ class Engine:
         """A chunk of steps for all that run, and what comes of it."""
         used = sum(r.settings.rows for r in self._running)
         batch = Batch(self._running, next(b for b in self._buckets if b >= used), self.eos)
-        steps = self.chunk
+        steps = 1 if batch.one_step else self.chunk
         if self._starting:
-            steps = max(1, self.chunk // 2)  # half the wait for those whose prompts are being computed
+            steps = min(steps, max(1, self.chunk // 2))  # half the wait for those whose prompts are being computed
         if len(self._waiting):
             steps = min(steps, min(r.left for r in self._running))  # a row that becomes free goes on at once
         ints, floats, counts = self._graphs.steps(batch, self.chunk, steps)

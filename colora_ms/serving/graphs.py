@@ -7,7 +7,7 @@ compiled once for each bucket of shapes.
 from mindspore import nn, ops
 
 from colora_ms.decoding.loop import ContinueLoop
-from colora_ms.kernels import contrastive_select
+from colora_ms.kernels import contrast_strength, contrastive_select
 
 
 class Prefill(nn.Cell):
@@ -30,14 +30,26 @@ class ServingLoop(ContinueLoop):
     valid tokens, in place of an error of the operator, which would end all requests of the batch.
     """
 
-    def select(self, logits, rows, options, uniform, active):
+    def construct(self, token, position, active, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
+                  temperature, top_k, top_p, uniforms, budget, eos, steps, mode, ids, lengths, fresh):
+        """As the base class; fresh: (requests,) bool, whether a request has no token of its own yet. Chunks in which that
+        matters (``Contrast.skip_copies``) have one step."""
+        layout = (row_request, slots, cache_rows, expert_rows, amateur_rows)
+        options = (alpha, beta, temperature, top_k, top_p)
+        return self.run((token, position, active), layout, options, uniforms, budget, eos, steps,
+                        (mode, ids, lengths, fresh))
+
+    def select(self, logits, rows, options, uniform, active, adapt=None, previous=None):
         expert_rows, amateur_rows = rows
         alpha, beta, temperature, top_k, top_p = options
+        mode, ids, lengths, fresh = adapt
         finite = ops.isfinite(logits.sum(axis=1))
         fine = ops.logical_and(
             ops.gather(finite, ops.maximum(expert_rows, 0), 0),
             ops.logical_or(amateur_rows < 0, ops.gather(finite, ops.maximum(amateur_rows, 0), 0)))
         expert_rows = ops.where(ops.logical_and(active, fine), expert_rows, -self.one)
+        previous = ops.where(fresh, -self.one, previous)
+        beta = contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, ids, lengths)
         return contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
 
 

@@ -47,7 +47,7 @@ class Graphs:
         Returns:
             NumPy arrays: ints (capacity, bucket, 3), floats (capacity, bucket, 4), counts (bucket,).
         """
-        ints, floats, counts, _ = runtime.run(self._loop, *batch.arguments(capacity, steps))
+        ints, floats, counts, _ = runtime.run(self._loop, *batch.arguments(capacity, steps, self.cache.max_length))
         return ints.asnumpy(), floats.asnumpy(), counts.asnumpy()
 
     def copy(self, source, target):

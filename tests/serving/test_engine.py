@@ -31,7 +31,7 @@ MIX = [
     dict(adapter="a3", contrast=Contrast(0.2, 1.0), sampling=Sampling(0.8, top_k=20, seed=9)),
     dict(adapter="a0", contrast=Contrast(0.05, 0.3)),
     dict(adapter=None, sampling=Sampling(1.2, top_p=0.9, seed=1)),
-    dict(adapter="a5"),
+    dict(adapter="a4", contrast=Contrast(0.1, 0.8, adapt="entropy", skip_copies=True)),
 ]
 
 
