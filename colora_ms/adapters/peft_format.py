@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from colora_ms.adapters import store
+from colora_ms.adapters import pickle_file, store
 from colora_ms.adapters.matching import shortest_names
 from colora_ms.adapters.registry import method
 from colora_ms.errors import AdapterError, CheckpointError, near
@@ -44,14 +44,16 @@ class StoredAdapter:
 
     Attributes:
         folder: Path; config: the method's config, or None if its values cannot be used; problems: list of sentences.
+
+    ``allow_pickle``: read an adapter_model.bin where there is no safetensors file, by a reader that runs nothing of it.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, allow_pickle=False):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise AdapterError(f"there is no adapter folder {folder}")
         self.values = store.read_config(self.folder)
-        self.file = _open_weights(self.folder)
+        self.file = _open_weights(self.folder, allow_pickle)
         kind = self.values.get("peft_type") if isinstance(self.values, dict) else None
         self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
 
@@ -226,10 +228,13 @@ def _explicit_targets(config, plan, modules):
     return shortest_names(plan.targets, modules)
 
 
-def _open_weights(folder):
+def _open_weights(folder, allow_pickle=False):
     path = folder / store.WEIGHTS_FILE
     if not path.exists():
-        if (folder / "adapter_model.bin").exists():
+        old = folder / pickle_file.WEIGHTS_FILE
+        if old.exists() and allow_pickle:
+            return pickle_file.PickleFile(store.regular_file(old))
+        if old.exists():
             raise AdapterError(f"{folder} holds adapter_model.bin, a pickle file, which can run any code when it is read; "
                                "save the adapter as safetensors (PEFT: save_pretrained(..., safe_serialization=True))")
         raise AdapterError(f"{folder} has no {store.WEIGHTS_FILE}")

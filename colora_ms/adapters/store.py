@@ -35,7 +35,7 @@ def adapter_path(root, name):
     """
     path = Path(root) / check_name(name)
     inside = Path(root).resolve()
-    for one in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
+    for one in (path, path / CONFIG_FILE, path / WEIGHTS_FILE, path / "adapter_model.bin"):
         if not one.resolve().is_relative_to(inside):
             raise AdapterError(f"adapter {name!r} lies outside {root}: {one} is a link to {one.resolve()}")
     return path

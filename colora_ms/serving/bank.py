@@ -67,6 +67,7 @@ class AdapterBank:
         targets: modules that adapters may change: "all-linear", a list of names, or a LoraConfig with all that they may
             have (modules_to_save, bias).
         base_model: the base model's name, for messages.
+        allow_pickle: take adapters whose weights are a pickle (adapter_model.bin), read without running it.
 
     Raises:
         AdapterError: the model has adapters already, or ``targets`` does not fit it.
@@ -74,7 +75,7 @@ class AdapterBank:
     """
 
     def __init__(self, decoder, folder=None, max_loaded=8, max_rank=16, host_bytes=1 << 30, targets="all-linear",
-                 base_model=None):
+                 base_model=None, allow_pickle=False):
         for label, value in (("max_loaded", max_loaded), ("max_rank", max_rank), ("host_bytes", host_bytes)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{label}={value!r} is not a whole number >= 1")
@@ -87,6 +88,7 @@ class AdapterBank:
         self.max_loaded = max_loaded
         self.max_rank = max_rank
         self.host_bytes = host_bytes
+        self.allow_pickle = allow_pickle
         self.adapters = inject(decoder, None, slots=max_loaded, max_rank=max_rank, reserve=targets, trainable=False,
                                base_model=base_model)
         own = {id(p): p for cell in self.adapters.sites.values() for p in _own_parameters(cell)}
@@ -247,7 +249,7 @@ class AdapterBank:
     def _read(self, name):
         path = self._path(name)
         started = time.perf_counter()
-        content = read_content(self.adapters, path, self.max_rank, self.host_bytes)
+        content = read_content(self.adapters, path, self.max_rank, self.host_bytes, self.allow_pickle)
         with self._lock:
             self._counters.reads += 1
             self._counters.read_ms = 1e3 * (time.perf_counter() - started)

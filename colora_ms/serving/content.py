@@ -27,7 +27,7 @@ class Content:
     nbytes: int
 
 
-def read_content(handle, folder, max_rank, max_bytes):
+def read_content(handle, folder, max_rank, max_bytes, allow_pickle=False):
     """Read an adapter folder and check it in full; nothing of the model changes. Any thread may call this.
 
     Args:
@@ -35,11 +35,12 @@ def read_content(handle, folder, max_rank, max_bytes):
         folder: the PEFT folder.
         max_rank: the largest rank that the slots hold, for the message.
         max_bytes: the largest file that may be read.
+        allow_pickle: read adapter_model.bin too, see :mod:`colora_ms.adapters.pickle_file`.
 
     Raises:
         AdapterError: all that is wrong with it.
     """
-    stored = StoredAdapter(folder)
+    stored = StoredAdapter(folder, allow_pickle)
     size = sum(end - begin for _, _, begin, end in stored.file.entries.values())
     if size > max_bytes:
         raise AdapterError(f"the adapter in {folder} has {size} bytes of tensors, the bank keeps {max_bytes} in memory; "
