@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from colora_ms.cli import decompose_sweep
+
 
 def add_arguments(parser):
     parser.add_argument("model", nargs="?", default="smollm2-135m", help="known name, folder or GGUF file")
@@ -20,9 +22,12 @@ def add_arguments(parser):
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the written folder")
     parser.add_argument("--dense", action="store_true", help="write the products, a plain Hugging Face folder of full size")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the report as JSON")
+    decompose_sweep.add_arguments(parser)
 
 
 def run(arguments):
+    if arguments.sweep or arguments.latency_only:
+        return decompose_sweep.run(arguments)
     from colora_ms.adapters.lrd import decompose_checkpoint, linear_shapes, reduction
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
 
