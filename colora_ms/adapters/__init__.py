@@ -17,10 +17,11 @@ from colora_ms.adapters.lily_config import LilyConfig
 from colora_ms.adapters.lily_format import export_lora, peft_config
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear, initial_values
 from colora_ms.adapters.peft_format import digest
+from colora_ms.adapters.principal import start_from_base
 from colora_ms.adapters.registry import Method, register
 from colora_ms.adapters.store import adapter_path, check_name
 
-register(Method(LoraConfig, wrap_lora, initial_values))
+register(Method(LoraConfig, wrap_lora, initial_values, start_from_base=start_from_base))
 register(Method(LilyConfig, wrap_lily, lily_plan.initial_values, lily_plan.entries, lily_plan.plan, lily_plan.value_shapes,
                 lily_plan.why_not_merge, peft_config, lily_lengths.install, lily_lengths.remove))
 

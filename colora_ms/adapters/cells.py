@@ -4,7 +4,7 @@ import numpy as np
 
 from mindspore import Tensor, nn
 
-from colora_ms.adapters.slots import add_in_float32, get, put, stacked, to_float32
+from colora_ms.adapters.slots import get, put, stacked, to_float32
 from colora_ms.adapters.tree import leaf_parameters
 
 
@@ -63,15 +63,18 @@ class AdapterCell(nn.Cell):
 
 
 class LowRankCell(AdapterCell):
-    """An adapter Cell with a stacked pair ``down``, ``up``, its ``scale``, and perhaps a bias for each slot.
+    """An adapter Cell with a stacked pair ``down``, ``up``, its ``scale``, and perhaps biases for each slot.
 
-    ``values`` in :meth:`write` and :meth:`read` are {"down", "up", "bias"}, whichever there are, in the Cell's own
-    orientation. A pair of lower rank than ``max_rank`` is padded with zeros.
+    ``values`` in :meth:`write` and :meth:`read` are {"down", "up", "bias", "up_bias"}, whichever there are, in the Cell's
+    own orientation: ``bias`` stands in the place of the base's, ``up_bias`` is added to the pair's result before scaling
+    (``lora_bias``). A pair of lower rank than ``max_rank`` is padded with zeros.
     """
 
     max_rank = 0
     has_bias = False
-    _kept_scale = None
+    has_up_bias = False
+    has_magnitude = False
+    _kept_switches = ()
 
     def make_pair(self, names, down_shape, up_shape, trainable):
         """Create the stacked pair; ``names`` are the last parts of the Parameters' names, shapes include the slots."""
@@ -84,6 +87,18 @@ class LowRankCell(AdapterCell):
         self.bias = stacked(f"{self.path}.lora_bias", (slots, out_features), trainable)
         self.bias_owned = stacked(f"{self.path}.lora_bias_owned", (slots,), False, np.int32)
 
+    def make_up_bias(self, slots, out_features, trainable):
+        """Create a bias on the pair's result for each slot."""
+        self.up_bias = stacked(f"{self.path}.lora_up_bias", (slots, out_features), trainable)
+
+    def problems_with(self, target):
+        found = []
+        if target.dora and not self.has_magnitude:
+            found.append(f"{self.path} was not prepared for DoRA")
+        if target.up_bias and not self.has_up_bias:
+            found.append(f"{self.path} was not prepared for a bias on lora_B")
+        return found
+
     def write(self, slot, values, scaling):
         if self.max_rank:
             for name in ("down", "up"):
@@ -92,6 +107,8 @@ class LowRankCell(AdapterCell):
         if self.has_bias:
             put(self.bias, slot, values.get("bias", np.float32(0)))
             put(self.bias_owned, slot, "bias" in values)
+        if self.has_up_bias:
+            put(self.up_bias, slot, values.get("up_bias", np.float32(0)))
 
     def read(self, slot, shapes):
         return {name: get(getattr(self, name), slot, shape) for name, shape in shapes.items()}
@@ -102,31 +119,49 @@ class LowRankCell(AdapterCell):
                 put(parameter, slot, np.float32(0))
         if self.has_bias:
             put(self.bias_owned, slot, 0)
+        if self.has_up_bias:
+            put(self.up_bias, slot, np.float32(0))
 
     def parameters_of(self, slot):
-        return ([self.down, self.up] if self.max_rank else []) + ([self.bias] if self.has_bias else [])
+        return (([self.down, self.up] if self.max_rank else []) + ([self.bias] if self.has_bias else [])
+                + ([self.up_bias] if self.has_up_bias else []))
+
+    def change(self, slot):
+        """The low-rank product of a slot with its scaling, float32, of the weight's shape."""
+        return get(self.scale, slot) * (get(self.up, slot) @ get(self.down, slot))
 
     def delta(self, slot):
         """What a slot adds to the base weight, float32, of the weight's shape."""
-        return get(self.scale, slot) * (get(self.up, slot) @ get(self.down, slot))
+        return self.change(slot)
+
+    def merged_weight(self, slot):
+        """The base weight with a slot's adapter in it, float32."""
+        return to_float32(leaf_parameters(self.base_layer)["weight"]) + self.delta(slot)
+
+    def switches(self, slot):
+        """Parameters with an entry a slot that are set to 0 while the slot is merged: its rows get no change twice."""
+        return [self.scale]
 
     def merge(self, slot):
         base = leaf_parameters(self.base_layer)
         own_bias = self.has_bias and get(self.bias_owned, slot) > 0
-        self.keep([base["weight"]] * bool(self.max_rank) + [base.get("bias")] * bool(own_bias))
+        up_bias = get(self.scale, slot) * get(self.up_bias, slot) if self.has_up_bias else np.float32(0)
+        changed_bias = bool(own_bias or np.any(up_bias))
+        self.keep([base["weight"]] * bool(self.max_rank) + [base.get("bias")] * changed_bias)
+        if changed_bias:
+            start = get(self.bias, slot) if own_bias else to_float32(base["bias"])
+            base["bias"].set_data(Tensor(start + up_bias).astype(base["bias"].dtype))
         if self.max_rank:
-            add_in_float32(base["weight"], self.delta(slot))
-            # The slot's own rows must not get the same change twice.
-            self._kept_scale = (slot, get(self.scale, slot))
-            put(self.scale, slot, np.float32(0))
-        if own_bias:
-            base["bias"].set_data(Tensor(get(self.bias, slot)).astype(base["bias"].dtype))
+            base["weight"].set_data(Tensor(self.merged_weight(slot)).astype(base["weight"].dtype))
+            self._kept_switches = [(one, slot, get(one, slot)) for one in self.switches(slot)]
+            for one in self.switches(slot):
+                put(one, slot, 0)
 
     def unmerge(self):
         super().unmerge()
-        if self._kept_scale is not None:
-            put(self.scale, *self._kept_scale)
-        self._kept_scale = None
+        for parameter, slot, value in self._kept_switches:
+            put(parameter, slot, value)
+        self._kept_switches = ()
 
 
 class SavedBase(AdapterCell):

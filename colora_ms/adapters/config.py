@@ -1,11 +1,12 @@
 """``LoraConfig``: the settings of a LoRA adapter, with PEFT's field names and meaning.
 
 Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; rank-stabilised scaling:
-Kalajdzievski, arXiv 2312.03732. A config from disk may carry settings of other methods (DoRA, aLoRA, ...): every one
+Kalajdzievski, arXiv 2312.03732. A config from disk may carry settings of other methods (aLoRA, KaSA, ...): every one
 that changes what the adapter computes and is not implemented is refused, and all refusals come in one error.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Optional, Union
 
@@ -27,13 +28,11 @@ REFUSED_KEYS = {
     "ensure_weight_tying": "adapters that stay tied across tied weights",
     "kasa_config": "KaSA",
     "layer_replication": "replicated layers",
-    "lora_bias": "a bias on lora_B",
     "megatron_config": "Megatron's parallel linears",
     "monteclora_config": "MonteCLoRA",
     "target_parameters": "adapters on bare parameters",
     "trainable_token_indices": "trainable token rows",
     "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
@@ -45,11 +44,13 @@ MAX_PATTERNS = 5_000
 
 BIAS = ("none", "all", "lora_only")
 
-#: Initialisations that can start a new adapter.
-INITIALISATIONS = (True, False, "gaussian")
+#: Initialisations that can start a new adapter; "pissa_niter_N" with a whole number N is another one.
+INITIALISATIONS = (True, False, "gaussian", "pissa", "olora")
 
 #: Initialisations of which a trained adapter shows no trace: such an adapter can be loaded, but not begun, here.
 LOADABLE_INITIALISATIONS = INITIALISATIONS + ("eva", "orthogonal")
+
+_PISSA_NITER = re.compile(r"pissa_niter_([0-9]{1,3})")
 
 
 @dataclass
@@ -88,8 +89,14 @@ class LoraConfig:
     use_rslora: bool = False
     #: Biases that are trained: "none", "all", or "lora_only" (those of the adapted linears).
     bias: str = "none"
-    #: Start of the factors: True (down uniform, up zero), "gaussian" (down normal / r, up zero), False (both random).
+    #: Start of the factors: True (down uniform, up zero), "gaussian" (down normal / r, up zero), False (both random);
+    #: "pissa" or "pissa_niter_N" (the largest singular values of the weight, exactly or by N iterations) and "olora"
+    #: (its QR decomposition), which take what they start from away from the base weight.
     init_lora_weights: Union[bool, str] = True
+    #: DoRA: the rows of the changed weight get trained lengths (arXiv 2402.09353).
+    use_dora: bool = False
+    #: A trained bias on lora_B, scaled like the low-rank product.
+    lora_bias: bool = False
     #: Kept for the file only: the base weight's storage; it does not change the adapter.
     fan_in_fan_out: bool = False
     #: Kept for the file only, such as "CAUSAL_LM".
@@ -128,17 +135,22 @@ class LoraConfig:
             found.append(f"lora_dropout is {self.lora_dropout!r}, expected a number in [0, 1)")
         if self.bias not in BIAS:
             found.append(f"bias is {self.bias!r}, expected one of {', '.join(BIAS)}.{near(self.bias, BIAS)}")
-        for name in ("use_rslora", "fan_in_fan_out"):
+        for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name} is {getattr(self, name)!r}, expected true or false")
         found += self._module_problems()
         found += self._pattern_problems()
-        if not any(self.init_lora_weights is one or self.init_lora_weights == one and isinstance(one, str)
-                   for one in LOADABLE_INITIALISATIONS):
-            found.append(f"init_lora_weights={self.init_lora_weights!r} is not implemented (methods such as PiSSA, OLoRA, "
-                         "CorDA and LoftQ change the base weights, so that the factors alone are not the adapter); "
-                         "convert the adapter to plain LoRA first, or use one of "
-                         + ", ".join(map(repr, INITIALISATIONS)))
+        if not _is_one_of(self.init_lora_weights, LOADABLE_INITIALISATIONS) and self.pissa_iterations is None:
+            found.append(f"init_lora_weights={self.init_lora_weights!r} is not implemented (methods such as CorDA and LoftQ "
+                         "change the base weights, so that the factors alone are not the adapter); convert the adapter to "
+                         "plain LoRA first, or use one of " + ", ".join(map(repr, INITIALISATIONS)) + ", 'pissa_niter_N'")
+        elif self.changes_base and _is_finite(self.lora_alpha):
+            if min([self.lora_alpha, *(a for a in self.alpha_pattern.values() if _is_finite(a))]) <= 0:
+                found.append(f"init_lora_weights={self.init_lora_weights!r} needs every lora_alpha above 0")
+        if self.lora_bias is True and self.use_dora is True:
+            found.append("lora_bias and use_dora exclude each other")
+        if self.lora_bias is True and not isinstance(self.init_lora_weights, bool):
+            found.append(f"lora_bias needs init_lora_weights True or False, not {self.init_lora_weights!r}")
         for name in ("task_type", "base_model_name_or_path", "revision"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 found.append(f"{name} is {getattr(self, name)!r}, expected a string")
@@ -244,6 +256,18 @@ class LoraConfig:
         values["inference_mode"] = True
         return values
 
+    @property
+    def pissa_iterations(self):
+        """N of "pissa_niter_N", or None."""
+        start = self.init_lora_weights
+        match = _PISSA_NITER.fullmatch(start) if isinstance(start, str) else None
+        return int(match[1]) if match else None
+
+    @property
+    def changes_base(self):
+        """Whether a new adapter takes what it starts from away from the base weights."""
+        return self.init_lora_weights in ("pissa", "olora") or self.pissa_iterations is not None
+
     def scaling(self, r, alpha):
         """The factor of the low-rank branch for rank r and this alpha."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
@@ -251,6 +275,11 @@ class LoraConfig:
 
 def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_one_of(value, known):
+    """Whether a bool or text is one of ``known``; 1 is not True here."""
+    return any(value is one or isinstance(one, str) and value == one for one in known)
 
 
 def _is_rank(value):

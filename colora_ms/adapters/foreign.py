@@ -17,19 +17,20 @@ from colora_ms.adapters.tree import leaf_parameters, sizes_of
 
 
 class LoraDense(LowRankCell):
-    """A linear Cell with a low-rank pair, and if asked a bias, for each slot.
+    """A linear Cell with a low-rank pair, and if asked biases, for each slot.
 
     The pair is float32 and its product is added in float32, then cast to what the base returns.
 
     Args:
         base_layer: a linear Cell, that is called with x (..., in).
-        path, slots, max_rank, dropout, bias, trainable: as for :class:`colora_ms.adapters.lora.LoraLinear`.
+        path, slots, max_rank, dropout, bias, trainable, up_bias: as for :class:`colora_ms.adapters.lora.LoraLinear`.
         active_slot: the shared scalar Parameter.
     """
 
     kind = "linear"
 
-    def __init__(self, base_layer, path, active_slot, slots, max_rank, dropout=0.0, bias=False, trainable=True):
+    def __init__(self, base_layer, path, active_slot, slots, max_rank, dropout=0.0, bias=False, trainable=True,
+                 up_bias=False):
         super().__init__(base_layer, path)
         self.active_slot = active_slot
         self.max_rank = max_rank
@@ -40,6 +41,9 @@ class LoraDense(LowRankCell):
         self.has_bias = bias
         if bias:
             self.make_bias(slots, out_features, trainable)
+        self.has_up_bias = up_bias
+        if up_bias:
+            self.make_up_bias(slots, out_features, trainable)
         self.dropout = nn.Dropout(p=dropout) if dropout and max_rank else None
         # nn.Dense may end in an activation, but the low-rank product belongs before it.
         self.late_activation = bool(getattr(base_layer, "activation_flag", False))
@@ -57,8 +61,9 @@ class LoraDense(LowRankCell):
         slot = ops.maximum(self.active_slot, 0)
         total = y.astype(ms.float32)
         if self.max_rank:
-            inputs = x if self.dropout is None else self.dropout(x)
-            total = total + low_rank(inputs, used, slot, self.down, self.up, self.scale)
+            total = self.product(x, total, used, slot)
+        if self.has_up_bias:
+            total = total + ops.gather(self.scale, slot, 0) * ops.gather(self.up_bias, slot, 0)
         if self.has_bias:
             change = ops.gather(self.bias, slot, 0) - self.base_layer.bias.astype(ms.float32)
             owned = ops.gather(self.bias_owned, slot, 0) > 0
@@ -69,6 +74,11 @@ class LoraDense(LowRankCell):
     def activate(self, y):
         """The base's own activation, for a base that has one."""
         return self.activation(y)
+
+    def product(self, x, y, used, slot):
+        """The base's result y, in float32, with the low-rank part of x added."""
+        inputs = x if self.dropout is None else self.dropout(x)
+        return y + low_rank(inputs, used, slot, self.down, self.up, self.scale)
 
     def release(self):
         """Undo what this Cell changed in its base, before the base is used alone again."""
@@ -99,7 +109,7 @@ class LoraLookup(LowRankCell):
         delta = ops.matmul(v, ops.transpose(up, (1, 0))).reshape(y.shape)
         return ops.where(used, (y.astype(ms.float32) + delta).astype(y.dtype), y)
 
-    def delta(self, slot):
+    def change(self, slot):
         """What a slot adds to the base weight, (vocab, hidden) float32."""
         return get(self.scale, slot) * (get(self.down, slot) @ get(self.up, slot).T)
 

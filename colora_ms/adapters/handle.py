@@ -2,6 +2,7 @@
 
 import copy
 import zlib
+from functools import partial
 
 import numpy as np
 
@@ -12,10 +13,12 @@ from colora_ms.adapters import tree
 from colora_ms.adapters.combine import combine
 from colora_ms.adapters.config import INITIALISATIONS
 from colora_ms.adapters.matching import places_of
-from colora_ms.adapters.merging import check_mergeable, not_finite
+from colora_ms.adapters.merging import check_changeable, check_mergeable, not_finite
 from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
+from colora_ms.adapters.principal import as_plain_lora, check_splittable, starts_on
 from colora_ms.adapters.registry import method, value_shapes
 from colora_ms.adapters.registry import plan as make_plan
+from colora_ms.adapters.slots import add_in_float32
 from colora_ms.adapters.store import check_name
 from colora_ms.errors import AdapterError, near
 
@@ -53,6 +56,7 @@ class Adapters:
         self._active = None
         self._enabled = True
         self._merged = None
+        self._changed = None  # (name, {module name: first values}, [(base Parameter, kept value)])
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
@@ -70,6 +74,11 @@ class Adapters:
     def merged(self):
         """Name of the adapter that is merged into the base weights, or None."""
         return self._merged
+
+    @property
+    def changed_base(self):
+        """Name of the adapter that started from the base weights and changed them (PiSSA, OLoRA), or None."""
+        return self._changed[0] if self._changed else None
 
     @property
     def free_slots(self):
@@ -132,10 +141,13 @@ class Adapters:
                 ``inject`` made; nothing is changed.
         """
         self._check_new_name(name)
-        self.check_start(config)
         plan = make_plan(config, self.modules, self._defaults)
+        self.check_start(config, plan)
         self.check_fits(config, plan)
-        self.publish(name, config, plan, self._initial(config, plan))
+        values, changes = self._initial(config, plan)
+        if changes:
+            self._change_base(name, changes, values)
+        self.publish(name, config, plan, values)
 
     def add_weighted_adapter(self, names, weights, new_name, combination_type="svd", svd_rank=None, svd_clamp=None,
                              density=None, majority_sign_method="total", seed=0):
@@ -164,9 +176,11 @@ class Adapters:
         self.publish(new_name, config, plan, values)
 
     def delete_adapter(self, name):
-        """Remove an adapter; its slot is free afterwards."""
+        """Remove an adapter; its slot is free afterwards, and base weights that its start changed are restored."""
         slot = self.slot(name)
         self._check_not_merged("delete an adapter")
+        if self.changed_base == name:
+            self._restore_base()
         del self._entries[name]
         if self._active == name:
             self._active = None
@@ -185,6 +199,7 @@ class Adapters:
     def disable_adapter(self):
         """Use the base model alone, until ``enable_adapter()``, or as a context manager until its end."""
         self._check_not_merged("disable it")
+        self._check_base_unchanged("use the base model")
         before, self._enabled = self._enabled, False
         self._show_active()
         return _Disabled(self, before)
@@ -196,6 +211,8 @@ class Adapters:
 
     def unload(self):
         """Take all adapter Cells out of the model; a merged adapter stays in its weights. The handle ends with it."""
+        if self._merged is None:
+            self._restore_base()
         names = tree.ParameterNames(self.net)
         method(self.peft_type).remove(self.net)
         for path in {path: None for path, _ in self.sites}:
@@ -256,12 +273,14 @@ class Adapters:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save(self, folder, name=None, layout=None):
+    def save(self, folder, name=None, layout=None, as_lora=False):
         """Write an adapter (by default the active one) as a PEFT folder, whole or not at all.
 
         Args:
             folder: becomes the adapter's folder itself; replaced if it is there, its other files are kept.
             layout: "peft" writes tensors that modules share once for each of them, as PEFT does; None writes them once.
+            as_lora: write an adapter that started from the base weights (PiSSA, OLoRA) as plain LoRA of twice the rank,
+                which loads on the untouched base like any other. Other adapters are written as always.
 
         Raises:
             AdapterError: a value is not finite, or the folder cannot be written.
@@ -271,9 +290,15 @@ class Adapters:
         _, config, plan = self._entry(self._default(name))
         if self.base_model and not config.base_model_name_or_path:
             config.base_model_name_or_path = str(self.base_model)
+        values = self.values(name)
+        if self._changed and as_lora:
+            config, plan, values = as_plain_lora(config, plan, values, self._changed[1])
+        elif self._changed and config.pissa_iterations is not None:
+            raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} starts from random numbers that a PEFT folder "
+                               "does not hold; save it with as_lora=True")
         if layout == "peft":
             config = method(config.peft_type).peft_config(config, plan, self.modules)
-        write_adapter(folder, config, plan, self.modules, self.values(name), copies=layout == "peft")
+        write_adapter(folder, config, plan, self.modules, values, copies=layout == "peft")
 
     def values(self, name=None):
         """{(module name, role): {field: float32 array}} of an adapter, by default the active one."""
@@ -300,7 +325,8 @@ class Adapters:
         self.publish(name, stored.config, plan, values)
 
     def stage(self, stored, check=None):
-        """Check an opened folder against the model and read it: (Plan, values). Changes nothing.
+        """Check an opened folder against the model and read it: (Plan, values). Changes nothing in the model; an adapter
+        that started from the base weights is made into plain LoRA, its config too.
 
         Args:
             stored: StoredAdapter.
@@ -314,7 +340,17 @@ class Adapters:
             stored.refuse(stored.problems + [str(error)], self.base_model)
         if check is not None:
             check(stored.config, plan)
-        return plan, stored.read(plan, self.modules, lambda path: tree.base_values(self._cells[path]), self.base_model)
+        values = stored.read(plan, self.modules, lambda path: tree.base_values(self._cells[path]), self.base_model)
+        if getattr(stored.config, "changes_base", False):
+            try:
+                check_splittable(stored.config, plan, self.modules, self._cells)
+                starts = starts_on(stored.config, plan, self._base_weight)
+            except AdapterError as error:
+                stored.refuse([str(error)], self.base_model)
+            stored.config, plan, values = as_plain_lora(stored.config, plan, values, starts)
+            if check is not None:
+                check(stored.config, plan)
+        return plan, values
 
     def publish(self, name, config, plan, values):
         """Put checked values into a slot and give them a name; cannot fail any more."""
@@ -330,12 +366,20 @@ class Adapters:
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    def check_start(self, config):
-        """Refuse a config that a new adapter cannot begin with."""
+    def check_start(self, config, plan):
+        """Refuse a config that a new adapter cannot begin with on this model."""
         start = getattr(config, "init_lora_weights", True)
-        if not any(start is one for one in (True, False)) and start not in INITIALISATIONS:
+        changes_base = getattr(config, "changes_base", False)
+        if not any(start is one for one in (True, False)) and start not in INITIALISATIONS and not changes_base:
             raise AdapterError(f"init_lora_weights={start!r} is not implemented for a new adapter; "
                                "use one of " + ", ".join(map(repr, INITIALISATIONS)))
+        if changes_base:
+            what = f"an adapter with init_lora_weights={config.init_lora_weights!r} cannot start"
+            check_splittable(config, plan, self.modules, self._cells)
+            check_changeable(self.net, self._cells, places_of(plan), what, "leave that module out")
+            if self._entries:
+                raise AdapterError(f"{what}: it changes the base weights, on which {', '.join(self.names)} rely; delete "
+                                   "those first")
 
     def check_fits(self, config, plan):
         """Refuse a plan that needs Cells which ``inject`` did not make; all reasons in one error."""
@@ -368,7 +412,13 @@ class Adapters:
         if name in self._entries:
             raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
         self._check_not_merged("add one")
+        self._check_base_unchanged("add another")
         self._free_slot()
+
+    def _check_base_unchanged(self, what):
+        if self._changed:
+            raise AdapterError(f"adapter {self._changed[0]!r} started from the base weights and changed them, so that you "
+                               f"cannot {what} now; save it with as_lora=True and load that into an untouched model")
 
     def _check_not_merged(self, what):
         if self._merged is not None:
@@ -402,8 +452,8 @@ class Adapters:
 
     def _row_slot(self, name):
         if name is None or name == BASE:
-            if self._merged is not None:
-                self._check_not_merged("use the base model")
+            self._check_not_merged("use the base model")
+            self._check_base_unchanged("use the base model")
             return -1
         slot = self.slot(name)
         if self._merged is not None:
@@ -417,17 +467,39 @@ class Adapters:
         self.active_slot.set_data(Tensor(slot, ms.int32))
 
     def _initial(self, config, plan):
+        """(values of a new adapter, {module name: what its start adds to the base weight})."""
         seed = self._seed if self._seed is not None else ms.get_seed() or 0
-        start, values = method(config.peft_type).initial_values, {}
+        method_, values, changes = method(config.peft_type), {}, {}
         for path, target in plan.targets.items():
             # A stream for each module: the values do not depend on which other modules are adapted.
             random = np.random.default_rng([seed, zlib.crc32(path.encode())])
-            values[path, "lora"] = start(config, target, self.modules[path], random)
+            own = method_.initial_values(config, target, self.modules[path], random)
+            if method_.start_from_base:
+                own, change = method_.start_from_base(config, target, own, partial(self._base_weight, path), random)
+                if change is not None:
+                    changes[path] = change
+            values[path, "lora"] = own
         for path in plan.biases:
             values.setdefault((path, "lora"), {})["bias"] = tree.base_values(self._cells[path])["bias"]
         for path in plan.saved:
             values[path, "saved"] = tree.base_values(self._cells[path])
-        return values
+        return values, changes
+
+    def _base_weight(self, path):
+        return tree.base_values(self._cells[path])["weight"]
+
+    def _change_base(self, name, changes, values):
+        kept = []
+        for path, change in changes.items():
+            parameter = tree.leaf_parameters(self._cells[path])["weight"]
+            kept.append((parameter, parameter.asnumpy().copy()))
+            add_in_float32(parameter, change)
+        self._changed = (name, {path: values[path, "lora"] for path in changes}, kept)
+
+    def _restore_base(self):
+        for parameter, value in self._changed[2] if self._changed else ():
+            parameter.set_data(Tensor(value))
+        self._changed = None
 
 
 class _Disabled:

@@ -6,10 +6,12 @@ from pathlib import Path
 from colora_ms.adapters import tree
 from colora_ms.adapters.cells import AdapterCell
 from colora_ms.adapters.config import LoraConfig
+from colora_ms.adapters.dora import DoraDense, DoraLinear
 from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
 from colora_ms.adapters.lora_over_low_rank import LoraOverLowRank
+from colora_ms.adapters.matching import widest
 from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.adapters.registry import METHODS, Site, method
 from colora_ms.adapters.registry import plan as make_plan
@@ -61,7 +63,7 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
     handle.dropout = config.lora_dropout if config is not None else getattr(reserve, "lora_dropout", 0.0)
     if config is not None:
-        handle.check_start(config)
+        handle.check_start(config, plans[0])
     first = config if config is not None else reserve
     _replace(net, handle, plans, getattr(first, "peft_type", "LORA"), max_rank)
     if config is not None:
@@ -119,7 +121,8 @@ def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainab
     loaded = []
     for name, folder in folders.items():
         stored = StoredAdapter(folder)
-        loaded.append((name, stored.config, *handle.stage(stored)))
+        plan, values = handle.stage(stored)
+        loaded.append((name, stored.config, plan, values))
     configs = [config for _, config, _, _ in loaded]
     _check_together(configs, trainable)
     handle.dropout = configs[0].lora_dropout if trainable else 0.0
@@ -185,13 +188,14 @@ def _replace(net, handle, plans, peft_type, max_rank):
         raise AdapterError(f"max_rank is {max_rank!r}, but an adapter here has rank {needed}")
     names = tree.ParameterNames(net)
     cells = tree.cells_by_name(net)
+    check_plain(plans, cells)
     wrap, shared = method(peft_type).wrap, {}
     handle.peft_type = peft_type
     for parameter in net.get_parameters():
         parameter.requires_grad = False
     for path, module in handle.modules.items():
         targets = [plan.targets[path] for plan in plans if path in plan.targets]
-        target = max(targets, key=lambda one: one.r, default=None)
+        target = widest(targets)
         rank = target.r if target else 0
         bias = any(path in plan.biases for plan in plans)
         cell = cells[path]
@@ -214,6 +218,15 @@ def _replace(net, handle, plans, peft_type, max_rank):
     tree.forget_graphs()
 
 
+def check_plain(plans, cells):
+    """Refuse DoRA and a bias on lora_B on linears that are not plain ones (decomposed, or of other libraries)."""
+    odd = [path for plan in plans for path, target in plan.targets.items()
+           if (getattr(target, "dora", False) or getattr(target, "up_bias", False)) and not tree.is_plain_linear(cells[path])]
+    if odd:
+        raise AdapterError(f"use_dora and lora_bias are for plain linears; {odd[0]} is a {type(cells[odd[0]]).__name__} "
+                           f"({len(odd)} such modules)")
+
+
 def wrap_lora(cell, path, site):
     """The LoRA Cell for a base Cell (``Method.wrap``); see :class:`colora_ms.adapters.registry.Site`."""
     if tree.kind_of(cell) == "embedding":
@@ -223,10 +236,11 @@ def wrap_lora(cell, path, site):
     rest = (site.slots, site.max_rank, site.dropout, site.bias, site.trainable)
     if isinstance(cell, LowRankLinear):
         return LoraOverLowRank(cell, path, *rest)
+    dora, up_bias = (site.target.dora, site.target.up_bias) if site.target else (False, False)
     if tree.takes_slots(cell):
-        return LoraLinear(cell, path, *rest)
-    kind = tree.traits_of(cell).adapted(LoraDense, cell)
-    return kind(cell, path, site.active_slot, *rest)
+        return (DoraLinear if dora else LoraLinear)(cell, path, *rest, up_bias)
+    kind = tree.traits_of(cell).adapted(DoraDense if dora else LoraDense, cell)
+    return kind(cell, path, site.active_slot, *rest, up_bias)
 
 
 def _wrap_saved(cell, path, module, handle):

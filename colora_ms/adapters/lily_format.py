@@ -5,7 +5,7 @@ import dataclasses
 from colora_ms.adapters import matching
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.lily_plan import plan as lily_plan, why_not_merge
-from colora_ms.adapters.matching import Plan, Target
+from colora_ms.adapters.matching import LoraTarget, Plan
 from colora_ms.adapters.peft_format import write_adapter
 from colora_ms.errors import AdapterError
 
@@ -70,7 +70,7 @@ def export_lora(handle, folder, name=None):
         down = cell.read(slot, {"down": (target.r, module.in_features)})["down"]
         values[path, "lora"] = {"down": down, "up": cell.mixed_up(slot)[:, :target.r]}
         # scaling = lora_alpha / r in LoRA, and the plain factor in Lily.
-        targets[path] = Target(path, "linear", target.r, config.scaling * target.r, config.scaling)
+        targets[path] = LoraTarget(path, "linear", target.r, config.scaling * target.r, config.scaling)
     lora = LoraConfig(
         r=config.r, lora_alpha=config.scaling * config.r, target_modules=_names(config, plan),
         exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save,

@@ -15,7 +15,7 @@ from colora_ms.kernels import ABSENT, lora_expand_reference, lora_shrink_referen
 
 
 class LoraLinear(LowRankCell):
-    """A decoder's linear with a low-rank pair, and if asked a bias, for each slot.
+    """A decoder's linear with a low-rank pair, and if asked biases, for each slot.
 
     Args:
         base_layer: :class:`colora_ms.models.layers.Linear` in any weight format; it is not changed.
@@ -26,6 +26,7 @@ class LoraLinear(LowRankCell):
         dropout: probability of dropping an input of the low-rank branch while ``set_train(True)``.
         bias: whether a slot may have its own bias.
         trainable: whether the new Parameters require gradients.
+        up_bias: whether a slot may have a bias on the result of ``up`` (``lora_bias``).
 
     Attributes:
         down: (slots, max_rank, in) float32; up: (slots, out, max_rank) float32; scale: (slots,) float32, frozen.
@@ -33,7 +34,7 @@ class LoraLinear(LowRankCell):
 
     kind = "linear"
 
-    def __init__(self, base_layer, path, slots, max_rank, dropout=0.0, bias=False, trainable=True):
+    def __init__(self, base_layer, path, slots, max_rank, dropout=0.0, bias=False, trainable=True, up_bias=False):
         super().__init__(base_layer, path)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.max_rank = max_rank
@@ -45,13 +46,16 @@ class LoraLinear(LowRankCell):
         self.has_bias = bias
         if bias:
             self.make_bias(slots, self.out_features, trainable)
+        self.has_up_bias = up_bias
+        if up_bias:
+            self.make_up_bias(slots, self.out_features, trainable)
         self.rate = dropout
         self.dropout = nn.Dropout(p=dropout) if dropout and max_rank else None
 
     @property
     def fusible(self):
         """Whether ``operands()`` tells all that the Cell computes (no dropout now, no bias of a slot)."""
-        return not (self.has_bias or self.drops)
+        return not (self.has_bias or self.has_up_bias or self.drops)
 
     @property
     def drops(self):
@@ -64,11 +68,13 @@ class LoraLinear(LowRankCell):
 
     def construct(self, x, slots):
         """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
-        if self.drops:
-            v = lora_shrink_reference(self.dropout(x), slots, self.down, self.scale)
-            y = lora_expand_reference(v, slots, self.up, self.base_layer(x, slots))
-        else:
-            y = multi_lora_linear(x, slots, *self.operands())
+        y = self.product(x, slots)
+        if self.has_up_bias:
+            slot = ops.maximum(slots, 0)
+            change = ops.gather(self.up_bias, slot, 0) * ops.gather(self.scale, slot, 0).reshape((-1, 1))
+            if y.ndim == 3:
+                change = ops.expand_dims(change, 1)
+            y = rows_where(slots >= 0, y + change, y)
         if self.has_bias:
             own = owned_slots(slots, self.bias_owned)
             change = ops.gather(self.bias, ops.maximum(own, 0), 0) - self.base_layer.bias
@@ -76,6 +82,13 @@ class LoraLinear(LowRankCell):
                 change = ops.expand_dims(change, 1)
             y = rows_where(own >= 0, y + change, y)
         return y
+
+    def product(self, x, slots):
+        """The base linear and the low-rank pair; x, slots and the result as in :meth:`construct`."""
+        if self.drops:
+            v = lora_shrink_reference(self.dropout(x), slots, self.down, self.scale)
+            return lora_expand_reference(v, slots, self.up, self.base_layer(x, slots))
+        return multi_lora_linear(x, slots, *self.operands())
 
     def extend_repr(self):
         return f"max_rank={self.max_rank}, dropout={self.rate}, bias={self.has_bias}"
@@ -119,7 +132,7 @@ class LoraEmbedding(LowRankCell):
         up = rows_where(used, up, ops.zeros_like(up))
         return rows_where(used, y + ops.bmm(v, ops.transpose(up, (0, 2, 1))), y)
 
-    def delta(self, slot):
+    def change(self, slot):
         """What a slot adds to the base weight, (vocab, hidden) float32."""
         return get(self.scale, slot) * (get(self.down, slot) @ get(self.up, slot).T)
 

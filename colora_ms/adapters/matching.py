@@ -5,7 +5,7 @@ a model is touched.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from colora_ms.adapters.patterns import match_all
 from colora_ms.errors import AdapterError, near
@@ -50,6 +50,18 @@ class Target:
     r: int
     alpha: float
     scaling: float
+
+
+@dataclass(frozen=True)
+class LoraTarget(Target):
+    """A Target of LoRA.
+
+    Attributes:
+        dora: whether the rows of the changed weight have trained lengths; up_bias: whether lora_B has a bias.
+    """
+
+    dora: bool = False
+    up_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,10 @@ def plan(config, modules, defaults=None):
     if wrong:
         problems.append(f"target_modules={_show(targets)} also matches {_examples(wrong)}, which "
                         f"{'is' if len(wrong) == 1 else 'are'} neither linear nor embedding")
+    embeddings = [name for name in chosen if modules[name].kind == "embedding"]
+    problems += [f"{option} is implemented for linears, but target_modules={_show(targets)} also means "
+                 f"{_examples(embeddings)}" for option in ("use_dora", "lora_bias")
+                 if embeddings and getattr(config, option)]
     chosen = [name for name in chosen if modules[name].kind in TARGET_KINDS]
     refused = [name for name in chosen if modules[name].refusal]
     if refused:
@@ -131,11 +147,23 @@ def value_shapes(plan_, modules):
         module = modules[path]
         down = (target.r, module.in_features) if target.kind == "linear" else (module.in_features, target.r)
         shapes[path, "lora"] = {"down": down, "up": (module.out_features, target.r)}
+        if target.dora:
+            shapes[path, "lora"]["magnitude"] = (module.out_features,)
+        if target.up_bias:
+            shapes[path, "lora"]["up_bias"] = (module.out_features,)
     for path in plan_.biases:
         shapes.setdefault((path, "lora"), {})["bias"] = modules[path].parameters["bias"]
     for path in plan_.saved:
         shapes[path, "saved"] = modules[path].parameters
     return shapes
+
+
+def widest(targets):
+    """The Target of the largest rank, with the options that any of them has; None of an empty list."""
+    if not targets:
+        return None
+    options = {name: True for name in ("dora", "up_bias") if any(getattr(one, name, False) for one in targets)}
+    return replace(max(targets, key=lambda one: one.r), **options)
 
 
 def shortest_names(names, modules):
@@ -246,7 +274,8 @@ def _biases(config, modules, targets, saved):
 def _target(config, name, kind, tests):
     r = next((config.rank_pattern[key] for key, names in tests.ranks.items() if name in names), config.r)
     alpha = next((config.alpha_pattern[key] for key, names in tests.alphas.items() if name in names), config.lora_alpha)
-    return Target(name=name, kind=kind, r=r, alpha=alpha, scaling=config.scaling(r, alpha))
+    return LoraTarget(name=name, kind=kind, r=r, alpha=alpha, scaling=config.scaling(r, alpha),
+                      dora=config.use_dora, up_bias=config.lora_bias)
 
 
 def _endings(name):

@@ -17,6 +17,11 @@ def check_mergeable(net, cells, name, places):
         net: the model; cells: {module name: base Cell}.
         name: the adapter's name, for the message; places: [(module name, role)] that it changes.
     """
+    check_changeable(net, cells, places, f"adapter {name!r} cannot be merged", "use the adapter unmerged")
+
+
+def check_changeable(net, cells, places, what, instead):
+    """Refuse to change base weights that are integers or tied; ``what`` begins the message, ``instead`` ends it."""
     shared = tree.shared_parameters(net)
     for path, role in places:
         if isinstance(cells[path], LowRankLinear):
@@ -27,11 +32,10 @@ def check_mergeable(net, cells, name, places):
                                "another module's; use the adapter unmerged")
         for field, parameter in tree.leaf_parameters(cells[path]).items():
             if parameter.dtype in (ms.int8, ms.uint8):
-                raise AdapterError(f"adapter {name!r} cannot be merged: {path}.{field} is stored as integers, which would "
-                                   "round the adapter away; load the model as float32 or bfloat16 to merge")
+                raise AdapterError(f"{what}: {path}.{field} is stored as integers, which would round the change away; load "
+                                   "the model as float32 or bfloat16")
             if id(parameter) in shared:
-                raise AdapterError(f"adapter {name!r} cannot be merged: {path}.{field} is tied to another module, which "
-                                   "would change too; use the adapter unmerged")
+                raise AdapterError(f"{what}: {path}.{field} is tied to another module, which would change too; {instead}")
 
 
 def not_finite(cells, places):

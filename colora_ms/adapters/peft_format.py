@@ -1,7 +1,8 @@
 """PEFT's directory format: ``adapter_config.json`` beside ``adapter_model.safetensors``, read strictly and written.
 
 On disk: ``base_model.model.<module>.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r); embeddings
-``.lora_embedding_A`` (r, vocab) and ``.lora_embedding_B`` (hidden, r); a trained bias of an adapted linear
+``.lora_embedding_A`` (r, vocab) and ``.lora_embedding_B`` (hidden, r); DoRA's ``.lora_magnitude_vector`` (out,) and a
+bias on lora_B, ``.lora_B.bias`` (out,); a trained bias of an adapted linear
 ``.base_layer.bias``; modules saved whole under their own names. The scaling is not stored but follows from the config.
 This file alone knows that form; everything else uses down (r, in) or (vocab, r), and up (out, r).
 """
@@ -164,6 +165,10 @@ def entries(plan, modules):
         if target.kind == "linear":
             found[f"{key}.lora_A.weight"] = Entry(name, "lora", "down", (r, module.in_features))
             found[f"{key}.lora_B.weight"] = Entry(name, "lora", "up", (module.out_features, r))
+            if target.dora:
+                found[f"{key}.lora_magnitude_vector"] = Entry(name, "lora", "magnitude", (module.out_features,))
+            if target.up_bias:
+                found[f"{key}.lora_B.bias"] = Entry(name, "lora", "up_bias", (module.out_features,))
         else:
             found[f"{key}.lora_embedding_A"] = Entry(name, "lora", "down", (r, module.in_features), transposed=True)
             found[f"{key}.lora_embedding_B"] = Entry(name, "lora", "up", (module.out_features, r))

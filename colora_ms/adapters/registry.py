@@ -22,6 +22,8 @@ class Method:
         plan: function (config, modules, defaults) -> Plan; by default :func:`colora_ms.adapters.matching.plan`.
         value_shapes: function (plan, modules) that gives the shapes of its values as the Cells read and write them; by
             default :func:`colora_ms.adapters.matching.value_shapes`.
+        start_from_base: function (config, target, values, weight, random) -> (values, change of the base weight or None),
+            or None: the part of the initial values that depends on the base weight, which ``weight()`` returns.
         why_not_merge: function (config) that says why such an adapter cannot be merged, or "".
         peft_config: function (config, plan, modules) that gives the config to write in PEFT's own layout.
         install, remove: functions called with (net, shared) after the Cells were put in, and (net) before they go.
@@ -37,6 +39,7 @@ class Method:
     peft_config: Callable = lambda config, plan, modules: config
     install: Callable = lambda net, shared: None
     remove: Callable = lambda net: None
+    start_from_base: Optional[Callable] = None
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,12 @@ def _umask():
 #: Settings that decide what an adapter computes.
 _DIGESTED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
              "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias", "stride_A", "num_B",
-             "scaling", "router_pool", "router_form", "share")
+             "scaling", "router_pool", "router_form", "share", "use_dora", "lora_bias")
+
+
+def _is_digested(key, value):
+    """A start that changed the base decides what the factors mean; any other start leaves no trace."""
+    return key in _DIGESTED or key == "init_lora_weights" and isinstance(value, str) and value.startswith(("pissa", "olora"))
 
 
 def digest(config, file):
@@ -158,7 +163,7 @@ def digest(config, file):
     """
     total = hashlib.sha256()
     settings = {key: value for key, value in config.items()
-                if key in _DIGESTED and value is not None and value is not False and value not in ({}, [])}
+                if _is_digested(key, value) and value is not None and value is not False and value not in ({}, [])}
     for key, value in settings.items():
         if isinstance(value, list) and all(isinstance(one, str) for one in value):
             settings[key] = sorted(value)  # peft writes its sets in any order

@@ -82,6 +82,11 @@ def traits_of(cell):
     return next((TRAITS[cls] for cls in type(cell).__mro__ if cls in TRAITS), Traits())
 
 
+def is_plain_linear(cell):
+    """Whether a linear has one weight (out, in) and is called like ``nn.Dense`` or the decoder's ``Linear``."""
+    return kind_of(cell) == "linear" and not any(cls in TRAITS for cls in type(cell).__mro__)
+
+
 def load_integrations(net):
     """Import the integrations of the libraries that the Cells of a model come from."""
     found = {type(cell).__module__.partition(".")[0] for _, cell in net.cells_and_names()}

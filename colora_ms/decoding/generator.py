@@ -174,6 +174,10 @@ class Generator:
         if merged is not None and (contrast is not None or adapter != merged):
             raise DecodingError(f"adapter {merged!r} is merged into the base weights, so neither the base model, another "
                                 "adapter nor a contrast can be decoded now; call unmerge() first")
+        changed = getattr(self.adapters, "changed_base", None)
+        if changed is not None and (contrast is not None or adapter is None):
+            raise DecodingError(f"adapter {changed!r} started from the base weights and changed them, so the base model "
+                                "cannot be decoded now; save it with as_lora=True and load that into an untouched model")
         if contrast is not None and adapter is None:
             raise DecodingError("a contrast compares an adapter with the base model, so it needs adapter=…")
         budget = min(int(budget), self.max_length - len(ids))

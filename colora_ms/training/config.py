@@ -143,7 +143,7 @@ class OptimizerConfig(_Section):
                                              "down to it; null switches that off.", *_above(0))
     accumulation_steps: int = _setting(1, "Batches whose gradients make one update.",
                                        *_at_least(1))
-    lora_plus_ratio: float = _setting(1.0, "Learning rate of the up factors relative to the down "
+    loraplus_lr_ratio: float = _setting(1.0, "Learning rate of the up factors relative to the down "
                                       "factors (LoRA+, arXiv 2402.12354, suggests about 16).",
                                       *_above(0))
     scale_ratio: float = _setting(0.01, "Learning rate of learned quantisation scales relative to "

@@ -47,9 +47,11 @@ def learning_rate(config, step, steps):
 
 
 def is_up_factor(name):
-    """Whether a parameter is the second factor of an adapter (``....lora_B``, ``....up``)."""
+    """Whether LoRA+ gives a parameter the higher rate: the second factor of an adapter (``....lora_B``, ``....up``) and, as
+    in PEFT, vectors such as biases and DoRA's magnitudes."""
     last = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    return last in ("up", "lora_up", "lora_B", "lora_embedding_B", "lily_B")
+    return last in ("up", "lora_up", "lora_B", "lora_embedding_B", "lily_B", "lora_bias", "lora_up_bias",
+                    "lora_magnitude_vector")
 
 
 def is_learned_scale(name):
@@ -78,7 +80,7 @@ class AdamW(nn.Cell):
     """One update of all trained parameters.
 
     ``trained`` holds them in three groups of one rate each: down factors and whatever has no group
-    of its own, up factors (``lora_plus_ratio``), learned scales (``scale_ratio``, no decay);
+    of its own, up factors (``loraplus_lr_ratio``), learned scales (``scale_ratio``, no decay);
     gradients come in that order. The graph maps over each (a Python loop over hundreds of
     parameters would compile for a minute).
 
@@ -110,7 +112,7 @@ class AdamW(nn.Cell):
         self.trained = ParameterTuple(parameters)
         self.mean = ParameterTuple([_zeros(item, "adam_mean") for item in parameters])
         self.square = ParameterTuple([_zeros(item, "adam_square") for item in parameters])
-        self.ratio, self.scale_ratio = config.lora_plus_ratio, config.scale_ratio
+        self.ratio, self.scale_ratio = config.loraplus_lr_ratio, config.scale_ratio
         self.beta1, self.beta2 = Tensor(config.beta1, ms.float32), Tensor(config.beta2, ms.float32)
         self.max_norm = config.max_grad_norm or 0.0
         self.update = ops.AdamWeightDecay()

@@ -276,5 +276,5 @@ class Stepper:
 
 def is_stacked_with_others(parameter):
     """Whether an adapter parameter (``<path>.lora_A``, ``<path>.lily_B`` ...) holds more than one slot."""
-    stacked = ".lora_" in parameter.name and parameter.ndim == 3 or ".lily_" in parameter.name
-    return stacked and parameter.shape[0] > 1
+    stacked = ".lora_" in parameter.name or ".lily_" in parameter.name
+    return stacked and parameter.ndim >= 2 and parameter.shape[0] > 1

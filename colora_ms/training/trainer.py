@@ -340,7 +340,7 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         say("note: with lora_dropout the masks after resuming differ from an uninterrupted run")
     handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
                     base_model=config.model)
-    trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default"),
+    trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
                       validation, callbacks, rank=rank, world=world)
     return trainer.train(resume)
 

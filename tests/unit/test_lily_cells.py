@@ -221,7 +221,7 @@ def test_one_optimizer_state_a_shared_factor():
     from colora_ms.training.optimizer import AdamW
 
     net, handle = made(slots=1)
-    optimizer = AdamW(net.trainable_params(), OptimizerConfig(lora_plus_ratio=16.0))
+    optimizer = AdamW(net.trainable_params(), OptimizerConfig(loraplus_lr_ratio=16.0))
     assert len(optimizer.mean) == len(optimizer.trained) == 6
     assert [parameter.name for parameter in optimizer.trained[optimizer.downs:]] == ["layers.0.proj.lily_B"]
 

@@ -27,7 +27,12 @@ PLAIN = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4}
     ({"alpha_pattern": {"q": "a"}}, "alpha_pattern"),
     ({"rank_pattern": [1]}, "rank_pattern is"),
     ({"use_rslora": 1}, "use_rslora is 1"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not implemented"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is not implemented"),
+    ({"init_lora_weights": "pissa_niter_"}, "init_lora_weights='pissa_niter_' is not implemented"),
+    ({"init_lora_weights": "olora", "alpha_pattern": {"q_proj": 0}}, "needs every lora_alpha above 0"),
+    ({"lora_bias": True, "use_dora": True}, "lora_bias and use_dora exclude each other"),
+    ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias needs init_lora_weights True or False"),
+    ({"use_dora": "yes"}, "use_dora is 'yes', expected true or false"),
     ({"init_lora_weights": 1}, "init_lora_weights=1"),
     ({"modules_to_save": [""]}, "modules_to_save is"),
 ])
@@ -47,7 +52,8 @@ def test_defaults_are_pefts():
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias, config.use_rslora) == (8, 8, 0.0, "none", False)
 
 
-@pytest.mark.parametrize("name", ["qv_r8", "all_rslora", "save_lm_head", "bias_lora_only"])
+@pytest.mark.parametrize("name", ["qv_r8", "all_rslora", "save_lm_head", "bias_lora_only", "dora", "lora_bias",
+                                  "pissa", "olora"])
 def test_pefts_own_files_round_trip(goldens, name):
     values = json.loads((goldens / "peft" / name / "adapter_config.json").read_text())
     config = LoraConfig.from_peft(values)
@@ -57,8 +63,6 @@ def test_pefts_own_files_round_trip(goldens, name):
 
 
 @pytest.mark.parametrize("key, value, words", [
-    ("use_dora", True, "use_dora=True .DoRA. is not implemented"),
-    ("lora_bias", True, "lora_bias"),
     ("alora_invocation_tokens", [], "aLoRA"),
     ("alora_invocation_tokens", [1, 2], "aLoRA"),
     ("trainable_token_indices", [5], "trainable_token_indices"),
@@ -68,7 +72,7 @@ def test_pefts_own_files_round_trip(goldens, name):
     ("use_qalora", True, "QALoRA"),
     ("something_new", 3, "something_new=3 is not a known setting"),
     ("lora_alfa", 3, "Did you mean 'lora_alpha'"),
-    ("init_lora_weights", "olora", "init_lora_weights='olora'"),
+    ("init_lora_weights", "loftq", "init_lora_weights='loftq'"),
     ("init_lora_weights", "loftq", "init_lora_weights='loftq'"),
 ])
 def test_settings_that_are_not_implemented_are_refused(key, value, words):
@@ -87,8 +91,8 @@ def test_settings_that_change_nothing_are_taken(key, value):
 
 def test_all_refusals_come_at_once():
     with pytest.raises(AdapterError) as error:
-        LoraConfig.from_peft({**PLAIN, "use_dora": True, "zzz": 1, "r": 0})
-    assert all(word in str(error.value) for word in ("use_dora", "zzz", "r is 0"))
+        LoraConfig.from_peft({**PLAIN, "use_qalora": True, "zzz": 1, "r": 0})
+    assert all(word in str(error.value) for word in ("use_qalora", "zzz", "r is 0"))
 
 
 @pytest.mark.parametrize("values", [[], None, {"peft_type": "IA3"}, {}, {"peft_type": ["LORA"]}])

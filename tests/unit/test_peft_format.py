@@ -155,11 +155,11 @@ def test_misshaped_and_not_finite_come_together_with_the_setting(tiny, folder):
         tensors[other] = tensors[other].copy()
         tensors[other][0, 0] = np.nan
     spoil_tensors(folder, change)
-    spoil_config(folder, use_dora=True)
+    spoil_config(folder, use_qalora=True)
     with pytest.raises(AdapterError) as error:
         tiny.load(folder, "new")
     text = str(error.value)
-    assert "3 problems" in text and "use_dora" in text and "(8, 3)" in text and "1 value that is not finite" in text
+    assert "3 problems" in text and "use_qalora" in text and "(8, 3)" in text and "1 value that is not finite" in text
 
 
 def test_another_base_model_is_hinted_at(tiny, folder):

@@ -73,7 +73,7 @@ def numpy_adamw(config, values, grads, moments, step, steps):
         square[:] = config.beta2 * square + (1 - config.beta2) * grad ** 2
         mhat = mean / (1 - config.beta1 ** step)
         vhat = square / (1 - config.beta2 ** step)
-        own = rate * (config.lora_plus_ratio if is_up_factor(name) else 1.0)
+        own = rate * (config.loraplus_lr_ratio if is_up_factor(name) else 1.0)
         # The decay follows the base rate, so that LoRA+ does not multiply it.
         values[name] -= own * mhat / (np.sqrt(vhat) + config.epsilon) \
             + rate * config.weight_decay * values[name]
@@ -82,7 +82,7 @@ def numpy_adamw(config, values, grads, moments, step, steps):
 
 @pytest.mark.parametrize("settings", [
     {}, {"weight_decay": 0.1}, {"max_grad_norm": None, "epsilon": 1e-3}, {"max_grad_norm": 0.05},
-    {"lora_plus_ratio": 16.0, "weight_decay": 0.05, "schedule": "linear"},
+    {"loraplus_lr_ratio": 16.0, "weight_decay": 0.05, "schedule": "linear"},
     {"beta1": 0.0, "beta2": 0.5}])
 def test_adamw_follows_the_formulas(settings):
     config = OptimizerConfig(learning_rate=0.03, warmup_ratio=0.2, **settings)
@@ -104,7 +104,7 @@ def test_adamw_follows_the_formulas(settings):
         for parameter in parameters:
             # float32's 1 - beta2 is off by 1e-5 of itself, and so is the size of every update.
             np.testing.assert_allclose(parameter.asnumpy(), values[parameter.name], rtol=2e-5,
-                                       atol=2e-6 * config.lora_plus_ratio, err_msg=f"{parameter.name} at {step}")
+                                       atol=2e-6 * config.loraplus_lr_ratio, err_msg=f"{parameter.name} at {step}")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -173,7 +173,7 @@ def test_padding_and_rows_without_labels_change_nothing():
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_updates_follow_float64(accumulation):
     config = OptimizerConfig(learning_rate=0.05, weight_decay=0.01, max_grad_norm=0.2,
-                             lora_plus_ratio=2.0, accumulation_steps=accumulation)
+                             loraplus_lr_ratio=2.0, accumulation_steps=accumulation)
     net = TinyDecoder()
     stepper = Stepper(net, config)
     values = {name: item.astype(np.float64) for name, item in values_of(net).items()}
