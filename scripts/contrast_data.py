@@ -6,7 +6,7 @@
 
 | task | kind | question -> answer | where it comes from |
 |---|---|---|---|
-| steps | multi-step reasoning | "12 + 30 - 5 + 44 =" -> "42, 37, 81", the running totals | reasoning-gym's chain_sum |
+| steps | multi-step reasoning | "5 + 9 - 3 + 4 =" -> "14, 11, 15", the running totals | reasoning-gym's chain_sum |
 | banking77 | classification | a customer's message -> one of 77 intents | PolyAI, CC BY 4.0 |
 | wikisql | structured output | columns and a question -> a SQL query | WikiSQL, BSD-3 |
 
@@ -26,16 +26,16 @@ VALIDATION, TEST = 200, 600
 
 
 def steps(folder):
-    """Sums of four or five terms with their running totals: (training items, test items)."""
+    """Sums of three or four one-digit terms with their running totals: (training items, test items)."""
     import reasoning_gym
 
     def items(size, seed):
-        made = reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, min_terms=4, max_terms=5, min_digits=1,
-                                            max_digits=2)
+        made = reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, min_terms=3, max_terms=4, min_digits=1,
+                                            max_digits=1)
         return [(f"{item['metadata']['expression']} =", ", ".join(map(str, running_totals(item)))) for item in made]
 
     # Items are made from seed + index, so seeds this far apart share none.
-    return items(4200, 100000), items(TEST, 10100000)
+    return items(8000, 100000), items(800, 10100000)
 
 
 def running_totals(item):

@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": "answer prompts with a model, an adapter and a contrast",
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model, an adapter and a contrast on a set of problems",
+    "tune-contrast": "choose alpha, beta and form of the contrast on validation problems, or answer \"off\"",
     "info": "show what a model or an adapter is",
     "decompose": "make a model smaller by low-rank decomposition, without training",
     "convert": "write a model as a Hugging Face folder",
@@ -27,7 +28,7 @@ def build_parser():
     parser.add_argument("--version", action="version", version=f"colora-ms {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, sentence in COMMANDS.items():
-        module = importlib.import_module(f"colora_ms.cli.{name}")
+        module = importlib.import_module(f"colora_ms.cli.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=sentence, description=sentence[0].upper() + sentence[1:] + ".",
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         module.add_arguments(command)

@@ -2,34 +2,109 @@
 
 from colora_ms.cli import options
 
+TASKS = {
+    "problems": "generate answers to --data and score them with --scorer",
+    "gsm8k": "generate worked answers to GSM8K's JSON lines and compare the final numbers",
+    "choice": "multiple choice by log-likelihood, the JSON layout of the commonsense sets",
+    "perplexity": "perplexity of a text file, such as WikiText's",
+}
+
 
 def add_arguments(parser):
     options.add_model(parser)
     options.add_decoding(parser)
-    parser.add_argument("--data", required=True, help="JSON lines, or a source as YAML: "
+    parser.add_argument("--task", default="problems", choices=TASKS,
+                        help="; ".join(f"{name}: {sentence}" for name, sentence in TASKS.items()))
+    parser.add_argument("--data", required=True, help="the task's file; for problems also a source as YAML: "
                         "'{kind: reasoning_gym, task: chain_sum, size: 100, seed: 7}'")
-    parser.add_argument("--template", default="{prompt}\nAnswer: {completion}", help='prompt template, or "chat"')
+    parser.add_argument("--template", default=None,
+                        help='prompt template, or "chat"; by default "{prompt}\\nAnswer: {completion}", and for gsm8k '
+                        '"Question: {prompt}\\nAnswer: {completion}"')
     parser.add_argument("--scorer", default="number", help="how an answer is scored: number, exact, normalised")
-    parser.add_argument("--limit", type=int, default=None, help="only the first problems")
+    parser.add_argument("--shots", type=int, default=0, help="gsm8k: worked examples in front of each question; 0 for an "
+                        "adapter that was trained on the template")
+    parser.add_argument("--shots-data", default=None, metavar="FILE", help="gsm8k: where they are taken from (train.jsonl)")
+    parser.add_argument("--form", default="text", choices=("text", "label"),
+                        help="choice: rank the answers' texts, or the labels that an adapter was trained to write")
+    parser.add_argument("--normalise", default="token", choices=("none", "token", "byte"),
+                        help="choice: divide the log-likelihood by this length")
+    parser.add_argument("--window", type=int, default=512, help="perplexity: tokens of a window")
+    parser.add_argument("--stride", type=int, default=None, help="perplexity: tokens between windows; half a window if left out")
+    parser.add_argument("--limit", type=int, default=None, help="only the first problems (perplexity: characters)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts in a batch")
     parser.add_argument("--output", default=None, metavar="FILE", help="JSON lines of all items; an interrupted run resumes")
 
 
 def run(arguments):
-    from colora_ms.adapters import digest
+    if arguments.task in ("choice", "perplexity"):
+        print(_likelihood(arguments))
+        return 0
     from colora_ms.evaluation.evaluate import evaluate
+
+    examples, shots = _problems(arguments)
+    generator, adapter = options.generator(arguments)
+    template, stop = _template(arguments, generator.tokenizer, shots)
+    result = evaluate(
+        generator, examples, arguments.scorer, template=template, path=arguments.output, batch_size=arguments.batch_size,
+        options={"adapter": adapter, "stop": stop, "records": arguments.contrast, **options.decoding(arguments)},
+        **_hashes(arguments))
+    print(result.summary())
+    if result.changed_share is not None:
+        print(f"the contrast changed {100 * result.changed_share:.1f} % of the tokens")
+    return 0
+
+
+def _hashes(arguments):
+    from colora_ms.adapters import digest
+
+    return {"model_hash": options.model_hash(arguments),
+            "adapter_hash": digest(arguments.adapter) if arguments.adapter else ""}
+
+
+def _problems(arguments):
+    """(examples, worked examples to show) of the tasks that generate; read before the model, which takes longer."""
+    from colora_ms.errors import ConfigError
+    from colora_ms.evaluation.benchmarks import read_gsm8k
     from colora_ms.training.sources import load_examples
+
+    if arguments.shots < 0 or (arguments.shots > 0) != (arguments.shots_data is not None):
+        raise ConfigError(f"--shots {arguments.shots} and --shots-data {arguments.shots_data} belong together: give both "
+                          "for a few-shot prompt, or neither")
+    if arguments.task == "problems":
+        if arguments.shots:
+            raise ConfigError("--shots is for --task gsm8k")
+        return load_examples(source(arguments.data))[:arguments.limit], []
+    shots = read_gsm8k(arguments.shots_data, arguments.shots) if arguments.shots else []
+    return read_gsm8k(arguments.data, arguments.limit), shots
+
+
+def _template(arguments, tokenizer, shots):
+    """(template, stop strings)."""
+    from colora_ms.evaluation.benchmarks import FEW_SHOT_STOP, FewShotTemplate
     from colora_ms.training.templates import make_template
 
-    examples = load_examples(source(arguments.data))[:arguments.limit]
+    usual = "{prompt}\nAnswer: {completion}"
+    template = make_template(arguments.template or (f"Question: {usual}" if arguments.task == "gsm8k" else usual), tokenizer)
+    return (FewShotTemplate(template, shots), list(FEW_SHOT_STOP)) if shots else (template, [])
+
+
+def _likelihood(arguments):
+    """The summary of multiple choice or perplexity."""
+    from colora_ms.evaluation.benchmarks import evaluate_choices, evaluate_perplexity, read_commonsense, read_text
+    from colora_ms.evaluation.decoder_scorer import DecoderScorer
+
+    perplexity = arguments.task == "perplexity"
+    data = read_text(arguments.data) if perplexity else read_commonsense(arguments.data, arguments.form, arguments.limit)
     generator, adapter = options.generator(arguments)
-    result = evaluate(
-        generator, examples, arguments.scorer, template=make_template(arguments.template, generator.tokenizer),
-        path=arguments.output, batch_size=arguments.batch_size,
-        options={"adapter": adapter, **options.decoding(arguments)},
-        model_hash=f"{arguments.model}:{arguments.weights}", adapter_hash=digest(arguments.adapter) if adapter else "")
-    print(result.summary())
-    return 0
+    slot = -1 if adapter is None else generator.adapters.slot(adapter)
+    scorer = DecoderScorer(generator.decoder, slot, rows=arguments.batch_size)
+    shared = dict(path=arguments.output, batch_size=arguments.batch_size, **_hashes(arguments))
+    if perplexity:
+        return evaluate_perplexity(scorer, generator.tokenizer, data, window=arguments.window, stride=arguments.stride,
+                                   limit=arguments.limit, **shared).summary()
+    result = evaluate_choices(scorer, generator.tokenizer, data, normalise=arguments.normalise, **shared)
+    low, high = result.interval
+    return f"{100 * result.accuracy:.1f} % of {len(data)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def source(text):

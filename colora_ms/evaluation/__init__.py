@@ -1,9 +1,11 @@
 """Measuring a model: exact match, multiple choice, perplexity, and the statistics of a comparison.
 
     scoring       is this answer right? numbers as in GSM8K, exact match after normalisation
-    significance  Wilson interval, exact McNemar test
+    significance  Wilson interval, exact McNemar test, test of the best of many
     evaluate      run a generator over examples, item by item into JSON lines, resumable
+    tuning        contrasts against greedy decoding of the same adapter; choosing one, or none
     likelihood    perplexity with a stride, multiple choice by log-likelihood
+    benchmarks    loaders of GSM8K, the commonsense sets and WikiText; few-shot prompts; their runs
     decoder_scorer  the decoder as the model behind likelihood
 
 What is measured comes in through small protocols; nothing here imports training or models.

@@ -26,7 +26,8 @@ class EvaluationResult:
 
     Attributes:
         items: list of the items' dictionaries (``id``, ``correct``, ``predicted``, ``expected``,
-            ``text``, ``tokens``, ``seconds``), in the order of the examples.
+            ``text``, ``tokens``, ``seconds``, with records also ``changed``, the number of tokens
+            that the contrast changed), in the order of the examples.
         accuracy: share of correct items.
         interval: Wilson interval (low, high).
         refused: items that the generator refused (a prompt too long, say); they count as wrong.
@@ -47,6 +48,13 @@ class EvaluationResult:
         """``{id: correct}``, the input of ``mcnemar``."""
         return {item["id"]: item["correct"] for item in self.items}
 
+    @property
+    def changed_share(self):
+        """Share of the tokens that the contrast changed; ``None`` where no records were asked for."""
+        known = [item for item in self.items if "changed" in item]
+        tokens = sum(item["tokens"] for item in known)
+        return sum(item["changed"] for item in known) / tokens if tokens else None
+
     def compare(self, other):
         """Exact McNemar test of ``other`` against this result on the same items."""
         return mcnemar(self.outcomes, other.outcomes)
@@ -56,6 +64,7 @@ class EvaluationResult:
         return {"accuracy": self.accuracy, "correct": sum(i["correct"] for i in self.items),
                 "items": len(self.items), "interval": list(self.interval),
                 "refused": self.refused, "tokens_per_second": self.tokens_per_second,
+                "changed_share": self.changed_share,
                 "mean_tokens": sum(i["tokens"] for i in self.items) / len(self.items),
                 "setup": self.setup}
 
@@ -105,7 +114,7 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
              "scorer": scorer if isinstance(scorer, str) else getattr(scorer, "__name__", "own"),
              "options": {key: _plain(value) for key, value in sorted(options.items())},
              "examples": _digest_examples(examples)}
-    log = _ItemLog(path, setup, resume)
+    log = ItemLog(path, setup, resume)
     done = log.items
     waiting = [example for example in examples if example.id not in done]
     timed_tokens, timed_seconds = 0, 0.0
@@ -134,7 +143,7 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
         refused=sum("refused" in item for item in items),
         tokens_per_second=timed_tokens / timed_seconds if timed_seconds else 0.0, setup=setup)
     if path is not None:
-        _write_json(Path(path).with_suffix(".summary.json"), result.to_json())
+        write_json(Path(path).with_suffix(".summary.json"), result.to_json())
     return result
 
 
@@ -186,12 +195,15 @@ def _item(example, completion, score, seconds, keep_records):
     row = {"id": example.id, "correct": bool(outcome.correct), "predicted": outcome.predicted,
            "expected": outcome.expected, "text": completion.text,
            "tokens": len(completion.tokens), "seconds": seconds}
+    if completion.records:
+        # Tokens where the contrast chose another one than the expert's favourite.
+        row["changed"] = sum(bool(getattr(record, "changed", False)) for record in completion.records)
     if keep_records and completion.records:
         row["records"] = [_plain(record) for record in completion.records]
     return row
 
 
-class _ItemLog:
+class ItemLog:
     """The JSON lines of an evaluation: a head line with the setup, then one line an item."""
 
     def __init__(self, path, setup, resume):
@@ -231,7 +243,7 @@ class _ItemLog:
                     earlier = row.get("setup") if isinstance(row, dict) else None
                     if earlier != json.loads(json.dumps(setup)):
                         raise DataError(_other_setup(path, earlier, setup))
-                elif isinstance(row, dict) and isinstance(row.get("correct"), bool) \
+                elif isinstance(row, dict) and isinstance(row.get("correct", False), bool) \
                         and isinstance(row.get("tokens"), int) and isinstance(row.get("id"), str):
                     self.items[row["id"]] = row
                 else:
@@ -291,7 +303,7 @@ def _plain(value):
     return repr(value)
 
 
-def _write_json(path, value):
+def write_json(path, value):
     """Write through a temporary file, so that a summary is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -25,7 +25,7 @@ class Perplexity:
     tokens: int
 
 
-def perplexity(model, ids, window, stride=None, batch_size=1):
+def perplexity(model, ids, window, stride=None, batch_size=1, known=None, on_window=None):
     """Perplexity of a long text, in windows that overlap.
 
     A window of ``window`` tokens moves on by ``stride``; only the tokens that no earlier window
@@ -38,6 +38,9 @@ def perplexity(model, ids, window, stride=None, batch_size=1):
         window: tokens of a window, at most the model's context.
         stride: tokens between the beginnings of windows; default ``window // 2``.
         batch_size: windows in one call of ``token_logprobs``.
+        known: ``{begin of a window: its summed negative log-likelihood}`` of windows that need not
+            be run again.
+        on_window: called with (begin, summed negative log-likelihood, tokens) of each window run.
 
     Raises:
         ConfigError: not ``1 <= stride < window``, or ``batch_size < 1``.
@@ -57,15 +60,18 @@ def perplexity(model, ids, window, stride=None, batch_size=1):
         scored = end
         if end == len(ids):
             break
-    total, count = 0.0, 0
-    for start in range(0, len(spans), batch_size):
-        chunk = spans[start:start + batch_size]
+    sums = dict(known or {})
+    waiting = [span for span in spans if span[0] not in sums]
+    for start in range(0, len(waiting), batch_size):
+        chunk = waiting[start:start + batch_size]
         rows = logprobs_of(model, [ids[begin:end] for begin, end, _ in chunk])
         for (begin, end, first), row in zip(chunk, rows):
             # row[t] belongs to position begin + t + 1
-            total -= math.fsum(row[first - begin - 1:])
-            count += end - first
-    loss = total / count
+            sums[begin] = -math.fsum(row[first - begin - 1:])
+            if on_window is not None:
+                on_window(begin, sums[begin], end - first)
+    count = sum(end - first for _, end, first in spans)
+    loss = math.fsum(sums[begin] for begin, _, _ in spans) / count
     return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, count)
 
 

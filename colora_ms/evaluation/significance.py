@@ -4,6 +4,8 @@ import dataclasses
 import math
 import statistics
 
+import numpy as np
+
 from colora_ms.errors import ConfigError, DataError
 
 
@@ -100,3 +102,60 @@ def mcnemar(first, second):
     # Integers of any size divide exactly; the power is never turned into a float by itself.
     p_value = 1.0 if b == c else min(1.0, 2 * tail / 2 ** (b + c))
     return PairedTest(counts[True, True], b, c, counts[False, False], p_value)
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfMany:
+    """The best of several decoders against one baseline on the same items.
+
+    Attributes:
+        best: index of the decoder with the highest gain (the first one of equals).
+        gain: items that it fixes minus items that it breaks.
+        p_value: probability of such a gain of the *best* one if none differs from the baseline.
+    """
+
+    best: int
+    gain: int
+    p_value: float
+
+
+def best_of_many(baseline, others, rounds=20000, seed=0):
+    """Paired test of a choice among several decoders: is the best one better, though it was picked?
+
+    Picking the best of many and then testing it alone finds gains where there are none. Here the
+    statistic is the maximum of all gains, and its distribution comes from flipping the sign of each
+    item's differences, of all decoders together (Westfall and Young's single-step method, 1993), so
+    that both the number of decoders and their likeness are accounted for. One-sided. With at most
+    14 items that any decoder changes all sign patterns are counted, otherwise ``rounds`` random
+    ones; for one decoder the exact count is the one-sided McNemar test.
+
+    Args:
+        baseline: ``{item id: was it right}``.
+        others: list of such dictionaries for the same items.
+        rounds, seed: number and seed of the random sign patterns.
+
+    Returns:
+        BestOfMany.
+
+    Raises:
+        DataError: nothing to compare, or the items differ.
+    """
+    if not baseline or not others:
+        raise DataError("choosing among decoders needs items and at least one decoder")
+    if any(other.keys() != baseline.keys() for other in others):
+        raise DataError("choosing among decoders needs the same items for all of them")
+    gains = np.array([[int(other[key]) - int(right) for other in others]
+                      for key, right in baseline.items()])
+    total = gains.sum(0)
+    best = int(total.argmax())
+    gains = gains[np.abs(gains).sum(1) > 0]
+    if len(gains) == 0:
+        return BestOfMany(best, 0, 1.0)
+    if len(gains) <= 14:
+        patterns = (np.arange(2 ** len(gains))[:, None] >> np.arange(len(gains))) & 1
+        reached = (((2 * patterns - 1) @ gains).max(1) >= total[best]).mean()
+    else:
+        signs = np.random.default_rng(seed).choice([-1, 1], size=(rounds, len(gains)))
+        # The pattern that was observed is one of those that count.
+        reached = (1 + ((signs @ gains).max(1) >= total[best]).sum()) / (1 + rounds)
+    return BestOfMany(best, int(total[best]), float(reached))

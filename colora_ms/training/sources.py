@@ -3,6 +3,8 @@
 A source is described by a dictionary (a list entry in a recipe):
 
     {"kind": "jsonl", "path": "data/train.jsonl"}
+    {"kind": "json", "path": "boolq/train.json", "prompt_key": "instruction",
+     "completion_key": "output"}
     {"kind": "reasoning_gym", "task": "chain_sum", "size": 2000, "seed": 1, "options": {...}}
     {"kind": "datasets", "path": "openai/gsm8k", "name": "main", "split": "train",
      "prompt_key": "question", "completion_key": "answer"}
@@ -10,6 +12,7 @@ A source is described by a dictionary (a list entry in a recipe):
 
 import hashlib
 import inspect
+import json
 from pathlib import Path
 
 from colora_ms.errors import DataError, near
@@ -129,8 +132,35 @@ def hugging_face_examples(path, name=None, split="train", limit=None, prompt_key
     return examples
 
 
+def json_examples(path, limit=None, prompt_key="prompt", completion_key="completion",
+                  messages_key="messages"):
+    """Read examples from one JSON array of objects, the layout of many published sets.
+
+    Args:
+        path: the file.
+        limit: at most this many examples.
+        prompt_key, completion_key, messages_key: the keys that hold the texts.
+
+    Raises:
+        DataError: unreadable file, no array, or an item without the keys (names the first one).
+    """
+    path = Path(path)
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path} holds no JSON array of examples; for JSON lines use kind: jsonl")
+    return [example_from_record(row, f"{path.name}:{number}", prompt_key=prompt_key,
+                                completion_key=completion_key, messages_key=messages_key)
+            for number, row in enumerate(rows[:limit], 1)]
+
+
 _KINDS = {
     "jsonl": (read_jsonl, ("path",)),
+    "json": (json_examples, ("path",)),
     "reasoning_gym": (reasoning_gym_examples, ("task", "size", "seed")),
     "datasets": (hugging_face_examples, ("path",)),
 }

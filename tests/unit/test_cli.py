@@ -32,6 +32,10 @@ def test_every_command_has_help(name, capsys):
     (["train", "/nowhere/recipe.yaml"], "/nowhere/recipe.yaml"),
     (["generate", "--contrast", "--alpha", "2", "--adapter", "/nowhere", "--model", "/nowhere", "hi"], "nowhere"),
     (["evaluate", "--data", "{kind: reasoning_gim}"], "reasoning_gym"),
+    (["evaluate", "--task", "gsm8k", "--shots", "4", "--data", "x"], "--shots-data"),
+    (["evaluate", "--task", "choice", "--data", "/nowhere.json"], "/nowhere.json"),
+    (["tune-contrast", "smollm2-135m", "--adapter", "/x", "--data", "x", "--forms", "margn"], "Did you mean 'margin'"),
+    (["tune-contrast", "smollm2-135m", "--adapter", "/x", "--data", "x", "--alphas", "2"], "alpha=2.0"),
 ])
 def test_errors_are_one_paragraph(arguments, words, capsys):
     assert main(arguments) == 1
