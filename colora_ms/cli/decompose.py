@@ -26,7 +26,7 @@ def add_arguments(parser):
 
 
 def run(arguments):
-    if arguments.sweep or arguments.latency_only:
+    if arguments.sweep or arguments.latency_only or arguments.show:
         return decompose_sweep.run(arguments)
     from colora_ms.adapters.lrd import decompose_checkpoint, linear_shapes, reduction
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model

@@ -22,6 +22,7 @@ def add_arguments(parser):
                        "the N variants with the best perplexity")
     group.add_argument("--latency", action="store_true", help="also time every variant; needs an idle machine")
     group.add_argument("--latency-only", action="store_true", help="only time the variants of the --json file, into that file")
+    group.add_argument("--show", action="store_true", help="measure nothing: print and draw what the --json file holds")
     group.add_argument("--steps", type=int, default=48, help="decoding steps of one timing")
     group.add_argument("--repeats", type=int, default=5, help="timings of each variant")
     group.add_argument("--tolerance", type=float, default=5.0, help="accuracy points that may be lost")
@@ -43,18 +44,19 @@ def run(arguments):
     setup = {name: getattr(arguments, name) for name in ("model", "text_tokens", "items", "steps", "repeats")}
     setup.update(text=Path(arguments.text or "").name, choices=Path(arguments.choices or "").name)
     rows = {variant.name: describe(variant, checkpoint.config) for variant in found}
-    if arguments.latency_only:
+    if arguments.latency_only or arguments.show:
         setup, rows = earlier(arguments.json, rows, setup)
 
     def keep():
         if arguments.json is not None:
             write_json(arguments.json, {"setup": setup, "tolerance": arguments.tolerance, "rows": list(rows.values())})
 
-    if not arguments.latency_only:
+    if not (arguments.latency_only or arguments.show):
         quality(arguments, checkpoint, found, rows, keep)
     if arguments.latency or arguments.latency_only:
         latency(arguments, checkpoint, found, rows, keep)
-    keep()
+    if not arguments.show:
+        keep()
     print(table(list(rows.values()), arguments.tolerance))
     print(f"\n* Pareto front; <- the smallest variant that loses at most {arguments.tolerance:g} accuracy points")
     if arguments.plot is not None:
@@ -119,9 +121,9 @@ def earlier(path, rows, setup):
     from colora_ms.errors import ConfigError
 
     if path is None:
-        raise ConfigError("--latency-only needs --json FILE, the file of the sweep whose variants are to be timed")
+        raise ConfigError("--latency-only and --show need --json FILE, the file of the sweep")
     if not Path(path).is_file():
-        return setup, rows
+        raise ConfigError(f"there is no file {path}; run the sweep first: --sweep --json {path}")
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         before = {row["name"]: row for row in values["rows"]}

@@ -140,6 +140,7 @@ def test_command_writes_a_folder(capsys, goldens, tmp_path):
     (["--plan", "nowhere.yaml"], "nowhere.yaml"),
     (["--sweep", "--reduction", "0.9"], "not within reach"),
     (["--latency-only", "--reduction", "0.1"], "--json"),
+    (["--show", "--reduction", "0.1", "--json", "nowhere.json"], "nowhere.json"),
 ])
 def test_command_errors(capsys, goldens, tmp_path, arguments, words):
     out = tmp_path / "out"
@@ -182,6 +183,10 @@ def test_sweep_command(capsys, sweep, tmp_path):
     assert all(one["perplexity"] > 1 and 0 <= one["accuracy"] <= 1 and one["step_ms"] is None for one in rows.values())
     assert rows["base"]["perplexity"] < min(one["perplexity"] for name, one in rows.items() if name != "base")
     assert f"{rows['base']['perplexity']:.2f}" in out
+    assert main([*sweep, "--show", "--reduction", "0.15"]) == 0
+    shown = capsys.readouterr().out
+    assert shown[shown.index("| variant"):] == out[out.index("| variant"):out.index("wrote")]
+    assert rows_of(tmp_path) == rows
 
 
 @pytest.mark.slow
