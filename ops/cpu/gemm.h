@@ -65,6 +65,9 @@ inline v4f sum4(vf a, vf b, vf c, vf d) {
 #endif
 }
 
+// Rows of `up` that are fetched ahead: every adapter of a call is a slow stream of its own beside W.
+constexpr int64_t kUpAhead = 8 * kOuts;
+
 // acc += up[o..o+O)·v of every row that has an adapter. The loops are unrolled so that the sums stay in registers.
 template <int O, int R>
 inline __attribute__((always_inline)) void add_low_rank(vf (&acc)[O][R], int64_t o, int64_t rank,
@@ -77,7 +80,10 @@ inline __attribute__((always_inline)) void add_low_rank(vf (&acc)[O][R], int64_t
     for (; j + kLanes <= rank; j += kLanes) {
       const vf v = load(adapters[r].v + j);
 #pragma GCC unroll 4
-      for (int i = 0; i < O; ++i) acc[i][r] = fma(load(up + i * rank + j), v, acc[i][r]);
+      for (int i = 0; i < O; ++i) {
+        acc[i][r] = fma(load(up + i * rank + j), v, acc[i][r]);
+        prefetch(up + (i + kUpAhead) * rank + j);
+      }
     }
     if (j < rank) {
       const vf v = load(adapters[r].v + j);
@@ -88,12 +94,12 @@ inline __attribute__((always_inline)) void add_low_rank(vf (&acc)[O][R], int64_t
 }
 
 // One tile over the columns [k0, k1) of x rows x[0..R) and weight rows o..o+O. `first`: y is set, otherwise added to.
-// `last`: the low-rank part joins the sums and the bias is added.
-template <class Reader, int O, int R, bool kPrefetch>
+// `last`: the low-rank part joins the sums and the bias is added. ahead[i]: how many bytes ahead row o + i is fetched.
+template <class Reader, int O, int R>
 inline __attribute__((always_inline)) void tile(const Reader& w, int64_t o, int64_t group, const float* const* x,
                                                 int64_t k0, int64_t k1, bool first, bool last, int64_t rank,
                                                 const RowAdapter* adapters, const float* bias, float* const* y,
-                                                int64_t ahead) {
+                                                const int64_t* ahead) {
   vf acc[O][R];
 #pragma GCC unroll 4
   for (int i = 0; i < O; ++i)
@@ -112,7 +118,7 @@ inline __attribute__((always_inline)) void tile(const Reader& w, int64_t o, int6
 #pragma GCC unroll 4
         for (int i = 0; i < O; ++i) {
           w.read(o + i, k, scale[i], part);
-          if (kPrefetch) prefetch(static_cast<const char*>(w.address(o + i, k)) + ahead);
+          prefetch(static_cast<const char*>(w.address(o + i, k)) + ahead[i]);
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r) acc[i][r] = fma(part[0], xs[r], acc[i][r]);
         }
@@ -120,7 +126,7 @@ inline __attribute__((always_inline)) void tile(const Reader& w, int64_t o, int6
 #pragma GCC unroll 4
         for (int i = 0; i < O; ++i) {
           w.read(o + i, k, scale[i], part);
-          if (kPrefetch) prefetch(static_cast<const char*>(w.address(o + i, k)) + ahead);
+          prefetch(static_cast<const char*>(w.address(o + i, k)) + ahead[i]);
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r)
             for (int u = 0; u < Reader::kUnits; ++u)
@@ -176,12 +182,12 @@ struct Rows {
   int64_t rank = 0;
 };
 
-template <class Reader, int O, bool kPrefetch>
+template <class Reader, int O>
 inline void tile_rows(int rows, const Reader& w, int64_t o, int64_t group, const float* const* x, int64_t k0,
                       int64_t k1, bool first, bool last, int64_t rank, const RowAdapter* adapters, const float* bias,
-                      float* const* y, int64_t ahead) {
+                      float* const* y, const int64_t* ahead) {
 #define COLORA_TILE(R) \
-  case R: return tile<Reader, O, R, kPrefetch>(w, o, group, x, k0, k1, first, last, rank, adapters, bias, y, ahead);
+  case R: return tile<Reader, O, R>(w, o, group, x, k0, k1, first, last, rank, adapters, bias, y, ahead);
   switch (rows) {
     COLORA_TILE(1)
     COLORA_TILE(2)
@@ -218,12 +224,12 @@ inline void dense_few_rows(const Reader& w, int64_t columns, int64_t block, int6
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t r = row_begin(rows.count, tiles, t), n = row_begin(rows.count, tiles, t + 1) - r;
           const RowAdapter* adapters = rows.adapters ? rows.adapters + r : nullptr;
-          if (t == 0)
-            tile_rows<Reader, O, true>(int(n), w, o, group, rows.x + r, k, end, k == 0, end == columns, rows.rank,
-                                       adapters, bias, rows.y + r, ahead);
-          else
-            tile_rows<Reader, O, false>(int(n), w, o, group, rows.x + r, k, end, k == 0, end == columns, rows.rank,
-                                        adapters, bias, rows.y + r, ahead);
+          // The tiles of a strip share the fetching of the next one, so that the memory is busy all the time; a distance
+          // of 0 costs nothing.
+          int64_t distance[O];
+          for (int i = 0; i < O; ++i) distance[i] = i * tiles / O == t ? ahead : 0;
+          tile_rows<Reader, O>(int(n), w, o, group, rows.x + r, k, end, k == 0, end == columns, rows.rank, adapters,
+                               bias, rows.y + r, distance);
         }
       }
   };
