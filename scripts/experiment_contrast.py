@@ -3,7 +3,7 @@
     python scripts/contrast_data.py steps
     colora-ms train model_zoo/smollm2-135m/contrast-steps.yaml
     python scripts/experiment_contrast.py steps --json runs/contrast/steps.json
-    python scripts/experiment_contrast.py --table runs/contrast/*.json     # the Markdown tables of finished tasks
+    python scripts/experiment_contrast.py --table runs/contrast/*.json --into model_zoo/smollm2-135m/CONTRAST.md
 
 alpha, beta and the form are chosen on the validation questions alone. On the test questions, which are read once, these
 decode: greedy, the paper's rule with alpha 0.1 and beta 0.5, the best fixed contrast of the validation, the best one of each
@@ -148,10 +148,32 @@ def markdown(result):
     return "\n".join(lines)
 
 
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+
+def tables(paths):
+    """The sections of finished tasks, with the machine and the versions of the runs."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    notes = {f"Rows of a batch {r['rows']}, {r['cores']} cores, seed {r['training']['seed']}; "
+             + ", ".join(f"{name} {version}" for name, version in r["versions"].items()) + "." for r in results}
+    return "\n\n".join([*map(markdown, results), *sorted(notes)])
+
+
+def put(text, path):
+    """Replace what stands between the two markers of a Markdown file."""
+    page = path.read_text(encoding="utf-8")
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{path} has no lines {BEGIN} and {END}; add them where the tables are to stand")
+    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="See the head of this file.")
     parser.add_argument("task", nargs="?", choices=TASKS)
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="only print the tables of these results")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="with --table: write them into this page")
     parser.add_argument("--data", type=Path, default=Path("runs/contrast/data"), help="what contrast_data.py wrote")
     parser.add_argument("--adapter", default=None, help="adapter folder; by default the recipe's")
     parser.add_argument("--validation", type=int, default=100, help="validation questions")
@@ -163,7 +185,10 @@ def main():
     parser.add_argument("--json", type=Path, default=None, help="results file")
     arguments = parser.parse_args()
     if arguments.table:
-        print("\n\n".join(markdown(json.loads(path.read_text(encoding="utf-8"))) for path in arguments.table))
+        text = tables(arguments.table)
+        print(text)
+        if arguments.into:
+            put(text, arguments.into)
         return
     if arguments.task is None:
         parser.error("name a task, or --table FILES")
