@@ -104,12 +104,15 @@ class LilyCell(AdapterCell):
     def parameters_of(self, slot):
         return [self.down, self.up, self.router]
 
-    def mixed_up(self, slot):
-        """The up factor of one slot, (out, r) float32: the experts in the router's fixed proportions (static only)."""
+    def static_weights(self, slot):
+        """The experts' fixed weights of one slot, (experts,) float64 (static only)."""
         logits = get(self.router, slot).astype(np.float64)
         weights = np.exp(logits - logits.max())
-        weights /= weights.sum()
-        return np.einsum("e,oer->or", weights, get(self.up, slot)).astype(np.float32)
+        return weights / weights.sum()
+
+    def mixed_up(self, slot):
+        """The up factor of one slot, (out, r) float32: the experts in the router's fixed proportions (static only)."""
+        return np.einsum("e,oer->or", self.static_weights(slot), get(self.up, slot)).astype(np.float32)
 
     def merge(self, slot):
         weight = leaf_parameters(self.base_layer)["weight"]
@@ -134,6 +137,8 @@ class LilyRouted(LilyCell):
     """A Lily Cell that computes the experts' weights for each input; for lengths see ``adapters/lily_lengths.py``."""
 
     fusible = False
+    #: Whether the weights are summed up in ``counts``, for :func:`colora_ms.adapters.lily_usage.expert_use`.
+    counting = False
 
     def __init__(self, base_layer, path, in_features, out_features, site):
         super().__init__(base_layer, path, in_features, out_features, site)
@@ -157,7 +162,8 @@ class LilyRouted(LilyCell):
         logits = self.shrink(hidden, slots, self.router)
         if not self.pooled:
             return ops.softmax(logits, -1)
-        counted = ops.expand_dims(length_mask(self.lengths, hidden), -1)
+        # Only what follows the slots follows the note of the lengths: without depend, the graph may read them before.
+        counted = ops.expand_dims(length_mask(ops.depend(self.lengths, slots), hidden), -1)
         tokens = counted.sum(axis=1)  # (rows, 1)
         values = ops.softmax(logits, -1) if self.form == "code" else logits
         # where, not a product: what a padding token holds, NaN included, must not reach the sum.
@@ -172,10 +178,22 @@ class LilyRouted(LilyCell):
             mixed = ops.softmax(total, -1)
         return ops.expand_dims(mixed, 1)
 
+    def count(self, weights, hidden, slots):
+        """Add the weights of all real tokens of rows with an adapter to ``counts``, and who has the largest."""
+        counted = length_mask(ops.depend(self.lengths, slots), hidden) * (slots >= 0).astype(ms.float32).reshape((-1, 1))
+        weights = ops.broadcast_to(weights, hidden.shape[:2] + (self.experts,)).reshape((-1, self.experts))
+        first = ops.one_hot(ops.argmax(weights, 1), self.experts, 1.0, 0.0)
+        counted = counted.reshape((1, -1))
+        new = ops.concat((ops.matmul(counted, weights), ops.matmul(counted, first.astype(ms.float32))))
+        return ops.assign_add(self.counts, new)
+
     def low_rank(self, x, slots, y):
         """y plus the adapter's part: x (rows, tokens, in), slots (rows,), y (rows, tokens, out)."""
         hidden = self.shrink(x, slots, self.down)
-        weights = self.weights(hidden, slots) * ops.gather(self.scale, ops.maximum(slots, 0), 0).reshape((-1, 1, 1))
+        weights = self.weights(hidden, slots)
+        if self.counting:
+            weights = ops.depend(weights, self.count(weights, hidden, slots))
+        weights = weights * ops.gather(self.scale, ops.maximum(slots, 0), 0).reshape((-1, 1, 1))
         columns = self.experts * self.max_rank
         v = (ops.expand_dims(weights, -1) * ops.expand_dims(hidden, 2)).reshape(hidden.shape[:2] + (columns,))
         up = self.up.reshape((self.up.shape[0], self.out_features, columns))

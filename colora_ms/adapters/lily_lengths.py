@@ -14,6 +14,9 @@ from colora_ms.models.decoder import DecoderModel
 #: Rows of a batch, at most, when Cells pool over tokens.
 MOST_ROWS = 4096
 
+#: Name of the Parameter.
+NAME = "adapters.row_lengths"
+
 #: Length of a row that nothing is known of: all of its tokens count.
 UNKNOWN = 2 ** 30
 
@@ -21,7 +24,7 @@ UNKNOWN = 2 ** 30
 def row_lengths(shared):
     """The (MOST_ROWS,) int32 Parameter with the rows' lengths that all Cells of a model share."""
     if "lengths" not in shared:
-        shared["lengths"] = Parameter(Tensor(np.full(MOST_ROWS, UNKNOWN, np.int32)), name="adapters.row_lengths",
+        shared["lengths"] = Parameter(Tensor(np.full(MOST_ROWS, UNKNOWN, np.int32)), name=NAME,
                                       requires_grad=False)
     return shared["lengths"]
 

@@ -109,9 +109,13 @@ def value_shapes(plan_, modules):
     return shapes
 
 
-def parameter_count(plan_, modules):
-    """Numbers that an adapter with this plan has (trains and stores); from shapes alone."""
-    return sum(int(np.prod(shape)) for own in value_shapes(plan_, modules).values() for shape in own.values())
+def parameter_count(plan_, modules, shapes=None):
+    """Numbers that an adapter with this plan has (trains and stores); from shapes alone.
+
+    Args:
+        plan_, modules: as :func:`value_shapes`; shapes: another method's ``value_shapes``, by default Lily's.
+    """
+    return sum(int(np.prod(shape)) for own in (shapes or value_shapes)(plan_, modules).values() for shape in own.values())
 
 
 def entries(plan_, modules):

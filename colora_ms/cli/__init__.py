@@ -13,6 +13,7 @@ COMMANDS = {
     "tune-contrast": "choose alpha, beta and form of the contrast on validation problems, or answer \"off\"",
     "info": "show what a model or an adapter is",
     "decompose": "make a model smaller by low-rank decomposition, without training",
+    "inspect": "list an adapter's tensors; show which of a Lily adapter's experts serve what",
     "convert": "write a model as a Hugging Face folder",
     "quantize": "store the linears of a model as integers, rounded to nearest or trained (LR-QAT)",
 }

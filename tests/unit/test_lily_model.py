@@ -39,6 +39,28 @@ def test_token_pooling_is_causal_and_ignores_the_batch(mindspore, tiny_decoder):
     assert np.array_equal(logits(net, IDS[:1], [7], handle.slots(1)), full[:1])
 
 
+@pytest.mark.parametrize("pool", ["sequence", "batch"])
+def test_pools_leave_padding_out_and_do_depend_on_what_they_pool(mindspore, tiny_decoder, pool):
+    net = tiny_decoder()
+    plain = logits(net, IDS, [4, 7, 6], mindspore.Tensor(np.full(3, -1, np.int32)))
+    handle = inject(net, lily(pool), seed=1)
+    full = logits(net, IDS, [4, 7, 6], handle.slots(3))
+    padding = IDS.copy()
+    padding[0, 4:], padding[2, 6:] = 77, 78
+    again = logits(net, padding, [4, 7, 6], handle.slots(3))
+    for row, length in enumerate([4, 7, 6]):
+        assert np.abs(full[row, :length] - again[row, :length]).max() < 1e-4
+    later = IDS.copy()
+    later[1, 6] = 50
+    assert np.abs(logits(net, later, [4, 7, 6], handle.slots(3))[1, :6] - full[1, :6]).max() > 1e-4
+    others = np.abs(logits(net, later, [4, 7, 6], handle.slots(3))[0, :4] - full[0, :4]).max()
+    assert others > 1e-5 if pool == "batch" else others < 1e-6
+    assert np.abs(logits(net, IDS, [4, 7, 6], handle.slots(3, "__base__")) - plain).max() == 0
+    handle.unload()
+    assert type(net.model).__name__ == "DecoderModel"
+    assert np.array_equal(logits(net, IDS, [4, 7, 6], mindspore.Tensor(np.full(3, -1, np.int32))), plain)
+
+
 @pytest.mark.parametrize("pool", ["token", "static"])
 def test_generation_with_the_contrast(mindspore, tiny_decoder, word_tokenizer, tmp_path, pool):
     """The cached loop against whole forwards; contrastive, greedy and base requests in one batch."""
