@@ -83,6 +83,29 @@ def test_a_trained_adapter_learns_and_loads_again(recipe):
     assert np.abs(base - logits_of(trained, handle))[:, :5].max() > 0.1
 
 
+def test_an_adapter_that_started_from_the_base_loads_on_the_untouched_one(recipe):
+    """PiSSA with DoRA and LoRA+: the run's folder is plain, and holds what the run computed."""
+    seen = {}
+
+    class Keep(module.Callback):
+        def on_end(self, trainer, result):
+            seen["decoder"] = trainer.stepper.loss_cell.decoder
+    config = recipe("run", steps=4)
+    config.adapter.update(init_lora_weights="pissa", use_dora=True, target_modules=["q_proj", "up_proj"])
+    config.optimizer.loraplus_lr_ratio = 4.0
+    result = module.train(config, callbacks=[Keep()])
+    settings = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert settings["r"] == 8 and settings["init_lora_weights"] is True and settings["use_dora"] is True
+    own = seen["decoder"].set_train(False)
+    trained = tiny_decoder()
+    handle = load_adapter(trained, str(result.adapter))
+    expected = logits_of(own, adapters_of(own))
+    if result.best_step == result.steps:
+        np.testing.assert_allclose(logits_of(trained, handle)[:, :5], expected[:, :5], atol=1e-4)
+    handle.disable_adapter()
+    assert np.abs(logits_of(trained, handle) - expected)[:, :5].max() > 1e-3, "the run must have changed something"
+
+
 def test_resuming_with_a_real_adapter_is_exact(recipe):
     whole = module.train(recipe("a", steps=6))
     with pytest.raises(KeyboardInterrupt):
