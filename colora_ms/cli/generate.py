@@ -34,6 +34,8 @@ def run(arguments):
             continue
         print("" if live else completion.text)
         if arguments.records:
+            from colora_ms.decoding.completion import changes
+
             print(changes(completion, generator.tokenizer))
     return 0
 
@@ -47,14 +49,3 @@ def _as_json(prompt, completion):
         "finish_reason": completion.finish_reason,
         "records": [vars(r) for r in completion.records],
     }
-
-
-def changes(completion, tokenizer):
-    """The tokens where another one than the expert's favourite was chosen, a line each."""
-    changed = [(i, r) for i, r in enumerate(completion.records) if r.changed]
-    lines = [f"  the contrast changed {len(changed)} of {len(completion.records)} tokens"]
-    for i, r in changed:
-        lines.append(
-            f"  token {i:3d}: {tokenizer.decode([r.favourite])!r} -> {tokenizer.decode([r.token])!r}   "
-            f"expert {r.best:.2f} -> {r.expert:.2f}, base {r.amateur:.2f}, score {r.score:.2f}, {r.valid} in the cut")
-    return "\n".join(lines)

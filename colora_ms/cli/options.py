@@ -49,3 +49,27 @@ def model_hash(arguments):
     from colora_ms.models.checkpoint import resolve_model
 
     return f"{file_digest(resolve_model(arguments.model))}:{arguments.weights}"
+
+
+def add_engine(parser):
+    parser.add_argument("--adapters", default=None, metavar="FOLDER", help="folder of PEFT adapter folders, named by these")
+    parser.add_argument("--slots", type=int, default=8, help="adapters that one batch can mix")
+    parser.add_argument("--max-rank", type=int, default=16, help="largest rank of an adapter")
+    parser.add_argument("--host-megabytes", type=int, default=1024, help="memory for adapters behind the slots")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and its answer together")
+
+
+def engine(arguments, rows, **more):
+    """(Engine, the base model's name) for the parsed options; ``more`` goes to the Engine."""
+    from pathlib import Path
+
+    from colora_ms.models import load_model
+    from colora_ms.serving import AdapterBank, Engine
+
+    name = Path(arguments.model).name
+    decoder, tokenizer = load_model(arguments.model, arguments.weights, max_positions=arguments.max_length)
+    bank = None
+    if arguments.adapters is not None:
+        bank = AdapterBank(decoder, arguments.adapters, max_loaded=arguments.slots, max_rank=arguments.max_rank,
+                           host_bytes=arguments.host_megabytes << 20, base_model=name)
+    return Engine(decoder, tokenizer, bank, rows=rows, max_length=arguments.max_length, **more), name

@@ -113,7 +113,7 @@ def table(results):
 
 def show_samples(generator, template, test, cold, contrast, max_new_tokens, count=3):
     """Three problems with all three answers, and the tokens that the contrast changed; those with changes first."""
-    from colora_ms.cli.generate import changes
+    from colora_ms.decoding.completion import changes
 
     def changed(item):
         return sum(r["token"] != r["favourite"] for r in item.get("records", ()))

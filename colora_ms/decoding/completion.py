@@ -55,3 +55,14 @@ class Completion:
     def changed_share(self):
         """Share of the tokens where the contrast chose another token than the expert's favourite."""
         return sum(r.changed for r in self.records) / len(self.records) if self.records else 0.0
+
+
+def changes(completion, tokenizer):
+    """The tokens where another one than the expert's favourite was chosen, a line each."""
+    changed = [(i, r) for i, r in enumerate(completion.records) if r.changed]
+    lines = [f"  the contrast changed {len(changed)} of {len(completion.records)} tokens"]
+    for i, r in changed:
+        lines.append(
+            f"  token {i:3d}: {tokenizer.decode([r.favourite])!r} -> {tokenizer.decode([r.token])!r}   "
+            f"expert {r.best:.2f} -> {r.expert:.2f}, base {r.amateur:.2f}, score {r.score:.2f}, {r.valid} in the cut")
+    return "\n".join(lines)
