@@ -129,8 +129,8 @@ def child_first_token(adapter):
 # -- inputs and cases -------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder):
-    """The benchmark's LoRA as a PEFT folder, from ``adapter_tensor``."""
+def write_adapter(folder, seed=0):
+    """The benchmark's LoRA as a PEFT folder, from ``adapter_tensor``; another seed gives another adapter."""
     from colora_ms.models.checkpoint import default_model_path, open_checkpoint
     from colora_ms.models.safetensors_file import write_safetensors
 
@@ -141,7 +141,7 @@ def write_adapter(folder):
             shapes[f"{prefix}.lora_A.weight"] = (RANK, shape[1])
             shapes[f"{prefix}.lora_B.weight"] = (shape[0], RANK)
     folder.mkdir()
-    write_safetensors(folder / "adapter_model.safetensors", shapes, lambda key: adapter_tensor(key, shapes[key]))
+    write_safetensors(folder / "adapter_model.safetensors", shapes, lambda key: adapter_tensor(key, shapes[key], seed))
     (folder / "adapter_config.json").write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "smollm2-135m", "inference_mode": True,
         "r": RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0, "bias": "none",

@@ -1,13 +1,10 @@
 """The terminal chat: commands, memory, what /why shows; the command with piped input."""
 
 import io
-import os
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 
+from colora_ms.cli import main
 from colora_ms.decoding import Contrast
 from colora_ms.serving.chat import Chat
 
@@ -49,14 +46,16 @@ def test_mistakes_do_not_end_it(engine, line, words):
     assert words in text and chat.last is None and "Traceback" not in text
 
 
-def test_piped_command(goldens, tmp_path):
-    """The whole command over a model from disk and two adapters."""
-    from colora_ms.models.checkpoint import open_checkpoint
+def test_piped_command(shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/adapter\nOnce upon a time\n/why\n/quit\nnever read\n"))
+    model = shared / "data" / "stories260k"
+    assert main(["chat", "--model", str(model), "--adapters", str(tmp_path), "--slots", "1", "--max-length", "64",
+                 "--max-new-tokens", "12"]) == 0
+    text = capsys.readouterr().out
+    assert "adapters: none" in text and ", there was a little girl" in text and "changed 0 of 12 tokens" in text
 
-    path = goldens / "tiny" / "llama"
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        pytest.skip("the golden model has no tokenizer")
-    assert open_checkpoint(path).config.vocab_size > np.int32(0)
-    done = subprocess.run([sys.executable, "-m", "colora_ms", "chat", "--model", str(path), "--max-length", "64"],
-                          input="/help\nhello\n/quit\n", capture_output=True, text=True, timeout=300, env={**os.environ})
-    assert done.returncode == 0 and "/why" in done.stdout
+
+def test_piped_command_with_an_unknown_adapter(shared, tmp_path, capsys):
+    model = shared / "data" / "stories260k"
+    assert main(["chat", "--model", str(model), "--adapters", str(tmp_path), "--slots", "1", "--adapter", "x"]) == 1
+    assert "there is no adapter 'x'" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """The HTTP front of the engine: the part of OpenAI's API that a text model needs, and adapters beside it.
 
     app = create_app(engine, Settings(base_model="smollm2-135m"))    # an ASGI application
-    with Server(app, host="127.0.0.1", port=0) as server: ...        # in a thread of its own; server.url
+    with Server(app, host="127.0.0.1") as server: ...        # in a thread of its own; server.url
     Server(app, port=8000).run()                                     # in this thread, until a signal
 
 | route | what it does |

@@ -160,10 +160,13 @@ class Front:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-class EventStream:
+class EventStream(Response):
     """The response of a streamed request; ends its handles when the client leaves, however the stream ends."""
 
     def __init__(self, front, handles, answers, counts):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},  # proxies must not hold events back
+                         media_type="text/event-stream")
+        del self.headers["content-length"]
         self.front = front
         self.handles = handles
         self.answers = answers
@@ -176,9 +179,7 @@ class EventStream:
             self.front.finish(self.handles)
 
     async def _send(self, send):
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
-                   (b"x-accel-buffering", b"no")]  # proxies must not hold events back
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for part in self._parts():
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})

@@ -10,6 +10,8 @@ from colora_ms.errors import AdapterError, ColoraError, EngineClosedError, Queue
 
 _log = logging.getLogger(__name__)
 
+#: What a union of types adds to the place of a problem; no part of the body.
+_VARIANTS = ("str", "int", "list")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -74,8 +76,7 @@ def _first_problem(error):
     if first["type"] == "json_invalid":
         return None, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}"
     where = [str(part) for part in first["loc"] if part != "body"]
-    # A union reports the name of the variant that it tried last, which is no part of the body.
-    name = ".".join(part for part in where if part.isidentifier() or part.isdigit())
+    name = ".".join(part for part in where if (part.isidentifier() or part.isdigit()) and part not in _VARIANTS)
     if first["type"] == "missing" and not name:
         return None, "the request has no body; send a JSON object with Content-Type: application/json"
     return name or None, f"{name or 'body'}: {first['msg']}; got {first.get('input')!r:.80}"

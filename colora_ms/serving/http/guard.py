@@ -2,7 +2,7 @@
 
 import hmac
 
-from starlette.exceptions import HTTPException
+from fastapi import HTTPException
 
 from colora_ms.serving.http.failures import RequestError, respond
 

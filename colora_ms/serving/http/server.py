@@ -21,7 +21,7 @@ class Server:
         ServingError: the address cannot be taken.
     """
 
-    def __init__(self, app, host="127.0.0.1", port=8000, log_level="warning"):
+    def __init__(self, app, host="127.0.0.1", port=0, log_level="warning"):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
