@@ -21,14 +21,14 @@ def check_mergeable(net, cells, name, places):
 
 
 def check_changeable(net, cells, places, what, instead):
-    """Refuse to change base weights that are integers or tied; ``what`` begins the message, ``instead`` ends it."""
+    """Refuse to change base weights that are integers, factors or tied; ``what`` begins the message, ``instead`` ends it."""
     shared = tree.shared_parameters(net)
     for path, role in places:
         if isinstance(cells[path], LowRankLinear):
-            raise AdapterError(f"adapter {name!r} cannot be merged: {path} is decomposed into factors, whose product has too "
+            raise AdapterError(f"{what}: {path} is decomposed into factors, whose product has too "
                                "low a rank for it; use the adapter unmerged, or recompose(model) before you load it")
         if role == "lora" and "weight" not in tree.leaf_parameters(cells[path]):
-            raise AdapterError(f"adapter {name!r} cannot be merged: {path} has no weight of its own, it is called with "
+            raise AdapterError(f"{what}: {path} has no weight of its own, it is called with "
                                "another module's; use the adapter unmerged")
         for field, parameter in tree.leaf_parameters(cells[path]).items():
             if parameter.dtype in (ms.int8, ms.uint8):
