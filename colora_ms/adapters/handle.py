@@ -36,6 +36,7 @@ class Adapters:
         net: the model; capacity: slots that it has; trainable: whether the adapters' Parameters require gradients.
         sites: {(module name, "lora" or "saved"): adapter Cell}; peft_type: the method that the Cells are of.
         active_slot: () int32 Parameter, the adapter of the Cells that take no row slots, -1 = none.
+        frozen: [(Parameter of the model before injection, its requires_grad then)].
     """
 
     def __init__(self, net, modules, defaults, capacity, trainable, seed, base_model):
@@ -51,7 +52,7 @@ class Adapters:
         self._defaults = defaults
         self._seed = seed
         self._cells = tree.cells_by_name(net)
-        self._frozen = [(parameter, parameter.requires_grad) for parameter in net.get_parameters()]
+        self.frozen = [(parameter, parameter.requires_grad) for parameter in net.get_parameters()]
         self._entries = {}  # name -> (slot, config, plan)
         self._active = None
         self._enabled = True
@@ -223,7 +224,7 @@ class Adapters:
                     release()
             tree.replace(self.net, path, cell)
         names.restore()
-        for parameter, flag in self._frozen:
+        for parameter, flag in self.frozen:
             parameter.requires_grad = flag
         self.sites, self._entries, self._active = {}, {}, None
         object.__setattr__(self.net, HANDLE, None)

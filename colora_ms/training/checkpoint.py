@@ -128,10 +128,26 @@ def save_checkpoint(folder, step, optimizer, state, keep=2):
     Raises:
         CheckpointError: it cannot be written; older checkpoints stay.
     """
-    from safetensors.numpy import save
     tensors = {name: np.ascontiguousarray(item.asnumpy()) for name, item in _named(optimizer)}
-    tensors.update(_random_state())
-    blob = save(tensors)
+    return write_checkpoint(folder, step, tensors, state, keep)
+
+
+def write_checkpoint(folder, step, tensors, state, keep=2, more=None):
+    """Write ``checkpoint-<step>`` with any tensors and the states of the random generators.
+
+    Args:
+        folder, step, state, keep: as for ``save_checkpoint``.
+        tensors: ``{name: array}``.
+        more: ``function(temporary folder)`` that writes further files into the checkpoint.
+
+    Returns:
+        Path of the new checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be written; older checkpoints stay.
+    """
+    from safetensors.numpy import save
+    blob = save({**tensors, **_random_state()})
     values = {"format": FORMAT, "step": step, "sha256": hashlib.sha256(blob).hexdigest(),
               "mindspore": ms.__version__, **state}
     path = Path(folder) / checkpoint_name(step)
@@ -139,6 +155,8 @@ def save_checkpoint(folder, step, optimizer, state, keep=2):
         (temporary / "state.safetensors").write_bytes(blob)
         (temporary / "state.json").write_text(json.dumps(values, indent=1) + "\n",
                                               encoding="utf-8")
+        if more is not None:
+            more(temporary)
     for _, old in list_checkpoints(folder)[:-max(keep, 1)]:
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -206,22 +224,39 @@ def restore(optimizer, tensors, random_state=True):
         CheckpointError: lists every missing, unexpected or mis-shaped tensor; nothing is changed
             then.
     """
-    named = dict(_named(optimizer))
+    restore_parameters(dict(_named(optimizer)), tensors, random_state)
+
+
+def restore_parameters(named, tensors, random_state=True):
+    """Put the tensors of ``read_checkpoint`` into Parameters.
+
+    Args:
+        named: ``{name: Parameter}``, all that the checkpoint must hold.
+        tensors: ``{name: array}``; bfloat16 Parameters are kept as float32.
+        random_state: whether to put the random generators back, too.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected or mis-shaped tensor; nothing is changed
+            then.
+    """
     problems = [f"{name} is missing" for name in named if name not in tensors]
     for name, value in tensors.items():
         if name.startswith("random."):
             continue
         if name not in named:
             problems.append(f"{name} is not a parameter of this run")
-        elif tuple(value.shape) != tuple(named[name].shape) or value.dtype != np.float32:
+            continue
+        dtype = named[name].dtype
+        expected = np.dtype(np.float32 if dtype == ms.bfloat16 else ms.dtype_to_nptype(dtype))
+        if tuple(value.shape) != tuple(named[name].shape) or value.dtype != expected:
             problems.append(f"{name} has shape {value.shape} {value.dtype}, expected "
-                            f"{tuple(named[name].shape)} float32")
+                            f"{tuple(named[name].shape)} {expected}")
     if problems:
         shown = "; ".join(problems[:8])
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise CheckpointError("the checkpoint does not fit this model and adapter: " + shown + more)
     for name, item in named.items():
-        item.set_data(Tensor(np.ascontiguousarray(tensors[name])))
+        item.set_data(Tensor(np.array(tensors[name])).astype(item.dtype))
     if random_state:
         _restore_random(tensors)
 
