@@ -14,18 +14,18 @@ from mindspore import Tensor, ops
 from colora_ms.adapters.cells import AdapterCell
 from colora_ms.adapters.lily_lengths import length_mask, row_lengths
 from colora_ms.adapters.slots import add_in_float32, get, put, stacked
-from colora_ms.adapters.tree import leaf_parameters, takes_slots
+from colora_ms.adapters.tree import leaf_parameters, sizes_of, takes_slots, traits_of
 from colora_ms.kernels import (lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference, multi_lora_linear)
 
 
 def wrap_lily(cell, path, site):
     """The Lily Cell for a base Cell (``Method.wrap``); see :class:`colora_ms.adapters.registry.Site`."""
-    out_features, in_features = leaf_parameters(cell)["weight"].shape
     if takes_slots(cell):
         in_features, out_features = cell.in_features, cell.out_features
         kind = StaticLilyLinear if site.target.pool == "static" else LilyLinear
         return kind(cell, path, in_features, out_features, site)
-    return LilyDense(cell, path, in_features, out_features, site)
+    in_features, out_features = sizes_of(cell)
+    return traits_of(cell).adapted(LilyDense, cell)(cell, path, in_features, out_features, site)
 
 
 class LilyCell(AdapterCell):
@@ -251,14 +251,19 @@ class LilyDense(LilyRouted):
 
     def construct(self, x):
         """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
-        y = self.base_layer(x)
+        return self.adapt(x, self.base_layer(x))
+
+    def adapt(self, x, y):
+        """What becomes of the base's result y (..., out) for x (..., in); of y's dtype."""
         flat = x.reshape((1, -1, self.in_features)).astype(ms.float32)
         slots = self.active_slot.reshape((1,))
         total = self.low_rank(flat, slots, y.reshape((1, -1, self.out_features)).astype(ms.float32))
         y = ops.where(self.active_slot >= 0, total.reshape(y.shape).astype(y.dtype), y)
-        if self.late_activation:
-            y = self.activation(y)
-        return y
+        return self.activate(y) if self.late_activation else y
+
+    def activate(self, y):
+        """The base's own activation, for a base that has one."""
+        return self.activation(y)
 
     def release(self):
         """Undo what this Cell changed in its base, before the base is used alone again."""

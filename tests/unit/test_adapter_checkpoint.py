@@ -30,7 +30,8 @@ def losses(lines):
     return {int(step): float(np.frombuffer(bytes.fromhex(value), np.float32)[0]) for step, value in found}
 
 
-@pytest.mark.parametrize("options", [("accumulate",), ("scale",)], ids=lambda value: value[0])
+@pytest.mark.parametrize("options", [("accumulate",), pytest.param(("scale",), marks=pytest.mark.slow)],
+                         ids=lambda value: value[0])
 def test_killed_and_resumed_gives_the_same_losses(mindspore, tmp_path, options):
     """SIGKILL after a random number of steps, twice; the losses of all steps are those of an unbroken run.
 

@@ -10,7 +10,16 @@ CoLD as a logits processor.
 """
 
 _EXPORTS = {
+    "BaseLogits": "contrast",
+    "ContrastProcessor": "contrast",
+    "LAYOUTS": "names",
+    "Layout": "names",
+    "from_peft": "lora_files",
+    "layout_of": "names",
     "register": "pet",
+    "to_huggingface": "names",
+    "to_mindformers": "names",
+    "to_peft": "lora_files",
 }
 
 __all__ = sorted(_EXPORTS)
