@@ -1,5 +1,5 @@
 #!/bin/bash
-# The contrast experiment: data, training, choice on validation, test, tables; about half an hour on two idle cores.
+# The contrast experiment: data, training, choice on validation, test, tables.
 #
 #   bash scripts/experiment_contrast.sh FOLDER [TASK ...]      FOLDER holds banking77/ and wikisql/, see contrast_data.py
 #
