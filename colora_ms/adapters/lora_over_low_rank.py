@@ -1,9 +1,6 @@
 """LoRA over a decomposed linear: the pair goes around the whole chain of factors, from its input to its output."""
 
-from mindspore import ops
-
 from colora_ms.adapters.lora import LoraLinear
-from colora_ms.adapters.slots import owned_slots, rows_where
 from colora_ms.kernels import lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference
 
 
@@ -21,21 +18,15 @@ class LoraOverLowRank(LoraLinear):
         self.differentiable = trainable
 
     def operands(self):
-        raise NotImplementedError("a decomposed linear is a chain of three products; call the Cell itself")
+        raise NotImplementedError("a decomposed linear is a chain of products; call the Cell itself")
 
-    def construct(self, x, slots):
-        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
+    def product(self, x, slots):
+        """The chain and the low-rank pair; x, slots and the result as in ``construct``."""
         y = self.base_layer(x, slots)
-        if self.max_rank:
-            if self.differentiable:
-                inputs = self.dropout(x) if self.drops else x
-                y = lora_expand_reference(lora_shrink_reference(inputs, slots, self.down, self.scale), slots, self.up, y)
-            else:
-                y = lora_expand(lora_shrink(x, slots, self.down, self.scale), slots, self.up, y)
-        if self.has_bias:
-            own = owned_slots(slots, self.bias_owned)
-            change = ops.gather(self.bias, ops.maximum(own, 0), 0) - self.base_layer.bias
-            if y.ndim == 3:
-                change = ops.expand_dims(change, 1)
-            y = rows_where(own >= 0, y + change, y)
-        return y
+        if not self.max_rank:
+            return y
+        if self.differentiable:
+            inputs = self.dropout(x) if self.drops else x
+            v = lora_shrink_reference(inputs, slots, self.down, self.scale)
+            return lora_expand_reference(v, slots, self.up, y)
+        return lora_expand(lora_shrink(x, slots, self.down, self.scale), slots, self.up, y)

@@ -22,6 +22,7 @@ def add_arguments(parser):
                        "the N variants with the best perplexity")
     group.add_argument("--latency", action="store_true", help="also time every variant; needs an idle machine")
     group.add_argument("--latency-only", action="store_true", help="only time the variants of the --json file, into that file")
+    group.add_argument("--resume", action="store_true", help="measure only what the --json file does not hold yet")
     group.add_argument("--show", action="store_true", help="measure nothing: print and draw what the --json file holds")
     group.add_argument("--steps", type=int, default=48, help="decoding steps of one timing")
     group.add_argument("--repeats", type=int, default=5, help="timings of each variant")
@@ -42,10 +43,10 @@ def run(arguments):
     found = variants(checkpoint.config, arguments.reduction, split(arguments.placements), split(arguments.groups),
                      [number(one) for one in split(arguments.ranks)], arguments.factors, not arguments.no_drop)
     setup = {name: getattr(arguments, name) for name in ("model", "text_tokens", "items", "steps", "repeats")}
-    setup.update(text=Path(arguments.text or "").name, choices=Path(arguments.choices or "").name)
+    setup.update({name: "/".join(Path(getattr(arguments, name) or "").parts[-2:]) for name in ("text", "choices")})
     rows = {variant.name: describe(variant, checkpoint.config) for variant in found}
-    if arguments.latency_only or arguments.show:
-        setup, rows = earlier(arguments.json, rows, setup)
+    if arguments.latency_only or arguments.show or arguments.resume:
+        setup, rows = earlier(arguments.json, rows, None if not arguments.resume else setup)
 
     def keep():
         if arguments.json is not None:
@@ -85,6 +86,8 @@ def quality(arguments, checkpoint, found, rows, keep):
     window = min(257, len(ids))
     scorer = DecoderScorer(decoder, rows=min(8, max(1, (len(ids) - 1) // (window - 1))), multiple=window - 1)
     for variant in found:
+        if rows[variant.name]["perplexity"] is not None:
+            continue
         switch.show(variant)
         rows[variant.name]["perplexity"] = perplexity(scorer, ids, window, window - 1, scorer.rows).perplexity
         print(f"{variant.name:20s} {rows[variant.name]['reduction']:6.1%} fewer parameters, perplexity "
@@ -94,6 +97,8 @@ def quality(arguments, checkpoint, found, rows, keep):
         scorer = DecoderScorer(decoder, rows=16, multiple=48)
         ranking = sorted(found[1:], key=lambda variant: rows[variant.name]["perplexity"])[:arguments.accuracy_top]
         for variant in found[:1] + ranking:
+            if rows[variant.name]["accuracy"] is not None:
+                continue
             switch.show(variant)
             result = multiple_choice(scorer, tokenizer, items, batch_size=scorer.rows)
             rows[variant.name].update(accuracy=result.accuracy, items=len(items))
@@ -117,24 +122,28 @@ def latency(arguments, checkpoint, found, rows, keep):
 
 
 def earlier(path, rows, setup):
-    """(setup, rows) of an earlier sweep, which must have the same variants."""
+    """(setup, rows) of an earlier sweep, which must have the same variants, and to go on measuring the same ``setup``."""
     from colora_ms.errors import ConfigError
 
     if path is None:
-        raise ConfigError("--latency-only and --show need --json FILE, the file of the sweep")
+        raise ConfigError("--latency-only, --show and --resume need --json FILE, the file of the sweep")
     if not Path(path).is_file():
         raise ConfigError(f"there is no file {path}; run the sweep first: --sweep --json {path}")
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         before = {row["name"]: row for row in values["rows"]}
-        setup = values["setup"]
+        kept = values["setup"]
+        other = [key for key in ("text", "text_tokens", "choices", "items") if setup and kept[key] != setup[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no result of a sweep: {error}") from None
     if list(before) != list(rows) or any(before[name].keys() != rows[name].keys()
                                          or before[name]["layers"] != rows[name]["layers"] for name in rows):
         raise ConfigError(f"{path} holds another sweep; give the same --reduction, --placements, --groups, --ranks, --factors "
                           "and --no-drop as then, or another --json FILE")
-    return setup, before
+    if other:
+        raise ConfigError(f"{path} was measured with {other[0]} {kept[other[0]]!r}, not {setup[other[0]]!r}; give the same, or "
+                          "another --json FILE")
+    return kept, before
 
 
 def text_ids(path, tokenizer, count):

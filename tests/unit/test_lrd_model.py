@@ -302,6 +302,9 @@ def test_bias_dropout_and_what_is_refused(tiny_decoder):
     handle.unload()
     with pytest.raises(AdapterError, match="down_proj"):
         inject(net, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp.down_proj"]))
+    for options in (dict(use_dora=True), dict(init_lora_weights="pissa")):
+        with pytest.raises(AdapterError, match="LowRankLinear"):
+            inject(net, LoraConfig(r=2, target_modules=["q_proj"], **options))
 
 
 def test_contrast_on_a_decomposed_model(tiny_decoder, word_tokenizer, tmp_path):

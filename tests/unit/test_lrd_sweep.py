@@ -187,6 +187,17 @@ def test_sweep_command(capsys, sweep, tmp_path):
     shown = capsys.readouterr().out
     assert shown[shown.index("| variant"):] == out[out.index("| variant"):out.index("wrote")]
     assert rows_of(tmp_path) == rows
+    # What an interrupted sweep lacks is measured, and nothing else.
+    kept = json.loads((tmp_path / "s.json").read_text())
+    kept["rows"][1]["accuracy"], kept["rows"][0]["perplexity"] = None, 7.5
+    (tmp_path / "s.json").write_text(json.dumps(kept))
+    again = [*sweep, "--sweep", "--resume", "--reduction", "0.15", "--text", str(tmp_path / "text.txt"), "--choices",
+             str(tmp_path / "set.json"), "--text-tokens"]
+    assert main([*again, "33"]) == 0
+    assert rows_of(tmp_path) == {**rows, "base": {**rows["base"], "perplexity": 7.5}}
+    capsys.readouterr()
+    assert main([*again, "34"]) == 1
+    assert "text_tokens 33, not 34" in capsys.readouterr().err
 
 
 @pytest.mark.slow
