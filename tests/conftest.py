@@ -3,8 +3,13 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+
+# The same examples in every run, so that a run says something of the code alone; --hypothesis-seed=N draws others.
+hypothesis.settings.register_profile("project", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("project")
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings hide the tests' output
 
