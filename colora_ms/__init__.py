@@ -3,7 +3,7 @@
 The house in a few lines; every room imports only from those below it:
 
 * ``cli``          the ``colora-ms`` command
-* ``serving``      adapter bank, continuous batching
+* ``serving``      adapter bank, continuous batching, the HTTP front
 * ``evaluation``   exact match, multiple choice, perplexity, paired tests
 * ``training``     datasets, the train step in graph mode, atomic checkpoints
 * ``decoding``     contrast, sampling, the generation loop as one static graph, ``Generator``

@@ -15,9 +15,10 @@ What is measured, each in child processes pinned to the same processors:
 * Load: as many clients as the batch has rows, each of which sends its next request when the former is answered, for
   1, 4, 16 and 64 adapters over as many slots as rows: tokens/s, time to the first token, time between tokens (the gap
   between two pieces of a stream over the tokens that it brought), peak memory.
-* Memory: the peak of one prefill of 8 rows with 256 tokens in a process of its own: without adapters, with the
-  multi-adapter operator, and with the same graph whose linears gather each row's matrices and multiply them in batches.
-  The slots themselves and the adapter in host memory are subtracted from both.
+* Memory: the peak of the second prefill of 8 rows with 256 tokens, in a process of its own: with the multi-adapter
+  operator, and with linears that gather each row's matrices and multiply them in batches. Each is compared with a process
+  that has loaded the same adapters and runs the same graph without their products. The machine must have memory to
+  spare: pages that are swapped out are not counted.
 * Swaps: an adapter that is neither in a slot nor in host memory is put into a slot while a batch runs; read and check,
   and the writing of the slot. The tokens of the requests beside it are compared with a run without swaps.
 """
@@ -44,7 +45,8 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 KINDS = {"base": "base only", "single": "one adapter", "mixed": "one adapter each"}
 PROMPT_TOKENS, ANSWER_TOKENS = 16, 32
 MEMORY_ROWS, MEMORY_TOKENS = 8, 256
-MEMORY_FORMS = ("base", "operator", "gather")
+#: The forms of a prefill, and the one without adapters whose graph is otherwise the same.
+MEMORY_FORMS = {"operator": "base", "gather": "base, a linear at a time"}
 VOCABULARY = 49152
 
 
@@ -157,7 +159,7 @@ class Memory:
     """One prefill in one form, in a process that has done nothing else; the handler of ``--child memory``."""
 
     def run(self, form, adapters):
-        """Peak memory of the second prefill, and the bytes of the slots."""
+        """Bytes of the peak of the second prefill."""
         import mindspore as ms
         from mindspore import Tensor
 
@@ -168,18 +170,17 @@ class Memory:
         from colora_ms.serving import AdapterBank
         from colora_ms.serving.graphs import Prefill
 
-        if form == "gather":
+        if form != "operator":
+            LoraLinear.operands = lambda cell: cell.base_layer.operands()
+        if form in ("gather", MEMORY_FORMS["gather"]):
             LoraLinear.fusible = property(lambda cell: False)
+            LoraLinear.product = lambda cell, x, slots: cell.base_layer(x, slots)
+        if form == "gather":
             LoraLinear.product = lambda cell, x, slots: (
                 cell.base_layer(x, slots) + low_rank_reference(x, slots, cell.down, cell.up, cell.scale))
         decoder, _ = load_model(max_positions=MEMORY_TOKENS)
-        slot_bytes, slots = 0, np.full(MEMORY_ROWS, -1, np.int32)
-        if form != "base":
-            # Host memory keeps one adapter at a time, in all forms alike.
-            bank = AdapterBank(decoder, adapters, max_loaded=MEMORY_ROWS, max_rank=RANK, host_bytes=1 << 25)
-            for i, name in enumerate(bank.names()[:MEMORY_ROWS]):
-                slots[i] = bank.lease(bank.resolve(name)).slot
-            slot_bytes = bank.slot_bytes + bank.info()["host_bytes"]
+        bank = AdapterBank(decoder, adapters, max_loaded=MEMORY_ROWS, max_rank=RANK, host_bytes=1 << 25)
+        slots = np.array([bank.lease(bank.resolve(name)).slot for name in bank.names()[:MEMORY_ROWS]], np.int32)
         graph = Prefill(decoder, KeyValueCache(decoder.config, MEMORY_ROWS, MEMORY_TOKENS, ms.float32)).set_train(False)
         ids = np.random.default_rng(0).integers(16, VOCABULARY, (MEMORY_ROWS, MEMORY_TOKENS)).astype(np.int32)
         rows = np.arange(MEMORY_ROWS, dtype=np.int32)
@@ -187,7 +188,7 @@ class Memory:
         runtime.run(graph, *arguments).asnumpy()
         reset_peak()
         runtime.run(graph, *arguments).asnumpy()
-        return {"peak": peak_bytes(), "slots": slot_bytes}
+        return peak_bytes()
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -257,6 +258,8 @@ def benchmark(arguments, adapters):
     memory = measure_memory(adapters)
     measures += memory[0]
     more["memory"] = memory[1]
+    if arguments.only_memory:
+        return measures, used, more
 
     workers = {"ours": start_engine(arguments, adapters)}
     if arguments.peers:
@@ -308,15 +311,15 @@ def benchmark(arguments, adapters):
 
 
 def measure_memory(adapters):
-    """(measures, peaks) of the prefill in three forms."""
+    """(measures, peaks in bytes) of the prefill in all forms."""
     peaks = {}
-    for form in MEMORY_FORMS:
+    for form in (*MEMORY_FORMS, *MEMORY_FORMS.values()):
         worker = Worker([sys.executable, __file__, "--child", "memory"], timeout=1800)
         peaks[form] = worker.ask("run", form=form, adapters=str(adapters))
         worker.close()
-    extra = {form: peaks[form]["peak"] - peaks[form]["slots"] - peaks["base"]["peak"] for form in ("operator", "gather")}
-    print(table(("prefill 8 x 256", "peak RSS, MiB", "of it slots, MiB", "extra, MiB"), [
-        (form, f"{one['peak'] / 2**20:.0f}", f"{one['slots'] / 2**20:.0f}", f"{extra.get(form, 0) / 2**20:.1f}")
+    extra = {form: peaks[form] - peaks[base] for form, base in MEMORY_FORMS.items()}
+    print(table(("prefill 8 x 256", "peak RSS, MiB", "more than without adapters, MiB"), [
+        (form, f"{one / 2**20:.0f}", f"{extra[form] / 2**20:.1f}" if form in extra else None)
         for form, one in peaks.items()]), flush=True)
     measures = [measure(f"extra_memory_{form}_mib", value / 2**20, "MiB") for form, value in extra.items()]
     if extra["gather"] <= 0:
@@ -339,6 +342,7 @@ def parse():
     parser.add_argument("--chunk", type=int, default=8, help="the engine's steps between which requests join and leave")
     parser.add_argument("--quick", action="store_true", help="4 steps, 1 round, 2 adapters under load: only to see it work")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", metavar="PYTHON")
+    parser.add_argument("--only-memory", action="store_true", help="measure the memory alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
