@@ -1,12 +1,14 @@
 """Serving: many adapters and many requests at once, in one running batch over one base model.
 
     bank = AdapterBank(decoder, folder="adapters", max_loaded=8, max_rank=16, host_bytes=1 << 30)
+    bank.add("trial", "runs/trial")    # a folder elsewhere, under a name
     bank.names()                       # adapters that a request may name
     bank.load("support")               # read and check it now, or take a new version of it; a failure changes nothing
     bank.unload("support")             # withdraw it: requests that name it are refused until load()
     bank.info()                        # slots, memory, hits and evictions, and an entry for each adapter
 
     engine = Engine(decoder, tokenizer, bank, rows=16, max_length=1024, chunk=8, queue=256)
+    engine.warm_up()                   # compile all graphs now, not when they are first met
     handle = engine.submit("Hello", adapter="support", contrast=Contrast(0.1, 0.5), sampling=None, max_new_tokens=64,
                            stop=("\\n\\n",), seed=None, priority=0, timeout=None, records=False)
     for text in handle: ...            # streamed text;  handle.pieces() has the tokens and their records, too

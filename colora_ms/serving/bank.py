@@ -94,6 +94,7 @@ class AdapterBank:
         own = {id(p): p for cell in self.adapters.sites.values() for p in _own_parameters(cell)}
         self.slot_bytes = sum(int(p.size) * p.itemsize for p in own.values())
         self._lock = threading.RLock()
+        self._reading = threading.Lock()
         self._added = {}  # name -> folder outside of self.folder
         self._withdrawn = set()
         self._digests = {}  # name -> digest of the content that it stands for
@@ -170,13 +171,19 @@ class AdapterBank:
             UnknownAdapterError: there is no such adapter, or it was withdrawn.
             AdapterError: all that is wrong with it.
         """
+        digest = self._known(name)
+        if digest is not None:
+            return digest
+        with self._reading:  # many requests may name a cold adapter at once: one of them reads it
+            return self._known(name) or self.load(name)
+
+    def _known(self, name):
+        """The digest of a name whose content is in memory, else None."""
         with self._lock:
             if name in self._withdrawn:
                 raise UnknownAdapterError(f"adapter {name!r} was unloaded; load it again before a request names it")
             digest = self._digests.get(name)
-            if digest is not None and (digest in self._slots or digest in self._host):
-                return digest
-        return self.load(name)
+            return digest if digest in self._slots or digest in self._host else None
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 

@@ -245,7 +245,13 @@ class Engine:
             try:
                 self._tick()
             except Exception as error:  # the engine must outlive anything that a request can do
-                self._recover(error)
+                try:
+                    self._recover(error)
+                except Exception:
+                    _log.exception("the engine cannot go on")
+                    break
+        with self._wake:
+            self._closing = "now"
         gone = EngineClosedError("the engine was closed before the request ended")
         for request in self._waiting.remove_if(lambda request: True) + self._starting + self._running:
             self._end(request, error=gone)
@@ -275,8 +281,8 @@ class Engine:
 
         gone = [r for r in self._starting + self._running if over(r)]
         if gone:
-            self._starting = [r for r in self._starting if not over(r)]
-            self._running = [r for r in self._running if not over(r)]
+            self._starting = [r for r in self._starting if r not in gone]
+            self._running = [r for r in self._running if r not in gone]
         for request in gone + self._waiting.remove_if(over):
             request.finish_reason = "cancelled" if request.cancelled else "timeout"
             self._end(request)

@@ -38,9 +38,10 @@ class WaitingQueue:
     def remove_if(self, test):
         """Take out the requests for which ``test`` holds, and return them."""
         with self._lock:
-            found = [item for item in self._items if test(item[2])]
+            found = [item for item in self._items if test(item[2])]  # once for each: its answer may change meanwhile
+            numbers = {number for _, number, _ in found}
             if found:
-                self._items = [item for item in self._items if not test(item[2])]
+                self._items = [item for item in self._items if item[1] not in numbers]
         return [request for _, _, request in found]
 
     def admit(self, rows, place):

@@ -50,10 +50,10 @@ def adapter_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def engine(tiny_decoder, word_tokenizer, adapter_folder):
-    """An engine with 8 rows and 3 slots for the six adapters; the tests share it, and its compiled graphs."""
+    """An engine with 4 rows and 3 slots for the six adapters; the tests share it, and its compiled graphs."""
     from colora_ms.serving import AdapterBank, Engine
 
     decoder = tiny_decoder()
     bank = AdapterBank(decoder, adapter_folder, max_loaded=3, max_rank=6)
-    with Engine(decoder, word_tokenizer, bank, rows=8, max_length=96, chunk=4, queue=64, prompt_chunk=24) as engine:
+    with Engine(decoder, word_tokenizer, bank, rows=4, max_length=96, chunk=4, queue=64, prompt_chunk=24) as engine:
         yield engine
