@@ -10,6 +10,8 @@ int8 weights), so that training and inference agree to the last bit. Nothing of 
 integers and mask are computed again from phi, up and down.
 """
 
+import functools
+
 import numpy as np
 
 import mindspore as ms
@@ -92,13 +94,13 @@ class QuantizedMatmul(nn.Cell):
             scale: (out, groups) float32; bias: (out,) or ABSENT.
         """
         # Tied to x, or the scheduler may build the integers of all layers before it runs the first one.
-        weight = self.integers(ops.depend(phi, x), low, up, down)
+        weight = self.integers(ops.depend(phi, x), low, ops.depend(up, x), down)
         return multi_lora_linear(x, slots, weight, ops.maximum(scale, SMALLEST_SCALE), bias, ABSENT, ABSENT, ABSENT)
 
     def bprop(self, x, slots, phi, low, up, down, scale, bias, out, dout):
         """Gradients of x, up, down, scale (and phi in the full-rank form); zeros for the rest."""
-        # Tied to dout, or the integers of the forward would be kept in place of being computed again.
-        z = self.rounded(ops.depend(phi, dout), low, up, down)
+        # Tied to dout, or what the forward computed would be kept in place of being computed again.
+        z = self.rounded(ops.depend(phi, dout), low, ops.depend(up, dout), down)
         q = self.clipped(z, low)
         s = ops.maximum(scale, SMALLEST_SCALE).reshape((-1, 1))
         flat, dy = x.reshape((-1, x.shape[-1])), dout.reshape((-1, dout.shape[-1]))
@@ -112,7 +114,15 @@ class QuantizedMatmul(nn.Cell):
         else:
             d_up = self.right(inside, down) * self.scaling
             d_down = self.left(up, inside) * self.scaling
+        # The layer below waits for these: else the temporaries of several layers would be alive together.
+        dx = ops.depend(dx, (d_scale, d_phi) if self.full_rank else (d_scale, d_up, d_down))
         return (dx, ops.zeros_like(slots), d_phi, ops.zeros_like(low), d_up, d_down, d_scale, ops.zeros_like(bias))
+
+
+@functools.lru_cache(maxsize=None)
+def shared_matmul(*settings):
+    """One :class:`QuantizedMatmul` for all linears of a shape: it holds no Parameters, and is parsed once, not 200 times."""
+    return QuantizedMatmul(*settings)
 
 
 class LrQatLinear(nn.Cell):
@@ -155,8 +165,8 @@ class LrQatLinear(nn.Cell):
             self.up = Parameter(Tensor(np.zeros((self.out_features, config.r), np.float32)), name=f"{path}.lrqat_up")
         else:
             self.down = self.up = ABSENT
-        self.matmul = QuantizedMatmul(self.grid, self.out_features, self.in_features, how,
-                                      config.scaling if self.low_rank else None)
+        self.matmul = shared_matmul(self.grid, self.out_features, self.in_features, how,
+                                    config.scaling if self.low_rank else None)
         inputs, outputs = config.activation_bits(path)
         self.quantize_input = ActivationQuantizer(inputs) if inputs else None
         self.quantize_output = ActivationQuantizer(outputs) if outputs else None

@@ -16,7 +16,6 @@ from colora_ms.models import load_model
 from colora_ms.models.quantize import unpack_int4
 
 ms.set_context(mode=ms.GRAPH_MODE)
-FLOAT = [Tensor(0.0)]
 
 
 class Gradients(nn.Cell):
@@ -127,7 +126,7 @@ def disturb(quantized, seed=1):
     dict(bits=4, method="full"), dict(bits=3, method="scales")], ids=str)
 def test_the_exported_model_equals_the_training_forward_bit_for_bit(tiny_decoder, tmp_path, settings, word_tokenizer,
                                                                     monkeypatch):
-    net = tiny_decoder()
+    net = tiny_decoder(num_hidden_layers=1)
     quantized = quantize(net, LrQatConfig(r=3, lora_alpha=6, **settings))
     disturb(quantized)
     args = batch()
@@ -136,9 +135,9 @@ def test_the_exported_model_equals_the_training_forward_bit_for_bit(tiny_decoder
     monkeypatch.setattr("colora_ms.models.tokenizer.load_tokenizer", lambda source: word_tokenizer)
     loaded, _ = load_model(str(tmp_path / "model"))
     np.testing.assert_array_equal(runtime.run(loaded, *args).asnumpy(), expected)
-    assert np.isfinite(expected).all() and np.abs(expected - runtime.run(tiny_decoder(), *args).asnumpy()).max() > 1e-3
+    assert np.isfinite(expected).all() and expected.std() > 0.01
     names = {item.name for item in loaded.get_parameters()}
-    assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight_scale"} <= names
+    assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight_scale"} <= names
 
 
 def test_round_to_nearest_is_where_training_with_integers_starts(tiny_decoder):
@@ -152,3 +151,44 @@ def test_round_to_nearest_is_where_training_with_integers_starts(tiny_decoder):
         q = unpack_int4(found[0]) if bits <= 4 else found[0]
         spread = q.max(1).astype(int) - q.min(1)
         assert spread.max() <= 2 ** bits - 1 and spread.max() > 2 ** bits // 2
+
+
+def test_lora_and_the_contrast_answer_on_top_of_the_exported_model(tiny_decoder, tmp_path, word_tokenizer, monkeypatch):
+    from colora_ms import Contrast, Generator, LoraConfig, inject
+    quantize(tiny_decoder(num_hidden_layers=1), LrQatConfig(bits=4, r=2)).export(tmp_path / "w4")
+    monkeypatch.setattr("colora_ms.models.tokenizer.load_tokenizer", lambda source: word_tokenizer)
+    net, tokenizer = load_model(str(tmp_path / "w4"))
+    assert net.model.layers[0].mlp.up_proj.weight.dtype == ms.uint8
+    handle = inject(net, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False))
+    args = batch()[:2]
+    base = runtime.run(net, *args, Tensor(np.array([-1, -1], np.int32))).asnumpy()
+    adapted = runtime.run(net, *args, handle.slots(2)).asnumpy()
+    assert np.abs(adapted - base).max() > 1e-3
+    generator = Generator(net, tokenizer, handle)
+    answers = generator.generate([[5, 6, 7]] * 2, adapter="default", contrast=[None, Contrast(0.5, 1.0)],
+                                 max_new_tokens=4, records=True)
+    assert all(len(answer.tokens) > 0 for answer in answers)
+
+
+def test_a_damaged_quantised_folder_is_refused(tiny_decoder, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from colora_ms.errors import CheckpointError
+    from colora_ms.models.checkpoint import open_checkpoint
+    folder = tmp_path / "w4"
+    quantized = quantize(tiny_decoder(num_hidden_layers=1), LrQatConfig(bits=4, method="rtn"))
+    quantized.export(folder)
+    stored, plain = quantized.sizes()
+    assert stored == sum(v.nbytes for k, v in load_file(folder / "model.safetensors").items()
+                         if k.endswith("_scale") or v.dtype == np.uint8) < 0.25 * plain
+    with pytest.raises(CheckpointError, match="exists already"):
+        quantized.export(folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for change, words in (({name + "_scale": None}, "holds integers, but there is no"),
+                          ({name: tensors[name].astype(np.float32)}, "holds no integers"),
+                          ({name + "_scale": tensors[name + "_scale"][:, [0] * 5]}, "groups that divides 32")):
+        broken = {k: v for k, v in {**tensors, **change}.items() if v is not None}
+        save_file({k: np.ascontiguousarray(v) for k, v in broken.items()}, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=words):
+            open_checkpoint(str(folder))
