@@ -127,29 +127,29 @@ class Ours:
 
         The batch takes all rows but one; the swapped adapters answer in that one, a token each.
         """
-        names = self.names[:1] * (len(prompts) - 1)
-        quiet = [self.engine.submit(ids, adapter=name, max_new_tokens=tokens, ignore_eos=True)
-                 for ids, name in zip(prompts, names)]
-        wanted = [handle.result(600).tokens for handle in quiet]
-        cold = [name for name in self.names[1:] if self._state(name) == "disk"]
-        running, read, place, same = [], [], [], True
+        def batch():
+            return [self.engine.submit(ids, adapter=self.names[0], max_new_tokens=tokens, ignore_eos=True)
+                    for ids in prompts[:-1]]
+
+        def answers(handles):
+            return [handle.result(600).tokens for handle in handles]
+
+        wanted = answers(batch())
+        running, read, place, same = batch(), [], [], True
         for i in range(count):
-            if not cold:
+            if all(handle.done for handle in running):
+                same = answers(running) == wanted and same
+                running = batch()
+            name = next((name for name in self.names[1:] if self._state(name) == "disk"), None)
+            if name is None:
                 raise BenchmarkError("no adapter is left on disk alone; give more adapters than slots and host memory hold")
-            if not running or all(handle.done for handle in running):
-                running = [self.engine.submit(ids, adapter=name, max_new_tokens=tokens, ignore_eos=True)
-                           for ids, name in zip(prompts, names)]
-            name = cold.pop(0)
             for file in (self.bank.folder / name).iterdir():
                 file.read_bytes()  # into the page cache
             self.engine.submit(prompts[-1], adapter=name, max_new_tokens=1).result(600)
             info = self.bank.info()
             read.append(info["read_ms"])
             place.append(info["place_ms"])
-            if i == count - 1 or all(handle.done for handle in running):
-                same = same and [handle.result(600).tokens for handle in running] == wanted
-            cold = cold or [name for name in self.names[1:] if self._state(name) == "disk"]
-        return {"read_ms": read, "place_ms": place, "same": same}
+        return {"read_ms": read, "place_ms": place, "same": answers(running) == wanted and same}
 
     def _state(self, name):
         return next(one["state"] for one in self.bank.info()["adapters"] if one["name"] == name)

@@ -264,6 +264,16 @@ def test_broken_adapters_are_refused_and_the_engine_goes_on(ask, adapter_folder)
     assert ask("POST", "/v1/completions", {"model": "a0", "prompt": "5", "max_tokens": 2})[0] == 200
 
 
+def test_an_unload_beside_a_load(ask, served, monkeypatch):
+    bank = served[0].bank
+    load = bank.load
+    monkeypatch.setattr(bank, "load", lambda name: (load(name), bank.unload(name)))
+    status, _, answer = ask("POST", "/v1/adapters", {"name": "a5"})
+    monkeypatch.undo()
+    assert status == 404 and "was unloaded" in answer["error"]["message"]
+    assert ask("POST", "/v1/adapters", {"name": "a5"})[0] == 200
+
+
 def test_base_name_must_differ_from_the_adapters(engine):
     with pytest.raises(ConfigError, match="a0"):
         create_app(engine, Settings(base_model="a0"))

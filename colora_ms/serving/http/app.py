@@ -139,7 +139,10 @@ class Front:
         if name == self.settings.base_model:
             raise RequestError(f"{name!r} is the base model's name here; rename the adapter", "name")
         self._bank().load(name)
-        return next(one for one in self._bank().info()["adapters"] if one["name"] == name)
+        entry = next((one for one in self._bank().info()["adapters"] if one["name"] == name), None)
+        if entry is None:
+            raise UnknownAdapterError(f"adapter {name!r} was unloaded by another request while it was loaded; load it again")
+        return entry
 
     def unload(self, name: str):
         self._bank().unload(name)
