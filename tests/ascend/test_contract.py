@@ -38,16 +38,15 @@ def test_kernel_takes_the_arguments_of_its_definition(name):
 
 @pytest.mark.parametrize("name", sorted(DEFINITIONS))
 def test_kernels_that_meet_are_launched_together(name):
-    """SyncAll needs the kernel type with hardware synchronisation and all cores at once (schedule mode 1)."""
-    snake = contract.snake(name)
-    meets = "SyncAll()" in build.kernel_source(snake).read_text()
-    assert ("KERNEL_TYPE_MIX_AIV_1_0" in build.kernel_source(snake).read_text()) == meets
-    assert ("SetScheduleMode(1)" in (ASCEND / snake / "op_host" / f"{snake}_tiling.cpp").read_text()) == meets
+    """SyncAll needs the kernel type with hardware synchronisation (and schedule mode 1: test_host.py runs the tiling)."""
+    text = build.kernel_source(contract.snake(name)).read_text()
+    assert ("KERNEL_TYPE_MIX_AIV_1_0" in text) == ("SyncAll()" in text)
 
 
 @pytest.mark.parametrize("name", sorted(DEFINITIONS))
 def test_tiling_struct_is_the_shared_one(name):
-    """The struct that CANN copies to the device has the fields of the CANN-free one, in its order, and all are set."""
+    """The struct that CANN copies to the device has the fields of the CANN-free one, in its order (that all are set:
+    test_host.py)."""
     snake = contract.snake(name)
     header, struct = build.KERNELS[snake]
     core = re.search(r"struct %s \{(.*?)\};" % struct.split("::")[1], (ASCEND / header).read_text(), re.S).group(1)
@@ -55,8 +54,6 @@ def test_tiling_struct_is_the_shared_one(name):
     host = (ASCEND / snake / "op_host" / f"{snake}_tiling.h").read_text()
     assert re.findall(r"TILING_DATA_FIELD_DEF\((\w+), (\w+)\);", host) == fields
     assert f"REGISTER_TILING_DATA_CLASS({name}, {name}TilingData)" in host
-    source = (ASCEND / snake / "op_host" / f"{snake}_tiling.cpp").read_text()
-    assert re.findall(r"tiling\.set_(\w+)\(plan\.data\.(\w+)\)", source) == [(f, f) for _, f in fields]
     if "Lora" in name:
         assert tuple(f for _, f in fields) == FIELDS
 
