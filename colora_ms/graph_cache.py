@@ -20,6 +20,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 from mindspore.graph import api
 
+from colora_ms import workers
 from colora_ms.kernels.aot import backend, library_path
 
 _ENABLE, _PATH = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
@@ -73,7 +74,7 @@ class GraphCache:
             os.environ[_PATH] = holder.name
         if self._work is None:
             return None
-        path = Path(self._work.name) / "rank_0" / "graph_cache"
+        path = Path(self._work.name) / f"rank_{workers.current().rank}" / "graph_cache"
         path.mkdir(parents=True, exist_ok=True)
         return path
 

@@ -9,11 +9,15 @@ def add_arguments(parser):
 
 
 def run(arguments):
+    from colora_ms import workers
     from colora_ms.training.config import TrainingConfig
     from colora_ms.training.trainer import train
 
     config = TrainingConfig.from_yaml(arguments.recipe, overrides=arguments.set)
-    result = train(config, resume=arguments.resume)
+    team = workers.start()
+    result = train(config, resume=arguments.resume, rank=team.rank, world=team.world)
+    if not team.first:
+        return 0
     speed = result.tokens / result.seconds if result.seconds else 0.0
     print(f"{result.steps} updates, last loss {result.losses[-1]:.4f}, {speed:.0f} tokens/s" if result.losses
           else f"{result.steps} updates were made already")

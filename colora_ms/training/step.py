@@ -164,18 +164,27 @@ class UpdateStep(nn.Cell):
         if world > 1:
             self.all_reduce = ops.AllReduce(ops.ReduceOp.SUM)
 
-    def construct(self, hyper):
-        """Returns (number of answer tokens of the update, norm), 0-d float32 each."""
+    def construct(self, hyper, sums):
+        """Update from the buffers.
+
+        Args:
+            hyper: (3,) float32 from ``AdamW.hyper``.
+            sums: (n,) float32, numbers to be summed over all processes beside the gradients.
+
+        Returns:
+            (count, norm, sums): answer tokens of the update and norm, 0-d float32; (n,) float32.
+        """
         grads, count = self.buffers, self.count.value()
         if self.world > 1:
             grads = self.map(ops.partial(_read, self.all_reduce), grads)
-            count = self.all_reduce(count.reshape((1,))).reshape(())
+            sums = self.all_reduce(ops.concat((sums, count.reshape((1,)))))
+            count, sums = sums[-1], sums[:-1]
         norm = self.optimizer(grads, ops.maximum(count, Tensor(1.0, ms.float32)), hyper)
         # The buffers are emptied only after the optimizer has read them.
         buffers = ops.depend(self.buffers, norm)
         norm = ops.depend(norm, self.map(_clear, buffers))
         norm = ops.depend(norm, ops.assign(self.count, ops.zeros_like(self.count)))
-        return count, norm
+        return count, norm, sums
 
 
 class EvaluationStep(nn.Cell):
@@ -234,6 +243,8 @@ class Stepper:
                               f"parameter with the trained one (for example {stacked[0]}); train "
                               "with a single slot or without weight_decay")
         self.config, self.slot, self.world = config, slot, world
+        #: Of the last update, over all processes: real tokens fed, and whether one asked to stop.
+        self.tokens, self.stop_asked = 0, False
         self.loss_cell.set_train(True)
         if config.accumulation_steps == 1 and world == 1:
             self.whole = TrainStep(self.loss_cell, self.optimizer)
@@ -243,16 +254,17 @@ class Stepper:
             self.part = GradientStep(self.loss_cell, self.optimizer)
             self.update = UpdateStep(self.part, self.optimizer, world)
 
-    def __call__(self, batches, step, steps):
+    def __call__(self, batches, step, steps, stop=False):
         """Make one update.
 
         Args:
             batches: list of ``accumulation_steps`` batches (``Batch``).
             step: number of the update, from 1; ``steps``: number of all.
+            stop: whether this process asks all to stop after the update (see ``stop_asked``).
 
         Returns:
-            (loss, norm): mean loss over the answer tokens of this process, and the norm of the
-            gradient before clipping, as float.
+            (loss, norm): mean loss over the answer tokens of all processes, and the norm of the
+            gradient before clipping, as float; equal on all processes.
         """
         hyper = self.optimizer.hyper(step, steps)
         total, count, norm = 0.0, 0.0, 0.0
@@ -264,8 +276,13 @@ class Stepper:
                 loss, tokens = runtime.run(self.part, *tensors)
             total += float(loss.asnumpy())
             count += float(tokens.asnumpy())
+        self.tokens, self.stop_asked = sum(batch.tokens for batch in batches), bool(stop)
         if self.update is not None:
-            _, norm = runtime.run(self.update, hyper)
+            sums = Tensor(np.array([total, self.tokens, self.stop_asked], np.float32))
+            everywhere, norm, sums = runtime.run(self.update, hyper, sums)
+            if self.world > 1:
+                count, sums = float(everywhere.asnumpy()), sums.asnumpy()
+                total, self.tokens, self.stop_asked = float(sums[0]), int(sums[1]), bool(sums[2])
         return total / max(count, 1.0), float(norm.asnumpy())
 
     def tensors(self, batch):

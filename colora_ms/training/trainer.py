@@ -13,6 +13,7 @@ A run's folder holds
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import signal
@@ -20,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from colora_ms import runtime
+from colora_ms import runtime, workers
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.data import (BatchLoader, encode_examples, load_examples, make_template,
@@ -81,7 +82,8 @@ class Trainer:
         validation: ``EncodedSet``, or ``None``.
         callbacks: list of ``Callback``.
         slot: adapter slot of the training rows.
-        rank, world: this process and their number; only rank 0 writes files.
+        rank, world: this process and their number; only rank 0 writes files. Above one, the
+            processes have to be started (``workers.start``) and share the output folder.
         loss_cell: a loss in place of ``CausalLossCell(decoder)``.
 
     Raises:
@@ -147,6 +149,7 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C (or SIGTERM); a checkpoint has been written.
         """
         self._begin(resume)
+        self._check_equal_start()
         log = None
         if self.rank == 0:
             log = RunLog(self.folder / "log.jsonl", self.step)
@@ -162,7 +165,7 @@ class Trainer:
                     began = time.perf_counter()
                     loss, norm = self._update(batches)
                     seconds = time.perf_counter() - began
-                    fed = sum(batch.tokens for batch in batches)
+                    fed = self.stepper.tokens
                     self.step += 1
                     losses.append(loss)
                     tokens += fed
@@ -176,12 +179,16 @@ class Trainer:
                     self._call("on_step", {"step": self.step, **record})
                     if self._due(self.config.loop.evaluate_every) and self.validation is not None:
                         validation.append((self.step, self._evaluate(log, progress)))
-                    if self._due(self.config.loop.save_every) or self._stop:
+                    # Several processes stop after the same update, or some would wait for ever.
+                    stop = self._stop if self.world == 1 else self.stepper.stop_asked
+                    if self._due(self.config.loop.save_every) or stop:
                         self._save(started)
                         saved = self.step
-                    if self._stop:
+                    if stop:
+                        self._wait()  # msrun kills the others when the first one leaves
                         raise KeyboardInterrupt(f"stopped after update {self.step} "
-                                                f"({self._stop}); continue with --resume")
+                                                f"({self._stop or 'by another worker'}); "
+                                                "continue with --resume")
         finally:
             progress.close()
             if log:
@@ -209,7 +216,9 @@ class Trainer:
     def _update(self, batches):
         step = self.step + 1
         try:
-            loss, norm = self.stepper(batches, step, self.steps)
+            # Only several processes have to agree on stopping.
+            asked = {"stop": bool(self._stop)} if self.world > 1 else {}
+            loss, norm = self.stepper(batches, step, self.steps, **asked)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, ColoraError) or not _is_out_of_memory(error):
                 raise
@@ -247,6 +256,30 @@ class Trainer:
                      + (" (best)" if self.best_step == self.step else ""))
         self._call("on_evaluation", {"step": self.step, **record})
         return loss
+
+    # -- several processes ---------------------------------------------------------------------
+
+    def _check_equal_start(self):
+        """Sums of gradients mean nothing unless all processes start from the same values and data."""
+        if self.world == 1:
+            return
+        digest = hashlib.sha256()
+        for parameter in self.stepper.optimizer.trained:
+            digest.update(parameter.name.encode() + parameter.asnumpy().tobytes())
+        mine = {"parameters": digest.hexdigest()[:16], "data": self.loader.state(),
+                "update": self.step, "steps": self.steps}
+        others = workers.current().gather(mine)
+        problems = [f"{key} is {other[key]} on worker {rank}, {others[0][key]} on worker 0"
+                    for rank, other in enumerate(others) for key in mine
+                    if other[key] != others[0][key]]
+        if problems:
+            raise TrainingError("the workers do not start from the same state: "
+                                + "; ".join(problems) + "; give all of them the same recipe, model "
+                                "files and output folder")
+
+    def _wait(self):
+        if self.world > 1:
+            workers.current().wait()
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -335,6 +368,9 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
     if validation is not None:
         say(f"validation data: {validation.summary()}")
+    if world > 1:
+        say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
+            f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
     adapter = config.adapter_config()
     if adapter.lora_dropout and resume:
         say("note: with lora_dropout the masks after resuming differ from an uninterrupted run")

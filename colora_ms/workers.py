@@ -1,0 +1,93 @@
+"""The processes of one job under msrun: who this one is, and Python values passed between them.
+
+    team = workers.start()                  # rank 0 of 1 outside msrun
+    lengths = team.gather(len(mine))        # every worker's value, in the order of the ranks
+
+Every worker has to make the same calls in the same order: a call waits for all of them.
+"""
+
+import os
+import pickle
+import sys
+
+import numpy as np
+
+_SMALLEST = 1024  # int32 of a message; sizes are powers of two, so that few shapes are compiled
+
+
+class Workers:
+    """One process among ``world``.
+
+    Args:
+        rank: number of this process, from 0.
+        world: number of processes; above 1, MindSpore's communication must be initialized.
+    """
+
+    def __init__(self, rank=0, world=1):
+        self.rank, self.world = rank, world
+
+    @property
+    def first(self):
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def gather(self, value):
+        """The ``value`` of every worker, in the order of the ranks; any picklable object."""
+        if self.world == 1:
+            return [value]
+        from mindspore import Tensor, ops
+        blob = pickle.dumps(value)
+        gather = ops.AllGather()
+        sizes = gather(Tensor(np.array([len(blob)], np.int32))).asnumpy()
+        size = max(_SMALLEST, 1 << int(-(-sizes.max() // 4) - 1).bit_length())
+        # AllGather has no kernel for bytes on a CPU, so four of them travel as one int32.
+        message = np.frombuffer(blob.ljust(4 * size, b"\0"), np.int32)
+        rows = gather(Tensor(message)).asnumpy().reshape(self.world, size)
+        return [pickle.loads(row.tobytes()[:count]) for row, count in zip(rows, sizes)]
+
+    def share(self, value):
+        """The ``value`` of rank 0; what the others give is ignored."""
+        return self.gather(value if self.first else None)[0]
+
+    def wait(self):
+        """Return when every worker has come here."""
+        self.gather(None)
+
+    def split(self, items):
+        """This worker's part of a list: every ``world``-th item."""
+        return list(items)[self.rank::self.world]
+
+    def join(self, mine):
+        """The whole list again, in its order, from the workers' parts (see ``split``)."""
+        parts = self.gather(mine)
+        return [parts[k % self.world][k // self.world] for k in range(sum(map(len, parts)))]
+
+
+_team = None
+
+
+def start():
+    """Join the job that msrun has started; alone if it has not.
+
+    The job's scheduler, which msrun starts from the same script, stays in here until the job ends
+    and leaves the process.
+
+    Returns:
+        Workers.
+    """
+    global _team
+    if _team is None:
+        role = os.environ.get("MS_ROLE")
+        if role not in ("MS_WORKER", "MS_SCHED"):
+            return Workers()
+        from mindspore import communication
+        communication.init()
+        if role == "MS_SCHED":
+            sys.exit(0)
+        _team = Workers(communication.get_rank(), communication.get_group_size())
+    return _team
+
+
+def current():
+    """The ``Workers`` of this process; alone before ``start``."""
+    return _team or Workers()
