@@ -150,24 +150,32 @@ class DecoderModel(nn.Cell):
         return x
 
     @property
-    def fused(self):
-        """Whether all layers of a step run as one operator."""
-        return fuses_layers() and all(layer.fusible for layer in self.layers)
+    def runs(self):
+        """((first, end, fused), ...): consecutive layers, and whether they run as one operator in a step."""
+        found = []
+        for i, layer in enumerate(self.layers):
+            fused = fuses_layers() and layer.fusible
+            if found and found[-1][2] == fused:
+                found[-1][1] = i + 1
+            else:
+                found.append([i, i + 1, fused])
+        return tuple(tuple(run) for run in found)
 
     def cached(self, ids, slots, cache, cache_rows, start, length):
         x = self.embed_tokens(ids, slots)
         residual = ops.zeros_like(x)
         keys, values = cache.keys, cache.values
-        if self.fused:
-            operands = ()
-            for i, layer in enumerate(self.layers):
-                operands = operands + layer.layer_operands(keys[i], values[i])
-            x, residual = decoder_layers(x, residual, slots, self.rope_cos, self.rope_sin, cache_rows, start, length,
-                                         *operands)
-        else:
-            for i, layer in enumerate(self.layers):
-                x, residual = layer.cached(x, residual, slots, self.rope_cos, self.rope_sin, keys[i], values[i],
-                                           cache_rows, start, length)
+        for first, end, fused in self.runs:
+            if fused:
+                operands = ()
+                for i in range(first, end):
+                    operands = operands + self.layers[i].layer_operands(keys[i], values[i])
+                x, residual = decoder_layers(x, residual, slots, self.rope_cos, self.rope_sin, cache_rows, start, length,
+                                             *operands)
+            else:
+                for i in range(first, end):
+                    x, residual = self.layers[i].cached(x, residual, slots, self.rope_cos, self.rope_sin, keys[i],
+                                                        values[i], cache_rows, start, length)
         x, residual = self.norm.add(x, residual, slots)
         return x
 
