@@ -36,8 +36,13 @@ def add_arguments(parser):
 
 
 def run(arguments):
+    from colora_ms import workers
+
+    team = workers.start()
     if arguments.task in ("choice", "perplexity"):
-        print(_likelihood(arguments))
+        summary = _likelihood(arguments, team)
+        if team.first:
+            print(summary)
         return 0
     from colora_ms.evaluation.evaluate import evaluate
 
@@ -47,7 +52,9 @@ def run(arguments):
     result = evaluate(
         generator, examples, arguments.scorer, template=template, path=arguments.output, batch_size=arguments.batch_size,
         options={"adapter": adapter, "stop": stop, "records": arguments.contrast, **options.decoding(arguments)},
-        **_hashes(arguments))
+        team=team, **_hashes(arguments))
+    if not team.first:
+        return 0
     print(result.summary())
     if result.changed_share is not None:
         print(f"the contrast changed {100 * result.changed_share:.1f} % of the tokens")
@@ -88,7 +95,7 @@ def _template(arguments, tokenizer, shots):
     return (FewShotTemplate(template, shots), list(FEW_SHOT_STOP)) if shots else (template, [])
 
 
-def _likelihood(arguments):
+def _likelihood(arguments, team):
     """The summary of multiple choice or perplexity."""
     from colora_ms.evaluation.benchmarks import evaluate_choices, evaluate_perplexity, read_commonsense, read_text
     from colora_ms.evaluation.decoder_scorer import DecoderScorer
@@ -98,7 +105,7 @@ def _likelihood(arguments):
     generator, adapter = options.generator(arguments)
     slot = -1 if adapter is None else generator.adapters.slot(adapter)
     scorer = DecoderScorer(generator.decoder, slot, rows=arguments.batch_size)
-    shared = dict(path=arguments.output, batch_size=arguments.batch_size, **_hashes(arguments))
+    shared = dict(path=arguments.output, batch_size=arguments.batch_size, team=team, **_hashes(arguments))
     if perplexity:
         return evaluate_perplexity(scorer, generator.tokenizer, data, window=arguments.window, stride=arguments.stride,
                                    limit=arguments.limit, **shared).summary()

@@ -13,30 +13,57 @@ def add_arguments(parser):
     parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     parser.add_argument("--stop", action="append", default=[], help="end the answer before this text (repeatable)")
     parser.add_argument("--records", action="store_true", help="list the tokens where the contrast changed the choice")
+    parser.add_argument("--output", default=None, metavar="FILE", help="write the answers there instead of printing them")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
 
 def run(arguments):
-    prompts = arguments.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    from colora_ms import workers
+    from colora_ms.evaluation.sharded import ShardedGenerator
+
+    team = workers.start()
+    # Of several workers one reads, or each would get some of the lines.
+    prompts = arguments.prompts or team.share([line.rstrip("\n") for line in sys.stdin if line.strip()] if team.first
+                                              else None)
     if not prompts:
         print("colora-ms generate: no prompt was given", file=sys.stderr)
         return 2
     generator, adapter = options.generator(arguments)
     settings = options.decoding(arguments)
     inputs = [[{"role": "user", "content": p}] for p in prompts] if arguments.chat else prompts
-    live = len(prompts) == 1 and not arguments.json
+    live = len(prompts) == 1 and not arguments.json and arguments.output is None and team.world == 1
+    tokenizer = generator.tokenizer
+    if team.world > 1:
+        generator = ShardedGenerator(generator, team)
     completions = generator.generate(
         inputs, adapter=adapter, stop=arguments.stop, records=arguments.records or arguments.json,
-        on_text=(lambda _, text: print(text, end="", flush=True)) if live else None, **settings)
+        **({"on_text": lambda _, text: print(text, end="", flush=True)} if live else {}), **settings)
+    if not team.first:
+        return 0
+    lines = []
     for prompt, completion in zip(prompts, completions):
         if arguments.json:
-            print(json.dumps(_as_json(prompt, completion), ensure_ascii=False))
+            lines.append(json.dumps(_as_json(prompt, completion), ensure_ascii=False))
             continue
-        print("" if live else completion.text)
+        lines.append("" if live else completion.text)
         if arguments.records:
             from colora_ms.decoding.completion import changes
 
-            print(changes(completion, generator.tokenizer))
+            lines.append(changes(completion, tokenizer))
+    return _write(lines, arguments.output)
+
+
+def _write(lines, path):
+    """Print the lines, or make a file of them; returns the exit code."""
+    if path is None:
+        print("\n".join(lines))
+        return 0
+    try:
+        with open(path, "w", encoding="utf-8") as handle:
+            handle.writelines(line + "\n" for line in lines)
+    except OSError as error:
+        print(f"colora-ms generate: cannot write {path}: {error.strerror or error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from colora_ms.errors import ConfigError, DataError
 from colora_ms.evaluation.evaluate import ItemLog, write_json
 from colora_ms.evaluation.likelihood import ChoiceItem, ChoiceResult, multiple_choice, perplexity
+from colora_ms.evaluation.sharded import ShardedScorer
 from colora_ms.evaluation.significance import wilson_interval
+from colora_ms.workers import Workers
 
 #: Where an answer to a few-shot prompt of "Question: ... Answer: ..." ends.
 FEW_SHOT_STOP = ("\nQuestion:", "\n\n")
@@ -175,12 +177,12 @@ def _answer_texts(body, labels, name):
 
 
 def evaluate_choices(model, tokenizer, items, *, path=None, normalise="token", batch_size=8, model_hash="",
-                     adapter_hash="", resume=True, progress=None):
+                     adapter_hash="", resume=True, progress=None, team=Workers()):
     """``likelihood.multiple_choice`` with its items in JSON lines, resumable, and a summary beside them.
 
     Args:
         model, tokenizer, items, normalise, batch_size: as in ``multiple_choice``.
-        path, model_hash, adapter_hash, resume: as in ``evaluate.evaluate``.
+        path, model_hash, adapter_hash, resume, team: as in ``evaluate.evaluate``.
         progress: called with (items done, items).
 
     Returns:
@@ -195,7 +197,9 @@ def evaluate_choices(model, tokenizer, items, *, path=None, normalise="token", b
              "examples": digest}
     if len({item.id for item in items}) != len(items):
         raise DataError("two multiple-choice items have the same id; ids must be unique")
-    log = ItemLog(path, setup, resume)
+    log = ItemLog(path, setup, resume, team)
+    if team.world > 1:
+        model, batch_size = ShardedScorer(model, team), batch_size * team.world
     try:
         waiting = [item for item in items if item.id not in log.items]
         for start in range(0, len(waiting), 4 * batch_size):
@@ -210,7 +214,7 @@ def evaluate_choices(model, tokenizer, items, *, path=None, normalise="token", b
     rows = [{key: value for key, value in log.items[item.id].items() if key != "tokens"} for item in items]
     correct = sum(row["correct"] for row in rows)
     result = ChoiceResult(rows, correct / len(rows), wilson_interval(correct, len(rows)))
-    if path is not None:
+    if path is not None and team.first:
         write_json(Path(path).with_suffix(".summary.json"),
                    {"accuracy": result.accuracy, "correct": correct, "items": len(rows),
                     "interval": list(result.interval), "setup": setup})
@@ -233,7 +237,7 @@ class TextPerplexity:
 
 
 def evaluate_perplexity(model, tokenizer, text, *, window=512, stride=None, batch_size=1, limit=None, path=None,
-                        model_hash="", adapter_hash="", resume=True, progress=None):
+                        model_hash="", adapter_hash="", resume=True, progress=None, team=Workers()):
     """Perplexity of a text (WikiText's file, say) in overlapping windows, resumable window by window.
 
     Args:
@@ -241,7 +245,7 @@ def evaluate_perplexity(model, tokenizer, text, *, window=512, stride=None, batc
         tokenizer: has ``encode(text, add_special_tokens=...)``.
         text: the text as it is; WikiText's ``<unk>`` and spaced punctuation are not undone.
         limit: only the first this many characters.
-        path, model_hash, adapter_hash, resume: as in ``evaluate.evaluate``.
+        path, model_hash, adapter_hash, resume, team: as in ``evaluate.evaluate``.
         progress: called with (windows done, tokens done).
 
     Returns:
@@ -252,7 +256,9 @@ def evaluate_perplexity(model, tokenizer, text, *, window=512, stride=None, batc
     stride = window // 2 if stride is None else stride
     setup = {"kind": "perplexity", "window": window, "stride": stride, "model": model_hash, "adapter": adapter_hash,
              "text": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]}
-    log = ItemLog(path, setup, resume)
+    log = ItemLog(path, setup, resume, team)
+    if team.world > 1:
+        model, batch_size = ShardedScorer(model, team), batch_size * team.world
     done = [0]
 
     def keep(begin, loss, tokens):
@@ -270,7 +276,7 @@ def evaluate_perplexity(model, tokenizer, text, *, window=512, stride=None, batc
     by_word = found.loss * found.tokens / max(words, 1)
     result = TextPerplexity(found.perplexity, math.exp(by_word) if by_word < 700 else math.inf, found.loss, found.tokens,
                             words)
-    if path is not None:
+    if path is not None and team.first:
         write_json(Path(path).with_suffix(".summary.json"), {**dataclasses.asdict(result), "setup": setup})
     return result
 

@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 
 from colora_ms.errors import DataError, DecodingError
+from colora_ms.evaluation.sharded import ShardedGenerator
 from colora_ms.evaluation.scoring import scorer as find_scorer
 from colora_ms.evaluation.significance import mcnemar, wilson_interval
+from colora_ms.workers import Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ class EvaluationResult:
 
 def evaluate(generator, examples, scorer="number", *, template, path=None, batch_size=8,
              options=None, model_hash="", adapter_hash="", resume=True, keep_records=False,
-             progress=None):
+             progress=None, team=Workers()):
     """Generate an answer to every example and score it.
 
     Args:
@@ -89,13 +91,15 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
             of ``training.data`` do).
         path: JSON lines of the items; the summary goes to ``<path without suffix>.summary.json``.
             ``None`` writes nothing.
-        batch_size: prompts of one ``generate`` call.
+        batch_size: prompts of one ``generate`` call of one worker.
         options: keyword arguments of ``generate`` (adapter, contrast, max_new_tokens, ...); what
             they are is part of the setup that a resumed run checks.
         model_hash, adapter_hash: names or digests of the weights, kept in the results.
         resume: continue a file of an interrupted run; its items are not generated again.
         keep_records: write each token's details too.
         progress: called with ``(items done, items, correct so far)`` after each batch.
+        team: ``Workers``; several of them split each batch, return the same result, and the first one
+            writes. All have to call with the same arguments.
 
     Returns:
         EvaluationResult.
@@ -114,7 +118,9 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
              "scorer": scorer if isinstance(scorer, str) else getattr(scorer, "__name__", "own"),
              "options": {key: _plain(value) for key, value in sorted(options.items())},
              "examples": _digest_examples(examples)}
-    log = ItemLog(path, setup, resume)
+    log = ItemLog(path, setup, resume, team)
+    if team.world > 1:
+        generator, batch_size = ShardedGenerator(generator, team), batch_size * team.world
     done = log.items
     waiting = [example for example in examples if example.id not in done]
     timed_tokens, timed_seconds = 0, 0.0
@@ -142,7 +148,7 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
         items=items, accuracy=correct / len(items), interval=wilson_interval(correct, len(items)),
         refused=sum("refused" in item for item in items),
         tokens_per_second=timed_tokens / timed_seconds if timed_seconds else 0.0, setup=setup)
-    if path is not None:
+    if path is not None and team.first:
         write_json(Path(path).with_suffix(".summary.json"), result.to_json())
     return result
 
@@ -204,13 +210,20 @@ def _item(example, completion, score, seconds, keep_records):
 
 
 class ItemLog:
-    """The JSON lines of an evaluation: a head line with the setup, then one line an item."""
+    """The JSON lines of an evaluation: a head line with the setup, then one line an item.
 
-    def __init__(self, path, setup, resume):
+    Of several workers the first one reads and writes the file, and all know the items.
+    """
+
+    def __init__(self, path, setup, resume, team=Workers()):
         self.items = {}
         self._handle = None
-        if path is None:
-            return
+        if path is not None and team.first:
+            self._open(path, setup, resume)
+        if path is not None:
+            self.items = team.share(self.items)
+
+    def _open(self, path, setup, resume):
         path = Path(path)
         keep = 0
         try:

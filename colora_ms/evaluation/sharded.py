@@ -1,0 +1,73 @@
+"""A generator and a scorer that split their work over the workers of a job (see ``colora_ms.workers``).
+
+Every worker calls with the same arguments and gets the same, whole results, so that an evaluation runs on
+all of them as it does on one.
+"""
+
+from colora_ms.errors import DataError, DecodingError
+
+# Settings of ``generate`` that may be lists with one entry a prompt.
+_PER_PROMPT = ("adapter", "contrast", "sampling", "max_new_tokens")
+
+
+class ShardedGenerator:
+    """``generate`` with the prompts split over the workers; the completions come back in order.
+
+    Args:
+        generator: has ``generate(prompts, **options)``, as ``Generator`` and its like.
+        team: ``Workers``.
+    """
+
+    def __init__(self, generator, team):
+        self.generator, self.team = generator, team
+
+    def generate(self, prompts, **options):
+        """Completions of all prompts, in order, on every worker.
+
+        Args:
+            prompts: list of prompts.
+            options: of the generator's ``generate``, without ``on_text``.
+
+        Raises:
+            DecodingError: what the first worker that refused its prompts says, on every worker.
+        """
+        mine = self.team.split(prompts)
+        options = {key: self.team.split(value) if key in _PER_PROMPT and isinstance(value, (list, tuple)) else value
+                   for key, value in options.items()}
+        return _together(self.team, DecodingError, lambda: self.generator.generate(mine, **options) if mine else [])
+
+
+class ShardedScorer:
+    """``token_logprobs`` with the sequences split over the workers; the arrays come back in order.
+
+    Args:
+        scorer: see the head of ``likelihood``.
+        team: ``Workers``.
+    """
+
+    def __init__(self, scorer, team):
+        self.scorer, self.team = scorer, team
+
+    def token_logprobs(self, sequences):
+        """Log-probabilities of all sequences, in order, on every worker.
+
+        Raises:
+            DataError: what the first worker that refused a sequence says, on every worker. The number of the
+                sequence counts those of that worker.
+        """
+        mine = self.team.split(sequences)
+        return _together(self.team, DataError, lambda: self.scorer.token_logprobs(mine) if mine else [])
+
+
+def _together(team, expected, work):
+    """The joined results of ``work()`` on all workers; an expected error of one is raised by all."""
+    results, refusal = [], None
+    try:
+        results = list(work())
+    except expected as error:
+        refusal = str(error)
+    refusals = [text for text in team.gather(refusal) if text is not None]
+    if refusals:
+        # The others must not wait in the next call for a worker that has given up.
+        raise expected(refusals[0])
+    return team.join(results)
