@@ -51,6 +51,7 @@ def test_generation_on_two_workers_reads_standard_input_once(start, tiny_folder,
     assert [row["tokens"] for row in two] == [row["tokens"] for row in one]
 
 
+@pytest.mark.slow  # a job of its own; a killed worker takes the same way
 def test_a_failure_ends_the_job_with_the_reason(start, tiny_folder, problems, tmp_path):
     (tmp_path / "results.jsonl").write_text("something else\n")
     code, output = start("msrun_evaluate.sh", "--log-dir", tmp_path / "logs", "--model", tiny_folder, "--data", problems,

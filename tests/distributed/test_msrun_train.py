@@ -15,7 +15,7 @@ from colora_ms.training.checkpoint import list_checkpoints
 from colora_ms.training.report import read_log
 from colora_ms.training.trainer import train
 
-STEPS = 40
+STEPS = 60
 
 
 def recipe(folder, model, rows, **loop):
@@ -42,13 +42,13 @@ def numbers(folder, kind="step"):
 def alone(tiny_folder, tmp_path_factory):
     """One process with the global batch of the two workers."""
     folder = tmp_path_factory.mktemp("alone") / "a"
-    train(recipe(folder, tiny_folder, 4, evaluate_every=20))
+    train(recipe(folder, tiny_folder, 4, evaluate_every=30))
     return folder
 
 
 def test_two_workers_equal_one_process_survive_a_kill_and_resume(start, alone, tiny_folder, tmp_path):
     folder, logs = tmp_path / "b", tmp_path / "logs"
-    path = recipe(folder, tiny_folder, 2, evaluate_every=20, save_every=1, keep_checkpoints=3)
+    path = recipe(folder, tiny_folder, 2, evaluate_every=30, save_every=1, keep_checkpoints=3)
     job = start("msrun_train.sh", path, "-n", 2, "--log-dir", logs)
     job.poll_until(lambda: len(list_checkpoints(folder / "run")) >= 2)
     victim = worker(job.process.pid, 1)
@@ -60,12 +60,20 @@ def test_two_workers_equal_one_process_survive_a_kill_and_resume(start, alone, t
     done = list_checkpoints(folder / "run")[-1][0]
     assert 2 <= done < STEPS, "the run was over before the kill; raise STEPS"
 
+    # A polite stop: both workers leave after the same update, with a checkpoint.
+    job = start("msrun_train.sh", path, "--workers", 2, "--log-dir", logs, "--resume")
+    job.poll_until(lambda: list_checkpoints(folder / "run")[-1][0] >= done + 2)
+    job.process.send_signal(signal.SIGTERM)
+    code, output = job.wait()
+    assert code == 130 and "continue with --resume" in output, output
+    assert done + 2 <= list_checkpoints(folder / "run")[-1][0] == max(numbers(folder)) < STEPS
+
     code, output = start("msrun_train.sh", path, "--workers=2", "--log-dir", logs, "--resume").wait()
     assert code == 0, output
     assert f"{STEPS} updates, last loss" in output and output.count("adapter: ") == 1
     mine, theirs = numbers(folder), numbers(alone)
     assert list(mine) == list(theirs) == list(range(1, STEPS + 1))
-    # The sum over 8 rows is split in two; 40 updates of Adam carry the rounding on.
+    # The sum over 8 rows is split in two; 60 updates of Adam carry the rounding on.
     np.testing.assert_allclose(list(mine.values()), list(theirs.values()), rtol=2e-5)
     np.testing.assert_allclose(list(numbers(folder, "evaluation").values()),
                                list(numbers(alone, "evaluation").values()), rtol=2e-5)
