@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,15 @@ class GraphCache:
         self.hits = self.misses = 0
         self._work = None
         self._count = 0
+        # One graph at a time: MindSpore numbers the files of its cache by the order of compilation in the process.
+        self._lock = threading.RLock()
 
     def call(self, cell, args):
-        """Compile ``cell`` for ``args`` (from the store if it is there) and run it."""
+        """Compile ``cell`` for ``args`` (from the store if it is there) and run it; one thread at a time."""
+        with self._lock:
+            return self._call(cell, args)
+
+    def _call(self, cell, args):
         key = graph_key(cell, args, self.fingerprint)
         work = self._work_folder()
         if work is None:
@@ -52,6 +59,7 @@ class GraphCache:
         number, self._count = self._count, self._count + 1
         wanted = work / f"compile_cache_{number}.mindir"
         kept = self.folder / "graphs" / key
+        wanted.unlink(missing_ok=True)  # left by a compilation that failed
         hit = _copy(kept / "graph.mindir", wanted) and _copy(kept / "dependency.hash", work / "compile_dependency.hash")
         self.hits, self.misses = self.hits + hit, self.misses + (not hit)
         with _caching_on():
