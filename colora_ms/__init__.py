@@ -10,6 +10,7 @@ The house in a few lines; every room imports only from those below it:
 * ``adapters``     LoRA and Lily as Cells: inject, merge, PEFT's directory format
 * ``models``       decoders of the Llama family, checkpoints, tokenizers
 * ``kernels``      the operations that must be fast: a Python face, a reference form, a form for each device
+* ``workers``      the processes of one job under msrun, for all rooms
 * ``ops/``         (beside the package) the C++ and Ascend C sources of those operations
 """
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 150  # seconds of one job; it takes about 10 on two idle cores
 
 sys.path.insert(0, str(ROOT / "tests" / "unit"))
+sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,168 @@
+"""A decoder whose linears are split over the workers of a job; every worker computes the same logits.
+
+    column: q, k, v, gate, up     weight (out, in): each worker has its rows; y is the worker's part
+    row:    o, down               each worker has its columns, for the part that it has of x; y = sum over workers
+
+LoRA goes the way of its linear: a column-split one has ``up`` (out, r) split, a row-split one ``down`` (r, in), so
+that base and adapter share the one sum. Embedding, norms and head are whole on every worker.
+
+For inference: the gradient of a column-split linear's input is not summed.
+"""
+
+import dataclasses
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from mindspore import nn, ops
+
+from colora_ms.adapters.inject import load_adapters
+from colora_ms.adapters.store import read_config
+from colora_ms.errors import AdapterError, ConfigError
+from colora_ms.models.decoder import Decoder
+
+COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROW = ("o_proj", "down_proj")
+
+_TENSOR = re.compile(r"(?:^|\.)(?P<linear>" + "|".join(COLUMN + ROW) + r")\.(?P<field>weight|bias|lora_A\.weight|lora_B\.weight)$")
+_FORMATS = ("float32", "bfloat16")
+
+
+def shard_decoder(config, weights, team, weight_format="float32", max_positions=None, adapters=None):
+    """This worker's share of a decoder, with its share of the adapters.
+
+    Args:
+        config: ``DecoderConfig`` of the whole model.
+        weights: mapping of Hugging Face names to whole arrays, read one at a time.
+        team: ``Workers``; all of them make this call.
+        weight_format: "float32" or "bfloat16".
+        max_positions: see ``Decoder``.
+        adapters: mapping of names to PEFT folders of plain LoRA, or None.
+
+    Returns:
+        ``(Decoder, Adapters or None)``. Its cache has this worker's heads alone; its inputs and logits are those of
+        the whole model.
+
+    Raises:
+        ConfigError: heads or inner size cannot be divided by the number of workers; another weight format.
+        AdapterError: an adapter has something beside LoRA's two factors.
+    """
+    if weight_format not in _FORMATS:
+        raise ConfigError(f"weight_format {weight_format!r} cannot be split, expected one of {', '.join(_FORMATS)}: the "
+                          "scales of integer weights would be other ones than those of the whole model")
+    decoder = Decoder(local_config(config, team.world), _Shares(weights, team), weight_format,
+                      max_positions or min(config.max_position_embeddings, 8192))
+    handle = None
+    if adapters:
+        with tempfile.TemporaryDirectory(prefix="colora-shares-") as folder:
+            handle = load_adapters(decoder, {name: shard_adapter(source, Path(folder) / str(number), team)
+                                             for number, (name, source) in enumerate(adapters.items())})
+    if team.world > 1:
+        _sum_rows(decoder)
+    return decoder, handle
+
+
+def local_config(config, world):
+    """The config of one worker's share.
+
+    Raises:
+        ConfigError: lists the sizes that ``world`` does not divide.
+    """
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    wrong = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) % world]
+    if wrong:
+        raise ConfigError(f"{world} workers cannot share {', '.join(wrong)}; choose a number of workers that divides them")
+    return dataclasses.replace(config, **{name: getattr(config, name) // world for name in names})
+
+
+def share_of(name, value, team):
+    """This worker's part of a tensor.
+
+    Args:
+        name: a name of a model's or of a PEFT adapter's file.
+        value: the whole array.
+        team: ``Workers``.
+
+    Returns:
+        A part of the rows or columns; the array itself where every worker needs it. The bias of a row-split linear is
+        zero on all workers but the first, since the workers' outputs are summed.
+    """
+    found = _TENSOR.search(name)
+    if team.world == 1 or found is None:
+        return value
+    row, field = found["linear"] in ROW, found["field"]
+    if row and field == "bias":
+        return value if team.first else np.zeros_like(value)
+    if field == ("lora_B.weight" if row else "lora_A.weight"):
+        return value
+    axis = 1 if row else 0
+    size = value.shape[axis] // team.world
+    part = [slice(None)] * value.ndim
+    part[axis] = slice(team.rank * size, (team.rank + 1) * size)
+    return np.ascontiguousarray(value[tuple(part)])
+
+
+class _Shares:
+    """Weights by name, cut when they are read."""
+
+    def __init__(self, weights, team):
+        self.weights, self.team = weights, team
+
+    def __contains__(self, name):
+        return name in self.weights
+
+    def __getitem__(self, name):
+        return share_of(name, self.weights[name], self.team)
+
+
+def shard_adapter(source, folder, team):
+    """Write this worker's share of a PEFT folder of plain LoRA to ``folder``; returns it.
+
+    Raises:
+        AdapterError: the adapter holds tensors other than lora_A and lora_B, or is none of LoRA.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    source, folder = Path(source), Path(folder)
+    values = read_config(source)
+    tensors = load_file(source / "adapter_model.safetensors")
+    other = sorted(name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight")))
+    if values.get("peft_type") != "LORA" or values.get("use_dora") or other:
+        what = f"peft_type {values.get('peft_type')}" + (", use_dora" if values.get("use_dora") else "")
+        raise AdapterError(f"the adapter in {source} cannot be split over workers: only plain LoRA (lora_A and lora_B) can, "
+                           f"this one has {what}" + (f" and tensors such as {', '.join(other[:3])}" if other else ""))
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    save_file({name: share_of(name, value, team) for name, value in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+class SummedLinear(nn.Cell):
+    """The sum of a row-split linear's outputs over all workers.
+
+    Args:
+        linear: the worker's linear, with its adapter.
+    """
+
+    #: The layers' own operator knows nothing of the sum.
+    fusible = False
+
+    def __init__(self, linear):
+        super().__init__(auto_prefix=False)
+        self.linear = linear
+        self.sum = ops.AllReduce(ops.ReduceOp.SUM)
+
+    def construct(self, x, slots):
+        """x: (..., in / workers); slots: (rows,) int32 -> (..., out) float32, equal on all workers."""
+        return self.sum(self.linear(x, slots))
+
+
+def _sum_rows(decoder):
+    names = [(parameter, parameter.name) for parameter in decoder.get_parameters()]
+    for layer in decoder.model.layers:
+        layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj)
+        layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj)
+    for parameter, name in names:
+        parameter.name = name
