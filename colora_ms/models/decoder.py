@@ -101,6 +101,9 @@ class DecoderLayer(nn.Cell):
         return self.mlp(h, slots), residual
 
     def cached(self, x, residual, slots, cos, sin, keys, values, cache_rows, start, length):
+        if self.fused:
+            return decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length,
+                                  *self.layer_operands(keys, values))
         h, residual = self.input_layernorm.add(x, residual, slots)
         h = self.self_attn.cached(h, slots, cos, sin, keys, values, cache_rows, start, length)
         h, residual = self.post_attention_layernorm.add(h, residual, slots)
@@ -115,6 +118,11 @@ class DecoderLayer(nn.Cell):
                  mlp.down_proj, self.input_layernorm, self.post_attention_layernorm]
         cells += [attention.q_norm, attention.k_norm] if attention.qk_norm else []
         return all(cell.fusible for cell in cells)
+
+    @property
+    def fused(self):
+        """Whether the layer runs as one operator in a step."""
+        return fuses_layers() and self.fusible
 
     def layer_operands(self, keys, values):
         """The layer's tensors in :func:`colora_ms.kernels.decoder_layers`."""
@@ -150,32 +158,23 @@ class DecoderModel(nn.Cell):
         return x
 
     @property
-    def runs(self):
-        """((first, end, fused), ...): consecutive layers, and whether they run as one operator in a step."""
-        found = []
-        for i, layer in enumerate(self.layers):
-            fused = fuses_layers() and layer.fusible
-            if found and found[-1][2] == fused:
-                found[-1][1] = i + 1
-            else:
-                found.append([i, i + 1, fused])
-        return tuple(tuple(run) for run in found)
+    def fused(self):
+        """Whether all layers of a step run as one operator."""
+        return all(layer.fused for layer in self.layers)
 
     def cached(self, ids, slots, cache, cache_rows, start, length):
         x = self.embed_tokens(ids, slots)
         residual = ops.zeros_like(x)
         keys, values = cache.keys, cache.values
-        for first, end, fused in self.runs:
-            if fused:
-                operands = ()
-                for i in range(first, end):
-                    operands = operands + self.layers[i].layer_operands(keys[i], values[i])
-                x, residual = decoder_layers(x, residual, slots, self.rope_cos, self.rope_sin, cache_rows, start, length,
-                                             *operands)
-            else:
-                for i in range(first, end):
-                    x, residual = self.layers[i].cached(x, residual, slots, self.rope_cos, self.rope_sin, keys[i],
-                                                        values[i], cache_rows, start, length)
+        cos, sin = self.rope_cos, self.rope_sin
+        if self.fused:
+            operands = ()
+            for i, layer in enumerate(self.layers):
+                operands = operands + layer.layer_operands(keys[i], values[i])
+            x, residual = decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *operands)
+        else:
+            for i, layer in enumerate(self.layers):
+                x, residual = layer.cached(x, residual, slots, cos, sin, keys[i], values[i], cache_rows, start, length)
         x, residual = self.norm.add(x, residual, slots)
         return x
 

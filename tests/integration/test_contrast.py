@@ -97,7 +97,7 @@ def test_adaptive_forms_equal_the_naive_two_forward_form(generator, contrast):
 def test_adaptive_forms_differ_from_one_another(generator):
     prompt = [PROMPTS[1]] * len(ADAPTIVE)
     answers = tokens(generator.generate(prompt, adapter="a", contrast=ADAPTIVE, max_new_tokens=40, ignore_eos=True))
-    assert len(set(answers)) >= 4, "the forms give the same answers"
+    assert len(set(answers)) >= 3, "the forms give the same answers"
 
 
 def test_adaptive_strength_stands_in_the_records(generator):
