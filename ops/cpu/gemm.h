@@ -65,9 +65,6 @@ inline v4f sum4(vf a, vf b, vf c, vf d) {
 #endif
 }
 
-// Rows of `up` that are fetched ahead: every adapter of a call is a slow stream of its own beside W.
-constexpr int64_t kUpAhead = 8 * kOuts;
-
 // acc += up[o..o+O)·v of every row that has an adapter. The loops are unrolled so that the sums stay in registers.
 template <int O, int R>
 inline __attribute__((always_inline)) void add_low_rank(vf (&acc)[O][R], int64_t o, int64_t rank,
@@ -80,10 +77,7 @@ inline __attribute__((always_inline)) void add_low_rank(vf (&acc)[O][R], int64_t
     for (; j + kLanes <= rank; j += kLanes) {
       const vf v = load(adapters[r].v + j);
 #pragma GCC unroll 4
-      for (int i = 0; i < O; ++i) {
-        acc[i][r] = fma(load(up + i * rank + j), v, acc[i][r]);
-        prefetch(up + (i + kUpAhead) * rank + j);
-      }
+      for (int i = 0; i < O; ++i) acc[i][r] = fma(load(up + i * rank + j), v, acc[i][r]);
     }
     if (j < rank) {
       const vf v = load(adapters[r].v + j);

@@ -153,16 +153,12 @@ class Forward {
     for (int64_t i = 0; i < copy_shares; ++i) first.emplace_back(nullptr, i);
     for (const Linear& l : linears_)
       for (int64_t i = 0; l.shrink && i < l.shrink->tasks(); ++i) first.emplace_back(l.shrink.get(), i);
-    // Neighbouring tasks read neighbouring memory: they stay together in one share.
-    const int64_t tasks = int64_t(first.size()), shares = std::min<int64_t>(tasks, 2 * threads_);
-    parallel_tasks(shares, threads_, [&](int64_t share) {
-      for (int64_t i = tasks * share / shares; i < tasks * (share + 1) / shares; ++i) {
-        const auto [shrink, part] = first[size_t(i)];
-        if (shrink)
-          shrink->run(part);
-        else
-          prepare(part, copy_shares);
-      }
+    parallel_tasks(int64_t(first.size()), threads_, [&](int64_t i) {
+      const auto [shrink, part] = first[size_t(i)];
+      if (shrink)
+        shrink->run(part);
+      else
+        prepare(part, copy_shares);
     });
     parallel_tasks(shares_, threads_, [&](int64_t i) {
       float* panel = panels_.data() + worker_index() * panel_size_;
@@ -262,9 +258,6 @@ inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t to
     if (!l.adapters.present() || !row_slot) continue;
     l.groups = group_by_slot(tokens, l.adapters.slots, [&](int64_t t) { return row_slot[t / per_row]; });
     if (l.groups.tokens.empty()) continue;
-    const size_t cells = size_t(l.adapters.slots * l.adapters.rank) * sizeof(float);
-    colora::prefer_huge_pages(l.adapters.down, cells * size_t(in));
-    colora::prefer_huge_pages(l.adapters.up, cells * size_t(l.weight.out));
     const int64_t stride = padded_rank(l.adapters.rank);
     l.v.resize(size_t(tokens * stride));
     l.shrink = std::make_unique<Shrink>(l.adapters, l.groups, x, in, l.v.data(), stride, colora::thread_count());
