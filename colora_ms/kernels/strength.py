@@ -1,15 +1,12 @@
 """How strongly each request contrasts at this step: beta of an adaptive contrast."""
 
-import ctypes
-
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import custom, library_path, uses_cpu_library
+from colora_ms.kernels.aot import custom, uses_cpu_library
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
-# A library that was compiled before this operator existed does without it.
-_CPU = uses_cpu_library() and hasattr(ctypes.CDLL(str(library_path())), "colora_contrast_strength")
+_CPU = uses_cpu_library()
 
 #: The forms of a contrast and their numbers in ``mode``.
 FORMS = {"fixed": 0, "entropy": 1, "divergence": 2, "margin": 3}
