@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, available_isas, call, set_isa, set_threads
+from call import Refused, call, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor, ops
@@ -11,14 +11,6 @@ from mindspore import Tensor, ops
 from colora_ms.kernels.activation import swiglu, swiglu_reference
 
 ms.set_context(mode=ms.GRAPH_MODE)
-ISAS = available_isas()
-
-
-@pytest.fixture(params=ISAS, autouse=True, scope="module")
-def isa(request):
-    assert set_isa(request.param) == request.param
-    yield request.param
-    set_isa(ISAS[0])
 
 
 def run(gate, up):

@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, available_isas, call, from_bf16, set_isa, set_threads, to_bf16
+from call import Refused, call, from_bf16, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Parameter, Tensor, nn, ops
@@ -12,14 +12,6 @@ from colora_ms.kernels import attention
 from colora_ms.kernels.aot import KernelError
 
 ms.set_context(mode=ms.GRAPH_MODE)
-ISAS = available_isas()
-
-
-@pytest.fixture(params=ISAS, autouse=True, scope="module")
-def isa(request):
-    assert set_isa(request.param) == request.param
-    yield request.param
-    set_isa(ISAS[0])
 
 
 def tables(max_len, dim):

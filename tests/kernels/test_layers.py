@@ -2,21 +2,12 @@
 
 import numpy as np
 import pytest
-from call import Refused, available_isas, call, set_isa, set_threads, to_bf16
+from call import Refused, call, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colora_ms.kernels import layers
 from colora_ms.kernels.aot import KernelError
-
-ISAS = available_isas()
-
-
-@pytest.fixture(params=ISAS, autouse=True, scope="module")
-def isa(request):
-    assert set_isa(request.param) == request.param
-    yield request.param
-    set_isa(ISAS[0])
 
 
 class Case:

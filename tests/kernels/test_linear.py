@@ -2,20 +2,13 @@
 
 import numpy as np
 import pytest
-from call import Refused, available_isas, call, from_bf16, set_isa, set_threads, to_bf16
+from call import Refused, available_isas, call, from_bf16, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ISAS = available_isas()
 FORMATS = ("float32", "bfloat16", "int8", "int8 grouped", "int4", "int4 grouped")
 FEW = settings(max_examples=12, deadline=None)
-
-
-@pytest.fixture(params=ISAS, autouse=True, scope="module")
-def isa(request):
-    assert set_isa(request.param) == request.param
-    yield request.param
-    set_isa(ISAS[0])
 
 
 def make_weight(rng, out, columns, kind):

@@ -5,19 +5,12 @@ import threading
 
 import numpy as np
 import pytest
-from call import LIBRARY, Refused, available_isas, call, set_isa, set_threads
+from call import LIBRARY, Refused, available_isas, call, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ISAS = available_isas()
 FEW = settings(max_examples=20, deadline=None)
-
-
-@pytest.fixture(params=ISAS, autouse=True, scope="module")
-def isa(request):
-    assert set_isa(request.param) == request.param
-    yield request.param
-    set_isa(ISAS[0])
 
 
 def make_stacks(rng, slots, rank, columns, out):

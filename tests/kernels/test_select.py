@@ -5,7 +5,7 @@ import math
 import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, available_isas, call, set_isa, set_threads
+from call import Refused, call, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor, ops
@@ -13,14 +13,6 @@ from mindspore import Tensor, ops
 from colora_ms.kernels.select import _CPU, contrastive_select, contrastive_select_reference
 
 ms.set_context(mode=ms.GRAPH_MODE)
-ISAS = available_isas()
-
-
-@pytest.fixture(params=ISAS, autouse=True, scope="module")
-def isa(request):
-    assert set_isa(request.param) == request.param
-    yield request.param
-    set_isa(ISAS[0])
 
 
 def arguments(logits, expert, amateur, alpha=0.1, beta=0.5, temperature=0.0, top_k=0, top_p=1.0, uniform=0.0):

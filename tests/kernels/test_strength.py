@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, available_isas, call, set_isa, set_threads
+from call import Refused, call, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
@@ -11,15 +11,7 @@ from mindspore import Tensor
 from colora_ms.kernels.strength import contrast_strength, contrast_strength_reference
 
 ms.set_context(mode=ms.GRAPH_MODE)
-ISAS = available_isas()
 FIXED, ENTROPY, DIVERGENCE, MARGIN, SKIP = 0, 1, 2, 3, 8
-
-
-@pytest.fixture(params=ISAS, autouse=True, scope="module")
-def isa(request):
-    assert set_isa(request.param) == request.param
-    yield request.param
-    set_isa(ISAS[0])
 
 
 def arguments(logits, mode, expert=0, amateur=1, alpha=0.1, beta=0.5, previous=-1, prompt=((0,),), lengths=0):
