@@ -4,6 +4,7 @@ Reading is lazy (memory-mapped, a tensor at a time); writing is atomic: everythi
 into a temporary folder beside the target, which is renamed only when it is complete.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -244,7 +245,23 @@ def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dty
                               f"{', '.join(WRITE_DTYPES)}")
     given = getattr(tensors, "shapes", None) or {name: np.shape(tensors[name]) for name in tensors}
     check_shapes(given, shapes, path)
-    if os.path.exists(path) and not overwrite and (not os.path.isdir(path) or os.listdir(path)):
+    with new_folder(path, overwrite) as work:
+        write_description(work, dict(values, torch_dtype=dtype), tokenizer_source)
+        _write_shards(work, shapes, tensors, dtype, max_shard_bytes)
+    return path
+
+
+@contextlib.contextmanager
+def new_folder(path, overwrite=False):
+    """A private folder to write into, which takes its name ``path`` when the block ends without an error.
+
+    Args:
+        path: absolute; overwrite: replace a folder that is not empty.
+
+    Raises:
+        CheckpointError: a folder in the way, or a place that cannot be written. Nothing is left behind.
+    """
+    if os.path.lexists(path) and not overwrite and (not os.path.isdir(path) or os.listdir(path)):
         raise CheckpointError(f"{path} exists already; choose another folder or pass "
                               "overwrite=True")
     parent = os.path.dirname(path)
@@ -254,7 +271,7 @@ def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dty
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
     try:
-        _write_files(work, values, shapes, tensors, tokenizer_source, dtype, max_shard_bytes)
+        yield work
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(work, 0o777 & ~mask)  # mkdtemp makes private folders
@@ -263,11 +280,10 @@ def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dty
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return path
 
 
-def _write_files(folder, values, shapes, tensors, tokenizer_source, dtype, max_shard_bytes):
-    values = dict(values, torch_dtype=dtype)
+def write_description(folder, values, tokenizer_source):
+    """Write ``config.json`` with ``values``, the generation config that follows from it, and the tokenizer's files."""
     _write_json(os.path.join(folder, "config.json"), values)
     generation = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
                   if values[key] is not None}
@@ -275,6 +291,9 @@ def _write_files(folder, values, shapes, tensors, tokenizer_source, dtype, max_s
     if tokenizer_source is not None:
         from colora_ms.models.tokenizer import load_tokenizer
         load_tokenizer(tokenizer_source).save(folder)
+
+
+def _write_shards(folder, shapes, tensors, dtype, max_shard_bytes):
     item, shards = ITEM_BYTES[WRITE_DTYPES[dtype]], [{}]
     total = filled = 0
     for name, shape in shapes.items():

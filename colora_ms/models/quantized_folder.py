@@ -13,15 +13,13 @@ whatever asks for weights sees the right numbers.
 """
 
 import os
-import shutil
-import tempfile
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError
 from colora_ms.models.activation_quant import ACTIVATIONS, ActivationQuantizedLinear, \
     activation_bits
-from colora_ms.models.hf_folder import SINGLE, _move_into_place, _write_json
+from colora_ms.models.hf_folder import SINGLE, new_folder, write_description
 from colora_ms.models.quantize import dequantize, unpack_int4
 
 METHOD = "colora_int"
@@ -145,28 +143,14 @@ def write_quantized_folder(path, config, tensors, quantized, settings, tokenizer
     path = os.path.abspath(os.fspath(path))
     if not quantized:
         raise CheckpointError("no linear is quantised; write the model as a float folder instead")
-    if os.path.lexists(path) and not overwrite and (not os.path.isdir(path) or os.listdir(path)):
-        raise CheckpointError(f"{path} exists already; choose another folder or pass overwrite=True")
-    parent = os.path.dirname(path)
-    try:
-        os.makedirs(parent, exist_ok=True)
-        work = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", dir=parent)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
-    try:
-        _write_files(work, config, tensors, quantized, settings, tokenizer_source)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(work, 0o777 & ~mask)
-        _move_into_place(work, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with new_folder(path, overwrite) as work:
+        values = dict(config.to_hf(), torch_dtype="float32", quantization_config={"quant_method": METHOD, **settings})
+        write_description(work, values, tokenizer_source)
+        _write_tensors(work, config, tensors, quantized)
     return path
 
 
-def _write_files(folder, config, tensors, quantized, settings, tokenizer_source):
+def _write_tensors(folder, config, tensors, quantized):
     from safetensors.numpy import save_file
     arrays = {}
     for name in config.parameter_shapes():
@@ -177,14 +161,6 @@ def _write_files(folder, config, tensors, quantized, settings, tokenizer_source)
             arrays[f"{name}_scale"] = np.ascontiguousarray(scale, np.float32)
         else:
             arrays[name] = np.ascontiguousarray(tensors[name], np.float32)
-    values = dict(config.to_hf(), torch_dtype="float32", quantization_config={"quant_method": METHOD, **settings})
-    _write_json(os.path.join(folder, "config.json"), values)
-    generation = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-                  if values[key] is not None}
-    _write_json(os.path.join(folder, "generation_config.json"), generation)
-    if tokenizer_source is not None:
-        from colora_ms.models.tokenizer import load_tokenizer
-        load_tokenizer(tokenizer_source).save(folder)
     file = os.path.join(folder, SINGLE)
     save_file(arrays, file, metadata={"format": "np"})
     with open(file, "rb") as handle:
