@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Optional, Union
 
+from colora_ms.adapters.peft_config import PeftConfig
 from colora_ms.errors import AdapterError, near
 
 #: Keys of adapter_config.json that are known and change nothing that is computed here, whatever their value.
@@ -54,7 +55,7 @@ _PISSA_NITER = re.compile(r"pissa_niter_([0-9]{1,3})")
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(PeftConfig):
     """Settings of one LoRA adapter.
 
     Each targeted linear computes ``W x + scaling * up (down dropout(x))``, with scaling = lora_alpha / r, or
@@ -110,14 +111,7 @@ class LoraConfig:
     peft_type = "LORA"
 
     def __post_init__(self):
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, (set, frozenset)):
-                setattr(self, name, sorted(value))
-            elif isinstance(value, tuple):
-                setattr(self, name, list(value))
-        if isinstance(self.modules_to_save, str):
-            self.modules_to_save = [self.modules_to_save]
+        self.make_lists()
         self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
         problems = self.problems()
@@ -151,9 +145,7 @@ class LoraConfig:
             found.append("lora_bias and use_dora exclude each other")
         if self.lora_bias is True and not isinstance(self.init_lora_weights, bool):
             found.append(f"lora_bias needs init_lora_weights True or False, not {self.init_lora_weights!r}")
-        for name in ("task_type", "base_model_name_or_path", "revision"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                found.append(f"{name} is {getattr(self, name)!r}, expected a string")
+        found += self.text_problems()
         return found
 
     def _module_problems(self):
@@ -228,33 +220,6 @@ class LoraConfig:
             return cls(**own), found
         except AdapterError as error:
             return None, found + [str(error)]
-
-    @classmethod
-    def from_peft(cls, values):
-        """The config of an ``adapter_config.json``.
-
-        Args:
-            values: the file's JSON object as a dict.
-
-        Raises:
-            AdapterError: not a LoRA adapter, unusable values, or settings that are not implemented; all in one message.
-        """
-        config, problems = cls.parse_peft(values)
-        if problems:
-            raise AdapterError("this adapter's config cannot be used: " + "; ".join(problems))
-        return config
-
-    def to_peft(self, target_modules=None):
-        """The dict to write as ``adapter_config.json``.
-
-        Args:
-            target_modules: written in place of the config's own value (the names that "all-linear" stood for).
-        """
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        values["target_modules"] = self.target_modules if target_modules is None else target_modules
-        values["peft_type"] = self.peft_type
-        values["inference_mode"] = True
-        return values
 
     @property
     def pissa_iterations(self):

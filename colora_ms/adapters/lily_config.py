@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Optional, Union
 
 from colora_ms.adapters.config import MAX_RANK, LoraConfig
+from colora_ms.adapters.peft_config import PeftConfig
 from colora_ms.errors import AdapterError, near
 
 #: What the router's weights are averaged over before the experts are mixed; "static" weights do not depend on the input.
@@ -32,7 +33,7 @@ MAX_SCALING = 1e30
 
 
 @dataclass
-class LilyConfig:
+class LilyConfig(PeftConfig):
     """Settings of one Lily adapter.
 
     Each targeted linear of layer l computes, with a down factor A shared by ``stride_A`` neighbouring layers, ``num_B``
@@ -87,14 +88,7 @@ class LilyConfig:
     lora_dropout = 0.0
 
     def __post_init__(self):
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, (set, frozenset)):
-                setattr(self, name, sorted(value))
-            elif isinstance(value, tuple):
-                setattr(self, name, list(value))
-        if isinstance(self.modules_to_save, str):
-            self.modules_to_save = [self.modules_to_save]
+        self.make_lists()
         problems = self.problems()
         if problems:
             raise AdapterError("this Lily config cannot be used: " + "; ".join(problems))
@@ -117,9 +111,7 @@ class LilyConfig:
                              + near(getattr(self, name), known))
         if not isinstance(self.init_weights, bool):
             found.append(f"init_weights is {self.init_weights!r}, expected true or false")
-        for name in ("task_type", "base_model_name_or_path", "revision"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                found.append(f"{name} is {getattr(self, name)!r}, expected a string")
+        found += self.text_problems()
         try:
             self.targets_of()
         except AdapterError as error:
@@ -156,19 +148,3 @@ class LilyConfig:
             return cls(**own), found
         except AdapterError as error:
             return None, found + [str(error)]
-
-    @classmethod
-    def from_peft(cls, values):
-        """The config of an ``adapter_config.json``; AdapterError with all problems."""
-        config, problems = cls.parse_peft(values)
-        if problems:
-            raise AdapterError("this adapter's config cannot be used: " + "; ".join(problems))
-        return config
-
-    def to_peft(self, target_modules=None):
-        """The dict to write as ``adapter_config.json``; ``target_modules`` is written in place of the config's own."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        values["target_modules"] = self.target_modules if target_modules is None else target_modules
-        values["peft_type"] = self.peft_type
-        values["inference_mode"] = True
-        return values

@@ -1,0 +1,54 @@
+"""What the configs of all adapter methods share: PEFT's JSON object and the settings that name modules."""
+
+from dataclasses import fields
+
+from colora_ms.errors import AdapterError
+
+
+class PeftConfig:
+    """Base of a method's config, which is a dataclass with ``peft_type`` and a class method ``parse_peft``."""
+
+    def make_lists(self):
+        """Turn the sets and tuples among the module settings into lists, which is what files hold."""
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset)):
+                setattr(self, name, sorted(value))
+            elif isinstance(value, tuple):
+                setattr(self, name, list(value))
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+
+    def text_problems(self):
+        """What is wrong with the settings that are kept for the file only."""
+        return [f"{name} is {getattr(self, name)!r}, expected a string"
+                for name in ("task_type", "base_model_name_or_path", "revision")
+                if getattr(self, name) is not None and not isinstance(getattr(self, name), str)]
+
+    @classmethod
+    def from_peft(cls, values):
+        """The config of an ``adapter_config.json``.
+
+        Args:
+            values: the file's JSON object as a dict.
+
+        Raises:
+            AdapterError: another kind of adapter, unusable values, or settings that are not implemented; all in one
+                message.
+        """
+        config, problems = cls.parse_peft(values)
+        if problems:
+            raise AdapterError("this adapter's config cannot be used: " + "; ".join(problems))
+        return config
+
+    def to_peft(self, target_modules=None):
+        """The dict to write as ``adapter_config.json``.
+
+        Args:
+            target_modules: written in place of the config's own value (the names that "all-linear" stood for).
+        """
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values["target_modules"] = self.target_modules if target_modules is None else target_modules
+        values["peft_type"] = self.peft_type
+        values["inference_mode"] = True
+        return values
