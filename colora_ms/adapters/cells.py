@@ -203,3 +203,31 @@ class SavedBase(AdapterCell):
             self.keep(list(base.values()))
             for name, parameter in self.values_of(slot).items():
                 base[name].set_data(Tensor(parameter.asnumpy().copy()).astype(base[name].dtype))
+
+
+class DenseCall:
+    """The call of an adapter around a linear of another model, x -> ``adapt(x, base_layer(x))``.
+
+    Such a linear may end in an activation (``nn.Dense`` does if asked), but the low-rank product belongs before it: a
+    subclass calls :meth:`take_activation` when it is made, and :meth:`activate` where ``late_activation`` is set.
+    """
+
+    def take_activation(self):
+        """Switch the base's own activation off, to apply it here."""
+        self.late_activation = bool(getattr(self.base_layer, "activation_flag", False))
+        if self.late_activation:
+            self.activation = self.base_layer.activation
+            self.base_layer.activation_flag = False
+
+    def construct(self, x):
+        """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
+        return self.adapt(x, self.base_layer(x))
+
+    def activate(self, y):
+        """The base's own activation, for a base that has one."""
+        return self.activation(y)
+
+    def release(self):
+        """Undo what this Cell changed in its base, before the base is used alone again."""
+        if self.late_activation:
+            self.base_layer.activation_flag = True

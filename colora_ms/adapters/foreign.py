@@ -11,12 +11,12 @@ import numpy as np
 import mindspore as ms
 from mindspore import nn, ops
 
-from colora_ms.adapters.cells import LowRankCell, SavedBase
+from colora_ms.adapters.cells import DenseCall, LowRankCell, SavedBase
 from colora_ms.adapters.slots import get, stacked
 from colora_ms.adapters.tree import leaf_parameters, sizes_of
 
 
-class LoraDense(LowRankCell):
+class LoraDense(DenseCall, LowRankCell):
     """A linear Cell with a low-rank pair, and if asked biases, for each slot.
 
     The pair is float32 and its product is added in float32, then cast to what the base returns.
@@ -45,15 +45,7 @@ class LoraDense(LowRankCell):
         if up_bias:
             self.make_up_bias(slots, out_features, trainable)
         self.dropout = nn.Dropout(p=dropout) if dropout and max_rank else None
-        # nn.Dense may end in an activation, but the low-rank product belongs before it.
-        self.late_activation = bool(getattr(base_layer, "activation_flag", False))
-        if self.late_activation:
-            self.activation = base_layer.activation
-            base_layer.activation_flag = False
-
-    def construct(self, x):
-        """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
-        return self.adapt(x, self.base_layer(x))
+        self.take_activation()
 
     def adapt(self, x, y):
         """What becomes of the base's result y (..., out) for x (..., in); of y's dtype."""
@@ -71,19 +63,10 @@ class LoraDense(LowRankCell):
         y = ops.where(used, total.astype(y.dtype), y)
         return self.activate(y) if self.late_activation else y
 
-    def activate(self, y):
-        """The base's own activation, for a base that has one."""
-        return self.activation(y)
-
     def product(self, x, y, used, slot):
         """The base's result y, in float32, with the low-rank part of x added."""
         inputs = x if self.dropout is None else self.dropout(x)
         return y + low_rank(inputs, used, slot, self.down, self.up, self.scale)
-
-    def release(self):
-        """Undo what this Cell changed in its base, before the base is used alone again."""
-        if self.late_activation:
-            self.base_layer.activation_flag = True
 
 
 class LoraLookup(LowRankCell):
@@ -139,6 +122,7 @@ class SavedCell(SavedBase):
         for slot, twin in enumerate(self.copies):
             y = ops.where(ops.logical_and(used, ops.equal(self.active_slot, slot)), twin(x), y)
         return y
+
 
 def chosen(used, slot, down, up, scale):
     """One slot of the stacked pair; zeros where no adapter is used, so that what slot 0 holds reaches no gradient."""

@@ -11,7 +11,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from colora_ms.adapters.cells import AdapterCell
+from colora_ms.adapters.cells import AdapterCell, DenseCall
 from colora_ms.adapters.lily_lengths import length_mask, row_lengths
 from colora_ms.adapters.slots import add_in_float32, get, put, stacked
 from colora_ms.adapters.tree import leaf_parameters, sizes_of, takes_slots, traits_of
@@ -232,7 +232,7 @@ class StaticLilyLinear(LilyCell):
         return multi_lora_linear(x, slots, *self.operands())
 
 
-class LilyDense(LilyRouted):
+class LilyDense(DenseCall, LilyRouted):
     """A linear Cell of another model (``nn.Dense``, ``mint.nn.Linear``) with a Lily adapter for each slot.
 
     All rows use the adapter of the shared scalar ``active_slot``. Such a Cell knows no lengths: "sequence" and "batch"
@@ -243,15 +243,7 @@ class LilyDense(LilyRouted):
         super().__init__(base_layer, path, in_features, out_features, site)
         self.fast = False
         self.active_slot = site.active_slot
-        # nn.Dense may end in an activation, but the low-rank product belongs before it.
-        self.late_activation = bool(getattr(base_layer, "activation_flag", False))
-        if self.late_activation:
-            self.activation = base_layer.activation
-            base_layer.activation_flag = False
-
-    def construct(self, x):
-        """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
-        return self.adapt(x, self.base_layer(x))
+        self.take_activation()
 
     def adapt(self, x, y):
         """What becomes of the base's result y (..., out) for x (..., in); of y's dtype."""
@@ -260,12 +252,3 @@ class LilyDense(LilyRouted):
         total = self.low_rank(flat, slots, y.reshape((1, -1, self.out_features)).astype(ms.float32))
         y = ops.where(self.active_slot >= 0, total.reshape(y.shape).astype(y.dtype), y)
         return self.activate(y) if self.late_activation else y
-
-    def activate(self, y):
-        """The base's own activation, for a base that has one."""
-        return self.activation(y)
-
-    def release(self):
-        """Undo what this Cell changed in its base, before the base is used alone again."""
-        if self.late_activation:
-            self.base_layer.activation_flag = True
