@@ -9,7 +9,7 @@ from colora_ms import runtime
 from colora_ms.decoding.completion import Completion, TokenRecord
 from colora_ms.decoding.contrast import Contrast, Sampling
 from colora_ms.decoding.loop import ContinueLoop, GenerationLoop
-from colora_ms.decoding.prompt import encode_prompt, ending_ids, printable
+from colora_ms.decoding.prompt import check_ids, encode_prompt, ending_ids, find_stop, printable
 from colora_ms.errors import DecodingError
 from colora_ms.models.cache import KeyValueCache
 
@@ -155,12 +155,7 @@ class Generator:
 
     def _request(self, index, prompt, adapter, contrast, sampling, budget):
         ids = self.encode(prompt)
-        if not ids:
-            raise DecodingError(f"prompt {index} is empty; give at least one token")
-        top = self.decoder.config.vocab_size
-        bad = [i for i in ids if not 0 <= i < top]
-        if bad:
-            raise DecodingError(f"prompt {index} holds token id {bad[0]}, outside the vocabulary 0..{top - 1}")
+        check_ids(ids, self.decoder.config.vocab_size, f"prompt {index}")
         if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
             raise DecodingError(f"max_new_tokens={budget!r} is not a whole number >= 1")
         if len(ids) + 1 > self.max_length:
@@ -250,7 +245,7 @@ class Generator:
             ended = bool(request.tokens) and request.tokens[-1] in eos
             full = len(request.tokens) >= request.budget
             text = self.tokenizer.decode(request.tokens[:-1] if ended else request.tokens)
-            cut = min((p for p in (text.find(s) for s in stop) if p >= 0), default=-1)
+            cut = find_stop(text, stop)
             if cut >= 0:
                 text, ended = text[:cut], True
             if ended or full:

@@ -8,7 +8,7 @@ import numpy as np
 
 from colora_ms.decoding.completion import Completion, TokenRecord
 from colora_ms.decoding.contrast import Contrast, Sampling
-from colora_ms.decoding.prompt import encode_prompt, printable
+from colora_ms.decoding.prompt import check_ids, encode_prompt, find_stop, printable
 from colora_ms.errors import DecodingError
 from colora_ms.serving.bank import Lease
 from colora_ms.serving.handle import Piece
@@ -106,11 +106,11 @@ class Request:
         eos = () if self.settings.ignore_eos else eos
         ended = bool(self.tokens) and self.tokens[-1] in eos
         text = tokenizer.decode(self.tokens[:-1] if ended else self.tokens)
-        cut = _find(text, self.settings.stop)
+        cut = find_stop(text, self.settings.stop)
         if cut >= 0:
             # Tokens behind the stop string depend on where the chunk ended, so they go.
             count = len(self.tokens)
-            while count > before + 1 and _find(tokenizer.decode(self.tokens[:count - 1]), self.settings.stop) >= 0:
+            while count > before + 1 and find_stop(tokenizer.decode(self.tokens[:count - 1]), self.settings.stop) >= 0:
                 count -= 1
             del self.tokens[count:], self.records[count:]
             text, ended = text[:cut], True
@@ -128,11 +128,6 @@ class Request:
         """The :class:`Completion` of a request that ended."""
         return Completion(self.shown, tuple(self.tokens), len(self.ids), self.finish_reason, self.adapter,
                           tuple(self.records))
-
-
-def _find(text, stop):
-    """Where the first stop string begins, -1 without one."""
-    return min((p for p in (text.find(s) for s in stop) if p >= 0), default=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +189,7 @@ def check_prompt(tokenizer, prompt, vocabulary, max_length):
         TokenizerError: the chat template refuses the messages, or the text cannot be encoded.
     """
     ids = encode_prompt(tokenizer, prompt)
-    if not ids:
-        raise DecodingError("the prompt is empty; give at least one token")
-    bad = [i for i in ids if not 0 <= i < vocabulary]
-    if bad:
-        raise DecodingError(f"the prompt holds token id {bad[0]}, outside the vocabulary 0..{vocabulary - 1}")
+    check_ids(ids, vocabulary, "the prompt")
     if len(ids) + 1 > max_length:
         raise DecodingError(f"the prompt has {len(ids)} tokens; the engine's cache holds {max_length}, and at least one is "
                             "needed for the answer: shorten it, or make the engine with a larger max_length")
