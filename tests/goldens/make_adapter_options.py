@@ -5,7 +5,6 @@
 Needs the tiny models that make_goldens.py made.  Writes folders under peft/ and combine.npz.
 """
 
-import json
 import math
 import os
 import sys
@@ -16,7 +15,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 
 import rules  # noqa: E402
-from make_goldens import forward, load, store_adapter_logits, write_json  # noqa: E402
+from make_goldens import forward, load, save_adapter, store_adapter_logits  # noqa: E402
 
 PEFT = {
     # name: (tiny model, LoraConfig settings)
@@ -71,14 +70,7 @@ def make_adapter(name):
             else:
                 value.add_(0.2 * noise)
     model.peft_config["default"].base_model_name_or_path = f"tiny/{base}"
-    model.save_pretrained(folder)
-    if os.path.exists(os.path.join(folder, "README.md")):
-        os.remove(os.path.join(folder, "README.md"))
-    path = os.path.join(folder, "adapter_config.json")
-    with open(path, encoding="utf-8") as file:
-        saved = json.load(file)
-    saved["target_modules"] = sorted(saved["target_modules"])
-    write_json(path, saved)
+    save_adapter(model, folder)
     reloaded = PeftModel.from_pretrained(load(base_folder), folder)
     store_adapter_logits(os.path.join(folder, "logits.npz"), reloaded, base_folder)
     ids = np.load(os.path.join(folder, "logits.npz"))["ids"]

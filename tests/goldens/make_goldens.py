@@ -183,6 +183,14 @@ def make_tiny_adapter(name):
             else:
                 value.add_(0.1 * noise)
     model.peft_config["default"].base_model_name_or_path = f"tiny/{base}"
+    save_adapter(model, folder)
+    reloaded = PeftModel.from_pretrained(load(os.path.join(HERE, "tiny", base)), folder)
+    store_adapter_logits(os.path.join(folder, "logits.npz"), reloaded,
+                         os.path.join(HERE, "tiny", base))
+
+
+def save_adapter(model, folder):
+    """Write a peft model's adapter: its config and tensors only, the same bytes in every run."""
     model.save_pretrained(folder)
     if os.path.exists(os.path.join(folder, "README.md")):
         os.remove(os.path.join(folder, "README.md"))
@@ -190,11 +198,9 @@ def make_tiny_adapter(name):
     path = os.path.join(folder, "adapter_config.json")
     with open(path, encoding="utf-8") as file:
         saved = json.load(file)
-    saved["target_modules"] = sorted(saved["target_modules"])
+    if isinstance(saved["target_modules"], list):
+        saved["target_modules"] = sorted(saved["target_modules"])
     write_json(path, saved)
-    reloaded = PeftModel.from_pretrained(load(os.path.join(HERE, "tiny", base)), folder)
-    store_adapter_logits(os.path.join(folder, "logits.npz"), reloaded,
-                         os.path.join(HERE, "tiny", base))
 
 
 def store_adapter_logits(path, model, base_folder):

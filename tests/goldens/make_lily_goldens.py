@@ -5,7 +5,6 @@
 The base is a random Llama of five layers whose weights follow from ``lily_base.weights``, so that none are stored.
 """
 
-import json
 import os
 import sys
 
@@ -15,6 +14,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 
 import lily_base  # noqa: E402
+from make_goldens import save_adapter  # noqa: E402
 
 CASES = {
     "stride2": dict(r=4, stride_A=2, num_B=3, scaling=2.0, target_modules=["q_proj", "v_proj"]),
@@ -41,16 +41,7 @@ def make(name, settings):
     model = get_peft_model(base(), LilyConfig(task_type="CAUSAL_LM", init_weights=False, **settings)).eval()
     folder = os.path.join(HERE, "peft_lily", name)
     model.peft_config["default"].base_model_name_or_path = "lily_base"
-    model.save_pretrained(folder)
-    if os.path.exists(os.path.join(folder, "README.md")):
-        os.remove(os.path.join(folder, "README.md"))
-    path = os.path.join(folder, "adapter_config.json")
-    with open(path, encoding="utf-8") as file:
-        saved = json.load(file)
-    if isinstance(saved["target_modules"], list):
-        saved["target_modules"] = sorted(saved["target_modules"])
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(saved, indent=1, sort_keys=True) + "\n")
+    save_adapter(model, folder)
     ids = np.random.default_rng(1).integers(3, lily_base.SIZES["vocab_size"], (3, 7)).astype(np.int32)
     with torch.no_grad():
         logits = model(torch.from_numpy(ids).long()).logits.numpy()

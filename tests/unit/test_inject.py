@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from model_gradients import gradients
 
 from colora_ms.adapters import LoraConfig, adapters_of, inject, load_adapter
 from colora_ms.adapters.matching import value_shapes
@@ -406,31 +407,8 @@ def test_unload_after_merge_leaves_the_merged_weights(mindspore, tiny_decoder):
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
-def gradients(net, handle, slots):
-    """Gradients of sum(logits * fixed noise) with respect to the trainable Parameters."""
-    import mindspore as ms
-    from mindspore import Tensor, nn
-
-    noise = Tensor(np.random.default_rng(0).standard_normal((4, 6, net.config.vocab_size)).astype(np.float32))
-
-    class Loss(nn.Cell):
-        def __init__(self):
-            super().__init__(auto_prefix=False)
-            self.net = net
-
-        def construct(self, ids, lengths, slots):
-            return (self.net(ids, lengths, slots) * noise).sum()
-
-    class Step(nn.Cell):
-        def __init__(self):
-            super().__init__(auto_prefix=False)
-            self.grad = ms.value_and_grad(Loss(), None, handle.trainable_params())
-
-        def construct(self, ids, lengths, slots):
-            return self.grad(ids, lengths, slots)
-
-    value, found = Step()(Tensor(IDS), Tensor(np.full(4, 6, np.int32)), slots)
-    return float(value), [g.asnumpy() for g in found]
+def noise_of(net):
+    return np.random.default_rng(0).standard_normal((4, 6, net.config.vocab_size)).astype(np.float32)
 
 
 @pytest.mark.parametrize("values", [
@@ -441,12 +419,12 @@ def test_gradients_are_those_of_finite_differences(mindspore, tiny_decoder, valu
     net = tiny_decoder(**BIASED)
     handle = inject(net, LoraConfig(r=2, **RANDOM, **values))
     slots = handle.slots(4)
-    _, found = gradients(net, handle, slots)
-    noise = np.random.default_rng(0).standard_normal((4, 6, net.config.vocab_size)).astype(np.float32)
+    noise = noise_of(net)
+    _, found = gradients(net, handle, IDS, noise, slots)
     random = np.random.default_rng(1)
     parameters = handle.trainable_params()
     assert len(parameters) == len(found)
-    for parameter, gradient in list(zip(parameters, found))[::3]:
+    for parameter, gradient in list(zip(parameters, found.values()))[::3]:
         start = parameter.asnumpy().copy()
         direction = random.standard_normal(start.shape).astype(np.float32)
         direction /= np.linalg.norm(direction)
@@ -464,8 +442,8 @@ def test_padded_ranks_and_other_slots_get_no_gradient(mindspore, tiny_decoder):
     net = tiny_decoder()
     handle = inject(net, LoraConfig(r=2, target_modules=["q_proj"], **RANDOM), slots=2, max_rank=5)
     handle.add_adapter("other", LoraConfig(r=5, target_modules=["q_proj"], **RANDOM))
-    _, found = gradients(net, handle, handle.slots(4, "default"))
-    for gradient, axis in zip(found, [0, 1] * 2):
+    _, found = gradients(net, handle, IDS, noise_of(net), handle.slots(4, "default"))
+    for gradient, axis in zip(found.values(), [0, 1] * 2):
         own = np.moveaxis(gradient[0], axis, 0)
         assert own[:2].any() and not own[2:].any() and not gradient[1].any()
 

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from model_gradients import gradients
 from safetensors.numpy import load_file
 
 from colora_ms.adapters import LoraConfig, adapters_of, digest, inject, load_adapter, load_adapters
@@ -66,32 +67,11 @@ def test_logits_equal_pefts(mindspore, goldens, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["dora", "dora_bias"])
 def test_gradients_equal_pefts(mindspore, goldens, name):
-    import mindspore as ms
-    from mindspore import Tensor, nn
-
     stored = np.load(goldens / "peft" / name / "gradients.npz")
     net = build(goldens, GOLDENS[name])
     handle = load_adapter(net, goldens / "peft" / name, trainable=True)
-    noise = Tensor(stored["noise"])
-
-    class Loss(nn.Cell):
-        def __init__(self):
-            super().__init__(auto_prefix=False)
-            self.net = net
-
-        def construct(self, ids, lengths, slots):
-            return (self.net(ids, lengths, slots) * noise).sum()
-
-    class Step(nn.Cell):
-        def __init__(self):
-            super().__init__(auto_prefix=False)
-            self.grad = ms.value_and_grad(Loss(), None, handle.trainable_params())
-
-        def construct(self, ids, lengths, slots):
-            return self.grad(ids, lengths, slots)
-
-    _, found = Step()(Tensor(stored["ids"]), Tensor(np.full(2, 6, np.int32)), handle.slots(2))
-    found = {p.name: g.asnumpy()[0] for p, g in zip(handle.trainable_params(), found)}
+    _, found = gradients(net, handle, stored["ids"], stored["noise"], handle.slots(2))
+    found = {path: gradient[0] for path, gradient in found.items()}
     checked = 0
     for key in set(stored.files) - {"ids", "noise"}:
         ours = key.removeprefix("base_model.model.").removesuffix(".weight")
@@ -227,33 +207,14 @@ def test_freed_slots_and_plain_adapters_get_no_magnitude(mixed):
 
 def test_gradients_are_those_of_finite_differences_at_constant_length(mindspore, tiny_decoder):
     """The length counts as a constant: in the differences, the magnitude follows it."""
-    import mindspore as ms
-    from mindspore import Tensor, nn
+    from mindspore import Tensor
 
     net = tiny_decoder(attention_bias=True, attention_out_bias=True)
     handle = inject(net, LoraConfig(r=2, use_dora=True, target_modules=["q_proj", "down_proj"], **RANDOM))
     shake(handle, "default")
     slots = handle.slots(3)
     noise = np.random.default_rng(0).standard_normal((3, 6, 97)).astype(np.float32)
-
-    class Loss(nn.Cell):
-        def __init__(self):
-            super().__init__(auto_prefix=False)
-            self.net, self.noise = net, Tensor(noise)
-
-        def construct(self, ids, lengths, slots):
-            return (self.net(ids, lengths, slots) * self.noise).sum()
-
-    class Step(nn.Cell):
-        def __init__(self):
-            super().__init__(auto_prefix=False)
-            self.grad = ms.value_and_grad(Loss(), None, handle.trainable_params())
-
-        def construct(self, ids, lengths, slots):
-            return self.grad(ids, lengths, slots)
-
-    _, found = Step()(Tensor(IDS), Tensor(np.full(3, 6, np.int32)), slots)
-    found = dict(zip((p.name for p in handle.trainable_params()), (g.asnumpy() for g in found)))
+    _, found = gradients(net, handle, IDS, noise, slots)
     random = np.random.default_rng(1)
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         cell = handle.sites[path, "lora"]
