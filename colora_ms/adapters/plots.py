@@ -1,11 +1,8 @@
 """Pictures of adapters: the experts of a Lily adapter, the sizes of a LoRA adapter's updates."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 
-from colora_ms.errors import AdapterError
+from colora_ms.pictures import new_figure, save_figure
 
 
 def draw_expert_use(uses, picture):
@@ -15,14 +12,14 @@ def draw_expert_use(uses, picture):
         uses: list of :class:`colora_ms.adapters.lily_usage.ExpertUse`; picture: path of the PNG.
 
     Raises:
-        AdapterError: matplotlib is missing, or the file cannot be written.
+        ConfigError: matplotlib is missing, or the file cannot be written.
     """
     groups = {}
     for use in uses:
         groups.setdefault(use.group, []).append(use)
     experts = len(uses[0].mean)
     tallest = max(len(members) for members in groups.values())
-    figure = _figure((1.2 + len(groups) * (1.3 + 0.35 * experts), 1.2 + 0.22 * tallest))
+    figure = new_figure((1.2 + len(groups) * (1.3 + 0.35 * experts), 1.2 + 0.22 * tallest))
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for panel, (label, members) in zip(panels, groups.items()):
         image = panel.imshow(np.stack([use.mean for use in members]), vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -35,7 +32,7 @@ def draw_expert_use(uses, picture):
                 panel.axhline(row - 0.5, color="white", linewidth=1)  # another A begins
     panels[0].set_ylabel("layer (lines part the blocks that share an A)")
     figure.colorbar(image, ax=list(panels), label="mean router weight")
-    _save(figure, picture)
+    save_figure(figure, picture)
 
 
 def draw_update_sizes(sizes, picture):
@@ -47,7 +44,7 @@ def draw_update_sizes(sizes, picture):
     lines = {}
     for path, size in sizes.items():
         lines.setdefault(path.rsplit(".", 1)[-1], []).append(size)
-    figure = _figure((7, 4))
+    figure = new_figure((7, 4))
     axes = figure.add_subplot()
     for label, values in lines.items():
         axes.plot(range(len(values)), values, "o-", markersize=3, label=label)
@@ -56,32 +53,9 @@ def draw_update_sizes(sizes, picture):
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    _save(figure, picture)
+    save_figure(figure, picture)
 
 
 def _layer(path):
     """The layer's number in a module's name, or the name."""
     return next((part for part in path.split(".") if part.isdigit()), path)
-
-
-def _figure(size):
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise AdapterError("drawing needs matplotlib; run `pip install matplotlib`") from None
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # no global backend is touched: the caller may have its own
-    return figure
-
-
-def _save(figure, picture):
-    picture = Path(picture)
-    temporary = picture.with_name(f".{picture.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, picture)
-    except OSError as error:
-        raise AdapterError(f"cannot write {picture}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

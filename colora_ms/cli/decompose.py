@@ -1,10 +1,9 @@
 """``colora-ms decompose``: make a model smaller by low-rank decomposition, without training."""
 
 import dataclasses
-import json
 from pathlib import Path
 
-from colora_ms.cli import decompose_sweep
+from colora_ms.cli import decompose_sweep, options
 
 
 def add_arguments(parser):
@@ -45,7 +44,7 @@ def run(arguments):
         for path, piece in pieces.items():
             print(f"{path:44s} {piece.shape[0]:5d} x {piece.shape[1]:<5d} rank {piece.rank:<4d} saves {piece.saved:,}")
     if arguments.json is not None:
-        write_json(arguments.json, {"model": arguments.model, "plan": plan.to_dict(), "parameters_before": total,
+        options.write_json(arguments.json, {"model": arguments.model, "plan": plan.to_dict(), "parameters_before": total,
                                     "parameters_after": total - saved, "matrices": [dataclasses.asdict(r) for r in rows]})
     return 0
 
@@ -102,19 +101,3 @@ def read_plan(path):
         raise ConfigError(f"the plan {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"the plan {path} is not valid YAML: {str(error).splitlines()[0]}") from None
-
-
-def write_json(path, value):
-    """Write a JSON file, whole or not at all."""
-    import os
-
-    from colora_ms.errors import ConfigError
-
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None

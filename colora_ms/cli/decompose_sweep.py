@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from colora_ms.cli import options
+
 _NAMES = ("early", "middle", "late", "spread")
 
 
@@ -31,7 +33,6 @@ def add_arguments(parser):
 
 
 def run(arguments):
-    from colora_ms.cli.decompose import write_json
     from colora_ms.errors import ConfigError
     from colora_ms.evaluation.lrd_plot import plot
     from colora_ms.evaluation.lrd_sweep import describe, table, variants
@@ -50,7 +51,7 @@ def run(arguments):
 
     def keep():
         if arguments.json is not None:
-            write_json(arguments.json, {"setup": setup, "tolerance": arguments.tolerance, "rows": list(rows.values())})
+            options.write_json(arguments.json, {"setup": setup, "tolerance": arguments.tolerance, "rows": list(rows.values())})
 
     if not (arguments.latency_only or arguments.show):
         quality(arguments, checkpoint, found, rows, keep)

@@ -1,7 +1,5 @@
 """``colora-ms inspect``: what is in an adapter, and which of a Lily adapter's experts serve what."""
 
-import json
-from pathlib import Path
 
 from colora_ms.cli import options
 
@@ -138,5 +136,5 @@ def sequences(arguments, tokenizer):
 def write(arguments, values):
     """Write the numbers as JSON, if asked."""
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        options.write_json(arguments.json, values)
         print(f"numbers: {arguments.json}")

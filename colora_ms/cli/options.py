@@ -1,5 +1,9 @@
 """Options that several sub-commands share, and what they turn into."""
 
+import json
+import os
+from pathlib import Path
+
 
 def add_model(parser):
     parser.add_argument("--model", default="smollm2-135m", help="known name, Hugging Face folder or GGUF file")
@@ -73,3 +77,21 @@ def engine(arguments, rows, **more):
         bank = AdapterBank(decoder, arguments.adapters, max_loaded=arguments.slots, max_rank=arguments.max_rank,
                            host_bytes=arguments.host_megabytes << 20, base_model=name)
     return Engine(decoder, tokenizer, bank, rows=rows, max_length=arguments.max_length, **more), name
+
+
+def write_json(path, value):
+    """Write the file of ``--json``, whole or not at all.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from colora_ms.errors import ConfigError
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -1,7 +1,6 @@
 """``colora-ms tune-contrast``: choose alpha, beta and the form of the contrast on validation problems, or none."""
 
 import argparse
-import json
 from pathlib import Path
 
 from colora_ms.cli import options
@@ -51,8 +50,7 @@ def run(arguments):
     if arguments.json:
         path = Path(arguments.json)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"choice": choice.to_json(), "validation": comparison.to_json()}, indent=2) + "\n",
-                        encoding="utf-8")
+        options.write_json(path, {"choice": choice.to_json(), "validation": comparison.to_json()})
     return 0
 
 

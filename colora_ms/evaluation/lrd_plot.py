@@ -1,7 +1,7 @@
 """The picture of a sweep: accuracy (or perplexity) against size and against latency."""
 
-from colora_ms.errors import ConfigError
 from colora_ms.evaluation.lrd_sweep import pareto, recommend
+from colora_ms.pictures import new_figure, save_figure
 
 
 def plot(rows, path, tolerance):
@@ -10,17 +10,13 @@ def plot(rows, path, tolerance):
     Args:
         rows: the sweep's rows, the model itself first; path: the file to write; tolerance: as in ``recommend``.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     by_accuracy = sum(row["accuracy"] is not None for row in rows) > 1
     quality = "accuracy" if by_accuracy else "perplexity"
     usable = [row for row in rows if row[quality] is not None]
     panels = [("parameters", "parameters, millions", 1e-6)]
     if usable and all(row["step_ms"] is not None for row in usable):
         panels.append(("step_ms", "decoding step, ms", 1))
-    figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((7 * len(panels), 5))
     front, best = pareto(rows), recommend(rows, tolerance)
     colours = {"-": "black", "all": "tab:blue", "attn": "tab:green", "mlp": "tab:orange", "drop": "tab:red"}
     shapes = {"early": "v", "middle": "s", "late": "^", "spread": "o"}
@@ -37,7 +33,4 @@ def plot(rows, path, tolerance):
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.set_title("black edge: Pareto front", fontsize=9)
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise ConfigError(f"the plot {path} cannot be written: {error.strerror or error}") from None
+    save_figure(figure, path)
