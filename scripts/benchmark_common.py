@@ -155,6 +155,20 @@ def write_json(path, measures, used_versions, **more):
     os.replace(file.name, path)
 
 
+def run_benchmark(benchmark, arguments):
+    """Run ``benchmark(arguments, folder)`` -> (measures, versions, more entries) on the wanted processors, with a
+    temporary folder; write its JSON file if asked. A BenchmarkError ends the process with its message."""
+    script = Path(sys.argv[0])
+    try:
+        pin(arguments.threads)
+        with tempfile.TemporaryDirectory(prefix=f"{script.stem.replace('_', '-')}-") as folder:
+            measures, used, more = benchmark(arguments, Path(folder))
+        if arguments.json:
+            write_json(arguments.json, measures, used, **more)
+    except BenchmarkError as error:
+        sys.exit(f"{script.name}: {error}")
+
+
 def table(head, rows):
     """A Markdown table with aligned columns; None becomes an empty cell, the first column stands at the left."""
     cells = [[str(c) for c in head], *[["" if c is None else str(c) for c in row] for row in rows]]

@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmark_common import (
-    ROOT, BenchmarkError, ReadBandwidth, Worker, adapter_tensor, machine, measure, peak_bytes, per_step, pin, ratio,
-    reset_peak, serve, table, versions, write_json,
+    ROOT, BenchmarkError, ReadBandwidth, Worker, adapter_tensor, machine, measure, peak_bytes, per_step, ratio,
+    reset_peak, run_benchmark, serve, table, versions,
 )
 
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
@@ -529,14 +529,7 @@ def main():
     arguments = parse()
     if arguments.child:
         return serve(Ours()) if arguments.child[0] == "worker" else child_first_token(arguments.child[1])
-    try:
-        pin(arguments.threads)
-        with tempfile.TemporaryDirectory(prefix="benchmark-decode-") as folder:
-            measures, used, more = benchmark(arguments, Path(folder))
-        if arguments.json:
-            write_json(arguments.json, measures, used, **more)
-    except BenchmarkError as error:
-        sys.exit(f"benchmark_decode.py: {error}")
+    run_benchmark(benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -35,8 +34,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmark_common import (
-    ROOT, BenchmarkError, Worker, machine, measure, peak_bytes, per_step, pin, ratio, reset_peak, serve, table, versions,
-    write_json,
+    ROOT, BenchmarkError, Worker, machine, measure, peak_bytes, per_step, ratio, reset_peak, run_benchmark, serve, table,
+    versions,
 )
 from benchmark_decode import RANK, write_adapter
 
@@ -251,6 +250,7 @@ def start_peft(arguments, adapters):
 
 def benchmark(arguments, adapters):
     """(measures, versions, further entries of the JSON file)"""
+    print(", ".join(f"{k} {v}" for k, v in machine().items()), flush=True)
     count = max(*arguments.adapters, 2 * arguments.rows + 2)
     for i in range(count):
         write_adapter(adapters / f"a{i:02d}", seed=i)
@@ -356,15 +356,7 @@ def main():
     arguments = parse()
     if arguments.child:
         return serve({"engine": Ours, "memory": Memory}[arguments.child]())
-    try:
-        pin(arguments.threads)
-        print(", ".join(f"{k} {v}" for k, v in machine().items()), flush=True)
-        with tempfile.TemporaryDirectory(prefix="benchmark-serving-") as folder:
-            measures, used, more = benchmark(arguments, Path(folder))
-        if arguments.json:
-            write_json(arguments.json, measures, used, **more)
-    except BenchmarkError as error:
-        sys.exit(f"benchmark_serving.py: {error}")
+    run_benchmark(benchmark, arguments)
 
 
 if __name__ == "__main__":

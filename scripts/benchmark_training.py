@@ -20,14 +20,13 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
 from benchmark_common import (
-    ROOT, BenchmarkError, Worker, machine, measure, peak_bytes, pin, ratio, reset_peak, serve, table, versions, write_json,
+    ROOT, BenchmarkError, Worker, machine, measure, peak_bytes, ratio, reset_peak, run_benchmark, serve, table, versions,
 )
 from benchmark_decode import ADAPTER, RANK, write_adapter
 
@@ -308,14 +307,7 @@ def main():
     arguments = parse()
     if arguments.child:
         return serve(Ours())
-    try:
-        pin(arguments.threads)
-        with tempfile.TemporaryDirectory(prefix="benchmark-training-") as folder:
-            measures, used, more = benchmark(arguments, Path(folder))
-        if arguments.json:
-            write_json(arguments.json, measures, used, **more)
-    except BenchmarkError as error:
-        sys.exit(f"benchmark_training.py: {error}")
+    run_benchmark(benchmark, arguments)
 
 
 if __name__ == "__main__":
