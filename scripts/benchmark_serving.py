@@ -154,11 +154,27 @@ class Ours:
         return next(one["state"] for one in self.bank.info()["adapters"] if one["name"] == name)
 
 
+# What stands in the place of LoraLinear's methods; the graph's parser wants functions whose first parameter is ``self``.
+
+
+def _base_operands(self):
+    return self.base_layer.operands()
+
+
+def _base_product(self, x, slots):
+    return self.base_layer(x, slots)
+
+
+def _gather_product(self, x, slots):
+    return self.base_layer(x, slots) + low_rank_reference(x, slots, self.down, self.up, self.scale)
+
+
 class Memory:
     """One prefill in one form, in a process that has done nothing else; the handler of ``--child memory``."""
 
     def run(self, form, adapters):
         """Bytes of the peak of the second prefill."""
+        global low_rank_reference  # for _gather_product
         import mindspore as ms
         from mindspore import Tensor
 
@@ -170,13 +186,10 @@ class Memory:
         from colora_ms.serving.graphs import Prefill
 
         if form != "operator":
-            LoraLinear.operands = lambda cell: cell.base_layer.operands()
+            LoraLinear.operands = _base_operands
         if form in ("gather", MEMORY_FORMS["gather"]):
-            LoraLinear.fusible = property(lambda cell: False)
-            LoraLinear.product = lambda cell, x, slots: cell.base_layer(x, slots)
-        if form == "gather":
-            LoraLinear.product = lambda cell, x, slots: (
-                cell.base_layer(x, slots) + low_rank_reference(x, slots, cell.down, cell.up, cell.scale))
+            LoraLinear.fusible = False
+            LoraLinear.product = _gather_product if form == "gather" else _base_product
         decoder, _ = load_model(max_positions=MEMORY_TOKENS)
         bank = AdapterBank(decoder, adapters, max_loaded=MEMORY_ROWS, max_rank=RANK, host_bytes=1 << 25)
         slots = np.array([bank.lease(bank.resolve(name)).slot for name in bank.names()[:MEMORY_ROWS]], np.int32)
@@ -314,7 +327,8 @@ def measure_memory(adapters):
     """(measures, peaks in bytes) of the prefill in all forms."""
     peaks = {}
     for form in (*MEMORY_FORMS, *MEMORY_FORMS.values()):
-        worker = Worker([sys.executable, __file__, "--child", "memory"], timeout=1800)
+        # Without kept graphs: their key does not know that a form has replaced methods of the Cells.
+        worker = Worker([sys.executable, __file__, "--child", "memory"], {"COLORA_COMPILE_CACHE": "0"}, timeout=1800)
         peaks[form] = worker.ask("run", form=form, adapters=str(adapters))
         worker.close()
     extra = {form: peaks[form] - peaks[base] for form, base in MEMORY_FORMS.items()}
