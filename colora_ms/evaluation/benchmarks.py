@@ -137,10 +137,11 @@ def read_commonsense(path, form="text", limit=None):
         raise DataError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} holds no JSON array of items")
-    return [_choice_item(row, f"{Path(path).parent.name}-{number}", form) for number, row in enumerate(rows[:limit], 1)]
+    return [choice_item(row, f"{Path(path).parent.name}-{number}", form) for number, row in enumerate(rows[:limit], 1)]
 
 
-def _choice_item(row, name, form):
+def choice_item(row, name, form="text"):
+    """The :class:`ChoiceItem` called ``name`` of one row of that layout; DataError if it has another."""
     try:
         instruction, answer = row["instruction"].strip(), row["answer"]
         body, _, listing = instruction.rpartition("Answer format:")

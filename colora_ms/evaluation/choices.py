@@ -1,14 +1,11 @@
 """Multiple-choice sets from files: rows of ``{"question", "choices", "answer"}``, or LLM-Adapters' instruction rows."""
 
 import json
-import re
 from pathlib import Path
 
 from colora_ms.errors import DataError
+from colora_ms.evaluation.benchmarks import choice_item
 from colora_ms.evaluation.likelihood import ChoiceItem
-
-_ANSWER = re.compile(r"Answer(\d+):\s*")
-_QUESTION = re.compile(r"question:\s*(.*)", re.DOTALL)
 
 
 def load_choices(path, limit=None):
@@ -41,22 +38,12 @@ def load_choices(path, limit=None):
 
 def _item(path, number, row):
     try:
-        if "choices" in row:
-            question, choices, answer = row["question"], [str(one) for one in row["choices"]], row["answer"]
-        else:
-            question, choices, answer = _instruction(row)
+        if "choices" not in row:
+            return choice_item(row, str(number))
+        question, choices, answer = row["question"], [str(one) for one in row["choices"]], row["answer"]
         if isinstance(answer, bool) or not 0 <= answer < len(choices):
             raise ValueError(f"the answer is {answer!r}")
         return ChoiceItem(str(number), f"Question: {question.strip()}\nAnswer:", tuple(" " + one for one in choices), answer)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: row {number} is no multiple-choice item ({error}); expected question, choices and answer "
                         "(an index)") from None
-
-
-def _instruction(row):
-    """(question, choices, index of the answer) of an LLM-Adapters row."""
-    body = _QUESTION.search(row["instruction"].split("\n\nAnswer format:")[0]).group(1)
-    question, *rest = _ANSWER.split(body)
-    if not rest:
-        return question, ["true", "false"], ["true", "false"].index(row["answer"])
-    return question, [one.strip() for one in rest[1::2]], int(row["answer"].removeprefix("answer")) - 1
