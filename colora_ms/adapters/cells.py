@@ -205,11 +205,12 @@ class SavedBase(AdapterCell):
                 base[name].set_data(Tensor(parameter.asnumpy().copy()).astype(base[name].dtype))
 
 
-class DenseCall:
-    """The call of an adapter around a linear of another model, x -> ``adapt(x, base_layer(x))``.
+class LateActivation:
+    """An adapter around a linear of another model, which may end in an activation (``nn.Dense`` does if asked).
 
-    Such a linear may end in an activation (``nn.Dense`` does if asked), but the low-rank product belongs before it: a
-    subclass calls :meth:`take_activation` when it is made, and :meth:`activate` where ``late_activation`` is set.
+    The low-rank product belongs before it: a subclass calls :meth:`take_activation` when it is made, and
+    :meth:`activate` where ``late_activation`` is set. It defines ``construct`` itself: ``auto_mixed_precision`` level O1
+    rewrites a Cell with the imports of the file in which ``construct`` stands.
     """
 
     def take_activation(self):
@@ -218,10 +219,6 @@ class DenseCall:
         if self.late_activation:
             self.activation = self.base_layer.activation
             self.base_layer.activation_flag = False
-
-    def construct(self, x):
-        """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
-        return self.adapt(x, self.base_layer(x))
 
     def activate(self, y):
         """The base's own activation, for a base that has one."""

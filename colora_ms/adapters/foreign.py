@@ -11,12 +11,12 @@ import numpy as np
 import mindspore as ms
 from mindspore import nn, ops
 
-from colora_ms.adapters.cells import DenseCall, LowRankCell, SavedBase
+from colora_ms.adapters.cells import LateActivation, LowRankCell, SavedBase
 from colora_ms.adapters.slots import get, stacked
 from colora_ms.adapters.tree import leaf_parameters, sizes_of
 
 
-class LoraDense(DenseCall, LowRankCell):
+class LoraDense(LateActivation, LowRankCell):
     """A linear Cell with a low-rank pair, and if asked biases, for each slot.
 
     The pair is float32 and its product is added in float32, then cast to what the base returns.
@@ -46,6 +46,10 @@ class LoraDense(DenseCall, LowRankCell):
             self.make_up_bias(slots, out_features, trainable)
         self.dropout = nn.Dropout(p=dropout) if dropout and max_rank else None
         self.take_activation()
+
+    def construct(self, x):
+        """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
+        return self.adapt(x, self.base_layer(x))
 
     def adapt(self, x, y):
         """What becomes of the base's result y (..., out) for x (..., in); of y's dtype."""

@@ -11,7 +11,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from colora_ms.adapters.cells import AdapterCell, DenseCall
+from colora_ms.adapters.cells import AdapterCell, LateActivation
 from colora_ms.adapters.lily_lengths import length_mask, row_lengths
 from colora_ms.adapters.slots import add_in_float32, get, put, stacked
 from colora_ms.adapters.tree import leaf_parameters, sizes_of, takes_slots, traits_of
@@ -232,7 +232,7 @@ class StaticLilyLinear(LilyCell):
         return multi_lora_linear(x, slots, *self.operands())
 
 
-class LilyDense(DenseCall, LilyRouted):
+class LilyDense(LateActivation, LilyRouted):
     """A linear Cell of another model (``nn.Dense``, ``mint.nn.Linear``) with a Lily adapter for each slot.
 
     All rows use the adapter of the shared scalar ``active_slot``. Such a Cell knows no lengths: "sequence" and "batch"
@@ -244,6 +244,10 @@ class LilyDense(DenseCall, LilyRouted):
         self.fast = False
         self.active_slot = site.active_slot
         self.take_activation()
+
+    def construct(self, x):
+        """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
+        return self.adapt(x, self.base_layer(x))
 
     def adapt(self, x, y):
         """What becomes of the base's result y (..., out) for x (..., in); of y's dtype."""

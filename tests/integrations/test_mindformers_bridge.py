@@ -209,8 +209,8 @@ def test_trainer_trains_a_pet_type(mindformers, tmp_path, pet_type):
     line = [one for one in done.stdout.splitlines() if one.startswith("RESULT ")]
     assert line, (done.stdout + done.stderr)[-3000:]
     result = json.loads(line[0][7:])
-    assert result["targets"] == 8 and len(result["losses"]) == 8
-    assert np.mean(result["losses"][4:]) < np.mean(result["losses"][:4])
+    assert result["targets"] == 8 and len(result["losses"]) == 32
+    assert np.mean(result["losses"][-4:]) < np.mean(result["losses"][:4]) - 0.02
     assert result["changed"] == result["trained"]
     state = {name.split(".", 1)[1] for name in result["state"] if name.startswith(("adam_m.", "adam_v.", "exp_avg"))}
     assert state == set(result["trained"])

@@ -14,7 +14,8 @@ from colora_ms.models import build_decoder
 from colora_ms.models.checkpoint import open_checkpoint
 from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
 from colora_ms.runtime import run
-from test_inject import gradients
+from model_gradients import gradients
+from test_inject import noise_of
 
 PLAN = LrdPlan([1], "all", 4)
 IDS = np.random.default_rng(2).integers(3, 96, (4, 6)).astype(np.int32)
@@ -252,8 +253,7 @@ def test_gradients_over_a_chain_are_those_over_its_product(tiny_decoder):
     results = []
     for one in nets:
         handle = inject(one, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **RANDOM), seed=1)
-        value, found = gradients(one, handle, handle.slots(4))
-        results.append((value, dict(zip([p.name for p in handle.trainable_params()], found))))
+        results.append(gradients(one, handle, IDS, noise_of(one), handle.slots(4)))
     (value, found), (expected, want) = results
     assert found.keys() == want.keys() and len(found) == 8
     assert value == pytest.approx(expected, rel=1e-4)
@@ -266,18 +266,17 @@ def test_gradients_over_a_chain_are_those_of_finite_differences(mindspore, tiny_
     decompose(net, PLAN)
     handle = inject(net, LoraConfig(r=2, target_modules=["v_proj", "up_proj"], **RANDOM))
     slots = handle.slots(4)
-    _, found = gradients(net, handle, slots)
-    noise = np.random.default_rng(0).standard_normal((4, 6, 97))
+    noise = noise_of(net)
+    _, found = gradients(net, handle, IDS, noise, slots)
     random = np.random.default_rng(1)
-    from test_inject import run as run_inject
-    for parameter, gradient in list(zip(handle.trainable_params(), found))[::3]:
+    for parameter, gradient in list(zip(handle.trainable_params(), found.values()))[::3]:
         start = parameter.asnumpy().copy()
         direction = random.standard_normal(start.shape).astype(np.float32)
         direction /= np.linalg.norm(direction)
         ends = []
         for sign in (1, -1):
             parameter.set_data(Tensor(start + np.float32(sign * 1e-2) * direction))
-            ends.append((run_inject(net, slots).astype(np.float64) * noise.astype(np.float32)).sum())
+            ends.append((logits(net, slots).astype(np.float64) * noise).sum())
         parameter.set_data(Tensor(start))
         slope = (ends[0] - ends[1]) / 2e-2
         assert abs((gradient * direction).sum() - slope) < 2e-2 * max(abs(slope), np.linalg.norm(gradient) * 0.1, 1e-3)
