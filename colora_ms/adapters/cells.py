@@ -17,9 +17,11 @@ class AdapterCell(nn.Cell):
         base_layer: the Cell that was here before; its parameters keep their names.
         path: its name in the model.
         role: "lora" or "saved".
+        fusible: whether ``operands()`` tells all that the Cell computes, so that several can share one kernel call.
     """
 
     role = "lora"
+    fusible = False
 
     def __init__(self, base_layer, path):
         super().__init__(auto_prefix=False)

@@ -1,4 +1,7 @@
-"""The generation loop as one static graph: prefill, then ``while`` inside ``construct``.
+"""The generation loop as one static graph: prefill, then the token loop inside ``construct``.
+
+Where the device has it and the model's Cells allow it, the token loop is one operator (``kernels.decode_steps``);
+elsewhere it is a ``while`` of the graph over the operators of a step. Both make the same tokens.
 
 A *request* is one answer to be generated; it owns one row of the batch, or two when it is contrastive (expert and
 amateur, which see the same tokens). All shapes depend on four numbers only (requests, rows, prompt length, steps), so a
@@ -8,7 +11,7 @@ graph is compiled once for each bucket of those and reused for every adapter, co
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from colora_ms.kernels import contrast_strength, contrastive_select
+from colora_ms.kernels import ABSENT, contrast_strength, contrastive_select, decode_steps
 
 
 class _Loop(nn.Cell):
@@ -19,6 +22,15 @@ class _Loop(nn.Cell):
         self.decoder = decoder
         self.cache = cache
         self.one = Tensor(1, ms.int32)
+        #: 1: logits that are not finite end their request, 0: they are an error.
+        self.forgiving = Tensor([0], ms.int32)
+        self.fused = decoder.fused
+
+    def set_train(self, mode=True):
+        """As of any Cell; adapters with dropout are part of fused steps in evaluation only."""
+        super().set_train(mode)
+        self.fused = self.decoder.fused
+        return self
 
     def select(self, logits, rows, options, uniform, active, adapt=None, previous=None):
         """Choose a token for every active request; see ``kernels.contrastive_select``.
@@ -55,6 +67,27 @@ class _Loop(nn.Cell):
         Returns:
             (ints (capacity, requests, 3), floats (capacity, requests, 4), counts (requests,), state).
         """
+        if self.fused:
+            return self.run_fused(state, layout, options, uniforms, budget, eos, steps, adapt)
+        return self.run_steps(state, layout, options, uniforms, budget, eos, steps, adapt)
+
+    def run_fused(self, state, layout, options, uniforms, budget, eos, steps, adapt):
+        """:meth:`run` as one operator."""
+        token, position, active = state
+        row_request, slots, cache_rows, expert_rows, amateur_rows = layout
+        mode, prompt, lengths = (ABSENT, ABSENT, ABSENT) if adapt is None else adapt[:3]
+        ints, floats, counts, token, position, active = decode_steps(
+            token, position, active.astype(ms.int32), self.previous(token, adapt), slots, cache_rows, expert_rows,
+            amateur_rows, *options, uniforms, budget, eos, steps.reshape(1), self.forgiving, mode, prompt, lengths,
+            *self.decoder.step_operands(self.cache))
+        return ints, floats, counts, (token, position, active > 0)
+
+    def previous(self, token, adapt):
+        """(requests,) int32: the token that each request generated last, -1 where it has none."""
+        return token
+
+    def run_steps(self, state, layout, options, uniforms, budget, eos, steps, adapt):
+        """:meth:`run` as a ``while`` of the graph."""
         token, position, active = state
         row_request, slots, cache_rows, expert_rows, amateur_rows = layout
         requests, capacity = uniforms.shape

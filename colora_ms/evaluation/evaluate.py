@@ -130,7 +130,7 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
             began = time.perf_counter()
             completions = _generate(generator, [template.request(item) for item in chunk], options,
                                     first=not done)
-            seconds = time.perf_counter() - began
+            seconds = team.share(time.perf_counter() - began)  # all workers return the same items
             rows = [_item(example, completion, score, seconds / len(chunk), keep_records)
                     for example, completion in zip(chunk, completions)]
             log.add(rows)

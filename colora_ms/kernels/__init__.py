@@ -20,6 +20,7 @@ from colora_ms.kernels.loss import (
 )
 from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residual, rms_norm_residual_reference
 from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
+from colora_ms.kernels.steps import decode_steps, fuses_steps
 from colora_ms.kernels.strength import contrast_strength, contrast_strength_reference
 
 __all__ = [
@@ -34,10 +35,12 @@ __all__ = [
     "contrast_strength_reference",
     "contrastive_select",
     "contrastive_select_reference",
+    "decode_steps",
     "decoder_layers",
     "embedding",
     "embedding_reference",
     "fuses_layers",
+    "fuses_steps",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_token_losses",

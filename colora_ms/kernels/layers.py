@@ -62,36 +62,57 @@ def _split(tensors):
     return parts
 
 
-def _check_norm(name, norm, width, optional=False):
+def check_norm(op, name, norm, width, optional=False):
+    """Shapes of a norm's (weight, eps)."""
     weight, eps = norm
     if weight or not optional:
-        require_shape(_NAME, name, weight, (width,))
-        require(list(eps) in ([], [1]), _NAME, f"eps of {name}", eps, "one element")
+        require_shape(op, name, weight, (width,))
+        require(list(eps) in ([], [1]), op, f"eps of {name}", eps, "one element")
 
 
-def _check_layer(hidden, layer):
-    _check_norm("input_layernorm", layer["input_layernorm"], hidden)
-    _check_norm("post_attention_layernorm", layer["post_attention_layernorm"], hidden)
+def _check_layer(op, hidden, layer):
+    check_norm(op, "input_layernorm", layer["input_layernorm"], hidden)
+    check_norm(op, "post_attention_layernorm", layer["post_attention_layernorm"], hidden)
     k_cache, v_cache = layer["k_cache"][0], layer["v_cache"][0]
-    require(len(k_cache) == 4, _NAME, "k_cache", k_cache, "(cache_rows_total, kv_heads, max_len, head_dim)")
-    require_shape(_NAME, "v_cache", v_cache, k_cache)
+    require(len(k_cache) == 4, op, "k_cache", k_cache, "(cache_rows_total, kv_heads, max_len, head_dim)")
+    require_shape(op, "v_cache", v_cache, k_cache)
     kv_width, dim = k_cache[1] * k_cache[3], k_cache[3]
-    queries, keys, values = (check_linear(0, hidden, layer[name], _NAME) for name in ("q_proj", "k_proj", "v_proj"))
-    require(queries > 0 and queries % kv_width == 0, _NAME, "outputs of q_proj", queries,
+    queries, keys, values = (check_linear(0, hidden, layer[name], op) for name in ("q_proj", "k_proj", "v_proj"))
+    require(queries > 0 and queries % kv_width == 0, op, "outputs of q_proj", queries,
             f"a multiple of kv_heads * head_dim = {kv_width}")
-    require(keys == values == kv_width, _NAME, "outputs of k_proj and v_proj", f"{keys} and {values}",
+    require(keys == values == kv_width, op, "outputs of k_proj and v_proj", f"{keys} and {values}",
             f"kv_heads * head_dim = {kv_width} as in k_cache")
-    _check_norm("q_norm", layer["q_norm"], dim, optional=True)
-    _check_norm("k_norm", layer["k_norm"], dim, optional=True)
-    inner = check_linear(0, hidden, layer["gate_proj"], _NAME)
+    check_norm(op, "q_norm", layer["q_norm"], dim, optional=True)
+    check_norm(op, "k_norm", layer["k_norm"], dim, optional=True)
+    inner = check_linear(0, hidden, layer["gate_proj"], op)
     for name, columns, wanted in (("o_proj", queries, hidden), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
-        out = check_linear(0, columns, layer[name], _NAME)
-        require(out == wanted, _NAME, f"outputs of {name}", out, wanted)
+        out = check_linear(0, columns, layer[name], op)
+        require(out == wanted, op, f"outputs of {name}", out, wanted)
+
+
+def check_layer_shapes(op, hidden, cos, operands):
+    """Shapes of the tensors of ``LAYOUT`` for every layer; cos: shape of the rotary table."""
+    require(len(operands) >= PER_LAYER and len(operands) % PER_LAYER == 0, op, "number of operands", len(operands),
+            f"{PER_LAYER} a layer")
+    for at in range(0, len(operands), PER_LAYER):
+        layer = _split(operands[at:at + PER_LAYER])
+        _check_layer(op, hidden, layer)
+        _, _, max_len, dim = layer["k_cache"][0]
+        require(cos[1] * 2 == dim and cos[0] >= max_len, op, "cos", cos,
+                f"head_dim / 2 = {dim // 2} columns and at least the cache's {max_len} positions")
+
+
+def check_layer_dtypes(op, kinds):
+    """Types of the tensors of ``LAYOUT`` for every layer."""
+    for at in range(0, len(kinds), PER_LAYER):
+        for name, (first, *others) in _split(kinds[at:at + PER_LAYER]).items():
+            allowed = (ms.float32, ms.bfloat16)
+            require_dtype(op, name, first, allowed + (ms.int8, ms.uint8) if name.endswith("_proj") else allowed)
+            for other in others:
+                require_dtype(op, name, other, (ms.float32,))
 
 
 def _shapes(x, residual, slots, cos, sin, cache_rows, start, length, *operands):
-    require(len(operands) >= PER_LAYER and len(operands) % PER_LAYER == 0, _NAME, "number of operands", len(operands),
-            f"{PER_LAYER} a layer")
     require(len(x) == 3 and x[2] > 0, _NAME, "x", x, "(rows, tokens, hidden)")
     require_shape(_NAME, "residual", residual, x)
     require(len(cos) == 2, _NAME, "cos", cos, "(max_len, head_dim / 2)")
@@ -100,12 +121,7 @@ def _shapes(x, residual, slots, cos, sin, cache_rows, start, length, *operands):
         require_shape(_NAME, "slots", slots, x[:1])
     for argument, shape in (("cache_rows", cache_rows), ("start", start), ("length", length)):
         require_shape(_NAME, argument, shape, x[:1])
-    for at in range(0, len(operands), PER_LAYER):
-        layer = _split(operands[at:at + PER_LAYER])
-        _check_layer(x[2], layer)
-        _, _, max_len, dim = layer["k_cache"][0]
-        require(cos[1] * 2 == dim and cos[0] >= max_len, _NAME, "cos", cos,
-                f"head_dim / 2 = {dim // 2} columns and at least the cache's {max_len} positions")
+    check_layer_shapes(_NAME, x[2], cos, operands)
     return x, x
 
 
@@ -115,12 +131,7 @@ def _dtypes(*dtypes):
         wanted = {"slots": (ms.int32, ms.float32)}.get(
             name, (ms.int32,) if name in ("cache_rows", "start", "length") else (ms.float32,))
         require_dtype(_NAME, name, kind, wanted)
-    for at in range(FIXED, len(kinds), PER_LAYER):
-        for name, (first, *others) in _split(kinds[at:at + PER_LAYER]).items():
-            allowed = (ms.float32, ms.bfloat16)
-            require_dtype(_NAME, name, first, allowed + (ms.int8, ms.uint8) if name.endswith("_proj") else allowed)
-            for other in others:
-                require_dtype(_NAME, name, other, (ms.float32,))
+    check_layer_dtypes(_NAME, kinds[FIXED:])
     return ms.float32, ms.float32
 
 

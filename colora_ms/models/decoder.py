@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, mint, nn, ops
 
 from colora_ms.errors import CheckpointError
 from colora_ms.kernels import (
-    ABSENT, cached_attention, causal_attention, decoder_layers, fuses_layers, multi_lora_linear, swiglu,
+    ABSENT, cached_attention, causal_attention, decoder_layers, fuses_layers, fuses_steps, multi_lora_linear, swiglu,
 )
 from colora_ms.models.layers import Embedding, Linear, RMSNorm
 from colora_ms.models.quantize import check_format, to_format
@@ -162,16 +162,22 @@ class DecoderModel(nn.Cell):
         """Whether all layers of a step run as one operator."""
         return all(layer.fused for layer in self.layers)
 
+    def layer_operands(self, cache):
+        """The tensors of all layers in :func:`colora_ms.kernels.decoder_layers`."""
+        keys, values = cache.keys, cache.values
+        operands = ()
+        for i, layer in enumerate(self.layers):
+            operands = operands + layer.layer_operands(keys[i], values[i])
+        return operands
+
     def cached(self, ids, slots, cache, cache_rows, start, length):
         x = self.embed_tokens(ids, slots)
         residual = ops.zeros_like(x)
         keys, values = cache.keys, cache.values
         cos, sin = self.rope_cos, self.rope_sin
         if self.fused:
-            operands = ()
-            for i, layer in enumerate(self.layers):
-                operands = operands + layer.layer_operands(keys[i], values[i])
-            x, residual = decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *operands)
+            x, residual = decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length,
+                                         *self.layer_operands(cache))
         else:
             for i, layer in enumerate(self.layers):
                 x, residual = layer.cached(x, residual, slots, cos, sin, keys[i], values[i], cache_rows, start, length)
@@ -246,6 +252,20 @@ class Decoder(nn.Cell):
             index = ops.broadcast_to(last, (x.shape[0], 1, x.shape[2]))
             x = ops.gather_elements(x, 1, index)
         return self.lm_head(x, slots).reshape(x.shape[0], -1)
+
+    @property
+    def fused(self):
+        """Whether whole steps, from token to token, run as one operator; see :meth:`step_operands`."""
+        model = self.model
+        ends = model.embed_tokens.fusible and model.norm.fusible and self.lm_head.fusible
+        return fuses_steps() and ends and model.fused
+
+    def step_operands(self, cache):
+        """The model's tensors in :func:`colora_ms.kernels.decode_steps`."""
+        model = self.model
+        embed, norm = model.embed_tokens, model.norm
+        return ((model.rope_cos, model.rope_sin, embed.weight, embed.weight_scale, norm.weight, norm.eps)
+                + self.lm_head.operands() + model.layer_operands(cache))
 
 
 class _Builder:

@@ -47,6 +47,9 @@ class Linear(nn.Cell):
 class Embedding(nn.Cell):
     """Rows of ``weight`` (vocab, hidden) picked by token ids; the same formats as :class:`Linear`."""
 
+    #: True where weight and scale are all that the Cell computes with.
+    fusible = True
+
     def __init__(self, weight, hidden_size, weight_scale=None):
         super().__init__()
         self.hidden_size = hidden_size

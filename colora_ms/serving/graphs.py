@@ -4,7 +4,8 @@ All of them work on the same cache; which rows, slots, settings and how many ste
 compiled once for each bucket of shapes.
 """
 
-from mindspore import nn, ops
+import mindspore as ms
+from mindspore import Tensor, nn, ops
 
 from colora_ms.decoding.loop import ContinueLoop
 from colora_ms.kernels import contrast_strength, contrastive_select
@@ -29,6 +30,13 @@ class ServingLoop(ContinueLoop):
     A request whose logits are not finite (an adapter with values near the largest float) gets results of zeros, with 0
     valid tokens, in place of an error of the operator, which would end all requests of the batch.
     """
+
+    def __init__(self, decoder, cache):
+        super().__init__(decoder, cache)
+        self.forgiving = Tensor([1], ms.int32)
+
+    def previous(self, token, adapt):
+        return ops.where(adapt[3], -self.one, token)
 
     def construct(self, token, position, active, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
                   temperature, top_k, top_p, uniforms, budget, eos, steps, mode, ids, lengths, fresh):

@@ -255,6 +255,8 @@ inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t to
     colora::prefer_huge_pages(l.weight.data, size_t(l.weight.bytes()));
     l.y_rows.resize(size_t(tokens));
     for (int64_t t = 0; t < tokens; ++t) l.y_rows[size_t(t)] = l.y + t * l.weight.out;
+    l.row_adapters.clear();
+    l.shrink.reset();
     if (!l.adapters.present() || !row_slot) continue;
     l.groups = group_by_slot(tokens, l.adapters.slots, [&](int64_t t) { return row_slot[t / per_row]; });
     if (l.groups.tokens.empty()) continue;

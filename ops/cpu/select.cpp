@@ -1,298 +1,34 @@
-// contrastive_select: the next token of each request from the logits rows of its expert and its amateur
-// (Contrastive LoRA Decoding, arXiv 2505.14620), by argmax or sampling.
-//
-// The expert's row is read once for its maximum, in blocks whose maxima are kept; the second pass visits only the
-// blocks that hold a survivor of the cut, and the amateur's row is read at the survivors alone. Argmax sorts nothing;
-// sampling takes tokens from a heap until the drawn mass is reached.
-#include <algorithm>
-#include <cmath>
-#include <limits>
+// contrastive_select: the next token of each request; see select.h.
+#include "select.h"
+
 #include <new>
-#include <string>
-#include <vector>
 
-#include "check.h"
 #include "parallel.h"
-#include "vec_math.h"
-
-namespace COLORA_ISA_NAMESPACE {
-namespace {
-
-using colora::Tensor;
-
-constexpr int64_t kBlock = 256;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-struct Options {
-  int64_t expert, amateur, top_k;
-  float alpha, beta, temperature, top_p, uniform;
-};
-
-struct Choice {
-  int64_t token = 0, favourite = 0, valid = 0;
-  float expert = 0, amateur = 0, score = 0, highest = 0;
-  std::string error;
-};
-
-struct Candidate {
-  float score;
-  int32_t token;
-  float weight;
-};
-
-// Higher score first, the smaller token first among equals.
-inline bool better(const Candidate& x, const Candidate& y) {
-  return x.score > y.score || (x.score == y.score && x.token < y.token);
-}
-
-// Maximum of each block; returns false if the row holds a NaN.
-bool block_maxima(const float* e, int64_t vocab, float* maxima) {
-  vi nan{};
-  for (int64_t b = 0; b * kBlock < vocab; ++b) {
-    const int64_t end = std::min(vocab, (b + 1) * kBlock);
-    vf m0 = splat(-kInfinity), m1 = m0;
-    int64_t i = b * kBlock;
-    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-      const vf x = load(e + i), y = load(e + i + kLanes);
-      nan |= (x != x) | (y != y);
-      m0 = max(x, m0);
-      m1 = max(y, m1);
-    }
-    float highest = max_of(max(m0, m1));
-    for (; i < end; ++i) {
-      if (e[i] != e[i]) return false;
-      highest = e[i] > highest ? e[i] : highest;
-    }
-    maxima[b] = highest;
-  }
-  for (int i = 0; i < kLanes; ++i)
-    if (nan[i]) return false;
-  return true;
-}
-
-// Candidates in descending order until the drawn mass is reached (top_k has been applied). `mass` is that of all
-// candidates, `complete` tells whether all of them are here. Returns false if those that are here do not suffice.
-bool draw(std::vector<Candidate>& candidates, const Options& o, double mass, bool complete, Candidate* picked) {
-  const auto worse = [](const Candidate& x, const Candidate& y) { return better(y, x); };
-  std::make_heap(candidates.begin(), candidates.end(), worse);
-  // Taken candidates gather at the end of the vector, the best one last.
-  auto heap_end = candidates.end();
-  double taken = 0.0;
-  const auto take = [&] {
-    std::pop_heap(candidates.begin(), heap_end, worse);
-    --heap_end;
-    taken += heap_end->weight;
-  };
-  if (o.top_p >= 1.0f) {
-    const double wanted = double(o.uniform) * mass;
-    do take(); while (taken <= wanted && heap_end != candidates.begin());
-    *picked = *heap_end;
-    return complete || taken > wanted;
-  }
-  const double kept = double(o.top_p) * mass;
-  do take(); while (taken < kept && heap_end != candidates.begin());
-  if (!complete && taken < kept) return false;
-  const double wanted = double(o.uniform) * taken;
-  double sum = 0.0;
-  auto c = candidates.end();
-  do sum += (--c)->weight; while (sum <= wanted && c != heap_end);
-  *picked = *c;
-  return true;
-}
-
-// Sets the candidates' weights exp((score - highest) / temperature) and returns their sum.
-double weigh(std::vector<Candidate>& candidates, float highest, float temperature) {
-  double mass = 0.0;
-  for (size_t i = 0; i < candidates.size(); i += kLanes) {
-    const size_t count = std::min<size_t>(kLanes, candidates.size() - i);
-    float scaled[kLanes] = {};
-    for (size_t j = 0; j < count; ++j) scaled[j] = (candidates[i + j].score - highest) / temperature;
-    store(scaled, exp(load(scaled)));
-    for (size_t j = 0; j < count; ++j) mass += candidates[i + j].weight = scaled[j];
-  }
-  return mass;
-}
-
-void cut_to_top_k(std::vector<Candidate>& candidates, int64_t top_k) {
-  if (top_k <= 0 || top_k >= int64_t(candidates.size())) return;
-  std::nth_element(candidates.begin(), candidates.begin() + top_k, candidates.end(), better);
-  candidates.resize(size_t(top_k));
-}
-
-// A draw among given candidates.
-Candidate sample(std::vector<Candidate>& candidates, const Options& o) {
-  cut_to_top_k(candidates, o.top_k);
-  float highest = -kInfinity;
-  for (const Candidate& c : candidates) highest = c.score > highest ? c.score : highest;
-  const double mass = weigh(candidates, highest, o.temperature);
-  Candidate picked{};
-  draw(candidates, o, mass, true, &picked);
-  return picked;
-}
-
-// A draw among the whole vocabulary by plain scores. The tail of tiny weights is only looked at if the draw gets there.
-Candidate sample_plain(const float* e, int64_t vocab, const std::vector<float>& maxima, float highest,
-                       const Options& o) {
-  std::vector<Candidate> candidates;
-  const auto collect = [&](float least) {
-    candidates.clear();
-    for (size_t b = 0; b < maxima.size(); ++b) {
-      if (maxima[b] < least) continue;
-      const int64_t end = std::min(vocab, int64_t(b + 1) * kBlock);
-      for (int64_t i = int64_t(b) * kBlock; i < end; ++i)
-        if (e[i] >= least) candidates.push_back({e[i], int32_t(i), 0.0f});
-    }
-  };
-  double mass = 0.0;
-  if (o.top_k == 0)
-    for (int64_t b = 0; b < vocab; b += kBlock) {
-      vf sum_of_block{};
-      const int64_t end = std::min(vocab, b + kBlock);
-      for (int64_t i = b; i < end; i += kLanes) {
-        const int64_t left = end - i;
-        vf weight = exp((load_upto(e + i, left) - splat(highest)) / splat(o.temperature));
-        if (left < kLanes) {
-          float lanes[kLanes];
-          store(lanes, weight);
-          std::fill(lanes + left, lanes + kLanes, 0.0f);
-          weight = load(lanes);
-        }
-        sum_of_block = sum_of_block + weight;
-      }
-      mass += sum(sum_of_block);
-    }
-  Candidate picked{};
-  for (const bool complete : {false, true}) {
-    collect(complete ? -kInfinity : highest - 9.0f * o.temperature);
-    if (o.top_k > 0) {
-      if (!complete && int64_t(candidates.size()) < std::min(o.top_k, vocab)) continue;
-      return sample(candidates, o);
-    }
-    weigh(candidates, highest, o.temperature);
-    if (draw(candidates, o, mass, complete, &picked)) break;
-  }
-  return picked;
-}
-
-std::string text(const char* what, int64_t row, int64_t token) {
-  return std::string(what) + " in row " + std::to_string(row) +
-         (token >= 0 ? " at token " + std::to_string(token) : "");
-}
-
-Choice choose(const float* logits, int64_t vocab, const Options& o) {
-  Choice choice;
-  const float* e = logits + o.expert * vocab;
-  const float* a = o.amateur >= 0 ? logits + o.amateur * vocab : nullptr;
-  std::vector<float> maxima(size_t((vocab + kBlock - 1) / kBlock));
-  if (!block_maxima(e, vocab, maxima.data())) {
-    choice.error = text("argument 'logits' holds NaN", o.expert, -1);
-    return choice;
-  }
-  const size_t block = size_t(std::max_element(maxima.begin(), maxima.end()) - maxima.begin());
-  const float highest = maxima[block];
-  if (!std::isfinite(highest)) {
-    choice.error = text(highest > 0 ? "argument 'logits' holds infinity" : "argument 'logits' holds only -infinity",
-                        o.expert, -1);
-    return choice;
-  }
-  int64_t favourite = int64_t(block) * kBlock;
-  while (e[favourite] != highest) ++favourite;
-  choice.favourite = favourite;
-  choice.highest = highest;
-
-  const bool sampling = o.temperature > 0.0f;
-  Candidate best{-kInfinity, -1, 0.0f};
-  std::vector<Candidate> candidates;
-  if (!a && !sampling) {
-    choice.valid = vocab;
-    best = {highest, int32_t(favourite), 0.0f};
-  } else if (!a) {
-    choice.valid = vocab;
-    best = sample_plain(e, vocab, maxima, highest, o);
-  } else {
-    const float cut = std::log(o.alpha) + highest;
-    const float gain = 1.0f + o.beta;
-    for (size_t b = 0; b < maxima.size(); ++b) {
-      if (maxima[b] < cut) continue;
-      const int64_t end = std::min(vocab, int64_t(b + 1) * kBlock);
-      for (int64_t i = int64_t(b) * kBlock; i < end; ++i) {
-        if (!(e[i] >= cut)) continue;
-        ++choice.valid;
-        float score = e[i];
-        if (o.beta != 0.0f) {
-          score = gain * e[i] - o.beta * a[i];
-          if (!std::isfinite(score)) {
-            choice.error = text("argument 'logits' holds NaN or infinity (or their contrast overflows)", o.amateur, i);
-            return choice;
-          }
-        }
-        const Candidate candidate{score, int32_t(i), 0.0f};
-        if (sampling) candidates.push_back(candidate);
-        else if (score > best.score) best = candidate;
-      }
-    }
-    if (sampling) best = sample(candidates, o);
-  }
-  choice.token = best.token;
-  choice.score = best.score;
-  choice.expert = e[best.token];
-  choice.amateur = a ? a[best.token] : 0.0f;
-  return choice;
-}
-
-}  // namespace
-}  // namespace COLORA_ISA_NAMESPACE
 
 // (logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform) -> (ints, floats)
 COLORA_OPERATOR(contrastive_select) {
+  using namespace COLORA_ISA_NAMESPACE;
+  using colora::Tensor;
   call.expect(9, 2);
-  const Tensor logits = call.in(0, "logits"), expert_rows = call.in(1, "expert_rows"),
-               amateur_rows = call.in(2, "amateur_rows"), alpha = call.in(3, "alpha"), beta = call.in(4, "beta"),
-               temperature = call.in(5, "temperature"), top_k = call.in(6, "top_k"), top_p = call.in(7, "top_p"),
-               uniform = call.in(8, "uniform"), ints = call.out(0, "ints"), floats = call.out(1, "floats");
+  const Tensor logits = call.in(0, "logits"), uniform = call.in(8, "uniform"), ints = call.out(0, "ints"),
+               floats = call.out(1, "floats");
+  const SelectTensors tensors{call.in(1, "expert_rows"), call.in(2, "amateur_rows"), call.in(3, "alpha"),
+                              call.in(4, "beta"),        call.in(5, "temperature"),  call.in(6, "top_k"),
+                              call.in(7, "top_p")};
   logits.expect_dtype("float32").expect_rank(2);
   const int64_t rows = logits.dim(0), vocab = logits.dim(1);
   if (vocab < 1 || vocab > std::numeric_limits<int32_t>::max())
     logits.fail("has shape %s, expected (rows, vocab) with vocab >= 1", logits.shape_text().c_str());
-  expert_rows.expect_dtype("int32").expect_rank(1);
-  const int64_t requests = expert_rows.dim(0);
-  for (const Tensor* t : {&amateur_rows, &top_k})
-    t->expect_dtype("int32").expect_rank(1).expect_dim(0, requests, "requests, as in expert_rows");
-  for (const Tensor* t : {&alpha, &beta, &temperature, &top_p, &uniform})
-    t->expect_dtype("float32").expect_rank(1).expect_dim(0, requests, "requests, as in expert_rows");
+  const int64_t requests = tensors.check();
+  uniform.expect_dtype("float32").expect_rank(1).expect_dim(0, requests, "requests, as in expert_rows");
   ints.expect_dtype("int32").expect_rank(2).expect_dim(0, requests, "requests").expect_dim(1, 3, "three numbers");
   floats.expect_dtype("float32").expect_rank(2).expect_dim(0, requests, "requests").expect_dim(1, 4, "four numbers");
 
-  std::vector<Options> options(size_t(requests), Options{});
+  std::vector<SelectOptions> options(size_t(requests), SelectOptions{});
   for (int64_t r = 0; r < requests; ++r) {
-    Options& o = options[size_t(r)];
-    o.expert = expert_rows.data<int32_t>()[r];
-    o.amateur = amateur_rows.data<int32_t>()[r];
-    if (o.expert < -1 || o.expert >= rows)
-      expert_rows.fail("is %lld in request %lld, expected -1 (inactive) or 0 to %lld", (long long)o.expert,
-                       (long long)r, (long long)rows - 1);
-    if (o.expert < 0) continue;
-    if (o.amateur < -1 || o.amateur >= rows)
-      amateur_rows.fail("is %lld in request %lld, expected -1 (no contrast) or 0 to %lld", (long long)o.amateur,
-                        (long long)r, (long long)rows - 1);
-    const auto number = [&](const Tensor& t, float low, float high, const char* expected) {
-      const float value = t.data<float>()[r];
-      if (!(value >= low && value <= high)) t.fail("is %g in request %lld, expected %s", double(value), (long long)r,
-                                                  expected);
-      return value;
-    };
-    constexpr float kMost = std::numeric_limits<float>::max(), kLeast = std::numeric_limits<float>::denorm_min();
-    if (o.amateur >= 0) {
-      o.alpha = number(alpha, kLeast, 1.0f, "a number in (0, 1]");
-      o.beta = number(beta, 0.0f, kMost, "a finite number >= 0");
-    }
-    o.temperature = number(temperature, 0.0f, kMost, "a finite number >= 0 (0: argmax)");
-    if (!(o.temperature > 0.0f)) continue;
-    o.top_p = number(top_p, kLeast, 1.0f, "a number in (0, 1]");
-    o.uniform = number(uniform, 0.0f, std::nextafterf(1.0f, 0.0f), "a number in [0, 1)");
-    o.top_k = top_k.data<int32_t>()[r];
-    if (o.top_k < 0)
-      top_k.fail("is %lld in request %lld, expected 0 (off) or more", (long long)o.top_k, (long long)r);
+    SelectOptions& o = options[size_t(r)];
+    o = tensors.read(r, rows);
+    if (o.expert >= 0 && o.temperature > 0.0f) o.uniform = checked_uniform(uniform, uniform.data<float>()[r], r);
   }
 
   std::vector<Choice> choices{size_t(requests)};
@@ -314,10 +50,6 @@ COLORA_OPERATOR(contrastive_select) {
       colora::refuse("contrastive_select: %s (request %lld), expected finite numbers",
                      choices[size_t(r)].error.c_str(), (long long)r);
   for (int64_t r = 0; r < requests; ++r) {
-    const Choice& c = choices[size_t(r)];
-    int32_t* i = ints.data<int32_t>() + r * 3;
-    float* f = floats.data<float>() + r * 4;
-    i[0] = int32_t(c.token), i[1] = int32_t(c.favourite), i[2] = int32_t(c.valid);
-    f[0] = c.expert, f[1] = c.amateur, f[2] = c.score, f[3] = c.highest;
+    choices[size_t(r)].write(ints.data<int32_t>() + r * 3, floats.data<float>() + r * 4);
   }
 }

@@ -50,7 +50,7 @@ def test_embedding_picks_exact_rows(kind, vocab, half, grouped, shape, seed):
     ([-1], "float32", None, ("ids", "-1")),
     ([0], "int8", None, ("weight_scale", "absent")),
     ([0], "int8", np.ones(4, np.float32), ("weight_scale", "(4,)")),
-    ([0], "int8", np.ones((5, 3), np.float32), ("weight_scale", "3", "hidden=8")),
+    ([0], "int8", np.ones((5, 3), np.float32), ("weight_scale", "3", "8")),
     ([0], "float32", np.ones(5, np.float32), ("weight_scale", "(5,)")),
 ])
 def test_bad_arguments_are_refused_before_writing(ids, weight, scale, words):

@@ -1,0 +1,307 @@
+// decode_steps: the token loop of the generation in one call. Each step embeds the last token of every running request,
+// runs the layers over the cache, multiplies with the head, chooses the next tokens and books them.
+//
+// The parts are those of embedding, decoder_layers, rms_norm, multi_lora_linear, contrast_strength and
+// contrastive_select, so the numbers are theirs to the last bit. Three things are left out because nobody reads them:
+// rows of requests that have ended, rows that only fill a bucket, and the amateur's logits of tokens that do not survive
+// the expert's cut (the head is multiplied for the blocks of survivors alone).
+//
+// Inputs: token, position, active, previous (requests); slots, cache_rows (rows); expert_rows, amateur_rows, alpha, beta,
+//   temperature, top_k, top_p (requests); uniforms (requests, capacity); budget (requests); eos (any); steps,
+//   forgiving (1); mode (requests) or absent, prompt (requests, width), lengths (requests); cos, sin; weight and scale of
+//   the embedding; weight and eps of the last norm; six of the head; kPerLayer of each layer.
+// Outputs: ints (capacity, requests, 3), floats (capacity, requests, 4), counts, token, position, active (requests).
+#include <memory>
+#include <new>
+
+#include "contrast.h"
+#include "embedding.h"
+#include "layers.h"
+#include "select.h"
+
+namespace COLORA_ISA_NAMESPACE {
+namespace {
+
+using colora::Tensor;
+
+constexpr int kFixed = 33, kOutputs = 6;
+constexpr int64_t kFewBlocks = 8;  // the amateur's head is multiplied as a whole beyond this share of its blocks
+
+struct Request {
+  SelectOptions select;
+  StrengthOptions strength;
+  int32_t token = 0, position = 0, previous = -1, taken = 0, budget = 0;
+  bool active = false;
+  int64_t expert = 0, amateur = -1;  // rows of this step's logits
+  bool whole = false;                // the amateur's logits are all there
+};
+
+class Steps {
+ public:
+  explicit Steps(const colora::Call& call)
+      : token_(call.in(0, "token")), position_(call.in(1, "position")), active_(call.in(2, "active")),
+        slots_(call.in(4, "slots")), cache_rows_(call.in(5, "cache_rows")), uniforms_(call.in(13, "uniforms")),
+        eos_(call.in(15, "eos")), mode_(call.in(18, "mode")) {
+    const SelectTensors options{call.in(6, "expert_rows"), call.in(7, "amateur_rows"), call.in(8, "alpha"),
+                                call.in(9, "beta"),        call.in(10, "temperature"), call.in(11, "top_k"),
+                                call.in(12, "top_p")};
+    const int64_t count = options.check();
+    const Tensor previous = call.in(3, "previous"), budget = call.in(14, "budget"), steps = call.in(16, "steps"),
+                 forgiving = call.in(17, "forgiving");
+    for (const Tensor* t : {&token_, &position_, &active_, &previous, &budget})
+      t->expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in expert_rows");
+    slots_.expect_dtype("int32").expect_rank(1);
+    rows_ = slots_.dim(0);
+    cache_rows_.expect_dtype("int32").expect_rank(1).expect_dim(0, rows_, "rows, as in slots");
+    uniforms_.expect_dtype("float32").expect_rank(2).expect_dim(0, count, "requests, as in expert_rows");
+    eos_.expect_dtype("int32").expect_rank(1);
+    for (const Tensor* t : {&steps, &forgiving}) t->expect_dtype("int32").expect_rank(1).expect_dim(0, 1, "one number");
+    capacity_ = uniforms_.dim(1);
+    steps_ = *steps.data<int32_t>();
+    if (steps_ < 0 || steps_ > capacity_)
+      steps.fail("is %lld, expected 0 to %lld, the columns of uniforms", (long long)steps_, (long long)capacity_);
+    forgiving_ = *forgiving.data<int32_t>() != 0;
+    read_model(call);
+    read_requests(call, options, previous, budget);
+    check_positions();
+  }
+
+  void run(const colora::Call& call) {
+    int32_t* ints = output(call, 0, "ints", "int32", 3);
+    float* floats = reinterpret_cast<float*>(output(call, 1, "floats", "float32", 4));
+    int32_t* state[4];
+    const char* names[4] = {"counts", "token", "position", "active"};
+    const int64_t count = int64_t(requests_.size());
+    for (int i = 0; i < 4; ++i) {
+      const Tensor t = call.out(2 + i, names[i]);
+      t.expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests");
+      state[i] = t.data<int32_t>();
+    }
+    std::fill(ints, ints + capacity_ * count * 3, 0);
+    std::fill(floats, floats + capacity_ * count * 4, 0.0f);
+    for (int64_t step = 0; step < steps_ && gather(step); ++step) {
+      forward();
+      choose_all();
+      book(ints + step * count * 3, floats + step * count * 4);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const Request& q = requests_[size_t(r)];
+      state[0][r] = q.taken, state[1][r] = q.token, state[2][r] = q.position, state[3][r] = q.active;
+    }
+  }
+
+ private:
+  void read_model(const colora::Call& call) {
+    table_ = weight_of(call.in(23, "embed_tokens"), call.in(24, "scale of embed_tokens"), -1);
+    read_norm(call, 25, "norm", table_.in, norm_);
+    if (!norm_.weight) call.in(25, "norm").fail("is absent");
+    head_.push_back(read_linear(call, 27, table_.in, slots_));
+    const int count = (call.count() - kFixed - kOutputs) / kPerLayer;
+    stack_ = std::make_unique<LayerStack>(call, kFixed, count,
+                                          StackInputs{slots_, call.in(21, "cos"), call.in(22, "sin"), table_.in});
+  }
+
+  void read_requests(const colora::Call& call, const SelectTensors& options, const Tensor& previous, const Tensor& budget) {
+    const Tensor prompt = call.in(19, "prompt"), lengths = call.in(20, "lengths");
+    const int64_t count = options.expert_rows.dim(0);
+    if (!mode_.absent()) {
+      for (const Tensor* t : {&mode_, &lengths})
+        t->expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in expert_rows");
+      prompt.expect_dtype("int32").expect_rank(2).expect_dim(0, count, "requests, as in expert_rows");
+    }
+    requests_.resize(size_t(count));
+    for (int64_t r = 0; r < count; ++r) {
+      Request& q = requests_[size_t(r)];
+      q.select = options.read(r, rows_);
+      q.token = token_.data<int32_t>()[r], q.position = position_.data<int32_t>()[r];
+      q.previous = previous.data<int32_t>()[r], q.budget = budget.data<int32_t>()[r];
+      q.active = active_.data<int32_t>()[r] != 0 && q.budget > 0 && q.select.expert >= 0;
+      if (!q.active) continue;
+      if (q.token < 0 || q.token >= table_.out)
+        token_.fail("is %d in request %lld, expected 0 to %lld", q.token, (long long)r, (long long)table_.out - 1);
+      if (q.select.temperature > 0.0f)
+        for (int64_t i = 0; i < std::min<int64_t>(steps_, q.budget); ++i)
+          checked_uniform(uniforms_, uniforms_.data<float>()[r * capacity_ + i], r);
+      if (mode_.absent() || q.select.amateur < 0) continue;
+      StrengthOptions& s = q.strength;
+      s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(mode_, r);
+      s.length = checked_length(lengths, r, prompt.dim(1));
+      s.prompt = prompt.data<int32_t>() + r * prompt.dim(1);
+    }
+  }
+
+  // Every row that is used has one request, a cache row of its own and room for all tokens that may come.
+  void check_positions() const {
+    std::vector<int32_t> start(size_t(rows_), 0), length(size_t(rows_), 0);
+    for (size_t r = 0; r < requests_.size(); ++r) {
+      const Request& q = requests_[r];
+      if (!q.active) continue;
+      for (const int64_t row : {q.select.expert, q.select.amateur}) {
+        if (row < 0) continue;
+        if (length[size_t(row)] > 0)
+          colora::refuse("decode_steps: row %lld is used twice (the second time by request %zu), expected rows of its own "
+                         "for each request", (long long)row, r);
+        start[size_t(row)] = q.position;
+        length[size_t(row)] = int32_t(std::min<int64_t>(steps_, q.budget));
+      }
+    }
+    Tensor starts = cache_rows_, lengths = cache_rows_;
+    starts.name = "position", starts.raw = start.data();
+    lengths.name = "steps", lengths.raw = length.data();
+    stack_->check_rows(cache_rows_, starts, lengths, rows_, std::max<int64_t>(capacity_, 1));
+  }
+
+  int32_t* output(const colora::Call& call, int i, const char* name, const char* dtype, int64_t width) const {
+    const Tensor t = call.out(i, name);
+    t.expect_dtype(dtype).expect_rank(3).expect_dim(0, capacity_, "the columns of uniforms");
+    t.expect_dim(1, int64_t(requests_.size()), "requests").expect_dim(2, width, "numbers of a choice");
+    return t.data<int32_t>();
+  }
+
+  // The rows of this step: all experts, the amateurs whose whole logits are needed, then the others.
+  bool gather(int64_t step) {
+    ids_.clear(), slot_.clear(), cache_row_.clear(), start_.clear();
+    const auto add = [&](const Request& q, int64_t row) {
+      ids_.push_back(q.token), start_.push_back(q.position);
+      slot_.push_back(slots_.data<int32_t>()[row]), cache_row_.push_back(cache_rows_.data<int32_t>()[row]);
+      return int64_t(ids_.size()) - 1;
+    };
+    for (size_t r = 0; r < requests_.size(); ++r) {
+      Request& q = requests_[r];
+      if (!q.active) continue;
+      q.expert = add(q, q.select.expert);
+      q.select.uniform = uniforms_.data<float>()[int64_t(r) * capacity_ + step];
+    }
+    const bool sliced = regular_groups(head_[0].weight);
+    for (const bool whole : {true, false}) {
+      for (Request& q : requests_) {
+        if (!q.active || q.select.amateur < 0) continue;
+        const bool adapted = head_[0].adapters.present() && slots_.data<int32_t>()[q.select.amateur] >= 0;
+        const bool needed = adapted || !sliced || (q.strength.mode & ~kSkipCopies) == kDivergence;
+        if (needed != whole) continue;
+        q.amateur = add(q, q.select.amateur);
+        q.whole = whole;
+      }
+      if (whole) full_ = int64_t(ids_.size());
+    }
+    ones_.assign(ids_.size(), 1);
+    return !ids_.empty();
+  }
+
+  void forward() {
+    const int64_t rows = int64_t(ids_.size()), hidden = table_.in;
+    if (rows > reserved_) {
+      for (AlignedFloats* m : {&x_, &sum_, &h_}) m->resize(rows * hidden);
+      logits_.resize(rows * head_[0].weight.out);
+      reserved_ = rows;
+    }
+    embed_rows(table_, ids_.data(), rows, x_.data());
+    std::fill(sum_.data(), sum_.data() + rows * hidden, 0.0f);
+    stack_->run({rows, 1, slot_.data(), cache_row_.data(), start_.data(), ones_.data()}, x_.data(), sum_.data(), x_.data(),
+                sum_.data());
+    add_norm_rows(x_.data(), sum_.data(), norm_.weight, norm_.eps, rows, hidden, sum_.data(), h_.data(), nullptr);
+    head_[0].y = logits_.data();
+    run_linears(head_, h_.data(), full_, 1, hidden, slot_.data());
+  }
+
+  // The amateur's logits of the expert's survivors, in whole blocks of outputs.
+  void amateur_logits(Request& q) {
+    const Weight& w = head_[0].weight;
+    float* to = logits_.data() + q.amateur * w.out;
+    const float *e = logits_.data() + q.expert * w.out, *h = h_.data() + q.amateur * w.in;
+    const float cut = std::log(q.select.alpha) + highest_of(e, w.out);
+    std::vector<int64_t> blocks;
+    for (int64_t o = 0; o < w.out; ++o) {
+      if (!(e[o] >= cut)) continue;
+      blocks.push_back(o / kOuts * kOuts);
+      o = blocks.back() + kOuts - 1;
+    }
+    if (int64_t(blocks.size()) * kOuts * kFewBlocks > w.out) blocks.assign(1, -1);
+    for (const int64_t o : blocks) {
+      std::vector<Linear> part(1);
+      part[0].weight = o < 0 ? w : rows_of(w, o, std::min(w.out, o + kOuts));
+      part[0].bias = head_[0].bias ? head_[0].bias + std::max<int64_t>(o, 0) : nullptr;
+      part[0].y = to + std::max<int64_t>(o, 0);
+      run_linears(part, h, 1, 1, w.in, nullptr);
+    }
+  }
+
+  static Weight rows_of(Weight w, int64_t begin, int64_t end) {
+    w.data = static_cast<const char*>(w.data) + w.bytes() / w.out * begin;
+    if (w.scale) w.scale += begin * w.groups;
+    w.out = end - begin;
+    return w;
+  }
+
+  void choose_all() {
+    const int64_t vocab = head_[0].weight.out;
+    choices_.assign(requests_.size(), Choice());
+    const auto work = [&](int64_t r) {
+      Request& q = requests_[size_t(r)];
+      Choice& choice = choices_[size_t(r)];
+      if (!q.active) return;
+      try {
+        SelectOptions o = q.select;
+        o.expert = q.expert;
+        if (o.amateur >= 0) {
+          o.amateur = q.amateur;
+          if (!q.whole) amateur_logits(q);
+          StrengthOptions& s = q.strength;
+          s.expert = q.expert, s.amateur = q.amateur, s.previous = q.previous;
+          if (s.mode && s.beta > 0.0f) o.beta = s.beta * strength_share(logits_.data(), vocab, s);
+        }
+        choice = choose(logits_.data(), vocab, o);
+      } catch (const std::bad_alloc&) {  // must not leave the parallel region
+        choice.error = "no memory";
+      }
+    };
+    const int64_t count = int64_t(requests_.size());
+    if (count * vocab < (1 << 18)) {  // less than what starting threads costs
+      for (int64_t r = 0; r < count; ++r) work(r);
+    } else {
+      parallel_tasks(count, work);
+    }
+    for (size_t r = 0; r < choices_.size(); ++r)
+      if (!forgiving_ && !choices_[r].error.empty())
+        colora::refuse("decode_steps: %s (request %zu), expected finite numbers", choices_[r].error.c_str(), r);
+  }
+
+  void book(int32_t* ints, float* floats) {
+    for (size_t r = 0; r < requests_.size(); ++r) {
+      Request& q = requests_[r];
+      if (!q.active) continue;
+      const bool failed = !choices_[r].error.empty();
+      const Choice choice = failed ? Choice() : choices_[r];
+      choice.write(ints + r * 3, floats + r * 4);
+      q.token = q.previous = int32_t(choice.token);
+      ++q.taken, ++q.position;
+      const int32_t* ends = eos_.data<int32_t>();
+      q.active = !failed && q.taken < q.budget && std::find(ends, ends + eos_.size(), q.token) == ends + eos_.size();
+    }
+  }
+
+  const Tensor token_, position_, active_, slots_, cache_rows_, uniforms_, eos_, mode_;
+  int64_t rows_ = 0, capacity_ = 0, steps_ = 0, full_ = 0, reserved_ = 0;
+  bool forgiving_ = false;
+  Weight table_;
+  Norm norm_;
+  std::vector<Linear> head_;
+  std::unique_ptr<LayerStack> stack_;
+  std::vector<Request> requests_;
+  std::vector<Choice> choices_;
+  std::vector<int32_t> ids_, slot_, cache_row_, start_, ones_;
+  AlignedFloats x_, sum_, h_, logits_;
+};
+
+}  // namespace
+}  // namespace COLORA_ISA_NAMESPACE
+
+COLORA_OPERATOR(decode_steps) {
+  using namespace COLORA_ISA_NAMESPACE;
+  const int layers = (call.count() - kFixed - kOutputs) / kPerLayer;
+  if (layers < 1 || call.count() != kFixed + layers * kPerLayer + kOutputs)
+    colora::refuse("%s: got %d tensors, expected %d, %d a layer, and %d outputs", call.op(), call.count(), kFixed,
+                   kPerLayer, kOutputs);
+  call.expect(kFixed + layers * kPerLayer, kOutputs);
+  Steps(call).run(call);
+}

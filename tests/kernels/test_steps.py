@@ -1,0 +1,200 @@
+"""decode_steps: the C operator against a loop over the operators of its parts, to the last bit, and its refusals."""
+
+import numpy as np
+import pytest
+from call import Refused, call, set_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layers import Case, bits, copied, first_shape
+
+from colora_ms.kernels import steps as face
+from colora_ms.kernels.aot import KernelError
+
+FIXED, ENTROPY, DIVERGENCE, MARGIN, SKIP = 0, 1, 2, 3, 8
+
+
+class Loop(Case):
+    """Random layers with an embedding and a head, random requests with rows of their own in any order."""
+
+    def __init__(self, seed, requests=3, capacity=4, vocab=29, mode=None, temperature=0.0, adapted_head=True, tied=False,
+                 alpha=0.2, eos=(), steps=None, prompt=3, hidden=24, **sizes):
+        super().__init__(seed, rows=2 * requests + 1, hidden=hidden, max_len=prompt + capacity + 4, **sizes)
+        random = self.random
+        self.requests, self.capacity, self.vocab = requests, capacity, vocab
+        self.embed = self.linear(vocab, hidden)[:2]
+        self.last_norm = self.norm(hidden)
+        head = self.linear(vocab, hidden)
+        self.head = (self.embed if tied else head[:2]) + head[2:3] + (head[3:] if adapted_head else [None] * 3)
+        whole = lambda low, high: random.integers(low, high, requests).astype(np.int32)  # noqa: E731
+        rows = random.permutation(self.rows)
+        self.expert = rows[:requests].astype(np.int32)
+        self.amateur = np.where(random.random(requests) < 0.7, rows[requests:2 * requests], -1).astype(np.int32)
+        self.token, self.position = whole(0, vocab), whole(0, prompt)
+        self.active, self.previous = whole(0, 4).clip(0, 1), whole(-1, vocab)
+        self.budget = whole(0, capacity + 3)
+        self.alpha = np.full(requests, alpha, np.float32)
+        self.beta = random.choice([0.0, 0.5, 2.0], requests).astype(np.float32)
+        self.temperature = np.full(requests, temperature, np.float32)
+        self.top_k, self.top_p = whole(0, 6), random.choice([0.7, 1.0], requests).astype(np.float32)
+        self.uniforms = random.random((requests, capacity)).astype(np.float32)
+        self.eos = np.array(eos, np.int32)
+        self.steps = capacity if steps is None else steps
+        self.forgiving = 0
+        self.mode = None if mode is None else np.resize(np.int32(mode), requests)
+        self.prompt, self.lengths = random.integers(0, vocab, (requests, prompt)).astype(np.int32), whole(0, prompt + 1)
+
+    def inputs(self):
+        adapt = [None] * 3 if self.mode is None else [self.mode, self.prompt, self.lengths]
+        return [self.token, self.position, self.active, self.previous, self.slots, self.cache_rows, self.expert, self.amateur,
+                self.alpha, self.beta, self.temperature, self.top_k, self.top_p, self.uniforms, self.budget, self.eos,
+                np.int32([self.steps]), np.int32([self.forgiving]), *adapt, self.cos, self.sin, *self.embed,
+                *self.last_norm, *self.head, *(t for layer in self.layers for part in layer.values() for t in part)]
+
+    def run(self):
+        r, c = self.requests, self.capacity
+        return call("decode_steps", self.inputs(), [((c, r, 3), "int32"), ((c, r, 4), "float32"), *[((r,), "int32")] * 4])
+
+    def compose(self):
+        """The same by the parts, all rows computed at every step; the caches are copies."""
+        caches = [[copied(layer[name][0]) for name in ("k_cache", "v_cache")] for layer in self.layers]
+        token, position, previous = self.token.copy(), self.position.copy(), self.previous.copy()
+        active = (self.active > 0) & (self.budget > 0)
+        counts = np.zeros(self.requests, np.int32)
+        ints = np.zeros((self.capacity, self.requests, 3), np.int32)
+        floats = np.zeros((self.capacity, self.requests, 4), np.float32)
+        for step in range(self.steps):
+            if not active.any():
+                break
+            logits = self.logits(token, position, active, caches)
+            expert = np.where(active, self.expert, -1).astype(np.int32)
+            beta = self.beta
+            if self.mode is not None:
+                beta = call("contrast_strength", [logits, expert, self.amateur, self.alpha, self.beta, self.mode, previous,
+                                                  self.prompt, self.lengths], [((self.requests,), "float32")])[0]
+            ints[step], floats[step] = call(
+                "contrastive_select", [logits, expert, self.amateur, self.alpha, beta, self.temperature, self.top_k,
+                                       self.top_p, np.ascontiguousarray(self.uniforms[:, step])],
+                [((self.requests, 3), "int32"), ((self.requests, 4), "float32")])
+            token = np.where(active, ints[step, :, 0], token)
+            previous = np.where(active, token, previous)
+            counts += active
+            position += active
+            active = active & ~np.isin(token, self.eos) & (counts < self.budget)
+        return ints, floats, counts, token, position, active.astype(np.int32), caches
+
+    def logits(self, token, position, active, caches):
+        ids, start, length = np.zeros((3, self.rows), np.int32)
+        for rows in (self.expert, self.amateur):
+            used = (rows >= 0) & active
+            ids[rows[used]], start[rows[used]], length[rows[used]] = token[used], position[used], 1
+        x = call("embedding", [ids.reshape(-1, 1), *self.embed], [((self.rows, 1, self.hidden), "float32")])[0]
+        layers = [{**layer, "k_cache": [k], "v_cache": [v]} for layer, (k, v) in zip(self.layers, caches)]
+        x, residual = call("decoder_layers", [x, np.zeros_like(x), self.slots, self.cos, self.sin, self.cache_rows, start,
+                                              length, *(t for layer in layers for part in layer.values() for t in part)],
+                           [(x.shape, "float32")] * 2)
+        x = self.add_norm(x, residual, self.last_norm)[0].reshape(self.rows, -1)
+        return call("multi_lora_linear", [x, self.slots, *self.head], [((self.rows, self.vocab), "float32")])[0]
+
+
+def check(case):
+    *want, caches = case.compose()
+    found = case.run()
+    for name, a, b in zip(("ints", "floats", "counts", "token", "position", "active"), found, want):
+        assert np.array_equal(bits(a), bits(b)), name
+    for layer, copies in zip(case.layers, caches):
+        for name, copy in zip(("k_cache", "v_cache"), copies):
+            assert np.array_equal(*(used_rows(case, cache) for cache in (layer[name][0], copy)))
+
+
+def used_rows(case, cache):
+    """Cache rows of rows with a request; the others hold what nobody reads."""
+    rows = [r for r in (*case.expert, *case.amateur) if r >= 0]
+    return bits(cache)[case.cache_rows[rows]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**16), requests=st.integers(1, 4), capacity=st.integers(1, 5), vocab=st.integers(1, 70),
+       mode=st.sampled_from([None, (FIXED, ENTROPY), (DIVERGENCE, MARGIN + SKIP), (SKIP, DIVERGENCE + SKIP, FIXED)]),
+       temperature=st.sampled_from([0.0, 0.0, 1.5]), adapted_head=st.booleans(), tied=st.booleans(),
+       alpha=st.sampled_from([1e-6, 0.2, 1.0]), weights=st.sampled_from(["float32", "bfloat16", "int8"]),
+       rank=st.sampled_from([0, 3]), qk_norm=st.booleans(), bf16_cache=st.booleans(), bias=st.booleans())
+def test_equals_the_loop_over_the_operators_of_its_parts(seed, vocab, **options):
+    check(Loop(seed, vocab=vocab, eos=(0, vocab // 2), **options))
+
+
+@pytest.mark.parametrize("weights", ["float32", "int4"])
+@pytest.mark.parametrize("requests", [1, 5])
+def test_usual_sizes_on_one_and_two_threads(weights, requests):
+    """A vocabulary in which the survivors of the cut are few, so that the amateur's head is multiplied in parts."""
+    for threads in (1, 2):
+        set_threads(threads)
+        case = Loop(3, requests=requests, vocab=6001, adapted_head=False, kv_heads=2, group=2, dim=16, hidden=64, inner=96,
+                    rank=4, weights=weights, capacity=6)
+        case.amateur[0] = next(r for r in range(case.rows) if r not in (*case.expert, *case.amateur))
+        case.active[:] = 1
+        case.budget[:] = 6
+        check(case)
+
+
+def test_nothing_to_do():
+    for change in ({"steps": 0}, {"requests": 0}):
+        case = Loop(1, **change)
+        ints, floats, counts, token, position, active = case.run()
+        assert not ints.any() and not floats.any() and not counts.any()
+        assert np.array_equal(token, case.token) and np.array_equal(position, case.position)
+    case = Loop(1)
+    case.active[:] = 0
+    assert not case.run()[2].any()
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("token", [29, 0, 0], "'token' is 29 in request 0"), ("slots", [3] + [0] * 6, "'slots' holds slot 3 at index 0"),
+    ("position", [0, 9, 0], "'position' is 9 in row"), ("position", [-1, 0, 0], "'position' is -1 in row"),
+    ("expert", [0, 1, 0], "row 0 is used twice"), ("expert", [7, 1, 2], "'expert_rows' is 7 in request 0"),
+    ("cache_rows", [8] * 7, "'cache_rows' is 8"), ("cache_rows", [1] * 7, "cache row of its own"),
+    ("steps", 5, "'steps' is 5, expected 0 to 4"), ("top_k", [0, -1, 0], "'top_k' is -1 in request 1"),
+    ("uniforms", [[0.5, 1.0, 0, 0]] * 3, "'uniforms' is 1 in request 0"), ("alpha", [0, 1, 1], "'alpha' is 0 in request 0"),
+    ("mode", [4, 0, 0], "'mode' is 4 in request 0"), ("lengths", [0, 0, 4], "'lengths' is 4 in request 2"),
+])
+def test_a_bad_number_changes_nothing(name, value, message):
+    case = Loop(5, mode=FIXED, temperature=1.0)
+    case.expert, case.amateur = np.int32([0, 1, 2]), np.int32([3, 4, 5])
+    case.active[:], case.budget[:] = 1, 4
+    old = getattr(case, name)
+    setattr(case, name, value if np.isscalar(value) else np.asarray(value, np.asarray(old).dtype))
+    before = [layer["k_cache"][0].copy() for layer in case.layers]
+    with pytest.raises(Refused, match=message):
+        case.run()
+    assert all(np.array_equal(layer["k_cache"][0], copy) for layer, copy in zip(case.layers, before))
+
+
+def test_logits_that_are_not_finite():
+    """An error, or, where that is asked for, the end of that request alone."""
+    case = Loop(5, weights="float32", rank=0)
+    case.expert, case.amateur = np.int32([0, 1, 2]), np.int32([-1, -1, -1])
+    case.active[:], case.budget[:] = 1, 4
+    case.embed[0][case.token[1]] = np.nan
+    case.token[[0, 2]] = (case.token[1] + 1) % case.vocab
+    with pytest.raises(Refused, match=r"holds NaN in row 1 \(request 1\)"):
+        case.run()
+    case.forgiving = 1
+    ints, floats, counts, _, _, active = case.run()
+    assert list(counts) == [4, 1, 4] and not active.any()
+    assert not ints[:, 1].any() and not floats[:, 1].any() and ints[0, 0, 2] == case.vocab
+
+
+def shapes(case):
+    return [list(first_shape(value)) if value is not None else [] for value in case.inputs()]
+
+
+def test_shapes_are_checked_when_the_graph_is_compiled():
+    case = Loop(7, mode=FIXED, rank=0)
+    good = shapes(case)
+    assert face._shapes(*good) == ([4, 3, 3], [4, 3, 4], [3], [3], [3], [3])
+    names = dict(zip(face.ARGUMENTS, range(100)))
+    for name, shape in [("position", [2]), ("cache_rows", [3]), ("uniforms", [2, 4]), ("eos", []), ("steps", []),
+                        ("prompt", [2, 3]), ("lengths", [2]), ("norm", [1, 24]), ("cos", [9]), ("sin", [9, 9])]:
+        with pytest.raises(KernelError, match=f"'{name}'|{name} "):
+            face._shapes(*(shape if i == names[name] else s for i, s in enumerate(good)))
+    with pytest.raises(KernelError, match="number of operands"):
+        face._shapes(*good[:-1])
