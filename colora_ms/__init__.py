@@ -4,6 +4,7 @@ The house in a few lines; every room imports only from those below it:
 
 * ``cli``          the ``colora-ms`` command
 * ``serving``      adapter bank, continuous batching, the HTTP front
+* ``recipes``      a recipe from training to table, which is what the model zoo runs
 * ``evaluation``   exact match, multiple choice, perplexity, paired tests
 * ``training``     datasets, the train step in graph mode, atomic checkpoints
 * ``decoding``     contrast, sampling, the generation loop as one static graph, ``Generator``

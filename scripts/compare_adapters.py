@@ -126,7 +126,8 @@ def one_run(settings):
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = read_yaml(RECIPE)
-        recipe.update(output=f"{folder}/run", adapter=settings["adapter"], data=data_of(recipe["data"], settings, folder))
+        recipe.update(output=f"{folder}/run", adapter=settings["adapter"], data=data_of(recipe["data"], settings, folder),
+                      evaluate=None)
         recipe["optimizer"]["learning_rate"] = settings["learning_rate"]
         recipe["loop"] = {"steps": settings["steps"], "seed": settings["seed"], "progress": False}
         config = TrainingConfig.from_dict(recipe)

@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": "answer prompts with a model, an adapter and a contrast",
     "serve": "answer requests over HTTP (OpenAI's API), many adapters in one batch",
     "chat": "talk to a model and its adapters in the terminal",
+    "run": "train, evaluate and make the table of results, as a recipe says",
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model, an adapter and a contrast on a set of problems",
     "tune-contrast": "choose alpha, beta and form of the contrast on validation problems, or answer \"off\"",

@@ -21,6 +21,8 @@ def add_arguments(parser):
 def run(arguments):
     started = time.perf_counter()
     from colora_ms.decoding import Contrast, Generator
+    from colora_ms.recipes import report
+    from colora_ms.recipes.decoders import ADAPTER, answer, choices
     from colora_ms.training.config import TrainingConfig
     from colora_ms.training.templates import make_template
     from colora_ms.training.trainer import train
@@ -33,6 +35,7 @@ def run(arguments):
         items = min(items, 40)
     config = TrainingConfig.from_yaml(find_recipe(arguments.recipe), overrides=changes)
     test = held_out(config, items)
+    contrast = Contrast(arguments.alpha, arguments.beta)
     print(f"1/3  training a LoRA adapter on {config.model}; run folder {output}")
     result = train(config)
     trained = time.perf_counter() - started
@@ -40,17 +43,17 @@ def run(arguments):
     print(f"     PEFT folder: {result.adapter}")
 
     print(f"2/3  answering {len(test)} held-out problems three times")
-    generator = Generator.from_pretrained(config.model, {"quickstart": result.adapter}, weight_format=config.weight_format)
+    generator = Generator.from_pretrained(config.model, {ADAPTER: result.adapter}, weight_format=config.weight_format)
     template = make_template(config.data.template, generator.tokenizer, config.data.system)
-    contrast = Contrast(arguments.alpha, arguments.beta)
-    decoders = {
-        "base": {},
-        "LoRA, greedy": {"adapter": "quickstart"},
-        f"LoRA + CoLD (alpha {contrast.alpha:g}, beta {contrast.beta:g})": {"adapter": "quickstart", "contrast": contrast},
-    }
-    results = score(generator, test, template, decoders, arguments, output)
+    results, rows = {}, []
+    for chosen in choices(["base", "greedy", contrast]):
+        found = results[chosen.label] = answer(
+            generator, test, chosen, template=template, scorer=arguments.scorer, max_new_tokens=arguments.max_new_tokens,
+            folder=output / "evaluation", keep_records=True)
+        rows.append(report.row_of(chosen, found))
+        print(f"     {chosen.label}: {found.summary()}")
     print("3/3  result\n")
-    print(table(results))
+    print(report.table(rows))
     greedy, cold = list(results.values())[1:]
     print(f"\nCoLD against greedy, same adapter, same problems: {greedy.compare(cold).summary()}")
     show_samples(generator, template, test, cold, contrast, arguments.max_new_tokens)
@@ -58,7 +61,7 @@ def run(arguments):
     summary = {"seconds": seconds, "training_seconds": trained, "steps": result.steps,
                "results": {name: r.to_json() for name, r in results.items()}}
     (output / "quickstart.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
-    print(f"\nDone in {seconds / 60:.1f} minutes, {trained / 60:.1f} of them training. All answers: {output}")
+    print(f"\nDone in {seconds / 60:.1f} minutes, {trained / 60:.1f} of them training. All answers: {output / 'evaluation'}")
     return 0
 
 
@@ -84,36 +87,10 @@ def held_out(config, size):
     return load_examples(config.data.held_out)[:size]
 
 
-def score(generator, test, template, decoders, arguments, output):
-    """An EvaluationResult a decoder; batches fill the generator's rows."""
-    from colora_ms.evaluation.evaluate import evaluate
-
-    results = {}
-    for number, (name, settings) in enumerate(decoders.items()):
-        rows = 2 if "contrast" in settings else 1
-        results[name] = evaluate(
-            generator, test, arguments.scorer, template=template, path=output / f"answers-{number}.jsonl",
-            batch_size=generator.max_rows // rows, keep_records=True,
-            options={**settings, "max_new_tokens": arguments.max_new_tokens, "records": True})
-        print(f"     {name}: {results[name].summary()}")
-    return results
-
-
-def table(results):
-    """The results as a Markdown table."""
-    lines = ["| decoder | accuracy | 95 % interval | tokens/s | tokens changed |", "|---|---|---|---|---|"]
-    for name, result in results.items():
-        low, high = result.interval
-        records = [r for item in result.items for r in item.get("records", ())]
-        changed = sum(r["token"] != r["favourite"] for r in records) / max(len(records), 1)
-        lines.append(f"| {name} | {100 * result.accuracy:.1f} % | {100 * low:.1f} - {100 * high:.1f} % | "
-                     f"{result.tokens_per_second:.0f} | {100 * changed:.1f} % |")
-    return "\n".join(lines)
-
-
 def show_samples(generator, template, test, cold, contrast, max_new_tokens, count=3):
     """Three problems with all three answers, and the tokens that the contrast changed; those with changes first."""
     from colora_ms.decoding.completion import changes
+    from colora_ms.recipes.decoders import ADAPTER
 
     def changed(item):
         return sum(r["token"] != r["favourite"] for r in item.get("records", ()))
@@ -122,8 +99,8 @@ def show_samples(generator, template, test, cold, contrast, max_new_tokens, coun
     prompts = [template.request(test[i]) for i in order]
     same = dict(max_new_tokens=max_new_tokens)
     base = generator.generate(prompts, **same)
-    greedy = generator.generate(prompts, adapter="quickstart", **same)
-    contrasted = generator.generate(prompts, adapter="quickstart", contrast=contrast, records=True, **same)
+    greedy = generator.generate(prompts, adapter=ADAPTER, **same)
+    contrasted = generator.generate(prompts, adapter=ADAPTER, contrast=contrast, records=True, **same)
     for place, i in enumerate(order):
         print(f"\nProblem: {test[i].question.strip()}\nExpected: {test[i].completion.strip()}")
         for name, answer in (("base  ", base), ("greedy", greedy), ("CoLD  ", contrasted)):

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
-from colora_ms.training.config import TrainingConfig, _setting
+from colora_ms.training.config import TrainingConfig
+from colora_ms.training.settings import setting
 from colora_ms.training.text import encode_text, read_text
 from colora_ms.training.trainer import Trainer
 
@@ -25,7 +26,7 @@ from colora_ms.training.trainer import Trainer
 class QuantizationConfig(TrainingConfig):
     """A recipe of ``colora-ms quantize``: the sections of ``TrainingConfig``, with LR-QAT's settings in ``adapter``."""
 
-    adapter: dict = _setting(None, "Settings of the quantisation; see LrQatConfig.", factory=dict)
+    adapter: dict = setting(None, "Settings of the quantisation; see LrQatConfig.", factory=dict)
 
     def _relations(self):
         try:

@@ -387,12 +387,15 @@ def load_data(config):
     Returns:
         ``(train, validation, removed)``: two lists of ``Example`` (the second may be empty), and
         the number of examples taken out of the first because their question stands in
-        ``data.validation`` or ``data.held_out``. The test keeps all its items: taking the shared
-        ones out of the test instead would leave it the unusual, harder questions.
+        ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
+        taking the shared ones out of the test instead would leave it the unusual, harder questions.
     """
     train_examples = load_examples(config.data.train)
     validation = load_examples(config.data.validation) if config.data.validation else []
     test = load_examples(config.data.held_out) if config.data.held_out else []
+    asked = config.evaluate or {}
+    if asked.get("data") and asked.get("task", "problems") == "problems":
+        test = test + load_examples(asked["data"])
     if not validation and not test:
         return train_examples, [], 0
     train_examples, removed = without_overlap(train_examples, validation + test)

@@ -1,0 +1,157 @@
+"""The training of a recipe's run: made once, recognised when it is there already, and what its log says of its speed."""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+from colora_ms.errors import CheckpointError
+from colora_ms.training import checkpoint as checkpoints
+from colora_ms.training.report import read_log
+from colora_ms.training.settings import read_yaml, short
+from colora_ms.workers import Workers
+
+#: Settings of the loop that change nothing about what is trained.
+_HARMLESS = ("log_every", "save_every", "keep_checkpoints", "progress")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run has trained.
+
+    Attributes:
+        folder: the adapter's folder, or the quantised model's.
+        anew: whether this call made updates.
+        steps: updates in all; 0 for rounding without training.
+        loss: training loss of the last update that the log has, or None.
+        seconds: time of the whole training, loading left out, or None.
+        ms_per_step: median time of an update after the first, or None.
+        compile_seconds: time of the first update less that median: compiling, or loading the compiled graph.
+    """
+
+    folder: Path
+    anew: bool
+    steps: int
+    loss: float = None
+    seconds: float = None
+    ms_per_step: float = None
+    compile_seconds: float = None
+
+    def to_json(self):
+        """The numbers, without the folder."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key not in ("folder", "anew")}
+
+    def summary(self):
+        """One line for people."""
+        if not self.steps:
+            return "no training"
+        text = f"{self.steps} updates"
+        if self.seconds is not None:
+            text += f" in {self.seconds:.0f} s"
+        if self.ms_per_step is not None:
+            text += f", {self.ms_per_step:.0f} ms an update"
+        if self.compile_seconds is not None:
+            text += f", {self.compile_seconds:.1f} s more for the first one (compiling)"
+        return text + (f", last loss {self.loss:.4f}" if self.loss is not None else "")
+
+
+def train_once(config, quantised=False, team=Workers()):
+    """Train what the recipe says, go on with an interrupted training, or find a finished one.
+
+    Returns:
+        Trained.
+
+    Raises:
+        CheckpointError: the output folder holds a run of another recipe. What the training raises.
+    """
+    before = team.share(finished(config, quantised) if team.first else None)
+    if before is not None:
+        return before
+    if quantised:
+        from colora_ms.training.quantize import quantize_model
+
+        quantize_model(config, resume=True)
+    else:
+        from colora_ms.training.trainer import train
+
+        train(config, resume=True, rank=team.rank, world=team.world)
+    team.wait()
+    made = team.share(_described(config, quantised) if team.first else None)
+    return dataclasses.replace(made, anew=True)
+
+
+def finished(config, quantised=False):
+    """The :class:`Trained` of a finished training in the recipe's output folder, or None.
+
+    Raises:
+        CheckpointError: the folder holds a run of another recipe.
+    """
+    folder = Path(config.output)
+    found = checkpoints.list_checkpoints(folder)
+    if not found:
+        return None
+    different = differences(folder / "recipe.yaml", config)
+    if different:
+        raise CheckpointError(f"{folder} holds a run of another recipe: {'; '.join(different[:6])}; choose another folder "
+                              "(--set output=FOLDER), or move this one away")
+    state = _state(found[-1][1])
+    if found[-1][0] < state.get("recipe", {}).get("steps", float("inf")):
+        return None
+    made = _described(config, quantised)
+    expected = "config.json" if quantised else "adapter_config.json"
+    return made if (made.folder / expected).is_file() else None
+
+
+def differences(path, config):
+    """Texts that say how the recipe at ``path``, which a run has written, differs in what is trained."""
+    try:
+        old = _flat(_trained_part(read_yaml(path)))
+    except Exception as error:
+        raise CheckpointError(f"the run's own recipe cannot be read, so that nobody can tell what it has trained: {error}") \
+            from None
+    new = _flat(_trained_part(json.loads(json.dumps(config.to_dict(), default=str))))
+    return [f"{name} was {short(old.get(name))}, is {short(new.get(name))}" for name in {**old, **new}
+            if old.get(name) != new.get(name)]
+
+
+def _trained_part(recipe):
+    part = {name: recipe.get(name) for name in ("model", "weight_format", "adapter", "data", "optimizer")}
+    loop = recipe.get("loop") or {}
+    return {**part, "loop": {name: value for name, value in loop.items() if name not in _HARMLESS}}
+
+
+def _flat(values, prefix=""):
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found.update(_flat(value, f"{prefix}{name}."))
+        elif value is not None:
+            found[prefix + name] = value
+    return found
+
+
+def _state(checkpoint):
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return state if isinstance(state, dict) else {}
+    except (OSError, ValueError):
+        return {}  # resuming will say what is wrong with it
+
+
+def _described(config, quantised):
+    """The :class:`Trained` of the output folder as its files tell it."""
+    folder = Path(config.output)
+    found = checkpoints.list_checkpoints(folder)
+    state = _state(found[-1][1]) if found else {}
+    name = "adapter" if state.get("best_step") is None else "best"
+    log = folder / "log.jsonl"
+    rows = [row for row in read_log(log) if row.get("kind") == "step"] if log.is_file() else []
+    later = [row["seconds"] for row in rows if row["step"] > 1]
+    median = statistics.median(later) if later else None
+    first = next((row["seconds"] for row in rows if row["step"] == 1), None)
+    return Trained(
+        folder=folder / ("model" if quantised else name), anew=False, steps=found[-1][0] if found else 0,
+        loss=rows[-1]["loss"] if rows else None, seconds=state.get("seconds"),
+        ms_per_step=None if median is None else 1000 * median,
+        compile_seconds=None if median is None or first is None else max(first - median, 0.0))
