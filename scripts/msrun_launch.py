@@ -39,7 +39,7 @@ def parse(arguments):
     """(options of the launcher, arguments for colora-ms)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      allow_abbrev=False, usage="%(prog)s COMMAND [-n WORKERS] [options] [colora-ms's options]")
-    parser.add_argument("command", choices=("train", "evaluate", "generate"))
+    parser.add_argument("command", choices=("train", "run", "evaluate", "generate"))
     parser.add_argument("-n", "--workers", type=int, default=2, help="number of processes, one a device")
     parser.add_argument("--local-workers", type=int, default=None, help="how many of them run on this machine; all if left out")
     parser.add_argument("--node-rank", type=int, default=-1, help="number of this machine, from 0, if there are several")
@@ -206,8 +206,9 @@ class Job:
                 say(f"the end of {path}:", *(f"    {line}" for line in lines))
         if not failures:
             say(f"msrun ended with code {code}; see {self.folder / 'msrun.log'}")
-        if self.options.command == "train":
-            say("Every checkpoint that was written is whole: the same command with --resume goes on from the newest.")
+        if self.options.command in ("train", "run"):
+            again = " with --resume" if self.options.command == "train" else ""
+            say(f"Every checkpoint that was written is whole: the same command{again} goes on from the newest.")
         return 1
 
 
