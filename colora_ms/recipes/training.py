@@ -104,21 +104,39 @@ def finished(config, quantised=False):
 
 
 def differences(path, config):
-    """Texts that say how the recipe at ``path``, which a run has written, differs in what is trained."""
+    """Texts that say how the recipe at ``path``, which a run has written, differs in what is trained.
+
+    The test may be another one than the run's only if its questions were left out of the training data, too.
+    """
     try:
-        old = _flat(_trained_part(read_yaml(path)))
+        before = read_yaml(path)
+        old = _flat(_trained_part(before))
     except Exception as error:
         raise CheckpointError(f"the run's own recipe cannot be read, so that nobody can tell what it has trained: {error}") \
             from None
-    new = _flat(_trained_part(json.loads(json.dumps(config.to_dict(), default=str))))
-    return [f"{name} was {short(old.get(name))}, is {short(new.get(name))}" for name in {**old, **new}
-            if old.get(name) != new.get(name)]
+    now = json.loads(json.dumps(config.to_dict(), default=str))
+    new = _flat(_trained_part(now))
+    found = [f"{name} was {short(old.get(name))}, is {short(new.get(name))}" for name in {**old, **new}
+             if old.get(name) != new.get(name)]
+    left_out = [*_tested(before), *_sources((before.get("data") or {}).get("held_out"))]
+    return found + [f"evaluate.data is {short(one)}, whose questions were not left out of the training data"
+                    for one in _tested(now) if one not in left_out]
 
 
 def _trained_part(recipe):
     part = {name: recipe.get(name) for name in ("model", "weight_format", "adapter", "data", "optimizer")}
     loop = recipe.get("loop") or {}
     return {**part, "loop": {name: value for name, value in loop.items() if name not in _HARMLESS}}
+
+
+def _tested(recipe):
+    """The sources of the section ``evaluate`` whose questions leave the training data."""
+    settings = recipe.get("evaluate") or {}
+    return _sources(settings.get("data")) if settings.get("task", "problems") == "problems" else []
+
+
+def _sources(value):
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _flat(values, prefix=""):

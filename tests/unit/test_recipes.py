@@ -81,7 +81,8 @@ def test_train_evaluate_table_and_nothing_twice(recipe, tmp_path, monkeypatch):
     assert [row["key"] for row in first["decoders"]] == ["base", "greedy", "cold-fixed-0.1-0.5", "cold-fixed-0.1-1"]
     assert first["complete"] and first["training"]["steps"] == 3 and first["training"]["ms_per_step"] > 0
     assert first["training"]["compile_seconds"] is not None and first["seed"] == 0 and first["items"] == 6
-    assert all(set(row["against_greedy"]) == {"fixed", "broken", "p_value"} for row in first["decoders"] if row["key"] != "greedy")
+    assert all(set(row["against_greedy"]) == {"fixed", "broken", "p_value"} for row in first["decoders"]
+               if row["key"] != "greedy")
     assert set(first["hashes"]) == {"model", "trained", "recipe"} and first["versions"]["mindspore"]
     kept = json.loads((tmp_path / "run" / "result.json").read_text())
     assert kept == json.loads(json.dumps(first))
@@ -103,6 +104,10 @@ def test_train_evaluate_table_and_nothing_twice(recipe, tmp_path, monkeypatch):
         changed = recipe()
         changed["data"]["batch_size"] = 4
         runner.run(TrainingConfig.from_dict(changed), say=lines.append)
+    other = tmp_path / "other.jsonl"
+    other.write_text((tmp_path / "train.jsonl").read_text())
+    with pytest.raises(CheckpointError, match="whose questions were not left out of the training data"):
+        runner.run(TrainingConfig.from_dict(recipe({"data": str(other)})), say=lines.append)
 
 
 def test_the_tests_questions_leave_the_training_data(recipe, tmp_path):
