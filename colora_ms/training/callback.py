@@ -34,7 +34,11 @@ class AdapterCheckpoint(Callback):
     The data position is the number of batches taken; the dataset is put there by ``set_init_step``, which reads and drops
     what came before in the pipeline's own order. For the same order as before, set ``mindspore.dataset.config.set_seed``
     before the dataset is made. Not restored: the masks of dropout, whose CPU operator keeps its random numbers to itself.
-    Losses may differ in the last place, since some of MindSpore's CPU kernels round differently in a process's first steps.
+
+    On a CPU the losses after resuming equal those of an unbroken run to the last bit if the script calls
+    ``mindspore.device_context.cpu.op_tuning.threads_num(1)`` at its start. With more threads some operators of MindSpore
+    choose their partition by the clock in a process's first launches, and ``Log`` (in ``CrossEntropyLoss``) rounds
+    differently by partition: the same input gives results that differ in the last place within one process.
 
     Args:
         adapters: handle of the injected adapters.
