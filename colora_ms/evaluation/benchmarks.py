@@ -35,6 +35,7 @@ class Problem:
 
     @property
     def question(self):
+        """The prompt, under the name that templates read."""
         return self.prompt
 
 
@@ -233,6 +234,7 @@ class TextPerplexity:
     words: int
 
     def summary(self):
+        """One line with both perplexities and the counts."""
         return (f"perplexity {self.perplexity:.3f} a token, {self.word_perplexity:.2f} a word; "
                 f"{self.tokens} tokens, {self.words} words")
 

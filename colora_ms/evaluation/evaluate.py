@@ -266,6 +266,7 @@ class ItemLog:
         return keep
 
     def add(self, rows):
+        """Keep and write items: dicts with a string "id" and what the evaluation knows of each."""
         for row in rows:
             self.items[row["id"]] = row
             self._write(row)
@@ -277,6 +278,7 @@ class ItemLog:
             self._handle.flush()
 
     def close(self):
+        """Close the file, if this worker has it open."""
         if self._handle is not None:
             self._handle.close()
 

@@ -42,10 +42,12 @@ class ContrastOutcome:
 
     @property
     def accuracy(self):
+        """Share of the items that were answered right."""
         return sum(self.outcomes.values()) / len(self.outcomes)
 
     @property
     def changed_share(self):
+        """Share of the tokens that the contrast changed; 0 without tokens."""
         return self.changed / self.tokens if self.tokens else 0.0
 
     def to_json(self):
@@ -174,6 +176,7 @@ class ContrastChoice:
     level: float
 
     def to_json(self):
+        """Numbers for a results file; "contrast" is None for "off"."""
         return {"contrast": None if self.contrast is None else dataclasses.asdict(self.contrast),
                 "best": self.best.to_json(), "gain": self.gain, "p_value": self.p_value, "level": self.level}
 

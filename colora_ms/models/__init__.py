@@ -1,5 +1,7 @@
 """Decoders of the Llama family, their checkpoints and tokenizers."""
 
+_EXPORTS = {"Decoder": "decoder", "DecoderConfig": "config", "KeyValueCache": "cache", "open_checkpoint": "checkpoint"}
+
 __all__ = ["Decoder", "DecoderConfig", "KeyValueCache", "build_decoder", "load_model", "open_checkpoint"]
 
 
@@ -47,7 +49,6 @@ def build_decoder(checkpoint, weight_format="float32", max_positions=None):
 def __getattr__(name):
     import importlib
 
-    modules = {"Decoder": "decoder", "DecoderConfig": "config", "KeyValueCache": "cache", "open_checkpoint": "checkpoint"}
-    if name in modules:
-        return getattr(importlib.import_module(f"colora_ms.models.{modules[name]}"), name)
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"colora_ms.models.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'colora_ms.models' has no attribute {name!r}")

@@ -6,6 +6,7 @@
     step        loss, gradients and update as one static graph
     checkpoint  atomic saving, exact resuming
     trainer     the loop: progress, evaluation, best checkpoint
+    callback    adapters and their state in MindSpore's own ``Model.train``
     report      JSON lines and the loss curve
 
 Import the modules that you need; this package imports nothing by itself.

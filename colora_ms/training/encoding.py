@@ -11,7 +11,8 @@ import numpy as np
 
 from colora_ms.errors import ConfigError, DataError
 
-IGNORE = -100  # label of a token that carries no loss
+#: Label of a token that carries no loss.
+IGNORE = -100
 
 
 @dataclasses.dataclass(frozen=True)

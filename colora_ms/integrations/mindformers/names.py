@@ -237,7 +237,14 @@ def to_huggingface(tensors, config, layout=None):
     """mindformers' tensors under Hugging Face's names; the inverse of :func:`to_mindformers`.
 
     Args:
+        tensors: {name: array}; config: DecoderConfig.
         layout: a Layout or its name; by default what the names show, with the row orders of training.
+
+    Returns:
+        {name: array}; fused linears are split, arrays that are not rearranged are the same objects.
+
+    Raises:
+        CheckpointError: lists names that are unknown and fused linears whose rows are not as many as the config asks for.
     """
     names = Names(layout if layout is not None else layout_of(tensors))
     found, problems = {}, []
