@@ -33,8 +33,9 @@ class EvaluationResult:
         accuracy: share of correct items.
         interval: Wilson interval (low, high).
         refused: items that the generator refused (a prompt too long, say); they count as wrong.
-        tokens_per_second: generated tokens over time, without the first batch if there are
-            several (it compiles the graphs); 0 if nothing was generated in this process.
+        tokens_per_second: generated tokens over time, without the first batch if there are several,
+            and without a last one of fewer prompts if there are more (both compile graphs); 0 if
+            nothing was generated in this process.
         setup: what was measured: hashes of template, model and adapter, options.
     """
 
@@ -123,7 +124,7 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
         generator, batch_size = ShardedGenerator(generator, team), batch_size * team.world
     done = log.items
     waiting = [example for example in examples if example.id not in done]
-    timed_tokens, timed_seconds = 0, 0.0
+    timed = []  # (tokens, seconds) of each batch
     try:
         for start in range(0, len(waiting), batch_size):
             chunk = waiting[start:start + batch_size]
@@ -134,20 +135,22 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
             rows = [_item(example, completion, score, seconds / len(chunk), keep_records)
                     for example, completion in zip(chunk, completions)]
             log.add(rows)
-            if start == batch_size:  # a second batch exists: the first one, which compiles, is out
-                timed_tokens, timed_seconds = 0, 0.0
-            timed_tokens += sum(row["tokens"] for row in rows)
-            timed_seconds += seconds
+            timed.append((sum(row["tokens"] for row in rows), seconds))
             if progress is not None:
                 progress(len(done), len(examples), sum(row["correct"] for row in done.values()))
     finally:
         log.close()
+    if len(timed) > 2 and len(waiting) % batch_size:
+        timed = timed[:-1]
+    timed = timed[1:] or timed
+    timed_seconds = sum(seconds for _, seconds in timed)
     items = [done[example.id] for example in examples]
     correct = sum(item["correct"] for item in items)
     result = EvaluationResult(
         items=items, accuracy=correct / len(items), interval=wilson_interval(correct, len(items)),
         refused=sum("refused" in item for item in items),
-        tokens_per_second=timed_tokens / timed_seconds if timed_seconds else 0.0, setup=setup)
+        tokens_per_second=sum(tokens for tokens, _ in timed) / timed_seconds if timed_seconds else 0.0,
+        setup=setup)
     if path is not None and team.first:
         write_json(Path(path).with_suffix(".summary.json"), result.to_json())
     return result

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -207,6 +208,16 @@ class Calculator:
 def examples_of(count):
     return [SimpleNamespace(id=str(n), completion=f"#### {n + 1}", question=str(n))
             for n in range(count)]
+
+
+def test_speed_leaves_out_the_batches_that_compile():
+    class Compiles(Calculator):
+        def generate(self, prompts, **options):
+            time.sleep(0.2 if not self.calls or len(prompts) == 2 else 0.001)
+            return super().generate(prompts, **options)
+
+    result = evaluate(Compiles(), examples_of(10), "number", template=Template(), batch_size=4)
+    assert result.tokens_per_second > 4 * 3 / 0.1
 
 
 def test_evaluate_scores_and_writes(tmp_path):

@@ -110,6 +110,20 @@ def test_train_evaluate_table_and_nothing_twice(recipe, tmp_path, monkeypatch):
         runner.run(TrainingConfig.from_dict(recipe({"data": str(other)})), say=lines.append)
 
 
+def test_the_quick_start(recipe, tmp_path, capsys):
+    from colora_ms.cli import main
+
+    values = recipe()
+    values["data"]["held_out"] = values["evaluate"]["data"]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    assert main(["quickstart", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "quick"),
+                 "--max-new-tokens", "4", "--scorer", "exact"]) == 0
+    text = capsys.readouterr().out
+    assert "| LoRA + CoLD (alpha 0.1, beta 0.5) |" in text and "exact McNemar" in text and "greedy |" in text
+    written = json.loads(next((tmp_path / "quick").glob("*/quickstart.json")).read_text())
+    assert written["steps"] == 3 and len(written["results"]) == 3
+
+
 def test_the_tests_questions_leave_the_training_data(recipe, tmp_path):
     from colora_ms.training.trainer import load_data
 
@@ -117,6 +131,24 @@ def test_the_tests_questions_leave_the_training_data(recipe, tmp_path):
     values["data"]["train"] = [values["data"]["train"], values["evaluate"]["data"]]
     train, _, removed = load_data(TrainingConfig.from_dict(values))
     assert len(train) == 18 and removed == 6
+
+
+def test_choice_and_perplexity_of_an_adapter_that_is_trained_once(recipe, tmp_path):
+    rows = [{"instruction": f"Is {n} even?\n\nAnswer format: true/false", "answer": "true" if n % 2 else "false"}
+            for n in range(5)]
+    (tmp_path / "choice.json").write_text(json.dumps(rows))
+    (tmp_path / "test.txt").write_text("abcdefgh hgfedcba. " * 10)
+    lines = []
+    shared = {"decoders": ["base", "greedy"]}
+    chosen = runner.run(TrainingConfig.from_dict(recipe({**shared, "task": "choice", "data": str(tmp_path / "choice.json")})),
+                        say=lines.append)
+    assert [row["decoder"] for row in chosen["decoders"]] == ["base", "LoRA"] and chosen["items"] == 5
+    assert set(chosen["decoders"][0]["against_greedy"]) == {"fixed", "broken", "p_value"}
+    read = runner.run(TrainingConfig.from_dict(recipe({**shared, "task": "perplexity", "data": str(tmp_path / "test.txt"),
+                                                       "window": 16})), say=lines.append)
+    assert read["decoders"][0]["perplexity"] != read["decoders"][1]["perplexity"]
+    assert sum(line.startswith("trained: ") for line in lines) == 1
+    assert "| LoRA |" in (tmp_path / "run" / "table.md").read_text()
 
 
 def test_quantised_model_by_perplexity(recipe, tmp_path, goldens):
