@@ -8,6 +8,7 @@
 
 #include "attention_cached.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
@@ -120,7 +121,7 @@ template <class T>
 void decode(const CachedArguments& a, void* k_cache, void* v_cache) {
   const CachedSizes& n = a.n;
   const int64_t width = padded(n.dim), heads = n.heads;
-  std::vector<float> queries(size_t(n.rows * heads * width));
+  AlignedFloats queries(n.rows * heads * width);
   struct Task { int64_t row, kv, chunk; };
   std::vector<Task> tasks;
   std::vector<int64_t> first_part(size_t(n.rows));  // index of a row's first partial result
@@ -134,7 +135,7 @@ void decode(const CachedArguments& a, void* k_cache, void* v_cache) {
     parts += chunks * heads;
     positions += a.start[row] + 1;
   }
-  std::vector<float> partial(size_t(parts * n.dim)), top(size_t(parts + 1)), mass(size_t(parts + 1));
+  AlignedFloats partial(parts * n.dim), top(parts + 1), mass(parts + 1);
 
   for (int64_t row = 0; row < n.rows; ++row) {  // little work: one token a row
     if (!a.active(row)) continue;
@@ -154,7 +155,7 @@ void decode(const CachedArguments& a, void* k_cache, void* v_cache) {
       const float* query = queries.data() + (task.row * heads + h) * width;
       const auto run = [&](auto together) {
         decode_chunk<decltype(together)::value>(query, width, keys, values, n.dim, count, partial.data() + part * n.dim,
-                                                n.dim, &top[size_t(part)], &mass[size_t(part)]);
+                                                n.dim, &top.data()[part], &mass.data()[part]);
         g += decltype(together)::value;
       };
       switch (std::min<int64_t>(n.group - g, kGroupPart)) {
@@ -176,21 +177,21 @@ void decode(const CachedArguments& a, void* k_cache, void* v_cache) {
     const int64_t chunks = a.start[row] / kChunk + 1;
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t part = first_part[size_t(row)] + h;
-      float highest = top[size_t(part)];
+      float highest = top.data()[part];
       for (int64_t c = 1; c < chunks; ++c)
-        if (top[size_t(part + c * heads)] > highest) highest = top[size_t(part + c * heads)];
+        if (top.data()[part + c * heads] > highest) highest = top.data()[part + c * heads];
       float total = 0.0f;
       for (int64_t c = 0; c < chunks; ++c) {
-        float& share = top[size_t(part + c * heads)];
+        float& share = top.data()[part + c * heads];
         share = exp_one(share - highest);
-        total += share * mass[size_t(part + c * heads)];
+        total += share * mass.data()[part + c * heads];
       }
       float* out = a.out + (row * heads + h) * n.dim;
       for (int64_t d = 0; d < n.dim; d += kLanes) {
         vf value{};
         for (int64_t c = 0; c < chunks; ++c)
           value = fma(load_upto(partial.data() + (part + c * heads) * n.dim + d, n.dim - d),
-                      splat(top[size_t(part + c * heads)]), value);
+                      splat(top.data()[part + c * heads]), value);
         store_upto(out + d, value / splat(total), n.dim - d);
       }
     }

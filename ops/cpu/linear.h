@@ -11,6 +11,7 @@
 #include "gemm.h"
 #include "lora.h"
 #include "pages.h"
+#include "scratch.h"
 #include "weights.h"
 
 namespace COLORA_ISA_NAMESPACE {
@@ -76,20 +77,6 @@ inline void make_panel(const Weight& w, int64_t o0, int64_t o1, float* panel, in
     case Format::kInt4: return unpack_panel(Int4Reader(w), w, o0, o1, panel, vectors);
   }
 }
-
-// Zeroed floats whose first one is aligned to a cache line (vectors that cross lines cost up to a third).
-class AlignedFloats {
- public:
-  void resize(int64_t n) {
-    memory_.resize(size_t(n) + 16);
-    offset_ = (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) / sizeof(float) % 16;
-  }
-  float* data() { return memory_.data() + offset_; }
-
- private:
-  std::vector<float> memory_;
-  size_t offset_ = 0;
-};
 
 // How x must lie for a linear: as it is, or with even and odd columns apart (int4).
 struct Activations {
