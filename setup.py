@@ -69,7 +69,7 @@ setup(
     ],
     extras_require={
         "data": ["reasoning-gym", "datasets"],
-        "test": ["pytest", "hypothesis", "reasoning-gym", "openai"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "reasoning-gym", "openai"],
     },
     entry_points={"console_scripts": ["colora-ms = colora_ms.cli:main"]},
     cmdclass={"build_py": BuildWithOperators, "editable_wheel": EditableWithOperators},

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests. Arguments go to pytest: bash scripts/run_tests.sh tests/unit -k lora
+# Sets everything up and runs the tests, two files at a time. Arguments go to pytest: bash scripts/run_tests.sh tests/unit
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 export COLORA_CACHE="${COLORA_CACHE:-$PWD/.venv/colora-cache}"
-exec .venv/bin/python -m pytest -q "$@"
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"

@@ -113,7 +113,8 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize("name, build, options", CASES, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("name, build, options", CASES,
+                         ids=lambda value: value.__qualname__ if callable(value) else str(value)[:60])
 def test_every_linear_class(mindformers, name, build, options):
     """y = W x + b + scale * up (down x) against NumPy float64; off, merged and unmerged; names as before."""
     import mindspore as ms
