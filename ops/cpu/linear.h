@@ -6,6 +6,7 @@
 // Batched multi-adapter products: Chen et al., Punica (arXiv 2310.18547); Sheng et al., S-LoRA (arXiv 2311.03285).
 #pragma once
 
+#include <atomic>
 #include <memory>
 
 #include "gemm.h"
@@ -140,16 +141,24 @@ class Forward {
     for (int64_t i = 0; i < copy_shares; ++i) first.emplace_back(nullptr, i);
     for (const Linear& l : linears_)
       for (int64_t i = 0; l.shrink && i < l.shrink->tasks(); ++i) first.emplace_back(l.shrink.get(), i);
-    parallel_tasks(int64_t(first.size()), threads_, [&](int64_t i) {
-      const auto [shrink, part] = first[size_t(i)];
-      if (shrink)
-        shrink->run(part);
-      else
-        prepare(part, copy_shares);
-    });
-    parallel_tasks(shares_, threads_, [&](int64_t i) {
+    // One region for both parts: a share of the product waits until the last piece before it is done, which by then runs
+    // in another thread or is over, since tasks are claimed in order.
+    const int64_t pieces = int64_t(first.size());
+    std::atomic<int64_t> done{0};
+    parallel_tasks(pieces + shares_, threads_, [&](int64_t i) {
+      if (i < pieces) {
+        const auto [shrink, part] = first[size_t(i)];
+        if (shrink)
+          shrink->run(part);
+        else
+          prepare(part, copy_shares);
+        done.fetch_add(1, std::memory_order_release);
+        return;
+      }
+      colora::wait_for(done, pieces);
       float* panel = panels_.data() + worker_index() * panel_size_;
-      blocks(total_ * i / shares_, total_ * (i + 1) / shares_, panel);
+      const int64_t share = i - pieces;
+      blocks(total_ * share / shares_, total_ * (share + 1) / shares_, panel);
     });
   }
 

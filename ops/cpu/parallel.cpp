@@ -48,12 +48,7 @@ class Pool {
     }
     while (work_once(0)) {
     }
-    for (int polls = 0; finished_.load(std::memory_order_acquire) < tasks; ++polls) {
-      if (polls < 3000)
-        pause_a_little();
-      else
-        sched_yield();  // the worker that holds the last task may be waiting for this core
-    }
+    wait_for(finished_, tasks);
   }
 
   std::atomic<bool> busy{false};
@@ -139,6 +134,15 @@ Pool* the_pool() {
 }  // namespace
 
 int worker_index() { return this_worker; }
+
+void wait_for(const std::atomic<int64_t>& counter, int64_t wanted) {
+  for (int polls = 0; counter.load(std::memory_order_acquire) < wanted; ++polls) {
+    if (polls < 3000)
+      pause_a_little();
+    else
+      sched_yield();  // the thread that holds the last task may be waiting for this core
+  }
+}
 
 void run_tasks(int64_t tasks, int threads, void (*call)(void*, int64_t), void* context) {
   constexpr int64_t kMost = 0xfffffffe;

@@ -22,6 +22,9 @@ int worker_index();
 // done. Inside a task, or while another thread's call has the workers, the tasks run in the calling thread.
 void run_tasks(int64_t tasks, int threads, void (*call)(void* context, int64_t i), void* context);
 
+// Returns when `counter` has reached `wanted`, which tasks of the same call that were claimed earlier count up.
+void wait_for(const std::atomic<int64_t>& counter, int64_t wanted);
+
 }  // namespace colora
 
 namespace COLORA_ISA_NAMESPACE {
