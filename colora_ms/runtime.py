@@ -14,6 +14,7 @@ from colora_ms.kernels.aot import KernelError, last_error, library_path
 _configured = False
 _graphs = None
 _compiled = weakref.WeakKeyDictionary()
+_compilations = 0
 
 
 def cache_folder():
@@ -63,6 +64,7 @@ def run(cell, *args):
     Raises:
         KernelError: a custom operator refused an argument; the message names operator, argument and value.
     """
+    global _compilations
     known = _compiled.setdefault(cell, set())
     shapes = tuple((str(a.dtype), a.shape) if isinstance(a, Tensor) else repr(a) for a in args)
     new = shapes not in known
@@ -76,9 +78,16 @@ def run(cell, *args):
             raise KernelError(reason) from error
         raise
     known.add(shapes)
+    _compilations += new
     return result
 
 
 def compilations(cell):
     """How many graphs have been compiled for a Cell that was called through :func:`run`."""
     return len(_compiled.get(cell, ()))
+
+
+def all_compilations():
+    """How many graphs :func:`run` has compiled, or read from the graph cache, in this process: a call that changes this
+    number says nothing of speed."""
+    return _compilations

@@ -19,6 +19,7 @@ from colora_ms.errors import DataError, DecodingError
 from colora_ms.evaluation.sharded import ShardedGenerator
 from colora_ms.evaluation.scoring import scorer as find_scorer
 from colora_ms.evaluation.significance import mcnemar, wilson_interval
+from colora_ms.runtime import all_compilations
 from colora_ms.workers import Workers
 
 
@@ -33,9 +34,8 @@ class EvaluationResult:
         accuracy: share of correct items.
         interval: Wilson interval (low, high).
         refused: items that the generator refused (a prompt too long, say); they count as wrong.
-        tokens_per_second: generated tokens over time, without the first batch if there are several,
-            and without a last one of fewer prompts if there are more (both compile graphs); 0 if
-            nothing was generated in this process.
+        tokens_per_second: generated tokens over time, of the batches in which no graph was compiled (of all, if
+            none is left); 0 if nothing was generated in this process.
         setup: what was measured: hashes of template, model and adapter, options.
     """
 
@@ -124,32 +124,30 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
         generator, batch_size = ShardedGenerator(generator, team), batch_size * team.world
     done = log.items
     waiting = [example for example in examples if example.id not in done]
-    timed = []  # (tokens, seconds) of each batch
+    timed = []  # (tokens, seconds, whether a graph was compiled) of each batch
     try:
         for start in range(0, len(waiting), batch_size):
             chunk = waiting[start:start + batch_size]
-            began = time.perf_counter()
+            compiled, began = all_compilations(), time.perf_counter()
             completions = _generate(generator, [template.request(item) for item in chunk], options,
                                     first=not done)
             seconds = team.share(time.perf_counter() - began)  # all workers return the same items
             rows = [_item(example, completion, score, seconds / len(chunk), keep_records)
                     for example, completion in zip(chunk, completions)]
             log.add(rows)
-            timed.append((sum(row["tokens"] for row in rows), seconds))
+            timed.append((sum(row["tokens"] for row in rows), seconds, all_compilations() > compiled))
             if progress is not None:
                 progress(len(done), len(examples), sum(row["correct"] for row in done.values()))
     finally:
         log.close()
-    if len(timed) > 2 and len(waiting) % batch_size:
-        timed = timed[:-1]
-    timed = timed[1:] or timed
-    timed_seconds = sum(seconds for _, seconds in timed)
+    timed = [batch for batch in timed if not batch[2]] or timed
+    timed_seconds = sum(seconds for _, seconds, _ in timed)
     items = [done[example.id] for example in examples]
     correct = sum(item["correct"] for item in items)
     result = EvaluationResult(
         items=items, accuracy=correct / len(items), interval=wilson_interval(correct, len(items)),
         refused=sum("refused" in item for item in items),
-        tokens_per_second=sum(tokens for tokens, _ in timed) / timed_seconds if timed_seconds else 0.0,
+        tokens_per_second=sum(tokens for tokens, _, _ in timed) / timed_seconds if timed_seconds else 0.0,
         setup=setup)
     if path is not None and team.first:
         write_json(Path(path).with_suffix(".summary.json"), result.to_json())

@@ -210,13 +210,20 @@ def examples_of(count):
             for n in range(count)]
 
 
-def test_speed_leaves_out_the_batches_that_compile():
+def test_speed_leaves_out_the_batches_that_compile(monkeypatch):
+    compiled = []
+    monkeypatch.setattr("colora_ms.evaluation.evaluate.all_compilations", lambda: len(compiled))
+
     class Compiles(Calculator):
         def generate(self, prompts, **options):
-            time.sleep(0.2 if not self.calls or len(prompts) == 2 else 0.001)
+            if not self.calls or len(prompts) == 2:
+                compiled.append(len(prompts))
+                time.sleep(0.2)
+            time.sleep(0.001)
             return super().generate(prompts, **options)
 
     result = evaluate(Compiles(), examples_of(10), "number", template=Template(), batch_size=4)
+    assert compiled == [4, 2]
     assert result.tokens_per_second > 4 * 3 / 0.1
 
 
