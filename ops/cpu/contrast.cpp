@@ -64,11 +64,7 @@ COLORA_OPERATOR(contrast_strength) {
     }
   };
   const bool adaptive = std::any_of(options.begin(), options.end(), [](const StrengthOptions& o) { return o.mode != 0; });
-  if (!adaptive || requests * vocab < (1 << 18)) {  // less than what starting threads costs
-    for (int64_t r = 0; r < requests; ++r) work(r);
-  } else {
-    parallel_tasks(requests, work);
-  }
+  parallel_rows(requests, adaptive ? vocab : 0, work);
   for (int64_t r = 0; r < requests; ++r)
     if (failed[size_t(r)]) colora::refuse("contrast_strength: no memory for two rows of %lld numbers", (long long)vocab);
   std::copy(strength.begin(), strength.end(), out.data<float>());

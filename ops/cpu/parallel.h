@@ -55,6 +55,13 @@ inline void parallel_tasks(int64_t n, const Body& body) {
   parallel_tasks(n, threads_for(n, 1), body);
 }
 
+// body(r) for r in [0, rows) where each looks through `size` elements; little work stays in the calling thread.
+template <class Body>
+inline void parallel_rows(int64_t rows, int64_t size, const Body& body) {
+  constexpr int64_t kLeast = 1 << 18;  // elements that are worth starting threads
+  parallel_tasks(rows, rows * size < kLeast ? 1 : threads_for(rows, 1), body);
+}
+
 // body(begin, end) over contiguous shares of [0, n), a few per thread; share borders are multiples of `align`.
 template <class Body>
 inline void parallel_ranges(int64_t n, int64_t align, int64_t grain, const Body& body) {

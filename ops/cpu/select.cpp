@@ -40,16 +40,11 @@ COLORA_OPERATOR(contrastive_select) {
       choices[size_t(r)].error = "no memory";
     }
   };
-  if (requests * vocab < (1 << 18)) {  // less than what starting threads costs
-    for (int64_t r = 0; r < requests; ++r) work(r);
-  } else {
-    parallel_tasks(requests, work);
-  }
+  parallel_rows(requests, vocab, work);
   for (int64_t r = 0; r < requests; ++r)
     if (!choices[size_t(r)].error.empty())
       colora::refuse("contrastive_select: %s (request %lld), expected finite numbers",
                      choices[size_t(r)].error.c_str(), (long long)r);
-  for (int64_t r = 0; r < requests; ++r) {
+  for (int64_t r = 0; r < requests; ++r)
     choices[size_t(r)].write(ints.data<int32_t>() + r * 3, floats.data<float>() + r * 4);
-  }
 }

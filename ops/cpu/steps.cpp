@@ -33,23 +33,19 @@ struct Request {
   int32_t token = 0, position = 0, previous = -1, taken = 0, budget = 0;
   bool active = false;
   int64_t expert = 0, amateur = -1;  // rows of this step's logits
-  bool whole = false;                // the amateur's logits are all there
+  bool whole = false;                // the amateur's logits are computed for every token
 };
 
 class Steps {
  public:
   explicit Steps(const colora::Call& call)
-      : token_(call.in(0, "token")), position_(call.in(1, "position")), active_(call.in(2, "active")),
-        slots_(call.in(4, "slots")), cache_rows_(call.in(5, "cache_rows")), uniforms_(call.in(13, "uniforms")),
-        eos_(call.in(15, "eos")), mode_(call.in(18, "mode")) {
+      : slots_(call.in(4, "slots")), cache_rows_(call.in(5, "cache_rows")), uniforms_(call.in(13, "uniforms")),
+        eos_(call.in(15, "eos")) {
     const SelectTensors options{call.in(6, "expert_rows"), call.in(7, "amateur_rows"), call.in(8, "alpha"),
                                 call.in(9, "beta"),        call.in(10, "temperature"), call.in(11, "top_k"),
                                 call.in(12, "top_p")};
     const int64_t count = options.check();
-    const Tensor previous = call.in(3, "previous"), budget = call.in(14, "budget"), steps = call.in(16, "steps"),
-                 forgiving = call.in(17, "forgiving");
-    for (const Tensor* t : {&token_, &position_, &active_, &previous, &budget})
-      t->expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in expert_rows");
+    const Tensor steps = call.in(16, "steps"), forgiving = call.in(17, "forgiving");
     slots_.expect_dtype("int32").expect_rank(1);
     rows_ = slots_.dim(0);
     cache_rows_.expect_dtype("int32").expect_rank(1).expect_dim(0, rows_, "rows, as in slots");
@@ -62,7 +58,7 @@ class Steps {
       steps.fail("is %lld, expected 0 to %lld, the columns of uniforms", (long long)steps_, (long long)capacity_);
     forgiving_ = *forgiving.data<int32_t>() != 0;
     read_model(call);
-    read_requests(call, options, previous, budget);
+    read_requests(call, options, count);
     check_positions();
   }
 
@@ -96,16 +92,22 @@ class Steps {
     read_norm(call, 25, "norm", table_.in, norm_);
     if (!norm_.weight) call.in(25, "norm").fail("is absent");
     head_.push_back(read_linear(call, 27, table_.in, slots_));
+    if (head_[0].weight.out < 1 || head_[0].weight.out > table_.out)
+      call.in(27, "lm_head").fail("has %lld outputs, expected 1 to %lld, the tokens of embed_tokens",
+                                  (long long)head_[0].weight.out, (long long)table_.out);
     const int count = (call.count() - kFixed - kOutputs) / kPerLayer;
     stack_ = std::make_unique<LayerStack>(call, kFixed, count,
                                           StackInputs{slots_, call.in(21, "cos"), call.in(22, "sin"), table_.in});
   }
 
-  void read_requests(const colora::Call& call, const SelectTensors& options, const Tensor& previous, const Tensor& budget) {
-    const Tensor prompt = call.in(19, "prompt"), lengths = call.in(20, "lengths");
-    const int64_t count = options.expert_rows.dim(0);
-    if (!mode_.absent()) {
-      for (const Tensor* t : {&mode_, &lengths})
+  void read_requests(const colora::Call& call, const SelectTensors& options, int64_t count) {
+    const Tensor token = call.in(0, "token"), position = call.in(1, "position"), active = call.in(2, "active"),
+                 previous = call.in(3, "previous"), budget = call.in(14, "budget"), mode = call.in(18, "mode"),
+                 prompt = call.in(19, "prompt"), lengths = call.in(20, "lengths");
+    for (const Tensor* t : {&token, &position, &active, &previous, &budget})
+      t->expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in expert_rows");
+    if (!mode.absent()) {
+      for (const Tensor* t : {&mode, &lengths})
         t->expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in expert_rows");
       prompt.expect_dtype("int32").expect_rank(2).expect_dim(0, count, "requests, as in expert_rows");
     }
@@ -113,18 +115,22 @@ class Steps {
     for (int64_t r = 0; r < count; ++r) {
       Request& q = requests_[size_t(r)];
       q.select = options.read(r, rows_);
-      q.token = token_.data<int32_t>()[r], q.position = position_.data<int32_t>()[r];
+      q.token = token.data<int32_t>()[r], q.position = position.data<int32_t>()[r];
       q.previous = previous.data<int32_t>()[r], q.budget = budget.data<int32_t>()[r];
-      q.active = active_.data<int32_t>()[r] != 0 && q.budget > 0 && q.select.expert >= 0;
+      q.active = active.data<int32_t>()[r] != 0 && q.budget > 0 && q.select.expert >= 0;
       if (!q.active) continue;
       if (q.token < 0 || q.token >= table_.out)
-        token_.fail("is %d in request %lld, expected 0 to %lld", q.token, (long long)r, (long long)table_.out - 1);
+        token.fail("is %d in request %lld, expected 0 to %lld", q.token, (long long)r, (long long)table_.out - 1);
       if (q.select.temperature > 0.0f)
         for (int64_t i = 0; i < std::min<int64_t>(steps_, q.budget); ++i)
           checked_uniform(uniforms_, uniforms_.data<float>()[r * capacity_ + i], r);
-      if (mode_.absent() || q.select.amateur < 0) continue;
+      if (q.select.amateur < 0) continue;
+      const bool adapted = head_[0].adapters.present() && slots_.data<int32_t>()[q.select.amateur] >= 0;
+      q.whole = adapted || !regular_groups(head_[0].weight);
+      if (mode.absent()) continue;
       StrengthOptions& s = q.strength;
-      s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(mode_, r);
+      s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(mode, r);
+      q.whole |= (s.mode & ~kSkipCopies) == kDivergence;
       s.length = checked_length(lengths, r, prompt.dim(1));
       s.prompt = prompt.data<int32_t>() + r * prompt.dim(1);
     }
@@ -172,16 +178,9 @@ class Steps {
       q.expert = add(q, q.select.expert);
       q.select.uniform = uniforms_.data<float>()[int64_t(r) * capacity_ + step];
     }
-    const bool sliced = regular_groups(head_[0].weight);
     for (const bool whole : {true, false}) {
-      for (Request& q : requests_) {
-        if (!q.active || q.select.amateur < 0) continue;
-        const bool adapted = head_[0].adapters.present() && slots_.data<int32_t>()[q.select.amateur] >= 0;
-        const bool needed = adapted || !sliced || (q.strength.mode & ~kSkipCopies) == kDivergence;
-        if (needed != whole) continue;
-        q.amateur = add(q, q.select.amateur);
-        q.whole = whole;
-      }
+      for (Request& q : requests_)
+        if (q.active && q.select.amateur >= 0 && q.whole == whole) q.amateur = add(q, q.select.amateur);
       if (whole) full_ = int64_t(ids_.size());
     }
     ones_.assign(ids_.size(), 1);
@@ -255,12 +254,7 @@ class Steps {
         choice.error = "no memory";
       }
     };
-    const int64_t count = int64_t(requests_.size());
-    if (count * vocab < (1 << 18)) {  // less than what starting threads costs
-      for (int64_t r = 0; r < count; ++r) work(r);
-    } else {
-      parallel_tasks(count, work);
-    }
+    parallel_rows(int64_t(requests_.size()), vocab, work);
     for (size_t r = 0; r < choices_.size(); ++r)
       if (!forgiving_ && !choices_[r].error.empty())
         colora::refuse("decode_steps: %s (request %zu), expected finite numbers", choices_[r].error.c_str(), r);
@@ -280,7 +274,7 @@ class Steps {
     }
   }
 
-  const Tensor token_, position_, active_, slots_, cache_rows_, uniforms_, eos_, mode_;
+  const Tensor slots_, cache_rows_, uniforms_, eos_;
   int64_t rows_ = 0, capacity_ = 0, steps_ = 0, full_ = 0, reserved_ = 0;
   bool forgiving_ = false;
   Weight table_;

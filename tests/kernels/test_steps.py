@@ -168,6 +168,14 @@ def test_a_bad_number_changes_nothing(name, value, message):
     assert all(np.array_equal(layer["k_cache"][0], copy) for layer, copy in zip(case.layers, before))
 
 
+def test_a_head_with_more_tokens_than_the_embedding():
+    """Its tokens could not be embedded at the next step."""
+    case = Loop(5, rank=0)
+    case.embed = [case.embed[0][:-1], case.embed[1]]
+    with pytest.raises(Refused, match="'lm_head' has 29 outputs, expected 1 to 28"):
+        case.run()
+
+
 def test_logits_that_are_not_finite():
     """An error, or, where that is asked for, the end of that request alone."""
     case = Loop(5, weights="float32", rank=0)
