@@ -1,9 +1,7 @@
 """Figures that are drawn into PNG files, without a global backend of matplotlib."""
 
-import os
-from pathlib import Path
-
 from colora_ms.errors import ConfigError
+from colora_ms.files import replacing
 
 
 def new_figure(size):
@@ -28,12 +26,5 @@ def save_figure(figure, picture):
     Raises:
         ConfigError: the file cannot be written.
     """
-    picture = Path(picture)
-    temporary = picture.with_name(f".{picture.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(picture, lambda reason: ConfigError(f"the picture {picture} cannot be written: {reason}")) as temporary:
         figure.savefig(temporary, format="png")
-        os.replace(temporary, picture)
-    except OSError as error:
-        raise ConfigError(f"the picture {picture} cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -24,7 +24,6 @@ What is measured, each in child processes pinned to the same processors:
 """
 
 import argparse
-import json
 import statistics
 import sys
 import threading

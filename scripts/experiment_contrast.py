@@ -79,9 +79,8 @@ def _installed(name):
 def run(arguments):
     from colora_ms.adapters import digest
     from colora_ms.decoding import Generator
-    from colora_ms.evaluation.evaluate import file_digest
+    from colora_ms.evaluation.evaluate import model_hash
     from colora_ms.evaluation.tuning import DEFAULT_GRID, choose_contrast, compare_contrasts
-    from colora_ms.models.checkpoint import resolve_model
     from colora_ms.training.config import TrainingConfig
     from colora_ms.training.sources import load_examples
     from colora_ms.training.templates import make_template
@@ -99,7 +98,7 @@ def run(arguments):
     settings = {"template": make_template(config.data.template, generator.tokenizer, config.data.system),
                 "scorer": scorer, "adapter": "task", "max_new_tokens": longest}
     shared = {**settings, "batch_size": arguments.rows // 2, "adapter_hash": digest(adapter),
-              "model_hash": f"{file_digest(resolve_model(config.model))}:{arguments.weights}",
+              "model_hash": model_hash(config.model, arguments.weights),
               "progress": lambda name, line: print(f"  [{time.perf_counter() - started:5.0f} s] {name}: {line}", flush=True)}
     folder = arguments.output / arguments.task
     print(f"{arguments.task}: {len(items['validation'])} validation questions, {len(DEFAULT_GRID)} contrasts", flush=True)

@@ -113,3 +113,15 @@ def tiny_decoder(mindspore):
         return Decoder(config, weights)
 
     return build
+
+
+@pytest.fixture
+def one_layer_model(monkeypatch, tiny_decoder, goldens):
+    """A function (tokenizer): from then on every model that is loaded is the tiny decoder with one layer and this tokenizer."""
+    def use(tokenizer):
+        def load(name, weight_format="float32"):
+            return tiny_decoder(num_hidden_layers=1), tokenizer
+
+        monkeypatch.setattr("colora_ms.models.load_model", load)
+        monkeypatch.setattr("colora_ms.models.checkpoint.resolve_model", lambda name: str(goldens / "tiny" / "llama"))
+    return use

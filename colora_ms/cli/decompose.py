@@ -44,8 +44,9 @@ def run(arguments):
         for path, piece in pieces.items():
             print(f"{path:44s} {piece.shape[0]:5d} x {piece.shape[1]:<5d} rank {piece.rank:<4d} saves {piece.saved:,}")
     if arguments.json is not None:
-        options.write_json(arguments.json, {"model": arguments.model, "plan": plan.to_dict(), "parameters_before": total,
-                                    "parameters_after": total - saved, "matrices": [dataclasses.asdict(r) for r in rows]})
+        options.write_json(arguments.json, {
+            "model": arguments.model, "plan": plan.to_dict(), "parameters_before": total,
+            "parameters_after": total - saved, "matrices": [dataclasses.asdict(r) for r in rows]})
     return 0
 
 

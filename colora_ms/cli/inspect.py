@@ -1,6 +1,5 @@
 """``colora-ms inspect``: what is in an adapter, and which of a Lily adapter's experts serve what."""
 
-
 from colora_ms.cli import options
 
 

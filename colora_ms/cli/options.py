@@ -1,7 +1,6 @@
 """Options that several sub-commands share, and what they turn into."""
 
 import json
-import os
 from pathlib import Path
 
 
@@ -48,11 +47,10 @@ def decoding(arguments):
 
 
 def model_hash(arguments):
-    """Digest of the model's files and the format of its weights, for results files."""
-    from colora_ms.evaluation.evaluate import file_digest
-    from colora_ms.models.checkpoint import resolve_model
+    """``evaluate.model_hash`` of the parsed options."""
+    from colora_ms.evaluation import evaluate
 
-    return f"{file_digest(resolve_model(arguments.model))}:{arguments.weights}"
+    return evaluate.model_hash(arguments.model, arguments.weights)
 
 
 def add_engine(parser):
@@ -65,8 +63,6 @@ def add_engine(parser):
 
 def engine(arguments, rows, **more):
     """(Engine, the base model's name) for the parsed options; ``more`` goes to the Engine."""
-    from pathlib import Path
-
     from colora_ms.models import load_model
     from colora_ms.serving import AdapterBank, Engine
 
@@ -86,12 +82,7 @@ def write_json(path, value):
         ConfigError: the file cannot be written.
     """
     from colora_ms.errors import ConfigError
+    from colora_ms.files import replacing
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path, lambda reason: ConfigError(f"{path} cannot be written: {reason}")) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -23,6 +23,7 @@ def run(arguments):
     from colora_ms.decoding import Contrast, Generator
     from colora_ms.recipes import report
     from colora_ms.recipes.decoders import ADAPTER, answer, choices
+    from colora_ms.recipes.settings import FAST_ITEMS, FAST_STEPS
     from colora_ms.training.config import TrainingConfig
     from colora_ms.training.templates import make_template
     from colora_ms.training.trainer import train
@@ -31,8 +32,8 @@ def run(arguments):
     changes = [f"output={output}"]
     items = arguments.items
     if arguments.fast:
-        changes += ["loop.steps=30"]
-        items = min(items, 40)
+        changes += [f"loop.steps={FAST_STEPS}"]
+        items = min(items, FAST_ITEMS)
     config = TrainingConfig.from_yaml(find_recipe(arguments.recipe), overrides=changes)
     test = held_out(config, items)
     contrast = Contrast(arguments.alpha, arguments.beta)

@@ -11,7 +11,6 @@ where a completion has ``text`` (str), ``tokens`` (the ids that were generated) 
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from colora_ms.errors import DataError, DecodingError
 from colora_ms.evaluation.sharded import ShardedGenerator
 from colora_ms.evaluation.scoring import scorer as find_scorer
 from colora_ms.evaluation.significance import mcnemar, wilson_interval
+from colora_ms.files import replacing
 from colora_ms.runtime import all_compilations
 from colora_ms.workers import Workers
 
@@ -321,14 +321,24 @@ def _plain(value):
 
 def write_json(path, value):
     """Write through a temporary file, so that a summary is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n",
-                             encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    with replacing(path, lambda reason: DataError(f"cannot write {path}: {reason}")) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def model_hash(model, weight_format):
+    """Digest of a model's files (known name, folder or file) and the format of its weights, for results files."""
+    from colora_ms.models.checkpoint import resolve_model
+
+    return f"{file_digest(resolve_model(model))}:{weight_format}"
 
 
 def file_digest(path):

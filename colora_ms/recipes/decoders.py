@@ -100,11 +100,10 @@ class Subject:
 
     def _hashes(self):
         from colora_ms.adapters import digest
-        from colora_ms.evaluation.evaluate import file_digest
-        from colora_ms.models.checkpoint import resolve_model
+        from colora_ms.evaluation.evaluate import file_digest, model_hash
 
-        model = f"{file_digest(resolve_model(self.config.model))}:{self.config.weight_format}"
-        return {"model": model, "trained": file_digest(self.trained) if self.quantised else digest(self.trained)}
+        return {"model": model_hash(self.config.model, self.config.weight_format),
+                "trained": file_digest(self.trained) if self.quantised else digest(self.trained)}
 
     def generator(self, adapted):
         """The Generator that has the base model (and the adapter), or the quantised model."""

@@ -3,11 +3,10 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 
-from colora_ms.evaluation.evaluate import write_json
+from colora_ms.evaluation.evaluate import write_json, write_text
 
 #: Versions that are kept beside the results, where they are installed.
 _PACKAGES = ("colora-ms", "mindspore", "numpy", "tokenizers", "reasoning-gym")
@@ -123,6 +122,4 @@ def write(folder, result):
     """
     folder = Path(folder)
     write_json(folder / "result.json", result)
-    temporary = folder / f".table.md.{os.getpid()}.tmp"
-    temporary.write_text(summary_text(result), encoding="utf-8")
-    os.replace(temporary, folder / "table.md")
+    write_text(folder / "table.md", summary_text(result))

@@ -50,13 +50,13 @@ class ServingLoop(ContinueLoop):
     def select(self, logits, rows, options, uniform, active, adapt=None, previous=None):
         expert_rows, amateur_rows = rows
         alpha, beta, temperature, top_k, top_p = options
-        mode, ids, lengths, fresh = adapt
+        mode, ids, lengths = adapt[:3]
         finite = ops.isfinite(logits.sum(axis=1))
         fine = ops.logical_and(
             ops.gather(finite, ops.maximum(expert_rows, 0), 0),
             ops.logical_or(amateur_rows < 0, ops.gather(finite, ops.maximum(amateur_rows, 0), 0)))
         expert_rows = ops.where(ops.logical_and(active, fine), expert_rows, -self.one)
-        previous = ops.where(fresh, -self.one, previous)
+        previous = self.previous(previous, adapt)
         beta = contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, ids, lengths)
         return contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
 

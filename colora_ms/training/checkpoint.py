@@ -24,6 +24,7 @@ import mindspore as ms
 from mindspore import Tensor
 
 from colora_ms.errors import CheckpointError
+from colora_ms.files import flush_to_disk, replacing
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
@@ -53,12 +54,12 @@ def atomic_folder(path):
         yield temporary
         for item in sorted(temporary.rglob("*")):
             if item.is_file():
-                _flush(item)
-        _flush(temporary)
+                flush_to_disk(item)
+        flush_to_disk(temporary)
         if path.exists():
             os.rename(path, old)
         os.rename(temporary, path)
-        _flush(path.parent)
+        flush_to_disk(path.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -68,31 +69,13 @@ def atomic_folder(path):
         shutil.rmtree(old, ignore_errors=True)
 
 
-@contextlib.contextmanager
 def writing(path):
-    """A temporary file name that becomes ``path`` when the block ends without an error.
+    """A temporary file name that becomes ``path``, flushed to the disk, when the block ends without an error.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return replacing(path, lambda reason: CheckpointError(f"cannot write {path}: {reason}"), flush=True)
 
 
 def check_writable(folder):

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from colora_ms.errors import CheckpointError
+from colora_ms.errors import CheckpointError, ConfigError
+from colora_ms.files import replacing
+from colora_ms.pictures import new_figure
 
 
 class RunLog:
@@ -78,17 +80,14 @@ def draw_loss_curve(log_path, picture_path):
         True; False if matplotlib is not installed or the log has no loss (nothing is written).
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+        figure = new_figure((7, 4))
+    except ConfigError:
         return False
     rows = read_log(log_path)
     train = [(row["step"], row["loss"]) for row in rows if row.get("kind") == "step"]
     valid = [(row["step"], row["loss"]) for row in rows if row.get("kind") == "evaluation"]
     if not train:
         return False
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # no global backend is touched: the caller may have its own
     axes = figure.add_subplot()
     steps, losses = zip(*train)
     axes.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="training loss")
@@ -100,12 +99,6 @@ def draw_loss_curve(log_path, picture_path):
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    picture_path = Path(picture_path)
-    temporary = picture_path.with_name(f".{picture_path.name}.tmp")
-    try:
+    with replacing(picture_path, lambda reason: CheckpointError(f"cannot write {picture_path}: {reason}")) as temporary:
         figure.savefig(temporary, format="png")
-        temporary.replace(picture_path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {picture_path}: {error.strerror or error}") from None
     return True

@@ -36,12 +36,9 @@ class StopAt(Callback):
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch, tiny_decoder, goldens):
+def recipe(tmp_path, one_layer_model):
     """A function (output, ...) -> QuantizationConfig whose model is the tiny decoder with one layer."""
-    def load(name, weight_format="float32"):
-        return tiny_decoder(num_hidden_layers=1), Letters()
-    monkeypatch.setattr("colora_ms.models.load_model", load)
-    monkeypatch.setattr("colora_ms.models.checkpoint.resolve_model", lambda name: str(goldens / "tiny" / "llama"))
+    one_layer_model(Letters())
     (tmp_path / "train.txt").write_text("abcdefgh abcdefgh. " * 60)
 
     def make(output="run", adapter=None, train="train.txt", steps=4, **optimizer):

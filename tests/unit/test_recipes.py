@@ -44,13 +44,9 @@ class Counter:
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch, tiny_decoder, goldens):
+def recipe(tmp_path, one_layer_model):
     """A function that makes a recipe's dictionary; its model is a tiny decoder of one layer."""
-    def load(name, weight_format="float32"):
-        return tiny_decoder(num_hidden_layers=1), Letters()
-
-    monkeypatch.setattr("colora_ms.models.load_model", load)
-    monkeypatch.setattr("colora_ms.models.checkpoint.resolve_model", lambda name: str(goldens / "tiny" / "llama"))
+    one_layer_model(Letters())
     rows = [{"prompt": f"say {letter}{other}", "completion": letter * 3, "id": f"{letter}{other}"}
             for letter in "abcdefgh" for other in "xyz"]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows[6:])))
