@@ -89,6 +89,59 @@ def run(emulator, kernel, shape, slots, segments=None):
     return emulator.launch(f"{kernel}_{shape.dtype}", CORES, arguments, seed=1)
 
 
+def run_packed(emulator, batch, hidden=4096, rank=16, group=128, dtype="float16"):
+    """w4_lora with one adapter for all tokens: (report, minimum bytes). The minimum: packed weight and scales, the adapter,
+    slots, x and y once."""
+    rng, size = np.random.default_rng(0), driver.BYTES[dtype]
+    shape = Shape(batch, hidden, rank, dtype)
+    weight = rng.integers(0, 256, (hidden, hidden // 2), dtype=np.uint8)
+    weight_scale = rng.uniform(0.01, 0.02, (hidden, hidden // group)).astype(np.float32)
+    slots = np.zeros(batch, np.int32)
+    tiling, workspace = driver.plan_w4_lora(batch, hidden, rank, hidden, dtype, hidden // group, CORES)
+    report = emulator.launch(f"w4_lora_{dtype}", CORES, [
+        (shape.x, INPUT), (weight, INPUT), (weight_scale, INPUT), (shape.down, INPUT), (shape.up, INPUT), (shape.scale, INPUT),
+        (slots, INPUT), (np.empty_like(shape.y), driver.OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], seed=1)
+    least = weight.nbytes + weight_scale.nbytes + 2 * rank * hidden * size + 4 + batch * (2 * hidden * size + 4)
+    return report, least
+
+
+def run_mix(emulator, batch, experts=4, rank=16, width=4096, dtype="float16"):
+    """lily_mix with one adapter for all tokens: (report, minimum bytes). The minimum: h, router weights, slots and the
+    experts once, y in and out."""
+    rng = np.random.default_rng(0)
+    h, weights = np.ones((batch, rank), np.float32), np.full((batch, experts), 1 / experts, np.float32)
+    up = driver.to_dtype(rng.standard_normal((1, experts, rank, width)), dtype)
+    y, slots, scale = driver.to_dtype(np.zeros((batch, width)), dtype), np.zeros(batch, np.int32), np.ones(1, np.float32)
+    tiling, workspace = driver.plan_lily_mix(batch, experts, rank, width, dtype, CORES)
+    report = emulator.launch(f"lily_mix_{dtype}", CORES, [
+        (h, INPUT), (weights, INPUT), (up, INPUT), (scale, INPUT), (slots, INPUT), (y, INOUT), (y, INOUT), (workspace, WORKSPACE),
+        (tiling, INPUT)], seed=1)
+    return report, up.nbytes + h.nbytes + weights.nbytes + slots.nbytes + 4 + 2 * y.nbytes
+
+
+def print_others(emulator, measure):
+    """The rows of w4_lora and lily_mix."""
+    packed = 4096 * 4096 // 2
+    print(f"\n{'operator':>9} {'batch':>5} {'bytes':>10} {'/ minimum':>9} {'cores':>5} {'cycles':>8} {'longest core':>12}"
+          "   (hidden 4096, rank 16, one adapter; w4_lora: groups of 128; lily_mix: 4 experts)")
+    for name, runner in (("w4_lora", run_packed), ("lily_mix", run_mix)):
+        for batch in (1, 2, 8, 32):
+            report, least = runner(emulator, batch)
+            assert report["findings"] == []
+            longest = max(cycles(core) for core in report["cores"])
+            print(f"{name:>9} {batch:>5} {moved(report):>10} {moved(report) / least:>9.4f} {report['cores_used']:>5} "
+                  f"{cycles(report['total']):>8} {longest:>12}")
+            if batch == 1:
+                measure(f"{name}_bytes_over_minimum_batch1", moved(report) / least, "ratio")
+                measure(f"{name}_cores_used_batch1", report["cores_used"], "cores")
+                measure(f"{name}_longest_core_batch1", longest, "modelled vector cycles")
+            if batch == 32 and name == "w4_lora":
+                print(f"{'':>15} of these, activations read by every core: {report['buffers'][0]['in']}")
+            if batch == 32 and name == "lily_mix":
+                print(f"{'':>15} a mix formed for each token in memory would write and read {2 * 32 * 16 * 4096 * 2}")
+    print(f"a float16 weight in the place of the packed one ({packed} bytes and scales): {4 * packed} bytes")
+
+
 def public_design(tokens, hidden, rank):
     """Model of the public kernels (fp16, in = out = hidden): cycles a token of the two, bytes, cores.
 
@@ -196,6 +249,7 @@ def main():
     measure("gathered_weight_bytes", written // matrix * matrix, "bytes")
     print(f"batch 32, 32 adapters: {written} bytes of sums written to the workspace ({report['buffers'][7]['bytes']} bytes); "
           f"gather + batched product would copy {64 * matrix} bytes of weights")
+    print_others(emulator, measure)
     if not options.quick:
         found, launches = strict_matrix(emulator)
         measure("strict_findings", found, "findings")

@@ -21,9 +21,9 @@ from mindspore.ops import CustomRegOp
 from colora_ms.kernels.aot import KernelError, backend
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
-_F16, _BF16, _F32, _I32 = "float16", "bfloat16", "float32", "int32"
+_F16, _BF16, _F32, _I32, _U8 = "float16", "bfloat16", "float32", "int32", "uint8"
 _T = (_F16, _BF16, _F32)  # the dtype that a kernel is compiled for; position k of every list below is one combination
-_FLOAT, _INT = (_F32,) * 3, (_I32,) * 3
+_FLOAT, _INT, _BYTE = (_F32,) * 3, (_I32,) * 3, (_U8,) * 3
 
 #: operator -> inputs [(name, dtypes, required)], outputs [(name, dtypes)], attributes [(name, type, default)], in the
 #: order of the kernels' arguments. tests/ascend/test_contract.py holds the OpDef sources to this table.
@@ -56,10 +56,23 @@ OPERATORS = {
         "outputs": [("token", _INT)],
         "attributes": [],
     },
+    "W4Lora": {
+        "inputs": [("x", _T, True), ("weight", _BYTE, True), ("weight_scale", _FLOAT, True), ("down", _T, True),
+                   ("up", _T, True), ("scale", _FLOAT, True), ("slots", _INT, True)],
+        "outputs": [("out", _T)],
+        "attributes": [("exact", "bool", False)],
+    },
+    "LilyMix": {
+        "inputs": [("h", _FLOAT, True), ("weights", _FLOAT, True), ("up", _T, True), ("scale", _FLOAT, True),
+                   ("slots", _INT, True), ("y", _T, True)],
+        "outputs": [("out", _T)],
+        "attributes": [("offset", "int", 0), ("exact", "bool", False)],
+    },
 }
 
 MOST_RANKS = 256
 MOST_TOKENS_OF_A_VOCABULARY = 262144
+MOST_MIXED_BYTES = 16384  # coefficients of a token in lily_mix, all experts
 
 
 def registration(name, target="Ascend"):
@@ -209,6 +222,40 @@ def _select_shapes(expert, amateur, log_alpha, beta, mask):
     return [expert[0]]
 
 
+def _w4_shapes(x, weight, weight_scale, down, up, scale, slots):
+    name = "W4Lora"
+    require(len(x) == 2, name, "x", x, "(tokens, in)")
+    require(len(weight) == 2 and weight[1] * 2 == x[1], name, "weight", weight, f"(out, {x[1] / 2:g}), two values a byte")
+    out = weight[0]
+    require(len(weight_scale) in (1, 2) and weight_scale[0] == out, name, "weight_scale", weight_scale,
+            f"({out},) or ({out}, groups)")
+    groups = weight_scale[1] if len(weight_scale) == 2 else 1
+    require(groups == 1 or (groups > 1 and x[1] % (8 * groups) == 0), name, "weight_scale", weight_scale,
+            f"one scale a row, or groups of a multiple of 8 columns that divide {x[1]}")
+    require(len(down) == 3 and down[2] == x[1] and 1 <= down[1] <= MOST_RANKS, name, "down", down,
+            f"(slots, rank, {x[1]}) with a rank of 1..{MOST_RANKS}")
+    require(list(up) == [down[0], down[1], out], name, "up", up, f"({down[0]}, {down[1]}, {out}), rank-major")
+    require_shape(name, "scale", scale, (down[0],))
+    require_shape(name, "slots", slots, (x[0],))
+    return [x[0], out]
+
+
+def _mix_shapes(h, weights, up, scale, slots, y):
+    name = "LilyMix"
+    require(len(h) == 2 and 1 <= h[1] <= MOST_RANKS, name, "h", h, f"(tokens, rank), rank 1..{MOST_RANKS}")
+    require(len(weights) == 2 and weights[0] == h[0] and weights[1] >= 1, name, "weights", weights, f"({h[0]}, experts)")
+    require(len(up) == 4 and up[1] == weights[1] and up[2] == h[1], name, "up", up,
+            f"(slots, {weights[1]}, {h[1]}, out), rank-major")
+    # The kernel refuses by the bytes of its dtype; the larger of the two forms is asked for here.
+    most = weights[1] * max(-(-h[1] // 8) * 32, -(-h[1] // 16) * 32 + 32)
+    require(most <= MOST_MIXED_BYTES, name, "up", up,
+            f"fewer experts or ranks: {most} bytes of coefficients a token, at most {MOST_MIXED_BYTES} fit")
+    require_shape(name, "scale", scale, (up[0],))
+    require_shape(name, "slots", slots, (h[0],))
+    require(len(y) == 2 and y[0] == h[0] and y[1] >= up[3], name, "y", y, f"({h[0]}, at least {up[3]})")
+    return list(y)
+
+
 _SHAPES = {
     "MultiLora": lambda x, down, up, scale, slots, y: _lora_shapes("MultiLora", x, down, up, scale, slots, y),
     "MultiLoraSegments": lambda x, down, up, scale, starts, slots, y: _lora_shapes(
@@ -216,6 +263,8 @@ _SHAPES = {
     "LoraShrink": _shrink_shapes,
     "LoraExpand": _expand_shapes,
     "ContrastiveSelect": _select_shapes,
+    "W4Lora": _w4_shapes,
+    "LilyMix": _mix_shapes,
 }
 
 
@@ -224,7 +273,7 @@ def _dtype_function(name):
 
     def infer(*given):
         given = [element_type(one) for one in given]
-        names = {ms.float16: _F16, ms.bfloat16: _BF16, ms.float32: _F32, ms.int32: _I32}
+        names = {ms.float16: _F16, ms.bfloat16: _BF16, ms.float32: _F32, ms.int32: _I32, ms.uint8: _U8}
         typed = next(i for i, (_, types, _) in enumerate(spec["inputs"]) if types is _T)
         for (argument, _, _), dtype in zip(spec["inputs"], given):
             require_dtype(name, argument, dtype, tuple(names))
@@ -243,7 +292,7 @@ _DTYPES = {name: _dtype_function(name) for name in OPERATORS}
 
 
 # A graph cannot look a primitive up, so the faces below use these names; load() fills them.
-_multi_lora = _multi_lora_segments = _lora_shrink = _lora_expand = _contrastive_select = None
+_multi_lora = _multi_lora_segments = _lora_shrink = _lora_expand = _contrastive_select = _w4_lora = _lily_mix = None
 
 
 def load(target=None):
@@ -252,12 +301,14 @@ def load(target=None):
     Args:
         target: "Ascend", "CPU" (emulated), or None for what is in use.
     """
-    global _multi_lora, _multi_lora_segments, _lora_shrink, _lora_expand, _contrastive_select
+    global _multi_lora, _multi_lora_segments, _lora_shrink, _lora_expand, _contrastive_select, _w4_lora, _lily_mix
     _multi_lora = primitive("MultiLora", target)
     _multi_lora_segments = primitive("MultiLoraSegments", target)
     _lora_shrink = primitive("LoraShrink", target)
     _lora_expand = primitive("LoraExpand", target)
     _contrastive_select = primitive("ContrastiveSelect", target)
+    _w4_lora = primitive("W4Lora", target)
+    _lily_mix = primitive("LilyMix", target)
 
 
 # -- the faces ----------------------------------------------------------------------------------------------------------
@@ -330,6 +381,45 @@ def contrastive_token(expert, amateur, alpha, beta, mask=None):
     """
     nothing = ops.zeros((1,), ms.float32) if mask is None else mask
     return _contrastive_select(expert, amateur, ops.log(alpha), beta, nothing)
+
+
+def w4_lora(x, slots, weight, weight_scale, down, up, scale):
+    """``x[t] @ W.T + scale[s] * (x[t] @ down[s].T) @ up[s].T`` with an int4 weight and s = slots[t], in one launch; the
+    first term alone where s = -1.
+
+    Args:
+        x: (tokens, in), float16, bfloat16 or float32; in is even.
+        slots: (tokens,) int32.
+        weight: (out, in / 2) uint8, two values a byte, low nibble = even column, stored as value + 8 (LR-QAT's export).
+        weight_scale: (out,) float32, or (out, groups) with in / groups a multiple of 8.
+        down: (slots, rank, in), rank 1..256. up: (slots, rank, out), rank-major. Both of x's dtype.
+        scale: (slots,) float32.
+
+    Returns:
+        (tokens, out) of x's dtype. Sums are float32 and rounded once; float16 coefficients as in :func:`multi_lora`.
+
+    Raises:
+        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
+    """
+    return _w4_lora(x, weight, weight_scale, down, up, scale, slots)
+
+
+def lily_mix(h, weights, slots, up, scale, y):
+    """``y[t] + scale[s] * h[t] @ sum_e(weights[t, e] * up[s, e])`` with s = slots[t] (Lily, arXiv 2407.09946), without
+    forming the sum; ``y[t]``'s own bits where s = -1.
+
+    Args:
+        h: (tokens, rank) float32, the shrunk rows. weights: (tokens, experts) float32, the router's.
+        slots: (tokens,) int32. up: (slots, experts, rank, out), rank-major. scale: (slots,) float32.
+        y: (tokens, out) of up's dtype.
+
+    Returns:
+        A new tensor like y. Sums are float32; float16 coefficients (weight * scale * h) are rounded to float16.
+
+    Raises:
+        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
+    """
+    return _lily_mix(h, weights, up, scale, slots, y)
 
 
 # -- what the NPU has built in ------------------------------------------------------------------------------------------

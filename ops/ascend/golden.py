@@ -16,6 +16,8 @@ ROUNDING = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "float32": 2.0 ** -24}
 LORA = [  # tokens, in, rank, out, dtype
     (1, 4096, 16, 4096, "float16"), (32, 4096, 16, 4096, "float16"), (7, 1000, 24, 1000, "float16"), (2, 64, 256, 576, "float16"),
     (1, 4096, 16, 4096, "bfloat16"), (33, 576, 3, 192, "bfloat16"), (300, 1000, 64, 64, "bfloat16"), (5, 576, 8, 1536, "float32")]
+PACKED = [(1, 4096, 32, 16, 4096, "float16"), (7, 576, 18, 8, 192, "bfloat16"), (33, 1000, 1, 24, 100, "float32")]  # + scales a row
+MIX = [(1, 4, 16, 4096, "float16"), (9, 3, 8, 1000, "bfloat16"), (2, 4, 64, 64, "float32")]  # tokens, experts, rank, out, dtype
 SELECT = [(1, 151936, "float16"), (16, 49152, "bfloat16"), (3, 262144, "float32")]
 
 
@@ -47,6 +49,42 @@ def lora_case(tokens, hidden, rank, width, dtype, bank=4):
     return {**case, "want": want, "allowed": allowed, "dtype": dtype, "kind": "lora"}
 
 
+def packed_case(tokens, hidden, groups, rank, width, dtype):
+    """A w4_lora case: y of the LoRA case is the product with random nibbles (low one = even column, value + 8)."""
+    case = lora_case(tokens, hidden, rank, width, dtype)
+    rng = np.random.default_rng([tokens, hidden, groups, width])
+    weight = rng.integers(0, 256, (width, hidden // 2), dtype=np.uint8)
+    weight_scale = (rng.uniform(0.5, 2, (width, groups)) * 0.2 * hidden ** -0.5).astype(np.float32)
+    values = np.stack((weight & 15, weight >> 4), -1).reshape(width, hidden).astype(np.float64) - 8
+    values *= np.repeat(weight_scale.astype(np.float64), hidden // groups, 1)
+    x, unit = case["x"].astype(np.float64), ROUNDING[dtype]
+    without = case["want"] - case["y"]
+    want = x @ values.T + without
+    adapter = np.maximum(case["allowed"] - unit * np.abs(case["want"]) * 1.01, 0)
+    allowed = adapter + unit * np.abs(want) * 1.01 + np.abs(x) @ np.abs(values.T) * 2.0 ** -17
+    del case["y"]
+    return {**case, "weight": weight, "weight_scale": weight_scale, "want": want, "allowed": allowed, "kind": "packed"}
+
+
+def mix_case(tokens, experts, rank, width, dtype, bank=3):
+    rng = np.random.default_rng([tokens, experts, rank, width])
+    weights = rng.uniform(0, 1, (tokens, experts))
+    case = {"h": rng.standard_normal((tokens, rank)).astype(np.float32),
+            "weights": (weights / weights.sum(1, keepdims=True)).astype(np.float32),
+            "up": rounded(rng.standard_normal((bank, experts, rank, width)), dtype),
+            "scale": rng.uniform(0.25, 2, bank).astype(np.float32), "slots": rng.integers(-1, bank, tokens).astype(np.int32),
+            "y": rounded(rng.standard_normal((tokens, width)), dtype)}
+    case["slots"][0] = bank - 1
+    want, allowed = case["y"].astype(np.float64), np.zeros((tokens, width))
+    for t, s in enumerate(case["slots"]):
+        if s >= 0:
+            coefficients = float(case["scale"][s]) * np.outer(case["weights"][t], case["h"][t]).astype(np.float64)
+            want[t] += np.einsum("er,erw->w", coefficients, case["up"][s].astype(np.float64))
+            terms = np.einsum("er,erw->w", np.abs(coefficients), np.abs(case["up"][s]))
+            allowed[t] = ROUNDING[dtype] * np.abs(want[t]) * 1.01 + terms * (2.0 ** -11 if dtype == "float16" else 2.0 ** -17)
+    return {**case, "want": want, "allowed": allowed, "dtype": dtype, "kind": "mix"}
+
+
 def select_case(rows, vocab, dtype):
     rng = np.random.default_rng([rows, vocab])
     expert, amateur = (rounded(rng.standard_normal((rows, vocab)) * 3, dtype) for _ in range(2))
@@ -60,10 +98,10 @@ def select_case(rows, vocab, dtype):
 def write(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for shape in LORA:
-        np.savez_compressed(folder / ("lora_" + "_".join(map(str, shape)) + ".npz"), **lora_case(*shape))
-    for shape in SELECT:
-        np.savez_compressed(folder / ("select_" + "_".join(map(str, shape)) + ".npz"), **select_case(*shape))
+    for name, shapes, case in (("lora", LORA, lora_case), ("packed", PACKED, packed_case), ("mix", MIX, mix_case),
+                               ("select", SELECT, select_case)):
+        for shape in shapes:
+            np.savez_compressed(folder / (f"{name}_" + "_".join(map(str, shape)) + ".npz"), **case(*shape))
 
 
 def run(folder, target):
@@ -80,6 +118,14 @@ def run(folder, target):
         def construct(self, x, slots, down, up, scale, y):
             return ascend.multi_lora(x, slots, down, up, scale, y)
 
+    class Packed(ms.nn.Cell):
+        def construct(self, x, slots, weight, weight_scale, down, up, scale):
+            return ascend.w4_lora(x, slots, weight, weight_scale, down, up, scale)
+
+    class Mix(ms.nn.Cell):
+        def construct(self, h, weights, slots, up, scale, y):
+            return ascend.lily_mix(h, weights, slots, up, scale, y)
+
     class Select(ms.nn.Cell):
         def construct(self, expert, amateur, alpha, beta):
             return ascend.contrastive_token(expert, amateur, alpha, beta)
@@ -92,8 +138,14 @@ def run(folder, target):
         typed = lambda name: ms.Tensor(case[name]).astype(getattr(ms, str(case["dtype"])))
         plain = lambda name: ms.Tensor(case[name])
         try:
-            if str(case["kind"]) == "lora":
-                out = Lora()(typed("x"), plain("slots"), typed("down"), typed("up"), plain("scale"), typed("y"))
+            if str(case["kind"]) != "select":
+                if str(case["kind"]) == "lora":
+                    out = Lora()(typed("x"), plain("slots"), typed("down"), typed("up"), plain("scale"), typed("y"))
+                elif str(case["kind"]) == "packed":
+                    out = Packed()(typed("x"), plain("slots"), plain("weight"), plain("weight_scale"), typed("down"), typed("up"),
+                                   plain("scale"))
+                else:
+                    out = Mix()(plain("h"), plain("weights"), plain("slots"), typed("up"), plain("scale"), typed("y"))
                 got = out.astype(ms.float32).asnumpy().astype(np.float64)
                 error, allowed = np.abs(got - case["want"]), case["allowed"]
                 share = float((error / np.maximum(allowed, 1e-30))[allowed > 0].max())

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OPERATORS = ("multi_lora", "multi_lora_segments", "lora_shrink", "lora_expand", "contrastive_select")
+OPERATORS = ("multi_lora", "multi_lora_segments", "lora_shrink", "lora_expand", "contrastive_select", "w4_lora",
+             "lily_mix")
 
 
 def stage(folder):

@@ -29,6 +29,8 @@ KERNELS = {
     "lora_expand": ("common/op_host/lora_tiling_core.h", "colora::LoraTilingData"),
     "contrastive_select": ("contrastive_select/op_host/contrastive_select_tiling_core.h",
                            "colora::ContrastiveSelectTilingData"),
+    "w4_lora": ("w4_lora/op_host/w4_lora_tiling_core.h", "colora::W4LoraTilingData"),
+    "lily_mix": ("lily_mix/op_host/lily_mix_tiling_core.h", "colora::LilyMixTilingData"),
 }
 
 
@@ -66,7 +68,8 @@ def wrapper(name):
 def flags(optimise="-O3"):
     """Compiler flags; without optimisation also without this machine's own instructions (compiles faster)."""
     native = [] if optimise == "-O0" else ["-march=native"]
-    include = [f"-I{HERE / 'include'}", f"-I{ASCEND / 'common' / 'op_kernel'}", f"-I{ASCEND}"]
+    include = [f"-I{HERE / 'include'}", f"-I{ASCEND / 'common' / 'op_kernel'}",
+               f"-I{ASCEND / 'common' / 'op_host'}", f"-I{ASCEND}"]
     return ["-std=c++17", optimise, *native, "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-unused-parameter", *include]
 
 

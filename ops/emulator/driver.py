@@ -68,13 +68,33 @@ def column_unit(columns, cores):
     return 16
 
 
-def plan_lora(tokens, hidden, rank, width, dtype, cores=48, row_width=None, offset=0, slots=1, segments=0, exact=False):
+def plan_lora(tokens, hidden, rank, width, dtype, cores=48, row_width=None, offset=0, slots=1, segments=0, exact=False,
+              most=64):
     """(tiling array, workspace array) as plan_lora of lora_tiling_core.h makes them."""
     exact = exact or dtype != "float16"
     padded = -(-rank // 8) * 8
-    window = 32768 // padded if segments else 64
+    window = 32768 // padded if segments else most
     window = min(window, max(tokens, 1))
     values = (tokens, hidden, rank, width, row_width or width, offset, slots, segments, cores, window,
               column_unit(hidden, cores), column_unit(width, cores), int(exact))
     row = padded * 4 if exact else -(-rank // 16) * 32 + 32
     return np.array(values, np.uint32), np.empty(window * cores * padded * 4 + window * row, np.uint8)
+
+
+def plan_w4_lora(tokens, hidden, rank, width, dtype, groups=1, cores=48, slots=1, exact=False):
+    """(tiling array, workspace array) as plan_w4_lora of w4_lora_tiling_core.h makes them."""
+    lora, workspace = plan_lora(tokens, hidden, rank, width, dtype, cores, slots=slots, exact=exact, most=32)
+    group = hidden // groups
+    columns = min(8192 // int(lora[FIELDS.index("window")]) // 64 * 64, 2048, -(-hidden // 64) * 64)
+    while columns > 64 and groups > 1:
+        touched = columns // group if columns % group == 0 else columns // group + 2
+        if -(-touched // 8) * 8 * 16 <= 512:
+            break
+        columns -= 64
+    return np.append(lora, np.array([groups, group, columns], np.uint32)), workspace
+
+
+def plan_lily_mix(tokens, experts, rank, width, dtype, cores=48, row_width=None, offset=0, slots=1, exact=False):
+    """(tiling array, workspace array) as plan_lily_mix of lily_mix_tiling_core.h makes them."""
+    lora, workspace = plan_lora(tokens, 1, rank, width, dtype, cores, row_width, offset, slots, exact=exact)
+    return np.append(lora, np.uint32(experts)), workspace

@@ -8,7 +8,13 @@
 static std::string text;
 
 static const char* type_name(ge::DataType type) {
-    return type == ge::DT_FLOAT ? "float32" : type == ge::DT_FLOAT16 ? "float16" : type == ge::DT_BF16 ? "bfloat16" : "int32";
+    switch (type) {
+        case ge::DT_FLOAT: return "float32";
+        case ge::DT_FLOAT16: return "float16";
+        case ge::DT_BF16: return "bfloat16";
+        case ge::DT_UINT8: return "uint8";
+        default: return "int32";
+    }
 }
 
 static void write_tensors(std::ostream& out, const std::vector<std::shared_ptr<ops::OpParamDef>>& list) {
@@ -69,10 +75,12 @@ EXPORT int host_tiling(const char* op, int inputs, const int64_t* ranks, const i
                        int64_t offset, int exact, uint32_t cores, uint32_t* data, uint64_t* facts) {
     gert::TilingContext context;
     fill(context, inputs, ranks, dims, types);
-    context.attributes = {offset, exact != 0};
+    const cann_host::Entry& entry = cann_host::Registry()[op];
+    context.attributes = {offset, exact != 0, {}};
+    for (const auto& one : entry.definition->attributes) context.attributes.kinds.push_back(one->kind);
     context.platform.cores = cores;
     context.tiling.size = 0;
-    const ge::graphStatus status = cann_host::Registry()[op].tiling(&context);
+    const ge::graphStatus status = entry.tiling(&context);
     if (status != ge::GRAPH_SUCCESS) return 1;
     std::memcpy(data, context.tiling.bytes, context.tiling.size);
     facts[0] = context.tiling.size;

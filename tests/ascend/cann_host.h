@@ -11,7 +11,7 @@
 namespace ge {
 using graphStatus = uint32_t;
 constexpr graphStatus GRAPH_SUCCESS = 0, GRAPH_FAILED = 0xFFFFFFFF;
-enum DataType { DT_FLOAT = 0, DT_FLOAT16 = 1, DT_INT32 = 3, DT_BF16 = 27 };
+enum DataType { DT_FLOAT = 0, DT_FLOAT16 = 1, DT_INT32 = 3, DT_UINT8 = 4, DT_BF16 = 27 };
 enum Format { FORMAT_ND = 2 };
 }  // namespace ge
 
@@ -46,9 +46,10 @@ struct CompileTimeTensorDesc {
 struct RuntimeAttrs {
     int64_t offset;
     bool exact;
-    // Attribute 0 is an int and 1 a bool in every operator here; another index is a bug of the tiling function.
-    const int64_t* GetInt(size_t index) const { return index == 0 ? &offset : nullptr; }
-    const bool* GetBool(size_t index) const { return index == 1 ? &exact : nullptr; }
+    std::vector<std::string> kinds;  // of the operator's attributes, in the order of its definition
+    // The int of every operator here is the offset and the bool is "exact"; another index is a bug of the tiling function.
+    const int64_t* GetInt(size_t index) const { return index < kinds.size() && kinds[index] == "int" ? &offset : nullptr; }
+    const bool* GetBool(size_t index) const { return index < kinds.size() && kinds[index] == "bool" ? &exact : nullptr; }
 };
 
 struct TilingData {

@@ -117,6 +117,26 @@ KERNEL(clean_atomic) {
     s.out.FreeTensor(o);
 }
 
+KERNEL(clean_nibbles) {
+    Setup s(in, out, workspace);
+    LocalTensor<float> t = s.load(), wide = s.other.Get<float>();
+    const LocalTensor<int16_t> pairs = t.ReinterpretCast<int16_t>(), bits = s.other.Get<int16_t>();
+    const LocalTensor<half> values = s.buffer.Get<half>();
+    Duplicate(bits, int16_t(0x0f0f), 128);
+    PipeBarrier<PIPE_V>();
+    And(pairs, pairs, bits, 128, 4, {1, 1, 1, 8, 8, 0});
+    PipeBarrier<PIPE_V>();
+    Or(pairs, pairs, bits, 128, 4, {1, 1, 1, 8, 8, 0});
+    PipeBarrier<PIPE_V>();
+    Cast(values, pairs.ReinterpretCast<int4b_t>(), RoundMode::CAST_NONE, 2048);
+    PipeBarrier<PIPE_V>();
+    Cast(wide, values, RoundMode::CAST_NONE, 1024);
+    PipeBarrier<PIPE_V>();
+    Muls(t, wide, 1.0f, 1024);
+    PipeBarrier<PIPE_V>();
+    s.store(t);
+}
+
 // ---- capacity, alignment, ranges, bounds ----------------------------------------------------------------------------
 KERNEL(capacity) {
     Setup s(in, out, workspace);
@@ -167,6 +187,36 @@ KERNEL(compare_tail) {
     Setup s(in, out, workspace);
     LocalTensor<float> t = s.load();
     CompareScalar(s.buffer.Get<uint8_t>(), t, 1.0f, CMPMODE::GE, 100);  // BUG
+    s.in.FreeTensor(t);
+}
+KERNEL(odd_nibbles) {
+    Setup s(in, out, workspace);
+    LocalTensor<float> t = s.load();
+    Cast(s.buffer.Get<half>(), t.ReinterpretCast<uint8_t>().ReinterpretCast<int4b_t>(), RoundMode::CAST_NONE, 33);  // BUG
+    s.in.FreeTensor(t);
+}
+KERNEL(nibble_rounding) {
+    Setup s(in, out, workspace);
+    LocalTensor<float> t = s.load();
+    Cast(s.buffer.Get<half>(), t.ReinterpretCast<int4b_t>(), RoundMode::CAST_RINT, 64);  // BUG
+    s.in.FreeTensor(t);
+}
+KERNEL(nibbles_past_buffer) {
+    Setup s(in, out, workspace);
+    LocalTensor<float> t = s.load();
+    Cast(s.buffer.Get<half>(), t.ReinterpretCast<int4b_t>()[8128], RoundMode::CAST_NONE, 130);  // BUG
+    s.in.FreeTensor(t);
+}
+KERNEL(nibbles_in_place) {
+    Setup s(in, out, workspace);
+    LocalTensor<float> t = s.load();
+    Cast(t.ReinterpretCast<half>(), t.ReinterpretCast<int4b_t>(), RoundMode::CAST_NONE, 64);  // BUG
+    s.in.FreeTensor(t);
+}
+KERNEL(one_block_written) {
+    Setup s(in, out, workspace);
+    LocalTensor<float> t = s.load();
+    Add(s.buffer.Get<float>(), t, t, 64, 1, {0, 1, 1, 8, 8, 8});  // BUG
     s.in.FreeTensor(t);
 }
 KERNEL(rounding_mode) {

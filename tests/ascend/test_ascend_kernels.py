@@ -12,6 +12,8 @@ from colora_ms.kernels import ascend  # noqa: E402
 from colora_ms.kernels.aot import KernelError  # noqa: E402
 from emulated import ROOT  # noqa: E402
 from lora_cases import LoraCase  # noqa: E402
+from test_lily_kernel import LilyCase  # noqa: E402
+from test_w4_kernel import W4Case  # noqa: E402
 
 ms.set_context(mode=ms.GRAPH_MODE)
 
@@ -47,6 +49,16 @@ class Segments(ms.nn.Cell):
 class Halves(ms.nn.Cell):
     def construct(self, x, slots, down, up, scale, y):
         return ascend.lora_expand(ascend.lora_shrink(x, slots, down, scale), slots, up, y)
+
+
+class Packed(ms.nn.Cell):
+    def construct(self, x, slots, weight, weight_scale, down, up, scale):
+        return ascend.w4_lora(x, slots, weight, weight_scale, down, up, scale)
+
+
+class Mixed(ms.nn.Cell):
+    def construct(self, h, weights, slots, up, scale, y):
+        return ascend.lily_mix(h, weights, slots, up, scale, y)
 
 
 class Select(ms.nn.Cell):
@@ -94,7 +106,7 @@ def test_low_rank_in_place_of_the_reference(emulator):
 def test_backend_of_a_process(emulator):
     """COLORA_KERNELS=emulator loads the operators at import."""
     code = ("from colora_ms.kernels import ascend, backend\n"
-            "assert backend() == 'emulator' and ascend._multi_lora is not None and ascend._contrastive_select is not None")
+            "assert backend() == 'emulator' and ascend._multi_lora is not None and ascend._contrastive_select is not None and ascend._w4_lora is not None")
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "COLORA_KERNELS": "emulator"}, capture_output=True,
                           text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -108,6 +120,45 @@ def test_segments_and_halves_in_a_graph(emulator):
     case.check(out.asnumpy())
     out = Halves()(tensor(case.x), tensor(case.slots), down, up, scale, y)
     case.check(out.asnumpy())
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
+def test_w4_lora_in_a_graph(emulator, dtype):
+    for tokens, hidden, rank, width, groups in ((1, 576, 16, 192, 18), (5, 1000, 3, 64, 1)):
+        case = W4Case(tokens, hidden, rank, width, dtype, groups)
+        scales = tensor(case.weight_scale if groups > 1 else case.weight_scale[:, 0].copy())
+        out = Packed()(tensor(case.x, dtype), tensor(case.slots), tensor(case.weight), scales, tensor(case.down, dtype),
+                       tensor(case.up, dtype), tensor(case.scale))
+        case.check(stored(out, dtype))
+
+
+def test_w4_lora_reads_what_the_exporter_packs(emulator):
+    """The packing of colora_ms.models.quantize and the float reference of multi_lora_linear, against the device source."""
+    from colora_ms.kernels.linear import multi_lora_linear_reference
+    from colora_ms.models.quantize import pack_int4
+
+    case = W4Case(6, 128, 8, 40, "float32", 4)
+    case.weight = pack_int4(np.random.default_rng(3).integers(-8, 8, (40, 128)))
+    x, slots, weight, weight_scale = (tensor(a) for a in (case.x, case.slots, case.weight, case.weight_scale))
+    down, up, scale = tensor(case.down), tensor(case.up.transpose(0, 2, 1).copy()), tensor(case.scale)
+
+    class Both(ms.nn.Cell):
+        def construct(self, x, slots, weight, weight_scale, down, up, scale):
+            none = ms.Tensor(0.0, ms.float32)
+            return (ascend.w4_lora(x, slots, weight, weight_scale, down, ascend.rank_major(up), scale),
+                    multi_lora_linear_reference(x, slots, weight, weight_scale, none, down, up, scale))
+
+    ours, reference = Both()(x, slots, weight, weight_scale, down, up, scale)
+    assert np.abs((ours - reference).asnumpy()).max() < 2e-5
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
+def test_lily_mix_in_a_graph(emulator, dtype):
+    for tokens, experts, rank, width in ((1, 4, 8, 192), (7, 3, 5, 100)):
+        case = LilyCase(tokens, experts, rank, width, dtype)
+        out = Mixed()(*(tensor(a) for a in (case.h, case.weights, case.slots)), tensor(case.up, dtype), tensor(case.scale),
+                      tensor(case.y, dtype))
+        case.check(stored(out, dtype))
 
 
 def test_contrastive_token_in_a_graph(emulator):
@@ -180,6 +231,32 @@ def test_bad_arguments_are_python_errors(emulator):
         Raw()(x, down, up, scale, slots.astype(ms.float32), y)
     with pytest.raises(RuntimeError):
         Raw()(x, down, up, scale, ms.Tensor([0, 1, 4, 0], ms.int32), y).asnumpy()
+    packed, mix = ascend.primitive("W4Lora", "CPU"), ascend.primitive("LilyMix", "CPU")
+
+    class RawPacked(ms.nn.Cell):
+        def construct(self, *given):
+            return packed(*given)
+
+    class RawMix(ms.nn.Cell):
+        def construct(self, *given):
+            return mix(*given)
+
+    weight, scales = tensor(np.zeros((64, 32), np.uint8)), tensor(np.ones((64, 4), np.float32))
+    good = [x, weight, scales, down, up, scale, slots]
+    assert RawPacked()(*good).shape == (4, 64)
+    for place, value, message in ((1, weight[:, :31], "weight has shape"), (1, weight.astype(ms.int32), "weight has dtype"),
+                                  (2, tensor(np.ones((64, 16), np.float32)), "multiple of 8"), (4, up[:, :, :63], "up has shape")):
+        with pytest.raises(KernelError, match=f"W4Lora: .*{message}"):
+            RawPacked()(*good[:place], value, *good[place + 1:])
+    case = LilyCase(4, 3, 8, 64, "float32")
+    good = [tensor(a) for a in (case.h, case.weights, case.up, case.scale, case.slots, case.y)]
+    assert RawMix()(*good).shape == (4, 64)
+    for place, value, message in ((1, good[1][:, :2], "up has shape"), (0, good[0].astype(ms.float16), "h has dtype"),
+                                  (3, good[3][:2], "scale has shape")):
+        with pytest.raises(KernelError, match=f"LilyMix: {message}"):
+            RawMix()(*good[:place], value, *good[place + 1:])
+    with pytest.raises(RuntimeError):
+        RawMix()(*good[:4], ms.Tensor([0, 1, 3, 0], ms.int32), good[5]).asnumpy()
     with pytest.raises(KernelError, match="offset"):
         ascend.primitive("MultiLora", "CPU", offset=3)
     with pytest.raises(KernelError, match="nonsense"):

@@ -19,7 +19,8 @@ GROUPS = build.ASCEND / "common" / "op_kernel" / "lora_groups.h"
 PLANTED = {
     "capacity": {"ub_capacity"}, "misaligned": {"alignment"}, "cut_copy": {"alignment"}, "repeat_256": {"range"},
     "mask_65": {"range"}, "negative_count": {"range"}, "block_count": {"range"}, "compare_tail": {"range"},
-    "rounding_mode": {"range"}, "past_buffer": {"ub_bounds"}, "past_tensor": {"gm_bounds"}, "past_argument": {"gm_bounds"},
+    "odd_nibbles": {"range"}, "nibble_rounding": {"range"}, "nibbles_past_buffer": {"ub_bounds"}, "nibbles_in_place": {"overlap"},
+    "one_block_written": {"range"}, "rounding_mode": {"range"}, "past_buffer": {"ub_bounds"}, "past_tensor": {"gm_bounds"}, "past_argument": {"gm_bounds"},
     "write_input": {"gm_write"}, "never_written": {"uninitialised"}, "workspace_unwritten": {"gm_uninitialised"},
     "no_enqueue": {"queue", "RAW"}, "no_free": {"queue"}, "free_twice": {"queue"}, "use_after_free": {"queue"},
     "alloc_twice": {"queue"}, "raw_v_mte2": {"RAW"}, "raw_mte3_v": {"RAW"}, "war_mte2_v": {"WAR"}, "waw_v_mte2": {"WAW"},
@@ -29,7 +30,7 @@ PLANTED = {
     "race_write_read": {"race", "gm_uninitialised"}, "race_write_write": {"race"}, "race_read_write": {"race"}, "stale_scalar": {"stale"},
     "sync_missing_block": {"sync"},
 }
-CLEAN = ("clean_copy", "clean_vector", "clean_sync", "clean_atomic", "clean_double_buffer", "clean_scalar")
+CLEAN = ("clean_copy", "clean_vector", "clean_sync", "clean_atomic", "clean_double_buffer", "clean_scalar", "clean_nibbles")
 
 # The real kernel, with one edit: (file, pattern, replacement, kinds of which at least one must be reported).
 EDITS = {
@@ -93,9 +94,15 @@ def test_planted_bug_is_found(mutants, name):
     assert all(f["file"].endswith("mutants.cpp") for f in findings)
 
 
+def test_nibbles_are_signed_and_the_low_one_is_first(mutants):
+    """clean_nibbles makes every byte 0x0f: -1, then 0."""
+    _, out = run_small(mutants, "clean_nibbles", cores=1)
+    assert np.array_equal(out[:1024], np.tile(np.array([-1, 0], np.float32), 512) + 1)
+
+
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean_kernel_has_no_findings(mutants, name):
-    findings, out = run_small(mutants, name, cores=1 if name in ("clean_copy", "clean_vector", "clean_scalar") else 4)
+    findings, out = run_small(mutants, name, cores=1 if name in ("clean_copy", "clean_vector", "clean_scalar", "clean_nibbles") else 4)
     assert findings == []
     assert out[0] != 0 or out[1] != 0
 

@@ -16,7 +16,7 @@ def test_the_command_ends_with_zero(emulator):
     done = subprocess.run(["bash", str(ROOT / "scripts" / "verify_on_npu.sh"), "--emulated"], capture_output=True, text=True,
                           env={**os.environ, "PYTHON": sys.executable}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    count = len(golden.LORA) + len(golden.SELECT)
+    count = len(golden.LORA) + len(golden.PACKED) + len(golden.MIX) + len(golden.SELECT)
     assert f"{count} of {count} cases right on CPU" in done.stdout
 
 

@@ -7,14 +7,14 @@ import subprocess
 import numpy as np
 import pytest
 
-from emulated import ROOT, build, load_module, plan_lora
+from emulated import ROOT, build, load_module, plan_lily_mix, plan_lora, plan_w4_lora
 
 HERE = ROOT / "tests" / "ascend"
 ASCEND = ROOT / "ops" / "ascend"
 contract = load_module(ASCEND / "contract.py", "ascend_contract")
 stage = load_module(ASCEND / "stage.py", "ascend_stage")
 HEADERS = ("register/op_def_registry.h", "register/tilingdata_base.h", "tiling/platform/platform_ascendc.h")
-CODES = {"float32": 0, "float16": 1, "int32": 3, "bfloat16": 27}
+CODES = {"float32": 0, "float16": 1, "int32": 3, "uint8": 4, "bfloat16": 27}
 SYSTEM_WORKSPACE = 16 * 1024 * 1024  # of the stand-in
 
 
@@ -106,6 +106,28 @@ def test_lora_tiling(host, name):
             assert facts == {"blocks": cores, "schedule": int(meets), "workspace": scratch.nbytes}
 
 
+def w4_operands(tokens, hidden, rank, width, slots, groups, dtype):
+    scales = (width,) if groups == 0 else (width, groups)
+    return [((tokens, hidden), dtype), ((width, hidden // 2), "uint8"), (scales, "float32"), ((slots, rank, hidden), dtype),
+            ((slots, rank, width), dtype), ((slots,), "float32"), ((tokens,), "int32")]
+
+
+def mix_operands(tokens, experts, rank, width, row, slots, dtype):
+    return [((tokens, rank), "float32"), ((tokens, experts), "float32"), ((slots, experts, rank, width), dtype),
+            ((slots,), "float32"), ((tokens,), "int32"), ((tokens, row), dtype)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_tiling_of_w4_lora_and_lily_mix(host, dtype):
+    for tokens, hidden, rank, width, slots, groups, exact in ((0, 64, 1, 8, 2, 0, False), (33, 4096, 16, 1100, 3, 32, True)):
+        got, facts = tile(host, "W4Lora", w4_operands(tokens, hidden, rank, width, slots, groups, dtype), exact=exact, cores=40)
+        want, scratch = plan_w4_lora(tokens, hidden, rank, width, dtype, groups or 1, 40, slots, exact)
+        assert np.array_equal(got, want) and facts == {"blocks": 40, "schedule": 1, "workspace": scratch.nbytes}
+        got, facts = tile(host, "LilyMix", mix_operands(tokens, 5, rank, width, width + 9, slots, dtype), 7, exact, 40)
+        want, scratch = plan_lily_mix(tokens, 5, rank, width, dtype, 40, width + 9, 7, slots, exact)
+        assert np.array_equal(got, want) and facts == {"blocks": 40, "schedule": 0, "workspace": scratch.nbytes}
+
+
 def test_select_tiling(host):
     logits, one = ((3, 49152), "float16"), ((3,), "float32")
     for mask, rows in (((1,), 0), ((1, 49152), 1), ((3, 49152), 3)):
@@ -123,6 +145,11 @@ def test_refusals_reach_cann(host, capfd):
         sizes = {"tokens": 2, "hidden": 64, "rank": 8, "width": 64, "row": 64, "slots": 2, "segments": 1, "dtype": "float16"}
         assert tile(host, name, lora_operands(name, **sizes)) is not None
         assert tile(host, name, lora_operands(name, **{**sizes, **change})) is None
+        error = capfd.readouterr().err
+        assert error.startswith(f"{name}: ") and message in error
+    for operands_of_it, name, message in ((w4_operands(2, 96, 8, 64, 2, 8, "float16"), "W4Lora", "8 scales a row of 96"),
+                                          (mix_operands(2, 65, 128, 8, 8, 1, "bfloat16"), "LilyMix", "65 experts of rank 128")):
+        assert tile(host, name, operands_of_it) is None
         error = capfd.readouterr().err
         assert error.startswith(f"{name}: ") and message in error
     big = ((1, 262145), "float16")
@@ -143,5 +170,7 @@ def test_inference(host, dtype):
     for name in ("MultiLora", "MultiLoraSegments", "LoraExpand"):
         assert infer(name, lora_operands(name, 7, 64, 3, 40, 50, 2, 2, dtype)) == ((7, 50), CODES[dtype])
     assert infer("LoraShrink", lora_operands("LoraShrink", 7, 64, 3, 40, 50, 2, 2, dtype)) == ((7, 3), CODES["float32"])
+    assert infer("W4Lora", w4_operands(7, 64, 3, 40, 2, 2, dtype)) == ((7, 40), CODES[dtype])
+    assert infer("LilyMix", mix_operands(7, 4, 3, 40, 50, 2, dtype)) == ((7, 50), CODES[dtype])
     logits, one = ((5, 100), dtype), ((5,), "float32")
     assert infer("ContrastiveSelect", [logits, logits, one, one, ((1,), "float32")]) == ((5,), CODES["int32"])

@@ -11,6 +11,8 @@
 
 #include "common/op_host/lora_tiling_core.h"
 #include "contrastive_select/op_host/contrastive_select_tiling_core.h"
+#include "lily_mix/op_host/lily_mix_tiling_core.h"
+#include "w4_lora/op_host/w4_lora_tiling_core.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -43,14 +45,14 @@ struct Call {
         return n;
     }
     std::string dtype(int i) const {
-        for (const char* name : {"bfloat16", "float16", "float32", "int32"}) {
+        for (const char* name : {"bfloat16", "float16", "float32", "int32", "uint8"}) {
             if (std::strstr(dtypes[i], name)) return name;
         }
         return dtypes[i];
     }
     uint64_t bytes(int i) const {
         const std::string name = dtype(i);
-        return elements(i) * (name == "float32" || name == "int32" ? 4 : 2);
+        return elements(i) * (name == "uint8" ? 1 : name == "float32" || name == "int32" ? 4 : 2);
     }
     std::string shape(int i) const {
         std::string text = "(";
@@ -68,7 +70,7 @@ uint32_t cores() {
 // Launches kernel_<dtype of argument `typed`> with the call's arguments, a workspace and the tiling.
 int launch(const std::string& kernel, const Call& call, int typed, uint64_t workspace, const void* tiling, uint64_t size) {
     const std::string dtype = call.dtype(typed);
-    if (dtype == "int32") return fail(kernel + ": argument " + std::to_string(typed) + " must be a float tensor");
+    if (dtype == "int32" || dtype == "uint8") return fail(kernel + ": argument " + std::to_string(typed) + " must be a float tensor");
     std::vector<void*> pointers(call.data, call.data + call.count);
     std::vector<uint64_t> bytes;
     std::vector<int> kinds(size_t(call.count), 0);
@@ -196,6 +198,62 @@ EXPORT int LoraExpand(AOT_ARGUMENTS) {
                                         call.dtype(1) == "float32" ? 4 : 2, call.dtype(1) == "float16", false);
     if (!plan.error.empty()) return fail("LoraExpand: " + plan.error);
     return launch("lora_expand", call, 1, plan.workspace, &plan.data, sizeof(plan.data));
+}
+
+// x, weight (packed int4), weight_scale, down, up (rank-major), scale, slots -> x . weight^T + scale (x . down^T) . up
+EXPORT int W4Lora(AOT_ARGUMENTS) {
+    const Call call = AOT_CALL;
+    const char* name = "W4Lora";
+    if (int bad = check_count(name, call, 8)) return bad;
+    if (call.ranks[0] != 2 || call.ranks[1] != 2 || call.ranks[3] != 3) return fail("W4Lora: x is (tokens, in), weight (out, in / 2), down has 3 axes");
+    const int64_t tokens = call.shapes[0][0], hidden = call.shapes[0][1], width = call.shapes[1][0], bank = call.shapes[3][0],
+                  rank = call.shapes[3][1];
+    const int64_t groups = call.ranks[2] == 2 ? call.shapes[2][1] : 1;
+    if (hidden != call.shapes[1][1] * 2) return fail("W4Lora: weight has shape " + call.shape(1));
+    if (call.ranks[2] != 1) {
+        if (int bad = check_shape(name, call, 2, "weight_scale", {width, groups})) return bad;
+    } else if (int bad = check_shape(name, call, 2, "weight_scale", {width})) {
+        return bad;
+    }
+    if (int bad = check_shape(name, call, 3, "down", {bank, rank, hidden})) return bad;
+    if (int bad = check_shape(name, call, 4, "up (rank-major)", {bank, rank, width})) return bad;
+    if (int bad = check_shape(name, call, 5, "scale", {bank})) return bad;
+    if (int bad = check_shape(name, call, 6, "slots", {tokens})) return bad;
+    if (int bad = check_shape(name, call, 7, "out", {tokens, width})) return bad;
+    for (int i : {3, 4, 7}) {
+        if (call.dtype(i) != call.dtype(0)) return fail("W4Lora: x, down, up and out must have one dtype");
+    }
+    if (call.dtype(1) != "uint8" || call.dtype(2) != "float32" || call.dtype(5) != "float32") return fail("W4Lora: weight must be uint8, the scales float32");
+    if (int bad = check_slots(name, call, 6, uint32_t(bank))) return bad;
+    const auto plan = colora::plan_w4_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rank), uint32_t(width), uint32_t(bank), uint32_t(groups),
+                                           cores(), call.dtype(0) == "float32" ? 4 : 2, call.dtype(0) == "float16", false);
+    if (!plan.error.empty()) return fail("W4Lora: " + plan.error);
+    return launch("w4_lora", call, 0, plan.workspace, &plan.data, sizeof(plan.data));
+}
+
+// h float32, weights float32 (the router's), up (slots, experts, rank, out), scale, slots, y -> y + scale h . sum w_e up_e
+EXPORT int LilyMix(AOT_ARGUMENTS) {
+    const Call call = AOT_CALL;
+    const char* name = "LilyMix";
+    if (int bad = check_count(name, call, 7)) return bad;
+    if (call.ranks[0] != 2 || call.ranks[2] != 4) return fail("LilyMix: h is (tokens, rank), up is (slots, experts, rank, out)");
+    const int64_t tokens = call.shapes[0][0], rank = call.shapes[0][1], bank = call.shapes[2][0], experts = call.shapes[2][1],
+                  width = call.shapes[2][3];
+    if (int bad = check_shape(name, call, 1, "weights", {tokens, experts})) return bad;
+    if (int bad = check_shape(name, call, 2, "up (rank-major)", {bank, experts, rank, width})) return bad;
+    if (int bad = check_shape(name, call, 3, "scale", {bank})) return bad;
+    if (int bad = check_shape(name, call, 4, "slots", {tokens})) return bad;
+    if (int bad = check_shape(name, call, 5, "y", {tokens, width})) return bad;
+    if (int bad = check_shape(name, call, 6, "out", {tokens, width})) return bad;
+    for (int i : {0, 1, 3}) {
+        if (call.dtype(i) != "float32") return fail("LilyMix: h, weights and scale must be float32");
+    }
+    if (call.dtype(2) != call.dtype(5) || call.dtype(2) != call.dtype(6)) return fail("LilyMix: up, y and out must have one dtype");
+    if (int bad = check_slots(name, call, 4, uint32_t(bank))) return bad;
+    const auto plan = colora::plan_lily_mix(uint32_t(tokens), uint32_t(experts), uint32_t(rank), uint32_t(width), uint32_t(width), 0, uint32_t(bank),
+                                            cores(), call.dtype(2) == "float32" ? 4 : 2, call.dtype(2) == "float16", false);
+    if (!plan.error.empty()) return fail("LilyMix: " + plan.error);
+    return launch("lily_mix", call, 2, plan.workspace, &plan.data, sizeof(plan.data));
 }
 
 // expert, amateur, log_alpha, beta, mask (or a tensor of one element: none) -> token int32

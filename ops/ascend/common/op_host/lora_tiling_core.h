@@ -50,10 +50,11 @@ struct LoraPlan {
     std::string error;
 };
 
-// element_bytes: of x, down, up, y. half: whether they are float16 (the only type with rounded coefficients).
+// element_bytes: of x, down, up, y. half: whether they are float16 (the only type with rounded coefficients). most: tokens
+// of one pass in the token form, at most 64.
 inline LoraPlan plan_lora(uint32_t tokens, uint32_t hidden, uint32_t rank, uint32_t width, uint32_t row_width,
                           uint32_t offset, uint32_t slots, uint32_t segments, uint32_t cores, uint32_t element_bytes,
-                          bool half, bool exact) {
+                          bool half, bool exact, uint32_t most = kSortWindow) {
     LoraPlan plan;
     if (rank < 1 || rank > kMaxRank) {
         plan.error = "rank " + std::to_string(rank) + " is outside 1.." + std::to_string(kMaxRank);
@@ -71,7 +72,7 @@ inline LoraPlan plan_lora(uint32_t tokens, uint32_t hidden, uint32_t rank, uint3
     t = LoraTilingData{tokens, hidden, rank, width, row_width, offset, slots, segments, cores, 0, 0, 0, exact ? 1u : 0u};
     const uint32_t padded = round_up(rank, 8);
     // Segments need no sorting; their window keeps the partial sums of all cores within 6.3 MB.
-    t.window = segments ? 32768 / padded : kSortWindow;
+    t.window = segments ? 32768 / padded : most;
     if (t.window > tokens) t.window = tokens ? tokens : 1;
     t.unitIn = column_unit(hidden, cores);
     t.unitOut = column_unit(width, cores);

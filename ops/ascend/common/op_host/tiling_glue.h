@@ -54,6 +54,26 @@ inline void ReadAttributes(gert::TilingContext* context, LoraSizes& sizes) {
     sizes.exact = *context->GetAttrs()->GetBool(1);
 }
 
+// The fields of colora::LoraTilingData that the operators' own classes share, from a plan.
+template <class Tiling, class Data>
+void SetLora(Tiling& tiling, const Data& data) {
+    tiling.set_tokens(data.tokens);
+    tiling.set_hidden(data.hidden);
+    tiling.set_rank(data.rank);
+    tiling.set_width(data.width);
+    tiling.set_rowWidth(data.rowWidth);
+    tiling.set_offset(data.offset);
+    tiling.set_slots(data.slots);
+    tiling.set_segments(data.segments);
+    tiling.set_cores(data.cores);
+    tiling.set_window(data.window);
+    tiling.set_unitIn(data.unitIn);
+    tiling.set_unitOut(data.unitOut);
+    tiling.set_exact(data.exact);
+}
+
+inline uint32_t ElementBytes(ge::DataType type) { return type == ge::DT_FLOAT ? 4 : 2; }
+
 // typed: the input whose dtype the kernel is compiled for. Tiling: a class with the fields of colora::LoraTilingData.
 template <class Tiling>
 ge::graphStatus LaunchLora(const char* op, gert::TilingContext* context, const LoraSizes& sizes, size_t typed, bool meet) {
@@ -61,22 +81,10 @@ ge::graphStatus LaunchLora(const char* op, gert::TilingContext* context, const L
     const ge::DataType type = context->GetInputDesc(typed)->GetDataType();
     const colora::LoraPlan plan =
         colora::plan_lora(sizes.tokens, sizes.hidden, sizes.rank, sizes.width, sizes.rowWidth, sizes.offset, sizes.slots,
-                          sizes.segments, cores, type == ge::DT_FLOAT ? 4 : 2, type == ge::DT_FLOAT16, sizes.exact);
+                          sizes.segments, cores, ElementBytes(type), type == ge::DT_FLOAT16, sizes.exact);
     if (!plan.error.empty()) return Refuse(op, plan.error);
     Tiling tiling;
-    tiling.set_tokens(plan.data.tokens);
-    tiling.set_hidden(plan.data.hidden);
-    tiling.set_rank(plan.data.rank);
-    tiling.set_width(plan.data.width);
-    tiling.set_rowWidth(plan.data.rowWidth);
-    tiling.set_offset(plan.data.offset);
-    tiling.set_slots(plan.data.slots);
-    tiling.set_segments(plan.data.segments);
-    tiling.set_cores(plan.data.cores);
-    tiling.set_window(plan.data.window);
-    tiling.set_unitIn(plan.data.unitIn);
-    tiling.set_unitOut(plan.data.unitOut);
-    tiling.set_exact(plan.data.exact);
+    SetLora(tiling, plan.data);
     return Launch(context, tiling, cores, plan.workspace, meet);
 }
 

@@ -80,10 +80,7 @@ __aicore__ inline void LoraPhases<T>::ExpandSlice(const Groups& groups, uint32_t
             for (uint32_t r = 0; r < n; r += rowsAtOnce) {
                 const uint32_t m = Smaller(rowsAtOnce, n - r);
                 LocalTensor<float> y = LoadRows(yGm_, groups, g, position + r, m, rowWidth_, offset_ + c, columns);
-                if constexpr (kHalf) {
-                    if (rounded_) AddRounded(y, tile, table[r * coefficientRow_], m, columns);
-                }
-                if (!rounded_) AddExact(y, table[r * coefficientRow_], m, columns);
+                AddProducts(y, tile, table[r * coefficientRow_], m, columns, pitch);
                 LocalTensor<T> out = outQueue_.template AllocTensor<T>();
                 Narrow(out, y, m * pitch);
                 outQueue_.EnQue(out);
@@ -97,11 +94,21 @@ __aicore__ inline void LoraPhases<T>::ExpandSlice(const Groups& groups, uint32_t
 }
 
 template <typename T>
-__aicore__ inline void LoraPhases<T>::AddExact(const LocalTensor<float>& y, const LocalTensor<float>& table, uint32_t m, uint32_t columns) {
+__aicore__ inline void LoraPhases<T>::AddProducts(const LocalTensor<float>& y, const LocalTensor<T>& tile, const LocalTensor<float>& table,
+                                                  uint32_t m, uint32_t columns, uint32_t yPitch) {
+    if constexpr (kHalf) {
+        if (rounded_) AddRounded(y, tile, table, m, columns, yPitch);
+    }
+    if (!rounded_) AddExact(y, table, m, columns, yPitch);
+}
+
+template <typename T>
+__aicore__ inline void LoraPhases<T>::AddExact(const LocalTensor<float>& y, const LocalTensor<float>& table, uint32_t m, uint32_t columns,
+                                               uint32_t yPitch) {
     const uint32_t pitch = Pitch(columns);
     for (uint32_t j = 0; j < rank_; ++j) {
         for (uint32_t i = 0; i < m; ++i) {
-            Axpy(y[i * pitch], wide_[j * pitch], table.GetValue(i * coefficientRow_ + j), static_cast<int32_t>(columns));
+            Axpy(y[i * yPitch], wide_[j * pitch], table.GetValue(i * tableRow_ + j), static_cast<int32_t>(columns));
         }
         PipeBarrier<PIPE_V>();
     }
@@ -109,23 +116,23 @@ __aicore__ inline void LoraPhases<T>::AddExact(const LocalTensor<float>& y, cons
 
 template <typename T>
 __aicore__ inline void LoraPhases<T>::AddRounded(const LocalTensor<float>& y, const LocalTensor<half>& w, const LocalTensor<float>& table,
-                                  uint32_t m, uint32_t columns) {
+                                                 uint32_t m, uint32_t columns, uint32_t yPitch) {
     const uint32_t pitch = Pitch(columns);
     const LocalTensor<half> halves = table.template ReinterpretCast<half>();
     for (uint32_t i = 0; i < m; ++i) {
-        const float down = table.GetValue(i * coefficientRow_ + coefficients_ / 2 + 1);
-        if (down != 1.0f) Muls(y[i * pitch], y[i * pitch], down, static_cast<int32_t>(columns));
+        const float down = table.GetValue(i * tableRow_ + coefficients_ / 2 + 1);
+        if (down != 1.0f) Muls(y[i * yPitch], y[i * yPitch], down, static_cast<int32_t>(columns));
     }
     PipeBarrier<PIPE_V>();
     for (uint32_t j = 0; j < rank_; ++j) {
         for (uint32_t i = 0; i < m; ++i) {
-            Axpy(y[i * pitch], w[j * pitch], halves.GetValue(i * coefficientRow_ * 2 + j), static_cast<int32_t>(columns));
+            Axpy(y[i * yPitch], w[j * pitch], halves.GetValue(i * tableRow_ * 2 + j), static_cast<int32_t>(columns));
         }
         PipeBarrier<PIPE_V>();
     }
     for (uint32_t i = 0; i < m; ++i) {
-        const float up = table.GetValue(i * coefficientRow_ + coefficients_ / 2);
-        if (up != 1.0f) Muls(y[i * pitch], y[i * pitch], up, static_cast<int32_t>(columns));
+        const float up = table.GetValue(i * tableRow_ + coefficients_ / 2);
+        if (up != 1.0f) Muls(y[i * yPitch], y[i * yPitch], up, static_cast<int32_t>(columns));
     }
     PipeBarrier<PIPE_V>();
 }

@@ -76,7 +76,9 @@ struct Groups {
 };
 
 // Divides (group x column unit) work over the cores. A unit of group g weighs fixed + each * (its tokens); a core takes
-// the units that start inside its equal share of the total weight.
+// the units that start inside its equal share of the total weight. When several tokens share the only adapter, the cores
+// that would have fewer units than the busiest stay idle: the end is no later, and what is read and written once for each
+// core (partial sums, coefficients of all tokens) becomes less.
 struct Split {
     uint64_t total = 0;
     uint64_t start[kGroups];
@@ -92,6 +94,10 @@ struct Split {
             start[g] = total;
             weight[g] = static_cast<uint64_t>(fixed) + static_cast<uint64_t>(each) * groups.size[g];
             total += weight[g] * units;
+        }
+        if (groups.count == 1 && groups.size[0] > 1) {
+            const uint32_t most = (units + cores - 1) / cores;
+            cores = (units + most - 1) / most;
         }
     }
     __aicore__ inline uint64_t Boundary(uint32_t core) const { return total * core / cores; }

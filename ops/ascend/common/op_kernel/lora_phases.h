@@ -58,8 +58,10 @@ class LoraPhases {
     static constexpr uint32_t kPerBlock = 32 / sizeof(T);
     static constexpr uint32_t kRowTile = kRowTileBytes / sizeof(T);
 
+    // tile: elements of a weight tile, 0 for as many as fit when these phases have the unified buffer for themselves. With
+    // a tile given, a widened tile exists for float too, rows_ has `rows` floats, and nothing is copied through.
     template <typename Tiling>
-    __aicore__ inline void Init(TPipe* pipe, const Tiling& t, GM_ADDR workspace) {
+    __aicore__ inline void Init(TPipe* pipe, const Tiling& t, GM_ADDR workspace, uint32_t tile = 0, uint32_t rows = kRowTile) {
         pipe_ = pipe;
         tokens_ = t.tokens;
         hidden_ = t.hidden;
@@ -77,23 +79,24 @@ class LoraPhases {
         padded_ = RoundUp(rank_, 8);
         coefficients_ = RoundUp(rank_, 16);
         coefficientRow_ = rounded_ ? coefficients_ / 2 + 8 : padded_;  // in floats
+        tableRow_ = coefficientRow_;
         const uint64_t partials = static_cast<uint64_t>(window_) * cores_ * padded_;
         partialGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace), partials);
         coefficientGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace) + partials,
                                        static_cast<uint64_t>(window_) * coefficientRow_);
         // Two tiles that are loaded in turn; beyond rank 192 one larger tile, which keeps rows of 64 columns. float32
         // needs no widened copy and takes its room.
-        const uint8_t tiles = rank_ > 192 ? 1 : 2;
-        weightTile_ = rank_ > 192 ? 16384 : 12288;
+        const uint8_t tiles = rank_ > 192 && tile == 0 ? 1 : 2;
+        weightTile_ = tile ? tile : rank_ > 192 ? 16384 : 12288;
         pipe_->InitBuffer(weightQueue_, tiles, weightTile_ * sizeof(T));
-        if constexpr (!kFloat) pipe_->InitBuffer(wideWeights_, weightTile_ * sizeof(float));
+        if (!kFloat || tile) pipe_->InitBuffer(wideWeights_, weightTile_ * sizeof(float));
         pipe_->InitBuffer(inQueue_, 2, kRowTileBytes);
         pipe_->InitBuffer(outQueue_, 2, kRowTileBytes);
-        pipe_->InitBuffer(rows_, kRowTile * sizeof(float));
+        pipe_->InitBuffer(rows_, rows * sizeof(float));
         pipe_->InitBuffer(acc_, kAccBytes);
         pipe_->InitBuffer(small_, 3072);
         pipe_->InitBuffer(partialQueue_, 1, kPartialTileBytes);
-        pipe_->InitBuffer(copyQueue_, 1, kCopyBytes);
+        if (tile == 0) pipe_->InitBuffer(copyQueue_, 1, kCopyBytes);
     }
     __aicore__ inline void SetInput(GM_ADDR x, GM_ADDR down) {
         xGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(x), static_cast<uint64_t>(tokens_) * hidden_);
@@ -179,7 +182,7 @@ class LoraPhases {
 
     uint32_t core_ = 0, cores_ = 1, tokens_ = 0, window_ = 1, rank_ = 0, bank_ = 0;
 
-  private:
+  protected:
     template <HardEvent event>
     __aicore__ inline void Order() {
         const TEventID id = pipe_->FetchEventID(event);
@@ -221,9 +224,9 @@ class LoraPhases {
             return wide;
         }
     }
-    // n rows (tokens at positions from `position` on), columns [column, column + columns), widened to float32.
-    __aicore__ inline LocalTensor<float> LoadRows(const GlobalTensor<T>& gm, const Groups& groups, uint32_t g, uint32_t position,
-                                                  uint32_t n, uint32_t stride, uint32_t column, uint32_t columns) {
+    // n rows (tokens at positions from `position` on), columns [column, column + columns), Pitch(columns) apart; to be freed.
+    __aicore__ inline LocalTensor<T> FetchRows(const GlobalTensor<T>& gm, const Groups& groups, uint32_t g, uint32_t position,
+                                               uint32_t n, uint32_t stride, uint32_t column, uint32_t columns) {
         const uint32_t pitch = Pitch(columns);
         LocalTensor<T> tile = inQueue_.template AllocTensor<T>();
         for (uint32_t i = 0; i < n;) {
@@ -234,23 +237,28 @@ class LoraPhases {
             i += run;
         }
         inQueue_.EnQue(tile);
-        tile = inQueue_.template DeQue<T>();
+        return inQueue_.template DeQue<T>();
+    }
+    // The same, widened to float32.
+    __aicore__ inline LocalTensor<float> LoadRows(const GlobalTensor<T>& gm, const Groups& groups, uint32_t g, uint32_t position,
+                                                  uint32_t n, uint32_t stride, uint32_t column, uint32_t columns) {
+        LocalTensor<T> tile = FetchRows(gm, groups, g, position, n, stride, column, columns);
         LocalTensor<float> wide = rows_.template Get<float>();
         PipeBarrier<PIPE_V>();
-        Widen(wide, tile, n * pitch);
+        Widen(wide, tile, n * Pitch(columns));
         PipeBarrier<PIPE_V>();
         inQueue_.FreeTensor(tile);
         return wide;
     }
 
-    // h[j] (+)= sum over the columns of w[j] * x, j < rank. 64 lanes of partial sums a rank, then two block sums.
+    // h[j] (+)= sum over the columns of w[j] * x, j < n. 64 lanes of partial sums a row, then two block sums.
     __aicore__ inline void Products(const LocalTensor<float>& h, const LocalTensor<float>& w, const LocalTensor<float>& x,
-                                    uint32_t pitch, bool add) {
+                                    uint32_t n, uint32_t pitch, bool add) {
         LocalTensor<float> acc = acc_.template Get<float>();
         LocalTensor<float> eighths = small_.template Get<float>();
         LocalTensor<float> sums = eighths[512];
-        for (uint32_t j = 0; j < rank_; j += 64) {
-            const uint32_t ranks = Smaller(64, rank_ - j);
+        for (uint32_t j = 0; j < n; j += 64) {
+            const uint32_t ranks = Smaller(64, n - j);
             const BinaryRepeatParams strides{1, 1, 1, 8, static_cast<uint8_t>(pitch / 8), 0};
             PipeBarrier<PIPE_V>();
             if (pitch < 64) Duplicate(acc, 0.0f, static_cast<int32_t>(ranks * 64));
@@ -295,7 +303,7 @@ class LoraPhases {
                 for (uint32_t r = 0; r < n; r += rowsAtOnce) {
                     const uint32_t m = Smaller(rowsAtOnce, n - r);
                     LocalTensor<float> x = LoadRows(xGm_, groups, g, position + r, m, hidden_, c, columns);
-                    for (uint32_t i = 0; i < m; ++i) Products(part[(r + i) * padded_], w, x[i * pitch], pitch, c != begin);
+                    for (uint32_t i = 0; i < m; ++i) Products(part[(r + i) * padded_], w, x[i * pitch], rank_, pitch, c != begin);
                 }
                 if constexpr (kFloat) {
                     if (!once) weightQueue_.FreeTensor(tile);
@@ -383,9 +391,13 @@ class LoraPhases {
 
     __aicore__ inline void ExpandSlice(const Groups& groups, uint32_t g, uint32_t begin, uint32_t end, bool given,
                                        const GlobalTensor<float>& h);
-    __aicore__ inline void AddExact(const LocalTensor<float>& y, const LocalTensor<float>& table, uint32_t m, uint32_t columns);
+    // y[i] += table[i] . (the weight tile), i < m; rows of y lie yPitch apart, rows of table tableRow_.
+    __aicore__ inline void AddProducts(const LocalTensor<float>& y, const LocalTensor<T>& tile, const LocalTensor<float>& table,
+                                       uint32_t m, uint32_t columns, uint32_t yPitch);
+    __aicore__ inline void AddExact(const LocalTensor<float>& y, const LocalTensor<float>& table, uint32_t m, uint32_t columns,
+                                    uint32_t yPitch);
     __aicore__ inline void AddRounded(const LocalTensor<float>& y, const LocalTensor<half>& w, const LocalTensor<float>& table,
-                                      uint32_t m, uint32_t columns);
+                                      uint32_t m, uint32_t columns, uint32_t yPitch);
     __aicore__ inline void StoreRows(const Groups& groups, uint32_t g, uint32_t position, uint32_t n, uint32_t column, uint32_t columns);
     __aicore__ inline void CopyPart(uint32_t token, uint32_t left, uint32_t right);
 
@@ -399,7 +411,7 @@ class LoraPhases {
     LocalTensor<float> wide_;
     Split shrink_, expand_;
     uint32_t hidden_ = 0, width_ = 0, rowWidth_ = 0, offset_ = 0, unitIn_ = 16, unitOut_ = 16;
-    uint32_t weightTile_ = 12288, padded_ = 8, coefficients_ = 16, coefficientRow_ = 8;
+    uint32_t weightTile_ = 12288, padded_ = 8, coefficients_ = 16, coefficientRow_ = 8, tableRow_ = 8;
     bool rounded_ = false, inPlace_ = true;
 };
 

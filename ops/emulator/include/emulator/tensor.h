@@ -66,7 +66,7 @@ class LocalTensor {
 
     LocalTensor operator[](uint32_t offset) const {
         LocalTensor part = *this;
-        part.address += offset * sizeof(T);
+        part.address += uint32_t(emulator::bytes_of<T>(offset));
         part.size = size > offset ? size - offset : 0;
         return part;
     }
@@ -74,7 +74,7 @@ class LocalTensor {
     LocalTensor<U> ReinterpretCast() const {
         LocalTensor<U> other;
         other.address = address;
-        other.size = uint32_t(uint64_t(size) * sizeof(T) / sizeof(U));
+        other.size = uint32_t(emulator::bytes_of<T>(size) * 2 / emulator::bytes_of<U>(2));
         other.low = low;
         other.high = high;
         other.buffer = buffer;

@@ -77,7 +77,19 @@ struct bfloat16_t {
     explicit operator float() const { return emulator::bf16_to_float(bits); }
 };
 
+namespace AscendC {
+// Two values of four bits in a byte, two's complement, the first in the low half. Tensors of it count values, not bytes.
+struct int4b_t {
+    uint8_t pair = 0;
+};
+}  // namespace AscendC
+
 namespace emulator {
+
+template <typename T>
+constexpr uint64_t bytes_of(uint64_t elements) {
+    return std::is_same<T, AscendC::int4b_t>::value ? (elements + 1) / 2 : elements * sizeof(T);
+}
 
 template <typename T>
 constexpr bool is_small_float = std::is_same<T, half>::value || std::is_same<T, bfloat16_t>::value;

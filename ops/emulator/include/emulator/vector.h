@@ -111,6 +111,7 @@ void run_repeats(int id, const LocalTensor<D>& dst, const LocalTensor<A>& a, con
                  int repeats, const BinaryRepeatParams& p, bool reads_dst, bool overlap, Where at, F f) {
     constexpr int lanes = int(256 / (sizeof(D) > sizeof(A) ? sizeof(D) : sizeof(A)));
     if (!repeat_valid(mask, repeats, lanes, at)) return;
+    if (p.dstBlkStride == 0) emulator::report("range", at, "dstBlkStride 0: all blocks of a repeat would be written to one place");
     emulator::issue(emulator::V);
     tally(id, uint64_t(repeats), uint64_t(repeats) * uint64_t(mask));
     Operand od, oa, ob;
@@ -164,6 +165,19 @@ EMULATOR_BINARY(Mul, x * y, true)
 EMULATOR_BINARY(Max, x > y ? x : y, true)
 EMULATOR_BINARY(Min, x < y ? x : y, true)
 EMULATOR_BINARY(Div, x / y, false)
+
+#define EMULATOR_BITWISE(NAME, EXPRESSION)                                                                              \
+    template <typename T>                                                                                               \
+    void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, uint64_t mask,          \
+              int repeatTime, const BinaryRepeatParams& params, Where at = EMULATOR_HERE) {                             \
+        static_assert(std::is_same<T, int16_t>::value || std::is_same<T, uint16_t>::value, #NAME ": int16_t or uint16_t"); \
+        static const int id = emulator::intern(instruction<T>(#NAME));                                                  \
+        run_repeats(id, dst, src0, src1, int(mask), repeatTime, params, false, false, at,                                \
+                    lanewise<T>([](auto x, auto y) { return EXPRESSION; }));                                            \
+    }
+EMULATOR_BITWISE(And, x & y)
+EMULATOR_BITWISE(Or, x | y)
+#undef EMULATOR_BITWISE
 #undef EMULATOR_BINARY
 
 #define EMULATOR_SCALAR(NAME, EXPRESSION)                                                                               \
@@ -300,6 +314,27 @@ void Cast(const LocalTensor<D>& dst, const LocalTensor<A>& src, const RoundMode&
             }
         }
     });
+}
+
+// Four-bit integers, two in a byte, to half. The count is one of values.
+inline void Cast(const LocalTensor<half>& dst, const LocalTensor<int4b_t>& src, const RoundMode& mode, const uint32_t count,
+                 Where at = EMULATOR_HERE) {
+    static const int id = emulator::intern("Cast.i4.f16");
+    if (mode != RoundMode::CAST_NONE) emulator::report("range", at, "a widening Cast takes CAST_NONE");
+    if (count % 2) emulator::report("range", at, "a Cast of %u int4b_t: the count must be even", count);
+    if (!count_valid(count, at)) return;
+    emulator::issue(emulator::V);
+    tally(id, (uint64_t(count) * sizeof(half) + 255) / 256, count);
+    const uint32_t from = (count + 1) / 2, to = count * uint32_t(sizeof(half));
+    if (!src.usable(0, from, at) || !dst.usable(0, to, at)) return;
+    if (src.address < dst.address + to && dst.address < src.address + from) {
+        emulator::report("overlap", at, "source and destination overlap");
+    }
+    emulator::read_ub(emulator::V, src.address, from, at);
+    emulator::write_ub(emulator::V, dst.address, to, at);
+    static const half values[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+    const uint8_t* pairs = reinterpret_cast<const uint8_t*>(src.data());
+    for (uint32_t i = 0; i < count; ++i) dst.data()[i] = values[pairs[i / 2] >> (i % 2 * 4) & 15];
 }
 
 template <typename T, typename N>
