@@ -23,6 +23,7 @@ from mindspore.graph import api
 
 from colora_ms import workers
 from colora_ms.kernels.aot import backend, library_path
+from colora_ms.kernels.ascend import libraries_in_use
 
 _ENABLE, _PATH = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
 _WORK_PREFIX = "colora-process-"
@@ -104,6 +105,7 @@ def graph_key(cell, args, fingerprint):
     """Digest of all that a compiled graph depends on: the kernels in use, the Cell tree's classes, constants and
     parameters, and the arguments' shapes and dtypes."""
     parts = [fingerprint, backend(), str(library_path()), str(ms.get_context("mode")), str(ms.get_context("device_target"))]
+    parts.extend(f"{path}={digest}" for path, digest in libraries_in_use())
     for name, child in cell.cells_and_names():
         constants = {k: v for k, v in vars(child).items() if not k.startswith("_") and _constant(v)}
         parts.append(f"{name}|{type(child).__module__}.{type(child).__qualname__}|{child.training}")

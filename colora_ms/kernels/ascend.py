@@ -10,6 +10,7 @@ out), so that one row of weights lies along the outputs. :func:`rank_major` conv
 Not yet run on an NPU: ``scripts/verify_on_npu.sh`` is there for the first who can.
 """
 
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -145,6 +146,14 @@ def emulator_library():
 
 
 _PRIMITIVES = {}
+_LIBRARIES = {}  # path of an emulated operators' library -> sha256 of what it held when a primitive was made from it
+
+
+def libraries_in_use():
+    """[(path, sha256)] of the emulated libraries that this process has made primitives from: a compiled graph names such
+    a library by its path, so both belong to the key under which it is kept."""
+    return sorted(_LIBRARIES.items())
+
 
 
 def primitive(name, target=None, **attributes):
@@ -167,7 +176,9 @@ def primitive(name, target=None, **attributes):
             function = f"aclnn{name}"
         else:
             require(not attributes.get("offset"), name, "offset", attributes.get("offset"), "0 when emulated")
-            function = f"{emulator_library()}:{name}{'Exact' if attributes.get('exact') and name == 'MultiLora' else ''}"
+            library = emulator_library()
+            _LIBRARIES[str(library)] = hashlib.sha256(library.read_bytes()).hexdigest()
+            function = f"{library}:{name}{'Exact' if attributes.get('exact') and name == 'MultiLora' else ''}"
         made = ops.Custom(function, _SHAPES[name], _DTYPES[name], "aot", reg_info=registration(name, target))
         for attribute, value in attributes.items():
             if target == "Ascend":

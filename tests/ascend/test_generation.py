@@ -65,7 +65,7 @@ def run(text, kernels, tmp_path, *arguments):
     script = tmp_path / f"{kernels}.py"
     script.write_text(text)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "goldens"), os.environ.get("PYTHONPATH", "")])
-    # No graph cache: it does not know the replaced low_rank, and a kept graph names the emulator's library by its path.
+    # No graph cache: it does not know the replaced low_rank.
     environment = {"COLORA_KERNELS": kernels, "COLORA_COMPILE_CACHE": "0", "GLOG_v": "3", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=900,
                           env={**os.environ, **environment})

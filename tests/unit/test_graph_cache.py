@@ -64,6 +64,21 @@ def test_an_unusable_folder_costs_only_time(tmp_path):
     assert start(tmp_path, "3x4")[0] == [[6.0] * 4]
 
 
+def test_key_depends_on_the_emulated_library(tiny_decoder, monkeypatch):
+    from mindspore import Tensor
+
+    from colora_ms.graph_cache import graph_key
+    from colora_ms.kernels import ascend
+
+    decoder, ids = tiny_decoder(), Tensor(np.zeros((1, 4), np.int32))
+    keys = {graph_key(decoder, (ids,), "f")}
+    for libraries in ({"/a.so": "1"}, {"/a.so": "2"}, {"/b.so": "1"}, {"/a.so": "1", "/b.so": "1"}):
+        monkeypatch.setattr(ascend, "_LIBRARIES", libraries)
+        keys.add(graph_key(decoder, (ids,), "f"))
+    assert len(keys) == 5
+    assert graph_key(decoder, (ids,), "f") in keys
+
+
 def test_key_depends_on_structure_and_shapes(tiny_decoder):
     from mindspore import Tensor
 
