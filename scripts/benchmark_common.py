@@ -1,6 +1,7 @@
 """What the benchmark scripts share: the machine, its read bandwidth, Markdown tables, the JSON file, and child processes.
 
-NumPy and the standard library only, so that the peers' environment (scripts/setup_peers.sh) can import it too.
+NumPy, the standard library and colora_ms.versions only, so that the peers' environment (scripts/setup_peers.sh) can
+import it too.
 
 The JSON file of every benchmark::
 
@@ -9,7 +10,6 @@ The JSON file of every benchmark::
 
 import contextlib
 import ctypes
-import importlib.metadata
 import json
 import math
 import os
@@ -27,6 +27,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
+
+from colora_ms.versions import versions  # noqa: E402,F401
 
 
 class BenchmarkError(RuntimeError):
@@ -61,15 +64,6 @@ def machine():
         "system": f"{platform.system()} {platform.machine()}",
         "load_at_start": round(os.getloadavg()[0], 2),
     }
-
-
-def versions(*names):
-    """{distribution: version} of those that are installed here, and Python's."""
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _field(path, name):

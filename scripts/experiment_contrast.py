@@ -13,10 +13,8 @@ An interrupted run goes on where it stopped.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -62,20 +60,6 @@ def speeds(generator, examples, contrasts, settings, batch_size):
     return found
 
 
-def versions():
-    packages = {name: importlib.metadata.version(name) for name in ("mindspore", "numpy", "reasoning-gym")
-                if _installed(name)}
-    return {"python": platform.python_version(), **packages}
-
-
-def _installed(name):
-    try:
-        importlib.metadata.version(name)
-        return True
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
 def run(arguments):
     from colora_ms.adapters import digest
     from colora_ms.decoding import Generator
@@ -84,6 +68,7 @@ def run(arguments):
     from colora_ms.training.config import TrainingConfig
     from colora_ms.training.sources import load_examples
     from colora_ms.training.templates import make_template
+    from colora_ms.versions import versions
 
     started = time.perf_counter()
     scorer, longest = TASKS[arguments.task]
@@ -115,8 +100,8 @@ def run(arguments):
     result = {"task": arguments.task, "training": {"steps": config.loop.steps, "batch_size": config.data.batch_size,
                                                    "seed": config.loop.seed, "adapter": config.adapter},
               "validation": validation.to_json(), "choice": choice.to_json(), "test": test.to_json(),
-              "tokens_per_second": measured, "rows": arguments.rows, "versions": versions(),
-              "cores": os.cpu_count(), "seconds": time.perf_counter() - started}
+              "tokens_per_second": measured, "rows": arguments.rows, "cores": os.cpu_count(),
+              "versions": versions("mindspore", "numpy", "reasoning-gym"), "seconds": time.perf_counter() - started}
     print(f"\n{markdown(result)}", flush=True)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,10 @@
 """What a run leaves to read: rows of a results table, ``result.json`` and ``table.md``."""
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 
 from colora_ms.evaluation.evaluate import write_json, write_text
-
-#: Versions that are kept beside the results, where they are installed.
-_PACKAGES = ("colora-ms", "mindspore", "numpy", "tokenizers", "reasoning-gym")
 
 
 def row_of(chosen, result, speed=None):
@@ -79,17 +74,6 @@ def summary_text(result):
         f"* Model {result['model']} ({result['hashes']['model']}), trained {result['hashes']['trained'][:16]}, recipe "
         f"{result['hashes']['recipe']}.",
         f"* {versions}; {result['processors']} processors.", ""])
-
-
-def versions():
-    """{package: version} of what is installed, Python first."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
 
 
 def recipe_hash(config):

@@ -8,6 +8,7 @@ from colora_ms.recipes import report
 from colora_ms.recipes.decoders import Subject, choices, read_items
 from colora_ms.recipes.settings import evaluation_settings, expand, quantizes, shorten
 from colora_ms.recipes.training import train_once
+from colora_ms.versions import versions
 from colora_ms.workers import Workers
 
 
@@ -54,7 +55,7 @@ def run(config, *, fast=False, limit=None, name="recipe", team=Workers(), say=pr
         "adapter": config.adapter, "training": trained.to_json(), "training_summary": trained.summary(),
         "answers": str(place), "evaluate": {**vars(settings)}, unit: len(items), "decoders": [], "complete": False,
         "hashes": {**subject.hashes, "recipe": report.recipe_hash(config)},
-        "versions": report.versions(), "processors": os.cpu_count(), "workers": team.world}
+        "versions": versions(), "processors": os.cpu_count(), "workers": team.world}
     outcomes = {}
     for chosen in wanted:
         found = subject.measure(chosen, items, settings, place, team)
