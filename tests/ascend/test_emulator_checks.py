@@ -5,6 +5,8 @@ import re
 import numpy as np
 import pytest
 
+import test_lily_kernel
+import test_w4_kernel
 from emulated import INOUT, INPUT, OUTPUT, STRICT, WORKSPACE, Emulator, build, plan_lora
 from lora_cases import LoraCase
 
@@ -14,6 +16,13 @@ LORA = build.ASCEND / "multi_lora" / "op_kernel" / "multi_lora.cpp"
 PHASES = build.ASCEND / "common" / "op_kernel" / "lora_phases.h"
 EXPAND = build.ASCEND / "common" / "op_kernel" / "lora_expand_phase.h"
 GROUPS = build.ASCEND / "common" / "op_kernel" / "lora_groups.h"
+
+PACKED = build.ASCEND / "w4_lora" / "op_kernel" / "w4_lora.cpp"
+W4 = build.ASCEND / "w4_lora" / "op_kernel" / "w4_phase.h"
+MIX = build.ASCEND / "lily_mix" / "op_kernel" / "lily_mix.cpp"
+LILY = build.ASCEND / "lily_mix" / "op_kernel" / "lily_phase.h"
+FILES = {"multi_lora": (GROUPS, PHASES, EXPAND, LORA), "w4_lora": (GROUPS, PHASES, EXPAND, W4, PACKED),
+         "lily_mix": (GROUPS, PHASES, EXPAND, LILY, MIX)}
 
 # name: (kinds that must be reported). The kernel of this name is in mutants.cpp; it marks the line with BUG.
 PLANTED = {
@@ -46,6 +55,21 @@ EDITS = {
     "tile_too_large": (PHASES, r"12288;\n\s*pipe_->InitBuffer", "16384;\n pipe_->InitBuffer", {"ub_capacity"}),
     "order_lost": (GROUPS, r"return listed \? order\[position\]", "return listed ? order[position] + 1", {"gm_bounds", "race"}),
 }
+EDITS_OF_THE_OTHERS = {
+    "no_wait_for_coefficients": (PACKED, r"layer\.Reduce\(groups\);\s*AscendC::SyncAll\(\);", "layer.Reduce(groups);",
+                                 {"race", "gm_uninitialised"}),
+    "bits_not_written": (W4, r"Duplicate\(bits_\.template.*?;", ";", {"uninitialised"}),
+    "rows_past_the_weight": (W4, r"static_cast<uint64_t>\(row\) \* \(hidden_ / 2\)", "static_cast<uint64_t>(row + 1) * (hidden_ / 2)",
+                             {"gm_bounds"}),
+    "no_barrier_before_sub": (W4, r"withBits\);\s*PipeBarrier<PIPE_V>\(\);\s*Sub", "withBits);\n Sub", {"RAW"}),
+    "odd_nibbles_cast": (W4, r"RoundMode::CAST_NONE, pitch\);", "RoundMode::CAST_NONE, pitch - 1);", {"range"}),
+    "scales_overrun": (W4, r"scales_, kScales \* 32", "scales_, 64", {"ub_bounds"}),
+    "packed_not_freed": (W4, r"weightQueue_\.FreeTensor\(packed\);", "", {"queue"}),
+    "no_wait_for_router": (LILY, r"Base::template Order<HardEvent::MTE2_S>\(\);", "", {"RAW"}),
+    "no_wait_for_table": (LILY, r"Base::template Order<HardEvent::V_S>\(\);\s*return table;", "return table;", {"RAW"}),
+    "experts_past_end": (LILY, r"static_cast<uint64_t>\(e\) \* rank_", "static_cast<uint64_t>(e + 1) * rank_", {"gm_bounds"}),
+    "table_too_small": (LILY, r"most = kAccBytes", "most = 2 * kAccBytes", {"ub_bounds"}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +82,26 @@ def mutants(emulator, tmp_path_factory):
              "mutants.cpp": f'#include "{MUTANTS}"\n' + "".join(build.registration(n, 4) for n in names if n != "name"),
              "edits.cpp": f'#include "{build.ASCEND / "common/op_host/lora_tiling_core.h"}"\n#include "kernel_operator.h"\n'
                           "#define EMULATOR_TILING colora::LoraTilingData\n#define DTYPE_X half\n"
-                          + "".join(edited(*EDITS[name][:3], name) for name in EDITS)}
+                          + "".join(edited("multi_lora", *EDITS[name][:3], name) for name in EDITS)}
+    for operator, own in (("w4_lora", (W4, PACKED)), ("lily_mix", (LILY, MIX))):
+        header, struct = build.KERNELS[operator]
+        units[f"{operator}.cpp"] = (
+            f'#include "{build.ASCEND / header}"\n#include "kernel_operator.h"\n#define EMULATOR_TILING {struct}\n'
+            "#define DTYPE_X half\n#define DTYPE_UP half\n"
+            + "".join(edited(operator, *edit[:3], name) for name, edit in EDITS_OF_THE_OTHERS.items() if edit[0] in own))
     return Emulator(build.compile_units(units, folder / "mutants.so", "-O0"))
 
 
-def edited(file, pattern, replacement, name):
+def edited(operator, file, pattern, replacement, name):
     """The real kernel in one piece with the edit made, registered as edit_<name>."""
-    texts = {p: p.read_text() for p in (GROUPS, PHASES, EXPAND, LORA)}
+    texts = {p: p.read_text() for p in FILES[operator]}
     texts[file], count = re.subn(pattern, replacement, texts[file], count=1, flags=re.S)
     assert count == 1, f"the edit {name} no longer applies to {file.name}"
     body = "".join(re.sub(r"^#.*$", "", text, flags=re.M) for text in texts.values())
     body = re.sub(r"\bcolora\b", f"colora_{name}", body)  # one namespace an edit: the linker must not merge them
     symbol = f"edit_{name}"
-    return body.replace("void multi_lora(", f"void {symbol}(") + build.registration(symbol, 9)
+    arguments = build.kernel_arguments(texts[FILES[operator][-1]], operator)
+    return body.replace(f"void {operator}(", f"void {symbol}(") + build.registration(symbol, arguments)
 
 
 def run_small(mutants, name, flags=STRICT, cores=4):
@@ -133,6 +164,34 @@ def test_edit_of_the_real_kernel_is_found(mutants, name):
         (case.x, INPUT), (case.down, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT), (y, INOUT),
         (y, INOUT), (workspace, WORKSPACE), (tiling, INPUT)])
     assert {f["kind"] for f in report["findings"]} & EDITS[name][3], report["findings"]
+
+
+class Renamed:
+    """The library under which the launch functions of the kernels' own tests find an edited kernel."""
+
+    def __init__(self, mutants, name):
+        self.mutants, self.name = mutants, name
+
+    def launch(self, kernel, *arguments, **options):
+        self.findings = self.mutants.launch(f"edit_{self.name}", *arguments, **options)["findings"]
+        return {"findings": []}
+
+
+@pytest.mark.parametrize("name", sorted(EDITS_OF_THE_OTHERS))
+def test_edit_of_another_kernel_is_found(mutants, name):
+    file, *_, kinds = EDITS_OF_THE_OTHERS[name]
+    library = Renamed(mutants, name)
+    if file in (W4, PACKED):
+        test_w4_kernel.launch(library, test_w4_kernel.W4Case(7, 1008, 16, 400, "float16", 14))
+    else:
+        test_lily_kernel.launch(library, test_lily_kernel.LilyCase(20, 4, 256, 400, "float16", "one"))
+    assert {f["kind"] for f in library.findings} & kinds, library.findings
+
+
+def test_bitwise_instructions_take_16_bit_integers_only(emulator, tmp_path):
+    text = '#include "kernel_operator.h"\nvoid f(AscendC::LocalTensor<float> t) { AscendC::And(t, t, t, 64, 1, {1, 1, 1, 8, 8, 8}); }\n'
+    with pytest.raises(RuntimeError, match="And: int16_t or uint16_t"):
+        build.compile_units({"f.cpp": text}, tmp_path / "f.so", "-O0")
 
 
 def test_unknown_kernel_and_wrong_arguments(emulator):
