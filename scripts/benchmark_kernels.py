@@ -152,6 +152,9 @@ def training(rng):
         one = call.Prepared("multi_lora_linear_grad", inputs, [(a.shape, "float32") for a in (x, down, up)])
         yield Row(f"linear_grad_float32_512x{columns}x{out}", one, 0,
                   2 * 512 * columns * out + 2 * 5 * 512 * RANK * (columns + out) // 2)
+    x = random(rng, 512, HIDDEN)
+    inputs = [x, np.arange(2, dtype=np.int32), np.full(1, 1 << 20, np.int32), np.ones(1, np.float32)]
+    yield Row("dropout_512x576", call.Prepared("dropout", inputs, [(x.shape, "float32")]), 2 * x.nbytes)
 
 
 def others(rng):

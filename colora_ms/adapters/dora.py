@@ -94,7 +94,7 @@ class DoraLinear(Dora, LoraLinear):
 
     fusible = False
 
-    def __init__(self, base_layer, path, slots, max_rank, dropout=0.0, bias=False, trainable=True, up_bias=False):
+    def __init__(self, base_layer, path, slots, max_rank, dropout=None, bias=False, trainable=True, up_bias=False):
         super().__init__(base_layer, path, slots, max_rank, dropout, bias, trainable, up_bias)
         self.make_magnitude(slots, self.out_features, trainable)
         self.base_bias = base_layer.has_bias
@@ -142,7 +142,7 @@ class DoraLinear(Dora, LoraLinear):
 class DoraDense(Dora, LoraDense):
     """DoRA on a linear Cell of another model; arguments as ``LoraDense``."""
 
-    def __init__(self, base_layer, path, active_slot, slots, max_rank, dropout=0.0, bias=False, trainable=True,
+    def __init__(self, base_layer, path, active_slot, slots, max_rank, dropout=None, bias=False, trainable=True,
                  up_bias=False):
         super().__init__(base_layer, path, active_slot, slots, max_rank, dropout, bias, trainable, up_bias)
         self.make_magnitude(slots, base_layer.weight.shape[0], trainable)

@@ -29,7 +29,7 @@ class LoraDense(LateActivation, LowRankCell):
 
     kind = "linear"
 
-    def __init__(self, base_layer, path, active_slot, slots, max_rank, dropout=0.0, bias=False, trainable=True,
+    def __init__(self, base_layer, path, active_slot, slots, max_rank, dropout=None, bias=False, trainable=True,
                  up_bias=False):
         super().__init__(base_layer, path)
         self.active_slot = active_slot
@@ -44,7 +44,7 @@ class LoraDense(LateActivation, LowRankCell):
         self.has_up_bias = up_bias
         if up_bias:
             self.make_up_bias(slots, out_features, trainable)
-        self.dropout = nn.Dropout(p=dropout) if dropout and max_rank else None
+        self.dropout = dropout
         self.take_activation()
 
     def construct(self, x):

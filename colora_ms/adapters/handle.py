@@ -82,6 +82,11 @@ class Adapters:
         return self._changed[0] if self._changed else None
 
     @property
+    def seed(self):
+        """Seed of new adapters' initial values and of the masks of dropout."""
+        return self._seed if self._seed is not None else ms.get_seed() or 0
+
+    @property
     def free_slots(self):
         """How many more adapters fit."""
         return self.capacity - len(self._entries)
@@ -469,11 +474,10 @@ class Adapters:
 
     def _initial(self, config, plan):
         """(values of a new adapter, {module name: what its start adds to the base weight})."""
-        seed = self._seed if self._seed is not None else ms.get_seed() or 0
         method_, values, changes = method(config.peft_type), {}, {}
         for path, target in plan.targets.items():
             # A stream for each module: the values do not depend on which other modules are adapted.
-            random = np.random.default_rng([seed, zlib.crc32(path.encode())])
+            random = np.random.default_rng([self.seed, zlib.crc32(path.encode())])
             own = method_.initial_values(config, target, self.modules[path], random)
             if method_.start_from_base:
                 own, change = method_.start_from_base(config, target, own, partial(self._base_weight, path), random)

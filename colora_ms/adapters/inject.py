@@ -7,6 +7,7 @@ from colora_ms.adapters import tree
 from colora_ms.adapters.cells import AdapterCell
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.dora import DoraDense, DoraLinear
+from colora_ms.adapters.dropout import Dropout
 from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
@@ -40,7 +41,8 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
             rank, modules_to_save and bias), or just its ``target_modules``. Cells are made now, so that adding an adapter
             later compiles nothing.
         trainable: whether the adapter's Parameters require gradients.
-        seed: of the initial values; by default ``mindspore.get_seed()``, or 0. Each module has its own stream.
+        seed: of the initial values and the masks of dropout; by default ``mindspore.get_seed()``, or 0. Each module has its
+            own stream.
         base_model: the base model's name or folder, kept in saved configs and used in messages.
 
     Returns:
@@ -201,7 +203,8 @@ def _replace(net, handle, plans, peft_type, max_rank):
         cell = cells[path]
         if rank or bias:
             rank = max_rank if rank and max_rank else rank
-            site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot, target, shared)
+            site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot, target, shared,
+                        handle.seed)
             cell = handle.sites[path, "lora"] = wrap(cell, path, site)
         if any(path in plan.saved for plan in plans):
             cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle)
@@ -233,7 +236,8 @@ def wrap_lora(cell, path, site):
         if tree.takes_slots(cell):
             return LoraEmbedding(cell, path, site.slots, site.max_rank, site.trainable)
         return LoraLookup(cell, path, site.active_slot, site.slots, site.max_rank, site.trainable)
-    rest = (site.slots, site.max_rank, site.dropout, site.bias, site.trainable)
+    dropout = Dropout(site.dropout, site.seed, path) if site.dropout and site.max_rank else None
+    rest = (site.slots, site.max_rank, dropout, site.bias, site.trainable)
     if isinstance(cell, LowRankLinear):
         return LoraOverLowRank(cell, path, *rest)
     dora, up_bias = (site.target.dora, site.target.up_bias) if site.target else (False, False)

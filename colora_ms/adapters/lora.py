@@ -7,7 +7,7 @@ changes nothing.
 
 import numpy as np
 
-from mindspore import nn, ops
+from mindspore import ops
 
 from colora_ms.adapters.cells import LowRankCell
 from colora_ms.adapters.slots import get, owned_slots, rows_where
@@ -23,7 +23,7 @@ class LoraLinear(LowRankCell):
             ``<path>.lora_scale`` and ``<path>.lora_bias``.
         slots: adapters that it can hold.
         max_rank: largest rank; 0 for a bias alone.
-        dropout: probability of dropping an input of the low-rank branch while ``set_train(True)``.
+        dropout: :class:`colora_ms.adapters.dropout.Dropout` for the inputs of the low-rank branch, or None.
         bias: whether a slot may have its own bias.
         trainable: whether the new Parameters require gradients.
         up_bias: whether a slot may have a bias on the result of ``up`` (``lora_bias``).
@@ -34,7 +34,7 @@ class LoraLinear(LowRankCell):
 
     kind = "linear"
 
-    def __init__(self, base_layer, path, slots, max_rank, dropout=0.0, bias=False, trainable=True, up_bias=False):
+    def __init__(self, base_layer, path, slots, max_rank, dropout=None, bias=False, trainable=True, up_bias=False):
         super().__init__(base_layer, path)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.max_rank = max_rank
@@ -49,8 +49,7 @@ class LoraLinear(LowRankCell):
         self.has_up_bias = up_bias
         if up_bias:
             self.make_up_bias(slots, self.out_features, trainable)
-        self.rate = dropout
-        self.dropout = nn.Dropout(p=dropout) if dropout and max_rank else None
+        self.dropout = dropout
 
     @property
     def fusible(self):
@@ -91,7 +90,7 @@ class LoraLinear(LowRankCell):
         return multi_lora_linear(x, slots, *self.operands())
 
     def extend_repr(self):
-        return f"max_rank={self.max_rank}, dropout={self.rate}, bias={self.has_bias}"
+        return f"max_rank={self.max_rank}, dropout={self.dropout.rate if self.dropout else 0.0}, bias={self.has_bias}"
 
 
 class LoraEmbedding(LowRankCell):

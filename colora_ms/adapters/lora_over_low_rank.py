@@ -13,7 +13,7 @@ class LoraOverLowRank(LoraLinear):
 
     fusible = False
 
-    def __init__(self, base_layer, path, slots, max_rank, dropout=0.0, bias=False, trainable=True):
+    def __init__(self, base_layer, path, slots, max_rank, dropout=None, bias=False, trainable=True):
         super().__init__(base_layer, path, slots, max_rank, dropout, bias, trainable)
         self.differentiable = trainable
 

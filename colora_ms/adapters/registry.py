@@ -48,7 +48,8 @@ class Site:
 
     Attributes:
         slots: adapters that it holds; max_rank: the largest rank (0 for a bias alone).
-        dropout, bias, trainable: as the Cells take them.
+        dropout: probability of dropping an input of the low-rank branch in training; seed: of the masks.
+        bias, trainable: as the Cells take them.
         active_slot: the scalar Parameter for Cells without row slots.
         target: the module's Target with the largest rank of those that the Cell is made for; None for a bias alone.
         shared: a dict, the same one for all Cells of a model, for what they have in common.
@@ -62,6 +63,7 @@ class Site:
     active_slot: Any
     target: Any = None
     shared: Optional[dict] = None
+    seed: int = 0
 
 
 def register(method_):

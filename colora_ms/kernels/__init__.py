@@ -8,6 +8,7 @@ from colora_ms.kernels.attention import (
     causal_attention,
     causal_attention_reference,
 )
+from colora_ms.kernels.dropout import dropout, dropout_constants, dropout_reference
 from colora_ms.kernels.embedding import embedding, embedding_reference
 from colora_ms.kernels.layers import decoder_layers, fuses_layers
 from colora_ms.kernels.linear import multi_lora_linear, multi_lora_linear_reference
@@ -37,6 +38,9 @@ __all__ = [
     "contrastive_select_reference",
     "decode_steps",
     "decoder_layers",
+    "dropout",
+    "dropout_constants",
+    "dropout_reference",
     "embedding",
     "embedding_reference",
     "fuses_layers",

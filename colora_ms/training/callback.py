@@ -5,8 +5,8 @@
 
 Every checkpoint is a folder ``run/checkpoint-000050`` as in :mod:`colora_ms.training.checkpoint`, written whole or not at
 all, with the adapter in PEFT's format in ``adapter/`` and in ``state.safetensors`` what an exact continuation needs: all
-Parameters of the training network that are not frozen weights of the base model (the adapter's, the optimizer's, loss
-scale, accumulated gradients) and the states of the random generators.
+Parameters of the training network that are not frozen weights of the base model (the adapter's, the streams of its
+dropout, the optimizer's, loss scale, accumulated gradients) and the states of the random generators.
 """
 
 import warnings
@@ -33,7 +33,8 @@ class AdapterCheckpoint(Callback):
 
     The data position is the number of batches taken; the dataset is put there by ``set_init_step``, which reads and drops
     what came before in the pipeline's own order. For the same order as before, set ``mindspore.dataset.config.set_seed``
-    before the dataset is made. Not restored: the masks of dropout, whose CPU operator keeps its random numbers to itself.
+    before the dataset is made. The masks of the adapters' dropout go on, too; those of ``nn.Dropout`` in the network itself do
+    not, since its CPU operator keeps its random numbers to itself.
 
     On a CPU the losses after resuming equal those of an unbroken run to the last bit if the script calls
     ``mindspore.device_context.cpu.op_tuning.threads_num(1)`` at its start. With more threads some operators of MindSpore

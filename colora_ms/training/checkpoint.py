@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoint-000120`` with
 
-    state.safetensors   trained parameters, both moments of the optimizer, random generators
+    state.safetensors   trained parameters, both moments of the optimizer, random generators, the streams of dropout
     state.json          update, position in the data, best result, digest of the tensors, recipe
 
 It is written under a temporary name, flushed to disk and renamed, so that a folder with that name
@@ -95,7 +95,7 @@ def check_writable(folder):
                               f"({error.strerror or error}); choose another one") from None
 
 
-def save_checkpoint(folder, step, optimizer, state, keep=2):
+def save_checkpoint(folder, step, optimizer, state, keep=2, streams=()):
     """Write ``checkpoint-<step>`` below ``folder`` and delete the oldest beyond ``keep``.
 
     Args:
@@ -104,6 +104,7 @@ def save_checkpoint(folder, step, optimizer, state, keep=2):
         optimizer: ``AdamW``, whose parameters and moments are saved.
         state: dictionary of JSON values (position in the data, best result, recipe ...).
         keep: number of newest checkpoints to leave, at least 1.
+        streams: Parameters of the model that are not trained but change in training (``dropout_streams``).
 
     Returns:
         Path of the new checkpoint.
@@ -111,7 +112,7 @@ def save_checkpoint(folder, step, optimizer, state, keep=2):
     Raises:
         CheckpointError: it cannot be written; older checkpoints stay.
     """
-    tensors = {name: np.ascontiguousarray(item.asnumpy()) for name, item in _named(optimizer)}
+    tensors = {name: np.ascontiguousarray(item.asnumpy()) for name, item in _named(optimizer, streams)}
     return write_checkpoint(folder, step, tensors, state, keep)
 
 
@@ -200,14 +201,14 @@ def _older(path):
     return f"; resume from {earlier[-1]} instead" if earlier else ""
 
 
-def restore(optimizer, tensors, random_state=True):
-    """Put the tensors of ``read_checkpoint`` back.
+def restore(optimizer, tensors, random_state=True, streams=()):
+    """Put the tensors of ``read_checkpoint`` back; ``streams`` as for ``save_checkpoint``.
 
     Raises:
         CheckpointError: lists every missing, unexpected or mis-shaped tensor; nothing is changed
             then.
     """
-    restore_parameters(dict(_named(optimizer)), tensors, random_state)
+    restore_parameters(dict(_named(optimizer, streams)), tensors, random_state)
 
 
 def restore_parameters(named, tensors, random_state=True):
@@ -244,10 +245,10 @@ def restore_parameters(named, tensors, random_state=True):
         _restore_random(tensors)
 
 
-def _named(optimizer):
+def _named(optimizer, streams):
     for parameter in optimizer.trained:
         yield f"parameter.{parameter.name}", parameter
-    for parameter in (*optimizer.mean, *optimizer.square):
+    for parameter in (*optimizer.mean, *optimizer.square, *streams):
         yield parameter.name, parameter
 
 

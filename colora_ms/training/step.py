@@ -13,6 +13,7 @@ import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from colora_ms import runtime
+from colora_ms.adapters.dropout import dropout_streams
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import linear_cross_entropy
 from colora_ms.training.encoding import IGNORE
@@ -237,6 +238,7 @@ class Stepper:
         self.loss_cell = CausalLossCell(decoder) if loss_cell is None else loss_cell
         parameters = self.loss_cell.trainable_params()
         self.optimizer = AdamW(parameters, config)
+        self.streams = dropout_streams(self.loss_cell)
         stacked = [item.name for item in parameters if is_stacked_with_others(item)]
         if config.weight_decay and stacked:
             raise ConfigError(f"weight_decay would also shrink the other adapters that share a "

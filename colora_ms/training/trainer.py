@@ -304,7 +304,7 @@ class Trainer:
             raise CheckpointError("the run cannot continue exactly, because the recipe has "
                                   "changed: " + "; ".join(changed))
         self.loader.restore(values["data"])
-        checkpoints.restore(self.stepper.optimizer, tensors)
+        checkpoints.restore(self.stepper.optimizer, tensors, streams=self.stepper.streams)
         self.step = values["step"]
         self.best_step, self.best_loss = values.get("best_step"), values.get("best_loss")
         self.seconds_before = values.get("seconds", 0.0)
@@ -316,7 +316,7 @@ class Trainer:
                  "best_step": self.best_step, "best_loss": self.best_loss,
                  "seconds": self.seconds_before + time.perf_counter() - started}
         checkpoints.save_checkpoint(self.folder, self.step, self.stepper.optimizer, state,
-                                    self.config.loop.keep_checkpoints)
+                                    self.config.loop.keep_checkpoints, self.stepper.streams)
 
     def _recipe(self):
         """What must be equal for a resumed run to continue exactly."""
@@ -372,8 +372,6 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
             f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
     adapter = config.adapter_config()
-    if adapter.lora_dropout and resume:
-        say("note: with lora_dropout the masks after resuming differ from an uninterrupted run")
     handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
                     base_model=config.model)
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),

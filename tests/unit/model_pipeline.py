@@ -44,7 +44,8 @@ def network(r=2):
     for parameter in net.get_parameters():
         if "norm" not in parameter.name:
             parameter.set_data(ms.Tensor(random.standard_normal(parameter.shape).astype(np.float32) * 0.5))
-    handle = inject(net, LoraConfig(r=r, target_modules=["up", "down"], modules_to_save=["head"]), seed=1)
+    handle = inject(net, LoraConfig(r=r, target_modules=["up", "down"], modules_to_save=["head"],
+                                     lora_dropout=0.1), seed=1)
     return net, handle
 
 

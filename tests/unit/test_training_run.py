@@ -61,22 +61,26 @@ class StopAfter(Callback):
 # -- resuming --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer, number", [
-    ({}, signal.SIGINT), ({"accumulation_steps": 2, "weight_decay": 0.01}, signal.SIGTERM)])
-def test_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(tmp_path, optimizer, number):
-    whole = trainer_of(tmp_path / "a", optimizer=optimizer)
+@pytest.mark.parametrize("optimizer, number, dropout", [
+    ({}, signal.SIGINT, 0.0), ({"accumulation_steps": 2, "weight_decay": 0.01}, signal.SIGTERM, 0.1)])
+def test_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(tmp_path, optimizer, number, dropout):
+    whole = trainer_of(tmp_path / "a", net=TinyDecoder(dropout=dropout), optimizer=optimizer)
     expected = whole.train()
     assert expected.steps == 6 and len(expected.losses) == 6
 
-    first = trainer_of(tmp_path / "b", optimizer=optimizer, callbacks=[StopAfter(3, number)])
+    first = trainer_of(tmp_path / "b", net=TinyDecoder(dropout=dropout), optimizer=optimizer,
+                       callbacks=[StopAfter(3, number)])
     handler = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt, match="after update 3"):
         first.train()
     assert signal.getsignal(number) == handler
     # Another process would start from other values; only the checkpoint may matter.
-    second = trainer_of(tmp_path / "b", net=TinyDecoder(), optimizer=optimizer)
+    second = trainer_of(tmp_path / "b", net=TinyDecoder(dropout=dropout), optimizer=optimizer)
     for item in second.net.trainable_params():
         item.set_data(ms.Tensor(np.full(item.shape, 0.123, np.float32)))
+    for item in second.stepper.streams:
+        item.set_data(ms.Tensor(np.array([1, 2], np.int32)))
+    assert len(second.stepper.streams) == bool(dropout)
     result = second.train(resume=True)
     assert result.losses == expected.losses[3:]
     assert result.steps == 6

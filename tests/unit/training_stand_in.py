@@ -5,6 +5,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from colora_ms.adapters.dropout import Dropout
 from colora_ms.training.data import EncodedExample, IGNORE
 
 VOCAB, HIDDEN, RANK = 20, 8, 4
@@ -38,7 +39,7 @@ class TinyDecoder(nn.Cell):
         self.lm_head = Head(Parameter(value(VOCAB, HIDDEN), name="head", requires_grad=False))
         self.lm_head.weight.name = "head"
         self.lm_head.has_bias = not plain_head
-        self.dropout = nn.Dropout(p=dropout) if dropout else None
+        self.dropout = Dropout(dropout, seed, "layer") if dropout else None
 
     def hidden(self, ids, lengths, slots):
         x = ops.gather(self.embed, ids, 0)
