@@ -29,7 +29,7 @@ class W4Phases : public LoraPhases<T> {
         Duplicate(bits_.template Get<int16_t>(), static_cast<int16_t>(-0x7778), 128);  // 0x8888: the high bit of each nibble
     }
     __aicore__ inline void SetWeight(GM_ADDR weight, GM_ADDR weightScale) {
-        weightGm_.SetGlobalBuffer(reinterpret_cast<__gm__ uint8_t*>(weight), static_cast<uint64_t>(width_) * (hidden_ / 2));
+        weightGm_.SetGlobalBuffer(reinterpret_cast<__gm__ int8_t*>(weight), static_cast<uint64_t>(width_) * (hidden_ / 2));
         weightScaleGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(weightScale), static_cast<uint64_t>(width_) * groups_);
     }
 
@@ -68,7 +68,7 @@ class W4Phases : public LoraPhases<T> {
             const LocalTensor<float> x = LoadInput(groups, n, c, columns);
             for (uint32_t r = 0; r < rows; r += kRows) {
                 const uint32_t m = Smaller(kRows, rows - r);
-                LocalTensor<uint8_t> packed = LoadPacked(begin + r, m, c, columns);
+                LocalTensor<int8_t> packed = LoadPacked(begin + r, m, c, columns);
                 LoadScales(begin + r, m, c, columns);
                 for (uint32_t s = 0; s < columns; s += kStep) {
                     const uint32_t stepPitch = RoundUp(Smaller(kStep, columns - s), 16);
@@ -111,14 +111,15 @@ class W4Phases : public LoraPhases<T> {
         return x;
     }
 
-    // m rows of packed weights as two's complement nibbles; rows lie PackedPitch(columns) bytes apart; to be freed.
-    __aicore__ inline LocalTensor<uint8_t> LoadPacked(uint32_t row, uint32_t m, uint32_t c, uint32_t columns) {
-        LocalTensor<uint8_t> packed = weightQueue_.template AllocTensor<uint8_t>();
+    // m rows of packed weights as two's complement nibbles; rows lie PackedPitch(columns) bytes apart; to be freed. Bytes are
+    // int8_t here: the type from which the documentation gets tensors of int4b_t.
+    __aicore__ inline LocalTensor<int8_t> LoadPacked(uint32_t row, uint32_t m, uint32_t c, uint32_t columns) {
+        LocalTensor<int8_t> packed = weightQueue_.template AllocTensor<int8_t>();
         DataCopyPad(packed, weightGm_[static_cast<uint64_t>(row) * (hidden_ / 2) + c / 2],
                     DataCopyExtParams(static_cast<uint16_t>(m), columns / 2, (hidden_ - columns) / 2, 0, 0),
-                    DataCopyPadExtParams<uint8_t>(false, 0, 0, 0));
+                    DataCopyPadExtParams<int8_t>(false, 0, 0, 0));
         weightQueue_.EnQue(packed);
-        packed = weightQueue_.template DeQue<uint8_t>();
+        packed = weightQueue_.template DeQue<int8_t>();
         const uint32_t all = m * PackedPitch(columns) / 2;
         const LocalTensor<int16_t> pairs = packed.template ReinterpretCast<int16_t>();
         Flip(pairs, 128, all / 128);
@@ -160,7 +161,7 @@ class W4Phases : public LoraPhases<T> {
     }
 
     // Columns [s, s + pitch) of the tile (which starts at column c of the weight) as float32, times their scales.
-    __aicore__ inline LocalTensor<float> Dequantise(const LocalTensor<uint8_t>& packed, uint32_t m, uint32_t c, uint32_t columns,
+    __aicore__ inline LocalTensor<float> Dequantise(const LocalTensor<int8_t>& packed, uint32_t m, uint32_t c, uint32_t columns,
                                                     uint32_t s, uint32_t pitch) {
         const LocalTensor<half> narrow = acc_.template Get<half>();
         LocalTensor<float> wide = wideWeights_.template Get<float>();
@@ -211,7 +212,7 @@ class W4Phases : public LoraPhases<T> {
     }
 
     TBuf<QuePosition::VECCALC> scales_, bits_;
-    GlobalTensor<uint8_t> weightGm_;
+    GlobalTensor<int8_t> weightGm_;
     GlobalTensor<float> weightScaleGm_;
     uint32_t groups_ = 1, group_ = 1, columnTile_ = 64, inputPitch_ = 16, firstGroup_ = 0, scaleStride_ = 1;
 };
