@@ -3,6 +3,7 @@
 #
 #   bash scripts/msrun_evaluate.sh [evaluate|generate] [-n WORKERS] [--log-dir FOLDER] [--master-port PORT] [its options]
 #
+# With "generate --tensor-parallel" the model is split instead: every worker has its share of the linears and the cache.
 # The rest goes to "colora-ms evaluate" (the default) or "colora-ms generate". --batch-size is that of one worker.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -19,9 +19,11 @@ import numpy as np
 from mindspore import nn, ops
 
 from colora_ms.adapters.inject import load_adapters
-from colora_ms.adapters.store import read_config
+from colora_ms.adapters.store import WEIGHTS_FILE, read_config, regular_file
 from colora_ms.errors import AdapterError, ConfigError
+from colora_ms.models.checkpoint import open_checkpoint, resolve_model
 from colora_ms.models.decoder import Decoder
+from colora_ms.models.tokenizer import load_tokenizer
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW = ("o_proj", "down_proj")
@@ -62,6 +64,30 @@ def shard_decoder(config, weights, team, weight_format="float32", max_positions=
     if team.world > 1:
         _sum_rows(decoder)
     return decoder, handle
+
+
+def load_sharded(name_or_path, team, weight_format="float32", max_positions=None, adapters=None):
+    """This worker's share of a model from its files, with its tokenizer and its share of the adapters.
+
+    Args:
+        name_or_path: as for :func:`colora_ms.models.load_model`.
+        team, weight_format, max_positions, adapters: as for :func:`shard_decoder`.
+
+    Returns:
+        ``(Decoder, Tokenizer, Adapters or None)``.
+
+    Raises:
+        ConfigError: the model's linears are integers or factors, or its sizes cannot be divided.
+        AdapterError, CheckpointError, TokenizerError: with what is wrong and what to do.
+    """
+    checkpoint = open_checkpoint(resolve_model(name_or_path))
+    if checkpoint.quantized is not None or checkpoint.low_rank:
+        kind = "integer linears (colora-ms quantize, LR-QAT)" if checkpoint.quantized is not None else "decomposed linears"
+        raise ConfigError(f"{checkpoint.path} has {kind}, which cannot be split over workers; run it in one process, or split "
+                          "the float model that it was made from")
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+    decoder, handle = shard_decoder(checkpoint.config, checkpoint.tensors, team, weight_format, max_positions, adapters)
+    return decoder, tokenizer, handle
 
 
 def local_config(config, world):
@@ -121,21 +147,26 @@ def shard_adapter(source, folder, team):
     """Write this worker's share of a PEFT folder of plain LoRA to ``folder``; returns it.
 
     Raises:
-        AdapterError: the adapter holds tensors other than lora_A and lora_B, or is none of LoRA.
+        AdapterError: the adapter holds tensors other than lora_A and lora_B, is none of LoRA, or started from the base
+            weights (PiSSA, OLoRA), whose decomposition a share of them does not have.
     """
     from safetensors.numpy import load_file, save_file
 
     source, folder = Path(source), Path(folder)
     values = read_config(source)
-    tensors = load_file(source / "adapter_model.safetensors")
+    tensors = load_file(regular_file(source / WEIGHTS_FILE))
     other = sorted(name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight")))
     if values.get("peft_type") != "LORA" or values.get("use_dora") or other:
         what = f"peft_type {values.get('peft_type')}" + (", use_dora" if values.get("use_dora") else "")
         raise AdapterError(f"the adapter in {source} cannot be split over workers: only plain LoRA (lora_A and lora_B) can, "
                            f"this one has {what}" + (f" and tensors such as {', '.join(other[:3])}" if other else ""))
+    start = values.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(("pissa", "olora")):
+        raise AdapterError(f"the adapter in {source} cannot be split over workers: init_lora_weights={start!r} changes the base "
+                           "weights; save it with as_lora=True first")
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
-    save_file({name: share_of(name, value, team) for name, value in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file({name: share_of(name, value, team) for name, value in tensors.items()}, folder / WEIGHTS_FILE)
     return folder
 
 

@@ -14,6 +14,8 @@ def add_arguments(parser):
     parser.add_argument("--stop", action="append", default=[], help="end the answer before this text (repeatable)")
     parser.add_argument("--records", action="store_true", help="list the tokens where the contrast changed the choice")
     parser.add_argument("--output", default=None, metavar="FILE", help="write the answers there instead of printing them")
+    parser.add_argument("--tensor-parallel", action="store_true",
+                        help="split the model, not the prompts, over the workers of scripts/msrun_evaluate.sh")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
 
@@ -28,12 +30,16 @@ def run(arguments):
     if not prompts:
         print("colora-ms generate: no prompt was given", file=sys.stderr)
         return 2
-    generator, adapter = options.generator(arguments)
+    if arguments.tensor_parallel and team.world == 1:
+        print("colora-ms generate: --tensor-parallel needs several workers; start them with "
+              "bash scripts/msrun_evaluate.sh generate -n 2 --tensor-parallel ...", file=sys.stderr)
+        return 2
+    generator, adapter = options.generator(arguments, team if arguments.tensor_parallel else None)
     settings = options.decoding(arguments)
     inputs = [[{"role": "user", "content": p}] for p in prompts] if arguments.chat else prompts
     live = len(prompts) == 1 and not arguments.json and arguments.output is None and team.world == 1
     tokenizer = generator.tokenizer
-    if team.world > 1:
+    if team.world > 1 and not arguments.tensor_parallel:
         generator = ShardedGenerator(generator, team)
     completions = generator.generate(
         inputs, adapter=adapter, stop=arguments.stop, records=arguments.records or arguments.json,

@@ -24,12 +24,17 @@ def add_decoding(parser):
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
 
 
-def generator(arguments):
-    """(Generator, adapter name or None) for the parsed options."""
+def generator(arguments, team=None):
+    """(Generator, adapter name or None) for the parsed options; ``team``: the workers to split the model over."""
     from colora_ms.decoding import Generator
 
     folder = getattr(arguments, "adapter", None)
     adapters = {"adapter": folder} if folder else None
+    if team is not None:
+        from colora_ms.adapters.tensor_parallel import load_sharded
+
+        decoder, tokenizer, handle = load_sharded(arguments.model, team, arguments.weights, adapters=adapters)
+        return Generator(decoder, tokenizer, handle), "adapter" if folder else None
     made = Generator.from_pretrained(arguments.model, adapters=adapters, weight_format=arguments.weights)
     return made, "adapter" if folder else None
 

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from colora_ms.adapters.tensor_parallel import local_config, shard_adapter, shard_decoder, share_of
+from colora_ms.adapters import tensor_parallel
+from colora_ms.adapters.tensor_parallel import load_sharded, local_config, shard_adapter, shard_decoder, share_of
+from colora_ms.cli import main
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.models.config import DecoderConfig
 from colora_ms.workers import Workers
@@ -70,6 +73,20 @@ def test_two_workers_give_the_logits_and_tokens_of_the_whole_model(tiny_folder, 
         np.testing.assert_array_equal(first[f"tokens{k}"], want[f"tokens{k}"])
 
 
+def test_generate_splits_the_model_over_two_workers(start, tiny_folder, tmp_path, capsys):
+    adapter, prompts = write_adapter(tmp_path / "adapter"), ["one and two", "f", "five five five"]
+    options = ["--model", str(tiny_folder), "--adapter", str(adapter), "--contrast", "--max-new-tokens", "6", "--json", *prompts]
+    job = start("msrun_evaluate.sh", "generate", "-n", 2, "--log-dir", tmp_path / "logs", "--tensor-parallel", "--output",
+                tmp_path / "two.jsonl", *options)
+    assert main(["generate", *options]) == 0
+    one = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    code, output = job.wait()
+    assert code == 0, output
+    two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["tokens"]) for row in two] == [(row["prompt"], row["tokens"]) for row in one]
+    assert [row["prompt"] for row in one] == prompts and len({tuple(row["tokens"]) for row in one}) == 3
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_shares_make_up_the_whole_linear(world):
     random = np.random.default_rng(0)
@@ -90,7 +107,7 @@ def test_the_shares_make_up_the_whole_linear(world):
     assert share_of("model.norm.weight", b, teams[-1]) is b and share_of("lm_head.weight", w, teams[-1]) is w
 
 
-def test_what_cannot_be_split_is_refused(tmp_path):
+def test_what_cannot_be_split_is_refused(tmp_path, monkeypatch, capsys):
     config = DecoderConfig(model_type="llama", vocab_size=9, hidden_size=12, intermediate_size=10, num_hidden_layers=1,
                            num_attention_heads=4, num_key_value_heads=2, head_dim=4, max_position_embeddings=16)
     assert local_config(config, 2).intermediate_size == 5
@@ -98,6 +115,18 @@ def test_what_cannot_be_split_is_refused(tmp_path):
         local_config(config, 4)
     with pytest.raises(ConfigError, match="'int8' cannot be split"):
         shard_decoder(config, {}, Workers(0, 2), "int8")
-    with pytest.raises(AdapterError, match="only plain LoRA.*use_dora"):
-        shard_adapter(write_adapter(tmp_path / "dora", use_dora=True), tmp_path / "out", Workers(0, 2))
+    for number, (changes, words) in enumerate([({"use_dora": True}, "only plain LoRA.*use_dora"), ({"peft_type": "LILY"}, "only plain LoRA.*LILY"),
+                           ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base.*as_lora=True")]):
+        with pytest.raises(AdapterError, match=words):
+            shard_adapter(write_adapter(tmp_path / str(number), **changes), tmp_path / "out", Workers(0, 2))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="adapter_model.safetensors cannot be read"):
+        shard_adapter(tmp_path / "empty", tmp_path / "out", Workers(0, 2))
+    for kind, words in [({"quantized": object(), "low_rank": {}}, "integer linears"),
+                        ({"quantized": None, "low_rank": {"a": None}}, "decomposed linears")]:
+        monkeypatch.setattr(tensor_parallel, "open_checkpoint", lambda path, kind=kind: SimpleNamespace(path=path, **kind))
+        with pytest.raises(ConfigError, match=f"empty has {words}.*cannot be split"):
+            load_sharded(str(tmp_path / "empty"), Workers(0, 2))
+    assert main(["generate", "--tensor-parallel", "one"]) == 2 and "needs several workers" in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "out")
