@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = (
     "colora_ms", "colora_ms.decoding", "colora_ms.adapters", "colora_ms.adapters.lrd", "colora_ms.adapters.lrqat_config",
     "colora_ms.adapters.lrqat_model", "colora_ms.adapters.tensor_parallel", "colora_ms.models", "colora_ms.kernels",
-    "colora_ms.training", "colora_ms.evaluation", "colora_ms.serving", "colora_ms.serving.http",
-    "colora_ms.integrations.mindformers", "colora_ms.errors",
+    "colora_ms.training", "colora_ms.training.tensor_parallel", "colora_ms.evaluation", "colora_ms.serving",
+    "colora_ms.serving.http", "colora_ms.integrations.mindformers", "colora_ms.errors",
 )
 
 #: Methods that MindSpore defines for all Cells: a Cell's class docstring may say what they do.

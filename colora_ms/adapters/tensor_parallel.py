@@ -6,7 +6,8 @@
 LoRA goes the way of its linear: a column-split one has ``up`` (out, r) split, a row-split one ``down`` (r, in), so
 that base and adapter share the one sum. Embedding, norms and head are whole on every worker.
 
-For inference: the gradient of a column-split linear's input is not summed.
+Gradients: every worker has the whole gradient of its activations, since the one of a column-split block's input is
+summed; of the factors that every worker has whole each has a part (see ``colora_ms.training.tensor_parallel``).
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ import numpy as np
 from mindspore import nn, ops
 
 from colora_ms.adapters.inject import load_adapters
-from colora_ms.adapters.store import WEIGHTS_FILE, read_config, regular_file
+from colora_ms.adapters.store import CONFIG_FILE, WEIGHTS_FILE, read_config, regular_file, write_folder
 from colora_ms.errors import AdapterError, ConfigError
+from colora_ms.files import flush_to_disk
 from colora_ms.models.checkpoint import open_checkpoint, resolve_model
 from colora_ms.models.decoder import Decoder
 from colora_ms.models.tokenizer import load_tokenizer
@@ -32,7 +34,7 @@ _TENSOR = re.compile(r"(?:^|\.)(?P<linear>" + "|".join(COLUMN + ROW) + r")\.(?P<
 _FORMATS = ("float32", "bfloat16")
 
 
-def shard_decoder(config, weights, team, weight_format="float32", max_positions=None, adapters=None):
+def shard_decoder(config, weights, team, weight_format="float32", max_positions=None, adapters=None, trainable=False):
     """This worker's share of a decoder, with its share of the adapters.
 
     Args:
@@ -42,6 +44,7 @@ def shard_decoder(config, weights, team, weight_format="float32", max_positions=
         weight_format: "float32" or "bfloat16".
         max_positions: see ``Decoder``.
         adapters: mapping of names to PEFT folders of plain LoRA, or None.
+        trainable: whether the adapters' Parameters require gradients.
 
     Returns:
         ``(Decoder, Adapters or None)``. Its cache has this worker's heads alone; its inputs and logits are those of
@@ -49,7 +52,7 @@ def shard_decoder(config, weights, team, weight_format="float32", max_positions=
 
     Raises:
         ConfigError: heads or inner size cannot be divided by the number of workers; another weight format.
-        AdapterError: an adapter has something beside LoRA's two factors.
+        AdapterError: an adapter has something beside LoRA's two factors, or (trainable) dropout.
     """
     if weight_format not in _FORMATS:
         raise ConfigError(f"weight_format {weight_format!r} cannot be split, expected one of {', '.join(_FORMATS)}: the "
@@ -60,9 +63,12 @@ def shard_decoder(config, weights, team, weight_format="float32", max_positions=
     if adapters:
         with tempfile.TemporaryDirectory(prefix="colora-shares-") as folder:
             handle = load_adapters(decoder, {name: shard_adapter(source, Path(folder) / str(number), team)
-                                             for number, (name, source) in enumerate(adapters.items())})
+                                             for number, (name, source) in enumerate(adapters.items())}, trainable=trainable)
+        if trainable and handle.dropout:
+            raise AdapterError(f"lora_dropout is {handle.dropout}, but a split model is trained without dropout: its workers "
+                               "would drop different inputs of one linear")
     if team.world > 1:
-        _sum_rows(decoder)
+        _join(decoder)
     return decoder, handle
 
 
@@ -115,15 +121,12 @@ def share_of(name, value, team):
         A part of the rows or columns; the array itself where every worker needs it. The bias of a row-split linear is
         zero on all workers but the first, since the workers' outputs are summed.
     """
-    found = _TENSOR.search(name)
-    if team.world == 1 or found is None:
+    if team.world == 1:
         return value
-    row, field = found["linear"] in ROW, found["field"]
-    if row and field == "bias":
-        return value if team.first else np.zeros_like(value)
-    if field == ("lora_B.weight" if row else "lora_A.weight"):
-        return value
-    axis = 1 if row else 0
+    axis = split_axis(name)
+    if axis is None:
+        summed = name.endswith(tuple(f"{linear}.bias" for linear in ROW))
+        return np.zeros_like(value) if summed and not team.first else value
     size = value.shape[axis] // team.world
     part = [slice(None)] * value.ndim
     part[axis] = slice(team.rank * size, (team.rank + 1) * size)
@@ -165,9 +168,113 @@ def shard_adapter(source, folder, team):
         raise AdapterError(f"the adapter in {source} cannot be split over workers: init_lora_weights={start!r} changes the base "
                            "weights; save it with as_lora=True first")
     folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    (folder / CONFIG_FILE).write_bytes((source / CONFIG_FILE).read_bytes())
     save_file({name: share_of(name, value, team) for name, value in tensors.items()}, folder / WEIGHTS_FILE)
     return folder
+
+
+def save_whole(handle, folder, team, name=None):
+    """Write a split adapter (by default the active one) as one PEFT folder: the inverse of :func:`shard_adapter`.
+
+    Args:
+        handle: this worker's ``Adapters``.
+        folder: as for ``Adapters.save``; worker 0 writes it.
+        team: ``Workers``; all of them make this call.
+
+    Raises:
+        AdapterError: a value is not finite, or the folder cannot be written.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    with tempfile.TemporaryDirectory(prefix="colora-share-") as share:
+        handle.save(Path(share) / "mine", name)
+        values = (Path(share) / "mine" / CONFIG_FILE).read_bytes()
+        parts = team.gather(load_file(Path(share) / "mine" / WEIGHTS_FILE))
+
+    def write(place):
+        (place / CONFIG_FILE).write_bytes(values)
+        save_file({key: joined(key, [part[key] for part in parts]) for key in parts[0]}, place / WEIGHTS_FILE)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            flush_to_disk(place / file)
+    if team.first:
+        write_folder(folder, write)
+    team.wait()
+
+
+def joined(name, parts):
+    """The whole of a tensor of an adapter's file from all workers' parts; the inverse of :func:`share_of`."""
+    axis = split_axis(name)
+    return parts[0] if axis is None else np.ascontiguousarray(np.concatenate(parts, axis))
+
+
+def split_axis(name):
+    """The axis along which a tensor is split, or None where every worker has it whole; ``name`` as for :func:`share_of`."""
+    found = _TENSOR.search(name)
+    if found is None:
+        return None
+    row, field = found["linear"] in ROW, found["field"]
+    if field == "bias":
+        return None if row else 0
+    if field == ("lora_B.weight" if row else "lora_A.weight"):
+        return None
+    return 1 if row else 0
+
+
+class SumOfParts(nn.Cell):
+    """The sum of the workers' x; the gradient of the sum is that of each x."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.sum = ops.AllReduce(ops.ReduceOp.SUM)
+
+    def construct(self, x):
+        """x: any shape, float32 -> the same shape, equal on all workers."""
+        return self.sum(x)
+
+    def bprop(self, x, out, dout):
+        """The operator's own gradient would sum dout, which all workers have in full."""
+        return (dout,)
+
+
+class SumOfGradients(nn.Cell):
+    """x itself; its gradient is the sum of the workers' gradients."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.sum = ops.AllReduce(ops.ReduceOp.SUM)
+
+    def construct(self, x):
+        """x: any shape, float32 -> x."""
+        return x
+
+    def bprop(self, x, out, dout):
+        """dx: the sum of what the workers' column-split linears give."""
+        return (self.sum(dout),)
+
+
+class SplitInput(nn.Cell):
+    """The norm before a block of column-split linears.
+
+    Args:
+        norm: the whole norm.
+    """
+
+    #: The layers' own operator is for whole layers.
+    fusible = False
+
+    def __init__(self, norm):
+        super().__init__(auto_prefix=False)
+        self.norm = norm
+        self.split = SumOfGradients()
+
+    def construct(self, x, slots):
+        """As of the norm."""
+        return self.split(self.norm(x, slots))
+
+    def add(self, x, residual, slots):
+        """As of the norm; the residual goes on whole."""
+        y, residual = self.norm.add(x, residual, slots)
+        return self.split(y), residual
 
 
 class SummedLinear(nn.Cell):
@@ -183,16 +290,18 @@ class SummedLinear(nn.Cell):
     def __init__(self, linear):
         super().__init__(auto_prefix=False)
         self.linear = linear
-        self.sum = ops.AllReduce(ops.ReduceOp.SUM)
+        self.sum = SumOfParts()
 
     def construct(self, x, slots):
         """x: (..., in / workers); slots: (rows,) int32 -> (..., out) float32, equal on all workers."""
         return self.sum(self.linear(x, slots))
 
 
-def _sum_rows(decoder):
+def _join(decoder):
     names = [(parameter, parameter.name) for parameter in decoder.get_parameters()]
     for layer in decoder.model.layers:
+        layer.input_layernorm = SplitInput(layer.input_layernorm)
+        layer.post_attention_layernorm = SplitInput(layer.post_attention_layernorm)
         layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj)
         layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj)
     for parameter, name in names:

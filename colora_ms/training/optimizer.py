@@ -142,7 +142,8 @@ class AdamW(nn.Cell):
             0-d float32: the norm of the mean's gradient before clipping. If it is not finite, the
             parameters stay as they are.
         """
-        norm = ops.sqrt(2.0 * ops.addn(self.map(_half_square, grads))) / divisor
+        grads, half = self.whole(grads)
+        norm = ops.sqrt(2.0 * half) / divisor
         factor = 1.0 / divisor
         if self.max_norm > 0:
             # The small term is that of torch.nn.utils.clip_grad_norm_.
@@ -172,6 +173,17 @@ class AdamW(nn.Cell):
             done = self.map(one, self.trained[n:], self.mean[n:], self.square[n:], grads[n:])
             norm = ops.depend(norm, done)
         return norm
+
+
+    def whole(self, grads):
+        """The gradients to update with, and half the square of their norm (0-d float32); a split model's differ from
+        those that one of its workers computes."""
+        return grads, half_square(self.map, grads)
+
+
+def half_square(hyper_map, grads):
+    """Half the sum of squares of all gradients, 0-d float32; ``hyper_map``: an ``ops.HyperMap``."""
+    return ops.addn(hyper_map(_half_square, grads))
 
 
 def _zeros(parameter, prefix):

@@ -229,15 +229,16 @@ class Stepper:
         slot: adapter slot that all rows use.
         world: number of processes.
         loss_cell: in place of ``CausalLossCell(decoder)``.
+        optimizer: ``AdamW`` or a subclass of it.
 
     Raises:
         ConfigError: nothing is trainable.
     """
 
-    def __init__(self, decoder, config, slot=0, world=1, loss_cell=None):
+    def __init__(self, decoder, config, slot=0, world=1, loss_cell=None, optimizer=AdamW):
         self.loss_cell = CausalLossCell(decoder) if loss_cell is None else loss_cell
         parameters = self.loss_cell.trainable_params()
-        self.optimizer = AdamW(parameters, config)
+        self.optimizer = optimizer(parameters, config)
         self.streams = dropout_streams(self.loss_cell)
         stacked = [item.name for item in parameters if is_stacked_with_others(item)]
         if config.weight_decay and stacked:

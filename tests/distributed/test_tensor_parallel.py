@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from colora_ms.adapters import tensor_parallel
-from colora_ms.adapters.tensor_parallel import load_sharded, local_config, shard_adapter, shard_decoder, share_of
+from colora_ms.adapters.tensor_parallel import (
+    joined, load_sharded, local_config, shard_adapter, shard_decoder, share_of,
+)
 from colora_ms.cli import main
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.models.config import DecoderConfig
@@ -39,10 +41,10 @@ def write_adapter(folder, **changes):
     return folder
 
 
-def test_two_workers_give_the_logits_and_tokens_of_the_whole_model(tiny_folder, tmp_path):
+def test_two_workers_give_the_logits_tokens_and_training_of_the_whole_model(tiny_folder, tmp_path):
     from colora_ms.adapters import load_adapters
     from colora_ms.models import load_model
-    from tensor_parallel_job import results
+    from tensor_parallel_job import results, trained
 
     adapter = write_adapter(tmp_path / "adapter")
     sys.path.insert(0, str(HERE.parents[1] / "scripts"))
@@ -52,6 +54,10 @@ def test_two_workers_give_the_logits_and_tokens_of_the_whole_model(tiny_folder, 
                str(tiny_folder), str(adapter), str(tmp_path)]
     decoder, tokenizer = load_model(str(tiny_folder))
     want = results(decoder, load_adapters(decoder, {"a": adapter}), tokenizer)
+    decoder, _ = load_model(str(tiny_folder))
+    handle = load_adapters(decoder, {"a": adapter}, trainable=True)
+    want.update(trained(decoder))
+    handle.save(tmp_path / "whole", "a")
     with open(tmp_path / "msrun.log", "w") as log:
         job = subprocess.Popen(command, env=environment(parse(["evaluate", "-n", "2"])[0]), stdout=log,
                                stderr=subprocess.STDOUT)
@@ -71,6 +77,17 @@ def test_two_workers_give_the_logits_and_tokens_of_the_whole_model(tiny_folder, 
     np.testing.assert_allclose(first["logits"][real], want["logits"][real], rtol=1e-4, atol=1e-4)
     for k in range(3):
         np.testing.assert_array_equal(first[f"tokens{k}"], want[f"tokens{k}"])
+    # Sums over the halves of a linear, in another order; 4 updates of Adam carry the rounding on.
+    np.testing.assert_allclose(first["losses"], want["losses"], rtol=2e-5)
+    np.testing.assert_allclose(first["norms"], want["norms"], rtol=1e-4)
+    assert want["norms"].min() > 0.5, "no gradient was clipped"
+    ours, theirs, old = (load_file(folder / "adapter_model.safetensors")
+                         for folder in (tmp_path / "trained", tmp_path / "whole", adapter))
+    assert ours.keys() == theirs.keys() == old.keys() and len(ours) == 28
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, atol=2e-4, err_msg=name)
+        assert np.abs(value - old[name]).max() > 0.01, name
+    assert (tmp_path / "trained" / "adapter_config.json").is_file()
 
 
 def test_generate_splits_the_model_over_two_workers(start, tiny_folder, tmp_path, capsys):
@@ -102,6 +119,9 @@ def test_the_shares_make_up_the_whole_linear(world):
     columns = [parts(team, "gate_proj") for team in teams]
     np.testing.assert_allclose(np.concatenate([x @ W.T + B + x @ D.T @ U.T for W, B, D, U in columns], 1), y)
     rows = [parts(team, "down_proj") for team in teams]
+    for linear, found in (("gate_proj", columns), ("down_proj", rows)):
+        for k, field, value in ((2, "lora_A", down), (3, "lora_B", up)):
+            np.testing.assert_array_equal(joined(f"a.{linear}.{field}.weight", [part[k] for part in found]), value)
     split = np.split(x, world, 1)
     np.testing.assert_allclose(sum(z @ W.T + B + z @ D.T @ U.T for z, (W, B, D, U) in zip(split, rows)), y)
     assert share_of("model.norm.weight", b, teams[-1]) is b and share_of("lm_head.weight", w, teams[-1]) is w
