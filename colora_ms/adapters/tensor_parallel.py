@@ -165,8 +165,8 @@ def shard_adapter(source, folder, team):
                            f"this one has {what}" + (f" and tensors such as {', '.join(other[:3])}" if other else ""))
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(("pissa", "olora")):
-        raise AdapterError(f"the adapter in {source} cannot be split over workers: init_lora_weights={start!r} changes the base "
-                           "weights; save it with as_lora=True first")
+        raise AdapterError(f"the adapter in {source} cannot be split over workers: init_lora_weights={start!r} changes the "
+                           "base weights; save it with as_lora=True first")
     folder.mkdir(parents=True)
     (folder / CONFIG_FILE).write_bytes((source / CONFIG_FILE).read_bytes())
     save_file({name: share_of(name, value, team) for name, value in tensors.items()}, folder / WEIGHTS_FILE)

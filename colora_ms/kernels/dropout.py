@@ -64,7 +64,7 @@ def _signed(number):
 
 
 def _right(word, bits):
-    """Shift of an unsigned word: MindSpore's operators on a CPU are complete for int32 alone, whose shift keeps the sign."""
+    """Shift of an unsigned word that is kept as int32, whose own shift copies the sign."""
     return ops.bitwise_and(ops.bitwise_right_shift(word, bits), 2 ** (32 - bits) - 1)
 
 

@@ -135,8 +135,9 @@ def test_what_cannot_be_split_is_refused(tmp_path, monkeypatch, capsys):
         local_config(config, 4)
     with pytest.raises(ConfigError, match="'int8' cannot be split"):
         shard_decoder(config, {}, Workers(0, 2), "int8")
-    for number, (changes, words) in enumerate([({"use_dora": True}, "only plain LoRA.*use_dora"), ({"peft_type": "LILY"}, "only plain LoRA.*LILY"),
-                           ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base.*as_lora=True")]):
+    for number, (changes, words) in enumerate([
+            ({"use_dora": True}, "only plain LoRA.*use_dora"), ({"peft_type": "LILY"}, "only plain LoRA.*LILY"),
+            ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base.*as_lora=True")]):
         with pytest.raises(AdapterError, match=words):
             shard_adapter(write_adapter(tmp_path / str(number), **changes), tmp_path / "out", Workers(0, 2))
     (tmp_path / "empty").mkdir()
