@@ -96,10 +96,9 @@ class Ours:
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": [list(map(int, a.tokens)) for a in answers], "peak_bytes": peak_bytes()}
 
-    def results(self, prompts, tokens, path):
-        """For --check: logits of a prefill and 8 given tokens (with and without the adapter) into ``path``; the greedy
-        and contrastive tokens of all prompts are returned."""
-        from colora_ms import Contrast, Generator, runtime
+    def logits(self, prompts, path):
+        """For --check: logits of a prefill and 8 given tokens (with and without the adapter) into ``path``."""
+        from colora_ms import runtime
         from colora_ms.decoding.stepwise import StepGraph
         from colora_ms.models import KeyValueCache
         from mindspore import Tensor
@@ -111,10 +110,17 @@ class Ours:
                 arrays = [[ids, ids], [0, -1], [0, 1], [start, start], [len(ids), len(ids)]]
                 logits.append(runtime.run(graph, *(Tensor(np.array(a, np.int32)) for a in arrays)).asnumpy())
         np.save(path, np.stack(logits))
-        generator = Generator(self.decoder, self.tokenizer, self.adapters, max_rows=8)
-        options = dict(adapter=ADAPTER, max_new_tokens=tokens, ignore_eos=True)
-        return {name: [list(map(int, a.tokens)) for a in generator.generate(prompts, contrast=contrast, **options)]
-                for name, contrast in (("greedy", None), ("cold", Contrast(ALPHA, BETA)))}
+
+    def answers(self, prompts, tokens, contrast):
+        """For --check: the greedy or contrastive tokens of all prompts, four at a time."""
+        from colora_ms import Contrast, Generator
+
+        generator = Generator(self.decoder, self.tokenizer, self.adapters, max_rows=8 if contrast else 4)
+        found = []
+        for i in range(0, len(prompts), 4):
+            found += generator.generate(prompts[i:i + 4], adapter=ADAPTER, max_new_tokens=tokens, ignore_eos=True,
+                                        contrast=Contrast(ALPHA, BETA) if contrast else None)
+        return [list(map(int, a.tokens)) for a in found]
 
 
 def child_first_token(adapter):
@@ -324,18 +330,26 @@ def first_token(adapter):
 
 
 def check(adapter, prompts, tokens, folder):
-    """The compiled operators against the reference forms: logits, and tokens greedy and contrastive."""
+    """The compiled operators against the reference forms: logits, and tokens greedy and contrastive.
+
+    Each part has a process of its own: a graph of the reference forms keeps gigabytes of widened and transposed weights.
+    """
     answers, logits = {}, {}
     for kernels in ("cpu", "reference"):
-        # No kept graphs: one compiled for the other kernels would make this compare a thing with itself.
-        environment = {"COLORA_KERNELS": kernels, "COLORA_COMPILE_CACHE": "0"}
-        worker = Worker([sys.executable, __file__, "--child", "worker"], environment, timeout=3600)
         path = folder / f"{kernels}.npy"
-        used = worker.ask("load", weight_format="float32", adapter=str(adapter), chunk=16)["backend"]
-        if used != kernels:
-            raise BenchmarkError(f"the check asked for the {kernels} kernels and got the {used} ones")
-        answers[kernels] = worker.ask("results", prompts=prompts, tokens=tokens, path=str(path))
-        worker.close()
+        parts = {"logits": ("logits", {"prompts": prompts, "path": str(path)})}
+        for name in ("greedy", "cold"):
+            parts[name] = ("answers", {"prompts": prompts, "tokens": tokens, "contrast": name == "cold"})
+        answers[kernels] = {}
+        for name, (question, more) in parts.items():
+            # No kept graphs: one compiled for the other kernels would make this compare a thing with itself.
+            environment = {"COLORA_KERNELS": kernels, "COLORA_COMPILE_CACHE": "0"}
+            worker = Worker([sys.executable, __file__, "--child", "worker"], environment, timeout=3600)
+            used = worker.ask("load", weight_format="float32", adapter=str(adapter), chunk=16)["backend"]
+            if used != kernels:
+                raise BenchmarkError(f"the check asked for the {kernels} kernels and got the {used} ones")
+            answers[kernels][name] = worker.ask(question, **more)
+            worker.close()
         logits[kernels] = np.load(path)
     measures = [measure("max_logit_difference", np.abs(logits["cpu"] - logits["reference"]).max(), "max abs")]
     for name in ("greedy", "cold"):

@@ -8,7 +8,7 @@
 What is measured, each in child processes pinned to the same processors:
 
 * Steps: the engine with a full batch of greedy requests, all of the base model, all of one adapter, or each of another
-  adapter. All requests are handed in while the engine's thread stands still, so that they start together; a step is the
+  adapter, with float32 adapters in the bank and, in an engine of its own, with bfloat16 ones. All requests are handed in while the engine's thread stands still, so that they start together; a step is the
   difference of two runs whose answers differ by n tokens, over n, so it holds no prefill. Rounds alternate their
   direction; a measure that compares two cases is the median of the ratios within a round. peft runs the same rows, the
   same prompts and the same adapters.
@@ -54,7 +54,7 @@ VOCABULARY = 49152
 class Ours:
     """An engine over a bank; the handler of ``--child engine``."""
 
-    def load(self, adapters, rows, slots, chunk, host_adapters):
+    def load(self, adapters, rows, slots, chunk, host_adapters, adapter_format):
         """adapters: folder of adapter folders; host_adapters: how many of them host memory takes."""
         from colora_ms.kernels import backend
         from colora_ms.models import load_model
@@ -62,7 +62,8 @@ class Ours:
 
         decoder, tokenizer = load_model()
         one = sum(file.stat().st_size for file in next(Path(adapters).iterdir()).iterdir())
-        self.bank = AdapterBank(decoder, adapters, max_loaded=slots, max_rank=RANK, host_bytes=int(one * host_adapters))
+        self.bank = AdapterBank(decoder, adapters, max_loaded=slots, max_rank=RANK, host_bytes=int(one * host_adapters),
+                                adapter_format=adapter_format)
         self.engine = Engine(decoder, tokenizer, self.bank, rows=rows, max_length=256, chunk=chunk)
         self.engine.warm_up()
         self.names = self.bank.names()
@@ -221,7 +222,7 @@ def measure_steps(workers, prompts, steps, repeats):
 
 
 def step_table(found, rows):
-    names = {"ours": "this project", "peft": "transformers + peft"}
+    names = {"ours": "this project", "half": "this project, bfloat16 adapters", "peft": "transformers + peft"}
     return table(("case", "engine", "rows", "step, ms", "range, ms", "tokens/s"), [
         (KINDS[kind], names[engine], rows, f"{1e3 * statistics.median(case['steps']):.2f}",
          f"{1e3 * min(case['steps']):.1f} to {1e3 * max(case['steps']):.1f}", f"{rows / statistics.median(case['steps']):.1f}")
@@ -233,13 +234,13 @@ def percentiles(seconds):
     return [1e3 * float(np.percentile(seconds, q)) for q in (50, 99)]
 
 
-def start_engine(arguments, adapters):
+def start_engine(arguments, adapters, adapter_format="float32"):
     worker = Worker([sys.executable, __file__, "--child", "engine"], timeout=1800)
     # Host memory takes one adapter more than there are slots, so that more adapters are read from their folders.
     answer = worker.ask("load", adapters=str(adapters), rows=arguments.rows, slots=arguments.rows, chunk=arguments.chunk,
-                        host_adapters=arguments.rows + 1)
-    print(f"engine with the {answer['backend']} operators, {arguments.rows} slots of {answer['slot_bytes'] / 2**20:.0f} MiB in all",
-          flush=True)
+                        host_adapters=arguments.rows + 1, adapter_format=adapter_format)
+    print(f"engine with the {answer['backend']} operators, {arguments.rows} {adapter_format} slots of "
+          f"{answer['slot_bytes'] / 2**20:.0f} MiB in all", flush=True)
     return worker
 
 
@@ -273,7 +274,7 @@ def benchmark(arguments, adapters):
     if arguments.only_memory:
         return measures, used, more
 
-    workers = {"ours": start_engine(arguments, adapters)}
+    workers = {"ours": start_engine(arguments, adapters), "half": start_engine(arguments, adapters, "bfloat16")}
     if arguments.peers:
         peft, found = start_peft(arguments, adapters)
         used.update(found)
@@ -285,8 +286,11 @@ def benchmark(arguments, adapters):
     print(step_table(found, arguments.rows), flush=True)
     n = arguments.rows
     mixed = found["ours", "mixed"]["steps"]
-    measures.append(measure(f"mixed{n}_over_single", ratio(mixed, found["ours", "single"]["steps"]), "ratio"))
-    measures.append(measure(f"mixed{n}_over_base", ratio(mixed, found["ours", "base"]["steps"]), "ratio"))
+    for engine, tag in (("ours", ""), ("half", "_bfloat16_adapters")):
+        for kind in ("single", "base"):
+            value = ratio(found[engine, "mixed"]["steps"], found[engine, kind]["steps"])
+            measures.append(measure(f"mixed{n}_over_{kind}{tag}", value, "ratio"))
+    workers.pop("half").close()
     if "peft" in workers:
         measures.append(measure(f"mixed{n}_vs_peft", ratio(found["peft", "mixed"]["steps"], mixed), "ratio"))
         ours, theirs = found["ours", "mixed"]["tokens"], found["peft", "mixed"]["tokens"]

@@ -6,11 +6,14 @@
 
 A real uvicorn server in this process, clients in threads. Every request must end in one of two ways: an answer whose
 tokens are right, or a refusal with a status below 500 and a sentence. What does neither is *lost*, and the script fails.
+``--flood`` then sends that many requests as fast as the server takes connections: each must be answered or refused at once
+because the queue is full, and the server must answer as before when the flood is over.
 "Right": greedy answers of the same prompt and adapter are always the same, whatever runs beside them. Memory is the
 resident memory when the warm-up (a fifth of the time) is over and at the end.
 """
 
 import argparse
+import asyncio
 import collections
 import http.client
 import json
@@ -27,6 +30,9 @@ import numpy as np
 from benchmark_common import ROOT, machine, measure, table, versions, write_json
 
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
+
+#: Connections of the flood that are open at a time; each takes two file descriptors of this process.
+FLOOD_CONNECTIONS = 400
 
 #: Few prompts, each with its own length of answer, so that most answers can be compared with a former one.
 ANSWERS = (1, 8, 24)
@@ -184,6 +190,51 @@ class Client:
         self.tally.add("reloaded adapters")
 
 
+class Flood:
+    """Many requests at once, from one thread; one connection each."""
+
+    def __init__(self, address, names, prompts, tally):
+        self.host, self.port = address.rsplit(":", 1)
+        self.names, self.prompts, self.tally = names, prompts, tally
+        self.seconds, self.slowest_refusal = 0.0, 0.0
+
+    def run(self, count):
+        start = time.monotonic()
+        asyncio.run(self._all(count))
+        self.seconds = time.monotonic() - start
+
+    async def _all(self, count):
+        gate = asyncio.Semaphore(FLOOD_CONNECTIONS)
+
+        async def one(number):
+            async with gate:
+                try:
+                    await asyncio.wait_for(self._one(number), 300)
+                except Exception as error:  # whatever it is, a request got no proper end
+                    self.tally.lose(f"flood: {error!r}")
+
+        await asyncio.gather(*(one(number) for number in range(count)))
+
+    async def _one(self, number):
+        body = json.dumps({"model": self.names[number % len(self.names)], "max_tokens": 4,
+                           "prompt": self.prompts[number % len(self.prompts)]}).encode()
+        reader, writer = await asyncio.open_connection(self.host, int(self.port))
+        start = time.monotonic()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                     b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        answer = await reader.read()
+        writer.close()
+        head, _, text = answer.partition(b"\r\n\r\n")
+        status = int(head.split()[1])
+        if status == 429 and json.loads(text)["error"]["message"]:
+            self.tally.refuse("flood: queue full")
+            self.slowest_refusal = max(self.slowest_refusal, time.monotonic() - start)
+        elif status == 200:
+            self.tally.add("flood answered")
+        else:
+            self.tally.lose(f"flood: status {status}, {text[:200]!r}")
+
+
 def resident():
     """Resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -243,7 +294,7 @@ def write_adapters(folder, config, count):
 
 
 def soak(arguments, folder):
-    """(tally, memory after the warm-up, memory at the end, engine's counters)"""
+    """(tally, memory after the warm-up, memory at the end, engine's counters, the flood)"""
     from colora_ms.models import load_model
     from colora_ms.serving import AdapterBank, Engine
     from colora_ms.serving.http import Server, Settings, create_app
@@ -268,6 +319,15 @@ def soak(arguments, folder):
             for thread in threads:
                 thread.join()
             last = resident()
+            flood = Flood(address, names[:1 + arguments.slots], prompts, tally)
+            if arguments.flood:
+                flood.run(arguments.flood)
+                check = Client(0, address, names, prompts, tally, end)
+                before = tally.counts["answered"]
+                for _ in range(5):
+                    check.answer()
+                if tally.counts["answered"] != before + 5:
+                    tally.lose("the server does not answer after the flood")
             waited = time.monotonic() + 30
             while (state := engine.stats())["waiting"] + state["starting"] + state["running"]:
                 if time.monotonic() > waited:
@@ -280,12 +340,13 @@ def soak(arguments, folder):
             # A waiting request fails if its adapter is withdrawn and pushed out of memory before its turn.
             if state["failures"] or state["failed"] > tally.refusals["adapter unloaded"] or state["bank"]["pinned"]:
                 tally.lose(f"failures: {state['failures']}, failed: {state['failed']}, pinned slots: {state['bank']['pinned']}")
-    return tally, first, last, state
+    return tally, first, last, state, flood
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long")
+    parser.add_argument("--flood", type=int, default=0, help="requests of the flood at the end")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary here")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model in place of SmolLM2-135M")
     parser.add_argument("--adapters", type=int, default=64, help="adapters")
@@ -297,7 +358,7 @@ def main():
     if not 1 <= arguments.adapters <= 99 or arguments.minutes <= 0 or arguments.clients < 2:
         parser.error("--adapters must be 1 to 99, --minutes above 0, --clients at least 2")
     with tempfile.TemporaryDirectory(prefix="soak-serving-") as folder:
-        tally, first, last, state = soak(arguments, Path(folder))
+        tally, first, last, state, flood = soak(arguments, Path(folder))
     bank = state["bank"]
     measures = [
         measure("requests", sum(tally.counts.values()) + sum(tally.refusals.values()), "requests"),
@@ -311,6 +372,12 @@ def main():
         measure("generated_tokens", state["generated_tokens"], "tokens"),
         measure("memory_after_warm_up_mib", first, "MiB"), measure("memory_at_end_mib", last, "MiB"),
     ]
+    if arguments.flood:
+        measures += [measure("flood_requests", arguments.flood, "requests"), measure("flood_seconds", flood.seconds, "s"),
+                     measure("flood_answered", tally.counts["flood answered"], "requests"),
+                     measure("flood_refused", tally.refusals["flood: queue full"], "requests"),
+                     measure("flood_slowest_refusal_s", flood.slowest_refusal, "s"),
+                     measure("memory_after_flood_mib", resident(), "MiB")]
     print(table(("measure", "value", "unit"), [(m["name"], f"{m['value']:g}", m["unit"]) for m in measures]))
     print(table(("refused", "requests"), sorted(tally.refusals.items())))
     for sentence in tally.lost[:20]:

@@ -78,10 +78,10 @@ class LowRankCell(AdapterCell):
     has_magnitude = False
     _kept_switches = ()
 
-    def make_pair(self, names, down_shape, up_shape, trainable):
+    def make_pair(self, names, down_shape, up_shape, trainable, dtype=np.float32):
         """Create the stacked pair; ``names`` are the last parts of the Parameters' names, shapes include the slots."""
-        self.down = stacked(f"{self.path}.{names[0]}", down_shape, trainable)
-        self.up = stacked(f"{self.path}.{names[1]}", up_shape, trainable)
+        self.down = stacked(f"{self.path}.{names[0]}", down_shape, trainable, dtype)
+        self.up = stacked(f"{self.path}.{names[1]}", up_shape, trainable, dtype)
         self.scale = stacked(f"{self.path}.lora_scale", down_shape[:1], False)
 
     def make_bias(self, slots, out_features, trainable):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
+import numpy as np
+
 from colora_ms.adapters import matching
 from colora_ms.errors import AdapterError, near
 
@@ -53,6 +55,7 @@ class Site:
         active_slot: the scalar Parameter for Cells without row slots.
         target: the module's Target with the largest rank of those that the Cell is made for; None for a bias alone.
         shared: a dict, the same one for all Cells of a model, for what they have in common.
+        dtype: of the pair in Cells that can hold either, NumPy's float32 or ``mindspore.bfloat16``.
     """
 
     slots: int
@@ -64,6 +67,7 @@ class Site:
     target: Any = None
     shared: Optional[dict] = None
     seed: int = 0
+    dtype: Any = np.float32
 
 
 def register(method_):

@@ -5,9 +5,13 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
+from colora_ms.models.safetensors_file import bfloat16_to_float32, float32_to_bfloat16
+
 
 def stacked(name, shape, trainable, dtype=np.float32):
-    """A Parameter of zeros, first axis = slots."""
+    """A Parameter of zeros, first axis = slots; dtype: NumPy's, or ``mindspore.bfloat16``."""
+    if dtype == ms.bfloat16:
+        return Parameter(Tensor(np.zeros(shape, np.float32)).astype(dtype), name=name, requires_grad=trainable)
     return Parameter(Tensor(np.zeros(shape, dtype)), name=name, requires_grad=trainable)
 
 
@@ -16,23 +20,33 @@ def put(parameter, slot, value):
 
     The Parameter stays the same object with the same shape, so that compiled graphs see the new value. Where its memory
     is the host's (a CPU), the slot is written in place: copying the whole stack for each slot would make the loading of
-    an adapter as slow as the loading of all of them.
+    an adapter as slow as the loading of all of them. A bfloat16 Parameter gets the value rounded to nearest.
     """
-    whole = parameter.asnumpy()
+    whole = _numbers(parameter)
     in_place = whole.flags.writeable and whole.ctypes.data == parameter.data_ptr()
     if not in_place:
         whole = whole.copy()
     value = np.asarray(value)
+    if parameter.dtype == ms.bfloat16:
+        value = float32_to_bfloat16(value)
     if value.shape != whole.shape[1:]:
         whole[slot] = 0
     whole[(slot, *(slice(n) for n in value.shape))] = value
     if not in_place:
-        parameter.set_data(Tensor.from_numpy(whole))
+        parameter.set_data(Tensor.from_numpy(whole) if parameter.dtype != ms.bfloat16
+                           else Tensor(bfloat16_to_float32(whole)).astype(ms.bfloat16))
 
 
 def get(parameter, slot, shape=()):
-    """One slot of a stacked Parameter as a NumPy copy, cut to ``shape``."""
-    return parameter.asnumpy()[(slot, *(slice(n) for n in shape))].copy()
+    """One slot of a stacked Parameter as a NumPy copy, cut to ``shape``; bfloat16 is widened to float32."""
+    part = _numbers(parameter)[(slot, *(slice(n) for n in shape))]
+    return bfloat16_to_float32(part) if parameter.dtype == ms.bfloat16 else part.copy()
+
+
+def _numbers(parameter):
+    """A Parameter's memory as a NumPy array; of bfloat16 the bit patterns, uint16."""
+    whole = parameter.asnumpy()
+    return whole.view(np.uint16) if parameter.dtype == ms.bfloat16 else whole
 
 
 def to_float32(tensor):

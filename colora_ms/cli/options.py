@@ -62,6 +62,8 @@ def add_engine(parser):
     parser.add_argument("--adapters", default=None, metavar="FOLDER", help="folder of PEFT adapter folders, named by these")
     parser.add_argument("--slots", type=int, default=8, help="adapters that one batch can mix")
     parser.add_argument("--max-rank", type=int, default=16, help="largest rank of an adapter")
+    parser.add_argument("--adapter-format", default="float32", choices=("float32", "bfloat16"),
+                        help="of the adapters in the slots; bfloat16 rounds them, unless they were stored so, for speed")
     parser.add_argument("--host-megabytes", type=int, default=1024, help="memory for adapters behind the slots")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and its answer together")
 
@@ -76,7 +78,8 @@ def engine(arguments, rows, **more):
     bank = None
     if arguments.adapters is not None:
         bank = AdapterBank(decoder, arguments.adapters, max_loaded=arguments.slots, max_rank=arguments.max_rank,
-                           host_bytes=arguments.host_megabytes << 20, base_model=name)
+                           host_bytes=arguments.host_megabytes << 20, base_model=name,
+                           adapter_format=arguments.adapter_format)
     return Engine(decoder, tokenizer, bank, rows=rows, max_length=arguments.max_length, **more), name
 
 

@@ -76,20 +76,22 @@ class Generator:
         decoder.set_train(False)
 
     @classmethod
-    def from_pretrained(cls, model="smollm2-135m", adapters=None, weight_format="float32", **options):
+    def from_pretrained(cls, model="smollm2-135m", adapters=None, weight_format="float32", adapter_format="float32",
+                        **options):
         """Load a model, its tokenizer and named adapters.
 
         Args:
             model: a known name or the path of a folder or file (see ``colora_ms.models.load_model``).
             adapters: mapping of adapter names to PEFT folders, or None.
             weight_format: "float32", "bfloat16", "int8" or "int4".
+            adapter_format: "float32" or "bfloat16", see :func:`colora_ms.adapters.inject`.
             options: passed to the constructor.
         """
         from colora_ms.adapters import load_adapters
         from colora_ms.models import load_model
 
         decoder, tokenizer = load_model(model, weight_format=weight_format)
-        handle = load_adapters(decoder, adapters) if adapters else None
+        handle = load_adapters(decoder, adapters, adapter_format=adapter_format) if adapters else None
         return cls(decoder, tokenizer, handle, **options)
 
     @property

@@ -3,7 +3,7 @@
 import mindspore as ms
 
 from colora_ms.kernels.aot import custom, uses_cpu_library, uses_device_source
-from colora_ms.kernels.linear import OPERANDS, check_linear
+from colora_ms.kernels.linear import OPERANDS, check_linear, check_operand_dtypes
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
 _FUSES = uses_cpu_library() and not uses_device_source()
@@ -107,7 +107,11 @@ def check_layer_dtypes(op, kinds):
     for at in range(0, len(kinds), PER_LAYER):
         for name, (first, *others) in _split(kinds[at:at + PER_LAYER]).items():
             allowed = (ms.float32, ms.bfloat16)
-            require_dtype(op, name, first, allowed + (ms.int8, ms.uint8) if name.endswith("_proj") else allowed)
+            if name.endswith("_proj"):
+                require_dtype(op, name, first, allowed + (ms.int8, ms.uint8))
+                check_operand_dtypes(f"{op} ({name})", others)
+                continue
+            require_dtype(op, name, first, allowed)
             for other in others:
                 require_dtype(op, name, other, (ms.float32,))
 

@@ -35,7 +35,7 @@ def multi_lora_linear(x, slots, *operands):
             stored as value + 8);
             weight_scale float32 (out,) or (out, groups), only and always with int8 and int4;
             bias (out,) float32;
-            down (slots, rank, in), up (slots, out, rank), scale (slots,), all float32.
+            down (slots, rank, in) and up (slots, out, rank), both float32 or both bfloat16; scale (slots,) float32.
 
     Returns:
         (rows, tokens, out) or (rows, out) float32; a tuple of these when more than one linear is given.
@@ -45,7 +45,7 @@ def multi_lora_linear(x, slots, *operands):
         RuntimeError: a slot number is below -1 or not below the number of slots; nothing is written then.
 
     Gradients: x, down and up. The base weight, its scale, the bias and the adapter scale are taken to be frozen and get
-    zeros: to train those use :func:`multi_lora_linear_reference`.
+    zeros: to train those use :func:`multi_lora_linear_reference`. bfloat16 adapters have no gradients: KernelError.
 
     Source: LoRA, arXiv 2106.09685, eq. 3; rows of many adapters in one product: Punica, arXiv 2310.18547; int4 and int8
     as LR-QAT exports them, arXiv 2406.06385.
@@ -159,10 +159,17 @@ def _dtypes(x, slots, *operands):
     for i in range(len(operands) // OPERANDS):
         weight, *others = kinds[2 + OPERANDS * i : 2 + OPERANDS * (i + 1)]
         require_dtype(_NAME, "weight", weight, _WEIGHT_DTYPES)
-        for name, kind in zip(("weight_scale", "bias", "down", "up", "scale"), others):
-            require_dtype(_NAME, name, kind, (ms.float32,))
+        check_operand_dtypes(_NAME, others)
     n = len(operands) // OPERANDS
     return (x,) * n if n > 1 else x
+
+
+def check_operand_dtypes(op, kinds):
+    """Types of weight_scale, bias, down, up and scale of one linear."""
+    pair = (ms.float32, ms.bfloat16)
+    for name, kind in zip(("weight_scale", "bias", "down", "up", "scale"), kinds):
+        require_dtype(op, name, kind, pair if name in ("down", "up") else pair[:1])
+    require(kinds[2] == kinds[3], op, "up", kinds[3], f"{kinds[2]} like 'down'")
 
 
 def _grad_shapes(count, x, slots, *rest):
@@ -173,6 +180,9 @@ def _grad_shapes(count, x, slots, *rest):
 
 
 def _grad_dtypes(count, x, slots, *rest):
+    for i in range(len(rest) // OPERANDS):
+        for name, kind in zip(("down", "up"), rest[OPERANDS * i + 3:OPERANDS * i + 5]):
+            require(element_type(kind) == ms.float32, _NAME, name, kind, "float32 adapters where gradients are wanted")
     return (x,) * (1 + 2 * (len(rest) // OPERANDS))
 
 

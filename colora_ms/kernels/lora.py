@@ -101,6 +101,7 @@ def _slots_of_rows(x, slots, segments):
 def _gathered(stack, slots):
     """stack[slots] with zeros for slot -1, so that what slot 0 holds reaches neither result nor gradient."""
     used = slots >= 0
+    stack = stack.astype(ms.float32)  # the framework has no bfloat16 gather on a CPU
     chosen = ops.gather(stack, ops.maximum(slots, 0), 0)
     return ops.where(used.reshape((-1, 1, 1)), chosen, ops.zeros_like(chosen)), used
 

@@ -4,7 +4,7 @@ import mindspore as ms
 
 from colora_ms.kernels.aot import custom
 from colora_ms.kernels.layers import check_layer_dtypes, check_layer_shapes, check_norm, fuses_layers
-from colora_ms.kernels.linear import check_linear
+from colora_ms.kernels.linear import check_linear, check_operand_dtypes
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
 _NAME = "decode_steps"
@@ -17,8 +17,8 @@ ARGUMENTS = ("token", "position", "active", "previous", "slots", "cache_rows", "
 
 _PER_REQUEST = ("position", "active", "previous", "expert_rows", "amateur_rows", "alpha", "beta", "temperature", "top_k",
                 "top_p", "budget")
-_REAL = ("alpha", "beta", "temperature", "top_p", "uniforms", "cos", "sin", "embed_tokens_scale", "norm_eps",
-         "lm_head_scale", "lm_head_bias", "lm_head_down", "lm_head_up", "lm_head_adapter_scale")
+_REAL = ("alpha", "beta", "temperature", "top_p", "uniforms", "cos", "sin", "embed_tokens_scale", "norm_eps")
+_HEAD = ARGUMENTS[-6:]
 
 
 def fuses_steps():
@@ -94,7 +94,7 @@ def _shapes(*shapes):
     require(len(named["norm"]) == 1, _NAME, "norm", named["norm"], "(hidden,)")
     hidden = named["norm"][0]
     check_norm(_NAME, "norm", (named["norm"], named["norm_eps"]), hidden)
-    check_linear(0, hidden, [named[name] for name in ARGUMENTS[-6:]], _NAME)
+    check_linear(0, hidden, [named[name] for name in _HEAD], _NAME)
     require(len(named["cos"]) == 2, _NAME, "cos", named["cos"], "(max_len, head_dim / 2)")
     require_shape(_NAME, "sin", named["sin"], named["cos"])
     check_layer_shapes(_NAME, hidden, named["cos"], shapes[len(ARGUMENTS):])
@@ -107,6 +107,8 @@ def _dtypes(*dtypes):
     weights = (ms.float32, ms.bfloat16, ms.int8, ms.uint8)
     named = dict(zip(ARGUMENTS, kinds))
     for name, kind in named.items():
+        if name in _HEAD[1:]:
+            continue
         if name in ("embed_tokens", "lm_head"):
             allowed = weights
         elif name == "norm":
@@ -118,6 +120,7 @@ def _dtypes(*dtypes):
         else:
             allowed = (ms.int32,)
         require_dtype(_NAME, name, kind, allowed)
+    check_operand_dtypes(f"{_NAME} (lm_head)", [named[name] for name in _HEAD[1:]])
     check_layer_dtypes(_NAME, kinds[len(ARGUMENTS):])
     return ms.int32, ms.float32, ms.int32, ms.int32, ms.int32, ms.int32
 

@@ -44,7 +44,8 @@ class Engine:
             less overhead.
         queue: requests that may wait; a further one is refused with QueueFullError.
         prefix_rows: further rows of the cache that only hold prefixes of former prompts.
-        prompt_chunk: tokens of a prompt that are computed between two chunks of steps.
+        prompt_chunk: tokens of prompts that are computed between two chunks of steps, about: pieces of prompts are begun
+            until it is used up.
         cache_dtype: ``mindspore.float32`` or ``mindspore.bfloat16`` for keys and values.
 
     Raises:
@@ -72,7 +73,8 @@ class Engine:
         self._buckets = row_buckets(rows)
         cache = KeyValueCache(decoder.config, rows + prefix_rows, self.max_length, cache_dtype)
         self._graphs = Graphs(decoder, cache)
-        self._prompts = Prompts(self._graphs, cache.rows, prompt_shapes(rows, min(prompt_chunk, self.max_length)))
+        self._prompt_chunk = min(prompt_chunk, self.max_length)
+        self._prompts = Prompts(self._graphs, cache.rows, prompt_shapes(rows, self._prompt_chunk))
         self._waiting = WaitingQueue(queue)
         self._starting = []  # admitted; their prompts are being computed
         self._running = []
@@ -263,14 +265,22 @@ class Engine:
     def _tick(self):
         self._drop()
         self._admit()
-        if self._starting:
-            self._prompts.advance(self._starting)
-            self._running += [r for r in self._starting if r.prompt_done]
-            self._starting = [r for r in self._starting if not r.prompt_done]
+        self._fill()
         if self._running:
             self._steps()
         elif not self._starting and len(self._waiting):
             time.sleep(0.002)  # all that wait lack a slot that is about to become free, or an adapter that is being read
+
+    def _fill(self):
+        """Compute pieces of the prompts of the starting requests, and let those run whose prompt is complete."""
+        spent = 0
+        while self._starting and spent < self._prompt_chunk:
+            tokens = self._prompts.advance(self._starting)
+            self._running += [r for r in self._starting if r.prompt_done]
+            self._starting = [r for r in self._starting if not r.prompt_done]
+            if not tokens:
+                break
+            spent += tokens
 
     def _drop(self):
         """End the requests that were cancelled or are too late."""

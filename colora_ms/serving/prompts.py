@@ -25,7 +25,11 @@ class Prompts:
         self.counts = {"prompt_rows_tokens": 0, "cached_tokens": 0, "copied_rows": 0}
 
     def advance(self, requests):
-        """Compute one piece of the prompts of these requests, the first ones first."""
+        """Compute one piece of the prompts of these requests, the first ones first.
+
+        Returns:
+            the tokens of the graph call, those that only fill its shape included; 0 if nothing was left to compute.
+        """
         lacking = []
         for request in requests:
             for one in request.rows:
@@ -34,7 +38,7 @@ class Prompts:
                 if one.row is not None and one.filled < request.to_fill:
                     lacking.append((one, request))
         if not lacking:
-            return
+            return 0
         rows, tokens = best_shape(self.shapes, [request.to_fill - one.filled for one, request in lacking])
         ids = np.zeros((rows, tokens), np.int32)
         slots, cache_rows = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
@@ -49,6 +53,7 @@ class Prompts:
             one.filled += count
             one.row.tokens = request.ids[:one.filled]
             self.counts["prompt_rows_tokens"] += count
+        return rows * tokens
 
     def _waits_for_prefix(self, one, request, lacking):
         """Whether another row is just computing a prefix that this one can use, more than is there already."""

@@ -30,11 +30,22 @@ inline int64_t column_block(int64_t in) {
   return ((in + blocks - 1) / blocks + 31) / 32 * 32;
 }
 
+// Numbers of an adapter, float32 or bfloat16.
+struct Factor {
+  const void* data = nullptr;
+  bool half = false;
+  const float* f32() const { return static_cast<const float*>(data); }
+  const bf16* bf() const { return static_cast<const bf16*>(data); }
+  Factor from(int64_t element) const {
+    return half ? Factor{bf() + element, true} : Factor{f32() + element, false};
+  }
+};
+
 // The low-rank part of one row: y += v·upᵀ, appended to the dot product as further columns. v is padded with zeros to
 // whole vectors (padded_rank).
 struct RowAdapter {
-  const float* v = nullptr;   // scale * x·downᵀ, or null: no adapter
-  const float* up = nullptr;  // (out, rank) of the row's slot
+  const float* v = nullptr;  // scale * x·downᵀ, or null: no adapter
+  Factor up;                 // (out, rank) of the row's slot
 };
 inline int64_t padded_rank(int64_t rank) { return (rank + kLanes - 1) / kLanes * kLanes; }
 
@@ -65,25 +76,35 @@ inline v4f sum4(vf a, vf b, vf c, vf d) {
 #endif
 }
 
-// acc += up[o..o+O)·v of every row that has an adapter. The loops are unrolled so that the sums stay in registers.
+// acc[i][r] += up[i]·v for one row r; T: float or bf16. The loops are unrolled so that the sums stay in registers.
+template <class T, int O, int R>
+inline __attribute__((always_inline)) void add_row_adapter(vf (&acc)[O][R], int r, const T* up, int64_t rank,
+                                                           const float* v) {
+  int64_t j = 0;
+  for (; j + kLanes <= rank; j += kLanes) {
+    const vf part = load(v + j);
+#pragma GCC unroll 4
+    for (int i = 0; i < O; ++i) acc[i][r] = fma(widen(up + i * rank + j), part, acc[i][r]);
+  }
+  if (j < rank) {
+    const vf part = load(v + j);
+#pragma GCC unroll 4
+    for (int i = 0; i < O; ++i) acc[i][r] = fma(widen_partial(up + i * rank + j, rank - j), part, acc[i][r]);
+  }
+}
+
+// acc += up[o..o+O)·v of every row that has an adapter.
 template <int O, int R>
 inline __attribute__((always_inline)) void add_low_rank(vf (&acc)[O][R], int64_t o, int64_t rank,
                                                         const RowAdapter* adapters) {
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     if (!adapters[r].v) continue;
-    const float* up = adapters[r].up + o * rank;
-    int64_t j = 0;
-    for (; j + kLanes <= rank; j += kLanes) {
-      const vf v = load(adapters[r].v + j);
-#pragma GCC unroll 4
-      for (int i = 0; i < O; ++i) acc[i][r] = fma(load(up + i * rank + j), v, acc[i][r]);
-    }
-    if (j < rank) {
-      const vf v = load(adapters[r].v + j);
-#pragma GCC unroll 4
-      for (int i = 0; i < O; ++i) acc[i][r] = fma(load_partial(up + i * rank + j, rank - j), v, acc[i][r]);
-    }
+    const Factor up = adapters[r].up.from(o * rank);
+    if (up.half)
+      add_row_adapter(acc, r, up.bf(), rank, adapters[r].v);
+    else
+      add_row_adapter(acc, r, up.f32(), rank, adapters[r].v);
   }
 }
 

@@ -262,7 +262,7 @@ inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t to
     l.row_adapters.resize(size_t(tokens));
     for (int64_t t : l.groups.tokens)
       l.row_adapters[size_t(t)] = {l.v.data() + t * stride,
-                                   l.adapters.up + row_slot[t / per_row] * l.weight.out * l.adapters.rank};
+                                   l.adapters.up.from(row_slot[t / per_row] * l.weight.out * l.adapters.rank)};
   }
   Forward(linears, x, tokens, in).run();
 }

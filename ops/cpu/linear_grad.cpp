@@ -60,7 +60,7 @@ class Backward {
   void run() {
     for (LinearGrad& l : linears_) {
       if (!l.adapters.present()) {
-        if (!l.adapters.down) *l.ddown = *l.dup = 0;  // rank 0: one number
+        if (!l.adapters.down.data) *l.ddown = *l.dup = 0;  // rank 0: one number
         continue;
       }
       const int64_t cells = l.adapters.slots * l.adapters.rank;
@@ -91,7 +91,7 @@ class Backward {
     for (const Run& run : l.all_runs) {
       const int64_t t0 = std::max(begin, run.begin), t1 = std::min(end, run.end);
       if (t0 >= t1) continue;
-      const float* up = l.adapters.up + run.slot * out * rank;
+      const float* up = l.adapters.up.f32() + run.slot * out * rank;
       for (int64_t j = 0; j < rank; j += kOuterColumns)
         outer_panel(t1 - t0, std::min(kOuterColumns, rank - j), out, l.dy + t0 * out, out, 1, up + j, rank,
                     nullptr, l.u.data() + t0 * l.stride + j, l.stride);
@@ -147,7 +147,7 @@ class Backward {
         if (begin >= end) continue;
         float* rows = dx_ + begin * in_ + k0;
         outer_panel(end - begin, k1 - k0, l.adapters.rank, l.u.data() + begin * l.stride, l.stride, 1,
-                    l.adapters.down + run.slot * l.adapters.rank * in_ + k0, in_, rows, rows, in_);
+                    l.adapters.down.f32() + run.slot * l.adapters.rank * in_ + k0, in_, rows, rows, in_);
       }
     }
   }
@@ -187,6 +187,8 @@ COLORA_OPERATOR(multi_lora_linear_grad) {
     dy.expect_dim(-1, l.weight.out, "the output rows of the weight");
     l.dy = dy.data<const float>();
     const colora::Tensor down = call.in(at + 3, "down"), up = call.in(at + 4, "up");
+    for (const colora::Tensor* t : {&down, &up})
+      if (!t->absent()) t->expect_dtype("float32");
     l.adapters = adapters_of(down, up, call.in(at + 5, "scale"), in, l.weight.out);
     const colora::Tensor ddown = call.out(1 + 2 * i, "ddown"), dup = call.out(2 + 2 * i, "dup");
     ddown.expect_dtype("float32").expect_same_shape(down);

@@ -65,14 +65,14 @@ COLORA_OPERATOR(lora_shrink) {
   const colora::Tensor x = call.in(0, "x"), slots = call.in(1, "slots"), down = call.in(2, "down"),
                        scale = call.in(3, "scale"), segments = call.in(4, "segments"), v = call.out(0, "v");
   x.expect_dtype("float32").expect_rank(2, 3);
-  check_stack(down, "slots, rank, in");
+  check_stack(down.expect_dtype("float32"), "slots, rank, in");
   down.expect_dim(2, x.dim(-1), "the columns of 'x'");
   scale.expect_dtype("float32").expect_rank(1).expect_dim(0, down.dim(0), "one scale per slot");
   expect_leading(v, x, down.dim(1), "the rank of 'down'");
   const std::vector<int32_t> slot = token_slots(x, slots, segments, down.dim(0));
 
   Adapters adapters;
-  adapters.down = down.data<const float>();
+  adapters.down = factor_of(down);
   adapters.scale = scale.data<const float>();
   adapters.slots = down.dim(0);
   adapters.rank = down.dim(1);
@@ -96,7 +96,7 @@ COLORA_OPERATOR(lora_expand) {
   const colora::Tensor v = call.in(0, "v"), slots = call.in(1, "slots"), up = call.in(2, "up"), y = call.in(3, "y"),
                        segments = call.in(4, "segments"), result = call.out(0, "result");
   v.expect_dtype("float32").expect_rank(2, 3);
-  check_stack(up, "slots, out, rank");
+  check_stack(up.expect_dtype("float32"), "slots, out, rank");
   up.expect_dim(2, v.dim(-1), "the columns of 'v'");
   expect_leading(y, v, up.dim(1), "the output rows of 'up'");
   result.expect_dtype("float32").expect_same_shape(y);

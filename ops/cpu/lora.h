@@ -10,17 +10,17 @@ namespace COLORA_ISA_NAMESPACE {
 
 // The stacked adapters of one linear: down (slots, rank, in), up (slots, out, rank), scale (slots,).
 struct Adapters {
-  const float* down = nullptr;
-  const float* up = nullptr;
+  Factor down, up;
   const float* scale = nullptr;
   int64_t slots = 0, rank = 0;
   bool present() const { return slots > 0 && rank > 0; }
 };
 
 inline void check_stack(const colora::Tensor& stack, const char* dims) {
-  stack.expect_dtype("float32");
   if (stack.ndim != 3) stack.fail("has shape %s, expected (%s)", stack.shape_text().c_str(), dims);
 }
+
+inline Factor factor_of(const colora::Tensor& stack) { return {stack.raw, stack.is("bfloat16")}; }
 
 inline Adapters adapters_of(const colora::Tensor& down, const colora::Tensor& up, const colora::Tensor& scale,
                             int64_t in, int64_t out) {
@@ -28,6 +28,10 @@ inline Adapters adapters_of(const colora::Tensor& down, const colora::Tensor& up
   if (down.absent() && up.absent() && scale.absent()) return a;
   for (const colora::Tensor* t : {&down, &up, &scale})
     if (t->absent()) t->fail("is absent, but 'down', 'up' and 'scale' come together");
+  down.expect_dtype("float32", "bfloat16");
+  up.expect_dtype("float32", "bfloat16");
+  if (down.is("bfloat16") != up.is("bfloat16"))
+    up.fail("is %s, but 'down' is %s; expected one dtype for both", up.dtype, down.dtype);
   check_stack(down, "slots, rank, in");
   check_stack(up, "slots, out, rank");
   down.expect_dim(2, in, "the input columns of the weight");
@@ -36,8 +40,8 @@ inline Adapters adapters_of(const colora::Tensor& down, const colora::Tensor& up
   up.expect_dim(0, a.slots, "the slots of 'down'").expect_dim(1, out, "the output rows of the weight");
   up.expect_dim(2, a.rank, "the rank of 'down'");
   scale.expect_dtype("float32").expect_rank(1).expect_dim(0, a.slots, "one scale per slot");
-  a.down = down.data<const float>();
-  a.up = up.data<const float>();
+  a.down = factor_of(down);
+  a.up = factor_of(up);
   a.scale = scale.data<const float>();
   return a;
 }
@@ -121,12 +125,18 @@ class Shrink {
 
   void run(int64_t i) const {
     const Task& task = tasks_[size_t(i)];
-    const Float32Reader down(adapters_.down + int64_t(task.slot) * adapters_.rank * in_, in_);
+    const Factor down = adapters_.down.from(int64_t(task.slot) * adapters_.rank * in_);
     Rows rows;
     rows.count = task.end - task.begin;
     rows.x = x_.data() + task.begin;
     rows.y = v_.data() + task.begin;
-    dense_few_rows(down, in_, column_block(in_), in_, nullptr, rows, task.j0, task.j1);
+    const auto products = [&](const auto& reader) {
+      dense_few_rows(reader, in_, column_block(in_), in_, nullptr, rows, task.j0, task.j1);
+    };
+    if (down.half)
+      products(Bfloat16Reader(down.bf(), in_));
+    else
+      products(Float32Reader(down.f32(), in_));
     const float scale = adapters_.scale[task.slot];
     for (int64_t r = 0; r < rows.count; ++r) {
       for (int64_t j = task.j0; j < task.j1; ++j) rows.y[r][j] *= scale;

@@ -148,6 +148,12 @@ inline void store_bf16_partial(bf16* p, vf v, int64_t n) {
   std::memcpy(p, buffer, size_t(n) * sizeof(bf16));
 }
 
+// Numbers of either width as float32.
+inline vf widen(const float* p) { return load(p); }
+inline vf widen(const bf16* p) { return load_bf16(p); }
+inline vf widen_partial(const float* p, int64_t n) { return load_partial(p, n); }
+inline vf widen_partial(const bf16* p, int64_t n) { return load_bf16_partial(p, n); }
+
 // (always inlined: as a function of its own GCC takes it for one without effect and drops the call)
 inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 

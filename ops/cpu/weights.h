@@ -119,6 +119,7 @@ struct Bfloat16Reader {
   const bf16* p;
   int64_t stride;
   explicit Bfloat16Reader(const Weight& w) : p(w.bf()), stride(w.in) {}
+  Bfloat16Reader(const bf16* panel, int64_t row_stride) : p(panel), stride(row_stride) {}
   Scale scale(int64_t, int64_t) const { return {}; }
   void read(int64_t o, int64_t k, const Scale&, vf* out) const { out[0] = load_bf16(p + o * stride + k); }
   void read_tail(int64_t o, int64_t k, int64_t n, const Scale&, vf* out) const {

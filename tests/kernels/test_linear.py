@@ -88,6 +88,22 @@ def test_forward_matches_float64(kind, rows, tokens, out, half, rank, seed):
     assert np.array_equal(y[slots < 0], base[slots < 0])  # rows without adapter: bit for bit the base
 
 
+@pytest.mark.parametrize("kind", ("float32", "bfloat16", "int8", "int4 grouped"))
+@FEW
+@given(rows=st.integers(0, 9), tokens=st.sampled_from([1, 1, 2, 40]), out=st.integers(1, 41),
+       half=st.sampled_from([1, 3, 9, 17, 99, 288]), rank=st.sampled_from([1, 3, 8, 16, 17, 64, 256]), seed=st.integers(0, 9999))
+def test_bfloat16_adapters_are_their_float32_values(kind, rows, tokens, out, half, rank, seed):
+    rng = np.random.default_rng(seed)
+    weight, weight_scale, _ = make_weight(rng, out, 2 * half, kind)
+    down, up, scale = make_adapters(rng, 3, rank, 2 * half, out)
+    short_down, short_up = to_bf16(down), to_bf16(up)
+    x = rng.normal(size=(rows, tokens, 2 * half)).astype(np.float32)
+    slots = rng.integers(-1, 3, rows).astype(np.int32)
+    (y,) = run(x, slots, [weight, weight_scale, None, short_down, short_up, scale])
+    (wide,) = run(x, slots, [weight, weight_scale, None, from_bf16(short_down), from_bf16(short_up), scale])
+    assert np.array_equal(y, wide)
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_row_is_the_same_in_any_batch(kind):
     rng = np.random.default_rng(3)
@@ -253,6 +269,8 @@ GOOD = {
     ({"down": np.ones((2, 3, 9), np.float32)}, ["down", "(2, 3, 9)", "8"]),
     ({"up": np.ones((2, 5, 4), np.float32)}, ["up", "(2, 5, 4)", "3"]),
     ({"up": np.ones((5, 3), np.float32)}, ["up", "(5, 3)", "slots, out, rank"]),
+    ({"up": to_bf16(np.ones((2, 5, 3), np.float32))}, ["up", "bfloat16", "'down' is float32"]),
+    ({"down": np.ones((2, 3, 8), np.float16)}, ["down", "float16", "bfloat16"]),
     ({"scale": np.ones(3, np.float32)}, ["scale", "(3,)", "2"]),
     ({"scale": np.ones(2, np.float64)}, ["scale", "float64"]),
 ])
@@ -272,6 +290,11 @@ def test_wrong_numbers_of_tensors_and_outputs_are_refused():
         call("multi_lora_linear", values[:-1], [((2, 1, 5), "float32")])
     with pytest.raises(Refused, match="'y' has shape .*expected 5"):
         call("multi_lora_linear", values, [((2, 1, 6), "float32")])
+    short = {**GOOD, "down": to_bf16(GOOD["down"]), "up": to_bf16(GOOD["up"])}
+    inputs = [np.array([1], np.int32), short["x"], short["slots"], np.ones((2, 1, 5), np.float32), short["weight"], None,
+              short["down"], short["up"], short["scale"]]
+    with pytest.raises(Refused, match="down.*bfloat16"):
+        call("multi_lora_linear_grad", inputs, [((2, 1, 8), "float32"), ((2, 3, 8), "float32"), ((2, 5, 3), "float32")])
     with pytest.raises(Refused, match="count.* is 0"):
         call("multi_lora_linear_grad", [np.array([0], np.int32)] + values, [((1,), "float32")] * 4)
 
@@ -327,6 +350,27 @@ def test_graph_face_equals_reference_form(graph, shape):
     slow = cell(ms, linear.multi_lora_linear_reference, operands)(x, slots)
     for a, b in zip(fast, slow):
         close(a.asnumpy(), b.asnumpy())
+
+
+def test_bfloat16_adapters_in_a_graph_equal_the_reference_form_and_have_no_gradient(graph):
+    from colora_ms.kernels.aot import KernelError
+
+    ms, linear = graph
+    rng = np.random.default_rng(11)
+    operands = [one.astype(ms.bfloat16) if one.ndim == 3 else one
+                for one in graph_operands(ms, rng, ("float32", "int8"), 64, (12, 10))]
+    x = ms.Tensor(rng.normal(size=(4, 64)).astype(np.float32))
+    slots = ms.Tensor(np.array([0, -1, 2, 1], np.int32))
+    net = cell(ms, linear.multi_lora_linear, tuple(operands))
+    for a, b in zip(net(x, slots), cell(ms, linear.multi_lora_linear_reference, tuple(operands))(x, slots)):
+        close(a.asnumpy(), b.asnumpy())
+
+    def total(x):
+        first, second = net(x, slots)
+        return first.sum() + second.sum()
+
+    with pytest.raises(KernelError, match="down.*float32 adapters where gradients are wanted"):
+        ms.grad(total)(x)
 
 
 def test_graph_gradients_equal_those_of_the_reference_form(graph):

@@ -47,6 +47,27 @@ def test_a_slot_holds_the_adapter_padded_with_zeros(bank, folder):
         bank.release(lease)
 
 
+def test_bfloat16_slots_hold_the_rounded_adapter_in_half_the_memory(tiny_decoder, bank, folder):
+    from colora_ms.models.safetensors_file import bfloat16_to_float32, float32_to_bfloat16
+
+    half = AdapterBank(tiny_decoder(), folder, max_loaded=2, max_rank=4, host_bytes=1 << 20, adapter_format="bfloat16")
+    scales = sum(4 * 2 for _ in half.adapters.sites)
+    assert 2 * (half.slot_bytes - scales) == bank.slot_bytes - scales
+    assert half.info()["adapter_format"] == "bfloat16"
+    for i in (0, 1, 2, 1):
+        lease = take(half, f"a{i}")
+        tensors = adapter_tensors(i, 2)
+        for (path, _), cell in half.adapters.sites.items():
+            key = f"base_model.model.{path}"
+            read = cell.read(lease.slot, {"down": cell.down.shape[1:], "up": cell.up.shape[1:]})
+            for got, name in ((read["down"][:2], "lora_A"), (read["up"][:, :2], "lora_B")):
+                assert np.array_equal(got, bfloat16_to_float32(float32_to_bfloat16(tensors[f"{key}.{name}.weight"])))
+            assert not read["down"][2:].any() and not read["up"][:, 2:].any()
+        half.release(lease)
+    with pytest.raises(AdapterError, match="float16.*float32, bfloat16"):
+        AdapterBank(tiny_decoder(), folder, adapter_format="float16")
+
+
 def test_an_adapter_of_fewer_modules_leaves_nothing_of_the_former_one(bank, folder):
     first = [take(bank, "a0"), take(bank, "a1")]
     for lease in first:

@@ -5,6 +5,7 @@ import pytest
 
 from colora_ms.decoding import Contrast, Generator, Sampling
 from colora_ms.errors import DecodingError
+from tests.serving.conftest import adapter_tensors, write_adapter
 
 RANDOM = np.random.default_rng(11)
 PROMPTS = [RANDOM.integers(3, 97, n).tolist() for n in (1, 2, 5, 17, 30, 44, 3, 26)]
@@ -52,6 +53,26 @@ def test_any_mix_gives_the_same_tokens(engine, alone):
         handles = [(i, engine.submit(PROMPTS[i], max_new_tokens=12, **MIX[i])) for i in order]
         for i, handle in handles:
             assert tokens(handle) == alone[i]
+
+
+def test_bfloat16_slots_answer_like_float32_slots_with_the_rounded_adapter(tiny_decoder, word_tokenizer, tmp_path):
+    from colora_ms.models.safetensors_file import bfloat16_to_float32, float32_to_bfloat16
+    from colora_ms.serving import AdapterBank, Engine
+
+    values = {name: adapter_tensors(i, 4) for i, name in enumerate(("one", "two"))}
+    for name, tensors in values.items():
+        write_adapter(tmp_path / "full" / name, 0, tensors=tensors)
+        write_adapter(tmp_path / "rounded" / name, 0, tensors={
+            key: bfloat16_to_float32(float32_to_bfloat16(value)) for key, value in tensors.items()})
+    found = {}
+    for folder, kind in (("full", "bfloat16"), ("rounded", "float32"), ("full", "float32")):
+        bank = AdapterBank(decoder := tiny_decoder(), tmp_path / folder, max_loaded=2, max_rank=4, adapter_format=kind)
+        with Engine(decoder, word_tokenizer, bank, rows=4, max_length=96, chunk=4, prompt_chunk=24) as engine:
+            handles = [engine.submit(prompt, adapter=name, contrast=contrast, max_new_tokens=12)
+                       for prompt, name, contrast in zip(PROMPTS[:6], ("one", "two") * 3, (None,) * 4 + (Contrast(0.1, 0.5),) * 2)]
+            found[folder, kind] = [tokens(handle) for handle in handles]
+    assert found["full", "bfloat16"] == found["rounded", "float32"]
+    assert found["full", "bfloat16"] != found["full", "float32"]
 
 
 def test_more_adapters_than_slots_are_paged(engine, alone):

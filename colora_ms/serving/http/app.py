@@ -130,7 +130,8 @@ class Front:
     def adapters(self):
         info = self._bank().info()
         return {"object": "list", "data": info["adapters"], "slots": info["max_loaded"], "max_rank": info["max_rank"],
-                "slot_bytes": info["slot_bytes"], "host_bytes": info["host_bytes"], "host_limit": info["host_limit"]}
+                "adapter_format": info["adapter_format"], "slot_bytes": info["slot_bytes"],
+                "host_bytes": info["host_bytes"], "host_limit": info["host_limit"]}
 
     def load(self, body: dict):
         if set(body) != {"name"} or not isinstance(body["name"], str):
