@@ -1,11 +1,33 @@
 """The server process around the application: uvicorn, in this thread or in one of its own."""
 
+import contextlib
+import signal
 import socket
 import threading
 
 import uvicorn
 
 from colora_ms.errors import ServingError
+
+#: Connections that may wait to be taken.
+BACKLOG = 2048
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn whose signals end it and nothing else: its own form raises them again when it has ended, which would take
+    the process down before the engine is closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class Server:
@@ -27,18 +49,19 @@ class Server:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
+            self._socket.listen(BACKLOG)  # who connects before the server runs waits, and is not refused
         except (OSError, OverflowError) as error:
             self._socket.close()
             raise ServingError(f"cannot listen on {host}:{port}: {error}") from None
         shown = f"[{host}]" if family == socket.AF_INET6 else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level=log_level, access_log=log_level in ("info", "debug"), backlog=2048,
+        config = uvicorn.Config(app, log_level=log_level, access_log=log_level in ("info", "debug"), backlog=BACKLOG,
                                 lifespan="off", timeout_graceful_shutdown=5, server_header=False)
-        self._server = uvicorn.Server(config)
+        self._server = _Uvicorn(config)
         self._thread = None
 
     def run(self):
-        """Serve until a signal (Ctrl-C, SIGTERM)."""
+        """Serve until a signal (Ctrl-C, SIGTERM); answers that are being given have some seconds to end."""
         self._server.run([self._socket])
 
     def __enter__(self):
