@@ -96,4 +96,4 @@ def _bprop(x, key, least, scale, out, dout):
     return _dropout(dout, key, least, scale), ops.zeros_like(key), ops.zeros_like(least), ops.zeros_like(scale)
 
 
-_dropout = custom("dropout", _shapes, _dtypes, _bprop)
+_dropout = custom("dropout", _shapes, _dtypes, _bprop) if _CPU else None
