@@ -90,7 +90,8 @@ def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None
         net: the model; if it has adapters already, the folder's adapter takes a free slot beside them.
         folder: a folder with adapter_config.json and adapter_model.safetensors.
         name: the adapter's name; by default the folder's.
-        slots, max_rank, reserve, trainable, base_model, adapter_format: as in :func:`inject`; used if the model has no adapters yet.
+        slots, max_rank, reserve, trainable, base_model, adapter_format: as in :func:`inject`; used if the model has no
+            adapters yet.
 
     Returns:
         The :class:`colora_ms.adapters.Adapters` handle; the adapter is the active one.
@@ -206,7 +207,7 @@ def _pair_dtype(adapter_format, trainable):
     return formats[adapter_format]
 
 
-def _replace(net, handle, plans, peft_type, max_rank, dtype=np.float32):
+def _replace(net, handle, plans, peft_type, max_rank, dtype):
     """Freeze the model and put the adapter Cells of all plans into it; checks come before the first change."""
     needed = max((target.r for plan in plans for target in plan.targets.values()), default=0)
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < needed):

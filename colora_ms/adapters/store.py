@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from colora_ms.errors import AdapterError
+from colora_ms.files import flush_to_disk
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -84,7 +85,7 @@ def write_folder(folder, write):
         write(temporary)
         if target.is_dir():
             _link_others(target, temporary)
-        _sync(temporary)
+        flush_to_disk(temporary)
         _swap(temporary, target)
     except OSError as error:
         raise AdapterError(f"the adapter cannot be written to {folder}: {error.strerror or error}") from None
@@ -124,15 +125,7 @@ def _swap(new, target):
             os.rename(old, target)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    _sync(target.parent)
-
-
-def _sync(folder):
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush_to_disk(target.parent)
 
 
 def _umask():

@@ -155,7 +155,6 @@ def libraries_in_use():
     return sorted(_LIBRARIES.items())
 
 
-
 def primitive(name, target=None, **attributes):
     """The ``ops.Custom`` primitive of an operator; made once per name, target and attributes.
 
@@ -189,10 +188,14 @@ def primitive(name, target=None, **attributes):
 
 # -- shapes and dtypes ------------------------------------------------------------------------------------------------
 
+def _check_down(name, down, columns):
+    require(len(down) == 3 and down[2] == columns and 1 <= down[1] <= MOST_RANKS, name, "down", down,
+            f"(slots, rank, {columns}) with a rank of 1..{MOST_RANKS}")
+
+
 def _lora_shapes(name, x, down, up, scale, slots, y, starts=None):
     require(len(x) == 2, name, "x", x, "(tokens, in)")
-    require(len(down) == 3 and down[2] == x[1] and 1 <= down[1] <= MOST_RANKS, name, "down", down,
-            f"(slots, rank, {x[1]}) with a rank of 1..{MOST_RANKS}")
+    _check_down(name, down, x[1])
     require(len(up) == 3 and list(up[:2]) == list(down[:2]), name, "up", up, f"({down[0]}, {down[1]}, out), rank-major")
     require_shape(name, "scale", scale, (down[0],))
     require(len(y) == 2 and y[0] == x[0] and y[1] >= up[2], name, "y", y, f"({x[0]}, at least {up[2]})")
@@ -206,8 +209,7 @@ def _lora_shapes(name, x, down, up, scale, slots, y, starts=None):
 
 def _shrink_shapes(x, down, scale, slots):
     require(len(x) == 2, "LoraShrink", "x", x, "(tokens, in)")
-    require(len(down) == 3 and down[2] == x[1] and 1 <= down[1] <= MOST_RANKS, "LoraShrink", "down", down,
-            f"(slots, rank, {x[1]}) with a rank of 1..{MOST_RANKS}")
+    _check_down("LoraShrink", down, x[1])
     require_shape("LoraShrink", "scale", scale, (down[0],))
     require_shape("LoraShrink", "slots", slots, (x[0],))
     return [x[0], down[1]]
@@ -243,8 +245,7 @@ def _w4_shapes(x, weight, weight_scale, down, up, scale, slots):
     groups = weight_scale[1] if len(weight_scale) == 2 else 1
     require(groups == 1 or (groups > 1 and x[1] % (8 * groups) == 0), name, "weight_scale", weight_scale,
             f"one scale a row, or groups of a multiple of 8 columns that divide {x[1]}")
-    require(len(down) == 3 and down[2] == x[1] and 1 <= down[1] <= MOST_RANKS, name, "down", down,
-            f"(slots, rank, {x[1]}) with a rank of 1..{MOST_RANKS}")
+    _check_down(name, down, x[1])
     require(list(up) == [down[0], down[1], out], name, "up", up, f"({down[0]}, {down[1]}, {out}), rank-major")
     require_shape(name, "scale", scale, (down[0],))
     require_shape(name, "slots", slots, (x[0],))

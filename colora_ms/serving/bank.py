@@ -279,8 +279,8 @@ class AdapterBank:
         """The state of the bank.
 
         Returns:
-            dict: ``max_loaded``, ``max_rank``, ``adapter_format``, ``loaded`` and ``pinned`` (slots), ``slot_bytes`` (all slots, whether
-            used or not), ``host_bytes`` (used) and ``host_limit``; counters ``hits``, ``loads``, ``evictions`` (slots),
+            dict: ``max_loaded``, ``max_rank``, ``adapter_format``, ``loaded`` and ``pinned`` (slots), ``slot_bytes`` (all
+            slots, whether used or not), ``host_bytes`` (used) and ``host_limit``; counters ``hits``, ``loads``, ``evictions`` (slots),
             ``reads`` (folders), ``host_evictions``; ``read_ms`` and ``place_ms`` of the last folder read and the last
             slot written; ``adapters``: a list with a dict for each name: ``name``, ``state`` ("slot", "host" or
             "disk"), ``slot``, ``pins``, ``digest``, ``rank``, ``bytes`` (None where it is not known yet).
@@ -291,7 +291,8 @@ class AdapterBank:
             c = self._counters
             return {
                 "max_loaded": self.max_loaded, "max_rank": self.max_rank, "adapter_format": self.adapter_format,
-                "loaded": len(self._slots), "pinned": sum(slot.pins > 0 for slot in self._slots.values()), "slot_bytes": self.slot_bytes,
+                "loaded": len(self._slots), "pinned": sum(slot.pins > 0 for slot in self._slots.values()),
+                "slot_bytes": self.slot_bytes,
                 "host_bytes": self._used(), "host_limit": self.host_bytes, "hits": c.hits, "loads": c.loads,
                 "evictions": c.evictions, "reads": c.reads, "host_evictions": c.host_evictions, "read_ms": c.read_ms,
                 "place_ms": c.place_ms, "adapters": adapters,
