@@ -358,7 +358,7 @@ def low_rank(x, slots, down, up, scale):
     """``scale[s] * (x[r] @ down[s].T) @ up[s].T`` of each row's slot, zeros where it is -1: the place of
     ``colora_ms.kernels.lora.low_rank_reference``, with ``up`` in the project's layout (slots, out, rank)."""
     y = ops.zeros(x.shape[:-1] + (up.shape[1],), x.dtype)
-    return multi_lora(x, slots, down, rank_major(up), scale, y)
+    return multi_lora(x, slots, down.astype(x.dtype), rank_major(up.astype(x.dtype)), scale, y)
 
 
 def multi_lora_segments(x, starts, slots, down, up, scale, y):

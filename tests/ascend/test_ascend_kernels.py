@@ -89,7 +89,8 @@ def test_rows_of_several_tokens(emulator):
     case.check(out.asnumpy().reshape(12, 100))
 
 
-def test_low_rank_in_place_of_the_reference(emulator):
+@pytest.mark.parametrize("stored_as", ("float32", "bfloat16"))
+def test_low_rank_in_place_of_the_reference(emulator, stored_as):
     from colora_ms.kernels.lora import low_rank_reference
 
     class Both(ms.nn.Cell):
@@ -98,6 +99,7 @@ def test_low_rank_in_place_of_the_reference(emulator):
 
     case = LoraCase(6, 96, 8, 50, "float32")
     down, up, scale, _ = operands(case)
+    down, up = (one.astype(getattr(ms, stored_as)) for one in (down, up))
     for shape, slots in (((6, 96), case.slots), ((3, 2, 96), np.array([1, -1, 3], np.int32))):
         ours, reference = Both()(tensor(case.x.reshape(shape)), tensor(slots), down, up, scale)
         assert ours.shape == reference.shape and np.abs((ours - reference).asnumpy()).max() < 2e-5
