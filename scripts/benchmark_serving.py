@@ -36,7 +36,7 @@ from benchmark_common import (
     ROOT, BenchmarkError, Worker, machine, measure, peak_bytes, per_step, ratio, reset_peak, run_benchmark, serve, table,
     versions,
 )
-from benchmark_decode import RANK, write_adapter
+from decode_worker import RANK, write_adapter
 
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 

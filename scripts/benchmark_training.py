@@ -28,7 +28,7 @@ import numpy as np
 from benchmark_common import (
     ROOT, BenchmarkError, Worker, machine, measure, peak_bytes, ratio, reset_peak, run_benchmark, serve, table, versions,
 )
-from benchmark_decode import ADAPTER, RANK, write_adapter
+from decode_worker import ADAPTER, RANK, write_adapter
 
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 

@@ -122,7 +122,8 @@ def one_run(settings):
     from colora_ms.adapters import inject
     from colora_ms.models import load_model
     from colora_ms.training.config import TrainingConfig, read_yaml
-    from colora_ms.training.trainer import Trainer, encode_data, load_data
+    from colora_ms.training.run import encode_data, load_data
+    from colora_ms.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = read_yaml(RECIPE)

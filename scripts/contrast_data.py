@@ -1,14 +1,16 @@
-"""Write the data of the contrast experiment: training, validation and test questions of three kinds of tasks.
+"""Write the data of the contrast experiment: training, validation and test questions of four tasks.
 
     python scripts/contrast_data.py steps
     python scripts/contrast_data.py banking77 --data FOLDER     # holds banking77/train.csv and test.csv
     python scripts/contrast_data.py wikisql --data FOLDER       # holds wikisql/train.jsonl and test.jsonl
+    python scripts/contrast_data.py svamp --data FOLDER         # holds svamp/SVAMP.json
 
 | task | kind | question -> answer | where it comes from |
 |---|---|---|---|
 | steps | multi-step reasoning | "5 + 9 - 3 + 4 =" -> "14, 11, 15", the running totals | reasoning-gym's chain_sum |
 | banking77 | classification | a customer's message -> one of 77 intents | PolyAI, CC BY 4.0 |
 | wikisql | structured output | columns and a question -> a SQL query | WikiSQL, BSD-3 |
+| svamp | word problems, for Qwen | a problem -> "(8 + 8) - 3 = 13" | SVAMP, MIT; its 1,000 problems are divided here |
 
 Each task becomes ``<output>/<task>.train.jsonl``, ``.validation.jsonl`` and ``.test.jsonl`` with the keys id, prompt and
 completion. Validation is taken from the source's training part; no question stands in two files.
@@ -67,7 +69,29 @@ def wikisql(folder):
     return items("train.jsonl"), items("test.jsonl")
 
 
-TASKS = {"steps": steps, "banking77": banking77, "wikisql": wikisql}
+def svamp(folder):
+    """Word problems, and an equation with its result; 300 of them are the test."""
+    problems = json.loads((folder / "svamp" / "SVAMP.json").read_text(encoding="utf-8"))
+    random.Random(1).shuffle(problems)
+    items = [(question(problem), equation(problem)) for problem in problems]
+    return items[300:], items[:300]
+
+
+def question(problem):
+    """Body and question of a SVAMP problem as one text."""
+    body = problem["Body"].strip()
+    return " ".join(f"{body}{'' if body.endswith('.') else ','} {problem['Question']}".split())
+
+
+def equation(problem):
+    """``"( ( 8.0 + 8.0 ) - 3.0 )"`` and 13.0 as ``"(8 + 8) - 3 = 13"``."""
+    left = re.sub(r"(\d)\.0\b", r"\1", problem["Equation"]).strip()
+    left = left[1:-1].strip() if left.startswith("(") else left
+    left = left.replace("( ", "(").replace(" )", ")")
+    return f"{left} = {int(problem['Answer']) if problem['Answer'] % 1 == 0 else problem['Answer']}"
+
+
+TASKS = {"steps": steps, "banking77": banking77, "wikisql": wikisql, "svamp": svamp}
 
 
 def split(task, folder):

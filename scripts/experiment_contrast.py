@@ -23,8 +23,11 @@ os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings are for its dev
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 ROOT = Path(__file__).resolve().parents[1]
 
-# scorer, longest answer in tokens
-TASKS = {"steps": ("number", 24), "banking77": ("normalised", 16), "wikisql": ("normalised", 48)}
+# recipe of the adapter, scorer, longest answer in tokens
+TASKS = {"steps": ("smollm2-135m/contrast-steps.yaml", "number", 24),
+         "banking77": ("smollm2-135m/contrast-banking77.yaml", "normalised", 16),
+         "wikisql": ("smollm2-135m/contrast-wikisql.yaml", "normalised", 48),
+         "svamp": ("qwen2.5-0.5b/svamp.yaml", "number", 28)}
 ADAPTIVE = ("entropy", "divergence", "margin", "copies")
 
 
@@ -71,8 +74,8 @@ def run(arguments):
     from colora_ms.versions import versions
 
     started = time.perf_counter()
-    scorer, longest = TASKS[arguments.task]
-    config = TrainingConfig.from_yaml(ROOT / "model_zoo" / "smollm2-135m" / f"contrast-{arguments.task}.yaml")
+    recipe, scorer, longest = TASKS[arguments.task]
+    config = TrainingConfig.from_yaml(ROOT / "model_zoo" / recipe)
     adapter = Path(arguments.adapter or Path(config.output) / "adapter")
     if (adapter.parent / "recipe.yaml").is_file():  # the settings of the run, should they differ from the recipe's
         config = TrainingConfig.from_yaml(adapter.parent / "recipe.yaml")
@@ -85,20 +88,22 @@ def run(arguments):
     shared = {**settings, "batch_size": arguments.rows // 2, "adapter_hash": digest(adapter),
               "model_hash": model_hash(config.model, arguments.weights),
               "progress": lambda name, line: print(f"  [{time.perf_counter() - started:5.0f} s] {name}: {line}", flush=True)}
-    folder = arguments.output / arguments.task
-    print(f"{arguments.task}: {len(items['validation'])} validation questions, {len(DEFAULT_GRID)} contrasts", flush=True)
+    name = arguments.name or arguments.task
+    folder = arguments.output / name
+    print(f"{name}: {len(items['validation'])} validation questions, {len(DEFAULT_GRID)} contrasts", flush=True)
     validation = compare_contrasts(generator, items["validation"], contrasts=DEFAULT_GRID,
                                    folder=folder / "validation", **shared)
     choice = choose_contrast(validation)
-    print(f"{validation.table()}\n\n{choice.summary()}\n\n{arguments.task}: {len(items['test'])} test questions", flush=True)
+    print(f"{validation.table()}\n\n{choice.summary()}\n\n{name}: {len(items['test'])} test questions", flush=True)
     contrasts = finalists(validation)
     test = compare_contrasts(generator, items["test"], contrasts=contrasts, folder=folder / "test", **shared)
     # The paper's rule and the dearest form: the others cost what the paper's rule costs.
     timed = [c for c in contrasts if c == contrasts[0] or c.adapt == "divergence"]
     measured = speeds(generator, items["test"][:arguments.timing], timed, settings, arguments.rows // 2) \
         if arguments.timing else {}
-    result = {"task": arguments.task, "training": {"steps": config.loop.steps, "batch_size": config.data.batch_size,
-                                                   "seed": config.loop.seed, "adapter": config.adapter},
+    result = {"task": arguments.task, "name": name, "model": Path(config.model).name,
+              "training": {"steps": config.loop.steps, "batch_size": config.data.batch_size, "seed": config.loop.seed,
+                           "adapter": config.adapter},
               "validation": validation.to_json(), "choice": choice.to_json(), "test": test.to_json(),
               "tokens_per_second": measured, "rows": arguments.rows, "cores": os.cpu_count(),
               "versions": versions("mindspore", "numpy", "reasoning-gym"), "seconds": time.perf_counter() - started}
@@ -113,7 +118,9 @@ def markdown(result):
     test, validation, speed = result["test"], result["validation"], result["tokens_per_second"]
     by_label = {row["label"]: row for row in validation["contrasts"]}
     choice = result["choice"]
-    lines = [f"### {result['task']}", "",
+    name, training = result.get("name", result["task"]), result["training"]
+    lines = [f"### {name}", "",
+             f"{result.get('model', 'smollm2-135m')}, {training['steps']} updates of {training['batch_size']} questions; "
              f"{validation['items']} validation questions, {test['items']} test questions ({test['settled']} of them settled: "
              f"no contrast with this alpha can change their answer). tune-contrast says: "
              f"**{'off' if choice['contrast'] is None else 'on'}** (best of all on validation: {choice['best']['label']}, "
@@ -164,6 +171,7 @@ def main():
     parser.add_argument("--into", type=Path, metavar="FILE", help="with --table: write them into this page")
     parser.add_argument("--data", type=Path, default=Path("runs/contrast/data"), help="what contrast_data.py wrote")
     parser.add_argument("--adapter", default=None, help="adapter folder; by default the recipe's")
+    parser.add_argument("--name", default=None, help="heading and folder of the results; by default the task")
     parser.add_argument("--validation", type=int, default=100, help="validation questions")
     parser.add_argument("--test", type=int, default=300, help="test questions")
     parser.add_argument("--timing", type=int, default=64, help="test questions of the speed measurement; 0: none")

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark_common import ROOT, machine, measure, table, versions, write_json
+from benchmark_common import ROOT, measure, table, versions, write_json
 
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 

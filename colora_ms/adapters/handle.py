@@ -1,8 +1,6 @@
 """``Adapters``: the handle of a model's adapters. It keeps names and configs; what a graph sees are tensors only."""
 
 import copy
-import zlib
-from functools import partial
 
 import numpy as np
 
@@ -11,14 +9,14 @@ from mindspore import Parameter, Tensor
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.combine import combine
-from colora_ms.adapters.config import INITIALISATIONS
+from colora_ms.adapters.fitting import check_fits, stage
 from colora_ms.adapters.matching import places_of
-from colora_ms.adapters.merging import check_changeable, check_mergeable, not_finite
+from colora_ms.adapters.merging import check_mergeable, not_finite
 from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
-from colora_ms.adapters.principal import as_plain_lora, check_splittable, starts_on
+from colora_ms.adapters.principal import as_plain_lora
 from colora_ms.adapters.registry import method, value_shapes
 from colora_ms.adapters.registry import plan as make_plan
-from colora_ms.adapters.slots import add_in_float32
+from colora_ms.adapters.starting import ChangedBase, check_start, first_values
 from colora_ms.adapters.store import check_name
 from colora_ms.errors import AdapterError, near
 
@@ -35,6 +33,8 @@ class Adapters:
     Attributes:
         net: the model; capacity: slots that it has; trainable: whether the adapters' Parameters require gradients.
         sites: {(module name, "lora" or "saved"): adapter Cell}; peft_type: the method that the Cells are of.
+        cells: {module name: Cell} of the model before injection; modules: what is known of them; defaults: the modules that
+            a config without target_modules means.
         active_slot: () int32 Parameter, the adapter of the Cells that take no row slots, -1 = none.
         frozen: [(Parameter of the model before injection, its requires_grad then)].
     """
@@ -49,15 +49,15 @@ class Adapters:
         self.peft_type = "LORA"
         self.sites = {}
         self.active_slot = Parameter(Tensor(-1, ms.int32), name="adapters.active_slot", requires_grad=False)
-        self._defaults = defaults
+        self.defaults = defaults
         self._seed = seed
-        self._cells = tree.cells_by_name(net)
+        self.cells = tree.cells_by_name(net)
         self.frozen = [(parameter, parameter.requires_grad) for parameter in net.get_parameters()]
         self._entries = {}  # name -> (slot, config, plan)
         self._active = None
         self._enabled = True
         self._merged = None
-        self._changed = None  # (name, {module name: first values}, [(base Parameter, kept value)])
+        self._changed = None  # ChangedBase
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class Adapters:
     @property
     def changed_base(self):
         """Name of the adapter that started from the base weights and changed them (PiSSA, OLoRA), or None."""
-        return self._changed[0] if self._changed else None
+        return self._changed.name if self._changed else None
 
     @property
     def seed(self):
@@ -147,12 +147,12 @@ class Adapters:
                 ``inject`` made; nothing is changed.
         """
         self._check_new_name(name)
-        plan = make_plan(config, self.modules, self._defaults)
-        self.check_start(config, plan)
-        self.check_fits(config, plan)
-        values, changes = self._initial(config, plan)
+        plan = make_plan(config, self.modules, self.defaults)
+        check_start(self, config, plan)
+        check_fits(self, config, plan)
+        values, changes = first_values(self, config, plan)
         if changes:
-            self._change_base(name, changes, values)
+            self._changed = ChangedBase(self, name, changes, values)
         self.publish(name, config, plan, values)
 
     def add_weighted_adapter(self, names, weights, new_name, combination_type="svd", svd_rank=None, svd_clamp=None,
@@ -178,7 +178,7 @@ class Adapters:
         self._check_new_name(new_name)
         config, plan, values = combine(self, names, weights, combination_type, svd_rank, svd_clamp, density,
                                        majority_sign_method, seed)
-        self.check_fits(config, plan)
+        check_fits(self, config, plan)
         self.publish(new_name, config, plan, values)
 
     def delete_adapter(self, name):
@@ -222,7 +222,7 @@ class Adapters:
         names = tree.ParameterNames(self.net)
         method(self.peft_type).remove(self.net)
         for path in {path: None for path, _ in self.sites}:
-            cell = self._cells[path]
+            cell = self.cells[path]
             for role in ("lora", "saved"):
                 release = getattr(self.sites.get((path, role)), "release", None)
                 if release is not None:
@@ -255,14 +255,14 @@ class Adapters:
         if reason:
             raise AdapterError(f"adapter {name!r} cannot be merged: {reason}")
         places = [place for place in self.sites if place in set(places_of(plan))]
-        check_mergeable(self.net, self._cells, name, places)
+        check_mergeable(self.net, self.cells, name, places)
         for place in places:
             self.sites[place].merge(slot)
         self._merged = name
         self._active, self._enabled = name, True
         self._show_active()
         if safe_merge:
-            bad = not_finite(self._cells, places)
+            bad = not_finite(self.cells, places)
             if bad:
                 self.unmerge()
                 raise AdapterError(f"merging adapter {name!r} gives values that are not finite in {len(bad)} modules, "
@@ -298,7 +298,7 @@ class Adapters:
             config.base_model_name_or_path = str(self.base_model)
         values = self.values(name)
         if self._changed and as_lora:
-            config, plan, values = as_plain_lora(config, plan, values, self._changed[1])
+            config, plan, values = as_plain_lora(config, plan, values, self._changed.starts)
         elif self._changed and config.pissa_iterations is not None:
             raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} starts from random numbers that a PEFT folder "
                                "does not hold; save it with as_lora=True")
@@ -326,37 +326,9 @@ class Adapters:
         else:
             self._check_not_merged("replace one")
         stored = StoredAdapter(folder)
-        plan, values = self.stage(stored)
-        self.check_fits(stored.config, plan)
+        plan, values = stage(self, stored)
+        check_fits(self, stored.config, plan)
         self.publish(name, stored.config, plan, values)
-
-    def stage(self, stored, check=None):
-        """Check an opened folder against the model and read it: (Plan, values). Changes nothing in the model; an adapter
-        that started from the base weights is made into plain LoRA, its config too.
-
-        Args:
-            stored: StoredAdapter.
-            check: function (config, plan) that may refuse the adapter before its tensors are read.
-        """
-        if stored.config is None:
-            stored.refuse(stored.problems, self.base_model)
-        try:
-            plan = make_plan(stored.config, self.modules, self._defaults)
-        except AdapterError as error:
-            stored.refuse(stored.problems + [str(error)], self.base_model)
-        if check is not None:
-            check(stored.config, plan)
-        values = stored.read(plan, self.modules, lambda path: tree.base_values(self._cells[path]), self.base_model)
-        if getattr(stored.config, "changes_base", False):
-            try:
-                check_splittable(stored.config, plan, self.modules, self._cells)
-                starts = starts_on(stored.config, plan, self._base_weight)
-            except AdapterError as error:
-                stored.refuse([str(error)], self.base_model)
-            stored.config, plan, values = as_plain_lora(stored.config, plan, values, starts)
-            if check is not None:
-                check(stored.config, plan)
-        return plan, values
 
     def publish(self, name, config, plan, values):
         """Put checked values into a slot and give them a name; cannot fail any more."""
@@ -372,47 +344,6 @@ class Adapters:
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    def check_start(self, config, plan):
-        """Refuse a config that a new adapter cannot begin with on this model."""
-        start = getattr(config, "init_lora_weights", True)
-        changes_base = getattr(config, "changes_base", False)
-        if not any(start is one for one in (True, False)) and start not in INITIALISATIONS and not changes_base:
-            raise AdapterError(f"init_lora_weights={start!r} is not implemented for a new adapter; "
-                               "use one of " + ", ".join(map(repr, INITIALISATIONS)))
-        if changes_base:
-            what = f"an adapter with init_lora_weights={config.init_lora_weights!r} cannot start"
-            check_splittable(config, plan, self.modules, self._cells)
-            check_changeable(self.net, self._cells, places_of(plan), what, "leave that module out")
-            if self._entries:
-                raise AdapterError(f"{what}: it changes the base weights, on which {', '.join(self.names)} rely; delete "
-                                   "those first")
-
-    def check_fits(self, config, plan):
-        """Refuse a plan that needs Cells which ``inject`` did not make; all reasons in one error."""
-        if config.peft_type != self.peft_type:
-            raise AdapterError(f"the adapter is of the method {config.peft_type}, the model was prepared for "
-                               f"{self.peft_type}; unload() its adapters first, or load this one into another model")
-        problems = []
-        for path, target in plan.targets.items():
-            cell = self.sites.get((path, "lora"))
-            if cell is None or not cell.max_rank:
-                problems.append(f"{path} was not prepared for adapters")
-            elif cell.max_rank < target.r:
-                problems.append(f"{path} has room for rank {cell.max_rank}, the adapter has rank {target.r}")
-            else:
-                problems += cell.problems_with(target)
-        problems += [f"{path} was not prepared for a bias of the adapter's own" for path in plan.biases
-                     if not getattr(self.sites.get((path, "lora")), "has_bias", False)]
-        problems += [f"{path} was not prepared to be saved whole" for path in plan.saved
-                     if (path, "saved") not in self.sites]
-        if self.trainable and config.lora_dropout != self.dropout:
-            problems.append(f"lora_dropout is {config.lora_dropout}, the model was prepared for {self.dropout}")
-        if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise AdapterError("the adapter does not fit the Cells that inject made: " + "; ".join(problems[:8]) + more
-                               + ". Call inject (or load_adapter) with max_rank=... and reserve=... wide enough for all "
-                               "adapters to come, so that adding one compiles nothing")
-
     def _check_new_name(self, name):
         check_name(name)
         if name in self._entries:
@@ -423,7 +354,7 @@ class Adapters:
 
     def _check_base_unchanged(self, what):
         if self._changed:
-            raise AdapterError(f"adapter {self._changed[0]!r} started from the base weights and changed them, so that you "
+            raise AdapterError(f"adapter {self._changed.name!r} started from the base weights and changed them, so that you "
                                f"cannot {what} now; save it with as_lora=True and load that into an untouched model")
 
     def _check_not_merged(self, what):
@@ -468,43 +399,14 @@ class Adapters:
             return -1
         return slot
 
+    def _restore_base(self):
+        if self._changed:
+            self._changed.undo()
+        self._changed = None
+
     def _show_active(self):
         slot = -1 if self.active is None or self._merged is not None else self.slot(self.active)
         self.active_slot.set_data(Tensor(slot, ms.int32))
-
-    def _initial(self, config, plan):
-        """(values of a new adapter, {module name: what its start adds to the base weight})."""
-        method_, values, changes = method(config.peft_type), {}, {}
-        for path, target in plan.targets.items():
-            # A stream for each module: the values do not depend on which other modules are adapted.
-            random = np.random.default_rng([self.seed, zlib.crc32(path.encode())])
-            own = method_.initial_values(config, target, self.modules[path], random)
-            if method_.start_from_base:
-                own, change = method_.start_from_base(config, target, own, partial(self._base_weight, path), random)
-                if change is not None:
-                    changes[path] = change
-            values[path, "lora"] = own
-        for path in plan.biases:
-            values.setdefault((path, "lora"), {})["bias"] = tree.base_values(self._cells[path])["bias"]
-        for path in plan.saved:
-            values[path, "saved"] = tree.base_values(self._cells[path])
-        return values, changes
-
-    def _base_weight(self, path):
-        return tree.base_values(self._cells[path])["weight"]
-
-    def _change_base(self, name, changes, values):
-        kept = []
-        for path, change in changes.items():
-            parameter = tree.leaf_parameters(self._cells[path])["weight"]
-            kept.append((parameter, parameter.asnumpy().copy()))
-            add_in_float32(parameter, change)
-        self._changed = (name, {path: values[path, "lora"] for path in changes}, kept)
-
-    def _restore_base(self):
-        for parameter, value in self._changed[2] if self._changed else ():
-            parameter.set_data(Tensor(value))
-        self._changed = None
 
 
 class _Disabled:

@@ -12,6 +12,7 @@ from colora_ms.adapters.cells import AdapterCell
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.dora import DoraDense, DoraLinear
 from colora_ms.adapters.dropout import Dropout
+from colora_ms.adapters.fitting import stage
 from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
@@ -21,6 +22,7 @@ from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.adapters.registry import METHODS, Site, method
 from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.saved import SavedModule
+from colora_ms.adapters.starting import check_start
 from colora_ms.adapters.store import check_name
 from colora_ms.errors import AdapterError, near
 from colora_ms.models.low_rank import LowRankLinear
@@ -73,7 +75,7 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
     handle.dropout = config.lora_dropout if config is not None else getattr(reserve, "lora_dropout", 0.0)
     if config is not None:
-        handle.check_start(config, plans[0])
+        check_start(handle, config, plans[0])
     first = config if config is not None else reserve
     _replace(net, handle, plans, getattr(first, "peft_type", "LORA"), max_rank, dtype)
     if config is not None:
@@ -135,7 +137,7 @@ def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainab
     loaded = []
     for name, folder in folders.items():
         stored = StoredAdapter(folder)
-        plan, values = handle.stage(stored)
+        plan, values = stage(handle, stored)
         loaded.append((name, stored.config, plan, values))
     configs = [config for _, config, _, _ in loaded]
     _check_together(configs, trainable)

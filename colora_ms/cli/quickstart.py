@@ -26,7 +26,7 @@ def run(arguments):
     from colora_ms.recipes.settings import FAST_ITEMS, FAST_STEPS
     from colora_ms.training.config import TrainingConfig
     from colora_ms.training.templates import make_template
-    from colora_ms.training.trainer import train
+    from colora_ms.training.run import train
 
     output = Path(arguments.output) / time.strftime("%Y%m%d-%H%M%S")
     changes = [f"output={output}"]

@@ -11,7 +11,7 @@ def add_arguments(parser):
 def run(arguments):
     from colora_ms import workers
     from colora_ms.training.config import TrainingConfig
-    from colora_ms.training.trainer import train
+    from colora_ms.training.run import train
 
     config = TrainingConfig.from_yaml(arguments.recipe, overrides=arguments.set)
     team = workers.start()

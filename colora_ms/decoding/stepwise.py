@@ -6,7 +6,6 @@ as the checked baseline: it must produce the same tokens as the one-graph loop.
 
 import numpy as np
 
-import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime

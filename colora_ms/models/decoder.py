@@ -6,8 +6,7 @@ The Cell tree has Hugging Face's names, so a parameter's name is its name in the
 
 import numpy as np
 
-import mindspore as ms
-from mindspore import Parameter, Tensor, mint, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.errors import CheckpointError
 from colora_ms.kernels import (

@@ -73,7 +73,7 @@ def train_once(config, quantised=False, team=Workers()):
 
         quantize_model(config, resume=True)
     else:
-        from colora_ms.training.trainer import train
+        from colora_ms.training.run import train
 
         train(config, resume=True, rank=team.rank, world=team.world)
     team.wait()

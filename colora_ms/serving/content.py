@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from colora_ms.adapters.fitting import check_fits, stage
 from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.errors import AdapterError
 
@@ -52,10 +53,10 @@ def read_content(handle, folder, max_rank, max_bytes, allow_pickle=False):
         if wide:
             raise AdapterError(f"the adapter in {folder} has rank {ranks[wide[0]]} in {len(wide)} modules, {wide[0]!r} "
                                f"first; this bank was made with max_rank={max_rank}: make it with a larger one")
-        handle.check_fits(config, plan)
+        check_fits(handle, config, plan)
 
     digest = stored.digest()
-    plan, values = handle.stage(stored, check)
+    plan, values = stage(handle, stored, check)
     # A float32 tensor is a view of the mapped file: it would change, or take the process down, with the file.
     values = {place: {field: np.array(value) for field, value in fields.items()} for place, fields in values.items()}
     nbytes = sum(value.nbytes for fields in values.values() for value in fields.values())

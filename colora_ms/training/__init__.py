@@ -5,7 +5,9 @@
     optimizer   AdamW with a schedule, clipping and accumulation, inside the graph
     step        loss, gradients and update as one static graph
     checkpoint  atomic saving, exact resuming
-    trainer     the loop: progress, evaluation, best checkpoint
+    trainer     the loop: evaluation, best checkpoint, stopping and resuming
+    progress    the bar at the terminal, and Ctrl-C
+    run         all of it from a recipe
     callback    adapters and their state in MindSpore's own ``Model.train``
     report      JSON lines and the loss curve
 

@@ -1,6 +1,6 @@
-"""The training loop: progress, evaluation, best adapter, checkpoints, exact resuming.
+"""The training loop: evaluation, best adapter, checkpoints, exact resuming.
 
-``train(config)`` does everything from a recipe; ``Trainer`` works on a model of one's own.
+``Trainer`` works on a model of one's own; :func:`colora_ms.training.run.train` does everything from a recipe.
 
 A run's folder holds
 
@@ -16,17 +16,15 @@ import dataclasses
 import hashlib
 import json
 import math
-import signal
-import threading
 import time
 from pathlib import Path
 
 from colora_ms import runtime, workers
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
-from colora_ms.training.data import (BatchLoader, encode_examples, load_examples, make_template,
-                                     without_overlap)
+from colora_ms.training.data import BatchLoader
 from colora_ms.training.optimizer import learning_rate
+from colora_ms.training.progress import Progress, StopSignals
 from colora_ms.training.report import RunLog, draw_loss_curve
 from colora_ms.training.step import EvaluationStep, Stepper
 
@@ -113,7 +111,7 @@ class Trainer:
         self.steps = config.loop.steps or self._steps_of(config.loop.epochs)
         self.step, self.best_step, self.best_loss = 0, None, None
         self.seconds_before = 0.0
-        self._stop = ""  # name of the signal that asked to stop
+        self.stopped_by = ""  # who asked to stop after this update: a signal, or a callback that sets it
 
     def _loader(self, data, rank, world, shuffle=True):
         options = self.config.data
@@ -156,9 +154,9 @@ class Trainer:
         losses, validation, tokens = [], [], 0
         started = time.perf_counter()
         saved = self.step if self.step else None
-        progress = _Progress(self.steps, self.step, self.config.loop.progress and self.rank == 0)
+        progress = Progress(self.steps, self.step, self.config.loop.progress and self.rank == 0)
         try:
-            with _stop_signals(self):
+            with StopSignals(self):
                 while self.step < self.steps:
                     batches = [self.loader.next()
                                for _ in range(self.config.optimizer.accumulation_steps)]
@@ -180,14 +178,14 @@ class Trainer:
                     if self._due(self.config.loop.evaluate_every) and self.validation is not None:
                         validation.append((self.step, self._evaluate(log, progress)))
                     # Several processes stop after the same update, or some would wait for ever.
-                    stop = self._stop if self.world == 1 else self.stepper.stop_asked
+                    stop = self.stopped_by if self.world == 1 else self.stepper.stop_asked
                     if self._due(self.config.loop.save_every) or stop:
                         self._save(started)
                         saved = self.step
                     if stop:
                         self._wait()  # msrun kills the others when the first one leaves
                         raise KeyboardInterrupt(f"stopped after update {self.step} "
-                                                f"({self._stop or 'by another worker'}); "
+                                                f"({self.stopped_by or 'by another worker'}); "
                                                 "continue with --resume")
         finally:
             progress.close()
@@ -217,7 +215,7 @@ class Trainer:
         step = self.step + 1
         try:
             # Only several processes have to agree on stopping.
-            asked = {"stop": bool(self._stop)} if self.world > 1 else {}
+            asked = {"stop": bool(self.stopped_by)} if self.world > 1 else {}
             loss, norm = self.stepper(batches, step, self.steps, **asked)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, ColoraError) or not _is_out_of_memory(error):
@@ -334,86 +332,6 @@ class Trainer:
                                                 sort_keys=False), encoding="utf-8")
 
 
-def train(config, resume=False, callbacks=(), rank=0, world=1):
-    """Train an adapter as a recipe says: load the model, inject, encode the data, run the loop.
-
-    Args:
-        config: ``TrainingConfig``, or the path of a recipe.
-        resume: see ``Trainer.train``.
-        callbacks: list of ``Callback``.
-        rank, world: this process and the number of processes.
-
-    Returns:
-        TrainingResult.
-
-    Raises:
-        ColoraError: in one of its kinds, see ``Trainer``; the output folder is checked before
-            anything is loaded.
-    """
-    from colora_ms.adapters import inject
-    from colora_ms.models import load_model
-    from colora_ms.training.config import TrainingConfig
-    if not isinstance(config, TrainingConfig):
-        config = TrainingConfig.from_yaml(config)
-    if rank == 0:
-        checkpoints.check_writable(config.output)
-        if not resume and checkpoints.list_checkpoints(config.output):
-            raise CheckpointError(f"{config.output} holds a run already; continue it with resume "
-                                  "(--resume), or choose another output folder")
-    train_examples, held_out, removed = load_data(config)
-    decoder, tokenizer = load_model(config.model, weight_format=config.weight_format)
-    data, validation = encode_data(config, tokenizer, train_examples, held_out, decoder)
-    say = _Progress(0, 0, config.loop.progress and rank == 0).say
-    say(f"training data: {data.summary()}"
-        + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
-    if validation is not None:
-        say(f"validation data: {validation.summary()}")
-    if world > 1:
-        say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
-            f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
-    adapter = config.adapter_config()
-    handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
-                    base_model=config.model)
-    trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
-                      validation, callbacks, rank=rank, world=world)
-    return trainer.train(resume)
-
-
-def load_data(config):
-    """The examples of a recipe.
-
-    Returns:
-        ``(train, validation, removed)``: two lists of ``Example`` (the second may be empty), and
-        the number of examples taken out of the first because their question stands in
-        ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
-        taking the shared ones out of the test instead would leave it the unusual, harder questions.
-    """
-    train_examples = load_examples(config.data.train)
-    validation = load_examples(config.data.validation) if config.data.validation else []
-    test = load_examples(config.data.held_out) if config.data.held_out else []
-    asked = config.evaluate or {}
-    if asked.get("data") and asked.get("task", "problems") == "problems":
-        test = test + load_examples(asked["data"])
-    if not validation and not test:
-        return train_examples, [], 0
-    train_examples, removed = without_overlap(train_examples, validation + test)
-    return train_examples, validation, removed
-
-
-def encode_data(config, tokenizer, train_examples, held_out, decoder):
-    """The examples of a recipe as ``(EncodedSet, EncodedSet or None)``."""
-    template = make_template(config.data.template, tokenizer, config.data.system)
-    limit = min(config.data.max_length, decoder.max_positions)
-    vocabulary = decoder.config.vocab_size
-    data = encode_examples(train_examples, tokenizer, template, limit, config.data.on_long,
-                           vocabulary)
-    validation = None
-    if held_out:
-        validation = encode_examples(held_out, tokenizer, template, limit, config.data.on_long,
-                                     vocabulary)
-    return data, validation
-
-
 def _differences(old, new):
     """Texts that say which settings of two recipes differ."""
     texts = []
@@ -432,65 +350,3 @@ def _is_out_of_memory(error):
     return isinstance(error, MemoryError) or any(
         words in text for words in ("out of memory", "malloc", "bad_alloc", "alloc memory",
                                     "allocate memory", "memory isn't enough", "memory not enough"))
-
-
-class _Progress:
-    """A progress bar on standard error: loss, tokens a second, time left."""
-
-    def __init__(self, steps, done, active):
-        self.bar, self.active = None, active
-        self.tokens, self.seconds, self.loss = 0, 0.0, None
-        if active and steps:
-            from tqdm import tqdm
-            self.bar = tqdm(total=steps, initial=done, unit="update", dynamic_ncols=True)
-
-    def show(self, record):
-        """One update further."""
-        if self.bar is None:
-            return
-        # The first update compiles; the speed of the others is what tells the time left.
-        if self.loss is not None:
-            self.tokens += record["tokens"]
-            self.seconds += record["seconds"]
-        self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
-        speed = f", {self.tokens / self.seconds:.0f} tokens/s" if self.seconds else ""
-        self.bar.set_postfix_str(f"loss {self.loss:.3f}{speed}", refresh=False)
-        self.bar.update(1)
-
-    def say(self, text):
-        """A line above the bar."""
-        if self.active:
-            from tqdm import tqdm
-            import sys
-            tqdm.write(text, file=sys.stderr)
-
-    def close(self):
-        """Leave the bar as it is."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-class _stop_signals:
-    """While active, the first SIGINT or SIGTERM asks the trainer to stop after the current update.
-
-    A second one interrupts at once. Outside the main thread nothing is changed.
-    """
-
-    def __init__(self, trainer):
-        self.trainer, self.old = trainer, {}
-
-    def __enter__(self):
-        self.trainer._stop = ""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.old[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number, frame):
-        if self.trainer._stop:
-            raise KeyboardInterrupt
-        self.trainer._stop = signal.Signals(number).name
-
-    def __exit__(self, *error):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)

@@ -68,7 +68,7 @@ def test_staged_project(tmp_path):
 
 
 def test_mindspore_reads_what_python_registers(tmp_path, monkeypatch):
-    ms = pytest.importorskip("mindspore")
+    pytest.importorskip("mindspore")
     from mindspore.ops.operations import _custom_ops_utils as utils
 
     from colora_ms.kernels import ascend

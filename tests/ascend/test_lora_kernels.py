@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from emulated import INOUT, INPUT, OUTPUT, WORKSPACE, plan_lora, to_float64
+from emulated import INOUT, INPUT, OUTPUT, WORKSPACE, plan_lora
 from lora_cases import CORES, LoraCase, launch_lora
 
 RANKS = (1, 3, 8, 16, 24, 32, 64, 128, 256)

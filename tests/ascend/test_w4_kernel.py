@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
-from emulated import INPUT, OUTPUT, ROUNDING, WORKSPACE, plan_w4_lora, to_dtype, to_float64
+from emulated import INPUT, OUTPUT, ROUNDING, WORKSPACE, plan_w4_lora, to_float64
 from lora_cases import CORES, LoraCase
 
 DTYPES = ("float16", "bfloat16", "float32")

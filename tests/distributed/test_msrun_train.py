@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from colora_ms.training.checkpoint import list_checkpoints
 from colora_ms.training.report import read_log
-from colora_ms.training.trainer import train
+from colora_ms.training.run import train
 
 STEPS = 60
 

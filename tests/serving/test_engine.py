@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from colora_ms.decoding import Contrast, Generator, Sampling
-from colora_ms.errors import DecodingError
 from tests.serving.conftest import adapter_tensors, write_adapter
 
 RANDOM = np.random.default_rng(11)

@@ -175,7 +175,6 @@ def test_nan_in_another_slot_leaks_neither_into_results_nor_gradients(build):
 
 
 def test_training_moves_only_the_adapter(build):
-    import mindspore as ms
     from mindspore import Tensor, nn
 
     net = build()

@@ -8,7 +8,8 @@ import pytest
 from colora_ms.adapters import LilyConfig, adapters_of, inject, load_adapter
 from colora_ms.decoding import Contrast, Generator
 from colora_ms.errors import ConfigError
-from colora_ms.training import trainer as module
+from colora_ms.training import run as module
+from colora_ms.training.trainer import Callback
 from colora_ms.training.config import TrainingConfig
 
 IDS = np.array([[3, 14, 15, 92, 65, 35, 8], [8, 9, 7, 9, 3, 2, 1], [27, 18, 28, 18, 28, 4, 5]], np.int32)
@@ -114,12 +115,12 @@ def recipe(tmp_path, monkeypatch, tiny_decoder):
     return make
 
 
-class Stop(module.Callback):
+class Stop(Callback):
     def on_step(self, trainer, record):
-        trainer._stop = "a test" if record["step"] == 3 else ""
+        trainer.stopped_by = "a test" if record["step"] == 3 else ""
 
 
-class Keep(module.Callback):
+class Keep(Callback):
     def on_end(self, trainer, result):
         self.decoder = trainer.stepper.loss_cell.decoder
 

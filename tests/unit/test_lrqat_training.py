@@ -32,7 +32,7 @@ class Letters:
 
 class StopAt(Callback):
     def on_step(self, trainer, record):
-        trainer._stop = "a test" if record["step"] == 2 else ""
+        trainer.stopped_by = "a test" if record["step"] == 2 else ""
 
 
 @pytest.fixture

@@ -64,12 +64,12 @@ def recipe(tmp_path, one_layer_model):
 
 def test_train_evaluate_table_and_nothing_twice(recipe, tmp_path, monkeypatch):
     from colora_ms.decoding import Generator
-    from colora_ms.training import trainer
+    from colora_ms.training import run as training_run
 
     counted = Counter(Generator.generate)
     monkeypatch.setattr(Generator, "generate", lambda self, *a, **o: counted(self, *a, **o))
-    training = Counter(trainer.train)
-    monkeypatch.setattr(trainer, "train", training)
+    training = Counter(training_run.train)
+    monkeypatch.setattr(training_run, "train", training)
     lines = []
     config = TrainingConfig.from_dict(recipe())
     first = runner.run(config, name="tiny", say=lines.append)
@@ -121,7 +121,7 @@ def test_the_quick_start(recipe, tmp_path, capsys):
 
 
 def test_the_tests_questions_leave_the_training_data(recipe, tmp_path):
-    from colora_ms.training.trainer import load_data
+    from colora_ms.training.run import load_data
 
     values = recipe()
     values["data"]["train"] = [values["data"]["train"], values["evaluate"]["data"]]

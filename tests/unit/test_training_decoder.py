@@ -11,7 +11,8 @@ from mindspore import Tensor
 from colora_ms.adapters import LoraConfig, adapters_of, load_adapter
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.decoder import Decoder
-from colora_ms.training import trainer as module
+from colora_ms.training import run as module
+from colora_ms.training.trainer import Callback
 from colora_ms.training.config import TrainingConfig
 
 ms.set_context(mode=ms.GRAPH_MODE)
@@ -51,9 +52,9 @@ def recipe(tmp_path, monkeypatch):
     return make
 
 
-class Stop(module.Callback):
+class Stop(Callback):
     def on_step(self, trainer, record):
-        trainer._stop = "a test" if record["step"] == 3 else ""
+        trainer.stopped_by = "a test" if record["step"] == 3 else ""
 
 
 def logits_of(net, handle):
@@ -64,7 +65,7 @@ def logits_of(net, handle):
 def test_a_trained_adapter_learns_and_loads_again(recipe):
     seen = {}
 
-    class Keep(module.Callback):
+    class Keep(Callback):
         def on_end(self, trainer, result):
             seen["decoder"] = trainer.stepper.loss_cell.decoder
     result = module.train(recipe("run"), callbacks=[Keep()])
@@ -87,7 +88,7 @@ def test_an_adapter_that_started_from_the_base_loads_on_the_untouched_one(recipe
     """PiSSA with DoRA and LoRA+: the run's folder is plain, and holds what the run computed."""
     seen = {}
 
-    class Keep(module.Callback):
+    class Keep(Callback):
         def on_end(self, trainer, result):
             seen["decoder"] = trainer.stepper.loss_cell.decoder
     config = recipe("run", steps=4)

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.adapters.dropout import Dropout

@@ -1,0 +1,65 @@
+"""Does an adapter fit the model, and the Cells that ``inject`` made?"""
+
+from functools import partial
+
+from colora_ms.adapters import tree
+from colora_ms.adapters.principal import as_plain_lora, check_splittable, starts_on
+from colora_ms.adapters.registry import plan as make_plan
+from colora_ms.adapters.starting import base_weight
+from colora_ms.errors import AdapterError
+
+
+def check_fits(handle, config, plan):
+    """Refuse a plan that needs Cells which ``inject`` did not make; all reasons in one error."""
+    if config.peft_type != handle.peft_type:
+        raise AdapterError(f"the adapter is of the method {config.peft_type}, the model was prepared for "
+                           f"{handle.peft_type}; unload() its adapters first, or load this one into another model")
+    problems = []
+    for path, target in plan.targets.items():
+        cell = handle.sites.get((path, "lora"))
+        if cell is None or not cell.max_rank:
+            problems.append(f"{path} was not prepared for adapters")
+        elif cell.max_rank < target.r:
+            problems.append(f"{path} has room for rank {cell.max_rank}, the adapter has rank {target.r}")
+        else:
+            problems += cell.problems_with(target)
+    problems += [f"{path} was not prepared for a bias of the adapter's own" for path in plan.biases
+                 if not getattr(handle.sites.get((path, "lora")), "has_bias", False)]
+    problems += [f"{path} was not prepared to be saved whole" for path in plan.saved
+                 if (path, "saved") not in handle.sites]
+    if handle.trainable and config.lora_dropout != handle.dropout:
+        problems.append(f"lora_dropout is {config.lora_dropout}, the model was prepared for {handle.dropout}")
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise AdapterError("the adapter does not fit the Cells that inject made: " + "; ".join(problems[:8]) + more
+                           + ". Call inject (or load_adapter) with max_rank=... and reserve=... wide enough for all "
+                           "adapters to come, so that adding one compiles nothing")
+
+
+def stage(handle, stored, check=None):
+    """Check an opened folder against the model and read it: (Plan, values). Changes nothing in the model; an adapter
+    that started from the base weights is made into plain LoRA, its config too.
+
+    Args:
+        stored: StoredAdapter.
+        check: function (config, plan) that may refuse the adapter before its tensors are read.
+    """
+    if stored.config is None:
+        stored.refuse(stored.problems, handle.base_model)
+    try:
+        plan = make_plan(stored.config, handle.modules, handle.defaults)
+    except AdapterError as error:
+        stored.refuse(stored.problems + [str(error)], handle.base_model)
+    if check is not None:
+        check(stored.config, plan)
+    values = stored.read(plan, handle.modules, lambda path: tree.base_values(handle.cells[path]), handle.base_model)
+    if getattr(stored.config, "changes_base", False):
+        try:
+            check_splittable(stored.config, plan, handle.modules, handle.cells)
+            starts = starts_on(stored.config, plan, partial(base_weight, handle))
+        except AdapterError as error:
+            stored.refuse([str(error)], handle.base_model)
+        stored.config, plan, values = as_plain_lora(stored.config, plan, values, starts)
+        if check is not None:
+            check(stored.config, plan)
+    return plan, values

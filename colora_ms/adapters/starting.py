@@ -1,0 +1,79 @@
+"""How a new adapter begins: its first values, and what PiSSA and OLoRA do to the base weights for them."""
+
+import zlib
+from functools import partial
+
+import numpy as np
+
+from mindspore import Tensor
+
+from colora_ms.adapters import tree
+from colora_ms.adapters.config import INITIALISATIONS
+from colora_ms.adapters.matching import places_of
+from colora_ms.adapters.merging import check_changeable
+from colora_ms.adapters.principal import check_splittable
+from colora_ms.adapters.registry import method
+from colora_ms.adapters.slots import add_in_float32
+from colora_ms.errors import AdapterError
+
+
+def check_start(handle, config, plan):
+    """Refuse a config that a new adapter cannot begin with on this model."""
+    start = getattr(config, "init_lora_weights", True)
+    changes_base = getattr(config, "changes_base", False)
+    if not any(start is one for one in (True, False)) and start not in INITIALISATIONS and not changes_base:
+        raise AdapterError(f"init_lora_weights={start!r} is not implemented for a new adapter; "
+                           "use one of " + ", ".join(map(repr, INITIALISATIONS)))
+    if changes_base:
+        what = f"an adapter with init_lora_weights={config.init_lora_weights!r} cannot start"
+        check_splittable(config, plan, handle.modules, handle.cells)
+        check_changeable(handle.net, handle.cells, places_of(plan), what, "leave that module out")
+        if handle.names:
+            raise AdapterError(f"{what}: it changes the base weights, on which {', '.join(handle.names)} rely; delete "
+                               "those first")
+
+
+def first_values(handle, config, plan):
+    """(values of a new adapter, {module name: what its start adds to the base weight})."""
+    method_, values, changes = method(config.peft_type), {}, {}
+    for path, target in plan.targets.items():
+        # A stream for each module: the values do not depend on which other modules are adapted.
+        random = np.random.default_rng([handle.seed, zlib.crc32(path.encode())])
+        own = method_.initial_values(config, target, handle.modules[path], random)
+        if method_.start_from_base:
+            own, change = method_.start_from_base(config, target, own, partial(base_weight, handle, path), random)
+            if change is not None:
+                changes[path] = change
+        values[path, "lora"] = own
+    for path in plan.biases:
+        values.setdefault((path, "lora"), {})["bias"] = tree.base_values(handle.cells[path])["bias"]
+    for path in plan.saved:
+        values[path, "saved"] = tree.base_values(handle.cells[path])
+    return values, changes
+
+
+def base_weight(handle, path):
+    """The weight that a module had before injection, as a float32 array."""
+    return tree.base_values(handle.cells[path])["weight"]
+
+
+class ChangedBase:
+    """Base weights that the start of an adapter changed, in float32 and rounded once.
+
+    Attributes:
+        name: of the adapter; starts: {module name: its first values}.
+    """
+
+    def __init__(self, handle, name, changes, values):
+        self.name = name
+        self.starts = {path: values[path, "lora"] for path in changes}
+        self._kept = []
+        for path, change in changes.items():
+            parameter = tree.leaf_parameters(handle.cells[path])["weight"]
+            self._kept.append((parameter, parameter.asnumpy().copy()))
+            add_in_float32(parameter, change)
+
+    def undo(self):
+        """Restore the weights, bit for bit."""
+        for parameter, value in self._kept:
+            parameter.set_data(Tensor(value))

@@ -1,0 +1,66 @@
+"""What a person at the terminal sees of a training run, and how they stop it."""
+
+import signal
+import sys
+import threading
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A progress bar on standard error: loss, tokens a second, time left."""
+
+    def __init__(self, steps, done, active):
+        self.bar, self.active = None, active
+        self.tokens, self.seconds, self.loss = 0, 0.0, None
+        if active and steps:
+            self.bar = tqdm(total=steps, initial=done, unit="update", dynamic_ncols=True)
+
+    def show(self, record):
+        """One update further."""
+        if self.bar is None:
+            return
+        # The first update compiles; the speed of the others is what tells the time left.
+        if self.loss is not None:
+            self.tokens += record["tokens"]
+            self.seconds += record["seconds"]
+        self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
+        speed = f", {self.tokens / self.seconds:.0f} tokens/s" if self.seconds else ""
+        self.bar.set_postfix_str(f"loss {self.loss:.3f}{speed}", refresh=False)
+        self.bar.update(1)
+
+    def say(self, text):
+        """A line above the bar."""
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self):
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StopSignals:
+    """While active, the first SIGINT or SIGTERM asks the trainer to stop after the current update.
+
+    A second one interrupts at once. Outside the main thread nothing is changed.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.old = trainer, {}
+
+    def __enter__(self):
+        self.trainer.stopped_by = ""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number, frame):
+        if self.trainer.stopped_by:
+            raise KeyboardInterrupt
+        self.trainer.stopped_by = signal.Signals(number).name
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,87 @@
+"""Training from a recipe: its data, its model, its adapter, and the loop over them."""
+
+from colora_ms.adapters import inject
+from colora_ms.errors import CheckpointError
+from colora_ms.models import load_model
+from colora_ms.training import checkpoint as checkpoints
+from colora_ms.training.config import TrainingConfig
+from colora_ms.training.data import encode_examples, load_examples, make_template, without_overlap
+from colora_ms.training.progress import Progress
+from colora_ms.training.trainer import Trainer
+
+
+def train(config, resume=False, callbacks=(), rank=0, world=1):
+    """Train an adapter as a recipe says: load the model, inject, encode the data, run the loop.
+
+    Args:
+        config: ``TrainingConfig``, or the path of a recipe.
+        resume: see ``Trainer.train``.
+        callbacks: list of ``Callback``.
+        rank, world: this process and the number of processes.
+
+    Returns:
+        TrainingResult.
+
+    Raises:
+        ColoraError: in one of its kinds, see ``Trainer``; the output folder is checked before
+            anything is loaded.
+    """
+    if not isinstance(config, TrainingConfig):
+        config = TrainingConfig.from_yaml(config)
+    if rank == 0:
+        checkpoints.check_writable(config.output)
+        if not resume and checkpoints.list_checkpoints(config.output):
+            raise CheckpointError(f"{config.output} holds a run already; continue it with resume "
+                                  "(--resume), or choose another output folder")
+    train_examples, held_out, removed = load_data(config)
+    decoder, tokenizer = load_model(config.model, weight_format=config.weight_format)
+    data, validation = encode_data(config, tokenizer, train_examples, held_out, decoder)
+    say = Progress(0, 0, config.loop.progress and rank == 0).say
+    say(f"training data: {data.summary()}"
+        + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
+    if validation is not None:
+        say(f"validation data: {validation.summary()}")
+    if world > 1:
+        say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
+            f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
+    adapter = config.adapter_config()
+    handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
+                    base_model=config.model)
+    trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
+                      validation, callbacks, rank=rank, world=world)
+    return trainer.train(resume)
+
+
+def load_data(config):
+    """The examples of a recipe.
+
+    Returns:
+        ``(train, validation, removed)``: two lists of ``Example`` (the second may be empty), and
+        the number of examples taken out of the first because their question stands in
+        ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
+        taking the shared ones out of the test instead would leave it the unusual, harder questions.
+    """
+    train_examples = load_examples(config.data.train)
+    validation = load_examples(config.data.validation) if config.data.validation else []
+    test = load_examples(config.data.held_out) if config.data.held_out else []
+    asked = config.evaluate or {}
+    if asked.get("data") and asked.get("task", "problems") == "problems":
+        test = test + load_examples(asked["data"])
+    if not validation and not test:
+        return train_examples, [], 0
+    train_examples, removed = without_overlap(train_examples, validation + test)
+    return train_examples, validation, removed
+
+
+def encode_data(config, tokenizer, train_examples, held_out, decoder):
+    """The examples of a recipe as ``(EncodedSet, EncodedSet or None)``."""
+    template = make_template(config.data.template, tokenizer, config.data.system)
+    limit = min(config.data.max_length, decoder.max_positions)
+    vocabulary = decoder.config.vocab_size
+    data = encode_examples(train_examples, tokenizer, template, limit, config.data.on_long,
+                           vocabulary)
+    validation = None
+    if held_out:
+        validation = encode_examples(held_out, tokenizer, template, limit, config.data.on_long,
+                                     vocabulary)
+    return data, validation
