@@ -1,7 +1,9 @@
 """Contrastive decoding: the reference's vectors, its identities, and equality with the naive two-forward form."""
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from colora_ms.decoding import Contrast, Generator, Sampling, contrastive_scores
 from colora_ms.errors import DecodingError
@@ -45,6 +47,14 @@ def test_reference_vector():
     # papers.md section 1.8: the cut is 1.30685, two tokens survive, and the second wins where greedy takes the first.
     scores = contrastive_scores([2.0, 1.5, 0.5, -1.0], [2.5, 0.2, 0.4, -1.0], 0.5, 0.5)
     assert np.allclose(scores[:2], [1.75, 2.15]) and np.isneginf(scores[2:]).all()
+
+
+@hypothesis.given(strategies.integers(2, 9), strategies.floats(0.01, 1.0), strategies.floats(0.0, 4.0),
+                  strategies.integers(0, 2**32 - 1))
+def test_a_changed_token_is_one_that_the_base_ranks_after_the_favourite_too(tokens_of, alpha, beta, seed):
+    expert, amateur = np.random.default_rng(seed).standard_normal((2, tokens_of)).astype(np.float32) * 2
+    chosen, favourite = contrastive_scores(expert, amateur, alpha, beta).argmax(), expert.argmax()
+    assert chosen == favourite or amateur[favourite] > amateur[chosen]
 
 
 def test_adapters_change_the_answer(generator):
