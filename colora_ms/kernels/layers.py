@@ -12,7 +12,8 @@ _NAME = "decoder_layers"
 #: Tensors before those of the layers: x, residual, slots, cos, sin, cache_rows, start, length.
 FIXED = 8
 
-#: Tensors of one layer, in order: (name, how many). Norms are weight and eps, linears the six of multi_lora_linear.
+#: Tensors of one layer, in order: (name, how many). Norms are weight and eps, linears the six of multi_lora_linear, or in
+#: the place of a weight a product of small ones: ABSENT, ABSENT, bias, inner (r, in), outer (out, r), core (r, r) or ABSENT.
 LAYOUT = (("input_layernorm", 2), ("q_proj", OPERANDS), ("k_proj", OPERANDS), ("v_proj", OPERANDS), ("q_norm", 2),
           ("k_norm", 2), ("k_cache", 1), ("v_cache", 1), ("o_proj", OPERANDS), ("post_attention_layernorm", 2),
           ("gate_proj", OPERANDS), ("up_proj", OPERANDS), ("down_proj", OPERANDS))
@@ -70,6 +71,22 @@ def check_norm(op, name, norm, width, optional=False):
         require(list(eps) in ([], [1]), op, f"eps of {name}", eps, "one element")
 
 
+def _check_product(op, name, columns, operands):
+    """Shapes of a linear of a layer, or of the product in its place -> number of outputs."""
+    weight, weight_scale, bias, inner, outer, core = operands
+    if weight or not inner:
+        return check_linear(0, columns, operands, op)
+    require(not weight_scale, op, f"weight_scale of {name}", weight_scale, "absent where there is no weight")
+    rank = columns
+    for argument, factor in (("inner", inner), ("core", core), ("outer", outer)):
+        if factor or argument != "core":
+            require(len(factor) == 2 and factor[1] == rank, op, f"{argument} of {name}", factor, f"(outputs, {rank})")
+            rank = factor[0]
+    if bias:
+        require_shape(op, f"bias of {name}", bias, (rank,))
+    return rank
+
+
 def _check_layer(op, hidden, layer):
     check_norm(op, "input_layernorm", layer["input_layernorm"], hidden)
     check_norm(op, "post_attention_layernorm", layer["post_attention_layernorm"], hidden)
@@ -77,16 +94,16 @@ def _check_layer(op, hidden, layer):
     require(len(k_cache) == 4, op, "k_cache", k_cache, "(cache_rows_total, kv_heads, max_len, head_dim)")
     require_shape(op, "v_cache", v_cache, k_cache)
     kv_width, dim = k_cache[1] * k_cache[3], k_cache[3]
-    queries, keys, values = (check_linear(0, hidden, layer[name], op) for name in ("q_proj", "k_proj", "v_proj"))
+    queries, keys, values = (_check_product(op, name, hidden, layer[name]) for name in ("q_proj", "k_proj", "v_proj"))
     require(queries > 0 and queries % kv_width == 0, op, "outputs of q_proj", queries,
             f"a multiple of kv_heads * head_dim = {kv_width}")
     require(keys == values == kv_width, op, "outputs of k_proj and v_proj", f"{keys} and {values}",
             f"kv_heads * head_dim = {kv_width} as in k_cache")
     check_norm(op, "q_norm", layer["q_norm"], dim, optional=True)
     check_norm(op, "k_norm", layer["k_norm"], dim, optional=True)
-    inner = check_linear(0, hidden, layer["gate_proj"], op)
+    inner = _check_product(op, "gate_proj", hidden, layer["gate_proj"])
     for name, columns, wanted in (("o_proj", queries, hidden), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
-        out = check_linear(0, columns, layer[name], op)
+        out = _check_product(op, name, columns, layer[name])
         require(out == wanted, op, f"outputs of {name}", out, wanted)
 
 
@@ -109,7 +126,7 @@ def check_layer_dtypes(op, kinds):
             allowed = (ms.float32, ms.bfloat16)
             if name.endswith("_proj"):
                 require_dtype(op, name, first, allowed + (ms.int8, ms.uint8))
-                check_operand_dtypes(f"{op} ({name})", others)
+                check_operand_dtypes(f"{op} ({name})", others, (ms.float32, ms.bfloat16))
                 continue
             require_dtype(op, name, first, allowed)
             for other in others:

@@ -164,11 +164,12 @@ def _dtypes(x, slots, *operands):
     return (x,) * n if n > 1 else x
 
 
-def check_operand_dtypes(op, kinds):
-    """Types of weight_scale, bias, down, up and scale of one linear."""
-    pair = (ms.float32, ms.bfloat16)
-    for name, kind in zip(("weight_scale", "bias", "down", "up", "scale"), kinds):
-        require_dtype(op, name, kind, pair if name in ("down", "up") else pair[:1])
+def check_operand_dtypes(op, kinds, scale=(ms.float32,)):
+    """Types of weight_scale, bias, down, up and scale of one linear; ``scale``: those of the last one."""
+    float32, pair = (ms.float32,), (ms.float32, ms.bfloat16)
+    for kind, (name, allowed) in zip(kinds, (("weight_scale", float32), ("bias", float32), ("down", pair), ("up", pair),
+                                             ("scale", scale))):
+        require_dtype(op, name, kind, allowed)
     require(kinds[2] == kinds[3], op, "up", kinds[3], f"{kinds[2]} like 'down'")
 
 

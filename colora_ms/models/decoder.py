@@ -116,7 +116,7 @@ class DecoderLayer(nn.Cell):
         cells = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
                  mlp.down_proj, self.input_layernorm, self.post_attention_layernorm]
         cells += [attention.q_norm, attention.k_norm] if attention.qk_norm else []
-        return all(cell.fusible for cell in cells)
+        return all(cell.fusible or getattr(cell, "fusible_in_layer", False) for cell in cells)
 
     @property
     def fused(self):

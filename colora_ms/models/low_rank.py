@@ -23,8 +23,8 @@ class LowRankLinear(nn.Cell):
     Source: arXiv 2405.06626: W ~ U1 core U2; here outer = U1 and inner = U2.
     """
 
-    #: It is no single linear that could share a kernel call with others.
-    fusible = False
+    #: It is no single linear that could share a kernel call with others, but can be a part of a fused layer.
+    fusible, fusible_in_layer = False, True
 
     def __init__(self, inner, outer, core=None, bias=None):
         super().__init__(auto_prefix=False)
@@ -43,6 +43,10 @@ class LowRankLinear(nn.Cell):
         if self.factors == 3:
             x = multi_lora_linear(x, slots, self.core, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
         return multi_lora_linear(x, slots, self.outer, ABSENT, self.bias, ABSENT, ABSENT, ABSENT)
+
+    def operands(self):
+        """The six tensors of a product in :func:`colora_ms.kernels.decoder_layers`; the numbers are those of ``construct``."""
+        return (ABSENT, ABSENT, self.bias, self.inner, self.outer, self.core)
 
     def factor_parameters(self):
         """{last part of the name: Parameter} of the factors."""

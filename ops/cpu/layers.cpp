@@ -7,6 +7,7 @@
 // Inputs: x, residual (rows, tokens, hidden); slots; cos, sin; cache_rows, start, length; then kPerLayer of each layer:
 //   weight and eps of the norm before attention; q, k, v (six operands each); weight and eps of the q and of the k norm
 //   (or absent); k_cache, v_cache; o (six); weight and eps of the norm before the MLP; gate, up, down (six each).
+//   Six operands of a linear may stand for a product of small matrices, see read_product.
 // Outputs: the last layer's MLP output and the residual stream before it, both of x's shape.
 #include "layers.h"
 

@@ -38,11 +38,36 @@ struct StackInputs {
   int64_t hidden;
 };
 
+// A linear of a layer: the six operands of read_linear, or in the place of a weight a product of small matrices, which are
+// then inner (r, in), outer (out, r) and core (r, r) or nothing, and take no adapters.
+inline Linear read_product(const colora::Call& call, int at, const char* name, int64_t in, const colora::Tensor& slots) {
+  const colora::Tensor inner = call.in(at + 3, "inner"), outer = call.in(at + 4, "outer"), core = call.in(at + 5, "core");
+  if (!call.in(at, name).absent() || inner.absent() || outer.absent()) return read_linear(call, at, in, slots);
+  Linear l;
+  const auto add = [&](const colora::Tensor& factor, int64_t columns) {
+    l.factors.emplace_back();
+    l.factors.back().weight = weight_of(factor, call.in(at + 1, "weight_scale"), columns);
+    return l.factors.back().weight.out;
+  };
+  const int64_t rank = add(inner, in);
+  add(outer, core.absent() ? rank : add(core, rank));
+  l.weight = l.factors.back().weight;
+  l.factors.back().bias = read_bias(call.in(at + 2, "bias"), l.weight.out);
+  return l;
+}
+
+inline void expect_outputs(const colora::Call& call, int at, const char* name, const Linear& l, int64_t n,
+                           const char* what) {
+  if (l.weight.out != n)
+    call.in(at, name).fail("has %lld outputs, expected %lld, %s", (long long)l.weight.out, (long long)n, what);
+}
+
 // All checks of one layer; nothing is computed before every layer has passed.
 inline void read_layer(const colora::Call& call, int at, const StackInputs& s, Layer& layer) {
   read_norm(call, at, "input_layernorm", s.hidden, layer.before_attention);
   if (!layer.before_attention.weight) call.in(at, "input_layernorm").fail("is absent");
-  for (int i = 0; i < 3; ++i) layer.qkv.push_back(read_linear(call, at + 2 + 6 * i, s.hidden, s.slots));
+  const char* const qkv[] = {"q_proj", "k_proj", "v_proj"};
+  for (int i = 0; i < 3; ++i) layer.qkv.push_back(read_product(call, at + 2 + 6 * i, qkv[i], s.hidden, s.slots));
   const colora::Tensor k_cache = call.in(at + 24, "k_cache"), v_cache = call.in(at + 25, "v_cache"),
                q_weight = call.in(at + 2, "q_proj"), k_weight = call.in(at + 8, "k_proj");
   const int64_t width = layer.qkv[0].weight.out;
@@ -55,14 +80,17 @@ inline void read_layer(const colora::Call& call, int at, const StackInputs& s, L
   read_norm(call, at + 20, "q_norm", layer.sizes.dim, layer.q_norm);
   read_norm(call, at + 22, "k_norm", layer.sizes.dim, layer.k_norm);
   layer.k_cache = k_cache.raw, layer.v_cache = v_cache.raw, layer.half_width = k_cache.is("bfloat16");
-  layer.o.push_back(read_linear(call, at + 26, width, s.slots));
-  call.in(at + 26, "o_proj").expect_dim(0, s.hidden, "the last axis of x");
+  layer.o.push_back(read_product(call, at + 26, "o_proj", width, s.slots));
+  expect_outputs(call, at + 26, "o_proj", layer.o[0], s.hidden, "the last axis of x");
   read_norm(call, at + 32, "post_attention_layernorm", s.hidden, layer.before_mlp);
   if (!layer.before_mlp.weight) call.in(at + 32, "post_attention_layernorm").fail("is absent");
-  for (int i = 0; i < 2; ++i) layer.gate_up.push_back(read_linear(call, at + 34 + 6 * i, s.hidden, s.slots));
-  call.in(at + 40, "up_proj").expect_dim(0, layer.gate_up[0].weight.out, "the outputs of gate_proj");
-  layer.down.push_back(read_linear(call, at + 46, layer.gate_up[0].weight.out, s.slots));
-  call.in(at + 46, "down_proj").expect_dim(0, s.hidden, "the last axis of x");
+  const char* const gate_up[] = {"gate_proj", "up_proj"};
+  for (int i = 0; i < 2; ++i)
+    layer.gate_up.push_back(read_product(call, at + 34 + 6 * i, gate_up[i], s.hidden, s.slots));
+  const int64_t inner = layer.gate_up[0].weight.out;
+  expect_outputs(call, at + 40, "up_proj", layer.gate_up[1], inner, "the outputs of gate_proj");
+  layer.down.push_back(read_product(call, at + 46, "down_proj", inner, s.slots));
+  expect_outputs(call, at + 46, "down_proj", layer.down[0], s.hidden, "the last axis of x");
 }
 
 // RMS norm of every head, in place.

@@ -30,6 +30,9 @@ struct Linear {
   std::unique_ptr<Shrink> shrink;
   std::vector<RowAdapter> row_adapters;
   std::vector<float*> y_rows;
+  // A product of small matrices in the place of one, in the order in which x meets them; weight is then the last of them.
+  std::vector<Linear> factors;
+  std::vector<float> between;  // y of a factor that is not the last
   bool rearranged() const { return weight.format == Format::kInt4 && regular_groups(weight); }
 };
 
@@ -89,19 +92,19 @@ struct Activations {
 
 class Forward {
  public:
-  Forward(std::vector<Linear>& linears, const float* x, int64_t tokens, int64_t in)
+  Forward(const std::vector<Linear*>& linears, const float* x, int64_t tokens, int64_t in)
       : linears_(linears), x_(x), tokens_(tokens), in_(in) {
     many_ = tokens > kFewRows;
-    for (const Linear& l : linears) {
-      many_ |= tokens > kRows && l.weight.scale != nullptr;
-      many_ |= !regular_groups(l.weight);
+    for (const Linear* l : linears) {
+      many_ |= tokens > kRows && l->weight.scale != nullptr;
+      many_ |= !regular_groups(l->weight);
     }
     plain_.columns = in;
     even_odd_.columns = Int4Reader::padded(in);
     int64_t outs = 0;
-    for (const Linear& l : linears) {
-      (l.rearranged() ? even_odd_ : plain_).needed = true;
-      outs += l.weight.out;
+    for (const Linear* l : linears) {
+      (l->rearranged() ? even_odd_ : plain_).needed = true;
+      outs += l->weight.out;
     }
     threads_ = threads_for(outs * in * std::max<int64_t>(1, tokens / 4), 1 << 14);
     for (Activations* a : {&plain_, &even_odd_}) {
@@ -125,10 +128,10 @@ class Forward {
       panels_.resize(panel_size_ * threads_);
     }
     int64_t bytes = 0;
-    for (const Linear& l : linears) {
+    for (const Linear* l : linears) {
       first_block_.push_back(total_);
-      total_ += (l.weight.out + width_ - 1) / width_;
-      bytes += l.weight.bytes();
+      total_ += (l->weight.out + width_ - 1) / width_;
+      bytes += l->weight.bytes();
     }
     // Long contiguous shares keep the prefetchers running; several per thread let a thread that was interrupted do less.
     shares_ = tokens > kFewRows ? total_ : std::min(total_, std::clamp<int64_t>(bytes >> 17, threads_, 8 * threads_));
@@ -139,8 +142,8 @@ class Forward {
     const bool copies = plain_.copied || even_odd_.copied;
     const int64_t copy_shares = copies ? std::min<int64_t>(threads_, std::max<int64_t>(1, tokens_ * in_ >> 13)) : 0;
     for (int64_t i = 0; i < copy_shares; ++i) first.emplace_back(nullptr, i);
-    for (const Linear& l : linears_)
-      for (int64_t i = 0; l.shrink && i < l.shrink->tasks(); ++i) first.emplace_back(l.shrink.get(), i);
+    for (const Linear* l : linears_)
+      for (int64_t i = 0; l->shrink && i < l->shrink->tasks(); ++i) first.emplace_back(l->shrink.get(), i);
     // One region for both parts: a share of the product waits until the last piece before it is done, which by then runs
     // in another thread or is over, since tasks are claimed in order.
     const int64_t pieces = int64_t(first.size());
@@ -185,7 +188,7 @@ class Forward {
 
   void blocks(int64_t begin, int64_t end, float* panel) {
     for (size_t i = 0; i < linears_.size(); ++i) {
-      const Linear& l = linears_[i];
+      const Linear& l = *linears_[i];
       const int64_t last = first_block_[i] + (l.weight.out + width_ - 1) / width_;
       const int64_t b0 = std::max(begin, first_block_[i]), b1 = std::min(end, last);
       if (b0 >= b1) continue;
@@ -220,7 +223,7 @@ class Forward {
     }
   }
 
-  std::vector<Linear>& linears_;
+  const std::vector<Linear*>& linears_;
   const float* x_;
   int64_t tokens_, in_, width_ = 0, total_ = 0, shares_ = 0, panel_size_ = 0;
   int threads_ = 1;
@@ -230,24 +233,27 @@ class Forward {
   std::vector<int64_t> first_block_;
 };
 
+inline const float* read_bias(const colora::Tensor& bias, int64_t out) {
+  if (bias.absent()) return nullptr;
+  bias.expect_dtype("float32").expect_rank(1).expect_dim(0, out, "the output rows of the weight");
+  return bias.data<const float>();
+}
+
 // One linear from its six operands, which begin at input `at` of the call; everything but y is set and checked.
 inline Linear read_linear(const colora::Call& call, int at, int64_t in, const colora::Tensor& slots) {
   Linear l;
   l.weight = weight_of(call.in(at, "weight"), call.in(at + 1, "weight_scale"), in);
-  const colora::Tensor bias = call.in(at + 2, "bias");
-  if (!bias.absent()) {
-    bias.expect_dtype("float32").expect_rank(1).expect_dim(0, l.weight.out, "the output rows of the weight");
-    l.bias = bias.data<const float>();
-  }
+  l.bias = read_bias(call.in(at + 2, "bias"), l.weight.out);
   l.adapters = adapters_of(call.in(at + 3, "down"), call.in(at + 4, "up"), call.in(at + 5, "scale"), in, l.weight.out);
   if (!slots.absent() && l.adapters.present()) colora::check_slots(slots, l.adapters.slots);
   return l;
 }
 
-// y of all linears. x: (tokens, in); token t belongs to row t / per_row; row_slot: the rows' slots, or null.
-inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t tokens, int64_t per_row, int64_t in,
-                        const int32_t* row_slot) {
-  for (Linear& l : linears) {
+// y of linears without factors, as one region of work.
+inline void run_group(const std::vector<Linear*>& linears, const float* x, int64_t tokens, int64_t per_row, int64_t in,
+                      const int32_t* row_slot) {
+  for (Linear* one : linears) {
+    Linear& l = *one;
     colora::prefer_huge_pages(l.weight.data, size_t(l.weight.bytes()));
     l.y_rows.resize(size_t(tokens));
     for (int64_t t = 0; t < tokens; ++t) l.y_rows[size_t(t)] = l.y + t * l.weight.out;
@@ -265,6 +271,28 @@ inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t to
                                    l.adapters.up.from(row_slot[t / per_row] * l.weight.out * l.adapters.rank)};
   }
   Forward(linears, x, tokens, in).run();
+}
+
+// y of all linears. x: (tokens, in); token t belongs to row t / per_row; row_slot: the rows' slots, or null.
+inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t tokens, int64_t per_row, int64_t in,
+                        const int32_t* row_slot) {
+  std::vector<Linear*> whole;
+  for (Linear& l : linears) {
+    if (l.factors.empty()) {
+      whole.push_back(&l);
+      continue;
+    }
+    const float* from = x;
+    int64_t width = in;
+    for (Linear& f : l.factors) {
+      const bool last = &f == &l.factors.back();
+      if (!last) f.between.resize(size_t(tokens * f.weight.out));
+      f.y = last ? l.y : f.between.data();
+      run_group({&f}, from, tokens, per_row, width, nullptr);
+      from = f.y, width = f.weight.out;
+    }
+  }
+  if (!whole.empty()) run_group(whole, x, tokens, per_row, in, row_slot);
 }
 
 }  // namespace COLORA_ISA_NAMESPACE

@@ -14,10 +14,10 @@ class Case:
     """Random layers and a random call."""
 
     def __init__(self, seed, rows=2, tokens=1, hidden=24, kv_heads=1, group=2, dim=6, inner=20, count=2, rank=3,
-                 weights="float32", qk_norm=False, bf16_cache=False, bias=False, max_len=12):
+                 weights="float32", qk_norm=False, bf16_cache=False, bias=False, max_len=12, products=0.0):
         self.random = np.random.default_rng(seed)
         self.rows, self.tokens, self.hidden, self.count = rows, tokens, hidden, count
-        self.weights, self.rank, self.bias = weights, rank, bias
+        self.weights, self.rank, self.bias, self.products = weights, rank, bias, products
         self.x, self.residual = self.normal(rows, tokens, hidden), self.normal(rows, tokens, hidden)
         self.slots = self.random.integers(-1, 3, rows).astype(np.int32)
         angles = self.normal(max_len, dim // 2)
@@ -47,6 +47,8 @@ class Case:
         return [self.normal(n), np.float32([1e-5])]
 
     def linear(self, out, columns):
+        if self.random.random() < self.products:
+            return self.factors(out, columns)
         weight, scale = self.normal(out, columns), None
         if self.weights == "bfloat16":
             weight = to_bf16(weight)
@@ -58,6 +60,15 @@ class Case:
         if self.rank:
             adapter = [self.normal(3, self.rank, columns), self.normal(3, out, self.rank), self.normal(3)]
         return [weight, scale, self.normal(out) if self.bias else None, *adapter]
+
+    def factors(self, out, columns):
+        """In the place of a weight: a product of two or three small matrices."""
+        rank, wide = self.random.integers(1, 9, 2)
+        three = self.random.random() < 0.5
+        found = [self.normal(rank, columns), self.normal(out, wide if three else rank), self.normal(wide, rank) if three else None]
+        if self.weights == "bfloat16":
+            found = [None if factor is None else to_bf16(factor) for factor in found]
+        return [None, None, self.normal(out) if self.bias else None, *found]
 
     def fixed(self):
         return [self.x, self.residual, self.slots, self.cos, self.sin, self.cache_rows, self.start, self.length]
@@ -98,9 +109,22 @@ class Case:
         return call("rms_norm", [heads, *norm], [(heads.shape, "float32"), (heads.shape[:1], "float32")])[0].reshape(x.shape)
 
     def product(self, x, layer, *names):
+        if any(layer[name][0] is None for name in names):
+            return [self.chain(x, layer[name]) for name in names]
         outs = [first_shape(layer[name][0])[0] for name in names]
         return call("multi_lora_linear", [x, self.slots] + [t for name in names for t in layer[name]],
                     [(x.shape[:2] + (out,), "float32") for out in outs])
+
+
+    def chain(self, x, operands):
+        """A linear, or the product in its place, by itself."""
+        weight, _, bias, inner, outer, core = operands
+        if weight is not None:
+            return self.product(x, {"only": operands}, "only")[0]
+        for factor, shift in ((inner, None), (core, None), (outer, bias)):
+            if factor is not None:
+                x, = self.product(x, {"only": [factor, None, shift, None, None, None]}, "only")
+        return x
 
 
 def first_shape(value):
@@ -128,7 +152,7 @@ def check(case):
 @given(seed=st.integers(0, 2**16), rows=st.integers(1, 5), tokens=st.integers(1, 7), kv_heads=st.integers(1, 3),
        group=st.integers(1, 3), half=st.integers(1, 9), hidden=st.integers(1, 40), inner=st.integers(1, 40),
        count=st.integers(1, 3), rank=st.sampled_from([0, 1, 5, 17]), weights=st.sampled_from(["float32", "bfloat16", "int8"]),
-       qk_norm=st.booleans(), bf16_cache=st.booleans(), bias=st.booleans())
+       qk_norm=st.booleans(), bf16_cache=st.booleans(), bias=st.booleans(), products=st.sampled_from([0.0, 0.5, 1.0]))
 def test_equals_the_operators_of_its_parts(seed, half, **sizes):
     check(Case(seed, dim=2 * half, **sizes))
 
@@ -140,6 +164,10 @@ def test_usual_sizes_on_one_and_two_threads(weights, tokens):
         set_threads(threads)
         check(Case(3, rows=3, tokens=tokens, hidden=64, kv_heads=2, group=3, dim=32, inner=96, count=2, rank=16,
                    weights=weights, max_len=300))
+
+
+def test_products_of_usual_sizes_with_many_rows():
+    check(Case(11, rows=3, tokens=40, hidden=64, kv_heads=2, group=3, dim=32, inner=96, rank=4, max_len=300, products=0.7))
 
 
 def test_no_rows():
@@ -180,3 +208,16 @@ def test_shapes_are_checked_when_the_graph_is_compiled():
             layers._shapes(*(shape if i == place else s for i, s in enumerate(good)))
     with pytest.raises(KernelError, match="number of operands"):
         layers._shapes(*good[:-1])
+
+
+def test_shapes_of_products_are_checked_when_the_graph_is_compiled():
+    case = Case(7, rank=0, products=1.0)
+    case.layers[0]["down_proj"] = [None, None, None, case.normal(5, 20), case.normal(24, 4), case.normal(4, 5)]
+    good = shapes(case)
+    assert layers._shapes(*good) == ([2, 1, 24], [2, 1, 24])
+    at = layers.FIXED + 46
+    for place, shape, message in [(at + 3, [5, 19], "inner of down_proj"), (at + 4, [24, 5], "outer of down_proj"),
+                                  (at + 5, [4, 4], "core of down_proj"), (at + 4, [23, 4], "outputs of down_proj"),
+                                  (at + 2, [23], "bias of down_proj"), (at + 1, [24], "weight_scale of down_proj")]:
+        with pytest.raises(KernelError, match=message):
+            layers._shapes(*(shape if i == place else s for i, s in enumerate(good)))

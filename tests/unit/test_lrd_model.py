@@ -10,6 +10,7 @@ from colora_ms.adapters import LoraConfig, inject, load_adapter
 from colora_ms.adapters.lrd import LrdPlan, decompose, decompose_checkpoint, recompose, save_decomposed
 from colora_ms.decoding import Contrast, Generator
 from colora_ms.errors import AdapterError, CheckpointError, ColoraError, ConfigError
+from colora_ms.kernels import fuses_steps
 from colora_ms.models import build_decoder
 from colora_ms.models.checkpoint import open_checkpoint
 from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
@@ -325,3 +326,24 @@ def test_contrast_on_a_decomposed_model(tiny_decoder, word_tokenizer, tmp_path):
         e, a = expert[2 + step], base[2 + step]
         scores = np.where(e >= np.log(0.1) + e.max(), 1.7 * e - 0.7 * a, -np.inf)
         assert scores[token] >= scores.max() - 1e-3
+
+
+@pytest.mark.skipif(not fuses_steps(), reason="the compiled operators are not there")
+@pytest.mark.parametrize("factors", [2, 3])
+@pytest.mark.parametrize("model, weight_format", [("llama_bias", "float32"), ("qwen3", "int8")])
+def test_the_fused_step_takes_products(goldens, word_tokenizer, model, weight_format, factors):
+    answers = []
+    for fused in (True, False):
+        net = build_decoder(open_checkpoint(goldens / "tiny" / model), weight_format)
+        decompose(net, LrdPlan([1], ["q_proj", "o_proj", "up_proj", "down_proj"], 4, factors=factors))
+        for _, cell in net.cells_and_names():
+            if isinstance(cell, LowRankLinear):
+                cell.fusible_in_layer = fused
+        handle = inject(net, LoraConfig(r=3, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"],
+                                        layers_to_transform=[0], init_lora_weights=False), seed=1)
+        generator = Generator(net, word_tokenizer, handle, max_rows=8)
+        answers.append(generator.generate([[5, 6, 7], [9]], adapter="default", contrast=[Contrast(0.1, 1.0), None],
+                                          max_new_tokens=12, ignore_eos=True, records=True))
+        assert generator._first.fused is fused
+    for a, b in zip(*answers):
+        assert a.tokens == b.tokens and a.records == b.records
