@@ -1,8 +1,8 @@
 """Training from a recipe: its data, its model, its adapter, and the loop over them."""
 
+from colora_ms import models
 from colora_ms.adapters import inject
 from colora_ms.errors import CheckpointError
-from colora_ms.models import load_model
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import TrainingConfig
 from colora_ms.training.data import encode_examples, load_examples, make_template, without_overlap
@@ -34,7 +34,7 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
             raise CheckpointError(f"{config.output} holds a run already; continue it with resume "
                                   "(--resume), or choose another output folder")
     train_examples, held_out, removed = load_data(config)
-    decoder, tokenizer = load_model(config.model, weight_format=config.weight_format)
+    decoder, tokenizer = models.load_model(config.model, weight_format=config.weight_format)
     data, validation = encode_data(config, tokenizer, train_examples, held_out, decoder)
     say = Progress(0, 0, config.loop.progress and rank == 0).say
     say(f"training data: {data.summary()}"
