@@ -108,7 +108,6 @@ class DecoderLayer(nn.Cell):
         h, residual = self.post_attention_layernorm.add(h, residual, slots)
         return self.mlp(h, slots), residual
 
-
     @property
     def fusible(self):
         """Whether ``layer_operands()`` tells all that the layer computes, so that layers can share one kernel call."""

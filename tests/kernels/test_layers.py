@@ -115,7 +115,6 @@ class Case:
         return call("multi_lora_linear", [x, self.slots] + [t for name in names for t in layer[name]],
                     [(x.shape[:2] + (out,), "float32") for out in outs])
 
-
     def chain(self, x, operands):
         """A linear, or the product in its place, by itself."""
         weight, _, bias, inner, outer, core = operands

@@ -9,8 +9,8 @@ from colora_ms.adapters import LilyConfig, adapters_of, inject, load_adapter
 from colora_ms.decoding import Contrast, Generator
 from colora_ms.errors import ConfigError
 from colora_ms.training import run as module
-from colora_ms.training.trainer import Callback
 from colora_ms.training.config import TrainingConfig
+from colora_ms.training.trainer import Callback
 
 IDS = np.array([[3, 14, 15, 92, 65, 35, 8], [8, 9, 7, 9, 3, 2, 1], [27, 18, 28, 18, 28, 4, 5]], np.int32)
 

@@ -12,8 +12,8 @@ from colora_ms.adapters import LoraConfig, adapters_of, load_adapter
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.decoder import Decoder
 from colora_ms.training import run as module
-from colora_ms.training.trainer import Callback
 from colora_ms.training.config import TrainingConfig
+from colora_ms.training.trainer import Callback
 
 ms.set_context(mode=ms.GRAPH_MODE)
 
