@@ -162,7 +162,8 @@ def operator_calls(shape, rows, tokens, call):
     labels = random.integers(0, vocab, n).astype(np.int32)
     calls.append(("linear_cross_entropy, both ways", 1, call.Prepared(
         "linear_cross_entropy", [flat, head, labels],
-        [((1,), "float32"), ((1,), "float32"), (flat.shape, "float32"), ((n,), "float32")]), 4 * n * hidden * vocab))
+        [((1,), "float32"), ((1,), "float32"), (flat.shape, "float32"), ((n,), "float32"), ((n,), "float32")]),
+        4 * n * hidden * vocab))
     return calls
 
 

@@ -35,9 +35,29 @@ def linear_cross_entropy(hidden, weight, labels):
     Gradients: hidden and weight; that of weight is computed only where weight is trained.
     """
     if _CPU:
-        loss_sum, count, _, _ = _linear_cross_entropy(hidden, weight, labels)
+        loss_sum, count, _, _, _ = _linear_cross_entropy(hidden, weight, labels)
         return loss_sum.reshape(()), count.reshape(())
     return linear_cross_entropy_reference(hidden, weight, labels)
+
+
+def linear_token_cross_entropy(hidden, weight, labels):
+    """The cross-entropy of each token, for losses that weigh answers or tokens; the arguments of linear_cross_entropy.
+
+    As there, the forward pass also computes the gradient of ``hidden``; the gradient that arrives from behind multiplies
+    each token's row of it. No logits are kept.
+
+    Returns:
+        (tokens,) float32: ``logsumexp(z[n]) - z[n, labels[n]]``, and 0 where the label is -100; equal to
+        :func:`linear_token_losses` to the last bit.
+
+    Raises:
+        KernelError, RuntimeError: as :func:`linear_cross_entropy`.
+
+    Gradients: hidden and weight; that of weight is computed only where weight is trained.
+    """
+    if _CPU:
+        return _linear_cross_entropy(hidden, weight, labels)[4]
+    return linear_token_losses_reference(hidden, weight, labels)
 
 
 def linear_token_losses(hidden, weight, labels):
@@ -49,7 +69,7 @@ def linear_token_losses(hidden, weight, labels):
     Raises:
         KernelError, RuntimeError: as :func:`linear_cross_entropy`.
 
-    Gradients: refused (use :func:`linear_cross_entropy`).
+    Gradients: refused (use :func:`linear_cross_entropy` or :func:`linear_token_cross_entropy`).
     """
     if _CPU:
         return _linear_token_losses(hidden, weight, labels)
@@ -58,10 +78,21 @@ def linear_token_losses(hidden, weight, labels):
 
 def linear_token_losses_reference(hidden, weight, labels):
     """:func:`linear_token_losses` in built-in operators; differentiable, any device; labels are not checked."""
-    logits = ops.matmul(hidden, weight.astype(ms.float32).transpose((1, 0)))
-    scores = ops.log_softmax(logits, -1)
-    place = ops.maximum(labels, 0).reshape((-1, 1))
-    losses = -ops.gather_elements(scores, 1, place).reshape((-1,))
+    return token_losses_of_logits(ops.matmul(hidden, weight.astype(ms.float32).transpose((1, 0))), labels)
+
+
+def token_losses_of_logits(logits, labels):
+    """The cross-entropy of each token through the whole logits, for heads that are not one float matrix.
+
+    Args:
+        logits: (tokens, vocab) float32.
+        labels: (tokens,) int32, each -100 or 0 <= label < vocab (not checked).
+
+    Returns:
+        (tokens,) float32, 0 where the label is -100; differentiable, any device.
+    """
+    picked = ops.gather_elements(logits, 1, ops.maximum(labels, 0).reshape((-1, 1)))
+    losses = ops.logsumexp(logits, 1) - picked.reshape((-1,))
     return ops.where(labels == IGNORED, ops.zeros_like(losses), losses)
 
 
@@ -81,7 +112,7 @@ def _check(name, hidden, weight, labels):
 
 def _loss_shapes(hidden, weight, labels):
     _check("linear_cross_entropy", hidden, weight, labels)
-    return [1], [1], hidden, labels  # a rank of 0 would become a Python number in the graph
+    return [1], [1], hidden, labels, labels  # a rank of 0 would become a Python number in the graph
 
 
 def _token_shapes(hidden, weight, labels):
@@ -99,18 +130,20 @@ def _dtype_function(name, outputs):
 
 
 def _bprop(hidden, weight, labels, out, dout):
+    share = dout[0] + dout[4]  # of each token's loss in what is differentiated: through the sum, and by itself
     # The compiler drops the weight's part where the weight is frozen.
-    dweight = _weight_grad(hidden, weight, labels, out[3]) * dout[0]
-    return out[2] * dout[0], dweight.astype(weight.dtype), ops.zeros_like(labels)
+    dweight = _weight_grad(hidden, weight, labels, out[3], share)
+    return out[2] * share.reshape((-1, 1)), dweight.astype(weight.dtype), ops.zeros_like(labels)
 
 
 def _no_gradient(hidden, weight, labels, out, dout):
-    raise RuntimeError("linear_token_losses has no gradient; use linear_cross_entropy for training")
+    raise RuntimeError("linear_token_losses has no gradient; use linear_cross_entropy or linear_token_cross_entropy for "
+                       "training")
 
 
-# Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, and the log-sum-exp of each token.
-_linear_cross_entropy = custom("linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 4), _bprop)
-_weight_grad = custom("linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse: weight,
+# Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, the log-sum-exp of each token, the loss of each token.
+_linear_cross_entropy = custom("linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 5), _bprop)
+_weight_grad = custom("linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse, share: weight,
                       lambda *dtypes: ms.float32)
 _linear_token_losses = custom("linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1),
                               _no_gradient)

@@ -110,6 +110,26 @@ def pack_examples(items, length, order):
     return rows
 
 
+def collate(rows, size, bucket):
+    """The ``Batch`` of some rows, each a list of ``EncodedExample`` that stand one after the other in it.
+
+    Args:
+        size: rows of the batch; missing ones are filled up, see the head of this module.
+        bucket: tokens of a row, at least those of the longest less one.
+    """
+    ids = np.zeros((size, bucket), np.int32)
+    labels = np.full((size, bucket), IGNORE, np.int32)
+    lengths = np.ones(size, np.int32)
+    for number, row in enumerate(rows):
+        tokens = np.concatenate([item.ids for item in row])
+        wanted = np.concatenate([item.labels for item in row])
+        length = len(tokens) - 1
+        ids[number, :length] = tokens[:-1]
+        labels[number, :length] = wanted[1:]
+        lengths[number] = length
+    return Batch(ids, labels, lengths)
+
+
 class BatchLoader:
     """An endless, restorable sequence of batches.
 
@@ -214,17 +234,7 @@ class BatchLoader:
             yield self._collate(bucket, rows[self._rank::self._world])
 
     def _collate(self, bucket, rows):
-        ids = np.zeros((self._batch_size, bucket), np.int32)
-        labels = np.full((self._batch_size, bucket), IGNORE, np.int32)
-        lengths = np.ones(self._batch_size, np.int32)
-        for number, row in enumerate(rows):
-            tokens = np.concatenate([self._items[k].ids for k in row])
-            wanted = np.concatenate([self._items[k].labels for k in row])
-            length = len(tokens) - 1
-            ids[number, :length] = tokens[:-1]
-            labels[number, :length] = wanted[1:]
-            lengths[number] = length
-        return Batch(ids, labels, lengths)
+        return collate([[self._items[k] for k in row] for row in rows], self._batch_size, bucket)
 
     # -- state ---------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import TrainingConfig
 from colora_ms.training.data import encode_examples, load_examples, make_template, without_overlap
+from colora_ms.training.preference import PreferenceLossCell
+from colora_ms.training.preference_data import PairLoader, encode_preferences, load_preferences
 from colora_ms.training.progress import Progress
 from colora_ms.training.trainer import Trainer
 
@@ -41,14 +43,17 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
     if validation is not None:
         say(f"validation data: {validation.summary()}")
+    pairs = config.train == "dpo"
     if world > 1:
-        say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
-            f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
+        unit = "pairs" if pairs else "rows"
+        say(f"{world} workers with {config.data.batch_size} {unit} each: an update sees "
+            f"{world * config.data.batch_size * config.optimizer.accumulation_steps} {unit}")
     adapter = config.adapter_config()
     handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
                     base_model=config.model)
+    kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader} if pairs else {}
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
-                      validation, callbacks, rank=rank, world=world)
+                      validation, callbacks, rank=rank, world=world, **kind)
     return trainer.train(resume)
 
 
@@ -56,13 +61,14 @@ def load_data(config):
     """The examples of a recipe.
 
     Returns:
-        ``(train, validation, removed)``: two lists of ``Example`` (the second may be empty), and
-        the number of examples taken out of the first because their question stands in
+        ``(train, validation, removed)``: two lists of ``Example``, or of ``Preference`` with train:
+        dpo (the second may be empty), and the number of examples taken out of the first because their question stands in
         ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
         taking the shared ones out of the test instead would leave it the unusual, harder questions.
     """
-    train_examples = load_examples(config.data.train)
-    validation = load_examples(config.data.validation) if config.data.validation else []
+    load = load_preferences if config.train == "dpo" else load_examples
+    train_examples = load(config.data.train)
+    validation = load(config.data.validation) if config.data.validation else []
     test = load_examples(config.data.held_out) if config.data.held_out else []
     asked = config.evaluate or {}
     if asked.get("data") and asked.get("task", "problems") == "problems":
@@ -78,10 +84,9 @@ def encode_data(config, tokenizer, train_examples, held_out, decoder):
     template = make_template(config.data.template, tokenizer, config.data.system)
     limit = min(config.data.max_length, decoder.max_positions)
     vocabulary = decoder.config.vocab_size
-    data = encode_examples(train_examples, tokenizer, template, limit, config.data.on_long,
-                           vocabulary)
+    encode = encode_preferences if config.train == "dpo" else encode_examples
+    data = encode(train_examples, tokenizer, template, limit, config.data.on_long, vocabulary)
     validation = None
     if held_out:
-        validation = encode_examples(held_out, tokenizer, template, limit, config.data.on_long,
-                                     vocabulary)
+        validation = encode(held_out, tokenizer, template, limit, config.data.on_long, vocabulary)
     return data, validation

@@ -24,7 +24,7 @@ from colora_ms.errors import CheckpointError, ColoraError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.data import BatchLoader
 from colora_ms.training.optimizer import learning_rate
-from colora_ms.training.progress import Progress, StopSignals
+from colora_ms.training.progress import Progress, StopSignals, pair_text
 from colora_ms.training.report import RunLog, draw_loss_curve
 from colora_ms.training.step import EvaluationStep, Stepper
 
@@ -83,6 +83,7 @@ class Trainer:
         rank, world: this process and their number; only rank 0 writes files. Above one, the
             processes have to be started (``workers.start``) and share the output folder.
         loss_cell: a loss in place of ``CausalLossCell(decoder)``.
+        loader: a kind of ``BatchLoader``, for data of another kind than single examples.
 
     Raises:
         CheckpointError: the output folder cannot be written.
@@ -90,7 +91,7 @@ class Trainer:
     """
 
     def __init__(self, decoder, data, config, save_adapter, validation=None, callbacks=(), slot=0,
-                 rank=0, world=1, loss_cell=None):
+                 rank=0, world=1, loss_cell=None, loader=BatchLoader):
         self.folder = Path(config.output)
         if rank == 0:
             checkpoints.check_writable(self.folder)
@@ -102,6 +103,7 @@ class Trainer:
         if context is not None and longest > context:
             raise ConfigError(f"an example has {longest} tokens, the model's context is {context}; "
                               f"set data.max_length to at most {context}")
+        self._loader_kind = loader
         self.loader = self._loader(data, rank, world)
         self.validation = None
         if validation is not None:
@@ -120,9 +122,9 @@ class Trainer:
             # The training lengths, so that evaluation compiles no shape of its own if they fit.
             longest = max(len(item) for item in data.items) - 1
             buckets = sorted({*self.loader.buckets, max(longest, self.loader.buckets[-1])})
-        return BatchLoader(data, options.batch_size, self.config.loop.seed, buckets,
-                           options.max_buckets, options.bucket_multiple,
-                           options.packing and shuffle, rank, world, shuffle)
+        return self._loader_kind(data, options.batch_size, self.config.loop.seed, buckets,
+                                 options.max_buckets, options.bucket_multiple,
+                                 options.packing and shuffle, rank, world, shuffle)
 
     def _steps_of(self, epochs):
         batches = self.loader.batches_per_epoch * epochs
@@ -169,7 +171,7 @@ class Trainer:
                     tokens += fed
                     record = {"loss": loss, "norm": norm, "seconds": round(seconds, 4),
                               "rate": learning_rate(self.config.optimizer, self.step, self.steps),
-                              "tokens": fed, "epoch": self.loader.epoch}
+                              "tokens": fed, "epoch": self.loader.epoch, **self.stepper.figures}
                     progress.show(record)
                     if log and (self.step % self.config.loop.log_every == 0
                                 or self.step == self.steps):
@@ -196,7 +198,8 @@ class Trainer:
             if saved != self.step:
                 self._save(started)
             self.save_adapter(self.folder / "adapter")
-            draw_loss_curve(self.folder / "log.jsonl", self.folder / "loss.png")
+            unit = "answer token" if self.config.train == "sft" else "pair"
+            draw_loss_curve(self.folder / "log.jsonl", self.folder / "loss.png", f"loss per {unit} (nats)")
         result = TrainingResult(self.step, losses, validation, self.best_step, self.best_loss,
                                 self.folder / ("adapter" if self.best_step is None else "best"),
                                 seconds, tokens)
@@ -247,10 +250,10 @@ class Trainer:
             if self.rank == 0:
                 self.save_adapter(self.folder / "best")
         record = {"loss": loss, "best_step": self.best_step,
-                  "seconds": round(time.perf_counter() - began, 4)}
+                  "seconds": round(time.perf_counter() - began, 4), **self.evaluation.figures}
         if log:
             log.add("evaluation", self.step, **record)
-        progress.say(f"update {self.step}: validation loss {loss:.4f}"
+        progress.say(f"update {self.step}: validation loss {loss:.4f}" + pair_text(record)
                      + (" (best)" if self.best_step == self.step else ""))
         self._call("on_evaluation", {"step": self.step, **record})
         return loss
@@ -320,6 +323,8 @@ class Trainer:
         """What must be equal for a resumed run to continue exactly."""
         values = self.config.to_dict()
         exact = {key: values[key] for key in ("model", "weight_format", "adapter", "optimizer")}
+        if self.config.train != "sft":  # checkpoints of plain training say nothing of it
+            exact["train"], exact["dpo"] = values["train"], values["dpo"]
         exact["steps"], exact["seed"] = self.steps, self.config.loop.seed
         exact["world"] = self.world
         return json.loads(json.dumps(exact, default=str))
