@@ -69,7 +69,8 @@ def linear_token_losses(hidden, weight, labels):
     Raises:
         KernelError, RuntimeError: as :func:`linear_cross_entropy`.
 
-    Gradients: refused (use :func:`linear_cross_entropy` or :func:`linear_token_cross_entropy`).
+    Gradients: hidden and weight, at twice the cost of the forward pass; where a gradient is wanted,
+    :func:`linear_token_cross_entropy` computes it on the way.
     """
     if _CPU:
         return _linear_token_losses(hidden, weight, labels)
@@ -136,14 +137,18 @@ def _bprop(hidden, weight, labels, out, dout):
     return out[2] * share.reshape((-1, 1)), dweight.astype(weight.dtype), ops.zeros_like(labels)
 
 
-def _no_gradient(hidden, weight, labels, out, dout):
-    raise RuntimeError("linear_token_losses has no gradient; use linear_cross_entropy or linear_token_cross_entropy for "
-                       "training")
-
-
 # Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, the log-sum-exp of each token, the loss of each token.
 _linear_cross_entropy = custom("linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 5), _bprop)
 _weight_grad = custom("linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse, share: weight,
                       lambda *dtypes: ms.float32)
+
+
+def _token_bprop(hidden, weight, labels, out, dout):
+    """Computes the product again, with its gradient. Behind a stop_gradient the compiler drops all of it."""
+    _, _, slope, lse, _ = _linear_cross_entropy(hidden, weight, labels)
+    dweight = _weight_grad(hidden, weight, labels, lse, dout)
+    return slope * dout.reshape((-1, 1)), dweight.astype(weight.dtype), ops.zeros_like(labels)
+
+
 _linear_token_losses = custom("linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1),
-                              _no_gradient)
+                              _token_bprop)
