@@ -50,7 +50,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/dpo/data"), help="folder to write")
     parser.add_argument("--train", type=int, default=4000, help="sums to draw for the training")
-    parser.add_argument("--validation", type=int, default=200, help="sums to draw for the validation")
+    parser.add_argument("--validation", type=int, default=100, help="sums to draw for the validation")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     seen = set()

@@ -98,7 +98,8 @@ class PreferenceLossCell(nn.Cell):
         trained, base = hidden[:rows], ops.stop_gradient(hidden[rows:])
         if self.fused:
             weight = self.decoder.lm_head.weight
-            losses = linear_token_cross_entropy(trained.reshape((-1, trained.shape[-1])), weight, flat)
+            of_tokens = linear_token_cross_entropy if self.training else linear_token_losses  # equal, but for the gradient
+            losses = of_tokens(trained.reshape((-1, trained.shape[-1])), weight, flat)
             reference = linear_token_losses(base.reshape((-1, base.shape[-1])), weight, flat)
         else:
             logits = self.decoder.lm_head(trained, slots)
