@@ -39,6 +39,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
+        self._plain = _without_processor(backend)
+        self._begin = _begin_ids(backend, self._plain)
+        # tokens that swallow the blanks beside them, which are no text of theirs
+        self._greedy = {index: token.content for index, token in backend.get_added_tokens_decoder().items()
+                        if (token.lstrip or token.rstrip) and not token.normalized}
         self.chat_template = settings.get("chat_template")
         self.special_tokens = {name: settings[name] for name in _NAMES if settings.get(name)}
         for name in _NAMES:
@@ -55,10 +60,12 @@ class Tokenizer:
         """Token ids of a text.
 
         Special tokens that are spelled out in the text become their ids, as in a rendered chat.
+        There is never an end token behind the text, whatever the files say (``add_eos_token``): a
+        prompt goes on.  Who closes a document appends ``eos_token_id``.
 
         Args:
             text: ``str``.
-            add_special_tokens: put the begin (or end) token that the model was trained with.
+            add_special_tokens: put the begin token that the model was trained with.
 
         Returns:
             ``list[int]``; may be empty.
@@ -66,6 +73,43 @@ class Tokenizer:
         Raises:
             TokenizerError: not a string, or a string with unpaired surrogates.
         """
+        ids = self._encoding(text).ids
+        return self._begin + ids if add_special_tokens else ids
+
+    def encode_offsets(self, text, add_special_tokens=True):
+        """``encode``, with the place of each token in the text.
+
+        Args:
+            text, add_special_tokens: as in ``encode``.
+
+        Returns:
+            ``(ids, offsets)``: ``list[int]`` and an int64 array ``(tokens, 2)`` with the first
+            character of each token and the one behind its last.  A token that is a part of a
+            character has the whole character; a begin token has (0, 0).
+
+        Raises:
+            TokenizerError: as ``encode``.
+        """
+        found = self._encoding(text)
+        ids = found.ids
+        offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
+        if self._greedy:
+            for place, index in enumerate(ids):
+                content = self._greedy.get(index)
+                at = -1 if content is None else text.find(content, *offsets[place])
+                if at >= 0:
+                    offsets[place] = at, at + len(content)
+        if add_special_tokens and self._begin:
+            ids = self._begin + ids
+            offsets = np.concatenate([np.zeros((len(self._begin), 2), np.int64), offsets])
+        return ids, offsets
+
+    def normalize(self, text):
+        """The text as the tokenizer's normaliser changes it before it is cut into tokens."""
+        normalizer = self.backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    def _encoding(self, text):
         if not isinstance(text, str):
             raise TokenizerError(f"the text is a {type(text).__name__}, expected str")
         try:
@@ -73,7 +117,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text cannot be encoded: it has the unpaired surrogate "
                                  f"{text[error.start]!r} at position {error.start}") from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._plain.encode(text, add_special_tokens=False)
 
     def decode(self, ids, skip_special_tokens=True):
         """Text of token ids; bytes that are no UTF-8 become U+FFFD.
@@ -185,6 +229,40 @@ class StreamDecoder:
             if self._strip and text[0] == " ":
                 return text[1:]
         return text
+
+
+def _without_processor(backend):
+    """The backend without its post-processor, which trims blanks off the offsets; the model is shared, not copied."""
+    from tokenizers import Tokenizer as Backend
+    if backend.post_processor is None:
+        return backend
+    plain = Backend(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    added = backend.get_added_tokens_decoder()
+    plain.add_tokens([added[index] for index in sorted(added)])
+    plain.encode_special_tokens = backend.encode_special_tokens
+    if {index: token.content for index, token in plain.get_added_tokens_decoder().items()} != \
+            {index: token.content for index, token in added.items()}:
+        raise TokenizerError("the added tokens of the tokenizer have ids with gaps between them")
+    return plain
+
+
+def _begin_ids(backend, plain):
+    """The ids that the post-processor puts in front of a text."""
+    if backend.post_processor is None:
+        return []
+    for text in ("a", *list(backend.get_vocab(with_added_tokens=True))[:1000]):
+        inner = plain.encode(text, add_special_tokens=False).ids
+        if inner:
+            outer = backend.encode(text, add_special_tokens=True)
+            own = [place for place, number in enumerate(outer.sequence_ids) if number is not None]
+            if own and outer.ids[own[0]:own[0] + len(inner)] == inner:
+                return outer.ids[:own[0]]
+    raise TokenizerError("the tokenizer's post-processor does more than to put tokens around a text, which is not "
+                         "implemented")
 
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
