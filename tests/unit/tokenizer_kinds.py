@@ -55,7 +55,7 @@ def sentencepiece_model(path, prefix=True, words=True, collapse=False):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line.replace("\n", " ") for line in CORPUS), model_writer=out, vocab_size=400,
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=prefix,
-        remove_extra_whitespaces=collapse, split_by_whitespace=words, character_coverage=0.97, minloglevel=2,
+        remove_extra_whitespaces=collapse, split_by_whitespace=words, character_coverage=0.98, minloglevel=2,
         allow_whitespace_only_pieces=True, max_sentencepiece_length=12)
     with open(path, "wb") as file:
         file.write(out.getvalue())
