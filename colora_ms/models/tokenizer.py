@@ -25,7 +25,8 @@ class Tokenizer:
     Attributes:
         bos_token_id, eos_token_id, pad_token_id, unk_token_id: ``int`` or ``None``.
         vocab_size: largest id + 1 (a model's embedding may have more rows).
-        chat_template: Jinja2 source or ``None``.
+        chat_template: Jinja2 source or ``None`` (of several: the one called "default").
+        chat_templates: {name: Jinja2 source}; a single one is called "default".
         backend: the ``tokenizers.Tokenizer``.
     """
 
@@ -44,7 +45,11 @@ class Tokenizer:
         # tokens that swallow the blanks beside them, which are no text of theirs
         self._greedy = {index: token.content for index, token in backend.get_added_tokens_decoder().items()
                         if (token.lstrip or token.rstrip) and not token.normalized}
-        self.chat_template = settings.get("chat_template")
+        templates = settings.get("chat_template")
+        #: {name: Jinja2 source}; a model with one template has it as "default"
+        self.chat_templates = dict(templates) if isinstance(templates, dict) else \
+            {"default": templates} if templates else {}
+        self.chat_template = self.chat_templates.get("default")
         self.special_tokens = {name: settings[name] for name in _NAMES if settings.get(name)}
         for name in _NAMES:
             token = self.special_tokens.get(name)
@@ -138,26 +143,54 @@ class Tokenizer:
         """A fresh ``StreamDecoder`` of this tokenizer."""
         return StreamDecoder(self, skip_special_tokens)
 
-    def apply_chat_template(self, messages, add_generation_prompt=True, **variables):
+    def apply_chat_template(self, messages, add_generation_prompt=True, return_spans=False,
+                            continue_final_message=False, **variables):
         """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
 
+        Of several named templates the one called "tool_use" is taken where tools are given, else
+        "default".
+
         Args:
-            messages: list of ``{"role": "system" | "user" | "assistant", "content": str}``.
+            messages: list of ``{"role": ..., "content": ...}``, see ``chat_template.render``.
             add_generation_prompt: end with the opening of the assistant's turn.
-            **variables: further names for the template, e.g. ``tools``.
+            return_spans: also tell where the template's ``{% generation %}`` blocks lie.
+            continue_final_message: end behind the last message's text, so that it is gone on with;
+                needs ``add_generation_prompt=False``.
+            **variables: further names for the template, e.g. ``tools``, ``documents``.
 
         Returns:
-            ``str``.
+            ``str``; with ``return_spans`` ``(str, [(begin, end), ...])`` in characters.
 
         Raises:
             TokenizerError: there is no template, or it refuses the messages.
         """
-        if not self.chat_template:
+        template = self._template(variables.get("tools"))
+        variables = {**self.special_tokens, **variables}
+        if return_spans:
+            if continue_final_message:
+                raise TokenizerError("return_spans and continue_final_message cannot be asked for together")
+            return chat_template.render_spans(template, messages, add_generation_prompt, variables)
+        return chat_template.render(template, messages, add_generation_prompt, variables,
+                                    continue_final_message)
+
+    def marks_generation(self, tools=None):
+        """Whether the chat template marks the assistant's turns with ``{% generation %}`` blocks.
+
+        Args:
+            tools: as for ``apply_chat_template``: there may be another template for them.
+        """
+        return chat_template.marks_generation(self._template(tools))
+
+    def _template(self, tools):
+        if not self.chat_templates:
             raise TokenizerError("this model has no chat template; write the prompt yourself and "
                                  "use encode()")
-        names = {name: token for name, token in self.special_tokens.items()}
-        return chat_template.render(self.chat_template, messages, add_generation_prompt,
-                                    dict(names, **variables))
+        if tools is not None and "tool_use" in self.chat_templates:
+            return self.chat_templates["tool_use"]
+        if "default" not in self.chat_templates:
+            raise TokenizerError(f"this model has the chat templates {', '.join(sorted(self.chat_templates))}, but "
+                                 "none called 'default'")
+        return self.chat_templates["default"]
 
     def save(self, folder):
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as transformers reads them.
@@ -168,8 +201,11 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens,
                   "clean_up_tokenization_spaces": False,
                   "model_input_names": ["input_ids", "attention_mask"]}
-        if self.chat_template:
+        if list(self.chat_templates) == ["default"]:
             config["chat_template"] = self.chat_template
+        elif self.chat_templates:
+            config["chat_template"] = [{"name": name, "template": template}
+                                       for name, template in self.chat_templates.items()]
         try:
             os.makedirs(folder, exist_ok=True)
             for name, text in (("tokenizer.json", self.backend.to_str()),
@@ -386,7 +422,7 @@ def _read_settings(folder):
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template
                  if isinstance(item, dict)}
-        settings["chat_template"] = named.get("default")
+        settings["chat_template"] = named
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
