@@ -353,6 +353,20 @@ class RowReader:
                                 f"{', '.join(layout.columns)}.{near(column, layout.columns)}")
 
 
+def example_from_record(record, name, **options):
+    """One parsed JSON object as an ``Example`` or a ``Preference``.
+
+    Args:
+        record: the dictionary.
+        name: id of the example if the record has no ``"id"``.
+        **options: ``layout``, ``columns``, ``prompt_key``, ``completion_key``, ``messages_key`` of ``RowReader``.
+
+    Raises:
+        DataError: columns are missing or values cannot be used; the message names them.
+    """
+    return RowReader(name, **options).read(record, name)
+
+
 def _columns(columns):
     """(names that are read or None for all, ``{name in the layout: name in the file}`` where they differ)."""
     if columns is None:
