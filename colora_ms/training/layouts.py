@@ -338,7 +338,9 @@ class RowReader:
 
     def _missing(self, row, view, name, layouts):
         """The error for a row that has no layout: the columns that the nearest layout lacks."""
-        nearest = max(layouts, key=lambda one: (sum(column in view for column in one.needs), one.name == "completion"))
+        nearest = max(layouts, key=lambda one: (sum(column in self._names for column in one.needs),
+                                                sum(column in view for column in one.needs),
+                                                sum(column in view for column in one.takes), one.name == "completion"))
         missing = [self._names.get(column, column) for column in nearest.needs if column not in view]
         hint = "".join(near(key, row) for key in missing[:1])
         forms = [" and ".join(repr(self._names.get(column, column)) for column in one.needs) for one in layouts]
