@@ -168,8 +168,23 @@ def encode_examples(examples, tokenizer, template, max_length, on_long="skip", v
     if not items:
         raise DataError(f"all {len(skipped)} examples are longer than max_length={max_length} "
                         f"tokens (longest: {longest}); raise max_length")
-    return EncodedSet(items, skipped, longest, max_length, unlearned, 0, len(spanned),
-                      tuple(template_notes(spanned, len(items), template, template.parted - parted)))
+    notes = template_notes(spanned, len(items), template, template.parted - parted)
+    if not template.adds_special_tokens:
+        notes += _open_end(tokenizer, [item for item in items if examples[item.index].text is None])
+    return EncodedSet(items, skipped, longest, max_length, unlearned, 0, len(spanned), tuple(notes))
+
+
+def _open_end(tokenizer, items):
+    """A sentence if an assistant's turn does not end with a special token, at which generation could stop."""
+    backend = getattr(tokenizer, "backend", None)
+    if backend is None or not items:
+        return []
+    added = backend.get_added_tokens_decoder()
+    last = int(items[0].labels[items[0].labels != IGNORE][-1])
+    if last in added or last == getattr(tokenizer, "eos_token_id", None):
+        return []
+    return [f"an assistant's turn ends with {tokenizer.decode([last])!r}, which is no special token, as the chat template "
+            "writes it: an answer will end at a stop text or at the length, not by itself"]
 
 
 def template_notes(spanned, count, template, parted=0):
