@@ -25,7 +25,8 @@ class Tokenizer:
     Attributes:
         bos_token_id, eos_token_id, pad_token_id, unk_token_id: ``int`` or ``None``.
         vocab_size: largest id + 1 (a model's embedding may have more rows).
-        chat_template: Jinja2 source or ``None``.
+        chat_template: Jinja2 source or ``None`` (of several: the one called "default").
+        chat_templates: {name: Jinja2 source}; a single one is called "default".
         backend: the ``tokenizers.Tokenizer``.
     """
 
@@ -39,7 +40,16 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        self.chat_template = settings.get("chat_template")
+        self._plain = _without_processor(backend)
+        self._begin = _begin_ids(backend, self._plain)
+        # tokens that swallow the blanks beside them, which are no text of theirs
+        self._greedy = {index: token.content for index, token in backend.get_added_tokens_decoder().items()
+                        if (token.lstrip or token.rstrip) and not token.normalized}
+        templates = settings.get("chat_template")
+        #: {name: Jinja2 source}; a model with one template has it as "default"
+        self.chat_templates = dict(templates) if isinstance(templates, dict) else \
+            {"default": templates} if templates else {}
+        self.chat_template = self.chat_templates.get("default")
         self.special_tokens = {name: settings[name] for name in _NAMES if settings.get(name)}
         for name in _NAMES:
             token = self.special_tokens.get(name)
@@ -55,10 +65,12 @@ class Tokenizer:
         """Token ids of a text.
 
         Special tokens that are spelled out in the text become their ids, as in a rendered chat.
+        There is never an end token behind the text, whatever the files say (``add_eos_token``): a
+        prompt goes on.  Who closes a document appends ``eos_token_id``.
 
         Args:
             text: ``str``.
-            add_special_tokens: put the begin (or end) token that the model was trained with.
+            add_special_tokens: put the begin token that the model was trained with.
 
         Returns:
             ``list[int]``; may be empty.
@@ -66,6 +78,43 @@ class Tokenizer:
         Raises:
             TokenizerError: not a string, or a string with unpaired surrogates.
         """
+        ids = self._encoding(text).ids
+        return self._begin + ids if add_special_tokens else ids
+
+    def encode_offsets(self, text, add_special_tokens=True):
+        """``encode``, with the place of each token in the text.
+
+        Args:
+            text, add_special_tokens: as in ``encode``.
+
+        Returns:
+            ``(ids, offsets)``: ``list[int]`` and an int64 array ``(tokens, 2)`` with the first
+            character of each token and the one behind its last.  A token that is a part of a
+            character has the whole character; a begin token has (0, 0).
+
+        Raises:
+            TokenizerError: as ``encode``.
+        """
+        found = self._encoding(text)
+        ids = found.ids
+        offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
+        if self._greedy:
+            for place, index in enumerate(ids):
+                content = self._greedy.get(index)
+                at = -1 if content is None else text.find(content, *offsets[place])
+                if at >= 0:
+                    offsets[place] = at, at + len(content)
+        if add_special_tokens and self._begin:
+            ids = self._begin + ids
+            offsets = np.concatenate([np.zeros((len(self._begin), 2), np.int64), offsets])
+        return ids, offsets
+
+    def normalize(self, text):
+        """The text as the tokenizer's normaliser changes it before it is cut into tokens."""
+        normalizer = self.backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    def _encoding(self, text):
         if not isinstance(text, str):
             raise TokenizerError(f"the text is a {type(text).__name__}, expected str")
         try:
@@ -73,7 +122,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text cannot be encoded: it has the unpaired surrogate "
                                  f"{text[error.start]!r} at position {error.start}") from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._plain.encode(text, add_special_tokens=False)
 
     def decode(self, ids, skip_special_tokens=True):
         """Text of token ids; bytes that are no UTF-8 become U+FFFD.
@@ -94,26 +143,54 @@ class Tokenizer:
         """A fresh ``StreamDecoder`` of this tokenizer."""
         return StreamDecoder(self, skip_special_tokens)
 
-    def apply_chat_template(self, messages, add_generation_prompt=True, **variables):
+    def apply_chat_template(self, messages, add_generation_prompt=True, return_spans=False,
+                            continue_final_message=False, **variables):
         """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
 
+        Of several named templates the one called "tool_use" is taken where tools are given, else
+        "default".
+
         Args:
-            messages: list of ``{"role": "system" | "user" | "assistant", "content": str}``.
+            messages: list of ``{"role": ..., "content": ...}``, see ``chat_template.render``.
             add_generation_prompt: end with the opening of the assistant's turn.
-            **variables: further names for the template, e.g. ``tools``.
+            return_spans: also tell where the template's ``{% generation %}`` blocks lie.
+            continue_final_message: end behind the last message's text, so that it is gone on with;
+                needs ``add_generation_prompt=False``.
+            **variables: further names for the template, e.g. ``tools``, ``documents``.
 
         Returns:
-            ``str``.
+            ``str``; with ``return_spans`` ``(str, [(begin, end), ...])`` in characters.
 
         Raises:
             TokenizerError: there is no template, or it refuses the messages.
         """
-        if not self.chat_template:
+        template = self._template(variables.get("tools"))
+        variables = {**self.special_tokens, **variables}
+        if return_spans:
+            if continue_final_message:
+                raise TokenizerError("return_spans and continue_final_message cannot be asked for together")
+            return chat_template.render_spans(template, messages, add_generation_prompt, variables)
+        return chat_template.render(template, messages, add_generation_prompt, variables,
+                                    continue_final_message)
+
+    def marks_generation(self, tools=None):
+        """Whether the chat template marks the assistant's turns with ``{% generation %}`` blocks.
+
+        Args:
+            tools: as for ``apply_chat_template``: there may be another template for them.
+        """
+        return chat_template.marks_generation(self._template(tools))
+
+    def _template(self, tools):
+        if not self.chat_templates:
             raise TokenizerError("this model has no chat template; write the prompt yourself and "
                                  "use encode()")
-        names = {name: token for name, token in self.special_tokens.items()}
-        return chat_template.render(self.chat_template, messages, add_generation_prompt,
-                                    dict(names, **variables))
+        if tools is not None and "tool_use" in self.chat_templates:
+            return self.chat_templates["tool_use"]
+        if "default" not in self.chat_templates:
+            raise TokenizerError(f"this model has the chat templates {', '.join(sorted(self.chat_templates))}, but "
+                                 "none called 'default'")
+        return self.chat_templates["default"]
 
     def save(self, folder):
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as transformers reads them.
@@ -124,8 +201,11 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens,
                   "clean_up_tokenization_spaces": False,
                   "model_input_names": ["input_ids", "attention_mask"]}
-        if self.chat_template:
+        if list(self.chat_templates) == ["default"]:
             config["chat_template"] = self.chat_template
+        elif self.chat_templates:
+            config["chat_template"] = [{"name": name, "template": template}
+                                       for name, template in self.chat_templates.items()]
         try:
             os.makedirs(folder, exist_ok=True)
             for name, text in (("tokenizer.json", self.backend.to_str()),
@@ -185,6 +265,40 @@ class StreamDecoder:
             if self._strip and text[0] == " ":
                 return text[1:]
         return text
+
+
+def _without_processor(backend):
+    """The backend without its post-processor, which trims blanks off the offsets; the model is shared, not copied."""
+    from tokenizers import Tokenizer as Backend
+    if backend.post_processor is None:
+        return backend
+    plain = Backend(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    added = backend.get_added_tokens_decoder()
+    plain.add_tokens([added[index] for index in sorted(added)])
+    plain.encode_special_tokens = backend.encode_special_tokens
+    if {index: token.content for index, token in plain.get_added_tokens_decoder().items()} != \
+            {index: token.content for index, token in added.items()}:
+        raise TokenizerError("the added tokens of the tokenizer have ids with gaps between them")
+    return plain
+
+
+def _begin_ids(backend, plain):
+    """The ids that the post-processor puts in front of a text."""
+    if backend.post_processor is None:
+        return []
+    for text in ("a", *list(backend.get_vocab(with_added_tokens=True))[:1000]):
+        inner = plain.encode(text, add_special_tokens=False).ids
+        if inner:
+            outer = backend.encode(text, add_special_tokens=True)
+            own = [place for place, number in enumerate(outer.sequence_ids) if number is not None]
+            if own and outer.ids[own[0]:own[0] + len(inner)] == inner:
+                return outer.ids[:own[0]]
+    raise TokenizerError("the tokenizer's post-processor does more than to put tokens around a text, which is not "
+                         "implemented")
 
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -308,7 +422,7 @@ def _read_settings(folder):
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template
                  if isinstance(item, dict)}
-        settings["chat_template"] = named.get("default")
+        settings["chat_template"] = named
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as file:

@@ -1,13 +1,16 @@
 """Training from a recipe: its data, its model, its adapter, and the loop over them."""
 
+import warnings
+
 from colora_ms import models
 from colora_ms.adapters import inject
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import TrainingConfig
-from colora_ms.training.data import encode_examples, load_examples, make_template, without_overlap
+from colora_ms.training.data import (encode_examples, load_examples, load_preferences, make_template,
+                                     without_overlap)
 from colora_ms.training.preference import PreferenceLossCell
-from colora_ms.training.preference_data import PairLoader, encode_preferences, load_preferences
+from colora_ms.training.preference_data import PairLoader, encode_preferences
 from colora_ms.training.progress import Progress
 from colora_ms.training.trainer import Trainer
 
@@ -43,6 +46,9 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
     if validation is not None:
         say(f"validation data: {validation.summary()}")
+    report = data_report(data, validation, removed)
+    if rank == 0:
+        warn_left_out(report)
     pairs = config.train == "dpo"
     if world > 1:
         unit = "pairs" if pairs else "rows"
@@ -53,7 +59,7 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
                     base_model=config.model)
     kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader} if pairs else {}
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
-                      validation, callbacks, rank=rank, world=world, **kind)
+                      validation, callbacks, rank=rank, world=world, data_report=report, **kind)
     return trainer.train(resume)
 
 
@@ -66,16 +72,17 @@ def load_data(config):
         ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
         taking the shared ones out of the test instead would leave it the unusual, harder questions.
     """
+    columns = config.data.columns
     load = load_preferences if config.train == "dpo" else load_examples
-    train_examples = load(config.data.train)
-    validation = load(config.data.validation) if config.data.validation else []
-    test = load_examples(config.data.held_out) if config.data.held_out else []
+    train_examples = load(config.data.train, columns)
+    validation = load(config.data.validation, columns) if config.data.validation else []
+    test = load_examples(config.data.held_out, columns) if config.data.held_out else []
     asked = config.evaluate or {}
     if asked.get("data") and asked.get("task", "problems") == "problems":
         test = test + load_examples(asked["data"])
     if not validation and not test:
         return train_examples, [], 0
-    train_examples, removed = without_overlap(train_examples, validation + test)
+    train_examples, removed = without_overlap(train_examples, validation + test, config.data.loss)
     return train_examples, validation, removed
 
 
@@ -84,9 +91,36 @@ def encode_data(config, tokenizer, train_examples, held_out, decoder):
     template = make_template(config.data.template, tokenizer, config.data.system)
     limit = min(config.data.max_length, decoder.max_positions)
     vocabulary = decoder.config.vocab_size
-    encode = encode_preferences if config.train == "dpo" else encode_examples
-    data = encode(train_examples, tokenizer, template, limit, config.data.on_long, vocabulary)
-    validation = None
-    if held_out:
-        validation = encode(held_out, tokenizer, template, limit, config.data.on_long, vocabulary)
+    options = {"on_long": config.data.on_long, "vocab_size": vocabulary}
+    if config.train == "dpo":
+        encode = encode_preferences
+    else:
+        encode, options["loss"] = encode_examples, config.data.loss
+    data = encode(train_examples, tokenizer, template, limit, **options)
+    validation = encode(held_out, tokenizer, template, limit, **options) if held_out else None
     return data, validation
+
+
+def data_report(data, validation=None, removed=0):
+    """What a run was given and what was left out, for its log.
+
+    Args:
+        data, validation: ``EncodedSet``, the second may be ``None``.
+        removed: examples taken out because their question stands in the validation or test data.
+
+    Returns:
+        Dictionary of JSON values; ``warnings`` holds the sentences of all that was left out.
+    """
+    said = [f"removed {removed} that stand in the validation or test data"] if removed else []
+    said = [f"training data: {text}" for text in said + data.warnings()]
+    report = {"train": data.report(), "removed": removed}
+    if validation is not None:
+        report["validation"] = validation.report()
+        said += [f"validation data: {text}" for text in validation.warnings()]
+    return {**report, "warnings": said}
+
+
+def warn_left_out(report):
+    """Say what ``data_report`` says was left out, whether there is a progress bar or not."""
+    for text in report["warnings"]:
+        warnings.warn(text, stacklevel=3)

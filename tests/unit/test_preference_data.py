@@ -15,8 +15,8 @@ from colora_ms.training import run as module
 from colora_ms.training.config import PreferenceConfig, TrainingConfig
 from colora_ms.training.data import encode_examples, make_template
 from colora_ms.training.encoding import IGNORE, EncodedExample
-from colora_ms.training.preference_data import (EncodedPair, PairLoader, encode_preferences, load_preferences,
-                                                preference_examples)
+from colora_ms.training.layouts import example_from_record
+from colora_ms.training.preference_data import EncodedPair, PairLoader, encode_preferences
 from colora_ms.training.quantize import QuantizationConfig
 from colora_ms.training.report import read_log
 from colora_ms.training.trainer import Callback
@@ -28,48 +28,31 @@ USER, GOOD, BAD = ({"role": "user", "content": "2 + 2 ="}, {"role": "assistant",
 # -- records -------------------------------------------------------------------------------------------------------------------
 
 
+def pairs_of(records):
+    return [example_from_record(record, f"data:{number}") for number, record in enumerate(records, 1)]
+
+
 @pytest.mark.parametrize("record", [
-    {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"},
     {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-    {"prompt": [USER], "chosen": "4", "rejected": "5"},
     {"prompt": None, "chosen": [USER, GOOD], "rejected": [USER, BAD]},
     {"chosen": [USER, GOOD], "rejected": [USER, BAD]}])
-def test_the_forms_of_a_pair(record):
-    pair, = preference_examples([{**record, "id": 7, "score": 0.5}])
-    assert (pair.id, pair.question, pair.chosen, pair.rejected, pair.meta) == ("7", "2 + 2 =", "4", "5", {"score": 0.5})
-    assert pair.chosen_example.completion == "4" and pair.rejected_example.completion == "5"
-    assert (pair.chosen_example.id, pair.rejected_example.id) == ("7#chosen", "7#rejected")
-    assert pair.chosen_example.question == pair.rejected_example.question
-
-
-def test_conversations_share_all_that_both_begin_with():
-    turns = [{"role": "system", "content": "Add."}, USER, BAD, {"role": "user", "content": "Sure?"}]
-    pair, = preference_examples([{"chosen": [*turns, GOOD], "rejected": [*turns, BAD]}])
-    assert pair.chosen_example.messages == tuple(turns) == pair.rejected_example.messages
-
-
-@pytest.mark.parametrize("record, words", [
-    ({"prompt": "a", "chosen": "b"}, "expected the keys prompt, chosen and rejected"),
-    ({"chosen": "ab", "rejected": "ac"}, "without a prompt"),
-    ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "else"}, BAD]}, "different prompts"),
-    ({"prompt": "a", "chosen": " ", "rejected": "c"}, "the completion is ' '"),
-    ({"prompt": "a", "chosen": 4, "rejected": "c"}, "the completion is 4"),
-    (["a", "b", "c"], "expected the keys")])
-def test_records_that_are_no_pairs_are_counted_and_named(record, words):
-    good = {"prompt": "x", "chosen": "y", "rejected": "z"}
-    with pytest.raises(DataError, match=f"2 of 4 preference pairs cannot be used: data:2: .*{words}"):
-        preference_examples([good, record, good, record], "data")
+def test_pairs_of_messages_become_the_rows_of_pairs_of_texts(record):
+    plain, = encode([{"prompt": USER["content"], "chosen": GOOD["content"], "rejected": BAD["content"]}]).items
+    pair, = encode([record]).items
+    for side in ("chosen", "rejected"):
+        np.testing.assert_array_equal(getattr(pair, side).ids, getattr(plain, side).ids)
+        np.testing.assert_array_equal(getattr(pair, side).labels, getattr(plain, side).labels)
 
 
 def encode(records, **options):
     options = {"max_length": 40, **options}
-    return encode_preferences(preference_examples(records), LetterTokenizer(), make_template("{prompt}={completion}", None), **options)
+    return encode_preferences(pairs_of(records), LetterTokenizer(), make_template("{prompt}={completion}", None), **options)
 
 
 def test_both_answers_are_encoded_as_examples_are():
     records = [{"prompt": f"say {k}", "chosen": "ab" * k, "rejected": "cde"} for k in (1, 2, 5)]
     encoded = encode(records)
-    pairs = preference_examples(records)
+    pairs = pairs_of(records)
     for side in ("chosen", "rejected"):
         want = encode_examples([getattr(pair, f"{side}_example") for pair in pairs], LetterTokenizer(),
                                make_template("{prompt}={completion}", None), 40)
@@ -87,7 +70,7 @@ def test_a_pair_with_an_answer_that_is_too_long_is_left_out_and_said():
     assert "skipped 2 longer than 20 tokens (longest 34)" in encoded.summary()
     with pytest.raises(DataError, match="example 30-4#chosen has 33 tokens"):
         encode(records, max_length=20, on_long="error")
-    with pytest.raises(DataError, match="each of the 2 pairs has an answer that is longer than max_length=20"):
+    with pytest.raises(DataError, match="none of the 2 pairs can be used: in 2 an answer with its prompt is longer than max_length=20"):
         encode(records[1:], max_length=20)
 
 
@@ -99,18 +82,6 @@ def test_equal_answers_are_refused_with_their_number():
     same = [{"prompt": "p", "chosen": "a", "rejected": chr(ord("a") + 40)}]  # 40 letters further have the same ids
     with pytest.raises(DataError, match="1 of 1 .*have the same tokens"):
         encode(same)
-
-
-def test_files_of_pairs(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"prompt": "é", "chosen": "a", "rejected": "b"}) + "\n\n")
-    assert [pair.id for pair in load_preferences([str(path), {"kind": "jsonl", "path": str(path)}])] == ["pairs.jsonl:1"] * 2
-    for source in (str(tmp_path / "absent"), {"kind": "jsonl"}, {"kind": "gguf", "path": str(path)}, 5):
-        with pytest.raises(DataError):
-            load_preferences(source)
-    path.write_text("{")
-    with pytest.raises(DataError, match="pairs.jsonl"):
-        load_preferences(str(path))
 
 
 # -- batches -------------------------------------------------------------------------------------------------------------------
@@ -191,6 +162,7 @@ def test_the_section_is_read_with_its_defaults():
     ({"train": "dpo", "dpo": 5}, "section dpo is 5, expected settings"),
     ({"dpo": {"beta": 0.1}}, "section dpo is given, but train is sft"),
     ({"train": "dpo", "data": {"train": "t.jsonl", "packing": True}}, "data.packing joins examples"),
+    ({"train": "dpo", "data": {"train": "t.jsonl", "loss": "all"}}, "data.loss is all, but with train: dpo only"),
     ({"train": "dpo", "adapter": {"r": 4, "init_lora_weights": "pissa"}}, "init_lora_weights is 'pissa', which changes the base"),
 ])
 def test_mistakes_are_named(changes, words):
@@ -245,7 +217,8 @@ def test_a_run_learns_the_order_and_its_adapter_loads(recipe):
         def on_end(self, trainer, result):
             seen["decoder"] = trainer.stepper.loss_cell.decoder
     result = module.train(recipe("run", evaluate_every=20), callbacks=[Keep()])
-    rows = read_log(result.adapter.parent / "log.jsonl")
+    about, *rows = read_log(result.adapter.parent / "log.jsonl")
+    assert about["kind"] == "data" and about["train"]["examples"] == 48 and about["validation"]["examples"] == 16
     first, last = rows[0], rows[-1]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["margin"] == first["chosen_reward"] == 0
     assert last["kind"] == "evaluation" and last["accuracy"] > 0.7 and last["loss"] < 0.6 and last["margin"] > 0.1
