@@ -106,7 +106,7 @@ def test_every_pair_is_seen_once_with_both_answers_together(lengths, size, world
             assert batch.ids.shape == batch.labels.shape == (2 * size, batch.ids.shape[1]) and batch.ids.shape[1] in loader.buckets
             for row in range(0, 2 * size, 2):
                 if batch.labels[row].max() == IGNORE:  # fills up
-                    assert batch.labels[row + 1].max() == IGNORE and batch.lengths[row] == batch.lengths[row + 1] == 1
+                    assert batch.labels[row + 1].max() == IGNORE and batch.lengths[row] == batch.lengths[row + 1] == 0
                     continue
                 number = batch.ids[row, 0] // 100
                 for half, which in ((items[number].chosen, row), (items[number].rejected, row + 1)):
