@@ -5,7 +5,7 @@
 
 The sums are reasoning-gym's chain_sum with two or three numbers of one or two digits, as in the quick start; nothing is
 downloaded. The wrong result of a sum is one of: its last number with the other sign, or 1, 2 or 10 off. Each line has the
-keys id, prompt, chosen, rejected and mistake; no question stands in both files.
+keys id, prompt, chosen and rejected; no question stands in both files.
 """
 
 import argparse
@@ -26,11 +26,10 @@ def items(size, seed):
 
 
 def wrong_result(expression, right, choose):
-    """(a wrong result, the mistake that gives it); choose: a ``random.Random``."""
+    """A wrong result of a sum; choose: a ``random.Random``."""
     last = re.findall(r"[+-]?\d+", expression.replace(" ", ""))[-1]
     mistakes = {"sign": right - 2 * int(last), **{f"{off:+d}": right + off for off in (-10, -2, -1, 1, 2, 10)}}
-    mistake = choose.choice(sorted(name for name, value in mistakes.items() if value != right))
-    return mistakes[mistake], mistake
+    return mistakes[choose.choice(sorted(name for name, value in mistakes.items() if value != right))]
 
 
 def pairs(size, seed, seen):
@@ -40,9 +39,8 @@ def pairs(size, seed, seen):
         if question in seen:
             continue
         seen.add(question)
-        wrong, mistake = wrong_result(expression, right, random.Random(seed + index))
-        found.append({"id": f"sum-{seed}-{index}", "prompt": question, "chosen": str(right), "rejected": str(wrong),
-                      "mistake": mistake})
+        wrong = wrong_result(expression, right, random.Random(seed + index))
+        found.append({"id": f"sum-{seed}-{index}", "prompt": question, "chosen": str(right), "rejected": str(wrong)})
     return found
 
 
