@@ -204,7 +204,8 @@ class TrainingConfig(Section):
         if self.data.packing:
             problems.append("data.packing joins examples to rows, but with train: dpo the two answers of a pair are a row each; "
                             "leave it out")
-        if getattr(self.adapter_config(), "changes_base", False):
+        # What training starts from is on the disk, and never of this kind: such adapters are saved as plain LoRA.
+        if self.adapter.get("start_from") is None and getattr(self.adapter_config(), "changes_base", False):
             problems.append(f"section adapter: init_lora_weights is {self.adapter.get('init_lora_weights')!r}, which changes the base "
                             "weights, but with train: dpo the base model is the reference; use true or gaussian")
         return problems
