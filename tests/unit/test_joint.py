@@ -21,7 +21,7 @@ WORDS = ["the", " the", " little", "girl", "\n", "\n\n", "  ", "    ", " ", "\t"
 TEXTS = st.one_of(st.lists(st.sampled_from(WORDS), max_size=9).map("".join), st.text(max_size=20),
                   st.lists(st.sampled_from(kinds.SPECIAL + WORDS), max_size=6).map("".join)
                   ).filter(lambda text: "\u2581" not in text and not any("\ud800" <= c < "\ue000" for c in text))
-PROPERTY = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +82,18 @@ def test_sentencepiece_border_is_that_of_its_own_surfaces(made, tmp_path, prefix
         c.isspace() and c != " " for c in text))), share=st.floats(0, 1))
     def check(text, share):
         cut = round(share * len(text))
-        pieces = library.encode(text, out_type="proto").pieces  # begin and end count bytes
+        truth = library.encode(text, return_type="offset_mapping")
         found = encode_joint(tokenizer, text[:cut], text[cut:])
-        assert found.ids == [library.bos_id()] + [piece.id for piece in pieces]
+        assert found.ids == [library.bos_id()] + truth["ids"]
         assert found.ids == tokenizer.encode(text)
-        if not cut:
-            assert found.boundary == 1
+        if not cut or collapse and not text[:cut].strip(" "):
+            assert found.boundary == 1  # a prompt without a token of its own
             return
-        wanted = len(pieces)
-        for place in reversed(range(len(pieces))):
+        wanted, last = len(truth["ids"]), None
+        for place, (begin, end) in reversed(list(enumerate(truth["offsets"]))):
             # all bytes of a character but the last have no surface of their own
-            end = pieces[place].end if pieces[place].begin < pieces[place].end else end
-            if end > len(text[:cut].encode()):
+            last = last if begin == end and truth["pieces"][place].startswith("<0x") else end
+            if last > cut:
                 wanted = place
         assert found.boundary == wanted + 1
     check()
