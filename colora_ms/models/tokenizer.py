@@ -5,6 +5,7 @@ Sources: ``tokenizer.json``, a SentencePiece ``tokenizer.model``, the tables ins
 """
 
 import codecs
+import functools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import warnings
 import numpy as np
 
 from colora_ms.errors import CheckpointError, TokenizerError
-from colora_ms.models import chat_template, tokenizer_build
+from colora_ms.models import chat_template, tokenizer_build, turn_ends
 from colora_ms.models.gguf_reader import GgufFile
 from colora_ms.models.tokenizer_files import FLAG_CLASSES, NAMED, add_tokens, read_tokenizer_files, settings_of
 
@@ -184,6 +185,11 @@ class Tokenizer:
             return chat_template.render_spans(template, messages, add_generation_prompt, variables)
         return chat_template.render(template, messages, add_generation_prompt, variables,
                                     continue_final_message)
+
+    @functools.cached_property
+    def closing_tokens(self):
+        """Ids that the chat template writes behind an assistant's text, see ``turn_ends.closing_tokens``."""
+        return turn_ends.closing_tokens(self)
 
     def marks_generation(self, tools=None):
         """Whether the chat template marks the assistant's turns with ``{% generation %}`` blocks.
