@@ -146,3 +146,40 @@ def test_a_class_default_that_the_vocabulary_lacks_is_no_token(tmp_path):
     folder = folder_of(tmp_path, "bytes", {"config.json": {"model_type": "gemma2"}})
     tokenizer = load_tokenizer(folder)
     assert tokenizer.bos_token_id is None and tokenizer.vocab_size == 320
+
+
+@pytest.mark.parametrize("text", ["", "the little girl", "the</s>"])
+def test_an_end_token_is_never_put_behind_a_prompt(tmp_path, text):
+    """Llama-2's config with add_eos_token, a post-processor of tokenizer.json, and a GGUF that say so."""
+    import gguf
+    import sentencepiece
+    import tokenizer_kinds as kinds
+
+    config = dict(made.CASES["llama 2"][1]["tokenizer_config.json"])
+    llama2 = tmp_path / "llama2"
+    llama2.mkdir()
+    made.write_case(llama2, "spm", {"tokenizer_config.json": config})
+    processor = tmp_path / "processor"
+    processor.mkdir()
+    made.write_case(processor, "bytes_bos", {"tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"}})
+    library = sentencepiece.SentencePieceProcessor(model_file=os.path.join(made.FOLDER, "spm.model"))
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def with_end(writer, *args, **options):
+        writer.add_add_eos_token(True)
+        return write(writer, *args, **options)
+    gguf.GGUFWriter.write_header_to_file = with_end
+    try:
+        path = kinds.gguf_of_sentencepiece(library, tmp_path / "v.gguf")
+    finally:
+        gguf.GGUFWriter.write_header_to_file = write
+    for source in (llama2, processor, path):
+        tokenizer = load_tokenizer(source)
+        assert tokenizer.eos_token_id == tokenizer.backend.encode("x").ids[-1]  # the file does put one
+        ids = tokenizer.encode(text)
+        assert ids == [tokenizer.bos_token_id] + tokenizer.encode(text, add_special_tokens=False)
+        assert ids.count(tokenizer.eos_token_id) == text.count("</s>")
+        tokenizer.save(tmp_path / "saved")
+        again = load_tokenizer(tmp_path / "saved")
+        assert again.encode(text) == ids
+        assert again.backend.encode("x").ids == tokenizer.backend.encode("x").ids  # what the file says stays there
