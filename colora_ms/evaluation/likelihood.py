@@ -106,9 +106,9 @@ _NORMALISATIONS = ("none", "token", "byte")
 def multiple_choice(model, tokenizer, items, normalise="token", batch_size=8):
     """Take the choice with the highest log-likelihood after the context.
 
-    Context and choice are encoded as one text (see ``colora_ms.models.joint``); what is scored are the tokens behind the
-    context, and a token with text of both belongs to the choice.  So it does not matter on which side of the border a
-    blank is written.
+    Context and choice are encoded as one text (see ``colora_ms.models.joint``); what is scored are
+    the tokens behind the context, and a token with text of both belongs to the choice.  So it does
+    not matter on which side of the border a blank is written.
 
     Args:
         model: see the head of this module.

@@ -412,45 +412,61 @@ def _from_folder(folder, name):
     """The tokenizer of the file ``name`` with what the files beside it say."""
     files = read_tokenizer_files(folder)
     options, base = files.options, {}
-    rebuilt = files.kind == "LlamaTokenizer" and name == "tokenizer.json" and \
+    kind = files.kind or ("LlamaTokenizer" if name.endswith(".model") else None)
+    rebuilt = kind == "LlamaTokenizer" and name == "tokenizer.json" and \
         (options.get("add_prefix_space") is not None or options.get("from_slow")) and \
         os.path.isfile(os.path.join(folder, "tokenizer.model"))
+    backend = None
     if name.endswith(".model") or rebuilt:
         # as transformers: with these options tokenizer.json does not count
-        kind = files.kind or "LlamaTokenizer"
+        path = os.path.join(folder, "tokenizer.model" if rebuilt else name)
         legacy = options.get("legacy") is not False or kind != "LlamaTokenizer"
-        backend, base = tokenizer_build.from_sentencepiece(
-            os.path.join(folder, "tokenizer.model" if rebuilt else name), options.get("add_prefix_space"), legacy)
-    else:
-        kind = files.kind
+        try:
+            backend, base = tokenizer_build.from_sentencepiece(path, options.get("add_prefix_space"), legacy)
+        except TokenizerError as error:
+            if not rebuilt:
+                raise
+            warnings.warn(f"add_prefix_space calls for {path}, but {error}; tokenizer.json is used as it is",
+                          stacklevel=3)
+    if backend is None:
         backend = _read_json_backend(os.path.join(folder, name))
     add_tokens(backend, files, folder)
     settings = settings_of(files, backend, base)
-    if kind in FLAG_CLASSES:
-        begin, end = (options.get(option, default) for option, default in
-                      zip(("add_bos_token", "add_eos_token"), FLAG_CLASSES[kind]))
+    flags = FLAG_CLASSES.get("LlamaTokenizer" if name.endswith(".model") and kind not in FLAG_CLASSES else kind)
+    if flags is not None:
+        begin, end = (options.get(option, default) for option, default in zip(("add_bos_token", "add_eos_token"),
+                                                                              flags))
         tokens = [settings.get(token) if wanted else None
                   for token, wanted in (("bos_token", begin), ("eos_token", end))]
         if (tokens[0] or not begin) and all(backend.token_to_id(token) is not None for token in tokens if token):
             tokenizer_build.add_template(backend, *tokens)
-    elif kind != "LlamaTokenizer" and options.get("add_prefix_space", False) is not None:
+    if kind != "LlamaTokenizer" and options.get("add_prefix_space", False) is not None:
         _set_prefix_space(backend, options.get("add_prefix_space", False))
     if options.get("split_special_tokens"):
         backend.encode_special_tokens = True
     tokenizer = Tokenizer(backend, settings)
     wanted = options.get("add_bos_token")
-    if wanted is not None and kind not in FLAG_CLASSES and wanted != bool(tokenizer.encode("")):
-        warnings.warn(f"{folder}: tokenizer_config.json says add_bos_token: {json.dumps(wanted)}, but the post-processor of "
-                      f"{name} decides, as in transformers, and puts {'no' if wanted else 'a'} begin token", stacklevel=3)
+    if wanted is not None and flags is None and wanted != bool(tokenizer.encode("")):
+        warnings.warn(f"{folder}: tokenizer_config.json says add_bos_token: {json.dumps(wanted)}, but the "
+                      f"post-processor of {name} decides, as in transformers, and puts {'no' if wanted else 'a'} begin token",
+                      stacklevel=3)
     return tokenizer
 
 
 def _read_json_backend(path):
     from tokenizers import Tokenizer as Backend
     try:
-        return Backend.from_file(path)
+        backend = Backend.from_file(path)
+        with open(path, encoding="utf-8") as file:
+            added = json.load(file).get("added_tokens") or []
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path} is not a usable tokenizer.json: {str(error)[:200]}") from None
+    for token in added:
+        # the library counts on from the last id, whatever the file says
+        if backend.token_to_id(token["content"]) != token["id"]:
+            raise TokenizerError(f"{path} gives the added token {token['content']!r:.60} the id {token['id']}, but its "
+                                 f"vocabulary leaves {backend.token_to_id(token['content'])} for it")
+    return backend
 
 
 def _byte_level(backend):

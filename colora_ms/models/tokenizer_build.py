@@ -19,7 +19,8 @@ _BYTE_PRE = {"smollm": "digits", "starcoder": "digits", "refact": "digits", "gpt
              "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "llama-bpe": _LLAMA3, "llama3": _LLAMA3}
 
 # Tokens that end an answer by their name, whatever type the file gives them: llama.cpp's list (llama-vocab.cpp).
-_END_NAMES = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+_END_NAMES = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+              "<end_of_turn>",
               "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
               "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>"}
 
@@ -94,7 +95,8 @@ def _known_ends(pieces, types):
     """Ids of the tokens whose name ends an answer, with llama.cpp's exceptions."""
     found = {piece: index for index, piece in enumerate(pieces) if piece in _END_NAMES and types[index] != _UNUSED}
     # where "<|end|>" only ends a part of an answer (gpt-oss, solar), and where "</s>" is an ordinary word (gemma 4)
-    if "<|return|>" in found and "<|call|>" in found or "<|flush|>" in found and found.keys() & {"<|call|>", "<|calls|>"}:
+    if "<|return|>" in found and "<|call|>" in found or "<|flush|>" in found and found.keys() & {"<|call|>",
+                                                                                                 "<|calls|>"}:
         found.pop("<|end|>", None)
     if "<|tool_response>" in found:
         found.pop("</s>", None)

@@ -30,7 +30,8 @@ _USED = {*NAMED, "additional_special_tokens", "extra_special_tokens", "added_tok
 # no influence on ids: other parts of transformers, padding and truncation, how ids become text there
 _QUIET = {"model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names",
           "name_or_path", "auto_map", "processor_class", "use_default_system_prompt", "use_fast", "errors",
-          "tokenizer_file", "special_tokens_map_file", "pad_to_multiple_of", "pad_token_type_id", "max_length", "max_len",
+          "tokenizer_file", "special_tokens_map_file", "pad_to_multiple_of", "pad_token_type_id", "max_length",
+          "max_len",
           "stride", "truncation_strategy", "truncation", "padding", "spaces_between_special_tokens", "init_inputs",
           "transformers_version", "is_local", "local_files_only", "trust_remote_code", "backend", "response_schema",
           "return_token_type_ids", "fast_tokenizer_files", "verbose", "model_specific_special_tokens", "vocab_size",
@@ -94,8 +95,8 @@ def read_tokenizer_files(folder):
                      for source in (config, older)]
         first, second = described if leading else reversed(described)
         if first and second and first["content"] != second["content"]:
-            warnings.warn(f"{folder}: {name} is {described[0]['content']!r} in {_CONFIG} and {described[1]['content']!r} in "
-                          f"{_MAP}; {first['content']!r} is used, as in transformers", stacklevel=2)
+            warnings.warn(f"{folder}: {name} is {described[0]['content']!r} in {_CONFIG} and "
+                          f"{described[1]['content']!r} in {_MAP}; {first['content']!r} is used, as in transformers", stacklevel=2)
         chosen = first or second
         if chosen:
             named[name] = chosen["content"]
@@ -194,7 +195,13 @@ def _check_ids(backend, files, folder):
 
 
 def settings_of(files, backend, base=()):
-    """The ``settings`` of ``Tokenizer`` that follow from the files; ``base``: named tokens of the vocabulary's own file."""
+    """The ``settings`` of ``Tokenizer`` that follow from the files.
+
+    Args:
+        files: ``TokenizerFiles``.
+        backend: ``tokenizers.Tokenizer`` with all tokens.
+        base: named tokens of the vocabulary's own file.
+    """
     return {**files.named_in(backend, base), "additional_special_tokens": list(files.additional),
             "extra_special_tokens": files.extra, "chat_template": files.templates, "stored_ends": files.ends}
 
@@ -218,7 +225,8 @@ _DEFAULTS = {
 }
 
 # the class of a folder whose tokenizer_config.json names none, by config.json's model_type
-_BY_MODEL = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "mixtral": "LlamaTokenizer", "phi3": "LlamaTokenizer",
+_BY_MODEL = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "mixtral": "LlamaTokenizer",
+             "phi3": "LlamaTokenizer",
              "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer", "gemma3_text": "GemmaTokenizer",
              "cohere": "CohereTokenizer", "cohere2": "CohereTokenizer", "qwen2": "Qwen2Tokenizer",
              "qwen3": "Qwen2Tokenizer", "qwen2_moe": "Qwen2Tokenizer", "qwen3_moe": "Qwen2Tokenizer",
@@ -309,7 +317,8 @@ def _encoder(folder, special):
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 1 << 31 or not content:
             raise TokenizerError(f"{folder}: {_ADDED} has {content!r:.60}: {index!r:.60}, expected a token and its id")
         if index in added:
-            raise TokenizerError(f"{folder}: {_ADDED} gives {added[index]['content']!r:.60} and {content!r:.60} the id {index}")
+            raise TokenizerError(f"{folder}: {_ADDED} gives {added[index]['content']!r:.60} and {content!r:.60} the id "
+                                 f"{index}")
         added[index] = {"content": content, "special": content in special, "normalized": content not in special}
     return added
 
@@ -318,7 +327,8 @@ def _unique(folder, name, added):
     seen = {}
     for index, token in added.items():
         if seen.setdefault(token["content"], index) != index:
-            raise TokenizerError(f"{folder}: {name} gives {token['content']!r:.60} the ids {seen[token['content']]} and {index}")
+            raise TokenizerError(f"{folder}: {name} gives {token['content']!r:.60} the ids {seen[token['content']]} and "
+                                 f"{index}")
     return added
 
 
@@ -363,8 +373,8 @@ def _templates(folder, config):
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{path} cannot be read: {error}") from None
         if name in found and found[name] != templates[name]:
-            warnings.warn(f"{folder}: {os.path.relpath(path, folder)} differs from the chat template {name!r} in {_CONFIG}; "
-                          "the file is used, as in transformers", stacklevel=4)
+            warnings.warn(f"{folder}: {os.path.relpath(path, folder)} differs from the chat template {name!r} in "
+                          f"{_CONFIG}; the file is used, as in transformers", stacklevel=4)
     return templates
 
 
@@ -385,15 +395,15 @@ def _compare_added(folder, added):
     wrong = [f"{content!r:.60} ({index!r:.20}, not {by_content[content]})" for content, index in other.items()
              if content in by_content and by_content[content] != index]
     if wrong:
-        warnings.warn(f"{folder}: {_ADDED} has other ids than {_CONFIG} for {', '.join(wrong[:5])}; those of {_CONFIG} are "
-                      "used, as in transformers", stacklevel=3)
+        warnings.warn(f"{folder}: {_ADDED} has other ids than {_CONFIG} for {', '.join(wrong[:5])}; those of "
+                      f"{_CONFIG} are used, as in transformers", stacklevel=3)
     _say_ignored(folder, [content for content in other if content not in by_content], _ADDED)
 
 
 def _say_ignored(folder, tokens, name=_MAP):
     if tokens:
-        warnings.warn(f"{folder}: {name} names {', '.join(map(repr, tokens[:5]))}, which are not in the added_tokens_decoder "
-                      f"of {_CONFIG}; they are left out, as in transformers", stacklevel=3)
+        warnings.warn(f"{folder}: {name} names {', '.join(map(repr, tokens[:5]))}, which are not in the "
+                      f"added_tokens_decoder of {_CONFIG}; they are left out, as in transformers", stacklevel=3)
 
 
 def _say_unknown(folder, config):

@@ -16,9 +16,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDER = os.path.join(HERE, "tokenizer_files")
 FAST, LLAMA = "PreTrainedTokenizerFast", "LlamaTokenizer"
 
-STRINGS = ["", "the little girl", "<|im_start|>user\nhi<|im_end|>", " <|im_start|> user <|im_end|> \n", "a <mask> b<mask>c",
-           "<s>the</s> little", "x</s>y", "[PAD][PAD] the [PAD]", "<tool> <tool>\tname</tool>", "  two  blanks  ", "\n\nnew\n",
-           "é e\u0301 한국어 😀", "the<extra_0>girl<extra_1> named", "word<w> <w>word <w> .", "▁the ▁", "<|im_start|>", "Answer: 42 "]
+STRINGS = ["", "the little girl", "<|im_start|>user\nhi<|im_end|>", " <|im_start|> user <|im_end|> \n",
+           "a <mask> b<mask>c",
+           "<s>the</s> little", "x</s>y", "[PAD][PAD] the [PAD]", "<tool> <tool>\tname</tool>", "  two  blanks  ",
+           "\n\nnew\n",
+           "é e\u0301 한국어 😀", "the<extra_0>girl<extra_1> named", "word<w> <w>word <w> .", "▁the ▁", "<|im_start|>",
+           "Answer: 42 "]
 
 
 def token(content, **flags):
@@ -33,25 +36,30 @@ CASES = {
     "config without tokens": ("bytes", {"tokenizer_config.json": {"tokenizer_class": FAST}}),
     "added_tokens_decoder": ("bytes", {"tokenizer_config.json": {
         "tokenizer_class": FAST, "eos_token": "<|im_end|>", "added_tokens_decoder": {
-            "N0": token("<|im_start|>"), "N1": token("<|im_end|>"), "N2": token("<tool>", special=False, normalized=True)}}}),
+            "N0": token("<|im_start|>"), "N1": token("<|im_end|>"), "N2": token("<tool>", special=False,
+                                                                                normalized=True)}}}),
     "added_tokens_decoder with flags": ("bytes", {"tokenizer_config.json": {
         "tokenizer_class": FAST, "mask_token": "<mask>", "added_tokens_decoder": {
             "N0": token("<mask>", lstrip=True), "N1": token("<|im_start|>", rstrip=True),
             "N2": token("<w>", single_word=True), "N3": token("<tool>", special=False, rstrip=True, lstrip=True)}}}),
     "flags of a token that is there": ("bytes", {"tokenizer_config.json": {
-        "tokenizer_class": FAST, "added_tokens_decoder": {"0": token("<s>", rstrip=True), "1": token("</s>", lstrip=True)}}}),
+        "tokenizer_class": FAST, "added_tokens_decoder": {"0": token("<s>", rstrip=True), "1": token("</s>",
+                                                                                                     lstrip=True)}}}),
     "added_tokens.json": ("bytes", {"added_tokens.json": {"<|im_start|>": "N0", "<|im_end|>": "N1"},
                                     "tokenizer_config.json": {"tokenizer_class": FAST, "eos_token": "<|im_end|>"}}),
     "added_tokens.json in another order": ("bytes", {"added_tokens.json": {"<|im_end|>": "N1", "[PAD]": "N2",
                                                                            "<|im_start|>": "N0"}}),
-    "pad token in the map": ("bytes", {"added_tokens.json": {"[PAD]": "N0"}, "special_tokens_map.json": {"pad_token": "[PAD]"},
+    "pad token in the map": ("bytes", {"added_tokens.json": {"[PAD]": "N0"},
+                                       "special_tokens_map.json": {"pad_token": "[PAD]"},
                                        "tokenizer_config.json": {"tokenizer_class": FAST}}),
     "additional_special_tokens": ("bytes", {"tokenizer_config.json": {
         "tokenizer_class": FAST, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}}),
     "additional as objects": ("bytes", {"tokenizer_config.json": {
         "tokenizer_class": FAST, "additional_special_tokens": [
-            {"__type": "AddedToken", **token("<|im_end|>", lstrip=True)}, {"__type": "AddedToken", **token("<mask>")}]}}),
-    "additional in the map": ("bytes", {"special_tokens_map.json": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
+            {"__type": "AddedToken", **token("<|im_end|>", lstrip=True)}, {"__type": "AddedToken",
+                                                                           **token("<mask>")}]}}),
+    "additional in the map": ("bytes", {"special_tokens_map.json": {"additional_special_tokens": ["<|im_start|>",
+                                                                                                  "<|im_end|>"]},
                                         "tokenizer_config.json": {"tokenizer_class": FAST,
                                                                   "additional_special_tokens": ["<mask>"]}}),
     "extra_special_tokens": ("bytes", {"tokenizer_config.json": {
@@ -61,9 +69,11 @@ CASES = {
         "tokenizer_class": FAST, "additional_special_tokens": ["the"], "eos_token": "er"}}),
     "map against config": ("bytes", {"special_tokens_map.json": {"eos_token": "<s>"},
                                      "tokenizer_config.json": {"tokenizer_class": FAST, "eos_token": "</s>"}}),
-    "map against config with decoder": ("bytes", {"special_tokens_map.json": {"eos_token": "<s>"}, "tokenizer_config.json": {
+    "map against config with decoder": ("bytes", {"special_tokens_map.json": {"eos_token": "<s>"},
+    "tokenizer_config.json": {
         "tokenizer_class": FAST, "eos_token": "</s>", "added_tokens_decoder": {"N0": token("<mask>")}}}),
-    "split_special_tokens": ("bytes", {"tokenizer_config.json": {"tokenizer_class": FAST, "split_special_tokens": True}}),
+    "split_special_tokens": ("bytes", {"tokenizer_config.json": {"tokenizer_class": FAST,
+                                                                 "split_special_tokens": True}}),
     "add_prefix_space": ("bytes", {"tokenizer_config.json": {"tokenizer_class": FAST, "add_prefix_space": True}}),
     "llama class": ("bytes", {"tokenizer_config.json": {"tokenizer_class": LLAMA + "Fast", "bos_token": "<s>",
                                                         "eos_token": "</s>", "unk_token": None}}),
@@ -96,7 +106,8 @@ CASES = {
         "bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True, "rstrip": False,
                       "single_word": False},
         "eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": True, "rstrip": False,
-                      "single_word": False}, "unk_token": "<unk>", "model_max_length": 1000000000000000019884624838656}}),
+                      "single_word": False}, "unk_token": "<unk>",
+                      "model_max_length": 1000000000000000019884624838656}}),
 }
 
 
@@ -140,12 +151,14 @@ def make_bases():
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         backend.train_from_iterator(kinds.CORPUS, trainers.BpeTrainer(
-            vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            vocab_size=320, special_tokens=["<s>", "</s>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False))
         if name == "bytes_bos":
             backend.post_processor = processors.Sequence([
                 processors.ByteLevel(trim_offsets=True),
-                processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A $B", special_tokens=[("<s>", 0), ("</s>", 1)])])
+                processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A $B", special_tokens=[("<s>", 0),
+                                                                                                      ("</s>", 1)])])
         backend.save(os.path.join(FOLDER, name + ".json"), pretty=False)
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)

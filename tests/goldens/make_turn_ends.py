@@ -18,7 +18,8 @@ VOCABULARIES = {
     "gemma": ([("<bos>", 3), ("<eos>", 3), ("<start_of_turn>", 4), ("<end_of_turn>", 4)], {"eos": "<eos>"}),
     "phi, not marked": ([("<|endoftext|>", 3), ("<|end|>", 1), ("<|user|>", 1)], {"eos": "<|endoftext|>"}),
     "harmony": ([("<|return|>", 3), ("<|call|>", 3), ("<|end|>", 3), ("<|endoftext|>", 3)], {"eos": "<|return|>"}),
-    "named eot and eom": ([("</s>", 3), ("<turn>", 3), ("<message>", 3)], {"eos": "</s>", "eot": "<turn>", "eom": "<message>"}),
+    "named eot and eom": ([("</s>", 3), ("<turn>", 3), ("<message>", 3)], {"eos": "</s>", "eot": "<turn>",
+                                                                           "eom": "<message>"}),
     "others": ([("<EOT>", 3), ("_<EOT>", 3), ("[EOT]", 3), ("[EOS]", 1), ("<end_of_utterance>", 3), ("<eos>", 3),
                 ("<|im_end|>x", 1), ("<|IM_END|>", 3), ("x", 1)][:8], {"eos": "<eos>"}),
     "plain": ([("<s>", 3), ("<fin>", 3)], {"eos": "<fin>"}),
@@ -66,7 +67,8 @@ def main():
             settings.vocab_only = True
             model = llama_cpp.llama_model_load_from_file(path.encode(), settings)
             vocabulary = llama_cpp.llama_model_get_vocab(model)
-            found[name] = [pieces[index] for index in range(len(pieces)) if llama_cpp.llama_vocab_is_eog(vocabulary, index)]
+            found[name] = [pieces[index] for index in range(len(pieces)) if llama_cpp.llama_vocab_is_eog(vocabulary,
+                                                                                                         index)]
             print(name, found[name])
     with open(os.path.join(HERE, "turn_ends.json"), "w", encoding="utf-8") as file:
         json.dump(found, file, ensure_ascii=False, indent=1)

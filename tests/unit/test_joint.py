@@ -17,7 +17,8 @@ HERE = os.path.dirname(__file__)
 STORIES = os.path.join(HERE, "..", "..", "..", "shared", "data", "stories260k")
 
 WORDS = ["the", " the", " little", "girl", "\n", "\n\n", "  ", "    ", " ", "\t", "é", "e\u0301", "한국", "日本", "😀",
-         "👩‍👩‍👧", " of the", "Answer:", " 42", "x", "\u00a0", "ﬁ", "<", "|", "Ω", "\u212b", "don't", "ക്ഷ", "\u1112\u1161\u11ab"]
+         "👩‍👩‍👧", " of the", "Answer:", " 42", "x", "\u00a0", "ﬁ", "<", "|", "Ω", "\u212b", "don't", "ക്ഷ",
+         "\u1112\u1161\u11ab"]
 TEXTS = st.one_of(st.lists(st.sampled_from(WORDS), max_size=9).map("".join), st.text(max_size=20),
                   st.lists(st.sampled_from(kinds.SPECIAL + WORDS), max_size=6).map("".join)
                   ).filter(lambda text: "\u2581" not in text and not any("\ud800" <= c < "\ue000" for c in text))

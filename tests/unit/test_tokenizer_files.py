@@ -1,4 +1,4 @@
-"""Everything that the files beside a tokenizer say, against transformers' AutoTokenizer; contradictions and refusals."""
+"""What the files beside a tokenizer say, against transformers' AutoTokenizer; contradictions and refusals."""
 
 import json
 import os
@@ -51,7 +51,8 @@ def folder_of(tmp_path, base, files):
 
 
 @pytest.mark.parametrize("how", ["added_tokens.json", "added_tokens_decoder", "additional_special_tokens",
-                                 "extra_special_tokens, object", "extra_special_tokens, list", "special_tokens_map.json"])
+                                 "extra_special_tokens, object", "extra_special_tokens, list",
+                                 "special_tokens_map.json"])
 @pytest.mark.parametrize("base", ["bytes", "metaspace", "spm"])
 def test_chat_tokens_named_only_beside_the_vocabulary(tmp_path, base, how):
     pair, size = ["<|im_start|>", "<|im_end|>"], made.SIZES[base]
@@ -70,7 +71,8 @@ def test_chat_tokens_named_only_beside_the_vocabulary(tmp_path, base, how):
     inner = inner[base == "metaspace":]
     assert ids == [size, *inner, size + 1] and tokenizer.vocab_size == size + 2
     assert tokenizer.decode(ids, skip_special_tokens=False).replace(" ", "") == "<|im_start|>user\nhi<|im_end|>"
-    assert ("<|im_end|>" in tokenizer.decode(ids)) == (how == "added_tokens.json")  # which does not say that they are special
+    # that file does not say that they are special
+    assert ("<|im_end|>" in tokenizer.decode(ids)) == (how == "added_tokens.json")
 
 
 CONFIG = "tokenizer_config.json"
@@ -84,7 +86,8 @@ CONFIG = "tokenizer_config.json"
     ({"added_tokens.json": {"the": 320}}, "'the' the id 320, but the vocabulary has it at"),
     ({"added_tokens.json": {"<a>": 320, "<b>": 320}}, "'<a>' and '<b>' the id 320"),
     ({"added_tokens.json": {"<a>": "320"}}, "expected a token and its id"),
-    ({CONFIG: {"added_tokens_decoder": {"320": made.token("<a>"), "321": made.token("<a>")}}}, "'<a>' the ids 320 and 321"),
+    ({CONFIG: {"added_tokens_decoder": {"320": made.token("<a>"), "321": made.token("<a>")}}},
+     "'<a>' the ids 320 and 321"),
     ({CONFIG: {"added_tokens_decoder": {"x": made.token("<a>")}}}, "key 'x', expected a token id"),
     ({CONFIG: {"added_tokens_decoder": {"320": "<a>", "321": 3}}}, "added_tokens_decoder\\[321\\] is 3"),
     ({CONFIG: {"added_tokens_decoder": {"320": {"content": "<a>", "lstrip": 1}}}}, "lstrip 1, expected true or false"),
@@ -93,8 +96,10 @@ CONFIG = "tokenizer_config.json"
     ({CONFIG: {"bos_token": "<nope>"}}, "bos_token is '<nope>'"), ({CONFIG: {"pad_token": ["x"]}}, "pad_token is"),
     ({CONFIG: {"additional_special_tokens": "<a>"}}, "expected a list of tokens"),
     ({CONFIG: {"extra_special_tokens": {"a": None}}}, "extra_special_tokens\\['a'\\] is None"),
-    ({CONFIG: {"add_bos_token": "yes"}}, "add_bos_token is 'yes'"), ({CONFIG: {"tokenizer_class": 3}}, "tokenizer_class is 3"),
-    ({CONFIG: {"chat_template": 3}}, "chat_template is 3"), ({CONFIG: {"chat_template": [{"name": "x"}]}}, "chat_template is"),
+    ({CONFIG: {"add_bos_token": "yes"}}, "add_bos_token is 'yes'"), ({CONFIG: {"tokenizer_class": 3}},
+                                                                     "tokenizer_class is 3"),
+    ({CONFIG: {"chat_template": 3}}, "chat_template is 3"), ({CONFIG: {"chat_template": [{"name": "x"}]}},
+                                                             "chat_template is"),
     ({CONFIG: [1]}, "JSON object"), ({"generation_config.json": {"eos_token_id": ["2"]}}, "eos_token_id '2'"),
     ({"added_tokens.json": {"": 320}}, "expected a token and its id")])
 def test_files_that_are_refused(tmp_path, files, part):
@@ -109,7 +114,8 @@ def test_files_that_are_refused(tmp_path, files, part):
     ({CONFIG: {"sep_token": "[SEP]"}}, "sep_token is '\\[SEP\\]'.*left out"),
     ({CONFIG: {"added_tokens_decoder": {"320": made.token("<a>")}}, "added_tokens.json": {"<a>": 321}},
      "other ids.*'<a>' \\(321, not 320\\)"),
-    ({CONFIG: {"added_tokens_decoder": {"320": made.token("<a>")}}, "added_tokens.json": {"<b>": 321}}, "added_tokens.json names '<b>'"),
+    ({CONFIG: {"added_tokens_decoder": {"320": made.token("<a>")}}, "added_tokens.json": {"<b>": 321}},
+     "added_tokens.json names '<b>'"),
     ({CONFIG: {"added_tokens_decoder": {}}, "special_tokens_map.json": {"additional_special_tokens": ["<b>"]}},
      "special_tokens_map.json names '<b>'"),
     ({CONFIG: {"add_bos_token": False}}, "puts a begin token")])
@@ -183,3 +189,30 @@ def test_an_end_token_is_never_put_behind_a_prompt(tmp_path, text):
         again = load_tokenizer(tmp_path / "saved")
         assert again.encode(text) == ids
         assert again.backend.encode("x").ids == tokenizer.backend.encode("x").ids  # what the file says stays there
+
+
+def test_an_id_of_tokenizer_json_that_the_library_would_change(tmp_path):
+    folder = folder_of(tmp_path, "bytes", {})
+    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    values["added_tokens"].append({"id": 400, **made.token("<x>")})
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(TokenizerError, match="'<x>' the id 400, but its vocabulary leaves 320"):
+        load_tokenizer(folder)
+
+
+def test_flags_count_for_every_tokenizer_model(tmp_path):
+    """Model families with a class of their own (InternLM, Baichuan) have Llama's flags."""
+    folder = folder_of(tmp_path, "spm", {"tokenizer_config.json": {"tokenizer_class": "InternLM2Tokenizer",
+                                                                   "add_bos_token": False}})
+    assert load_tokenizer(folder).encode("the")[0] != 1
+    folder = folder_of(tmp_path, "spm", {"tokenizer_config.json": {"tokenizer_class": "InternLM2Tokenizer"}})
+    assert load_tokenizer(folder).encode("the")[0] == 1
+
+
+def test_a_model_file_that_cannot_be_built_leaves_tokenizer_json(tmp_path):
+    folder = folder_of(tmp_path, "metaspace", {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer",
+                                                                         "add_prefix_space": True}})
+    plain = load_tokenizer(folder).encode("the girl")
+    (folder / "tokenizer.model").write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="tokenizer.json is used as it is"):
+        assert load_tokenizer(folder).encode("the girl") == plain
