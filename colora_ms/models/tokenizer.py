@@ -447,9 +447,9 @@ def _from_folder(folder, name):
     tokenizer = Tokenizer(backend, settings)
     wanted = options.get("add_bos_token")
     if wanted is not None and flags is None and wanted != bool(tokenizer.encode("")):
+        puts = "no" if wanted else "a"
         warnings.warn(f"{folder}: tokenizer_config.json says add_bos_token: {json.dumps(wanted)}, but the "
-                      f"post-processor of {name} decides, as in transformers, and puts {'no' if wanted else 'a'} begin token",
-                      stacklevel=3)
+                      f"post-processor of {name} decides, as in transformers, and puts {puts} begin token", stacklevel=3)
     return tokenizer
 
 

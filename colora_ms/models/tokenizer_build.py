@@ -95,8 +95,8 @@ def _known_ends(pieces, types):
     """Ids of the tokens whose name ends an answer, with llama.cpp's exceptions."""
     found = {piece: index for index, piece in enumerate(pieces) if piece in _END_NAMES and types[index] != _UNUSED}
     # where "<|end|>" only ends a part of an answer (gpt-oss, solar), and where "</s>" is an ordinary word (gemma 4)
-    if "<|return|>" in found and "<|call|>" in found or "<|flush|>" in found and found.keys() & {"<|call|>",
-                                                                                                 "<|calls|>"}:
+    names = found.keys()
+    if {"<|return|>", "<|call|>"} <= names or "<|flush|>" in names and names & {"<|call|>", "<|calls|>"}:
         found.pop("<|end|>", None)
     if "<|tool_response>" in found:
         found.pop("</s>", None)

@@ -96,7 +96,8 @@ def read_tokenizer_files(folder):
         first, second = described if leading else reversed(described)
         if first and second and first["content"] != second["content"]:
             warnings.warn(f"{folder}: {name} is {described[0]['content']!r} in {_CONFIG} and "
-                          f"{described[1]['content']!r} in {_MAP}; {first['content']!r} is used, as in transformers", stacklevel=2)
+                          f"{described[1]['content']!r} in {_MAP}; {first['content']!r} is used, as in transformers",
+                          stacklevel=2)
         chosen = first or second
         if chosen:
             named[name] = chosen["content"]
@@ -327,8 +328,8 @@ def _unique(folder, name, added):
     seen = {}
     for index, token in added.items():
         if seen.setdefault(token["content"], index) != index:
-            raise TokenizerError(f"{folder}: {name} gives {token['content']!r:.60} the ids {seen[token['content']]} and "
-                                 f"{index}")
+            raise TokenizerError(f"{folder}: {name} gives {token['content']!r:.60} the ids {seen[token['content']]} "
+                                 f"and {index}")
     return added
 
 
