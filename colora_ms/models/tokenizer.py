@@ -449,7 +449,8 @@ def _from_folder(folder, name):
     if wanted is not None and flags is None and wanted != bool(tokenizer.encode("")):
         puts = "no" if wanted else "a"
         warnings.warn(f"{folder}: tokenizer_config.json says add_bos_token: {json.dumps(wanted)}, but the "
-                      f"post-processor of {name} decides, as in transformers, and puts {puts} begin token", stacklevel=3)
+                      f"post-processor of {name} decides, as in transformers, and puts {puts} begin token",
+                      stacklevel=3)
     return tokenizer
 
 
