@@ -117,7 +117,10 @@ def _read_alpaca(row):
             raise DataError(f"the {name} is {short(row[name])}, expected a text")
     prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input", "").strip() else "")
     said = []
-    for number, pair in enumerate(row.get("history") or ()):
+    history = row.get("history") or ()
+    if not isinstance(history, (list, tuple)):
+        raise DataError(f"the history is {short(history)}, expected a list of [question, answer]")
+    for number, pair in enumerate(history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(f"history[{number}] is {short(pair)}, expected [question, answer]")
         said += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
@@ -290,7 +293,7 @@ class RowReader:
         self._check_columns(layout, name)
         meta = {key: value for key, value in row.items() if key not in read and key != "id"}
         if self._only is None:
-            self._left.update({key: None for key, value in meta.items() if value is not None})
+            self._left.update({key: None for key, value in meta.items() if value not in (None, "", [])})
         identity = name if row.get("id") is None else str(row["id"])
         try:
             fields = layout.read(view)

@@ -193,8 +193,12 @@ def _lines(path, reader):
     """A function a line of a JSON lines file, which reads it."""
     try:
         with open(path, "rb") as handle:
+            first = True
             for number, raw in enumerate(handle, 1):
                 if raw.strip():
+                    if first and raw.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                        raise DataError(f"{path} begins with '[', which begins a JSON array and no JSON line; use kind: json")
+                    first = False
                     name = f"{path.name}:{number}"
                     yield lambda raw=raw, name=name: reader.read(_parse(raw, name), name)
     except OSError as error:

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as Backend
 
 from colora_ms.errors import DataError
@@ -354,3 +355,45 @@ def test_questions_are_compared_whatever_their_layout():
     said = data.example_from_record({"messages": [USER, ANSWER, {"role": "user", "content": "r"}, ANSWER]}, "d")
     assert data.without_overlap([said, other], [read[0]], "last")[1] == 0
     assert data.without_overlap([said, other], [read[0]], "all")[1] == 1, "its answer would be learned"
+
+
+# -- whatever a file holds -------------------------------------------------------------------------
+
+VALID = [line for line in CASES["lines"].values()] + list(ROWS.values())
+junk = st.recursive(st.none() | st.booleans() | st.integers(-2, 2) | st.floats(allow_nan=False) | st.sampled_from(
+    ["", "x", "user", "assistant", "{}", "[1]", "text"]), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "type", "text", "function", "name", "arguments", "x"]), inner,
+        max_size=3), max_leaves=8)
+
+
+def with_junk(value, draw):
+    """``value`` with one part, at some depth, replaced by junk."""
+    if isinstance(value, (dict, list)) and value and draw(st.integers(0, 3)):
+        key = draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+        made = dict(value) if isinstance(value, dict) else list(value)
+        made[key] = with_junk(value[key], draw)
+        return made
+    return draw(junk)
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(VALID), st.data())
+def test_a_damaged_row_is_read_or_refused_with_its_place(row, drawn):
+    damaged = with_junk(row, drawn.draw)
+    tokenizer = tokenizer_of("byte_level", "chatml")
+    try:
+        found = data.example_from_record(damaged, "d.jsonl:7")
+    except DataError as error:
+        assert str(error).startswith("d.jsonl:7: ")
+        return
+    for example in [found.chosen_example, found.rejected_example] if isinstance(found, Preference) else [found]:
+        assert isinstance(example.completion, str) and isinstance(example.question, str)
+        for one in data.encode_example(example, tokenizer, data.make_template("chat", tokenizer), "all"):
+            assert (one.labels[one.labels != IGNORE] == one.ids[one.labels != IGNORE]).all()
+
+
+def test_an_array_in_a_file_of_lines_is_explained_and_read_as_json(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([ROWS["alpaca"]] * 2, indent=1))
+    with pytest.raises(DataError, match="use kind: json"):
+        data.load_examples(str(tmp_path / "d.json"))
+    assert len(data.load_examples({"kind": "json", "path": str(tmp_path / "d.json")})) == 2
