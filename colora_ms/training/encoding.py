@@ -185,8 +185,9 @@ def _open_end(tokenizer, items):
     last = int(items[0].labels[items[0].labels != IGNORE][-1])
     if last in added or last == getattr(tokenizer, "eos_token_id", None):
         return []
-    return [f"an assistant's turn ends with {tokenizer.decode([last])!r}, which is no special token, as the chat "
-            "template writes it: an answer will end at a stop text or at the length, not by itself"]
+    return [f"what is learned of an assistant's turn ends with {tokenizer.decode([last])!r}, which is no special token: "
+            "the chat template writes none there, or none inside its {% generation %} block, so that answers will end at a "
+            "stop text or at the length, not by themselves"]
 
 
 def template_notes(spanned, count, template, parted=0):
