@@ -222,6 +222,7 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **named,
                   **({"extra_special_tokens": extra} if extra else {}),
                   **({"split_special_tokens": True} if self.backend.encode_special_tokens else {}),
+                  **({"add_prefix_space": True} if _byte_level(self.backend).get("add_prefix_space") else {}),
                   "clean_up_tokenization_spaces": False,
                   "model_input_names": ["input_ids", "attention_mask"]}
         if list(self.chat_templates) == ["default"]:
@@ -452,12 +453,16 @@ def _read_json_backend(path):
         raise TokenizerError(f"{path} is not a usable tokenizer.json: {str(error)[:200]}") from None
 
 
+def _byte_level(backend):
+    """The state of a ByteLevel pre-tokenizer; empty for another."""
+    state = {} if backend.pre_tokenizer is None else json.loads(backend.pre_tokenizer.__getstate__())
+    return state if state.get("type") == "ByteLevel" else {}
+
+
 def _set_prefix_space(backend, wanted):
     """transformers puts the config's add_prefix_space (false if it has none) into a ByteLevel pre-tokenizer."""
     from tokenizers import pre_tokenizers
-    if backend.pre_tokenizer is None:
-        return
-    state = json.loads(backend.pre_tokenizer.__getstate__())
-    if state.get("type") == "ByteLevel" and state.get("add_prefix_space") != wanted:
+    state = _byte_level(backend)
+    if state and state.get("add_prefix_space") != wanted:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(
             add_prefix_space=wanted, **{name: state[name] for name in ("trim_offsets", "use_regex") if name in state})

@@ -146,7 +146,7 @@ def add_tokens(backend, files, folder):
         # as in transformers: flags of tokenizer_config.json stand before those of tokenizer.json
         if index not in known or files.source == _CONFIG and repr(known[index]) != repr(token):
             token.special = token.special or token.content in special
-            adding.append(token)
+            adding.append(_matched(backend, token))
     have = {token.content for token in known.values()} | {token.content for token in adding}
     listed = [token for token in special if token not in files.additional and token not in files.extra.values()]
     for content in dict.fromkeys([*sorted(listed), *files.additional, *files.extra.values()]):
@@ -157,6 +157,20 @@ def add_tokens(backend, files, folder):
         if backend.token_to_id(token["content"]) != index:
             raise TokenizerError(f"{folder}: {files.source} gives {token['content']!r:.60} the id {index}, but the "
                                  f"vocabulary has gaps, so it would get {backend.token_to_id(token['content'])}")
+
+
+def _matched(backend, token):
+    """The token, matched in the text as it is written where the normaliser would change its own spelling.
+
+    SentencePiece's normaliser puts a blank in front, so "<|im_end|>" would only be found behind one: transformers' fast
+    tokenizers lose it there, its slow ones do not.
+    """
+    from tokenizers import AddedToken
+    if not token.normalized or backend.normalizer is None or \
+            backend.normalizer.normalize_str(token.content) == token.content:
+        return token
+    return AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, single_word=token.single_word,
+                      special=token.special, normalized=False)
 
 
 def _check_ids(backend, files, folder):

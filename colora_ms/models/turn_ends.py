@@ -71,16 +71,15 @@ def template_end(closing, known=()):
         known: ids that end an answer for another reason; if one of them stands there, it is the end.
     """
     within, last = closing
-    for run in (within, last):
-        ends = [index for index in run if index in known]
-        if ends:
-            return (ends[0],)
     common = 0
     while common < min(len(within), len(last)) and within[common] == last[common]:
         common += 1
+    ends = [index for index in within[:common] or last if index in known]
+    if ends:
+        return (ends[0],)
     if common:
         return (within[common - 1],)
-    # nothing ends a turn: what opens the next one tells that this one is over
+    # nothing ends every turn: what opens the next one tells that this one is over
     return within[:1] or last[:1]
 
 
