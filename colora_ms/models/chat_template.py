@@ -97,8 +97,8 @@ def render_spans(template, messages, add_generation_prompt=False, variables=None
         else:
             length += 1
     if marked.replace(marks[0], "").replace(marks[1], "") != text:
-        raise TokenizerError("the chat template changes the text of a {% generation %} block after the block (a filter over "
-                             "it, say), so the places of the assistant's turns cannot be told")
+        raise TokenizerError("the chat template changes the text of a {% generation %} block after the block (a "
+                             "filter over it, say), so the places of the assistant's turns cannot be told")
     return text, spans
 
 
@@ -117,7 +117,8 @@ def _run(template, messages, add_generation_prompt, variables):
     _check_records("tools", names["tools"])
     _check_records("documents", names["documents"])
     with _said():
-        return _compile(template).render(**{**names, "messages": messages, "add_generation_prompt": add_generation_prompt})
+        return _compile(template).render(**{**names, "messages": messages,
+                                            "add_generation_prompt": add_generation_prompt})
 
 
 @contextlib.contextmanager
@@ -214,12 +215,12 @@ def _check(messages):
         if content is None and role in ("assistant", "model"):
             continue  # tool calls, or reasoning, or an answer that was cut
         if content is None:
-            raise TokenizerError(f"messages[{index}] is {message!r:.80}, expected a dictionary with 'role' and 'content' "
-                                 "(only an assistant's message may be without content)")
+            raise TokenizerError(f"messages[{index}] is {message!r:.80}, expected a dictionary with 'role' and "
+                                 "'content' (only an assistant's message may be without content)")
         parts = isinstance(content, (list, tuple)) and all(isinstance(part, (dict, str)) for part in content)
         if not isinstance(content, str) and not parts and role not in ("tool", "ipython", "function"):
-            raise TokenizerError(f"messages[{index}]: the content is {content!r:.80}, expected a text or a list of parts "
-                                 "such as {'type': 'text', 'text': ...}")
+            raise TokenizerError(f"messages[{index}]: the content is {content!r:.80}, expected a text or a list of "
+                                 "parts such as {'type': 'text', 'text': ...}")
 
 
 def _check_records(name, value):

@@ -112,6 +112,6 @@ def _by_prefix(tokenizer, prompt, text, add_special_tokens):
     head = list(tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
     ids = list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
     if ids[:len(head)] != head:
-        raise TokenizerError("the tokenizer changes the prompt's ids when text follows, and has no encode_offsets() that "
-                             "says where its tokens lie; use colora_ms.models.tokenizer.Tokenizer")
+        raise TokenizerError("the tokenizer changes the prompt's ids when text follows, and has no encode_offsets() "
+                             "that says where its tokens lie; use colora_ms.models.tokenizer.Tokenizer")
     return JointIds(ids, len(head), False)

@@ -21,7 +21,7 @@ from colora_ms.training.templates import ChatTemplate, TextTemplate, make_templa
 
 __all__ = [
     "Batch", "BatchLoader", "ChatTemplate", "EncodedExample", "EncodedSet", "Example", "IGNORE", "LAYOUTS", "Layout",
-    "Preference", "TextTemplate", "choose_buckets", "encode_example", "encode_examples", "end_token", "example_from_record",
-    "hugging_face_examples", "load_examples", "load_preferences", "make_template", "pack_examples", "prompt_ids",
-    "read_jsonl", "reasoning_gym_examples", "with_columns", "without_overlap",
+    "Preference", "TextTemplate", "choose_buckets", "encode_example", "encode_examples", "end_token",
+    "example_from_record", "hugging_face_examples", "load_examples", "load_preferences", "make_template",
+    "pack_examples", "prompt_ids", "read_jsonl", "reasoning_gym_examples", "with_columns", "without_overlap",
 ]

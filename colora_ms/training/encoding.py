@@ -1,7 +1,7 @@
 """Examples as token ids, with labels only on the answer.
 
-``labels[t]`` is ``ids[t]`` where token ``t`` belongs to the answer (what ends it included: the end-of-text token behind a
-plain text, what the chat template writes behind the assistant's turn) and ``IGNORE`` elsewhere, as in Hugging Face's
+``labels[t]`` is ``ids[t]`` where token ``t`` belongs to the answer (what ends it included: the end-of-text token behind
+a plain text, what the chat template writes behind the assistant's turn) and ``IGNORE`` elsewhere, as in Hugging Face's
 convention; the shift by one happens in the batches.
 """
 
@@ -88,8 +88,9 @@ class EncodedSet:
     def report(self):
         """What was used and what was left out, as JSON values for a run's log."""
         return {"examples": len(self.items), "tokens": sum(len(item) for item in self.items),
-                "max_length": self.max_length, "skipped": len(self.skipped), "skipped_ids": list(self.skipped[:_LISTED]),
-                "longest_skipped": self.longest_skipped, "unlearned": len(self.unlearned),
+                "max_length": self.max_length, "skipped": len(self.skipped),
+                "skipped_ids": list(self.skipped[:_LISTED]), "longest_skipped": self.longest_skipped,
+                "unlearned": len(self.unlearned),
                 "unlearned_ids": list(self.unlearned[:_LISTED]), "left_tokens": self.left_tokens,
                 "spanning": self.spanning, "notes": list(self.notes)}
 
@@ -99,8 +100,8 @@ class EncodedSet:
             found.append(f"skipped {len(self.skipped)} longer than {self.max_length} tokens "
                          f"(longest {self.longest_skipped})")
         if self.unlearned:
-            found.append(f"left out {len(self.unlearned)} without a loss (weight 0, or an answer without a token; the first "
-                         f"is {self.unlearned[0]})")
+            found.append(f"left out {len(self.unlearned)} without a loss (weight 0, or an answer without a token; the "
+                         f"first is {self.unlearned[0]})")
         if self.left_tokens:
             found.append(f"left out the last {self.left_tokens} tokens, which fill no window of {self.max_length}")
         return found
@@ -164,7 +165,8 @@ def encode_examples(examples, tokenizer, template, max_length, on_long="skip", v
     if not examples:
         raise DataError("there are no examples to encode")
     if not items and not skipped:
-        raise DataError(f"none of the {len(unlearned)} examples carries a loss: their answers have weight 0, or no token")
+        raise DataError(f"none of the {len(unlearned)} examples carries a loss: their answers have weight 0, or no "
+                        "token")
     if not items:
         raise DataError(f"all {len(skipped)} examples are longer than max_length={max_length} "
                         f"tokens (longest: {longest}); raise max_length")
@@ -183,8 +185,9 @@ def _open_end(tokenizer, items):
     last = int(items[0].labels[items[0].labels != IGNORE][-1])
     if last in added or last == getattr(tokenizer, "eos_token_id", None):
         return []
-    return [f"an assistant's turn ends with {tokenizer.decode([last])!r}, which is no special token, as the chat template "
-            "writes it: an answer will end at a stop text or at the length, not by itself"]
+    return [f"what is learned of an assistant's turn ends with {tokenizer.decode([last])!r}, which is no special token: "
+            "the chat template writes none there, or none inside its {% generation %} block, so that answers will end at a "
+            "stop text or at the length, not by themselves"]
 
 
 def template_notes(spanned, count, template, parted=0):
@@ -199,15 +202,15 @@ def template_notes(spanned, count, template, parted=0):
     found = []
     if len(spanned) > SPANNING_SHARE * count:
         found.append(f"in {len(spanned)} of {count} examples one token holds the end of the prompt and the beginning of "
-                     f"the answer (the first: {spanned[0]}). The model is asked with the prompt alone, which ends with other "
-                     "tokens than it has learned from: let prompts end where a token ends, that is behind a word, with the "
-                     "blank or line break behind it at the beginning of the answer")
+                     f"the answer (the first: {spanned[0]}). The model is asked with the prompt alone, which ends with "
+                     "other tokens than it has learned from: let prompts end where a token ends, that is behind a word, "
+                     "with the blank or line break behind it at the beginning of the answer")
     for name in template.unwritten:
         found.append(f"the chat template does not write {name}, which some examples have, so that it is not learned")
     if parted:
         found.append(f"in {parted} examples the chat template opens the assistant's turn with more than it writes in "
-                     "front of an answer, so that the model learns to answer behind another prompt than the one it is asked "
-                     "with")
+                     "front of an answer, so that the model learns to answer behind another prompt than the one it is "
+                     "asked with")
     return found
 
 
@@ -230,8 +233,8 @@ def encode_example(example, tokenizer, template, loss="last"):
         example, tokenizer, template, loss: as in ``encode_examples``.
 
     Returns:
-        List of ``EncodedText``: one; none if no token carries a loss; several for a conversation that ``loss="all"`` (or an
-        answer of several messages) makes into one example a turn.
+        List of ``EncodedText``: one; none if no token carries a loss; several for a conversation that ``loss="all"``
+        (or an answer of several messages) makes into one example a turn.
 
     Raises:
         DataError: the template cannot render it, the prompt has no token, or the tokenizer has no end-of-text token.

@@ -102,8 +102,8 @@ class Example:
 class Preference:
     """A question with a better and a worse answer.
 
-    Exactly one of ``prompt`` and ``messages`` is set. The answers are texts, or tuples of messages that begin and end with
-    an assistant's message.
+    Exactly one of ``prompt`` and ``messages`` is set. The answers are texts, or tuples of messages that begin and end
+    with an assistant's message.
 
     Attributes:
         chosen, rejected: the better and the worse answer.

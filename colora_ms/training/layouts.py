@@ -2,11 +2,11 @@
 
     completion            {"prompt": "2 + 2 =", "completion": "4"}
     completion_messages   the same with lists of messages on both sides
-    messages              OpenAI's chat lines: {"messages": [{"role": "user", "content": "2 + 2 ="}, ...], "tools": [...]}
+    messages              OpenAI's chat lines: {"messages": [{"role": "user", "content": "2 + 2 ="}, ...]}
     sharegpt              {"conversations": [{"from": "human", "value": "2 + 2 ="}, {"from": "gpt", "value": "4"}]}
     alpaca                {"instruction": "Add.", "input": "2 + 2", "output": "4"}
-    preference            {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}: texts or messages; without a prompt, it is
-                          what both begin with
+    preference            {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}: texts or messages; without a
+                          prompt, it is what both begin with
     text                  {"text": "a document"}
 
 ``LAYOUTS`` has one record a layout, so that a further one is a further record. ``null`` equals absent.
@@ -21,8 +21,8 @@ from colora_ms.training.messages import clean_messages, parse_json, short
 
 #: What ShareGPT's ``from`` may say, and the role that it means.
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-            "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "developer": "developer",
-            "tool": "tool", "function": "tool", "observation": "tool", "function_call": "assistant"}
+            "bing": "assistant", "bard": "assistant", "model": "assistant", "function_call": "assistant",
+            "system": "system", "developer": "developer", "tool": "tool", "function": "tool", "observation": "tool"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ def _turn(turn, where):
         return turn
     speaker, value = turn.pop("from"), turn.pop("value", None)
     if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
-        raise DataError(f"{where} is from {short(speaker)}, expected one of {', '.join(SPEAKERS)}.{near(speaker, SPEAKERS)}")
+        raise DataError(f"{where} is from {short(speaker)}, expected one of {', '.join(SPEAKERS)}."
+                        f"{near(speaker, SPEAKERS)}")
     if "role" in turn or "content" in turn:
         raise DataError(f"{where} has 'from' and also role or content, expected 'from' and 'value'")
     message = {"role": SPEAKERS[speaker.lower()], **turn}
@@ -117,7 +118,10 @@ def _read_alpaca(row):
             raise DataError(f"the {name} is {short(row[name])}, expected a text")
     prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input", "").strip() else "")
     said = []
-    for number, pair in enumerate(row.get("history") or ()):
+    history = row.get("history") or ()
+    if not isinstance(history, (list, tuple)):
+        raise DataError(f"the history is {short(history)}, expected a list of [question, answer]")
+    for number, pair in enumerate(history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(f"history[{number}] is {short(pair)}, expected [question, answer]")
         said += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
@@ -212,8 +216,8 @@ def _tools(row):
     if row.get("functions"):
         if row.get("tools"):
             raise DataError("the row has both functions and tools, expected tools alone")
-        functions = row["functions"]
-        return [{"type": "function", "function": one} for one in functions] if isinstance(functions, list) else functions
+        found = row["functions"]
+        return [{"type": "function", "function": one} for one in found] if isinstance(found, list) else found
     return row.get("tools") or ()
 
 
@@ -222,9 +226,10 @@ LAYOUTS = (
     Layout("preference", ("chosen", "rejected"), _read_preference, ("prompt", "tools", "functions")),
     Layout("messages", ("messages",), _read_messages, ("tools", "functions"), family="answers"),
     Layout("sharegpt", ("conversations",), _read_sharegpt, ("system", "tools", "functions")),
-    Layout("completion", ("prompt", "completion"), _read_completion, ("tools", "functions"), lists=False, family="answers"),
-    Layout("completion_messages", ("prompt", "completion"), _read_completion_messages, ("tools", "functions"), lists=True,
+    Layout("completion", ("prompt", "completion"), _read_completion, ("tools", "functions"), lists=False,
            family="answers"),
+    Layout("completion_messages", ("prompt", "completion"), _read_completion_messages, ("tools", "functions"),
+           lists=True, family="answers"),
     Layout("alpaca", ("instruction", "output"), _read_alpaca, ("input", "system", "history", "tools")),
     Layout("text", ("text",), _read_text),
 )
@@ -248,8 +253,8 @@ class RowReader:
     Args:
         file: what the warning calls the file.
         layout: name of the layout; recognised from the first row if left out.
-        columns: the columns to read, a list of names, or ``{name in the layout: name in the file}``; all others are left
-            out without a warning. All that the layout knows if left out.
+        columns: the columns to read, a list of names, or ``{name in the layout: name in the file}``; all others are
+            left out without a warning. All that the layout knows if left out.
         prompt_key, completion_key, messages_key: names in the file of these three columns.
 
     Raises:
@@ -290,7 +295,7 @@ class RowReader:
         self._check_columns(layout, name)
         meta = {key: value for key, value in row.items() if key not in read and key != "id"}
         if self._only is None:
-            self._left.update({key: None for key, value in meta.items() if value is not None})
+            self._left.update({key: None for key, value in meta.items() if value not in (None, "", [])})
         identity = name if row.get("id") is None else str(row["id"])
         try:
             fields = layout.read(view)
@@ -304,9 +309,9 @@ class RowReader:
         """Say once which columns were not read, if there are any."""
         if self._left:
             read = [self._names.get(name, name) for name in self._first.columns]
-            warnings.warn(f"{self.file}: the column{'s' if len(self._left) > 1 else ''} {', '.join(map(str, self._left))} "
-                          f"{'are' if len(self._left) > 1 else 'is'} not read (layout {self._first.name} reads "
-                          f"{', '.join(read)}); name what is read with columns to say that this is meant", stacklevel=2)
+            which = f"s {', '.join(self._left)} are" if len(self._left) > 1 else f" {next(iter(self._left))} is"
+            warnings.warn(f"{self.file}: the column{which} not read (layout {self._first.name} reads {', '.join(read)}); "
+                          "name what is read with columns to say that this is meant", stacklevel=2)
             self._left = {}
 
     def _view(self, row):
@@ -351,8 +356,8 @@ class RowReader:
         """Columns that were asked for must be such as the layout reads."""
         for column in self._only or ():
             if column not in layout.columns and column != "id":
-                raise DataError(f"{name}: columns has {column!r}, which the layout {layout.name} does not read; it reads "
-                                f"{', '.join(layout.columns)}.{near(column, layout.columns)}")
+                raise DataError(f"{name}: columns has {column!r}, which the layout {layout.name} does not read; it "
+                                f"reads {', '.join(layout.columns)}.{near(column, layout.columns)}")
 
 
 def example_from_record(record, name, **options):
@@ -377,5 +382,6 @@ def _columns(columns):
         columns = {name: name for name in columns if isinstance(name, str)} if \
             all(isinstance(name, str) for name in columns) else None
     if not isinstance(columns, dict) or not columns or not all(isinstance(name, str) for name in columns.values()):
-        raise DataError(f"columns is {short(columns)}, expected a list of names, or {{name in the layout: name in the file}}")
+        raise DataError(f"columns is {short(columns)}, expected a list of names, or "
+                        "{name in the layout: name in the file}")
     return set(columns), {name: key for name, key in columns.items() if name != key}

@@ -1,8 +1,8 @@
 """The messages of a conversation as people have them, checked and brought into the one form that templates are given.
 
 ``null`` equals absent for the fields of a message, of a tool call and of its function; nulls inside a call's arguments
-stay, since a model may have to write them. Content that comes in parts becomes one text, and arguments that come as a JSON
-text are parsed, or a template would write them as JSON a second time. OpenAI's older ``function_call`` and role
+stay, since a model may have to write them. Content that comes in parts becomes one text, and arguments that come as a
+JSON text are parsed, or a template would write them as JSON a second time. OpenAI's older ``function_call`` and role
 ``function`` become ``tool_calls`` and role ``tool``. A field that is not known is an error, never left out.
 """
 
@@ -129,7 +129,8 @@ def _calls(calls, where):
 def _call(call, where):
     """A call with its arguments parsed; ``{"function": {...}}`` and the bare function are both kept as they come."""
     if not isinstance(call, dict):
-        raise DataError(f"{where} is {short(call)}, expected {{'type': 'function', 'function': {{'name', 'arguments'}}}}")
+        raise DataError(f"{where} is {short(call)}, expected "
+                        "{'type': 'function', 'function': {'name', 'arguments'}}")
     call = {key: value for key, value in call.items() if value is not None}
     for key in call:
         if key not in _CALL_FIELDS:

@@ -139,8 +139,9 @@ def json_examples(path, limit=None, layout=None, columns=None, prompt_key="promp
         raise DataError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} holds no JSON array of examples; for JSON lines use kind: jsonl")
-    named = ((row, f"{path.name}:{number}") for number, row in enumerate(rows, 1))
-    return _read_rows((lambda row=row, name=name: reader.read(row, name) for row, name in named), reader, path, limit, "item")
+    calls = (lambda row=row, number=number: reader.read(row, f"{path.name}:{number}")
+             for number, row in enumerate(rows, 1))
+    return _read_rows(calls, reader, path, limit, "item")
 
 
 def hugging_face_examples(path, name=None, split="train", limit=None, layout=None, columns=None, prompt_key="prompt",
@@ -193,8 +194,13 @@ def _lines(path, reader):
     """A function a line of a JSON lines file, which reads it."""
     try:
         with open(path, "rb") as handle:
+            first = True
             for number, raw in enumerate(handle, 1):
                 if raw.strip():
+                    if first and raw.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                        raise DataError(f"{path} begins with '[', which begins a JSON array and no JSON line; use "
+                                        "kind: json")
+                    first = False
                     name = f"{path.name}:{number}"
                     yield lambda raw=raw, name=name: reader.read(_parse(raw, name), name)
     except OSError as error:
@@ -259,8 +265,8 @@ def load_examples(sources, columns=None):
     examples = _load(sources, columns)
     pair = next((one for one in examples if isinstance(one, Preference)), None)
     if pair is not None:
-        raise DataError(f"{pair.id} is a preference pair (chosen and rejected), from which no single answer is learned or "
-                        "scored; train on pairs with train: dpo")
+        raise DataError(f"{pair.id} is a preference pair (chosen and rejected), from which no single answer is learned "
+                        "or scored; train on pairs with train: dpo")
     return examples
 
 

@@ -118,10 +118,10 @@ class ChatTemplate:
             template's own default.
 
     Attributes:
-        unwritten: fields that some conversations have, such as ``reasoning_content``, and that the template has written in
-            none of those rendered so far.
-        parted: how many examples were rendered whose answer does not stand behind the very prompt that ``prompt`` gives,
-            because the template opens the assistant's turn with more than it writes in front of an answer.
+        unwritten: fields that some conversations have, such as ``reasoning_content``, and that the template has written
+            in none of those rendered so far.
+        parted: how many examples were rendered whose answer does not stand behind the very prompt that ``prompt``
+            gives, because the template opens the assistant's turn with more than it writes in front of an answer.
     """
 
     adds_special_tokens = False  # a chat template writes the beginning-of-text token itself
@@ -139,6 +139,7 @@ class ChatTemplate:
 
     @property
     def unwritten(self):
+        """Names of such fields."""
         return tuple(name for name in self._tried if name not in self._written)
 
     def prompt(self, example):
@@ -182,7 +183,7 @@ class ChatTemplate:
         return marks is not None and marks(list(tools) or None)
 
     def _said(self, messages):
-        """The messages with the system message of the recipe, developers' messages in a form that the template writes."""
+        """The messages with the recipe's system message, developers' messages in a form that the template writes."""
         messages = [dict(item) for item in messages]
         if self._system is not None and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": self._system})
@@ -192,7 +193,7 @@ class ChatTemplate:
         return messages
 
     def _writes_developer(self):
-        """Whether the template writes a developer's message; many leave it out, or refuse it: they know it as system."""
+        """Whether the template writes a developer's message; those that leave it out or refuse it know it as system."""
         if self._developer is None:
             probe = [{"role": "developer", "content": "be#brief"}, {"role": "user", "content": "?"}]
             try:
@@ -275,8 +276,8 @@ def _refuse_parts(example, messages, what=""):
         parts.add(f"a {messages[0]['role']} message alone")
     what = what or ", ".join(sorted(parts))
     if what:
-        raise DataError(f"example {example.id}: a plain prompt template cannot render {what}; use the model's chat template "
-                        "(template: chat)")
+        raise DataError(f"example {example.id}: a plain prompt template cannot render {what}; use the model's chat "
+                        "template (template: chat)")
 
 
 def make_template(spec, tokenizer, system=None):

@@ -2,8 +2,8 @@
 
 Where the chat template has ``{% generation %}`` blocks, they say it. Otherwise the conversation is rendered up to each
 turn: ``render(messages[:k + 1])`` must begin with the prompt of turn k, ``render(messages[:k])`` with the generation
-prompt, and the whole must begin with it. Templates that write earlier turns differently once others follow (they drop the
-reasoning, say) break the latter: then each turn is an example of its own, rendered as it is when it is the last one.
+prompt, and the whole must begin with it. Templates that write earlier turns differently once others follow (they drop
+the reasoning, say) break the latter: then each turn is an example of its own, rendered as when it is the last one.
 
 A turn ends with what the template writes behind it. White space behind that (ChatML's newline behind ``<|im_end|>``) is
 read, but carries no loss: it is not generated.
@@ -27,10 +27,10 @@ def renderings_of(render, messages, turns, name):
     """The texts to train on.
 
     Args:
-        render: ``function(messages, generation=False, spans=False)``: the text, with the opening of the assistant's turn
-            if ``generation``, and with ``spans`` the pair (text, [(begin, end)]) of the generation blocks. Its attribute
-            ``marked`` tells whether the template has such blocks; ``parted`` is set if a turn does not begin with the
-            generation prompt.
+        render: ``function(messages, generation=False, spans=False)``: the text, with the opening of the assistant's
+            turn if ``generation``, and with ``spans`` the pair (text, [(begin, end)]) of the generation blocks. Its
+            attribute ``marked`` tells whether the template has such blocks; ``parted`` is set if a turn does not begin
+            with the generation prompt.
         messages: a whole conversation.
         turns: indices of the assistant's messages that are learned, rising.
         name: of the example, for errors.
@@ -57,8 +57,8 @@ def renderings_of(render, messages, turns, name):
         raise DataError(f"example {name}: {error}") from None
     for k, (_, span) in zip(turns, made):
         if span is None:
-            raise DataError(f"example {name}: the chat template writes the conversation before message {k} differently once "
-                            "the answer follows, so that nobody can tell where the answer begins")
+            raise DataError(f"example {name}: the chat template writes the conversation before message {k} differently "
+                            "once the answer follows, so that nobody can tell where the answer begins")
     return [(text, [span]) for text, span in made]
 
 

@@ -2,12 +2,11 @@
 
     .venv-peers/bin/python tests/goldens/make_training_data.py
 
-``LINES`` holds lines as people have them; beside each stands, written by hand, the conversation that it means, in the form
-that transformers' templates take. The templates are those of chat_templates/. ``cases.json`` holds, for both tokenizers, all
-templates and all conversations, what ``apply_chat_template(messages, tools=tools, tokenize=True)`` gives, and which of its
-tokens are learned: those that hold characters of its
-generation blocks where the template has them, else from the end of the generation prompt to the end of the turn's last
-token, ``ENDS``.
+``LINES`` holds lines as people have them; beside each stands, written by hand, the conversation that it means, in the
+form that transformers' templates take. The templates are those of chat_templates/. ``cases.json`` holds, for both
+tokenizers, all templates and all conversations, what ``apply_chat_template(messages, tools=tools, tokenize=True)``
+gives, and which of its tokens are learned: those that hold characters of its generation blocks where the template has
+them, else from the end of the generation prompt to the end of the turn's last token, ``ENDS``.
 """
 
 import json
@@ -21,8 +20,10 @@ ENDS = {"chatml": "<|im_end|>", "chatml_generation": "<|im_end|>", "gemma": "<en
         "mistral": "</s>", "plain_generation": "</s>", "qwen25": "<|im_end|>", "qwen3": "<|im_end|>"}
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>",
            "<|end_header_id|>", "<|eot_id|>"]
-CORPUS = ["the little girl named Lily said: the little dog is here", "Answer: the weather in Paris\nAnswer: of the of the",
-          "user assistant system tool You are helpful. think <think>\n\n</think>\n\n", '{"name": "weather", "arguments": '
+CORPUS = ["the little girl named Lily said: the little dog is here",
+          "Answer: the weather in Paris\nAnswer: of the of the",
+          "user assistant system tool You are helpful. think <think>\n\n</think>\n\n",
+          '{"name": "weather", "arguments": '
           '{"city": "Paris"}}', "Ünïcödé é è café naïve 21 °C", "a  b   c", "1 22 333 4444\n\n"] * 20
 
 SYSTEM, USER, AGAIN = ({"role": role, "content": text} for role, text in
@@ -64,7 +65,8 @@ LINES = {
                       {**FOUR, "content": [{"type": "text", "text": "4"}]}]}, [USER, FOUR], None, 1),
     "openai, older names": (
         {"messages": [ASKED, {"role": "assistant", "content": None, "function_call": {
-            "name": "weather", "arguments": '{"city": "Paris"}'}}, {"role": "function", "name": "weather", "content": "21"},
+            "name": "weather", "arguments": '{"city": "Paris"}'}},
+            {"role": "function", "name": "weather", "content": "21"},
             WARM], "functions": [WEATHER["function"]]},
         [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {
             "name": "weather", "arguments": {"city": "Paris"}}}]}, {"role": "tool", "name": "weather", "content": "21"},
@@ -74,14 +76,16 @@ LINES = {
                                     {"from": "gpt", "value": "It is 6.\n\nSix é"}]}, [USER, FOUR, AGAIN, SIX], None, 1),
     "sharegpt with a system column": (
         {"system": "Be brief.", "conversations": [{"role": "user", "content": "2 + 2?"},
-                                                  {"role": "assistant", "content": "4"}]}, [SYSTEM, USER, FOUR], None, 1),
+                                                  {"role": "assistant", "content": "4"}]}, [SYSTEM, USER, FOUR],
+        None, 1),
     "sharegpt with tools": (
         {"conversations": [{"from": "human", "value": "How warm is it in Paris?"},
                            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
                            {"from": "observation", "value": "21"}, {"from": "gpt", "value": "It is 21 °C."}],
          "tools": json.dumps([WEATHER], ensure_ascii=False)},
         [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {
-            "name": "weather", "arguments": {"city": "Paris"}}}]}, {"role": "tool", "content": "21"}, WARM], [WEATHER], 1),
+            "name": "weather", "arguments": {"city": "Paris"}}}]}, {"role": "tool", "content": "21"}, WARM],
+        [WEATHER], 1),
     "alpaca": ({"instruction": "2 + 2?", "input": "", "output": "4", "text": "Below is an instruction"},
                [USER, FOUR], None, 1),
     "alpaca with input": ({"instruction": "Add.", "input": "2 + 2", "output": "4"},
@@ -105,7 +109,8 @@ def tokenizers():
     byte = Tokenizer(models.BPE())
     byte.pre_tokenizer, byte.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     byte.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=360, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=360, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     piece = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     piece.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     piece.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
@@ -122,7 +127,7 @@ def tokenizers():
 
 
 def learned(tokenizer, messages, tools, turns, end):
-    """(ids, mask) of a conversation; mask tells which tokens of the turns are learned. None if prefixes do not agree."""
+    """(ids, mask) of a conversation; mask tells which tokens of the turns are learned. None if prefixes differ."""
     def render(part, generation=False):
         return tokenizer.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=generation)
 
@@ -163,7 +168,8 @@ def by_blocks(tokenizer, messages, tools, turns):
     said = [k for k, item in enumerate(messages) if item["role"] == "assistant"]
     assert len(spans[0]) == len(said)
     kept = [span for k, span in zip(said, spans[0]) if k in turns]
-    return ids, [int(any(first < end and last > begin for begin, end in kept)) for first, last in encoded["offset_mapping"]]
+    return ids, [int(any(first < end and last > begin for begin, end in kept))
+                 for first, last in encoded["offset_mapping"]]
 
 
 def case(tokenizer, template, messages, tools, last):

@@ -63,7 +63,8 @@ def test_where_generation_blocks_lie(template, spans):
 
 
 def test_a_block_that_is_changed_afterwards_has_no_place():
-    template = "{% filter upper %}{% set x %}{% generation %} a {% endgeneration %}{% endset %}{{ x | trim }}{% endfilter %}"
+    template = ("{% filter upper %}{% set x %}{% generation %} a {% endgeneration %}{% endset %}"
+                "{{ x | trim }}{% endfilter %}")
     messages = [{"role": "user", "content": "Hi"}]
     assert chat_template.render(template, messages) == "A"
     with pytest.raises(TokenizerError, match="places of the assistant's turns"):
@@ -85,7 +86,8 @@ def test_spans_become_a_mask_of_tokens():
 
 def test_named_templates():
     backend = kinds.byte_level().backend
-    tokenizer = Tokenizer(backend, {"chat_template": {"default": "d{% generation %}{% endgeneration %}", "tool_use": "t"}})
+    tokenizer = Tokenizer(backend, {"chat_template": {"default": "d{% generation %}{% endgeneration %}",
+                                                      "tool_use": "t"}})
     messages = [{"role": "user", "content": "x"}]
     assert tokenizer.apply_chat_template(messages) == "d"
     assert tokenizer.apply_chat_template(messages, tools=None) == "d"
@@ -99,7 +101,8 @@ def test_named_templates():
 
 
 @pytest.mark.parametrize("messages, variables, part", [
-    ([{"role": "user", "content": None}], {}, "without content"), ([{"role": "user", "content": 3}], {}, "content is 3"),
+    ([{"role": "user", "content": None}], {}, "without content"), ([{"role": "user", "content": 3}], {},
+                                                                   "content is 3"),
     ([{"role": "user", "content": [3]}], {}, "list of parts"), ([{"content": "x"}], {}, "'role'"),
     ([{"role": "user", "content": "x"}], {"tools": "weather"}, "tools is 'weather'"),
     ([{"role": "user", "content": "x"}], {"tools": [print]}, "JSON schemas"),

@@ -20,8 +20,10 @@ from test_training_layouts import CASES, quiet, tokenizer_of, write
 
 ms.set_context(mode=ms.GRAPH_MODE)
 
-LAYOUTS = {"completion": ["completion"], "completion_messages": ["completion messages", "completion of several messages"],
-           "messages": ["openai", "openai with tools", "openai ends with a call", "openai with reasoning", "openai with parts"],
+LAYOUTS = {"completion": ["completion"],
+           "completion_messages": ["completion messages", "completion of several messages"],
+           "messages": ["openai", "openai with tools", "openai ends with a call", "openai with reasoning",
+                        "openai with parts"],
            "sharegpt": ["sharegpt", "sharegpt with tools"], "alpaca": ["alpaca", "alpaca with input"]}
 
 
@@ -85,7 +87,8 @@ def test_what_is_left_out_is_said_and_written_down_without_a_progress_bar(recipe
     (result, said) = quiet(module.train, config)
     assert result.steps == 2
     for text in ("training data: removed 2 that stand in the validation or test data",
-                 "training data: skipped 8 longer than 64 tokens (longest ", "validation data: skipped 1 longer than 64 tokens"):
+                 "training data: skipped 8 longer than 64 tokens (longest ",
+                 "validation data: skipped 1 longer than 64 tokens"):
         assert sum(text in one for one in said) == 1, said
     log = read_log(tmp_path / "run" / "log.jsonl")
     assert [row["kind"] for row in log] == ["data", "step", "step", "evaluation"] and log[0]["step"] == 0

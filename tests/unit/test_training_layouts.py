@@ -1,10 +1,11 @@
-"""The seven layouts of training data: ids against transformers' rendering, recognition, columns, and what is refused."""
+"""The seven layouts of training data: ids against transformers, recognition, columns, and what is refused."""
 
 import json
 import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as Backend
 
 from colora_ms.errors import DataError
@@ -126,7 +127,8 @@ def test_the_lines_of_a_file_have_one_layout(tmp_path, first):
         if first == second or {first, second} <= alike:
             assert len(data.read_jsonl(path)) == 2
         else:
-            with pytest.raises(DataError, match=f"d.jsonl:2: the layout is {second}, but that of the lines before it {first}"):
+            with pytest.raises(DataError,
+                               match=f"d.jsonl:2: the layout is {second}, but that of the lines before it {first}"):
                 data.read_jsonl(path)
 
 
@@ -136,7 +138,8 @@ def test_alpaca_joins_instruction_and_input_and_reads_history_and_system():
     assert read(input="2 + 2").prompt == "Add.\n\n2 + 2" and read(input=" ").prompt == read(input=None).prompt == "Add."
     assert [(item["role"], item["content"]) for item in read(input="x", system="s", history=[["a", "b"]]).messages] == \
         [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "Add.\n\nx")]
-    for bad, word in (({"input": 3}, "input is 3"), ({"history": ["a"]}, r"history\[0\]"), ({"output": ""}, "completion is ''"),
+    for bad, word in (({"input": 3}, "input is 3"), ({"history": ["a"]}, r"history\[0\]"),
+                      ({"output": ""}, "completion is ''"),
                       ({"instruction": ["x"]}, "instruction is")):
         with pytest.raises(DataError, match=word):
             read(**bad)
@@ -150,7 +153,8 @@ def test_who_speaks_in_sharegpt():
             {"from": "human", "value": "q"}, {"from": speaker, "value": "x"}, {"from": "human", "value": "q"},
             {"from": "gpt", "value": "a", "weight": 1}]}, "d")
         assert found.messages[1]["role"] == role and found.completion == "a"
-    for turn, word in (({"from": "alien", "value": "x"}, "conversations.1. is from 'alien'"), ({"value": "x"}, "key 'value'"),
+    for turn, word in (({"from": "alien", "value": "x"}, "conversations.1. is from 'alien'"),
+                       ({"value": "x"}, "key 'value'"),
                        ({"from": "gpt", "value": 3}, "content 3"), ({"from": "gpt", "value": None}, "content None"),
                        ({"from": "gpt", "value": "x", "rating": 3}, "conversations.1. has the key 'rating'"),
                        ({"from": "gpt", "content": "x"}, "also role or content"), ("x", "conversations.1. is 'x'"),
@@ -214,7 +218,8 @@ def test_pairs_are_for_dpo_and_nothing_else_is(tmp_path):
 def test_columns_that_are_not_read_are_named_once(tmp_path):
     rows = [{**ROWS["messages"], "source": "web", "score": 0.5, "empty": None, "id": n} for n in range(3)]
     examples, said = quiet(data.read_jsonl, write(tmp_path / "d.jsonl", *rows))
-    assert len(said) == 1 and "d.jsonl: the columns source, score are not read (layout messages reads messages, tools" in said[0]
+    assert len(said) == 1
+    assert "d.jsonl: the columns source, score are not read (layout messages reads messages, tools" in said[0]
     assert examples[0].meta == {"source": "web", "score": 0.5, "empty": None} and examples[2].id == "2"
     for columns in (["messages"], {"messages": "messages"}, ["messages", "tools", "id"]):
         examples, said = quiet(data.read_jsonl, tmp_path / "d.jsonl", columns=columns)
@@ -234,14 +239,16 @@ def test_columns_are_all_that_is_read_under_whatever_name(tmp_path):
     (found,), said = quiet(data.load_examples, {**source, "messages_key": "dialog"})
     assert found.tools == tuple(tools) and "columns text, messages are not read" in said[0]
     for columns, word in ((["messages", "score"], "columns has 'score', which the layout messages does not read"),
-                          (["mesages"], "is missing"), ([], "columns is"), ({"messages": 3}, "columns is"), ("x", "columns is"),
+                          (["mesages"], "is missing"), ([], "columns is"), ({"messages": 3}, "columns is"),
+                          ("x", "columns is"),
                           ({"messages": "dialogue"}, "'dialogue' is missing.*Did you mean 'dialog'")):
         rows = [{"messages": [USER, ANSWER], "dialog": 1, "score": 1}]
         with pytest.raises(DataError, match=word):
             data.load_examples({"kind": "jsonl", "path": str(write(tmp_path / "e.jsonl", *rows)), "columns": columns})
     with pytest.raises(DataError, match="both say where prompt is"):
         data.load_examples({**source, "prompt_key": "q", "columns": {"prompt": "p", "completion": "c"}})
-    generated = data.with_columns([str(path), {"kind": "reasoning_gym", "task": "x"}, {**source, "columns": ["a"]}], ["text"])
+    generated = data.with_columns([str(path), {"kind": "reasoning_gym", "task": "x"}, {**source, "columns": ["a"]}],
+                                  ["text"])
     assert [one.get("columns") for one in generated] == [["text"], None, ["a"]]
 
 
@@ -263,8 +270,10 @@ def test_arguments_that_are_a_json_text_are_parsed():
         assert made["content"] is None and made["tool_calls"][0]["function"]["arguments"] == {"x": [1, None], "y": "é"}
     again = read_message(**made)  # what is checked once may be checked again
     assert again == made
-    for given, word in (("{x: 1}", r"d:1: messages\[1\].tool_calls\[0\].function.arguments is the text '{x: 1}', which is not "
-                         "valid JSON"), ("", "not valid JSON"), ("3", "arguments 3"), ('"x"', "arguments 'x'"), (7, "arguments 7"),
+    place = r"d:1: messages\[1\].tool_calls\[0\].function"
+    for given, word in (("{x: 1}", place + ".arguments is the text '{x: 1}', which is not valid JSON"),
+                        ("", "not valid JSON"), ("3", "arguments 3"), ('"x"', "arguments 'x'"),
+                        (7, "arguments 7"),
                         ("[" * 100000, "not valid JSON")):
         with pytest.raises(DataError, match=word):
             read_message(content="x", **a_call(given))
@@ -279,7 +288,8 @@ def test_arguments_that_are_a_json_text_are_parsed():
     ("{{ m.tool_calls[0] | tojson }}", {"x": "é"},
      '{"type": "function", "function": {"name": "f", "arguments": {"x": "é"}}}')])
 def test_arguments_are_json_however_a_template_writes_them(source, given, text):
-    tokenizer = tokenizer_of("byte_level", "{{ '?' }}{% for m in messages if m.role == 'assistant' %}" + source + "</s>{% endfor %}")
+    tokenizer = tokenizer_of("byte_level",
+                             "{{ '?' }}{% for m in messages if m.role == 'assistant' %}" + source + "</s>{% endfor %}")
     example = Example(messages=[USER], answer=[{"role": "assistant", "content": "", **a_call(given)}])
     assert data.make_template("chat", tokenizer).answer(example) == text + "</s>"
 
@@ -290,12 +300,14 @@ def test_arguments_are_json_however_a_template_writes_them(source, given, text):
     ({"content": "a", "refusal": "no"}, "has the key 'refusal'"),
     ({"content": 3}, "content 3"), ({}, "content None"), ({"content": None, "tool_calls": []}, "content None"),
     ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content part of the type 'image_url'"),
-    ({"content": ["a"]}, "content part of the type 'a'"), ({"content": [{"type": "text"}]}, "content part {'type': 'text'}"),
+    ({"content": ["a"]}, "content part of the type 'a'"),
+    ({"content": [{"type": "text"}]}, "content part {'type': 'text'}"),
     ({"content": [{"type": "text", "text": "a", "cache": 1}]}, "content part"),
     ({"content": "a", "name": 3}, "name 3"), ({"content": "a", "reasoning_content": ["x"]}, "reasoning_content"),
     ({"content": "a", "weight": 0.5}, "weight 0.5, expected 0"), ({"content": "a", "weight": True}, "weight True"),
     ({"content": "a", "weight": "1"}, "weight '1'"),
-    ({"content": "a", "tool_calls": {}}, "tool_calls|content"), ({"content": "a", "tool_calls": ["f"]}, r"tool_calls\[0\] is 'f'"),
+    ({"content": "a", "tool_calls": {}}, "tool_calls|content"),
+    ({"content": "a", "tool_calls": ["f"]}, r"tool_calls\[0\] is 'f'"),
     ({"content": "a", **a_call({}, kind="x")}, r"tool_calls\[0\] has the key 'kind'"),
     ({"content": "a", "tool_calls": [{"type": "code", "function": {"name": "f"}}]}, "type 'code'"),
     ({"content": "a", "tool_calls": [{"function": {"arguments": {}}}]}, "name None"),
@@ -312,7 +324,8 @@ def test_what_is_not_read_of_a_message_is_refused_by_name(message, word):
 
 
 def test_null_equals_absent_in_messages_calls_and_tools():
-    nulls = dict.fromkeys(("name", "tool_calls", "tool_call_id", "reasoning_content", "weight", "function_call", "audio"))
+    nulls = dict.fromkeys(("name", "tool_calls", "tool_call_id", "reasoning_content", "weight", "function_call",
+                           "audio"))
     assert read_message(content="a", **nulls) == {"role": "assistant", "content": "a"}
     call = read_message(content="", **a_call({}, id=None, index=None))["tool_calls"][0]
     assert call == {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -320,9 +333,11 @@ def test_null_equals_absent_in_messages_calls_and_tools():
     for tools in (None, [], "[]", "null"):
         assert data.example_from_record({**row, "tools": tools}, "d").tools == ()
     schema = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"default": None}}}}
-    found = data.example_from_record({**row, "tools": [{"type": "function", "function": {**schema, "strict": None}}]}, "d")
+    found = data.example_from_record({**row, "tools": [{"type": "function", "function": {**schema, "strict": None}}]},
+                                     "d")
     assert found.tools == ({"type": "function", "function": schema},)
-    for tools, word in ((3, "tools is 3"), ([3], "tools is"), ([{"type": "function"}], "no function's name"), ("[", "valid JSON"),
+    for tools, word in ((3, "tools is 3"), ([3], "tools is"), ([{"type": "function"}], "no function's name"),
+                        ("[", "valid JSON"),
                         ([{"function": "f"}], "no function's name")):
         with pytest.raises(DataError, match=word):
             data.example_from_record({**row, "tools": tools}, "d")
@@ -333,7 +348,8 @@ def test_hugging_face_rows_lose_what_the_library_fills_in(tmp_path):
     tools = [{"type": "function", "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}}}
              for name in ("f", "g")]
     rows = [{"messages": [USER, {**ANSWER, "content": None, "tool_calls": [
-        {"type": "function", "function": {"name": tool["function"]["name"], "arguments": {tool["function"]["name"]: "x"}}}]}],
+        {"type": "function", "function": {"name": tool["function"]["name"], "arguments": {
+            tool["function"]["name"]: "x"}}}]}],
         "tools": [tool], "note": None} for tool in tools]
     rows.append({"messages": [USER, ANSWER], "tools": None, "note": None})
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "set"))
@@ -347,10 +363,54 @@ def test_hugging_face_rows_lose_what_the_library_fills_in(tmp_path):
 
 
 def test_questions_are_compared_whatever_their_layout():
-    rows = [ROWS[name] for name in ("completion", "completion_messages", "messages", "sharegpt", "alpaca", "preference")]
+    rows = [ROWS[name] for name in ("completion", "completion_messages", "messages", "sharegpt", "alpaca",
+                                    "preference")]
     read = [data.example_from_record(row, f"d:{n}") for n, row in enumerate(rows)]
     other = Example(prompt="other", completion="a")
     assert data.without_overlap([*read, other], [read[0]]) == ([other], 6)
     said = data.example_from_record({"messages": [USER, ANSWER, {"role": "user", "content": "r"}, ANSWER]}, "d")
     assert data.without_overlap([said, other], [read[0]], "last")[1] == 0
     assert data.without_overlap([said, other], [read[0]], "all")[1] == 1, "its answer would be learned"
+
+
+# -- whatever a file holds -------------------------------------------------------------------------
+
+VALID = [line for line in CASES["lines"].values()] + list(ROWS.values())
+junk = st.recursive(st.none() | st.booleans() | st.integers(-2, 2) | st.floats(allow_nan=False) | st.sampled_from(
+    ["", "x", "user", "assistant", "{}", "[1]", "text"]), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "type", "text", "function", "name", "arguments", "x"]),
+        inner,
+        max_size=3), max_leaves=8)
+
+
+def with_junk(value, draw):
+    """``value`` with one part, at some depth, replaced by junk."""
+    if isinstance(value, (dict, list)) and value and draw(st.integers(0, 3)):
+        key = draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+        made = dict(value) if isinstance(value, dict) else list(value)
+        made[key] = with_junk(value[key], draw)
+        return made
+    return draw(junk)
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(VALID), st.data())
+def test_a_damaged_row_is_read_or_refused_with_its_place(row, drawn):
+    damaged = with_junk(row, drawn.draw)
+    tokenizer = tokenizer_of("byte_level", "chatml")
+    try:
+        found = data.example_from_record(damaged, "d.jsonl:7")
+    except DataError as error:
+        assert str(error).startswith("d.jsonl:7: ")
+        return
+    for example in [found.chosen_example, found.rejected_example] if isinstance(found, Preference) else [found]:
+        assert isinstance(example.completion, str) and isinstance(example.question, str)
+        for one in data.encode_example(example, tokenizer, data.make_template("chat", tokenizer), "all"):
+            assert (one.labels[one.labels != IGNORE] == one.ids[one.labels != IGNORE]).all()
+
+
+def test_an_array_in_a_file_of_lines_is_explained_and_read_as_json(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([ROWS["alpaca"]] * 2, indent=1))
+    with pytest.raises(DataError, match="use kind: json"):
+        data.load_examples(str(tmp_path / "d.json"))
+    assert len(data.load_examples({"kind": "json", "path": str(tmp_path / "d.json")})) == 2

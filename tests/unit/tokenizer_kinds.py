@@ -9,7 +9,8 @@ from colora_ms.models.tokenizer import Tokenizer
 from colora_ms.models.tokenizer_build import _LLAMA3, _QWEN2, from_sentencepiece
 
 CORPUS = ["the little girl named Lily said: the little dog is here", "Answer: the adapter\nAnswer: of the of the",
-          "def f(x):\n    return x\n\n\n        y  =  1\t\tz", "Ünïcödé é è 한국어 日本語 😀😀 café naïve", "a  b   c    d     e",
+          "def f(x):\n    return x\n\n\n        y  =  1\t\tz", "Ünïcödé é è 한국어 日本語 😀😀 café naïve",
+          "a  b   c    d     e",
           "1 22 333 4444", "don't can't I'll"] * 20
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
@@ -44,7 +45,8 @@ def metaspace(scheme="always", words=True):
     backend.train_from_iterator(CORPUS, trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False, limit_alphabet=60))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>",
+                                                                                                              2)])
     return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
 
 
@@ -68,7 +70,7 @@ def sentencepiece_tokenizer(path):
 
 
 def with_greedy_specials():
-    """Byte-level, with special tokens that swallow blanks (as Phi-3's ``<|assistant|>``) and one that is a whole word."""
+    """Byte-level, with special tokens that swallow the blanks beside them (as Phi-3's ``<|assistant|>``)."""
     tokenizer = byte_level("gpt2")
     backend = tokenizer.backend
     backend.add_special_tokens([AddedToken("<|assistant|>", rstrip=True, special=True, normalized=False),
