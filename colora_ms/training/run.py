@@ -41,14 +41,15 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
     if validation is not None:
         say(f"validation data: {validation.summary()}")
-    if world > 1:
-        say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
-            f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
     adapter = config.adapter_config()
     handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
                     base_model=config.model)
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
                       validation, callbacks, rank=rank, world=world)
+    say(f"batches: {trainer.loader.summary()}")
+    if world > 1:
+        say(f"{world} workers with {trainer.loader.rows} rows each: an update sees at most "
+            f"{world * trainer.loader.rows * config.optimizer.accumulation_steps} rows")
     return trainer.train(resume)
 
 
