@@ -200,6 +200,14 @@ class BatchLoader:
         """Number of batches in the current epoch (with packing it may differ between epochs)."""
         return len(self._plan)
 
+    def summary(self):
+        """One line for the log: how many batches of which shapes, and how much of them is real."""
+        tokens = sum(fed_tokens(item) for item in self._items)
+        counts = {bucket: sum(one == bucket for one, _ in self._plan) for bucket in self.buckets}
+        area = self._batch_size * self._world * sum(bucket * count for bucket, count in counts.items())
+        shapes = ", ".join(f"{count} of {self._batch_size} x {bucket}" for bucket, count in counts.items() if count)
+        return f"{len(self._plan)} an epoch ({shapes} tokens), {100 * tokens / area:.0f} % of them real tokens"
+
     @property
     def epoch(self):
         """Number of whole epochs that have been handed out."""

@@ -103,6 +103,12 @@ class PairLoader(BatchLoader):
     before its rejected one. Both rows of a pair are always in the same batch; the pairs that fill up a last batch carry no
     label."""
 
+    def summary(self):
+        """One line for the log."""
+        lengths = ", ".join(str(bucket) for bucket in self.buckets)
+        return (f"{self.batches_per_epoch} an epoch, of {self._batch_size} pairs each: {2 * self._batch_size} rows of {lengths} "
+                "tokens with the adapter, and the same without it")
+
     def _collate(self, bucket, rows):
         pairs = [self._items[position] for row in rows for position in row]
         return collate([[half] for pair in pairs for half in (pair.chosen, pair.rejected)], 2 * self._batch_size, bucket)

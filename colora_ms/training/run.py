@@ -50,10 +50,6 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     if rank == 0:
         warn_left_out(report)
     pairs = config.train == "dpo"
-    if world > 1:
-        unit = "pairs" if pairs else "rows"
-        say(f"{world} workers with {config.data.batch_size} {unit} each: an update sees "
-            f"{world * config.data.batch_size * config.optimizer.accumulation_steps} {unit}")
     adapter = config.adapter_config()
     handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
                     base_model=config.model)
@@ -63,6 +59,11 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader} if pairs else {}
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
                       validation, callbacks, rank=rank, world=world, data_report=report, **kind)
+    say(f"batches: {trainer.loader.summary()}")
+    if world > 1:
+        unit = "pairs" if pairs else "rows"
+        say(f"{world} workers with {trainer.loader.rows} {unit} each: an update sees at most "
+            f"{world * trainer.loader.rows * config.optimizer.accumulation_steps} {unit}")
     return trainer.train(resume)
 
 

@@ -312,6 +312,14 @@ def test_an_epoch_feeds_every_token_once_for_any_sharding(lengths, rows, buckets
     assert all((batch.segments is not None) == packing for batch in batches)
 
 
+def test_the_summary_says_shapes_and_the_share_of_real_tokens():
+    items = items_of([5, 5, 5, 5, 9, 9])
+    assert BatchLoader(items, 2, buckets=[5, 10]).summary() == \
+        "3 an epoch (2 of 2 x 5, 1 of 2 x 10 tokens), 80 % of them real tokens"
+    assert BatchLoader(items, 2, buckets=[16], packing=True, world=2).summary() == \
+        "1 an epoch (1 of 2 x 16 tokens), 50 % of them real tokens"
+
+
 def test_ranks_together_see_the_rows_of_one_process():
     items = items_of(range(2, 40))
     whole = BatchLoader(items, 6, seed=4)

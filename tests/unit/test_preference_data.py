@@ -121,6 +121,7 @@ def test_every_pair_is_seen_once_with_both_answers_together(lengths, size, world
 def test_the_order_is_restored_and_other_pairs_are_refused():
     items = encoded_pairs([(5, 7)] * 9)
     whole = PairLoader(items, 2, 3)
+    assert whole.summary().startswith("5 an epoch, of 2 pairs each: 4 rows of 16 tokens")
     batches = [whole.next() for _ in range(12)]
     half = PairLoader(items, 2, 3)
     for _ in range(7):
