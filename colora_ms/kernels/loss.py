@@ -43,8 +43,8 @@ def linear_cross_entropy(hidden, weight, labels):
 def linear_token_cross_entropy(hidden, weight, labels):
     """The cross-entropy of each token, for losses that weigh answers or tokens; the arguments of linear_cross_entropy.
 
-    As there, the forward pass also computes the gradient of ``hidden``; the gradient that arrives from behind multiplies
-    each token's row of it. No logits are kept.
+    As there, the forward pass also computes the gradient of ``hidden``; the gradient that arrives from behind
+    multiplies each token's row of it. No logits are kept.
 
     Returns:
         (tokens,) float32: ``logsumexp(z[n]) - z[n, labels[n]]``, and 0 where the label is -100; equal to

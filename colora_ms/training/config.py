@@ -128,14 +128,16 @@ class PreferenceConfig(Section):
                           "log-ratio to the base.", *above(0))
     loss: str = setting("sigmoid", "sigmoid (DPO, arXiv 2305.18290) or ipo (arXiv 2310.12036; other libraries then "
                         "average log-probabilities, which is length_normalised here).", *one_of("sigmoid", "ipo"))
-    label_smoothing: float = setting(0.0, "Share of the pairs whose order is taken to be wrong (conservative DPO); only "
-                                     "with loss sigmoid.", lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5")
+    label_smoothing: float = setting(0.0, "Share of the pairs whose order is taken to be wrong (conservative DPO); "
+                                     "only with loss sigmoid.", lambda value: 0 <= value < 0.5,
+                                     "a number from 0 to below 0.5")
     length_normalised: bool = setting(False, "Average log-probabilities over the answer's tokens in place of adding "
                                       "them up.")
 
     def _relations(self):
         if self.label_smoothing and self.loss != "sigmoid":
-            return [f"label_smoothing is {self.label_smoothing}, which loss {self.loss} does not have; use loss: sigmoid"]
+            return [f"label_smoothing is {self.label_smoothing}, which loss {self.loss} does not have; use loss: "
+                    "sigmoid"]
         return []
 
 
@@ -157,8 +159,8 @@ class TrainingConfig(Section):
                          lambda value: bool(value.strip()), "a name or a path")
     weight_format: str = setting("float32", "Format of the frozen weights.",
                                  *one_of("float32", "bfloat16", "int8", "int4"))
-    train: str = setting("sft", "What the adapter learns from: sft (answers) or dpo (pairs of a better and a worse answer).",
-                         *one_of("sft", "dpo"))
+    train: str = setting("sft", "What the adapter learns from: sft (answers) or dpo (pairs of a better and a worse "
+                         "answer).", *one_of("sft", "dpo"))
     dpo: object = setting(None, "Preference training, with train: dpo; see PreferenceConfig.")
     adapter: dict = setting(None, "Settings of the adapter: method (lora or lily; lora if left out), and the "
                             "names of LoraConfig or LilyConfig (PEFT's).",
@@ -200,14 +202,16 @@ class TrainingConfig(Section):
             return [] if self.dpo is None else [f"section dpo is given, but train is {self.train}; set train: dpo"]
         problems = []
         if self.data.loss != "last":
-            problems.append(f"data.loss is {self.data.loss}, but with train: dpo only the two answers of a pair count; leave it out")
-        if self.data.packing:
-            problems.append("data.packing joins examples to rows, but with train: dpo the two answers of a pair are a row each; "
+            problems.append(f"data.loss is {self.data.loss}, but with train: dpo only the two answers of a pair count; "
                             "leave it out")
+        if self.data.packing:
+            problems.append("data.packing joins examples to rows, but with train: dpo the two answers of a pair are a "
+                            "row each; leave it out")
         # What training starts from is on the disk, and never of this kind: such adapters are saved as plain LoRA.
         if self.adapter.get("start_from") is None and getattr(self.adapter_config(), "changes_base", False):
-            problems.append(f"section adapter: init_lora_weights is {self.adapter.get('init_lora_weights')!r}, which changes the base "
-                            "weights, but with train: dpo the base model is the reference; use true or gaussian")
+            problems.append(f"section adapter: init_lora_weights is {self.adapter.get('init_lora_weights')!r}, which "
+                            "changes the base weights, but with train: dpo the base model is the reference; use true or "
+                            "gaussian")
         return problems
 
     def _template_problems(self):

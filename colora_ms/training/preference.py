@@ -6,14 +6,15 @@ model without it:
     reward(x, y) = beta (log pi(y | x) - log ref(y | x))          margin = reward(x, c) - reward(x, r)
     loss         = -(1 - e) log sigmoid(margin) - e log sigmoid(-margin)
 
-e is the label smoothing of conservative DPO (0 is the paper's loss). Log-probabilities are sums over the answer's tokens,
-its end included, or means (``length_normalised``). ``loss: ipo`` is (margin / beta - 1 / (2 beta))^2 of arXiv 2310.12036.
+e is the label smoothing of conservative DPO (0 is the paper's loss). Log-probabilities are sums over the answer's
+tokens, its end included, or means (``length_normalised``). ``loss: ipo`` is (margin / beta - 1 / (2 beta))^2 of arXiv
+2310.12036.
 
 The reward is the log-ratio of an adapter to its base. That ratio is also what a contrast of the two scales in decoding
 (``colora_ms.decoding.contrast``), so that for an adapter trained like this a contrast amplifies what was preferred.
 
-The reference needs no second model: each row stands in the batch twice, with the adapter's slot and with slot -1, and both
-go through the weights in one pass.
+The reference needs no second model: each row stands in the batch twice, with the adapter's slot and with slot -1, and
+both go through the weights in one pass.
 """
 
 import mindspore as ms
@@ -88,7 +89,7 @@ class PreferenceLossCell(nn.Cell):
         return plain + self.smoothing * z  # -log sigmoid(-z) is -log sigmoid(z) + z
 
     def token_losses(self, ids, labels, lengths, slots):
-        """-log p of each label, with the adapter and without it: (rows, tokens) float32 both, 0 where there is no label.
+        """-log p of each label, with the adapter and without it: (rows, tokens) float32 both, 0 where there is none.
 
         The second has no gradient, and the backward pass does not compute its rows' products.
         """
@@ -98,7 +99,8 @@ class PreferenceLossCell(nn.Cell):
         trained, base = hidden[:rows], ops.stop_gradient(hidden[rows:])
         if self.fused:
             weight = self.decoder.lm_head.weight
-            of_tokens = linear_token_cross_entropy if self.training else linear_token_losses  # equal, but for the gradient
+            # Equal to the last bit; the first one also prepares the gradient.
+            of_tokens = linear_token_cross_entropy if self.training else linear_token_losses
             losses = of_tokens(trained.reshape((-1, trained.shape[-1])), weight, flat)
             reference = linear_token_losses(base.reshape((-1, base.shape[-1])), weight, flat)
         else:
@@ -113,25 +115,27 @@ def check_reference(decoder):
     """Refuse a model whose rows with slot -1 are not its base model, or would not stay it.
 
     Raises:
-        ConfigError: no adapter, an adapter that is merged or changed the base weights (PiSSA, OLoRA), one on Cells whose
-            rows take no slots, or trained parameters of the base model; the message names it.
+        ConfigError: no adapter, an adapter that is merged or changed the base weights (PiSSA, OLoRA), one on Cells
+            whose rows take no slots, or trained parameters of the base model; the message names it.
     """
     handle = adapters_of(decoder)
     wrong = ""
     if handle is None:
         wrong = "the model has no adapter; inject one first"
     elif handle.changed_base:
-        wrong = (f"the adapter {handle.changed_base!r} started from the base weights and changed them (init_lora_weights="
-                 f"{handle.config(handle.changed_base).init_lora_weights!r}); use init_lora_weights: true or gaussian")
+        start = handle.config(handle.changed_base).init_lora_weights
+        wrong = (f"the adapter {handle.changed_base!r} started from the base weights and changed them "
+                 f"(init_lora_weights={start!r}); use init_lora_weights: true or gaussian")
     elif handle.merged:
         wrong = f"the adapter {handle.merged!r} is merged into the base weights; call unmerge() first"
     else:
         whole = [path for path, _ in handle.sites if not takes_slots(handle.cells[path])]
         trained = [parameter.name for parameter, _ in handle.frozen if parameter.requires_grad]
         if whole:
-            wrong = (f"{whole[0]} ({len(whole)} such modules) takes no slot for each row, so that rows without the adapter "
-                     "cannot stand beside rows with it; use colora_ms.models.Decoder")
+            wrong = (f"{whole[0]} ({len(whole)} such modules) takes no slot for each row, so that rows without the "
+                     "adapter cannot stand beside rows with it; use colora_ms.models.Decoder")
         elif trained:
-            wrong = f"{trained[0]} ({len(trained)} such parameters) of the base model is trained; train the adapter alone"
+            wrong = (f"{trained[0]} ({len(trained)} such parameters) of the base model is trained; train the adapter "
+                     "alone")
     if wrong:
         raise ConfigError(f"train: dpo compares with the base model, which has to stay as it is: {wrong}")

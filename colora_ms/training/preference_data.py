@@ -39,7 +39,8 @@ class EncodedPair:
 
 
 class EncodedPairs(EncodedSet):
-    """The result of :func:`encode_preferences`: ``items`` are ``EncodedPair``; ``skipped`` and ``unlearned`` name pairs."""
+    """The result of :func:`encode_preferences`: ``items`` are ``EncodedPair``, ``skipped`` and ``unlearned`` name
+    pairs."""
 
     def summary(self):
         """One line for the log."""
@@ -58,8 +59,8 @@ def encode_preferences(preferences, tokenizer, template, max_length, on_long="sk
         EncodedPairs.
 
     Raises:
-        DataError: also if the two answers of a pair are equal or become the same tokens, or if an answer of several turns
-            becomes several rows; the message says how many such pairs there are and names the first ones.
+        DataError: also if the two answers of a pair are equal or become the same tokens, or if an answer of several
+            turns becomes several rows; the message says how many such pairs there are and names the first ones.
     """
     _refuse([f"pair {pair.id}: the chosen and the rejected answer are equal" for pair in preferences
              if pair.chosen == pair.rejected], len(preferences))
@@ -77,8 +78,8 @@ def encode_preferences(preferences, tokenizer, template, max_length, on_long="sk
         elif names & without_loss:
             unlearned.append(pair.id)
         elif len(rows[2 * index]) + len(rows[2 * index + 1]) > 2:
-            problems.append(f"pair {pair.id}: an answer has several turns, which the chat template does not write one after "
-                            "another, so that it is no single row; give its last turn alone")
+            problems.append(f"pair {pair.id}: an answer has several turns, which the chat template does not write one "
+                            "after another, so that it is no single row; give its last turn alone")
         else:
             pair_of = EncodedPair(*rows[2 * index], *rows[2 * index + 1], index)
             items.append(pair_of)
@@ -86,29 +87,32 @@ def encode_preferences(preferences, tokenizer, template, max_length, on_long="sk
                 problems.append(f"pair {pair.id}: the chosen and the rejected answer have the same tokens")
     _refuse(problems, len(preferences))
     if not items:
-        raise DataError(f"none of the {len(preferences)} pairs can be used: in {len(skipped)} an answer with its prompt is longer "
-                        f"than max_length={max_length} tokens (longest: {encoded.longest_skipped}), in {len(unlearned)} one "
-                        "carries no loss")
-    return EncodedPairs(items, skipped, encoded.longest_skipped, max_length, unlearned, 0, encoded.spanning, encoded.notes)
+        raise DataError(f"none of the {len(preferences)} pairs can be used: in {len(skipped)} an answer with its prompt is "
+                        f"longer than max_length={max_length} tokens (longest: {encoded.longest_skipped}), in "
+                        f"{len(unlearned)} one carries no loss")
+    return EncodedPairs(items, skipped, encoded.longest_skipped, max_length, unlearned, 0, encoded.spanning,
+                        encoded.notes)
 
 
 def _refuse(problems, total):
     if problems:
         more = f" (and {len(problems) - _REPORTED} more)" if len(problems) > _REPORTED else ""
-        raise DataError(f"{len(problems)} of {total} preference pairs cannot be used: " + "; ".join(problems[:_REPORTED]) + more)
+        raise DataError(f"{len(problems)} of {total} preference pairs cannot be used: "
+                        + "; ".join(problems[:_REPORTED]) + more)
 
 
 class PairLoader(BatchLoader):
     """A ``BatchLoader`` over ``EncodedPair``: ``batch_size`` pairs are twice as many rows, the chosen answer of a pair
-    before its rejected one. Both rows of a pair are always in the same batch; the pairs that fill up a last batch carry no
-    label."""
+    before its rejected one. Both rows of a pair are always in the same batch; the pairs that fill up a last batch carry
+    no label."""
 
     def summary(self):
         """One line for the log."""
         lengths = ", ".join(str(bucket) for bucket in self.buckets)
-        return (f"{self.batches_per_epoch} an epoch, of {self._batch_size} pairs each: {2 * self._batch_size} rows of {lengths} "
-                "tokens with the adapter, and the same without it")
+        return (f"{self.batches_per_epoch} an epoch, of {self._batch_size} pairs each: {2 * self._batch_size} rows of "
+                f"{lengths} tokens with the adapter, and the same without it")
 
     def _collate(self, bucket, rows):
         pairs = [self._items[position] for row in rows for position in row]
-        return collate([[half] for pair in pairs for half in (pair.chosen, pair.rejected)], 2 * self._batch_size, bucket)
+        halves = [[half] for pair in pairs for half in (pair.chosen, pair.rejected)]
+        return collate(halves, 2 * self._batch_size, bucket)

@@ -54,8 +54,8 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
                     base_model=config.model)
     if pairs and config.adapter.get("start_from") is not None:
-        say("the reference is the base model alone, not the adapter that the training starts from; to prefer over that one, "
-            "merge it into the model first")
+        say("the reference is the base model alone, not the adapter that the training starts from; to prefer over that "
+            "one, merge it into the model first")
     kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader} if pairs else {}
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
                       validation, callbacks, rank=rank, world=world, data_report=report, **kind)

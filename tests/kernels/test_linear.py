@@ -223,8 +223,8 @@ def test_gradients_match_float64(kind, rows, tokens, out, half, rank, seed):
 
 
 @FEW
-@given(reached=st.integers(0, 40), rest=st.integers(1, 40), out=st.sampled_from([1, 7, 130]), columns=st.sampled_from([1, 33, 140]),
-       seed=st.integers(0, 99))
+@given(reached=st.integers(0, 40), rest=st.integers(1, 40), out=st.sampled_from([1, 7, 130]),
+       columns=st.sampled_from([1, 33, 140]), seed=st.integers(0, 99))
 def test_tokens_at_the_end_without_a_gradient_change_nothing(reached, rest, out, columns, seed):
     """Rows of the base model behind those that are trained: dx is 0 there, and all others are equal to the last bit."""
     rng = np.random.default_rng(seed)

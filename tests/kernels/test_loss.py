@@ -31,7 +31,8 @@ def make(rng, tokens, hidden, vocab, ignored):
 
 def run(x, weight, labels):
     return call("linear_cross_entropy", [x, weight, labels],
-                [((1,), "float32"), ((1,), "float32"), (x.shape, "float32"), (labels.shape, "float32"), (labels.shape, "float32")])
+                [((1,), "float32"), ((1,), "float32"), (x.shape, "float32"), (labels.shape, "float32"),
+                 (labels.shape, "float32")])
 
 
 def expected(x, weight, labels):
@@ -71,8 +72,8 @@ def test_loss_and_gradients_match_float64(tokens, hidden, vocab, ignored, bf16, 
 
 
 @settings(max_examples=15, deadline=None)
-@given(tokens=st.sampled_from([1, 2, 17, 129, 150]), hidden=st.sampled_from([1, 5, 97, 200]), vocab=st.sampled_from([1, 37, 300]),
-       ignored=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99))
+@given(tokens=st.sampled_from([1, 2, 17, 129, 150]), hidden=st.sampled_from([1, 5, 97, 200]),
+       vocab=st.sampled_from([1, 37, 300]), ignored=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99))
 def test_the_weights_gradient_follows_the_share_of_each_token(tokens, hidden, vocab, ignored, seed):
     rng = np.random.default_rng(seed)
     x, weight, labels = make(rng, tokens, hidden, vocab, ignored)

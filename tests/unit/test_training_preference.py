@@ -1,4 +1,4 @@
-"""The loss of preference pairs: formula, log-probabilities and gradients against float64, its reference, its refusals."""
+"""The loss of preference pairs: formula, log-probabilities, gradients against float64; its reference, its refusals."""
 
 import os
 import sys
@@ -42,7 +42,7 @@ def weights(seed=0):
 
 
 def adapted(start=None, seed=0, **options):
-    """(decoder with a LoRA of rank 3, its handle); ``start``: scale of random values for both factors, None leaves up zero."""
+    """(decoder with a LoRA of rank 3, its handle); ``start``: scale of random values for both factors, None leaves up 0."""
     decoder = Decoder(CONFIG, weights(seed))
     handle = inject(decoder, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", **options), seed=1)
     if start is not None:
@@ -62,7 +62,8 @@ def pairs(count, seed=0, longest=9):
         for _ in range(2):
             answer = random.integers(0, CONFIG.vocab_size, random.integers(1, longest - 3))
             ids = np.concatenate([prompt, answer]).astype(np.int32)
-            halves.append(EncodedExample(ids, np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids).astype(np.int32)))
+            labels = np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids).astype(np.int32)
+            halves.append(EncodedExample(ids, labels))
         found.append(EncodedPair(*halves, index))
     return found
 
@@ -71,7 +72,7 @@ def batch_of(items, size=None, bucket=9):
     return next(iter(PairLoader(items, size or len(items), buckets=[bucket], shuffle=False).epoch_batches()))
 
 
-# -- the whole loss in NumPy float64 ---------------------------------------------------------------------------------------------
+# -- the whole loss in NumPy float64 -----------------------------------------------------------------------------------
 
 
 def merged(base, values):
@@ -79,8 +80,8 @@ def merged(base, values):
     result = {name: value.astype(np.float64) for name, value in base.items()}
     for name, down in values.items():
         if name.endswith(".lora_A"):
-            up = values[name.replace("lora_A", "lora_B")]
-            result[name.replace("lora_A", "weight")] += ALPHA / RANK * np.asarray(up[0], np.float64) @ np.asarray(down[0], np.float64)
+            up = np.asarray(values[name.replace("lora_A", "lora_B")][0], np.float64)
+            result[name.replace("lora_A", "weight")] += ALPHA / RANK * up @ np.asarray(down[0], np.float64)
     return result
 
 
@@ -156,7 +157,8 @@ def test_loss_and_all_gradients_follow_float64(config):
                 array[index] = kept + sign * step
                 ends.append(value()[0])
             array[index] = kept
-            assert grad[index] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=2e-3, abs=2e-4), (parameter.name, index)
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert grad[index] == pytest.approx(slope, rel=2e-3, abs=2e-4), (parameter.name, index)
 
 
 @settings(max_examples=10, deadline=None)
@@ -164,12 +166,13 @@ def test_loss_and_all_gradients_follow_float64(config):
        beta=st.floats(0.01, 3), smoothing=st.sampled_from([0.0, 0.1, 0.45]), normalised=st.booleans(),
        loss=st.sampled_from(["sigmoid", "ipo"]), start=st.sampled_from([0.0, 0.05, 0.4]))
 def test_any_shape_length_and_setting(count, spare, bucket, seed, beta, smoothing, normalised, loss, start):
-    config = PreferenceConfig(beta=beta, label_smoothing=smoothing if loss == "sigmoid" else 0.0, length_normalised=normalised,
-                              loss=loss)
+    config = PreferenceConfig(beta=beta, label_smoothing=smoothing if loss == "sigmoid" else 0.0,
+                              length_normalised=normalised, loss=loss)
     decoder, handle = adapted(start=start, seed=seed)
     batch = batch_of(pairs(count, seed), count + spare, bucket)
     results = EvaluationStep(PreferenceLossCell(decoder, config))(
-        *(Tensor(item) for item in (batch.ids, batch.labels, batch.lengths)), Tensor(np.zeros(2 * (count + spare), np.int32)))
+        *(Tensor(item) for item in (batch.ids, batch.labels, batch.lengths)),
+        Tensor(np.zeros(2 * (count + spare), np.int32)))
     base = weights(seed)
     policy = answer_logprobs(merged(base, {item.name: item.asnumpy() for item in handle.trainable_params()}), batch)
     want, number, figures = numpy_loss(config, policy, answer_logprobs(base, batch), batch.labels)
@@ -183,8 +186,10 @@ def test_any_shape_length_and_setting(count, spare, bucket, seed, beta, smoothin
 
 #: (loss, beta, label smoothing, ratio, value, slope): torch's logsigmoid and autograd in float64, TRL's formulas.
 GOLDEN = [("sigmoid", 0.1, 0.0, 2.0, 0.598138869, -0.0450166), ("sigmoid", 0.1, 0.1, 2.0, 0.618138869, -0.0350166),
-          ("sigmoid", 0.5, 0.0, -30.0, 15.000000306, -0.499999847), ("sigmoid", 0.5, 0.25, -30.0, 11.250000306, -0.374999847),
-          ("sigmoid", 1.0, 0.4, 0.0, 0.693147181, -0.1), ("ipo", 0.1, 0.0, 2.0, 9.0, -6.0), ("ipo", 0.5, 0.0, -3.0, 16.0, -8.0),
+          ("sigmoid", 0.5, 0.0, -30.0, 15.000000306, -0.499999847),
+          ("sigmoid", 0.5, 0.25, -30.0, 11.250000306, -0.374999847),
+          ("sigmoid", 1.0, 0.4, 0.0, 0.693147181, -0.1), ("ipo", 0.1, 0.0, 2.0, 9.0, -6.0),
+          ("ipo", 0.5, 0.0, -3.0, 16.0, -8.0),
           ("sigmoid", 1.0, 0.0, 0.0, 0.693147181, -0.5), ("sigmoid", 1.0, 0.0, 500.0, 0.0, 0.0),
           ("sigmoid", 1.0, 0.0, -500.0, 500.0, -1.0), ("sigmoid", 2.0, 0.25, 300.0, 150.0, 0.5)]
 
@@ -201,7 +206,7 @@ def test_golden_values_and_slopes_of_the_formula(loss, beta, smoothing, ratio, v
     np.testing.assert_allclose([got.asnumpy()[0], gradient.asnumpy()[0]], [value, slope], rtol=1e-6, atol=1e-6)
 
 
-# -- the reference ---------------------------------------------------------------------------------------------------------------
+# -- the reference -----------------------------------------------------------------------------------------------------
 
 
 class Losses(nn.Cell):
@@ -277,7 +282,7 @@ def test_a_pair_does_not_depend_on_its_neighbours():
         np.testing.assert_array_equal(straight[order], turned)
 
 
-# -- steps ---------------------------------------------------------------------------------------------------------------------
+# -- steps -------------------------------------------------------------------------------------------------------------
 
 
 def stepper_of(**options):
@@ -291,7 +296,8 @@ def test_accumulated_pairs_equal_one_large_batch():
     items = pairs(7, seed=4)
     for step in (1, 2, 3):
         first, second = batch_of(items[:4]), batch_of(items[4:], size=4)
-        joined = Batch(*(np.concatenate([getattr(first, name), getattr(second, name)]) for name in ("ids", "labels", "lengths")))
+        joined = Batch(*(np.concatenate([getattr(first, name), getattr(second, name)])
+                         for name in ("ids", "labels", "lengths")))
         assert parts([first, second], step, 3) == pytest.approx(whole([joined], step, 3), rel=1e-4)
         assert parts.figures == pytest.approx(whole.figures, rel=1e-3, abs=1e-5) and set(parts.figures) == set(NAMES)
         assert parts.tokens == whole.tokens == joined.tokens
@@ -314,7 +320,7 @@ def test_updates_lower_the_loss_and_leave_the_base_alone():
         np.testing.assert_array_equal(parameter.asnumpy(), before[parameter.name])
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_models_without_a_base_to_compare_with_are_refused():
@@ -322,7 +328,7 @@ def test_models_without_a_base_to_compare_with_are_refused():
         check_reference(TinyDecoder())
     for start in ("pissa", "olora"):
         decoder = Decoder(CONFIG, weights())
-        inject(decoder, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], init_lora_weights=start), seed=1)
+        inject(decoder, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], init_lora_weights=start))
         with pytest.raises(ConfigError, match=f"'default' started from the base weights.*'{start}'"):
             PreferenceLossCell(decoder, PreferenceConfig())
     decoder, handle = adapted(start=0.1)
