@@ -46,7 +46,7 @@ def decoding(arguments):
     return dict(
         contrast=Contrast(arguments.alpha, arguments.beta, arguments.adapt, arguments.skip_copies)
         if arguments.contrast else None,
-        sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed),
+        sampling=Sampling.asked(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed),
         max_new_tokens=arguments.max_new_tokens,
     )
 
