@@ -1,6 +1,6 @@
 """Between text and ids: what the batch decoder and the serving engine share."""
 
-from colora_ms.decoding.values import is_whole, shown
+from colora_ms.decoding.values import is_whole, sequence, shown
 from colora_ms.errors import DecodingError
 
 
@@ -13,9 +13,9 @@ def encode_prompt(tokenizer, prompt):
         DecodingError: it is none of these.
     """
     if not isinstance(prompt, str):
-        if not hasattr(prompt, "__iter__") or isinstance(prompt, (bytes, dict)):
-            raise DecodingError(f"the prompt is {shown(prompt)}; expected a string, token ids or chat messages")
-        prompt = list(prompt)
+        given, prompt = prompt, sequence(prompt)
+        if prompt is None:
+            raise DecodingError(f"the prompt is {shown(given)}; expected a string, token ids or chat messages")
         if prompt and isinstance(prompt[0], dict):
             text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
             return tokenizer.encode(text, add_special_tokens=False)

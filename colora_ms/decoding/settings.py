@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from colora_ms.decoding.contrast import Contrast, Sampling
-from colora_ms.decoding.values import flag, is_real, is_whole, shown, whole
+from colora_ms.decoding.values import flag, is_real, is_whole, sequence, shown, whole
 from colora_ms.errors import DecodingError
 
 #: Stop strings of a request, and characters of each, at most.
@@ -96,10 +96,9 @@ def check_stop_ids(ids, vocabulary=None):
     Raises:
         DecodingError: they are no ids of the vocabulary.
     """
-    found = () if ids is None else (ids,) if is_whole(ids) else ids
-    if isinstance(found, (str, bytes, dict)) or not hasattr(found, "__iter__"):
+    found = () if ids is None else (ids,) if is_whole(ids) else sequence(ids)
+    if found is None:
         raise DecodingError(f"stop_token_ids={shown(ids)} is not a list of token ids")
-    found = tuple(found)
     for one in found:
         if not is_whole(one) or one < 0 or vocabulary is not None and one >= vocabulary:
             size = "" if vocabulary is None else f" of the vocabulary, 0..{vocabulary - 1}"

@@ -38,6 +38,16 @@ def is_whole(value):
     return isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
 
 
+def sequence(value):
+    """The entries of a list, tuple, array or the like, as a list; None of anything else."""
+    if isinstance(value, (str, bytes, dict)):
+        return None
+    try:
+        return list(value)
+    except TypeError:
+        return None
+
+
 def real(name, value):
     """A finite number of float32's range as a Python float; positive ones that float32 does not hold in full become 0.0.
 

@@ -17,6 +17,7 @@ from colora_ms import runtime
 from colora_ms.decoding.answer import Answer
 from colora_ms.decoding.prompt import ending_ids
 from colora_ms.decoding.settings import check_settings
+from colora_ms.decoding.values import shown
 from colora_ms.errors import (AdapterError, ColoraError, ConfigError, DecodingError, EngineClosedError, ServingError,
                               UnknownAdapterError)
 from colora_ms.models.cache import KeyValueCache
@@ -149,6 +150,8 @@ class Engine:
             raise DecodingError(f"a contrastive request takes two rows, the engine has {self.rows}")
         digest = ""
         if adapter is not None:
+            if not isinstance(adapter, str):
+                raise UnknownAdapterError(f"adapter={shown(adapter)} is not an adapter's name")
             if self.bank is None:
                 raise UnknownAdapterError(f"adapter {adapter!r:.80} was asked for, but this engine has no adapter bank")
             digest = self.bank.resolve(adapter)

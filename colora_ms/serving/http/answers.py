@@ -26,7 +26,9 @@ class Answers:
         """The object of an answer that is not streamed."""
         choices = []
         for index, one in enumerate(completions):
-            text = {"message": {"role": "assistant", "content": one.text}} if self.chat else {"text": self._before(index) + one.text}
+            text = {"text": self._before(index) + one.text}
+            if self.chat:
+                text = {"message": {"role": "assistant", "content": one.text}}
             choices.append(self._choice(index, text, one.finish_reason, one.records))
         return {**self._head, "object": "chat.completion" if self.chat else "text_completion", "choices": choices,
                 "usage": usage(completions)}
