@@ -141,5 +141,5 @@ def spelled_ids(tokenizer, stop):
     if not stop or backend is None:
         return frozenset()
     known = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
-    known.update((token, backend.token_to_id(token)) for token in tokenizer.special_tokens.values())
+    known.update((token, backend.token_to_id(token)) for token in tokenizer.special_tokens.values() if isinstance(token, str))
     return frozenset(known[one] for one in stop if one in known)

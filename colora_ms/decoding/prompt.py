@@ -2,6 +2,7 @@
 
 from colora_ms.decoding.values import is_whole, sequence, shown
 from colora_ms.errors import DecodingError
+from colora_ms.models.turn_ends import turn_ends
 
 
 def encode_prompt(tokenizer, prompt):
@@ -42,6 +43,5 @@ def check_ids(ids, vocabulary, name):
 
 
 def ending_ids(decoder, tokenizer):
-    """Ids that end an answer: the model config's and the tokenizer's."""
-    extra = tokenizer.eos_token_id
-    return tuple(dict.fromkeys([*decoder.config.eos_token_ids, *([] if extra is None else [extra])]))
+    """Ids that end an answer, see :func:`colora_ms.models.turn_ends.turn_ends`."""
+    return tuple(end.id for end in turn_ends(decoder.config, tokenizer))
