@@ -43,7 +43,8 @@ def run(arguments):
     if team.world > 1 and not arguments.tensor_parallel:
         generator = ShardedGenerator(generator, team)
     completions = generator.generate(
-        inputs, adapter=adapter, stop=arguments.stop, stop_token_ids=arguments.stop_token_id, records=arguments.records or arguments.json,
+        inputs, adapter=adapter, stop=arguments.stop, stop_token_ids=arguments.stop_token_id,
+        records=arguments.records or arguments.json,
         **({"on_text": lambda _, text: print(text, end="", flush=True)} if live else {}), **settings)
     if not team.first:
         return 0

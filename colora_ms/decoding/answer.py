@@ -77,7 +77,7 @@ class Answer:
         """(text, tokens, records) that became certain since the last call."""
         parts, kept = self._taken
         match = self._search()[0] if self.finish_reason is None and self._held else None
-        end = len(self.tokens) if match is None else self._token_at(match[1])  # those behind may yet be cut
+        end = len(self.tokens) if match is None else self._token_at(match[1])  # those behind it may yet be cut
         self._taken = len(self._shown), end
         return "".join(self._shown[parts:]), tuple(self.tokens[kept:end]), tuple(self.records[kept:end])
 
@@ -120,8 +120,8 @@ class Answer:
         return count
 
     def _search(self):
-        """((begin, end) of the stop string that begins first, or None; where the first one may be beginning) in the held
-        text. Of those that begin together the shortest counts."""
+        """((begin, end) of the stop string that begins first, or None; where the first one may be beginning) in the
+        held text. Of those that begin together the shortest counts."""
         held, match, least = self._held, None, len(self._held)
         for stop in self.settings.stop:
             at = held.find(stop)
@@ -141,5 +141,6 @@ def spelled_ids(tokenizer, stop):
     if not stop or backend is None:
         return frozenset()
     known = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
-    known.update((token, backend.token_to_id(token)) for token in tokenizer.special_tokens.values() if isinstance(token, str))
+    named = [token for token in tokenizer.special_tokens.values() if isinstance(token, str)]
+    known.update((token, backend.token_to_id(token)) for token in named)
     return frozenset(known[one] for one in stop if one in known)

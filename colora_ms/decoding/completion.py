@@ -44,7 +44,8 @@ class Completion:
         tokens: the ids that were generated, up to the one that ended the answer: an end-of-sequence or stop id, or the
             token that completed a stop string.
         prompt_tokens: how many tokens the prompt had.
-        finish_reason: "stop" (end of sequence, stop string or stop id) or "length"; of the engine also "cancelled" or "timeout".
+        finish_reason: "stop" (end of sequence, stop string or stop id) or "length"; of the engine also "cancelled" or
+            "timeout".
         adapter: the adapter's name, or None for the base model.
         records: a :class:`TokenRecord` a token where they were asked for, else ().
     """

@@ -112,8 +112,8 @@ class Generator:
             contrast: :class:`Contrast`, None for the expert alone, or a list with one entry a prompt.
             sampling: :class:`Sampling`, None for greedy, or a list with one entry a prompt.
             max_new_tokens: tokens an answer may have, or a list with one number a prompt.
-            stop: a string, or strings, that end an answer; it is cut before them. One that spells a special token ends it
-                at that token.
+            stop: a string, or strings, that end an answer; it is cut before them. One that spells a special token ends
+                it at that token.
             records: whether each completion carries a :class:`TokenRecord` a token.
             ignore_eos: go on after an end-of-sequence token (for benchmarks).
             on_text: called with (index of the prompt, new text) after every chunk.

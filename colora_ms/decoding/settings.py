@@ -86,7 +86,8 @@ def check_stop(stop):
     strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
     if not isinstance(strings, (list, tuple, set, frozenset)) or len(strings) > MOST_STOPS \
             or any(not isinstance(s, str) or not 0 < len(s) <= LONGEST_STOP for s in strings):
-        raise DecodingError(f"stop={shown(stop, 200)}: at most {MOST_STOPS} stop strings of 1 to {LONGEST_STOP} characters")
+        raise DecodingError(f"stop={shown(stop, 200)}: at most {MOST_STOPS} stop strings of 1 to {LONGEST_STOP} "
+                            "characters")
     return tuple(strings)
 
 

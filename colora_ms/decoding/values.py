@@ -1,9 +1,9 @@
 """Checks of a request's numbers in the types in which the graph takes them: float32 and int32.
 
 A number that is fine in Python may overflow, round to 0 or leave its range when it is cast. Whoever takes options of a
-request (Generator, engine, HTTP, command line, recipes) makes :class:`colora_ms.decoding.Contrast`,
-:class:`colora_ms.decoding.Sampling` and :func:`colora_ms.decoding.settings.check_settings` of them, and these use what is
-here; no other place casts.
+request (Generator, engine, HTTP, command line, recipes) hands them to :class:`colora_ms.decoding.Contrast`,
+:class:`colora_ms.decoding.Sampling` and :func:`colora_ms.decoding.settings.check_settings`, and these use what is here;
+``contrast.operands`` casts.
 """
 
 import math
@@ -49,7 +49,7 @@ def sequence(value):
 
 
 def real(name, value):
-    """A finite number of float32's range as a Python float; positive ones that float32 does not hold in full become 0.0.
+    """A finite number of float32's range as a Python float; a positive one that float32 does not hold in full is 0.0.
 
     These are below :data:`SMALLEST`; whether a thread computes with them or with 0 depends on the processor's mode.
 

@@ -1,18 +1,18 @@
 """Ids into text: the one place, incremental and linear in the number of ids.
 
-The text of ids depends on what stands before them: SentencePiece's blank in front of the first word of a text is no text,
-the same blank behind a prompt is, and a character whose bytes are two tokens may begin in the prompt. So everybody asks for
-the text of ids *behind* others::
+The text of ids depends on what stands before them: SentencePiece's blank in front of the first word of a text is no
+text, the same blank behind a prompt is, and a character whose bytes are two tokens may begin in the prompt. So
+everybody asks for the text of ids *behind* others::
 
     decode(tokenizer, ids, before=prompt)     the text that appears when ids follow the prompt
     stream = StreamDecoder(tokenizer, before=prompt)
     stream.push(id) ... stream.flush()        the same text in pieces, never half a character
 
-Joined, the pieces are always the whole text. The decoder that a tokenizer file names (``ByteLevel``, SentencePiece's chain,
-``Metaspace``, ``WordPiece``, ``BPEDecoder`` or none) is carried out step by step as the ``tokenizers`` library does, with
-one exception: bytes of SentencePiece's byte tokens that are no character become a U+FFFD each, and characters among them
-stay, as the SentencePiece library decodes them (``tokenizers`` gives up the whole run of byte tokens, so that a character
-that is cut by the end of an answer would take the good ones before it along).
+Joined, the pieces are always the whole text. The decoder that a tokenizer file names (``ByteLevel``, SentencePiece's
+chain, ``Metaspace``, ``WordPiece``, ``BPEDecoder`` or none) is carried out step by step as the ``tokenizers`` library
+does, with one exception: bytes of SentencePiece's byte tokens that are no character become a U+FFFD each, and
+characters among them stay, as the SentencePiece library decodes them (``tokenizers`` gives up the whole run of byte
+tokens, so that a character that is cut by the end of an answer would take the good ones before it along).
 """
 
 import codecs

@@ -18,9 +18,9 @@ from colora_ms.decoding.answer import Answer
 from colora_ms.decoding.prompt import ending_ids
 from colora_ms.decoding.settings import check_settings
 from colora_ms.decoding.values import shown
-from colora_ms.errors import (AdapterError, ColoraError, ConfigError, DecodingError, EngineClosedError, ServingError,
-                              UnknownAdapterError)
+from colora_ms.errors import ColoraError, ConfigError, DecodingError, EngineClosedError, UnknownAdapterError
 from colora_ms.models.cache import KeyValueCache
+from colora_ms.serving import recovery
 from colora_ms.serving.batch import Batch
 from colora_ms.serving.handle import RequestHandle, Timing, Usage
 from colora_ms.serving.prompts import Prompts
@@ -32,9 +32,6 @@ _log = logging.getLogger(__name__)
 
 #: Bytes of the engine thread's stack: MindSpore parses deep graphs by recursion.
 _STACK = 256 << 20
-
-#: Graphs that may fail around a request that does not fail alone; then it ends, so that nothing is tried for ever.
-_DOUBTS = 4
 
 
 class Engine:
@@ -112,8 +109,8 @@ class Engine:
             contrast: :class:`colora_ms.decoding.Contrast`; None: the expert alone.
             sampling: :class:`colora_ms.decoding.Sampling`; None: greedy.
             max_new_tokens: tokens that the answer may have; cut to what the cache holds behind the prompt.
-            stop: a string, or strings, that end the answer; it is cut before them. One that spells a special token ends it
-                at that token.
+            stop: a string, or strings, that end the answer; it is cut before them. One that spells a special token ends
+                it at that token.
             seed: in place of the sampling's own.
             priority: larger ones leave the queue first.
             timeout: seconds until the request ends, wherever it is then, with finish_reason "timeout".
@@ -131,9 +128,9 @@ class Engine:
             EngineClosedError: the engine was closed.
         """
         try:
-            return self._submit(prompt, adapter, contrast=contrast, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop,
-                                stop_token_ids=stop_token_ids, seed=seed, priority=priority, timeout=timeout,
-                                records=records, ignore_eos=ignore_eos)
+            return self._submit(prompt, adapter, contrast=contrast, sampling=sampling, max_new_tokens=max_new_tokens,
+                                stop=stop, stop_token_ids=stop_token_ids, seed=seed, priority=priority,
+                                timeout=timeout, records=records, ignore_eos=ignore_eos)
         except ColoraError:
             with self._wake:
                 self._counts["refused"] += 1
@@ -288,21 +285,15 @@ class Engine:
         """Compute pieces of the prompts of the starting requests, and let those run whose prompt is complete."""
         spent = 0
         while self._starting and spent < self._prompt_chunk:
-            self._working = self._cohort(self._starting)
+            self._working = recovery.cohort(self._starting)
             tokens = self._prompts.advance(self._working)
             for request in self._working:
-                if request.prompt_done and request.doubtful == 0:
-                    request.doubtful = None
+                recovery.clear(request)
             self._running += [r for r in self._starting if r.prompt_done]
             self._starting = [r for r in self._starting if not r.prompt_done]
             if not tokens:
                 break
             spent += tokens
-
-    @staticmethod
-    def _cohort(requests):
-        """Who may share the next graph call: all, or after a failure one doubtful request alone."""
-        return next(([request] for request in requests if request.doubtful is not None), list(requests))
 
     def _drop(self):
         """End the requests that were cancelled or are too late."""
@@ -351,7 +342,7 @@ class Engine:
 
     def _steps(self):
         """A chunk of steps for all that run, and what comes of it."""
-        self._working = self._cohort(self._running)
+        self._working = recovery.cohort(self._running)
         used = sum(r.settings.rows for r in self._working)
         batch = Batch(self._working, next(b for b in self._buckets if b >= used), self.eos)
         steps = 1 if batch.one_step else self.chunk
@@ -369,16 +360,15 @@ class Engine:
                 self._take(request, ints[:, i], floats[:, i], counts[i], now)
             except Exception as error:  # its text, its listener: nobody else's
                 _log.exception("request %s failed", request.handle.id)
-                self._end(request, error=_failure(error))
+                self._end(request, error=recovery.failure(error))
         self._running = [r for r in self._running if not r.handle.done]
 
     def _take(self, request, ints, floats, count, now):
         """Give a request its new tokens, and end it if it ended."""
         if not request.take(ints, floats, count):
-            self._end(request, error=self._not_finite(request))
+            self._end(request, error=recovery.not_finite(request))
             return
-        if request.doubtful is not None and len(request.tokens) >= request.doubtful:
-            request.doubtful = None
+        recovery.clear(request)
         if request.handle.timing.first_token is None:
             request.handle.timing.first_token = now
         piece = request.settle()
@@ -388,15 +378,6 @@ class Engine:
             request.handle.push(piece)
         if request.finish_reason is not None:
             self._end(request)
-
-    def _not_finite(self, request):
-        contrast = request.settings.contrast
-        if contrast is not None and contrast.beta > 1e6:
-            return DecodingError(f"beta={contrast.beta:g} makes the scores of the contrast infinite; 0.5 is a usual value")
-        if request.adapter is None:
-            return ServingError("the base model's logits are not finite; its weights are damaged")
-        return AdapterError(f"adapter {request.adapter!r} makes the model's logits infinite or not a number; its values are "
-                            "too large: train it again with a smaller step")
 
     def _end(self, request, error=None):
         """Give back what a request holds and tell its handle."""
@@ -413,20 +394,15 @@ class Engine:
         request.handle.push(completion=request.completion())
 
     def _recover(self, error):
-        """A graph failed: MindSpore does not run it again, and what it wrote is unknown. All requests begin anew with their
-        prompts on new graphs, which gives the same tokens again; those that were in the failed call run alone until they
-        are past the place, so that one that makes it fail ends alone."""
+        """A graph failed: MindSpore does not run it again, and what it wrote is unknown. All requests begin anew with
+        their prompts on new graphs, which gives the same tokens again; see :mod:`colora_ms.serving.recovery`."""
         _log.exception("the engine's graphs failed and are made anew")
         self._counts["failures"] += 1
         requests, self._starting, self._running = self._starting + self._running, [], []
         guilty, self._working = [r for r in self._working or requests if not r.handle.done], []
-        for request in guilty:
-            request.doubts += 1
-            request.doubtful = len(request.tokens) + self.chunk if request.prompt_done else 0
-        failed = [r for r in guilty if len(guilty) == 1 or r.doubts > _DOUBTS]
-        for request in failed:
+        for request in recovery.blame(guilty, self.chunk):
             self._waiting.remove_if(lambda one, request=request: one is request)
-            self._end(request, error=_failure(error))
+            self._end(request, error=recovery.failure(error))
         for request in requests:
             if not request.handle.done:
                 self._prompts.release(request, keep=False)
@@ -435,9 +411,3 @@ class Engine:
         self._graphs.renew()
         self._prompts.clear()
 
-
-def _failure(error):
-    """What a request is told when the engine failed at it."""
-    reason = ServingError(f"the engine failed while the request ran: {error}")
-    reason.__cause__ = error
-    return reason

@@ -18,7 +18,7 @@ EOS, STORY = 2, "Once upon a time, there was a little girl named"
 SLOW = [HealthCheck.function_scoped_fixture]
 
 
-# -- one answer, token by token -----------------------------------------------------------------------------------------
+# -- one answer, token by token ---------------------------------------------------------------------------------------
 
 
 class Pieces:
@@ -61,7 +61,8 @@ def test_an_answer_by_its_definition(ids, stop, stop_ids, budget, end, cuts):
     if reason is None:
         ids = ids + [EOS]  # every answer ends somewhere
         text, kept, reason = expected(ids, stop, stop_ids, budget)
-    answer = Answer(Pieces(), [], Settings(None, Sampling(), budget, tuple(stop), tuple(stop_ids), records=True), (EOS,))
+    answer = Answer(Pieces(), [], Settings(None, Sampling(), budget, tuple(stop), tuple(stop_ids), records=True),
+                    (EOS,))
     news = [("", (), ())]
     for place, one in enumerate(ids):
         answer.take(one, one, 1, (0.0, 0.0, 0.0, 0.0))
@@ -87,7 +88,7 @@ def test_overlapping_stop_strings(ids, stop, text, count):
     assert (answer.text, len(answer.tokens)) == (text, count) and answer.finish_reason == "stop"
 
 
-# -- the tiny model -----------------------------------------------------------------------------------------------------
+# -- the tiny model ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +103,15 @@ def generators(engine, adapter_folder, tiny_decoder, word_tokenizer):
 
 @settings(max_examples=25, suppress_health_check=SLOW)
 @given(prompt=st.lists(st.integers(3, 96), min_size=1, max_size=6), adapter=st.sampled_from([None, "a0", "a1", "a2"]),
-       contrast=st.none() | st.builds(Contrast, st.floats(0.05, 1), st.floats(0, 2), st.sampled_from(["fixed", "entropy"])),
-       sampling=st.none() | st.builds(Sampling, st.sampled_from([0.0, 0.7, 1.5]), st.integers(0, 30), st.sampled_from([0, 0.9, 1]),
+       contrast=st.none() | st.builds(Contrast, st.floats(0.05, 1), st.floats(0, 2),
+                                      st.sampled_from(["fixed", "entropy"])),
+       sampling=st.none() | st.builds(Sampling, st.sampled_from([0.0, 0.7, 1.5]), st.integers(0, 30),
+                                      st.sampled_from([0, 0.9, 1]),
                                       st.integers(0, 99)),
        stop=st.lists(st.sampled_from(["3", " 5", "7 ", "1", "44", "9 1", " 2", "8"]), max_size=3),
        stop_token_ids=st.lists(st.integers(0, 96), max_size=8), budget=st.integers(1, 20), ignore_eos=st.booleans())
-def test_generator_and_engine_agree(engine, generators, prompt, adapter, contrast, sampling, stop, stop_token_ids, budget,
-                                    ignore_eos):
+def test_generator_and_engine_agree(engine, generators, prompt, adapter, contrast, sampling, stop, stop_token_ids,
+                                    budget, ignore_eos):
     wanted = dict(adapter=adapter, contrast=contrast if adapter else None, sampling=sampling, stop=stop,
                   stop_token_ids=stop_token_ids, max_new_tokens=budget, ignore_eos=ignore_eos, records=True)
     handle = engine.submit(prompt, **wanted)
@@ -149,7 +152,8 @@ def test_stop_ids_and_refusals(generators, engine):
     end = whole.tokens[7]
     first = whole.tokens.index(end)
     for found in (engine.submit([5, 6], max_new_tokens=20, ignore_eos=True, stop_token_ids=[end, 1]).result(60),
-                  generators[0].generate([[5, 6]], max_new_tokens=20, ignore_eos=True, stop_token_ids=(np.int64(end),))[0]):
+                  generators[0].generate([[5, 6]], max_new_tokens=20, ignore_eos=True,
+                                         stop_token_ids=(np.int64(end),))[0]):
         assert found.tokens == whole.tokens[:first + 1] and found.finish_reason == "stop"
         assert found.text == engine.tokenizer.decode(whole.tokens[:first])
     for ids in ([97], [-1], "5", [1.0], [True], {5: 1}):
@@ -158,7 +162,7 @@ def test_stop_ids_and_refusals(generators, engine):
                 ask(stop_token_ids=ids)
 
 
-# -- models that write what they are told ---------------------------------------------------------------------------------
+# -- models that write what they are told -----------------------------------------------------------------------------
 
 
 def scripted(successors, tokenizer, size=32):
@@ -166,10 +170,12 @@ def scripted(successors, tokenizer, size=32):
     from colora_ms.models.config import DecoderConfig
     from colora_ms.models.decoder import Decoder
 
-    config = DecoderConfig(model_type="llama", vocab_size=size, hidden_size=size, intermediate_size=8, num_hidden_layers=1,
-                           num_attention_heads=2, num_key_value_heads=2, head_dim=size // 2, max_position_embeddings=128,
+    config = DecoderConfig(model_type="llama", vocab_size=size, hidden_size=size, intermediate_size=8,
+                           num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=size // 2,
+                           max_position_embeddings=128,
                            eos_token_ids=())
-    weights = {name: np.full(shape, float("norm" in name), np.float32) for name, shape in config.parameter_shapes().items()}
+    weights = {name: np.full(shape, float("norm" in name), np.float32)
+               for name, shape in config.parameter_shapes().items()}
     weights["model.embed_tokens.weight"][:] = np.eye(size)
     for before, after in successors.items():
         weights["lm_head.weight"][after, before] = 1.0
@@ -194,7 +200,8 @@ def everywhere(decoder, tokenizer, prompt, body=None, **wanted):
     found = []
     for chunk in (2, 16):
         heard = []
-        one, = Generator(decoder, tokenizer, chunk=chunk).generate([prompt], on_text=lambda _, text: heard.append(text), **wanted)
+        generator = Generator(decoder, tokenizer, chunk=chunk)
+        one, = generator.generate([prompt], on_text=lambda _, text: heard.append(text), **wanted)
         assert "".join(heard) == one.text
         found.append((one.text, one.tokens, one.finish_reason))
     with Engine(decoder, tokenizer, rows=2, max_length=64, chunk=4) as engine:
@@ -224,7 +231,8 @@ def agreed(found):
 CHAT = ["a", "b", "c", "X", "Y", "Z", "q"]
 
 
-@pytest.mark.parametrize("kind, stop", [("special", ["<|im_end|>"]), ("added", "<|im_end|>"), ("special", ["no", "<|im_end|>"])])
+@pytest.mark.parametrize("kind, stop",
+                         [("special", ["<|im_end|>"]), ("added", "<|im_end|>"), ("special", ["no", "<|im_end|>"])])
 def test_a_stop_string_that_is_one_token_stops_at_its_id(mindspore, kind, stop):
     """Case 3: the model writes abc<|im_end|>XYZXYZ…"""
     from tokenizers import decoders
@@ -244,7 +252,8 @@ def test_a_character_cut_by_max_tokens(mindspore):
     from tokenizers import decoders as d
 
     tokenizer = made_tokenizer([f"<0x{byte:02X}>" for byte in "😀".encode()] + ["▁a"],
-                               decoder=d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]))
+                               decoder=d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(),
+                                                   d.Strip(" ", 1, 0)]))
     model = scripted({4: 0, 0: 1, 1: 2, 2: 3, 3: 0}, tokenizer)
     for count in (1, 4, 5, 6, 7, 8):
         whole, rest = divmod(count, 4)
@@ -252,7 +261,7 @@ def test_a_character_cut_by_max_tokens(mindspore):
 
 
 def test_an_empty_prompt(mindspore):
-    """Case 25: the begin token alone where there is one, else a refusal; the first blank is no text at the beginning."""
+    """Case 25: the begin token alone where there is one, else a refusal."""
     from tokenizers import decoders as d
 
     tokenizer = made_tokenizer(["▁a", "b"], ["<s>"], decoder=d.Metaspace(), bos_token="<s>")
@@ -279,7 +288,7 @@ def test_echo(mindspore):
     assert {text for text, _, _ in said[3:]} == {tokenizer.decode(tokens) + "é"}
 
 
-# -- stories260k ----------------------------------------------------------------------------------------------------------
+# -- stories260k ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

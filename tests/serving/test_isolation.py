@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 from decimal import Decimal
 from fractions import Fraction
 
@@ -13,19 +12,22 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from colora_ms.decoding import Contrast, Sampling
 from colora_ms.errors import ColoraError, DecodingError, ServingError
 from colora_ms.serving.http import Server, Settings, create_app
-from tests.serving.test_http import call
+from tests.serving.test_http import call, halted
 
 NEIGHBOUR = dict(adapter="a1", contrast=Contrast(0.1, 0.7), sampling=Sampling(0.9, 20, 0.95, 4), max_new_tokens=24,
                  ignore_eos=True)
 NUMBERS = [2**31 - 1, 2**31, 2**32, 2**63, 2**64, 10**30, 10**400, -1, -2**31 - 1, 0, 1, 0.0, -0.0, 1e39, -1e39,
-           3.4028235e38, 3.4028236e38, 1e38, 1e-38, 1e-40, 1e-45, 1e-50, 5e-324, 1.0 + 2**-30, 1.7e308, math.inf, -math.inf,
+           3.4028235e38, 3.4028236e38, 1e38, 1e-38, 1e-40, 1e-45, 1e-50, 5e-324, 1.0 + 2**-30, 1.7e308, math.inf,
+           -math.inf,
            math.nan]
-OTHERS = [True, False, "1", "", None, b"1", [], [1], {}, 1j, Decimal("0.5"), Fraction(1, 3), Fraction(10**500), object(),
+OTHERS = [True, False, "1", "", None, b"1", [], [1], {}, 1j, Decimal("0.5"), Fraction(1, 3), Fraction(10**500),
+          object(),
           np.float32(1e-40), np.float64(1e300), np.float16(0.5), np.int64(2**40), np.uint64(2**64 - 1), np.bool_(True),
           np.float32("nan"), np.longdouble("1e4000"), np.array(0.5), np.array([0.5, 0.5])]
 VALUES = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(OTHERS), st.floats(), st.integers(),
                    st.floats(0, 1), st.integers(0, 100))
-OPTIONS = ["alpha", "beta", "adapt", "skip_copies", "temperature", "top_k", "top_p", "seed", "max_new_tokens", "priority",
+OPTIONS = ["alpha", "beta", "adapt", "skip_copies", "temperature", "top_k", "top_p", "seed", "max_new_tokens",
+           "priority",
            "timeout", "stop", "stop_token_ids", "records", "ignore_eos", "prompt", "adapter"]
 
 
@@ -62,7 +64,8 @@ def test_extreme_options_are_answered_or_refused_alone(engine, alone, wanted):
     (dict(top_k=2147483648), dict(top_k=0)), (dict(top_k=10**400), dict(top_k=0)), (dict(top_k=97), dict(top_k=0)),
     (dict(top_p=0), dict(temperature=0)), (dict(top_p=1e-50), dict(temperature=0)), (dict(top_p=0.0), dict(top_k=1)),
     (dict(temperature=1e-50), dict(temperature=0)), (dict(temperature=1e-42), dict(temperature=0)),
-    (dict(beta=1e-50), dict(beta=0)), (dict(seed=2**64 + 3), dict(seed=3)), (dict(max_new_tokens=10**30), dict(max_new_tokens=94)),
+    (dict(beta=1e-50), dict(beta=0)), (dict(seed=2**64 + 3), dict(seed=3)),
+    (dict(max_new_tokens=10**30), dict(max_new_tokens=94)),
     (dict(priority=10**30), {}), (dict(timeout=10**300), {}), (dict(alpha=np.float32(0.25)), dict(alpha=0.25)),
     (dict(temperature=np.float64(1.5)), dict(temperature=1.5)), (dict(top_k=np.int64(3)), dict(top_k=3)),
 ])
@@ -71,13 +74,20 @@ def test_extreme_options_with_a_clear_meaning(engine, wanted, like):
 
 
 @pytest.mark.parametrize("name, value, words", [
-    ("alpha", 1e-50, "rounds to 0 in float32"), ("alpha", 1e-40, "rounds to 0 in float32"), ("alpha", 1 + 1e-12, r"outside \(0, 1\]"),
-    ("beta", 1e39, "more than float32 holds"), ("beta", -1e-50, "negative"), ("beta", 10**400, "more than float32 holds"),
-    ("temperature", 1e39, "more than float32 holds"), ("temperature", -1e-50, "negative"), ("temperature", 10**400, "bits"),
-    ("top_p", 1.1, r"outside \[0, 1\]"), ("top_p", -1e-50, r"outside \[0, 1\]"), ("top_p", math.nan, "not a finite number"),
-    ("top_k", -1, "top_k=-1"), ("top_k", 1.0, "top_k=1.0"), ("seed", -2**70, "seed="), ("max_new_tokens", 1e3, "max_new_tokens=1000.0"),
-    ("timeout", 10**400, "timeout="), ("stop", 5, "stop=5"), ("stop", {"a": 1}, "stop="), ("stop_token_ids", [97], "0..96"),
-    ("stop_token_ids", "50", "list of token ids"), ("stop_token_ids", [2**40], "no token id"), ("stop_token_ids", [True], "no token id"),
+    ("alpha", 1e-50, "rounds to 0 in float32"), ("alpha", 1e-40, "rounds to 0 in float32"),
+    ("alpha", 1 + 1e-12, r"outside \(0, 1\]"),
+    ("beta", 1e39, "more than float32 holds"), ("beta", -1e-50, "negative"),
+    ("beta", 10**400, "more than float32 holds"),
+    ("temperature", 1e39, "more than float32 holds"), ("temperature", -1e-50, "negative"),
+    ("temperature", 10**400, "bits"),
+    ("top_p", 1.1, r"outside \[0, 1\]"), ("top_p", -1e-50, r"outside \[0, 1\]"),
+    ("top_p", math.nan, "not a finite number"),
+    ("top_k", -1, "top_k=-1"), ("top_k", 1.0, "top_k=1.0"), ("seed", -2**70, "seed="),
+    ("max_new_tokens", 1e3, "max_new_tokens=1000.0"),
+    ("timeout", 10**400, "timeout="), ("stop", 5, "stop=5"), ("stop", {"a": 1}, "stop="),
+    ("stop_token_ids", [97], "0..96"),
+    ("stop_token_ids", "50", "list of token ids"), ("stop_token_ids", [2**40], "no token id"),
+    ("stop_token_ids", [True], "no token id"),
     ("records", "yes", "records='yes'"), ("ignore_eos", 2, "ignore_eos=2"), ("prompt", 5, "the prompt is 5"),
     ("prompt", [5.0], "5.0"), ("prompt", [2**70], "outside the vocabulary"), ("prompt", ["5"], "no token id"),
 ])
@@ -136,7 +146,9 @@ def server(engine):
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(wanted=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=3),
-       contrast=st.none() | st.fixed_dictionaries({}, optional={"alpha": JSON, "beta": JSON, "adapt": JSON, "skip_copies": JSON}))
+       contrast=st.none() | st.fixed_dictionaries({},
+                                                  optional={"alpha": JSON, "beta": JSON, "adapt": JSON,
+                                                            "skip_copies": JSON}))
 def test_extreme_fields_over_http(server, engine, alone, wanted, contrast):
     """JSON as clients write it, NaN and Infinity among it."""
     failures = engine.stats()["failures"]
@@ -154,26 +166,29 @@ def test_extreme_fields_over_http(server, engine, alone, wanted, contrast):
 
 
 @pytest.mark.parametrize("raw, status", [
-    ('"temperature": NaN', 400), ('"temperature": Infinity', 400), ('"temperature": 1e400', 400), ('"temperature": 1e39', 400),
-    ('"temperature": 0, "top_p": 0', 200), ('"temperature": 0, "top_p": 7.5, "top_k": -1', 200), ('"temperature": 0, "top_p": NaN', 400),
-    ('"temperature": 1, "top_p": 0', 200), ('"temperature": 1, "top_p": 1e-50', 200), ('"temperature": 1, "top_k": 2147483648', 200),
+    ('"temperature": NaN', 400), ('"temperature": Infinity', 400), ('"temperature": 1e400', 400),
+    ('"temperature": 1e39', 400),
+    ('"temperature": 0, "top_p": 0', 200), ('"temperature": 0, "top_p": 7.5, "top_k": -1', 200),
+    ('"temperature": 0, "top_p": NaN', 400),
+    ('"temperature": 1, "top_p": 0', 200), ('"temperature": 1, "top_p": 1e-50', 200),
+    ('"temperature": 1, "top_k": 2147483648', 200),
     ('"temperature": 1, "top_k": 1' + "0" * 400, 200), ('"temperature": 1, "top_k": 1' + "0" * 6000, 400),
     ('"temperature": 1' + "0" * 400, 400), ('"contrast": {"beta": 1e39}', 400), ('"contrast": {"alpha": 1e-50}', 400),
     ('"contrast": {"beta": -Infinity}', 400), ('"stop_token_ids": [5, 96]', 200), ('"stop_token_ids": [97]', 400),
     ('"priority": 1' + "0" * 100, 200),
 ])
 def test_numbers_of_json(server, raw, status):
-    found = call(server.url, "POST", "/v1/completions", raw='{"model": "a0", "prompt": "5 6", "max_tokens": 3, ' + raw + "}")
+    found = call(server.url, "POST", "/v1/completions",
+                 raw='{"model": "a0", "prompt": "5 6", "max_tokens": 3, ' + raw + "}")
     assert found[0] == status, found[2]
 
 
-# -- failures that are not a value's ------------------------------------------------------------------------------------
+# -- failures that are not a value's ----------------------------------------------------------------------------------
 
 
 def poisoned(engine, monkeypatch, guilty, times=10**6):
     """Graphs that fail, up to ``times``, whenever a request for which ``guilty`` holds takes part in steps."""
     left = [times]
-    make = engine._graphs._make
 
     def steps(batch, *more, real=engine._graphs.steps):
         if left[0] and any(guilty(request) for request in batch.requests):
@@ -182,7 +197,6 @@ def poisoned(engine, monkeypatch, guilty, times=10**6):
         return real(batch, *more)
 
     monkeypatch.setattr(engine._graphs, "steps", steps)
-    return make
 
 
 MIX = [dict(adapter=None), dict(adapter="a0", contrast=Contrast(0.1, 0.5)),
@@ -208,22 +222,25 @@ def test_a_row_that_an_operator_refuses_ends_alone(engine, monkeypatch):
     assert stats["failed"] == before["failed"] + 1 and stats["bank"]["pinned"] == 0 and stats["rows_used"] == 0
 
 
-def test_a_failure_that_is_nobodys_ends_nobody(engine, monkeypatch):
-    alone = [engine.submit([5, 6], **one, max_new_tokens=20, ignore_eos=True).result(60) for one in MIX]
-    for times in (1, 2):
-        with monkeypatch.context() as patch:
-            poisoned(engine, patch, lambda request: len(request.answer.tokens) >= 8, times)
-            handles = [engine.submit([5, 6], **one, max_new_tokens=20, ignore_eos=True) for one in MIX]
-            pieces = [list(handle.pieces(60)) for handle in handles] if times == 1 else [[] for _ in handles]
-            if times == 2:  # the second failure meets a request that runs alone
-                continue
-        for handle, one, parts in zip(handles, alone, pieces):
-            assert handle.result(60) == one
-            assert "".join(part.text for part in parts) == one.text
-            assert sum((part.tokens for part in parts), ()) == one.tokens
-            assert sum((part.records for part in parts), ()) == one.records
-    while engine.stats()["running"] or engine.stats()["starting"]:
-        threading.Event().wait(0.01)
+@pytest.mark.parametrize("times, ended", [(1, 0), (2, 1)])  # the second failure meets a request that runs alone
+def test_a_failure_in_a_batch_ends_at_most_one(engine, monkeypatch, times, ended):
+    wanted = dict(max_new_tokens=20, ignore_eos=True)
+    alone = [engine.submit([5, 6], **one, **wanted).result(60) for one in MIX]
+    poisoned(engine, monkeypatch, lambda request: len(request.answer.tokens) >= 8, times)
+    with halted(engine):
+        handles = [engine.submit([5, 6], **one, **wanted) for one in MIX]
+    failed = 0
+    for handle, one in zip(handles, alone):
+        try:
+            parts = list(handle.pieces(60))
+        except ServingError:
+            failed += 1
+            continue
+        assert handle.result(60) == one
+        assert "".join(part.text for part in parts) == one.text
+        assert sum((part.tokens for part in parts), ()) == one.tokens
+        assert sum((part.records for part in parts), ()) == one.records
+    assert failed == ended and engine.stats()["bank"]["pinned"] == 0
 
 
 def test_a_prompt_that_fails_ends_alone(engine, monkeypatch):

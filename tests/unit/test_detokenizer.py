@@ -11,7 +11,8 @@ from colora_ms.models.detokenizer import StreamDecoder, WholeDecoder, decode
 from colora_ms.models.tokenizer import Tokenizer, load_tokenizer
 
 STORIES = os.path.join(os.path.dirname(__file__), "..", "..", "..", "shared", "data", "stories260k")
-PIECES = ["▁", "▁the", "▁▁", "a", "b▁c", "##ing", "##", "word", "don't", " n't", ".", " .", " do not", "end</w>", "</w>", "mid</w>dle",
+PIECES = ["▁", "▁the", "▁▁", "a", "b▁c", "##ing", "##", "word", "don't", " n't", ".", " .", " do not", "end</w>",
+          "</w>", "mid</w>dle",
           "é", "Ġ", "Ġw", "Ã", "¤", "ðŁ", "ĺ", "\ufffd", "x y", "  ", "<0x4", "<0xZZ>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -21,9 +22,12 @@ def decoder_kinds():
 
     llama = [d.Replace("▁", " "), d.ByteFallback(), d.Fuse()]
     return {
-        "none": None, "ByteLevel": d.ByteLevel(), "Llama": d.Sequence([*llama, d.Strip(" ", 1, 0)]), "Gemma": d.Sequence(llama),
-        "strip both": d.Sequence([*llama, d.Strip(" ", 2, 2)]), "Metaspace": d.Metaspace(), "never": d.Metaspace("▁", "never"),
-        "first": d.Metaspace("▁", "first"), "WordPiece": d.WordPiece(), "WordPiece, no clean-up": d.WordPiece("##", False),
+        "none": None, "ByteLevel": d.ByteLevel(), "Llama": d.Sequence([*llama, d.Strip(" ", 1, 0)]),
+        "Gemma": d.Sequence(llama),
+        "strip both": d.Sequence([*llama, d.Strip(" ", 2, 2)]), "Metaspace": d.Metaspace(),
+        "never": d.Metaspace("▁", "never"),
+        "first": d.Metaspace("▁", "first"), "WordPiece": d.WordPiece(),
+        "WordPiece, no clean-up": d.WordPiece("##", False),
         "BPE": d.BPEDecoder(), "pattern": d.Sequence([d.Replace(Regex("[▁.]+"), " "), d.ByteFallback(), d.Fuse()]),
         "fallback alone": d.ByteFallback(), "Unigram": d.Sequence([d.ByteFallback(), d.Metaspace()]),
         "behind a fuse": d.Sequence([d.ByteFallback(), d.Fuse(), d.Replace("▁", "_"), d.Strip("_", 1, 0)]),
@@ -93,7 +97,8 @@ def test_equals_the_library(kind, ids, skip):
 def test_pieces_join_to_the_text_behind_what_stands_before(tokenizer, ids, cut, skip):
     before, rest = ids[:cut], ids[cut:]
     parts = pieces_of(tokenizer, rest, before, skip)
-    assert "".join(parts) == tokenizer.decode(rest, skip, before) == decode(tokenizer, np.array(rest, np.int64), before, skip)
+    assert "".join(parts) == tokenizer.decode(rest, skip, before) == decode(tokenizer, np.array(rest, np.int64),
+                                                                            before, skip)
     # What stands before, up to where its text is certain, and the text behind it are the text of both.
     stream = tokenizer.stream(skip)
     assert "".join(map(stream.push, before)) + "".join(parts) == tokenizer.decode(ids, skip)
@@ -188,5 +193,5 @@ def test_work_is_linear(stories, monkeypatch):
 
 def test_a_tokenizer_that_only_decodes(word_tokenizer):
     stream = WholeDecoder(word_tokenizer)
-    assert [stream.push(one) for one in (5, 6, 2, 7)] == ["5", " 6", "", " 7"] and stream.peek(9) == "9" and stream.flush() == ""
-    assert stream.push(8) == "8"
+    assert [stream.push(one) for one in (5, 6, 2, 7)] == ["5", " 6", "", " 7"]
+    assert stream.peek(9) == "9" and stream.flush() == "" and stream.push(8) == "8"

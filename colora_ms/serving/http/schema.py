@@ -108,7 +108,8 @@ class GenerationBody(BaseModel):
             "sampling": Sampling.asked(self.temperature or 0.0, self.top_k or 0, 1.0 if self.top_p is None else self.top_p,
                                        seed),
             "max_new_tokens": min(settings.default_tokens, settings.max_tokens) if tokens is None else tokens,
-            "stop": self.stop or (), "stop_token_ids": self.stop_token_ids or (), "priority": self.priority or 0, "timeout": settings.timeout,
+            "stop": self.stop or (), "stop_token_ids": self.stop_token_ids or (), "priority": self.priority or 0,
+            "timeout": settings.timeout,
             "records": bool(self.records), "ignore_eos": bool(self.ignore_eos),
         }
 
