@@ -106,10 +106,11 @@ def test_integers_too_long_to_be_written(engine):
 
 
 def test_a_contrast_that_overflows_fails_alone(engine, alone):
+    failures = engine.stats()["failures"]
     neighbour = engine.submit([7, 8, 9], **NEIGHBOUR)
     with pytest.raises(DecodingError, match="beta=3e.38 makes the scores"):
         submit(engine, dict(beta=3e38, alpha=1e-30)).result(60)
-    assert neighbour.result(60).tokens == alone and engine.stats()["failures"] == 0
+    assert neighbour.result(60).tokens == alone and engine.stats()["failures"] == failures
 
 
 def test_a_contrast_that_overflows_fails_alone_in_the_graph_loop(tiny_decoder, word_tokenizer, tmp_path):
@@ -199,36 +200,60 @@ def poisoned(engine, monkeypatch, guilty, times=10**6):
     monkeypatch.setattr(engine._graphs, "steps", steps)
 
 
+@pytest.fixture(scope="module")
+def fragile(tiny_decoder, word_tokenizer, adapter_folder):
+    """An engine whose graphs may fail; the shared one counts its failures."""
+    from colora_ms.serving import AdapterBank, Engine
+
+    decoder = tiny_decoder()
+    bank = AdapterBank(decoder, adapter_folder, max_loaded=3, max_rank=6)
+    with Engine(decoder, word_tokenizer, bank, rows=4, max_length=96, chunk=4, prompt_chunk=24) as engine:
+        yield engine
+
+
 MIX = [dict(adapter=None), dict(adapter="a0", contrast=Contrast(0.1, 0.5)),
        dict(adapter="a2", sampling=Sampling(1.0, seed=5), records=True)]
 
 
-def test_a_row_that_an_operator_refuses_ends_alone(engine, monkeypatch):
+def test_a_row_that_an_operator_refuses_ends_alone(fragile, monkeypatch):
     wanted = [dict(one, max_new_tokens=20, ignore_eos=True) for one in MIX[:2]]
-    alone = [engine.submit([5 + i, 6], **one).result(60) for i, one in enumerate(wanted)]
-    poisoned(engine, monkeypatch, lambda request: request.adapter == "a3")
-    before = engine.stats()
-    good = [engine.submit([5 + i, 6], **one) for i, one in enumerate(wanted)]
+    alone = [fragile.submit([5 + i, 6], **one).result(60) for i, one in enumerate(wanted)]
+    poisoned(fragile, monkeypatch, lambda request: request.adapter == "a3")
+    before = fragile.stats()
+    good = [fragile.submit([5 + i, 6], **one) for i, one in enumerate(wanted)]
     for handle in good:
         next(handle.pieces(60))  # all have begun when the bad one comes
-    bad = engine.submit([5, 6, 7], adapter="a3", max_new_tokens=9)
+    bad = fragile.submit([5, 6, 7], adapter="a3", max_new_tokens=9)
     with pytest.raises(ServingError, match="refuses a row"):
         bad.result(60)
     for handle, one in zip(good, alone):
         found = handle.result(60)
         assert (found.tokens, found.text, found.finish_reason) == (one.tokens, one.text, one.finish_reason)
         assert handle.usage.generated == len(found.tokens)
-    stats = engine.stats()
+    stats = fragile.stats()
     assert stats["failed"] == before["failed"] + 1 and stats["bank"]["pinned"] == 0 and stats["rows_used"] == 0
 
 
+def test_a_value_that_got_past_the_checks_ends_its_request(fragile):
+    """The operator itself refuses: MindSpore does not run that graph again, so the neighbours go on in new ones."""
+    alone = [fragile.submit([7, 8, 9], **one, max_new_tokens=20, ignore_eos=True).result(60) for one in MIX[:2]]
+    hacked = Sampling(1.0)
+    object.__setattr__(hacked, "top_p", 7.0)
+    with halted(fragile):
+        bad = fragile.submit([5, 6], sampling=hacked, max_new_tokens=9, priority=1)
+        good = [fragile.submit([7, 8, 9], **one, max_new_tokens=20, ignore_eos=True) for one in MIX[:2]]
+    with pytest.raises(ServingError, match="top_p"):
+        bad.result(120)
+    assert [handle.result(120) for handle in good] == alone
+
+
 @pytest.mark.parametrize("times, ended", [(1, 0), (2, 1)])  # the second failure meets a request that runs alone
-def test_a_failure_in_a_batch_ends_at_most_one(engine, monkeypatch, times, ended):
+def test_a_failure_in_a_batch_ends_at_most_one(fragile, monkeypatch, times, ended):
     wanted = dict(max_new_tokens=20, ignore_eos=True)
-    alone = [engine.submit([5, 6], **one, **wanted).result(60) for one in MIX]
-    poisoned(engine, monkeypatch, lambda request: len(request.answer.tokens) >= 8, times)
-    with halted(engine):
-        handles = [engine.submit([5, 6], **one, **wanted) for one in MIX]
+    alone = [fragile.submit([5, 6], **one, **wanted).result(60) for one in MIX]
+    poisoned(fragile, monkeypatch, lambda request: len(request.answer.tokens) >= 8, times)
+    with halted(fragile):
+        handles = [fragile.submit([5, 6], **one, **wanted) for one in MIX]
     failed = 0
     for handle, one in zip(handles, alone):
         try:
@@ -240,21 +265,21 @@ def test_a_failure_in_a_batch_ends_at_most_one(engine, monkeypatch, times, ended
         assert "".join(part.text for part in parts) == one.text
         assert sum((part.tokens for part in parts), ()) == one.tokens
         assert sum((part.records for part in parts), ()) == one.records
-    assert failed == ended and engine.stats()["bank"]["pinned"] == 0
+    assert failed == ended and fragile.stats()["bank"]["pinned"] == 0
 
 
-def test_a_prompt_that_fails_ends_alone(engine, monkeypatch):
-    alone = engine.submit([7, 8, 9], **NEIGHBOUR).result(60).tokens
-    real = engine._graphs.prefill
+def test_a_prompt_that_fails_ends_alone(fragile, monkeypatch):
+    alone = fragile.submit([7, 8, 9], **NEIGHBOUR).result(60).tokens
+    real = fragile._graphs.prefill
 
     def prefill(ids, *more):
         if (ids == 66).any():
             raise RuntimeError("the prompt is refused")
         return real(ids, *more)
 
-    monkeypatch.setattr(engine._graphs, "prefill", prefill)
-    handles = [engine.submit([7, 8, 9], **NEIGHBOUR), engine.submit([5, 66, 5], max_new_tokens=3),
-               engine.submit([9, 8, 7], max_new_tokens=3)]
+    monkeypatch.setattr(fragile._graphs, "prefill", prefill)
+    handles = [fragile.submit([7, 8, 9], **NEIGHBOUR), fragile.submit([5, 66, 5], max_new_tokens=3),
+               fragile.submit([9, 8, 7], max_new_tokens=3)]
     with pytest.raises(ServingError, match="prompt is refused"):
         handles[1].result(60)
     assert handles[0].result(60).tokens == alone and handles[2].result(60).tokens
