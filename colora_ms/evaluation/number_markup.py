@@ -31,7 +31,9 @@ _NEW_LINE = re.compile(r"\\\\(?![A-Za-z])")
 _COMMANDS = (
     (re.compile(r"\\(?:[,;:> ]|(?:thinspace|enspace|nobreakspace)(?![A-Za-z]))|~"), "\u2009"),
     (re.compile(r"\\!"), ""),
-    (re.compile(r"\{([,.\u2009]?)\}(?=[0-9])"), r"\1"),
+    # Braces say that the comma belongs to the number: it makes groups, or else it is the decimal mark.
+    (re.compile(r"\{,\}(?=[0-9]{3}(?![0-9]))"), ","), (re.compile(r"\{[,.]\}(?=[0-9])"), "."),
+    (re.compile(r"\{(\u2009?)\}(?=[0-9])"), r"\1"),
     (re.compile(r"\\\{"), "("), (re.compile(r"\\\}"), ")"),
     (re.compile(r"\\[()\[\]]"), " "),
     (re.compile(r"\\([$%#&_*-])"), r"\1"),
@@ -47,16 +49,18 @@ _COMMANDS = (
     (re.compile(r"\\(?:[dtc]frac|sfrac|nicefrac)(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
 )
-_UNKNOWN = re.compile(r"\\(?!f?box(?:ed)?(?![A-Za-z]))[A-Za-z]+")
+_UNKNOWN = re.compile(r"\\(?!f?box(?:ed)?(?![A-Za-z]))[A-Za-z]+(?:_[0-9A-Za-z])?")
 
-_WRAPPED = re.compile(r"\\(?:text[a-z]*|math[a-z]+|[mh]box|operatorname|emph|num|underline|boldsymbol|bm)\*?\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(
+    r"\\(?:text[a-z]*|math[a-z]+|[mh]box|operatorname|emph|num|underline|boldsymbol|bm)\*?\s*\{([^{}]*)\}")
 _ROOT = re.compile(r"\\(?:sqrt\s*(?:\[[^\[\]{}]*\])?|over(?:line|brace))\s*(?:\{[^{}]*\}|[0-9])")
-_ABOVE = re.compile(r"\^\s*\{([^{}]*)\}|\^\s*\u00b0")
+_ABOVE = re.compile(r"\^\s*\{([^{}]*)\}|\^\s*(?:\u00b0|(?:st|nd|rd|th)(?![A-Za-z]))")
 _UNDER = re.compile(r"_\s*\{[^{}]*\}")
 _PART = r"\s*(?:\{([^{}]*)\}|([^{}\s\\]))"
 _FRACTION = re.compile(rf"\\frac{_PART}{_PART}")
 _ORDINAL = re.compile(r"(?:st|nd|rd|th|o|'*|\u00b0)\Z")
 _WHOLE = re.compile(r"[-+]?[0-9]+\Z")
+_MARKUP = frozenset("\\{~^")
 _TIMES = re.compile(r"(?<=[0-9]) ?[xX] ?(?=[0-9])")
 
 
@@ -68,15 +72,15 @@ def plain(text):
 
     Returns:
         (text, values): ASCII digits, "-" for dashes, U+2009 for thin and unbreakable blanks, LaTeX's commands undone
-        (``\\boxed`` stays); ``values`` maps a character to the ``Fraction`` that ``\\frac`` or one character such as "½" wrote.
-        What is no rational number, such as a root, is ``number_scan.OPAQUE``. Linear in the length of the text.
+        (``\\boxed`` stays); ``values`` maps a character to the ``Fraction`` that ``\\frac`` or one character like "½"
+        wrote. What is no rational number, such as a root, is ``number_scan.OPAQUE``. Linear in the length of the text.
     """
     table = _Values()
     if not text.isascii():
         text = _OURS.sub("\ufffd", text)
         text = _RAISED_RUN.sub(lambda found: "^" + "".join(_RAISED[c] for c in found[0]), text)
         text = _FOREIGN.sub(lambda found: table.character(found[0]), text)
-    if "\\" in text or "{" in text or "~" in text:
+    if not _MARKUP.isdisjoint(text):
         text = _latex(text, table)
     return _TIMES.sub("\u00d7", text), table.values
 

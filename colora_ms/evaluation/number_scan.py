@@ -1,7 +1,7 @@
 """The numbers of a plain text, in order, in linear time; what counts as one stands in the table of ``numbers``.
 
-``number_markup.plain`` prepares the text: ASCII digits, "-" for every dash, U+2009 for every blank that joins, one character
-of ``VALUES`` for each fraction that LaTeX or one Unicode character wrote.
+``number_markup.plain`` prepares the text: ASCII digits, "-" for every dash, U+2009 for every blank that joins, one
+character of ``VALUES`` for each fraction that LaTeX or one Unicode character wrote.
 """
 
 import re
@@ -42,15 +42,17 @@ _NO_POWER = re.compile(r" ?\^ ?(?:\([^()\n]{0,80}\)?)?")
 _SLASH = re.compile("[ \u2009]?/[ \u2009]?(?=[0-9" + VALUES[0] + "-" + VALUES[1] + "])")
 _MIXED = re.compile("[ \u2009]([0-9]{1,9})/([0-9]{1,9})(?![0-9]|[/.][0-9])")
 _MIXED_VALUE = re.compile(f"[ \u2009]?([{VALUES[0]}-{VALUES[1]}])")
-_ROOT = re.compile(f"[ \u2009]?[{OPAQUE}\u03c0]")
+_ROOT = re.compile(f"[.]?[{OPAQUE}\u03c0]|[ \u2009][{OPAQUE}\u03c0]")
 _CLOSED_POWER = re.compile(r"\) ?(?:\^|\*\*[0-9])")  # (-2)^2
 _CURRENCY = "[$\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd\u20ba\u20ab\u20b4\u20a6\u20b1\u20aa\u20a1\u00a2\u0e3f]"
 _CODES = f"(?<![{_LETTERS}])(?:USD|EUR|GBP|INR|JPY|CNY|RMB|CHF|AUD|CAD|SGD|HKD|KRW|Rs|RM)"
 # Characters at which one of the patterns can begin, so that most are tried where they may fit only.
-_BEGINS_NO_NUMBER, _JOINS, _MAGNIFIES, _FOLLOWS = ":-", ".,'_ \u2009", "eE \u2009\u00d7*\u00b7xX^", " \u2009/)\u03c0" + OPAQUE
+_BEGINS_NO_NUMBER, _MAGNIFIES, _FOLLOWS = ":-", "eE \u2009\u00d7*\u00b7xX^", " \u2009/).\u03c0" + OPAQUE
+_NO_NAME = " ,;:=/\n$\u2009\u00d7"
 _NO_PREFIX = ",;:([{=<>/\n\u00d7"
 # Sign, currency, sign again; of the text right in front of the digits.
-_PREFIX = re.compile(f"(?P<sign>[-+][ \u2009]?)?(?:(?:(?:[A-Z]{{1,3}})?{_CURRENCY}|{_CODES}\\.?)[ \u2009]?(?P<inner>[-+])?)?\\Z")
+_PREFIX = re.compile(f"(?P<sign>[-+][ \u2009]?)?(?:(?:(?:[A-Z]{{1,3}})?{_CURRENCY}|{_CODES}\\.?)[ \u2009]?"
+                     "(?P<inner>[-+])?)?\\Z")
 
 
 class Number:
@@ -103,7 +105,7 @@ def scan(text, values):
 
 
 def single(text, values):
-    """The value of a text that is one number (blanks, parentheses and signs of currency or percent around it), or None."""
+    """The value of a text that is one number (maybe in parentheses, with signs of currency or percent), or None."""
     numbers = scan(text, values)
     if len(numbers) != 1:
         return None
@@ -120,7 +122,7 @@ class _Reader:
         self.flat = 0  # up to here groups of three between blanks are known to be a list
 
     def number(self, at, least):
-        """(:class:`Number` or None, where to go on) of the digits at ``at``; nothing before ``least`` belongs to them."""
+        """(:class:`Number` or None, where to go on) of the digits at ``at``; what is before ``least`` is not theirs."""
         text = self.text
         run = _DIGITS.match(text, at)
         if run and text[run.end():run.end() + 1] in _BEGINS_NO_NUMBER:
@@ -153,6 +155,8 @@ class _Reader:
     def _in_a_name(self, at):
         """Whether the digits belong to a name, a subscript, an exponent or a root: "H2O", "x_1", "m^2"."""
         text, before = self.text, self.text[at - 1]
+        if before in _NO_NAME:
+            return False
         if before in "_^" + OPAQUE:
             # "_5_" is emphasis, not a subscript.
             return before != "_" or at > 1 and (text[at - 2].isalnum() or text[at - 2] in ")}")
@@ -161,7 +165,7 @@ class _Reader:
         return _LETTER.match(before) is not None
 
     def _factor(self, at, least):
-        """((whole, decimals, exponent, power) or a Fraction in place of the first two, end); (None, end) if it is none."""
+        """((whole, decimals, exponent, power), end), a Fraction and None as the first two; (None, end) if it is none."""
         text = self.text
         if text[at] in self.values:
             parts, end = (self.values[text[at]], None), at + 1
@@ -191,19 +195,21 @@ class _Reader:
     def _digits(self, at, least):
         """(whole digits, decimals, end) of the number at ``at``; whole is None for a version."""
         text = self.text
-        if self._leading_dot(at, least):
+        if text[at - 1:at] == "." and self._leading_dot(at, least):
             end = _DIGITS.match(text, at).end()
             return "", text[at:end], end
         plain = _DIGITS.match(text, at).end()
-        if text[plain:plain + 1] not in _JOINS:
+        follows = text[plain:plain + 1]
+        if follows == ".":
+            found = _DOTS.match(text, at)
+            if found:
+                whole, _, decimals = found[0].partition(",")
+                return whole.replace(".", ""), decimals, found.end()
+            found = _VERSION.match(text, at)
+            if found:
+                return None, "", found.end()
+        elif follows not in _GROUPS:
             return text[at:plain], "", plain
-        found = _DOTS.match(text, at)
-        if found:
-            whole, _, decimals = found[0].partition(",")
-            return whole.replace(".", ""), decimals, found.end()
-        found = _VERSION.match(text, at)
-        if found:
-            return None, "", found.end()
         end, mark = self._groups(at, plain)
         whole = text[at:end] if mark is None else text[at:end].replace(mark, "")
         found = _DECIMALS.match(text, end)
@@ -224,7 +230,7 @@ class _Reader:
         return before[-1:] == "." and at - 1 >= least and not (before[:-1].isalnum() or before[:-1] == ".")
 
     def _groups(self, at, plain):
-        """(end, mark or None) of the whole number at ``at``, its thousands marked or not; ``plain``: where its digits end."""
+        """(end, mark of its thousands or None) of the whole number at ``at``; ``plain``: where its first digits end."""
         text = self.text
         mark = text[plain:plain + 1]
         if plain - at > 3 or mark not in _GROUPS:
@@ -274,7 +280,7 @@ class _Reader:
         return begin, False, start > begin
 
     def _is_minus(self, begin, sign, at):
-        """Whether the dash is a minus of the number's own: not in "16-3", "16 - 3", "x-3", nor a list's mark "- 3 apples"."""
+        """Whether the dash is the number's minus: not in "16-3", "16 - 3", "x-3", nor a list's mark "- 3 apples"."""
         text = self.text
         before = text[max(begin - 50, 0):begin]
         last = before[-1:]

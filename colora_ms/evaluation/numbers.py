@@ -7,11 +7,10 @@ Where the answer stands, the higher rank first; of the same rank:
     answer is, answer: the last one with a number in its sentence; also "final answer" as a heading, "is the answer", 答案
     no marker          the last number of the text; but in "x = 5 (see step 2)" the one behind "=", not the remark's
 
-A marker with nothing behind it counts as absent. If a ``\boxed`` or ``####`` states something that is no number and no other
-marker states one, there is no answer. What follows a new "Question:" behind a marker belongs to another question. Behind a
-marker the first number counts, "3 + 4 = 7" gives 7; behind "answer is" it has to follow at once (maybe behind "about"), else
-the last number of the sentence outside parentheses counts. "Answer:" as the text's first word is a marker only if a number
-follows at once, and no calculation.
+A marker with nothing behind it counts as absent. If a ``\boxed`` or ``####`` states something that is no number and no
+other marker states one, there is no answer. What follows a new "Question:" behind a marker belongs to another question.
+Behind a marker the first number counts, "3 + 4 = 7" gives 7; behind "answer is" it has to follow at once (maybe behind
+"about"), else the last number of the sentence outside parentheses counts. "Answer:" as the first word is a marker only if a number follows at once, and no calculation.
 
 What a number is (``tests/unit/test_numbers.py`` holds this table):
 
@@ -35,6 +34,7 @@ What a number is (``tests/unit/test_numbers.py`` holds this table):
     $5  5 €  US$5  Rs. 5  USD 5  50%  90°  5 km     5, 5, 5, 5, 5, 50, 90, 5: currency, percent and units are left out
     5th  2x                                         5, 2
     x2  H2O  x_1  m^2  log_2                        no numbers: part of a name
+    3{,}14  1{,}234{,}5                             157/50, 2469/2: LaTeX's {,} is no comma of a list
     3\sqrt{2}  2π  \frac{x}{2}  0.\overline{3}      no numbers
     ５  ٥  𝟓                                         5: decimal digits of every script
     five, a dozen, 5 million                        words are not read: none, none, 5
@@ -47,7 +47,7 @@ import re
 from colora_ms.evaluation.number_markup import plain
 from colora_ms.evaluation.number_scan import scan
 
-_BOX = re.compile(r"\\f?box(?:ed)?(?![A-Za-z])\s*")
+_BOX = re.compile(r"(?:\\f?b|\x08)ox(?:ed)?(?![A-Za-z])\s*")  # \x08: "\b" that a string literal swallowed
 _BARE = re.compile(r"[^\s$]*")  # \boxed 5
 _LINE = re.compile(r"[^\n]*")
 _MARK = re.compile(r"(?<!#)####(?!#)\s*([^\n]*)")
@@ -55,26 +55,26 @@ _MARK = re.compile(r"(?<!#)####(?!#)\s*([^\n]*)")
 _HEADING = re.compile(r"[*_\s]*(?:step|part|section|case|problem|question|example|exercise|method|option)\b", re.I)
 _VERBS = "is|are|be|equals|becomes"
 # "points/answer" is a unit, "the third answer is" a step.
-_NOT_OURS = "".join(f"(?<!{word})" for word in
-                    ("/", "/ ", "first ", "second ", "third ", "fourth ", "next ", "previous ", "other ", "wrong ", "incorrect "))
+_NOT_OURS = "".join(f"(?<!{word})" for word in ("/", "/ ", "first ", "second ", "third ", "fourth ", "next ",
+                                                "previous ", "other ", "wrong ", "incorrect "))
 _ANSWER = re.compile(
     rf"\b(?P<final>final[ ]{{1,3}})?{_NOT_OURS}(?:answer|ans)\b[*_\"')\]]{{0,4}}(?:"
     rf"[^.!?\n:=]{{0,60}}?(?<![A-Za-z])(?:{_VERBS})(?![A-Za-z])(?:[ ]equal[ ]to(?![A-Za-z]))?[ ]?:?"
     r"|(?P<colon>(?:[ ]?\([^()\n]{0,40}\))?[*_]{0,3}[ ]{0,3}(?::|=|->|\u2192|\u21d2|\u21fe))"
-    r"|(?<=[sS])\.(?=[ ]{0,3}[-$0-9])"
+    r"|'s(?=[ ])|(?<=[sS])\.(?=[ ]{0,3}[-$0-9])"
     r"|(?P<heading>[*_]{0,3}[ ]{0,3}(?=\n)))"
     "|\u7b54\u6848[ ]?(?:\u662f|\u4e3a|\u70ba|\u7b49\u4e8e)?:?", re.I)
 _IS_THE_ANSWER = re.compile(r"\bis[ ](?:the|our|my)[ ](?:final[ ]|correct[ ]|right[ ])?answer\b", re.I)
 _LEAD = re.compile(r"[\s*_:`>]*")
 _END = re.compile(r"\n|[\u3002\uff01\uff1f\uff1b]|(?<!approx)(?<!Rs)(?<!No)[.!?;](?=[\s*_)\]\"'$]|\Z)")
-_NEARLY = ("about|approximately|approx|around|roughly|nearly|exactly|just|only|simply|therefore|thus|hence|equal|to|a|total|of|"
-           "then|now|indeed|actually|clearly|the|number|value")
+_NEARLY = ("about|approximately|approx|around|roughly|nearly|exactly|just|only|simply|therefore|thus|hence|equal|to|a|"
+           "total|of|then|now|indeed|actually|clearly|the|number|value")
 # What may stand between a marker and the number that it states.
 _DIRECT = re.compile(rf"[\W_]*(?:(?:{_NEARLY})\b[\W_]*)*\Z", re.I)
 _NOT = re.compile(r"(?:\bnot|n't)[ ]{1,3}\Z")
 # What may stand between the numbers of a calculation: operators, and units in front of them.
-_OPERATORS = re.compile("(?:(?:[ \u2009]?[A-Za-z]{1,20}(?:[ ][A-Za-z]{1,20})?)?[ \u2009]?[-+*/\u00d7\u00f7\u00b7()^$%=\u2248])+"
-                        "[ \u2009]*\\Z")
+_OPERATORS = re.compile("(?:(?:[ \u2009]?[A-Za-z]{1,20}(?:[ ][A-Za-z]{1,20})?)?"
+                        "[ \u2009]?[-+*/\u00d7\u00f7\u00b7()^$%=\u2248])+[ \u2009]*\\Z")
 _NEXT_QUESTION = re.compile(r"^[ \t*]*(?:question|problem|q)\b[ ]?[0-9]{0,4}[ ]?:", re.I | re.M)
 
 
@@ -120,8 +120,9 @@ def format_number(value):
 
 def _before_the_next_question(text):
     """The text up to a question that begins behind the first marker: a model that did not stop."""
-    first = min((found.start() for found in (one.search(text) for one in (_BOX, _MARK, _ANSWER)) if found), default=None)
-    following = None if first is None else _NEXT_QUESTION.search(text, first)
+    found = [mark.search(text) for mark in (_BOX, _MARK, _ANSWER)]
+    places = [one.start() for one in found if one]
+    following = _NEXT_QUESTION.search(text, min(places)) if places else None
     return text if following is None else text[:following.start()]
 
 
@@ -173,7 +174,8 @@ def _answered(text, values):
             value = _in_front(text[max(since, start - 400):start], values)
         else:
             until = max(end, marks[number + 1][0]) if number + 1 < len(marks) else len(text)
-            value = _behind(text, end, until, values, opening=found["colon"] and not found["final"] and not text[:start].strip())
+            opening = found["colon"] and not found["final"] and not text[:start].strip()
+            value = _behind(text, end, until, values, opening)
         if value is not None:
             return value, False
     return None, False
@@ -212,7 +214,7 @@ def _first(text, values):
 
 
 def _calculated(text, numbers):
-    """The number behind the last "=" of the calculation that begins with the first of the numbers; the first without one."""
+    """The number behind the last "=" of the calculation that the first number begins; that number without a "="."""
     found = numbers[0]
     for last, one in zip(numbers, numbers[1:]):
         between = text[last.end:one.begin]
@@ -230,7 +232,8 @@ def _last(text, values):
         return None
     plainly = _outside(text, numbers)
     remark = text[plainly.end:numbers[-1].begin]
-    if not re.search(r"=|\n|[.!?] ", remark) and text[max(plainly.begin - 20, 0):plainly.begin].rstrip(" \u2009*_$(")[-1:] in ("=", "\u2248"):
+    before = text[max(plainly.begin - 20, 0):plainly.begin].rstrip(" \u2009*_$(")
+    if before[-1:] in ("=", "\u2248") and not re.search(r"=|\n|[.!?] ", remark):
         value = plainly.value()
         if value is not None:
             return value
