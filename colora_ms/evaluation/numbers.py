@@ -10,7 +10,8 @@ Where the answer stands, the higher rank first; of the same rank:
 A marker with nothing behind it counts as absent. If a ``\boxed`` or ``####`` states something that is no number and no
 other marker states one, there is no answer. What follows a new "Question:" behind a marker belongs to another question.
 Behind a marker the first number counts, "3 + 4 = 7" gives 7; behind "answer is" it has to follow at once (maybe behind
-"about"), else the last number of the sentence outside parentheses counts. "Answer:" as the first word is a marker only if a number follows at once, and no calculation.
+"about"), else the last number of the sentence outside parentheses counts. "Answer:" as the first word is a marker only
+if a number follows at once, and no calculation.
 
 What a number is (``tests/unit/test_numbers.py`` holds this table):
 
