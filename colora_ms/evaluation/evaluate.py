@@ -90,7 +90,8 @@ class EvaluationResult:
         refused = [item for item in self.items if "refused" in item]
         if not refused:
             return ""
-        return f", {len(refused)} refused and counted as wrong (the first is {refused[0]['id']}: {refused[0]['refused']})"
+        first = refused[0]
+        return f", {len(refused)} refused and counted as wrong (the first is {first['id']}: {first['refused']})"
 
 
 def evaluate(generator, examples, scorer="number", *, template, path=None, batch_size=8,

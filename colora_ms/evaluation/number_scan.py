@@ -165,7 +165,7 @@ class _Reader:
         return _LETTER.match(before) is not None
 
     def _factor(self, at, least):
-        """((whole, decimals, exponent, power), end), a Fraction and None as the first two; (None, end) if it is none."""
+        """((whole, decimals, exponent, power), end), a Fraction and None as the first two; (None, end) without one."""
         text = self.text
         if text[at] in self.values:
             parts, end = (self.values[text[at]], None), at + 1

@@ -10,8 +10,9 @@ Where the answer stands, the higher rank first; of the same rank:
 A marker with nothing behind it counts as absent. If a ``\boxed`` or ``####`` states something that is no number and no
 other marker states one, there is no answer. What follows a new "Question:" behind a marker belongs to another question.
 Behind a marker the first number counts, "3 + 4 = 7" gives 7; behind "answer is" it has to follow at once (maybe behind
-"about"), else the last number of the sentence outside parentheses counts. "Answer:" as the first word is a marker only
-if a number follows at once, and no calculation.
+"about"), else the last number of the sentence outside parentheses counts, if a verb, "=" or "of" stands in front of it:
+"the answer is that she has 5". "Answer:" as the first word is no marker if a calculation or a longer sentence follows,
+nor is "find the answer:".
 
 What a number is (``tests/unit/test_numbers.py`` holds this table):
 
@@ -63,15 +64,24 @@ _ANSWER = re.compile(
     rf"[^.!?\n:=]{{0,60}}?(?<![A-Za-z])(?:{_VERBS})(?![A-Za-z])(?:[ ]equal[ ]to(?![A-Za-z]))?[ ]?:?"
     r"|(?P<colon>(?:[ ]?\([^()\n]{0,40}\))?[*_]{0,3}[ ]{0,3}(?::|=|->|\u2192|\u21d2|\u21fe))"
     r"|'s(?=[ ])|(?<=[sS])\.(?=[ ]{0,3}[-$0-9])"
-    r"|(?P<heading>[*_]{0,3}[ ]{0,3}(?=\n)))"
+    r"|>)"  # <answer>
+    r"|(?:\A|(?<=\n))[#*_ ]{0,8}(?:the[ ])?(?:final[ ])?answer[*_ ]{0,5}(?=\n)"  # a heading
     "|\u7b54\u6848[ ]?(?:\u662f|\u4e3a|\u70ba|\u7b49\u4e8e)?:?", re.I)
+# "To find the answer: ..." begins a calculation.
+_SEARCHED = re.compile(r"\b(?:find|finding|get|getting|calculate|compute|determine|obtain|reach|verify|check)"
+                       r"[ ]{1,2}(?:(?:out|the|our|your|this|its|an)[ ]{1,2}){0,2}(?:final |correct |right )?\Z", re.I)
 _IS_THE_ANSWER = re.compile(r"\bis[ ](?:the|our|my)[ ](?:final[ ]|correct[ ]|right[ ])?answer\b", re.I)
 _LEAD = re.compile(r"[\s*_:`>]*")
-_END = re.compile(r"\n|[\u3002\uff01\uff1f\uff1b]|(?<!approx)(?<!Rs)(?<!No)[.!?;](?=[\s*_)\]\"'$]|\Z)")
+_END = re.compile(r"\n|[\u3002\uff01\uff1f\uff1b]|"
+                  r"(?<!approx)(?<!Rs)(?<!No)(?<!\b[A-H])[.!?;](?=[\s*_)\]\"'$]|\Z)")
 _NEARLY = ("about|approximately|approx|around|roughly|nearly|exactly|just|only|simply|therefore|thus|hence|equal|to|a|"
            "total|of|then|now|indeed|actually|clearly|the|number|value")
-# What may stand between a marker and the number that it states.
-_DIRECT = re.compile(rf"[\W_]*(?:(?:{_NEARLY})\b[\W_]*)*\Z", re.I)
+# What may stand between a marker and the number that it states; the letter of an option, too.
+_DIRECT = re.compile(rf"[\W_]*(?:[A-H](?:\)|[.:](?=[ ]))[\W_]*)?(?:(?:{_NEARLY})\b[\W_]*)*\Z", re.I)
+# What stands in front of a number that a longer sentence states: a verb, "=", "a profit of"; not "half of", "after eating".
+_GIVES = re.compile(r"(?:[=\u2248:]|\b(?:[a-z]{1,20}(?:s|ed)|are|be|have|had|but|sold|paid|got|made|bought|spent)"
+                    r"|(?<!half )(?<!third )(?<!quarter )(?<!% )(?<!percent )(?<!sum )(?<!number )(?<!product )\bof)"
+                    r"[\s*$(]*\Z", re.I)
 _NOT = re.compile(r"(?:\bnot|n't)[ ]{1,3}\Z")
 # What may stand between the numbers of a calculation: operators, and units in front of them.
 _OPERATORS = re.compile("(?:(?:[ \u2009]?[A-Za-z]{1,20}(?:[ ][A-Za-z]{1,20})?)?"
@@ -176,7 +186,8 @@ def _answered(text, values):
         else:
             until = max(end, marks[number + 1][0]) if number + 1 < len(marks) else len(text)
             opening = found["colon"] and not found["final"] and not text[:start].strip()
-            value = _behind(text, end, until, values, opening)
+            searched = found["colon"] and _SEARCHED.search(text, max(start - 40, 0), start)
+            value = None if searched else _behind(text, end, until, values, opening)
         if value is not None:
             return value, False
     return None, False
@@ -193,7 +204,8 @@ def _behind(text, begin, until, values, opening):
     if _DIRECT.match(clause[:numbers[0].begin]):
         found = _calculated(clause, numbers)
         return None if opening and found is not numbers[0] else found.value()
-    return None if opening else _outside(clause, numbers).value()
+    found = _outside(clause, numbers)
+    return found.value() if not opening and _GIVES.search(clause, max(found.begin - 40, 0), found.begin) else None
 
 
 def _in_front(text, values):

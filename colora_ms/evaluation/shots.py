@@ -1,4 +1,4 @@
-"""Worked examples in front of a question: the same ones for every question, except that none shows the question's own answer."""
+"""Worked examples in front of a question: the same ones for all, except that none shows the question's own answer."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ _UNSEEN = re.compile(r"[\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff]+")
 
 
 def question_key(text):
-    """What two copies of a question have in common: blanks, case, width of characters and the last point do not count."""
+    """What two copies of a question share: blanks, case, width of characters and the last point do not count."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return _UNSEEN.sub("", text).rstrip(".?!:;,")
 
@@ -20,8 +20,8 @@ def question_key(text):
 class Shots:
     """``count`` worked examples out of a list, for a question that may stand in the list itself.
 
-    The first ``count`` of the list are shown. Copies of the question that is asked (``question_key``) are left out, and the
-    next ones of the list take their place.
+    The first ``count`` of the list are shown. Copies of the question that is asked (``question_key``) are left out, and
+    the next ones of the list take their place.
 
     Args:
         pool: list of (question, its text with question and answer, as it is shown).
@@ -39,11 +39,11 @@ class Shots:
         pool = list(pool)
         self.count = len(pool) if count is None else count
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1 or not pool:
-            raise ConfigError(f"a few-shot prompt needs at least one worked example; {self.count!r} of {len(pool)} are to be "
-                              "shown")
+            raise ConfigError(f"a few-shot prompt needs at least one worked example; {self.count!r} of {len(pool)} are to "
+                              "be shown")
         if self.count > len(pool):
-            raise ConfigError(f"{self.count} worked examples are to be shown, there are {len(pool)}; give a file with more, "
-                              "or show fewer")
+            raise ConfigError(f"{self.count} worked examples are to be shown, there are {len(pool)}; give a file with "
+                              "more, or show fewer")
         self._pool = [(question_key(question), text) for question, text in pool]
         self._keys = {key for key, _ in self._pool}
         digest = hashlib.sha256(f"shots without the question itself\0{self.count}".encode())
@@ -66,8 +66,8 @@ class Shots:
             return "".join(text for _, text in self._pool[:self.count])
         others = [text for own, text in self._pool if own != key]
         if len(others) < self.count:
-            raise DataError(f"{name} stands itself among the {len(self._pool)} worked examples, {self.count} are to be shown, "
-                            f"and {len(others)} are other questions: give more worked examples, or show fewer")
+            raise DataError(f"{name} stands itself among the {len(self._pool)} worked examples, {self.count} are to be "
+                            f"shown, and {len(others)} are other questions: give more worked examples, or show fewer")
         return "".join(others[:self.count])
 
     def check(self, questions):

@@ -155,6 +155,14 @@ def test_the_table_inside_markers(text):
     ("Answer: 5 (step 2)", 5), ("Answer: 5 apples\nExplanation: 2 + 3", 5),
     ("Answer: 48/2 = 24 clips.\nTogether 48+24 = 72.", 72),
     ("Answer: Tom has 5 apples.\nHe buys 3. So 8.", 8),
+    ("To find the answer: 3 + 5 = 8.\nThen 8 + 2 = 10.", 10),
+    ("Let us find the answer\n3 + 5 = 8\nThen 2 more: 10", 10),
+    ("The answer is found by adding 3 to 5. So 8.", 8), ("The answer is half of 16. So 8.", 8),
+    ("The answer is a profit of 5 (2)", 5),
+    ("The answer is the number of apples left after eating 3. 8 - 3 = 5", 5),
+    ("The answer is that Tom sold 5 apples (see 2)", 5),
+    ("<answer>5</answer> 7", 5), ('{"answer": 5, "steps": 7}', 5), ("The answer is B. 12 (2)", 12),
+    ("The answer is (C) $12 (2)", 12),
     # words that are no marker
     ("24 answers * 2 points/answer = 48 points, 66 with the bonus", 66), ("The first answer is 3 and both make 8", 8),
     # a further question behind the answer
