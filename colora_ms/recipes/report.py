@@ -68,6 +68,8 @@ def summary_text(result):
     lines = [f"# {result['recipe']}", "", table(result["decoders"]), ""]
     if any("against_greedy" in row for row in result["decoders"]):
         lines += ["fixed, broken, p: items against greedy decoding of the same adapter, exact McNemar test.", ""]
+    lines += [f"{row['decoder']}: {row['refused']} items were refused (a prompt too long, say) and count as wrong." + "\n"
+              for row in result["decoders"] if row.get("refused")]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join(lines + [
         f"* Training: {result['training_summary']}; seed {result['seed']}.",
