@@ -214,8 +214,7 @@ class LoraConfig(PeftConfig):
                 own[key] = value
             elif key == "alora_invocation_tokens" and value is not None or key in REFUSED_KEYS and value:
                 found.append(f"the setting {key}={value!r:.60} ({REFUSED_KEYS[key]}) is not implemented")
-            elif key not in HARMLESS_KEYS and key not in REFUSED_KEYS and key != "peft_type" and value:
-                found.append(f"{key}={value!r:.60} is not a known setting.{near(key, known)}")
+        found += cls.unknown_settings(values, {*known, *HARMLESS_KEYS, *REFUSED_KEYS})
         try:
             return cls(**own), found
         except AdapterError as error:

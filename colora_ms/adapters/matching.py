@@ -5,10 +5,11 @@ a model is touched.
 """
 
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 
 from colora_ms.adapters.patterns import match_all
-from colora_ms.errors import AdapterError, near
+from colora_ms.errors import AdapterError, AdapterWarning, near
 
 ALL_LINEAR = "all-linear"
 
@@ -91,8 +92,12 @@ def plan(config, modules, defaults=None):
         Plan.
 
     Raises:
-        AdapterError: nothing matches, everything that matches is excluded, an entry of a list or pattern matches
-            nothing, or a matched module is of a kind that cannot be adapted.
+        AdapterError: nothing matches, everything that matches is excluded, or a matched module is of a kind that cannot
+            be adapted.
+
+    Warns:
+        AdapterWarning: an entry of ``target_modules``, ``layers_to_transform`` or a pattern matches nothing while others
+            do, which PEFT takes in silence.
     """
     targets = config.target_modules
     if targets is None:
@@ -106,7 +111,8 @@ def plan(config, modules, defaults=None):
     problems = []
     saved, to_save_problems = _saved_leaves(config, modules)
     problems += to_save_problems
-    matched = _matched(config, targets, modules, tests, problems)
+    remarks = []
+    matched = _matched(config, targets, modules, tests, remarks)
     chosen = [name for name in matched if name not in tests.excluded]
     if not problems and not chosen and (targets or not saved):
         problems.append(_nothing_chosen(config, targets, modules, matched))
@@ -126,10 +132,12 @@ def plan(config, modules, defaults=None):
     for label, hits in (("rank_pattern", tests.ranks), ("alpha_pattern", tests.alphas)):
         unused = [key for key, names in hits.items() if not names & set(chosen)]
         if unused and chosen:
-            problems.append(f"{label} has {_examples(unused)}, which matches no adapted module."
-                            + near(unused[0], {n.rsplit('.', 1)[-1] for n in chosen}))
+            remarks.append(f"{label} has {_examples(unused)}, which matches no adapted module."
+                           + near(unused[0], {n.rsplit('.', 1)[-1] for n in chosen}))
     if problems:
-        raise AdapterError("the adapter's config does not fit the model: " + "; ".join(problems))
+        raise AdapterError("the adapter's config does not fit the model: " + "; ".join(problems + remarks))
+    for remark in remarks:
+        warnings.warn(f"the adapter's config has more than the model: {remark}", AdapterWarning, stacklevel=3)
     return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved))
 
 
@@ -206,8 +214,8 @@ class _Tests:
             self.excluded |= {name for name in names if _ends_with_any(name, excluded)}
 
 
-def _matched(config, targets, modules, tests, problems):
-    """Names that target_modules means, excluded ones among them; appends what is unmatched to ``problems``."""
+def _matched(config, targets, modules, tests, remarks):
+    """Names that target_modules means, excluded ones among them; appends what is unmatched to ``remarks``."""
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
             return [name for name, module in modules.items() if module.kind == "linear" and not module.is_head]
@@ -219,8 +227,8 @@ def _matched(config, targets, modules, tests, problems):
     known = {ending for name in modules for ending in _endings(name)}
     missing = [entry for entry in targets if entry not in known]
     if missing and len(missing) < len(targets):
-        problems.append(f"target_modules has {_examples(missing)}, which the model does not have."
-                        + _near_names(missing, modules))
+        remarks.append(f"target_modules has {_examples(missing)}, which the model does not have."
+                       + _near_names(missing, modules))
     layers = config.layers_to_transform
     if layers is not None and layers != []:
         layers = layers if isinstance(layers, list) else [layers]
@@ -228,8 +236,8 @@ def _matched(config, targets, modules, tests, problems):
         absent = sorted(set(layers) - present)
         if absent and len(missing) < len(targets):
             have = sorted(i for i in present if i is not None)
-            problems.append(f"layers_to_transform has {_examples(absent)}, but the matching modules are in "
-                            + (f"layers {have[0]} to {have[-1]}" if have else "no numbered layer"))
+            remarks.append(f"layers_to_transform has {_examples(absent)}, but the matching modules are in "
+                           + (f"layers {have[0]} to {have[-1]}" if have else "no numbered layer"))
     return found
 
 

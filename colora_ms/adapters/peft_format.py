@@ -7,20 +7,19 @@ bias on lora_B, ``.lora_B.bias`` (out,); a trained bias of an adapted linear
 This file alone knows that form; everything else uses down (r, in) or (vocab, r), and up (out, r).
 """
 
-import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from colora_ms.adapters import pickle_file, store
+from colora_ms.adapters.key_names import PREFIX, PlainFile, plain_names
 from colora_ms.adapters.matching import shortest_names
 from colora_ms.adapters.registry import method
-from colora_ms.errors import AdapterError, CheckpointError, near
+from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError, near
 from colora_ms.models.safetensors_file import SafetensorsFile, write_safetensors
-
-PREFIX = "base_model.model."
 
 #: Lines of a list of problems, at most.
 MAX_LINES = 100
@@ -51,10 +50,8 @@ class StoredAdapter:
 
     def __init__(self, folder, allow_pickle=False):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise AdapterError(f"there is no adapter folder {folder}")
-        self.values = store.read_config(self.folder)
-        self.file = _open_weights(self.folder, allow_pickle)
+        self.values = store.read_config(folder)
+        self.file = _plain(_open_weights(self.folder, allow_pickle), self.folder)
         kind = self.values.get("peft_type") if isinstance(self.values, dict) else None
         self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
 
@@ -207,7 +204,7 @@ def write_adapter(folder, config, plan, modules, values, copies=False):
     if broken:
         raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values that "
                            f"are not finite, {broken[0]!r} first: its training diverged; load an earlier checkpoint")
-    text = json.dumps(config.to_peft(_explicit_targets(config, plan, modules)), indent=2, sort_keys=True) + "\n"
+    text = store.config_text(config.to_peft(_explicit_targets(config, plan, modules)))
 
     def write(temporary):
         write_safetensors(os.fspath(temporary / store.WEIGHTS_FILE), {key: value.shape for key, value in tensors.items()},
@@ -231,6 +228,15 @@ def _explicit_targets(config, plan, modules):
             isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return None
     return shortest_names(plan.targets, modules)
+
+
+def _plain(file, folder):
+    """The file with PEFT's names on disk; one whose tensors carry the adapter's own name is said."""
+    names, adapter = plain_names(list(file.entries))
+    if adapter is not None:
+        warnings.warn(f"the tensors in {folder} carry an adapter's name, such as {next(n for p, n in names.items() if p != n)!r}; "
+                      f"{adapter!r} was taken out, which means the same", AdapterWarning, stacklevel=4)
+    return PlainFile(file, names)
 
 
 def _open_weights(folder, allow_pickle=False):
