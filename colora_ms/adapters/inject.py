@@ -69,7 +69,7 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
         check_name(adapter_name)
     _check_slots(slots, 1)
     dtype = _pair_dtype(adapter_format, trainable)
-    modules, defaults = _modules(net), tree.default_targets(net)
+    modules, defaults = modules_of(net), tree.default_targets(net)
     plans = [make_plan(config, modules, defaults)] if config is not None else []
     plans += _reserved(reserve, [] if config is None else [config], max_rank, modules, defaults)
     handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
@@ -85,15 +85,15 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
 
 
 def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None,
-                 adapter_format="float32"):
+                 adapter_format="float32", seed=None):
     """Load a PEFT adapter folder into a model, which gets its adapter Cells first if it has none.
 
     Args:
         net: the model; if it has adapters already, the folder's adapter takes a free slot beside them.
         folder: a folder with adapter_config.json and adapter_model.safetensors.
         name: the adapter's name; by default the folder's.
-        slots, max_rank, reserve, trainable, base_model, adapter_format: as in :func:`inject`; used if the model has no
-            adapters yet.
+        slots, max_rank, reserve, trainable, base_model, adapter_format, seed: as in :func:`inject`; used if the model has
+            no adapters yet.
 
     Returns:
         The :class:`colora_ms.adapters.Adapters` handle; the adapter is the active one.
@@ -102,13 +102,13 @@ def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None
         AdapterError: everything that is wrong with the folder, at once; the model is unchanged.
     """
     name = name if name is not None else Path(folder).resolve().name
-    handle = load_adapters(net, {name: folder}, slots, max_rank, reserve, trainable, base_model, adapter_format)
+    handle = load_adapters(net, {name: folder}, slots, max_rank, reserve, trainable, base_model, adapter_format, seed)
     handle.set_adapter(name)
     return handle
 
 
 def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None,
-                  adapter_format="float32"):
+                  adapter_format="float32", seed=None):
     """Load several PEFT adapter folders into a model; its Cells get room for all of them.
 
     Args:
@@ -132,8 +132,8 @@ def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainab
     slots = max(len(folders), 1) if slots is None else slots
     _check_slots(slots, len(folders))
     dtype = _pair_dtype(adapter_format, trainable)
-    modules, defaults = _modules(net), tree.default_targets(net)
-    handle = Adapters(net, modules, defaults, slots, trainable, None, base_model)
+    modules, defaults = modules_of(net), tree.default_targets(net)
+    handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
     loaded = []
     for name, folder in folders.items():
         stored = StoredAdapter(folder)
@@ -154,7 +154,7 @@ def adapters_of(net):
     return getattr(net, HANDLE, None)
 
 
-def _modules(net):
+def modules_of(net):
     """{name: Module} of a model without adapters."""
     tree.load_integrations(net)
     return {name: tree.module_of(name, cell) for name, cell in tree.cells_by_name(net).items()}

@@ -1,10 +1,14 @@
 """Training from a recipe: its data, its model, its adapter, and the loop over them."""
 
+from pathlib import Path
+
 from colora_ms import models
 from colora_ms.adapters import inject
+from colora_ms.adapters.continuing import continue_adapter
+from colora_ms.adapters.store import copy_adapter
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
-from colora_ms.training.config import TrainingConfig
+from colora_ms.training.config import START_FOLDER, TrainingConfig
 from colora_ms.training.data import encode_examples, load_examples, make_template, without_overlap
 from colora_ms.training.progress import Progress
 from colora_ms.training.trainer import Trainer
@@ -44,12 +48,28 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     if world > 1:
         say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
             f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
-    adapter = config.adapter_config()
-    handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
-                    base_model=config.model)
+    handle = begin_adapter(config, decoder, rank)
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
                       validation, callbacks, rank=rank, world=world)
     return trainer.train(resume)
+
+
+def begin_adapter(config, decoder, rank=0):
+    """The handle of a recipe's adapter in ``decoder``: a new one, or the one that it starts from, of which the run keeps a
+    copy, so that it can be resumed whatever becomes of the original.
+
+    Raises:
+        AdapterError: what ``inject`` or loading the folder refuses; the model is unchanged.
+    """
+    settings = dict(adapter_name="default", seed=config.loop.seed, base_model=config.model)
+    if config.start_from is None:
+        return inject(decoder, config.adapter_config(), **settings)
+    folder, kept = config.start_folder, Path(config.output) / START_FOLDER
+    given = {name: value for name, value in config.adapter.items() if name not in ("method", "start_from")}
+    handle = continue_adapter(decoder, folder, given, "default", config.loop.seed, config.model)
+    if rank == 0 and folder != kept:
+        copy_adapter(folder, kept)
+    return handle
 
 
 def load_data(config):
