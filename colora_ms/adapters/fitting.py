@@ -27,6 +27,14 @@ def check_fits(handle, config, plan):
                  if not getattr(handle.sites.get((path, "lora")), "has_bias", False)]
     problems += [f"{path} was not prepared to be saved whole" for path in plan.saved
                  if (path, "saved") not in handle.sites]
+    for path, ids in plan.tokens.items():
+        cell = handle.sites.get((path, "tokens"))
+        problems += [f"{path} was not prepared for trained token rows"] if cell is None else cell.problems_with(ids)
+    problems += [f"{path} is {'not ' if path not in plan.ties else ''}tied to another module's values in this adapter, the model "
+                 "was prepared for one where it is" + (" not" if path in plan.ties else "")
+                 for role in ("saved", "tokens") for path in getattr(plan, role) if handle.trainable
+                 and (path, role) in handle.sites
+                 and getattr(handle.sites[path, role], "tied_to", "") != plan.ties.get(path, "")]
     if handle.trainable and config.lora_dropout != handle.dropout:
         problems.append(f"lora_dropout is {config.lora_dropout}, the model was prepared for {handle.dropout}")
     if problems:

@@ -24,7 +24,9 @@ from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.saved import SavedModule
 from colora_ms.adapters.starting import check_start
 from colora_ms.adapters.store import check_name
+from colora_ms.adapters.tokens import TokenEmbedding, TokenHead
 from colora_ms.errors import AdapterError, near
+from colora_ms.models.layers import Embedding, Linear
 from colora_ms.models.low_rank import LowRankLinear
 
 
@@ -157,7 +159,9 @@ def adapters_of(net):
 def modules_of(net):
     """{name: Module} of a model without adapters."""
     tree.load_integrations(net)
-    return {name: tree.module_of(name, cell) for name, cell in tree.cells_by_name(net).items()}
+    cells = tree.cells_by_name(net)
+    ties = tree.tied_to(cells)
+    return {name: dataclasses.replace(tree.module_of(name, cell), tied_to=ties.get(name, "")) for name, cell in cells.items()}
 
 
 def _check_slots(slots, needed):
@@ -217,6 +221,9 @@ def _replace(net, handle, plans, peft_type, max_rank, dtype):
     names = tree.ParameterNames(net)
     cells = tree.cells_by_name(net)
     check_plain(plans, cells)
+    _check_tokens(plans, cells)
+    if handle.trainable:
+        _check_ties(plans)
     wrap, shared = method(peft_type).wrap, {}
     handle.peft_type = peft_type
     for parameter in net.get_parameters():
@@ -233,7 +240,10 @@ def _replace(net, handle, plans, peft_type, max_rank, dtype):
                         handle.seed, dtype)
             cell = handle.sites[path, "lora"] = wrap(cell, path, site)
         if any(path in plan.saved for plan in plans):
-            cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle)
+            cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle, plans)
+        count = max((len(plan.tokens[path]) for plan in plans if path in plan.tokens), default=0)
+        if count:
+            cell = handle.sites[path, "tokens"] = _wrap_tokens(cell, path, module, handle, plans, count)
         if cell is not cells[path]:
             fresh = [(parameter, parameter.name) for parameter in cell.get_parameters()
                      if not any(parameter is old for old in cells[path].get_parameters())]
@@ -275,8 +285,41 @@ def wrap_lora(cell, path, site):
     return kind(cell, path, site.active_slot, *rest, up_bias)
 
 
-def _wrap_saved(cell, path, module, handle):
+def _check_tokens(plans, cells):
+    """Refuse rows of single tokens on Cells that are not the decoder's own."""
+    odd = [path for plan in plans for path in plan.tokens if not isinstance(cells[path], (Linear, Embedding))]
+    if odd:
+        raise AdapterError(f"trainable_token_indices is for the embedding and the head of colora_ms's decoder; {odd[0]} is a "
+                           f"{type(cells[odd[0]]).__name__}")
+
+
+def _check_ties(plans):
+    """Refuse to train adapters together of which one ties a head to its embedding's copy and another does not."""
+    for role in ("saved", "tokens"):
+        for path in {path for plan in plans for path in getattr(plan, role)}:
+            if len({plan.ties.get(path) for plan in plans if path in getattr(plan, role)}) > 1:
+                raise AdapterError(f"{path} is tied in some of these adapters and not in others, so that they cannot be trained "
+                                   "in one model; load them one at a time")
+
+
+def _source_of(path, role, handle, plans):
+    """The Cell whose Parameters a tied one shares: in training, where both must stay equal; otherwise None, each slot has
+    values of its own, and adapters that are tied and others can be mixed."""
+    ties = {plan.ties[path] for plan in plans if path in plan.ties and path in getattr(plan, role)}
+    return handle.sites[ties.pop(), role] if handle.trainable and ties else None
+
+
+def _wrap_saved(cell, path, module, handle, plans):
     inner = cell.base_layer if isinstance(cell, AdapterCell) else cell
+    source = _source_of(path, "saved", handle, plans)
     if tree.takes_slots(inner):
-        return SavedModule(cell, path, handle.capacity, module.parameters, handle.trainable)
+        return SavedModule(cell, path, handle.capacity, module.parameters, handle.trainable, source)
+    if source is not None:
+        raise AdapterError(f"ensure_weight_tying is for colora_ms's decoder; {path} is a {type(inner).__name__}")
     return SavedCell(cell, path, handle.active_slot, handle.capacity, handle.trainable)
+
+
+def _wrap_tokens(cell, path, module, handle, plans, count):
+    kind = TokenEmbedding if module.kind == "embedding" else TokenHead
+    return kind(cell, path, handle.capacity, count, module.parameters["weight"], handle.trainable,
+                _source_of(path, "tokens", handle, plans))

@@ -8,6 +8,7 @@ import re
 import warnings
 from dataclasses import dataclass, field, replace
 
+from colora_ms.adapters import tied
 from colora_ms.adapters.patterns import match_all
 from colora_ms.errors import AdapterError, AdapterWarning, near
 
@@ -31,6 +32,7 @@ class Module:
         is_head: the output head, which "all-linear" leaves out.
         refusal: why no low-rank pair can be put beside it, or "".
         whole: whether it can be saved whole.
+        tied_to: name of the module before it whose weight it shares, or "".
     """
 
     kind: str
@@ -40,6 +42,7 @@ class Module:
     is_head: bool = False
     refusal: str = ""
     whole: bool = True
+    tied_to: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,15 @@ class Plan:
         targets: {module name: Target}, in the order of the model.
         saved: names of the leaf modules that are copied and trained whole.
         biases: names of the linears whose bias is trained.
+        tokens: {module name: ids whose rows are trained}, of embeddings and heads.
+        ties: {module name: name of the module whose copy, or rows, it uses} among ``saved`` and ``tokens``.
     """
 
     targets: dict
     saved: tuple
     biases: tuple
+    tokens: dict = field(default_factory=dict)
+    ties: dict = field(default_factory=dict)
 
 
 def plan(config, modules, defaults=None):
@@ -112,9 +119,13 @@ def plan(config, modules, defaults=None):
     saved, to_save_problems = _saved_leaves(config, modules)
     problems += to_save_problems
     remarks = []
+    saved, ties = tied.saved(config, modules, saved)
     matched = _matched(config, targets, modules, tests, remarks)
-    chosen = [name for name in matched if name not in tests.excluded]
-    if not problems and not chosen and (targets or not saved):
+    chosen = [name for name in matched if name not in tests.excluded and name not in saved]
+    tokens, token_ties = tied.tokens(config, modules, chosen, saved, problems)
+    ties.update(token_ties)
+    tied.check(config, modules, chosen, ties, problems, remarks)
+    if not problems and not chosen and (targets or not saved and not tokens):
         problems.append(_nothing_chosen(config, targets, modules, matched))
     wrong = [name for name in chosen if modules[name].kind not in TARGET_KINDS]
     if wrong:
@@ -138,18 +149,19 @@ def plan(config, modules, defaults=None):
         raise AdapterError("the adapter's config does not fit the model: " + "; ".join(problems + remarks))
     for remark in remarks:
         warnings.warn(f"the adapter's config has more than the model: {remark}", AdapterWarning, stacklevel=3)
-    return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved))
+    return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved), tokens=tokens, ties=ties)
 
 
 def places_of(plan_):
-    """The (module name, "lora" or "saved") that a plan uses."""
+    """The (module name, "lora", "saved" or "tokens") that a plan uses."""
     low_rank = dict.fromkeys([*plan_.targets, *plan_.biases])
-    return [(path, "lora") for path in low_rank] + [(path, "saved") for path in plan_.saved]
+    return ([(path, "lora") for path in low_rank] + [(path, "saved") for path in plan_.saved]
+            + [(path, "tokens") for path in plan_.tokens])
 
 
 def value_shapes(plan_, modules):
     """{(module name, role): {field: shape}} of an adapter's values in the Cells' orientation: down (r, in), for an
-    embedding (vocab, r); up (out, r); a bias; the parameters of modules saved whole."""
+    embedding (vocab, r); up (out, r); a bias; the parameters of modules saved whole; rows (ids, hidden)."""
     shapes = {}
     for path, target in plan_.targets.items():
         module = modules[path]
@@ -163,6 +175,8 @@ def value_shapes(plan_, modules):
         shapes.setdefault((path, "lora"), {})["bias"] = modules[path].parameters["bias"]
     for path in plan_.saved:
         shapes[path, "saved"] = modules[path].parameters
+    for path, ids in plan_.tokens.items():
+        shapes[path, "tokens"] = {"rows": (len(ids), modules[path].parameters["weight"][1])}
     return shapes
 
 

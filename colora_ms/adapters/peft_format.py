@@ -3,7 +3,8 @@
 On disk: ``base_model.model.<module>.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r); embeddings
 ``.lora_embedding_A`` (r, vocab) and ``.lora_embedding_B`` (hidden, r); DoRA's ``.lora_magnitude_vector`` (out,) and a
 bias on lora_B, ``.lora_B.bias`` (out,); a trained bias of an adapted linear
-``.base_layer.bias``; modules saved whole under their own names. The scaling is not stored but follows from the config.
+``.base_layer.bias``; modules saved whole under their own names; rows of single tokens
+``.token_adapter.trainable_tokens_delta`` (ids, hidden), which replace the base's whatever they are called. The scaling is not stored but follows from the config.
 This file alone knows that form; everything else uses down (r, in) or (vocab, r), and up (out, r).
 """
 
@@ -37,6 +38,8 @@ class Entry:
     alias: str = ""
     #: Names under which PEFT writes the same tensor again, for other modules that share it.
     copies: tuple = ()
+    #: Copies that are always written, since PEFT does not load a folder without them.
+    tied: tuple = ()
 
 
 class StoredAdapter:
@@ -100,7 +103,7 @@ class StoredAdapter:
             used.add(name)
             value = self._tensor(name, entry.shape, problems)
             if value is not None:
-                used.update(self._check_copies(name, value, entry.copies, problems))
+                used.update(self._check_copies(name, value, entry.copies + entry.tied, problems))
                 value = np.ascontiguousarray(value.T) if entry.transposed else value
                 found.setdefault((entry.path, entry.role), {})[entry.field] = value
         for name in self.file.entries:
@@ -108,6 +111,10 @@ class StoredAdapter:
                 problems.append(f"tensor {name!r:.300} of shape {self.file.shape(name)} is not part of the adapter that "
                                 "the config describes." + near(name, [key for key in wanted if key not in used], 1))
         self.refuse(problems, base_model)
+        for path, source in plan.ties.items():
+            for role in ("saved", "tokens"):
+                if (source, role) in found:
+                    found[path, role] = found[source, role]
         return found
 
     def _check_copies(self, name, value, copies, problems):
@@ -176,8 +183,15 @@ def entries(plan, modules):
         else:
             found[f"{PREFIX}{name}.bias"] = Entry(name, "lora", "bias", shape)
     for name in plan.saved:
+        if name in plan.ties:
+            continue
         for field, shape in modules[name].parameters.items():
-            found[f"{PREFIX}{name}.{field}"] = Entry(name, "saved", field, shape)
+            copies = tuple(f"{PREFIX}{path}.{field}" for path, source in plan.ties.items() if source == name)
+            found[f"{PREFIX}{name}.{field}"] = Entry(name, "saved", field, shape, tied=copies)
+    for name, ids in plan.tokens.items():
+        if name not in plan.ties:
+            found[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = Entry(
+                name, "tokens", "rows", (len(ids), modules[name].parameters["weight"][1]))
     return found
 
 
@@ -199,8 +213,7 @@ def write_adapter(folder, config, plan, modules, values, copies=False):
         tensors[key] = np.ascontiguousarray(value.T) if entry.transposed else value
         if not np.isfinite(value).all():
             broken.append(key)
-        if copies:
-            tensors.update(dict.fromkeys(entry.copies, tensors[key]))
+        tensors.update(dict.fromkeys(entry.tied + entry.copies * copies, tensors[key]))
     if broken:
         raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values that "
                            f"are not finite, {broken[0]!r} first: its training diverged; load an earlier checkpoint")

@@ -171,7 +171,8 @@ def _umask():
 #: Settings that decide what an adapter computes.
 _DIGESTED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
              "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias", "stride_A", "num_B",
-             "scaling", "router_pool", "router_form", "share", "use_dora", "lora_bias")
+             "scaling", "router_pool", "router_form", "share", "use_dora", "lora_bias", "trainable_token_indices",
+             "ensure_weight_tying")
 
 
 def _is_digested(key, value):
