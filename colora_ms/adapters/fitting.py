@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from colora_ms.adapters import tree
+from colora_ms.adapters import tree, vocabulary
 from colora_ms.adapters.principal import as_plain_lora, check_splittable, starts_on
 from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.starting import base_weight
@@ -54,6 +54,12 @@ def stage(handle, stored, check=None):
     """
     if stored.config is None:
         stored.refuse(stored.problems, handle.base_model)
+    try:
+        more = vocabulary.larger(stored, handle.modules)
+    except AdapterError as error:
+        stored.refuse(stored.problems + [str(error)], handle.base_model)
+    if more is not None:
+        stored.refuse(stored.problems + [vocabulary.refusal(more, stored)], handle.base_model)
     try:
         plan = make_plan(stored.config, handle.modules, handle.defaults)
     except AdapterError as error:

@@ -1,13 +1,14 @@
 """Putting adapters into a model: ``inject`` replaces Cells in place, ``load_adapter`` does it from a folder."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 import mindspore as ms
 
-from colora_ms.adapters import tree
+from colora_ms.adapters import tree, vocabulary
 from colora_ms.adapters.cells import AdapterCell
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.dora import DoraDense, DoraLinear
@@ -135,16 +136,25 @@ def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainab
     _check_slots(slots, len(folders))
     dtype = _pair_dtype(adapter_format, trainable)
     modules, defaults = modules_of(net), tree.default_targets(net)
-    handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
+    opened = {name: StoredAdapter(folder) for name, folder in folders.items()}
+    growth = _growth(net, modules, opened, base_model)
+    handle = Adapters(net, growth.modules if growth else modules, defaults, slots, trainable, seed, base_model)
+    # Adapters of the base's own vocabulary are read as such, and get the base's rows of the new tokens.
+    plain = Adapters(net, modules, defaults, slots, trainable, seed, base_model) if growth else handle
     loaded = []
-    for name, folder in folders.items():
-        stored = StoredAdapter(folder)
-        plan, values = stage(handle, stored)
-        loaded.append((name, stored.config, plan, values))
+    for name, stored in opened.items():
+        is_larger = growth is not None and name in growth.names
+        plan, values = stage(handle if is_larger else plain, stored)
+        loaded.append((name, stored.config, plan, values if is_larger or not growth else growth.widen(values)))
     configs = [config for _, config, _, _ in loaded]
     _check_together(configs, trainable)
     handle.dropout = configs[0].lora_dropout if trainable else 0.0
     plans = [plan for _, _, plan, _ in loaded] + _reserved(reserve, configs, max_rank, modules, defaults)
+    if growth:
+        check_plans(plans, handle, max_rank)
+        growth.apply()
+        handle = Adapters(net, growth.modules, defaults, slots, trainable, seed, base_model)
+        handle.dropout = configs[0].lora_dropout if trainable else 0.0
     _replace(net, handle, plans, configs[0].peft_type, max_rank, dtype)
     for name, config, plan, values in loaded:
         handle.publish(name, config, plan, values)
@@ -215,15 +225,9 @@ def _pair_dtype(adapter_format, trainable):
 
 def _replace(net, handle, plans, peft_type, max_rank, dtype):
     """Freeze the model and put the adapter Cells of all plans into it; checks come before the first change."""
-    needed = max((target.r for plan in plans for target in plan.targets.values()), default=0)
-    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < needed):
-        raise AdapterError(f"max_rank is {max_rank!r}, but an adapter here has rank {needed}")
+    check_plans(plans, handle, max_rank)
     names = tree.ParameterNames(net)
     cells = tree.cells_by_name(net)
-    check_plain(plans, cells)
-    _check_tokens(plans, cells)
-    if handle.trainable:
-        _check_ties(plans)
     wrap, shared = method(peft_type).wrap, {}
     handle.peft_type = peft_type
     for parameter in net.get_parameters():
@@ -257,6 +261,18 @@ def _replace(net, handle, plans, peft_type, max_rank, dtype):
     tree.forget_graphs()
 
 
+def check_plans(plans, handle, max_rank):
+    """Refuse plans that cannot become Cells of the model; changes nothing."""
+    needed = max((target.r for plan in plans for target in plan.targets.values()), default=0)
+    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < needed):
+        raise AdapterError(f"max_rank is {max_rank!r}, but an adapter here has rank {needed}")
+    check_plain(plans, handle.cells)
+    _check_tokens(plans, handle.cells)
+    if handle.trainable:
+        _check_ties(plans)
+    tree.ParameterNames(handle.net)
+
+
 def check_plain(plans, cells):
     """Refuse DoRA and a bias on lora_B on linears that are not plain ones (decomposed, or of other libraries)."""
     odd = [path for plan in plans for path, target in plan.targets.items()
@@ -283,6 +299,31 @@ def wrap_lora(cell, path, site):
         return LoraLinear(cell, path, *rest, up_bias, site.dtype)
     kind = tree.traits_of(cell).adapted(DoraDense if dora else LoraDense, cell)
     return kind(cell, path, site.active_slot, *rest, up_bias)
+
+
+def _growth(net, modules, opened, base_model):
+    """The :class:`colora_ms.adapters.vocabulary.Growth` that adapters with more tokens than the model need, or None.
+
+    Args:
+        opened: {adapter name: StoredAdapter}, whose configs get the tables that PEFT stored without being asked.
+    """
+    needs = {}
+    for name, stored in opened.items():
+        if stored.config is None:
+            continue  # staging says what is wrong with it
+        try:
+            found = vocabulary.larger(stored, modules)
+            if found is not None:
+                needs[name] = (stored, found)
+        except AdapterError as error:
+            stored.refuse(stored.problems + [str(error)], base_model)
+    if not needs:
+        return None
+    growth = vocabulary.Growth(net, modules, needs)
+    for stored, found in needs.values():
+        vocabulary.adopt(stored, found)
+        vocabulary.warn_of_gaps(found, stored, warnings.warn)
+    return growth
 
 
 def _check_tokens(plans, cells):

@@ -144,17 +144,24 @@ class StoredAdapter:
         return value
 
     def _is_base_copy(self, name, modules, base, problems):
-        """PEFT adds the base's embedding and head in some cases: harmless if equal to ours, an error if changed."""
+        """PEFT adds the base's embedding and head in some cases: harmless if equal to ours, an error if changed. Beside
+        modules saved whole it adds them a second time, as ``modules_to_save``, when the vocabulary was resized."""
         path, _, field = name.removeprefix(PREFIX).rpartition(".")
-        path = path.removesuffix(".base_layer")
+        if path.endswith(".modules_to_save"):
+            twin = f"{PREFIX}{path.removesuffix('.modules_to_save')}.{field}"
+            return twin in self.file.entries and np.array_equal(self.file.raw(twin), self.file.raw(name))
+        path = path.removesuffix(".base_layer").removesuffix(".original_module")
         if not name.startswith(PREFIX) or path not in modules or field not in modules[path].parameters:
             return False
-        own = base(path).get(field)
-        if own is None or own.shape != self.file.shape(name):
+        own, shape = base(path).get(field), self.file.shape(name)
+        # Of a resized base the first rows are the base's; the others are what Growth puts behind them.
+        grown = own is not None and len(shape) == 2 and modules[path].parameters[field] == shape and shape[0] > len(own)
+        if own is None or own.shape != shape and not grown:
             problems.append(f"tensor {name!r} of shape {self.file.shape(name)} replaces the base's {path}, which has shape "
                             f"{None if own is None else own.shape}: the vocabulary was changed; use that base model")
             return True
-        value = self._tensor(name, own.shape, problems)
+        value = self._tensor(name, shape, problems)
+        value = value if value is None else value[:len(own)]
         if value is not None and not np.allclose(value, own, rtol=1e-2, atol=1e-2 * float(np.abs(own).max(initial=0))):
             problems.append(f"tensor {name!r} is a copy of the base's {path} but differs from it: the adapter was made "
                             "for another base model, or trained it outside modules_to_save")

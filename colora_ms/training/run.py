@@ -6,6 +6,7 @@ from colora_ms import models
 from colora_ms.adapters import inject
 from colora_ms.adapters.continuing import continue_adapter
 from colora_ms.adapters.store import copy_adapter
+from colora_ms.adapters.vocabulary import copy_tokenizer, tokenizer_for
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import START_FOLDER, TrainingConfig
@@ -39,6 +40,8 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
                                   "(--resume), or choose another output folder")
     train_examples, held_out, removed = load_data(config)
     decoder, tokenizer = models.load_model(config.model, weight_format=config.weight_format)
+    # An adapter to go on with may bring tokens of its own, so that it comes before the data.
+    handle, tokenizer, own_tokenizer = begin_adapter(config, decoder, tokenizer, rank)
     data, validation = encode_data(config, tokenizer, train_examples, held_out, decoder)
     say = Progress(0, 0, config.loop.progress and rank == 0).say
     say(f"training data: {data.summary()}"
@@ -48,28 +51,37 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     if world > 1:
         say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
             f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
-    handle = begin_adapter(config, decoder, rank)
-    trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
-                      validation, callbacks, rank=rank, world=world)
+
+    def save(folder):
+        handle.save(folder, "default", as_lora=True)
+        if own_tokenizer is not None:
+            copy_tokenizer(own_tokenizer, folder)
+
+    trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world)
     return trainer.train(resume)
 
 
-def begin_adapter(config, decoder, rank=0):
-    """The handle of a recipe's adapter in ``decoder``: a new one, or the one that it starts from, of which the run keeps a
-    copy, so that it can be resumed whatever becomes of the original.
+def begin_adapter(config, decoder, tokenizer=None, rank=0):
+    """Put a recipe's adapter into ``decoder``: a new one, or the one that it starts from, of which the run keeps a copy, so
+    that it can be resumed whatever becomes of the original.
+
+    Returns:
+        ``(handle, tokenizer, folder)``: the tokenizer to use, and the folder that it is from where that is the adapter's,
+        otherwise None.
 
     Raises:
         AdapterError: what ``inject`` or loading the folder refuses; the model is unchanged.
     """
     settings = dict(adapter_name="default", seed=config.loop.seed, base_model=config.model)
     if config.start_from is None:
-        return inject(decoder, config.adapter_config(), **settings)
+        return inject(decoder, config.adapter_config(), **settings), tokenizer, None
     folder, kept = config.start_folder, Path(config.output) / START_FOLDER
     given = {name: value for name, value in config.adapter.items() if name not in ("method", "start_from")}
     handle = continue_adapter(decoder, folder, given, "default", config.loop.seed, config.model)
     if rank == 0 and folder != kept:
         copy_adapter(folder, kept)
-    return handle
+    own = tokenizer_for(tokenizer, {"default": folder}, handle)
+    return handle, own, None if own is tokenizer else folder
 
 
 def load_data(config):

@@ -54,7 +54,7 @@ def test_the_first_forward_is_the_adapters_own(start, recipe, tmp_path):  # noqa
     expected = logits_of(own.net, own)
     decoder = tiny_decoder()
     config = going_on(recipe("x"), tmp_path / "run", folder)
-    handle = module.begin_adapter(config, decoder)
+    handle, _, _ = module.begin_adapter(config, decoder)
     decoder.set_train(False)
     assert np.abs(logits_of(decoder, handle) - expected).max() < 1e-6  # training takes other operators
     for place, fields in own.values().items():

@@ -317,7 +317,7 @@ def test_generation_with_rows_and_a_contrast(mindspore, goldens, word_tokenizer)
 @pytest.mark.parametrize("values, words", [
     ({"trainable_token_indices": [97]}, "has 97, but model.embed_tokens has rows for 97 tokens"),
     ({"trainable_token_indices": {"wte": [1]}}, "has 'wte', which the model does not have"),
-    ({"trainable_token_indices": {"q_proj": [1]}}, "neither an embedding nor an output head"),
+    ({"trainable_token_indices": {"v_proj": [1]}}, "neither an embedding nor an output head"),
     ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "and modules_to_save both change model.embed_t"),
     ({"trainable_token_indices": [1], "modules_to_save": ["lm_head"]}, "both change lm_head, which is tied to"),
     ({"trainable_token_indices": [1], "target_modules": ["embed_tokens"]}, "and target_modules both change"),
