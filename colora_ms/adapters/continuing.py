@@ -6,9 +6,7 @@ from colora_ms.adapters import tree
 from colora_ms.adapters.inject import load_adapter, modules_of
 from colora_ms.adapters.patterns import ORDERED
 from colora_ms.adapters.peft_format import StoredAdapter
-from colora_ms.adapters.registry import method
 from colora_ms.adapters.registry import plan as make_plan
-from colora_ms.adapters.store import read_config
 from colora_ms.errors import AdapterError, near
 
 #: Settings that choose modules; two notations of the same choice agree.
@@ -16,14 +14,14 @@ _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers
 
 
 def config_of(folder):
-    """The config of an adapter folder, without its tensors.
+    """The config of an adapter folder, whose tensors are not read.
 
     Raises:
         AdapterError: it is no adapter folder, or its config cannot be used.
     """
-    values = read_config(folder)
-    kind = values.get("peft_type") if isinstance(values, dict) else None
-    return method(kind, folder).config.from_peft(values)
+    stored = StoredAdapter(folder)
+    stored.refuse(stored.problems)
+    return stored.config
 
 
 def disagreements(given, config, folder):

@@ -113,21 +113,6 @@ def write_folder(folder, write):
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_adapter(source, target):
-    """Copy an adapter folder's own files (config, weights, tokenizer; nothing of a training's state), whole or not at all.
-
-    Raises:
-        AdapterError: a file cannot be read or written.
-    """
-    def write(temporary):
-        for entry in sorted(Path(source).iterdir()):
-            if entry.is_file() and (entry.name == WEIGHTS_FILE or entry.suffix in (".json", ".jinja", ".model", ".txt")):
-                shutil.copyfile(entry, temporary / entry.name)
-                flush_to_disk(temporary / entry.name)
-
-    write_folder(target, write)
-
-
 def _link_others(old, new):
     """Take over the files that are not rewritten, as hard links where the file system has them."""
     for entry in old.iterdir():

@@ -209,6 +209,8 @@ class TrainingConfig(Section):
         if not self.start_folder.exists():
             return []  # training says so; a recipe may be read where its files are not
         config = continuing.config_of(self.start_folder)
+        if self.start_folder != Path(self.start_from):
+            return []  # a run's own copy: it was compared when the run began
         asked = registry.named(self.adapter.get("method", config.peft_type), "section adapter").config.peft_type
         if asked != config.peft_type:
             return [f"section adapter: method is {self.adapter['method']!r}, but the adapter in {self.start_from} is of the "

@@ -5,7 +5,6 @@ from pathlib import Path
 from colora_ms import models
 from colora_ms.adapters import inject
 from colora_ms.adapters.continuing import continue_adapter
-from colora_ms.adapters.store import copy_adapter
 from colora_ms.adapters.vocabulary import copy_tokenizer, tokenizer_for
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
@@ -76,10 +75,13 @@ def begin_adapter(config, decoder, tokenizer=None, rank=0):
     if config.start_from is None:
         return inject(decoder, config.adapter_config(), **settings), tokenizer, None
     folder, kept = config.start_folder, Path(config.output) / START_FOLDER
-    given = {name: value for name, value in config.adapter.items() if name not in ("method", "start_from")}
+    # What stands beside start_from was compared with the original, which need not be there any more.
+    given = {} if folder == kept else {name: value for name, value in config.adapter.items()
+                                       if name not in ("method", "start_from")}
     handle = continue_adapter(decoder, folder, given, "default", config.loop.seed, config.model)
     if rank == 0 and folder != kept:
-        copy_adapter(folder, kept)
+        handle.save(kept, "default")
+        copy_tokenizer(folder, kept)
     own = tokenizer_for(tokenizer, {"default": folder}, handle)
     return handle, own, None if own is tokenizer else folder
 
