@@ -1,4 +1,4 @@
-"""Training that starts from an adapter folder (a recipe's ``adapter.start_from``): its config and values come from there."""
+"""Training that starts from an adapter (a recipe's ``adapter.start_from``): its config and values come from the folder."""
 
 from dataclasses import fields, replace
 
@@ -44,8 +44,8 @@ def disagreements(given, config, folder):
         return [f"section adapter has no setting {name!r}; beside start_from it may have method, {', '.join(known)}."
                 f"{near(name, known)}" for name in unknown]
     asked = replace(config, **given)
-    return [f"{name} is {getattr(asked, name)!r:.80}, but the adapter in {folder} has {getattr(config, name)!r:.80}; leave it "
-            "out, it comes from the adapter" for name in given
+    return [f"{name} is {getattr(asked, name)!r:.80}, but the adapter in {folder} has {getattr(config, name)!r:.80}; "
+            "leave it out, it comes from the adapter" for name in given
             if _plain(getattr(asked, name), name) != _plain(getattr(config, name), name)
             and not (name in _CHOOSING and _notation(getattr(asked, name)) != _notation(getattr(config, name)))]
 

@@ -30,8 +30,8 @@ def check_fits(handle, config, plan):
     for path, ids in plan.tokens.items():
         cell = handle.sites.get((path, "tokens"))
         problems += [f"{path} was not prepared for trained token rows"] if cell is None else cell.problems_with(ids)
-    problems += [f"{path} is {'not ' if path not in plan.ties else ''}tied to another module's values in this adapter, the model "
-                 "was prepared for one where it is" + (" not" if path in plan.ties else "")
+    problems += [f"{path} is {'' if path in plan.ties else 'not '}tied to another module's values in this adapter, the "
+                 f"model was prepared for one where it is{' not' if path in plan.ties else ''}"
                  for role in ("saved", "tokens") for path in getattr(plan, role) if handle.trainable
                  and (path, role) in handle.sites
                  and getattr(handle.sites[path, role], "tied_to", "") != plan.ties.get(path, "")]

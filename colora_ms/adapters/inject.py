@@ -171,7 +171,8 @@ def modules_of(net):
     tree.load_integrations(net)
     cells = tree.cells_by_name(net)
     ties = tree.tied_to(cells)
-    return {name: dataclasses.replace(tree.module_of(name, cell), tied_to=ties.get(name, "")) for name, cell in cells.items()}
+    return {name: dataclasses.replace(tree.module_of(name, cell), tied_to=ties.get(name, ""))
+            for name, cell in cells.items()}
 
 
 def _check_slots(slots, needed):
@@ -330,8 +331,8 @@ def _check_tokens(plans, cells):
     """Refuse rows of single tokens on Cells that are not the decoder's own."""
     odd = [path for plan in plans for path in plan.tokens if not isinstance(cells[path], (Linear, Embedding))]
     if odd:
-        raise AdapterError(f"trainable_token_indices is for the embedding and the head of colora_ms's decoder; {odd[0]} is a "
-                           f"{type(cells[odd[0]]).__name__}")
+        raise AdapterError("trainable_token_indices is for the embedding and the head of colora_ms's decoder; "
+                           f"{odd[0]} is a {type(cells[odd[0]]).__name__}")
 
 
 def _check_ties(plans):
@@ -339,8 +340,8 @@ def _check_ties(plans):
     for role in ("saved", "tokens"):
         for path in {path for plan in plans for path in getattr(plan, role)}:
             if len({plan.ties.get(path) for plan in plans if path in getattr(plan, role)}) > 1:
-                raise AdapterError(f"{path} is tied in some of these adapters and not in others, so that they cannot be trained "
-                                   "in one model; load them one at a time")
+                raise AdapterError(f"{path} is tied in some of these adapters and not in others, so that they cannot be "
+                                   "trained in one model; load them one at a time")
 
 
 def _source_of(path, role, handle, plans):

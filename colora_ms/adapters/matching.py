@@ -149,7 +149,8 @@ def plan(config, modules, defaults=None):
         raise AdapterError("the adapter's config does not fit the model: " + "; ".join(problems + remarks))
     for remark in remarks:
         warnings.warn(f"the adapter's config has more than the model: {remark}", AdapterWarning, stacklevel=3)
-    return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved), tokens=tokens, ties=ties)
+    return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved), tokens=tokens,
+                ties=ties)
 
 
 def places_of(plan_):

@@ -4,8 +4,9 @@ On disk: ``base_model.model.<module>.lora_A.weight`` (r, in) and ``.lora_B.weigh
 ``.lora_embedding_A`` (r, vocab) and ``.lora_embedding_B`` (hidden, r); DoRA's ``.lora_magnitude_vector`` (out,) and a
 bias on lora_B, ``.lora_B.bias`` (out,); a trained bias of an adapted linear
 ``.base_layer.bias``; modules saved whole under their own names; rows of single tokens
-``.token_adapter.trainable_tokens_delta`` (ids, hidden), which replace the base's whatever they are called. The scaling is not stored but follows from the config.
-This file alone knows that form; everything else uses down (r, in) or (vocab, r), and up (out, r).
+``.token_adapter.trainable_tokens_delta`` (ids, hidden), which replace the base's whatever they are called. The scaling
+is not stored but follows from the config. This file alone knows that form; everything else uses down (r, in) or (vocab,
+r), and up (out, r).
 """
 
 import os
@@ -254,8 +255,9 @@ def _plain(file, folder):
     """The file with PEFT's names on disk; one whose tensors carry the adapter's own name is said."""
     names, adapter = plain_names(list(file.entries))
     if adapter is not None:
-        warnings.warn(f"the tensors in {folder} carry an adapter's name, such as {next(n for p, n in names.items() if p != n)!r}; "
-                      f"{adapter!r} was taken out, which means the same", AdapterWarning, stacklevel=4)
+        first = next(own for plain, own in names.items() if plain != own)
+        warnings.warn(f"the tensors in {folder} carry an adapter's name, such as {first!r}; {adapter!r} was "
+                      "taken out, which means the same", AdapterWarning, stacklevel=4)
     return PlainFile(file, names)
 
 

@@ -66,8 +66,8 @@ def tokens(config, modules, chosen, whole, problems):
         elif module.kind != "embedding" and not module.is_head:
             problems.append(f"trainable_token_indices means {name}, which is neither an embedding nor an output head")
         elif max(ids) >= module.parameters["weight"][0]:
-            problems.append(f"trainable_token_indices has {max(ids)}, but {name} has rows for {module.parameters['weight'][0]} "
-                            "tokens")
+            rows = module.parameters["weight"][0]
+            problems.append(f"trainable_token_indices has {max(ids)}, but {name} has rows for {rows} tokens")
     return {name: found[name] for name in modules if name in found}, ties
 
 
@@ -78,8 +78,9 @@ def check(config, modules, chosen, ties, problems, remarks):
     tied = tied_modules(modules)
     low_rank = [name for name in chosen if name in tied or name in tied.values()]
     if low_rank:
-        problems.append(f"ensure_weight_tying with target_modules that mean {low_rank[0]} (factors that stay tied across embedding "
-                        "and head) is not implemented; train the embedding with modules_to_save or trainable_token_indices")
+        problems.append(f"ensure_weight_tying with target_modules that mean {low_rank[0]} (factors that stay tied across "
+                        "embedding and head) is not implemented; train the embedding with modules_to_save or "
+                        "trainable_token_indices")
     elif not tied:
         remarks.append("ensure_weight_tying, but no head is tied to the model's embedding")
     elif not ties and not config.trainable_token_indices:
@@ -92,8 +93,8 @@ def _named(wanted, modules, problems):
         embeddings = [name for name, module in modules.items() if module.kind == "embedding"]
         own = [name for name in embeddings if name.rsplit(".", 1)[-1] == "embed_tokens"] or embeddings
         if len(own) != 1:
-            problems.append(f"trainable_token_indices is a list, but the model has {len(own)} embeddings; name the module: "
-                            "{\"embed_tokens\": [...]}")
+            problems.append(f"trainable_token_indices is a list, but the model has {len(own)} embeddings; name the "
+                            "module: {\"embed_tokens\": [...]}")
             return {}
         return {own[0]: tuple(wanted)}
     found = {}

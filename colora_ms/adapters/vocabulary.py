@@ -1,12 +1,12 @@
-"""Adapters that were trained after ``resize_token_embeddings``: their embedding and head have more rows than the base's.
+"""Adapters trained after ``resize_token_embeddings``: their embedding and head have more rows than the base's.
 
-The rows behind the base's belong to new tokens. Embedding, head and the tokenizer in the adapter's folder must agree on how
-many there are; then the model's own tables get them, too, so that rows of the batch without the adapter have logits for all
-tokens. What the base has there is what PEFT stored of it (``original_module``), otherwise the mean of the base's rows, which
-is what transformers starts new rows from.
+The rows behind the base's belong to new tokens. Embedding, head and the tokenizer in the adapter's folder must agree on
+how many there are; then the model's own tables get them, too, so that rows of the batch without the adapter have logits
+for all tokens. What the base has there is what PEFT stored of it (``original_module``), otherwise the mean of the base's
+rows, which is what transformers starts new rows from.
 
-Shapes change, so that this happens before anything is compiled: in ``load_adapter`` and ``load_adapters`` on a model without
-adapters. A model that has its adapter Cells already, such as a server's bank, refuses.
+Shapes change, so that this happens before anything is compiled: in ``load_adapter`` and ``load_adapters`` on a model
+without adapters. A model that has its adapter Cells already, such as a server's bank, refuses.
 """
 
 import dataclasses
@@ -92,11 +92,11 @@ def larger(stored, modules):
     shapes = {name: entry[1] for name, entry in stored.file.entries.items()}
     whole, originals, rows = {}, {}, {}
     for path, label in ((tables.embedding, "embedding"), (tables.head, "head")):
-        for field, label_, table in (("weight", label, whole), ("original_module.weight", f"resized base's {label}", originals),
-                                     ("base_layer.weight", f"resized base's {label}", originals)):
-            key = f"{PREFIX}{path}.{field}"
+        for field, owner, table in (("", "", whole), ("original_module.", "resized base's ", originals),
+                                    ("base_layer.", "resized base's ", originals)):
+            key = f"{PREFIX}{path}.{field}weight"
             if len(shapes.get(key, ())) == 2:
-                table[path], rows[label_] = key, shapes[key][0]
+                table[path], rows[owner + label] = key, shapes[key][0]
     if not any(count > tables.rows for count in rows.values()):
         return None
     if "embedding" not in rows and "resized base's embedding" not in rows:
@@ -106,21 +106,22 @@ def larger(stored, modules):
     tokens = tokenizer_size(stored.folder)
     agreed = set(rows.values())
     count = max(agreed)
-    if len(agreed) > 1 or tokens is not None and not _holds(count, tokens, tables.rows):
+    if len(agreed) > 1 or tokens is not None and not _holds(count, tokens):
         numbers = [f"{label} {number} rows" for label, number in rows.items()]
         numbers.append(f"tokenizer {tokens} tokens" if tokens is not None else "no tokenizer in the folder")
         raise AdapterError(
             f"the vocabulary was changed when the adapter in {stored.folder} was trained, and its parts do not agree: "
-            f"{', '.join(numbers)}; the base model has {tables.rows} rows. Save embedding, head and tokenizer of one training "
-            "together, or use the base model that it belongs to")
+            f"{', '.join(numbers)}; the base model has {tables.rows} rows. Save embedding, head and tokenizer of one "
+            "training together, or use the base model that it belongs to")
     return Larger(tables, count, whole, originals)
 
 
 def refusal(found, stored):
     """Why a model that has its adapter Cells already cannot take such an adapter."""
-    return (f"the vocabulary was changed when the adapter in {stored.folder} was trained: it has {found.rows} rows for tokens, "
-            f"this model has {found.tables.rows} and its adapter Cells already, whose shapes are fixed; load it first "
-            "(Generator.from_pretrained, load_adapter on a fresh model), or merge it into the model (colora-ms merge) and use that")
+    return (f"the vocabulary was changed when the adapter in {stored.folder} was trained: it has {found.rows} rows for "
+            f"tokens, this model has {found.tables.rows} and its adapter Cells already, whose shapes are fixed; load it first "
+            "(Generator.from_pretrained, load_adapter on a fresh model), or merge it into the model (colora-ms merge) and use "
+            "that")
 
 
 def adopt(stored, found):
@@ -144,8 +145,8 @@ def adopt(stored, found):
 def warn_of_gaps(found, stored, warn):
     """Say what the new tokens lack: a tokenizer, or a tied head's rows."""
     if tokenizer_size(stored.folder) is None:
-        warn(f"the adapter in {stored.folder} has {found.rows - found.tables.rows} tokens more than the model, but no tokenizer "
-             "beside it: their ids can be used, no text becomes them", AdapterWarning)
+        warn(f"the adapter in {stored.folder} has {found.rows - found.tables.rows} tokens more than the model, but no "
+             "tokenizer beside it: their ids can be used, no text becomes them", AdapterWarning)
     if found.tables.tied and found.tables.head not in found.stored and not found.originals:
         warn(f"the adapter in {stored.folder} holds an embedding with new tokens, but not the head, which was tied to the "
              "resized base's embedding: the new tokens get the logit of a mean row, as for the base", AdapterWarning)
@@ -186,22 +187,23 @@ class Growth:
     def _check_net(self):
         cells = tree.cells_by_name(self.net)
         head = cells[self.tables.head]
-        if not isinstance(self.net, Decoder) or type(head) is not Linear or head.has_bias:  # pylint: disable=unidiomatic-typecheck
-            raise AdapterError(f"the adapter has {self.rows} rows for tokens, the model {self.tables.rows}, and this model cannot "
-                               f"get more: its head is a {type(head).__name__} of a {type(self.net).__name__}; use a plain "
-                               "decoder (recompose a decomposed one), or a base model that was resized and saved")
+        if not isinstance(self.net, Decoder) or head.__class__ is not Linear or head.has_bias:
+            raise AdapterError(f"the adapter has {self.rows} rows for tokens, the model {self.tables.rows}, and this model "
+                               f"cannot get more: its head is a {type(head).__name__} of a {type(self.net).__name__}; use a "
+                               "plain decoder (recompose a decomposed one), or a base model that was resized and saved")
         self.cells = cells
 
     def _new_rows(self, path, needs):
         """(new rows, hidden) float32 of one table of the base."""
         base = tree.base_values(self.cells[path])["weight"]
-        keys = {name: (stored, found.originals.get(path) or found.tables.tied and found.originals.get(found.tables.embedding))
-                for name, (stored, found) in needs.items()}
-        kept = [stored.file.read(key)[self.tables.rows:] for stored, key in keys.values() if key]
+        kept = []
+        for stored, found in needs.values():
+            key = found.originals.get(path) or found.tables.tied and found.originals.get(found.tables.embedding)
+            kept += [stored.file.read(key)[self.tables.rows:]] if key else []
         if kept:
             if any(not np.array_equal(kept[0], one) for one in kept[1:]):
-                raise AdapterError(f"the adapters {', '.join(needs)} were trained on bases whose new rows of {path} differ; load them "
-                                   "into models of their own")
+                raise AdapterError(f"the adapters {', '.join(needs)} were trained on bases whose new rows of {path} differ; "
+                                   "load them into models of their own")
             return np.ascontiguousarray(kept[0], np.float32)
         mean = base.mean(axis=0, dtype=np.float64).astype(np.float32)
         return np.tile(mean, (self.rows - self.tables.rows, 1))
@@ -270,8 +272,12 @@ def copy_tokenizer(source, folder):
     for name in TOKENIZER_FILES:
         if os.path.isfile(os.path.join(source, name)):
             path = os.path.join(folder, name)
-            with replacing(path, lambda reason, path=path: AdapterError(f"{path} cannot be written: {reason}"), flush=True) as new:
+            with replacing(path, _refused(path), flush=True) as new:
                 shutil.copyfile(os.path.join(source, name), new)
+
+
+def _refused(path):
+    return lambda reason: AdapterError(f"{path} cannot be written: {reason}")
 
 
 def tokenizer_for(tokenizer, folders, handle):
@@ -287,18 +293,18 @@ def tokenizer_for(tokenizer, folders, handle):
         AdapterError: two adapters bring different tokens.
     """
     chosen, owner = tokenizer, None
-    for name, folder in folders.items():
+    tables = tables_of(handle.modules)
+    for name, folder in folders.items() if tables else ():
         plan = handle.plan(name)
-        tables = tables_of(handle.modules)
-        if tables is None or tables.embedding not in {*plan.saved, *plan.tokens, *plan.targets} or not has_tokenizer(folder):
+        if tables.embedding not in {*plan.saved, *plan.tokens, *plan.targets} or not has_tokenizer(folder):
             continue
         own = _read_tokenizer(folder)
         if own.vocab_size <= getattr(tokenizer, "vocab_size", 0):
             continue
         if owner is not None and own.backend.get_vocab(with_added_tokens=True) != \
                 chosen.backend.get_vocab(with_added_tokens=True):
-            raise AdapterError(f"the adapters {owner} and {name} bring tokenizers with different tokens, of which one generator "
-                               "can use one; load them into generators of their own")
+            raise AdapterError(f"the adapters {owner} and {name} bring tokenizers with different tokens, of which one "
+                               "generator can use one; load them into generators of their own")
         chosen, owner = own, name
     return chosen
 
@@ -312,8 +318,6 @@ def _read_tokenizer(folder):
         raise AdapterError(f"the tokenizer beside the adapter in {folder} cannot be read: {error}") from None
 
 
-def _holds(rows, tokens, before):
+def _holds(rows, tokens):
     """Whether a table of so many rows belongs to a tokenizer: one row a token, or rounded up as trainers do."""
-    if not before < tokens <= rows:
-        return False
     return rows == tokens or any(rows == -(-tokens // size) * size for size in _MULTIPLES)

@@ -47,9 +47,7 @@ def not_an_adapter(path):
         return ""
     inside = _adapters_inside(path)
     if inside:
-        return (f"{path} is a folder above adapters, it holds {', '.join(str(one.relative_to(path)) for one in inside[:4])}"
-                + (f" and {len(inside) - 4} more" if len(inside) > 4 else "")
-                + f"; name one of them: {inside[-1]}")
+        return f"{path} is a folder above adapters, it holds {_listed(path, inside)}; name one of them: {inside[-1]}"
     names = sorted(one.name for one in path.iterdir())
     ggufs = [name for name in names if name.endswith(".gguf")]
     if _is_model(path) and not any(name in names for name in _ADAPTER_WEIGHTS):
@@ -91,8 +89,8 @@ def not_a_model(path):
                 "its base model as the model and this folder as the adapter (--adapter), or merge the two first")
     inside = _adapters_inside(path)
     if inside and "config.json" not in names:
-        return (f"{path} is a folder above adapters ({', '.join(str(one.relative_to(path)) for one in inside[:4])}), not a model; give the base "
-                f"model as the model and {inside[-1]} as the adapter (--adapter)")
+        return (f"{path} is a folder above adapters ({_listed(path, inside)}), not a model; give the base model as the model "
+                f"and {inside[-1]} as the adapter (--adapter)")
     return ""
 
 
@@ -139,6 +137,12 @@ def _adapters_inside(path):
         return (match is not None, int(match[1]) if match else 0, one.name)
 
     return sorted(found, key=place)
+
+
+def _listed(path, inside):
+    """The first few folders inside ``path``, and how many more there are."""
+    more = f" and {len(inside) - 4} more" if len(inside) > 4 else ""
+    return ", ".join(str(one.relative_to(path)) for one in inside[:4]) + more
 
 
 def _is_model(path):
