@@ -384,6 +384,9 @@ PEER_CASES = [
     ("llama", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]}),
     ("llama_bias", {"r": 2, "target_modules": ["q_proj", "up_proj"], "bias": "all"}),
     ("qwen2", {"r": 2, "target_modules": ["k_proj"], "bias": "lora_only", "layers_to_transform": [1]}),
+    ("llama_linear", {"r": 2, "target_modules": ["k_proj"], "trainable_token_indices": [3, 90, 7]}),
+    ("llama", {"r": 2, "target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}}),
+    ("llama_linear", {"r": 2, "target_modules": ["k_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
 ]
 
 
