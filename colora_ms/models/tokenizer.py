@@ -13,7 +13,7 @@ import numpy as np
 
 from colora_ms.errors import CheckpointError, TokenizerError
 from colora_ms.models import chat_template, tokenizer_build
-from colora_ms.models.gguf_reader import GgufFile
+from colora_ms.models.gguf_parts import open_gguf
 from colora_ms.models.hf_folder import read_json
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -260,7 +260,7 @@ def load_tokenizer(source):
         if not os.path.isfile(path):
             raise TokenizerError(f"there is no file or folder {path}")
         if path.endswith(".gguf"):
-            return Tokenizer(*tokenizer_build.from_gguf(GgufFile(path).metadata, path))
+            return Tokenizer(*tokenizer_build.from_gguf(open_gguf(path).metadata, path))
         if path.endswith(".model"):
             backend, settings = tokenizer_build.from_sentencepiece(path)
             stored = _read_settings(os.path.dirname(path))
