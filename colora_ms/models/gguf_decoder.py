@@ -4,7 +4,8 @@ import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.models.config import ARCHITECTURES, DecoderConfig
-from colora_ms.models.gguf_names import EMBEDDING, HEAD, ROPE_FACTORS, hf_name, interleaved_heads, restore_rows
+from colora_ms.models.gguf_names import EMBEDDING, HEAD, LLAMA3_KEYS, ROPE_FACTORS, hf_name, \
+    interleaved_heads, restore_rows
 from colora_ms.models.gguf_noise import finer_of_one_matrix
 from colora_ms.models.rope import rope_frequencies
 
@@ -97,7 +98,7 @@ class GgufDecoder:
         epsilon = self._get(key + "attention.layer_norm_rms_epsilon", float)
         bias = "model.layers.0.self_attn.q_proj.bias" in self._source
         end = [self._get(f"tokenizer.ggml.{name}_token_id", int, required=False)
-               for name in ("eos", "eot")]
+               for name in ("eos", "eot", "eom")]
         values = {
             "model_type": arch, "hidden_size": hidden, "head_dim": head_dim,
             "vocab_size": self._file.tensors[EMBEDDING].shape[0],
@@ -146,7 +147,8 @@ class GgufDecoder:
         factor = self._get(key + "rope.scaling.factor", float,
                            self._file.metadata.get(key + "rope.scale_linear"), required=False)
         known = {key + "rope.scaling." + name
-                 for name in ("type", "factor", "original_context_length", "finetuned")}
+                 for name in ("type", "factor", "original_context_length", "finetuned", "yarn_beta_fast",
+                              "yarn_beta_slow")}
         extra = [name for name in self._file.metadata
                  if name.startswith(key + "rope.scaling.") and name not in known]
         if extra:
@@ -160,12 +162,20 @@ class GgufDecoder:
         original = self._get(key + "rope.scaling.original_context_length", int, required=False)
         if kind == "yarn" and original is not None:
             scaling["original_max_position_embeddings"] = original
+        for name in ("beta_fast", "beta_slow"):
+            value = self._get(f"{key}rope.scaling.yarn_{name}", float, required=False)
+            if kind == "yarn" and value is not None:
+                scaling[name] = value
         return scaling
 
     def _llama3_scaling(self, config):
         """Recover Llama 3.1's rule from its factors, and refuse factors that it did not make."""
         factors = self._file.read(ROPE_FACTORS).reshape(-1)
         values = dict(_LLAMA3_RULE, factor=float(factors.max()) if factors.size else 0.0)
+        for name, own in LLAMA3_KEYS.items():
+            values[name] = self._get(own, float, values[name])
+        length = values["original_max_position_embeddings"]
+        values["original_max_position_embeddings"] = int(length) if float(length).is_integer() else length
         hidden = config.to_hf()
         if np.all(factors == 1):
             return hidden["rope_scaling"]
@@ -175,5 +185,5 @@ class GgufDecoder:
             if factors.shape == plain.shape and np.allclose(plain / scaled, factors, rtol=1e-4):
                 return values
         raise ConfigError(f"{self._file.path}: its 'rope_freqs.weight' does not follow Llama 3.1's "
-                          "rule (low 1, high 4, original length 8192); other frequency factors "
+                          "rule (low 1, high 4, original length 8192, or as the file says); other frequency factors "
                           "are not implemented")

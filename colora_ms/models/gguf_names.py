@@ -10,6 +10,11 @@ import numpy as np
 
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
+#: Llama 3.1's rule for the rotary factors, under this package's own keys: llama.cpp only knows the factors.
+LLAMA3_KEYS = {"factor": "colora_ms.rope.factor", "low_freq_factor": "colora_ms.rope.low_freq_factor",
+               "high_freq_factor": "colora_ms.rope.high_freq_factor",
+               "original_max_position_embeddings": "colora_ms.rope.original_context_length"}
+
 #: Module names of llama.cpp and of Hugging Face.
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
