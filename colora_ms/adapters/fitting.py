@@ -46,6 +46,7 @@ def stage(handle, stored, check=None):
     """
     if stored.config is None:
         stored.refuse(stored.problems, handle.base_model)
+    stored.problems += stored.fit(handle.net)
     try:
         plan = make_plan(stored.config, handle.modules, handle.defaults)
     except AdapterError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from colora_ms.adapters import pickle_file, store
+from colora_ms.adapters.gguf_lora import GgufLoraFile
 from colora_ms.adapters.matching import shortest_names
 from colora_ms.adapters.registry import method
 from colora_ms.errors import AdapterError, CheckpointError, near
@@ -41,7 +42,7 @@ class Entry:
 
 
 class StoredAdapter:
-    """An adapter folder, opened and not yet read: its config, its tensors, and what is already known to be wrong.
+    """An adapter folder (or llama.cpp's LoRA GGUF), opened and not yet read: its config, its tensors, and what is already known to be wrong.
 
     Attributes:
         folder: Path; config: the method's config, or None if its values cannot be used; problems: list of sentences.
@@ -51,12 +52,22 @@ class StoredAdapter:
 
     def __init__(self, folder, allow_pickle=False):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if self.folder.suffix == ".gguf" and self.folder.is_file():
+            self.file = GgufLoraFile(self.folder)
+            self.values = self.file.values
+        elif not self.folder.is_dir():
             raise AdapterError(f"there is no adapter folder {folder}")
-        self.values = store.read_config(self.folder)
-        self.file = _open_weights(self.folder, allow_pickle)
+        else:
+            self.values = store.read_config(self.folder)
+            self.file = _open_weights(self.folder, allow_pickle)
         kind = self.values.get("peft_type") if isinstance(self.values, dict) else None
         self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
+        self.problems = [*getattr(self.file, "problems", ()), *self.problems]
+
+    def fit(self, net):
+        """Prepare for a model (anything with its ``config``); returns what is wrong, as a list of sentences."""
+        fit = getattr(self.file, "fit", None)
+        return fit(net) if fit else []
 
     def digest(self):
         """Digest of the content; see :func:`colora_ms.adapters.store.digest`."""

@@ -141,6 +141,11 @@ class GgufFile:
         tensor = self.tensors[name]
         return self._dequantize(tensor, self._bytes[tensor.begin:tensor.end], tensor.shape)
 
+    def raw(self, name):
+        """The stored bytes of a tensor, uint8 (n,), a view of the mapped file."""
+        tensor = self.tensors[name]
+        return self._bytes[tensor.begin:tensor.end]
+
     def read_rows(self, name, rows):
         """Some rows of a matrix, float32 ``(len(rows), in)``; for comparing without reading all."""
         tensor = self.tensors[name]
