@@ -18,6 +18,7 @@ COMMANDS = {
     "decompose": "make a model smaller by low-rank decomposition, without training",
     "inspect": "list an adapter's tensors; show which of a Lily adapter's experts serve what",
     "convert": "write a model as a Hugging Face folder or a GGUF file, an adapter as a LoRA GGUF",
+    "merge": "write a model with an adapter, or several, merged in",
     "quantize": "store the linears of a model as integers, rounded to nearest or trained (LR-QAT)",
 }
 

@@ -46,14 +46,16 @@ class Checkpoint:
         quantized: ``QuantizedTensors`` of a folder with integer linears, else ``None``.
         low_rank: {module name: function that reads its factors} of a decomposed model (see
             ``colora_ms.models.low_rank_folder``), else empty; ``tensors`` has the products.
+        packed: names of the quantised types of a GGUF's tensors, else empty.
     """
 
     def __init__(self, path, kind, config, tensors, tokenizer_source, quantized=None,
-                 low_rank=None):
+                 low_rank=None, packed=()):
         self.path, self.format, self.config = path, kind, config
         self.tensors, self.tokenizer_source = tensors, tokenizer_source
         self.quantized = quantized
         self.low_rank = low_rank or {}
+        self.packed = list(packed)
 
     def __repr__(self):
         return (f"Checkpoint({self.path!r}, {self.format}, {self.config.model_type}, "
@@ -184,12 +186,13 @@ def _open_gguf(path):
     shapes.update({name: file.tensors[name].shape for name in decoder.unknown})
     check_shapes(shapes, decoder.config.parameter_shapes(), path)
     has_tokenizer = file.metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
-    return _finish(path, "gguf", decoder.config, decoder.read, file.path if has_tokenizer else None)
+    return _finish(path, "gguf", decoder.config, decoder.read, file.path if has_tokenizer else None,
+                   packed=decoder.packed_types())
 
 
-def _finish(path, kind, config, read, tokenizer_source, quantized=None):
+def _finish(path, kind, config, read, tokenizer_source, quantized=None, packed=()):
     return Checkpoint(path, kind, config, LazyTensors(config.parameter_shapes(), read),
-                      tokenizer_source, quantized)
+                      tokenizer_source, quantized, packed=packed)
 
 
 def tokenizer_in(folder):

@@ -51,6 +51,12 @@ class GgufDecoder:
         self.config = self._read_config(tied)
         self.shapes = {name: file.tensors[source].shape for name, source in self._source.items()}
 
+    def packed_types(self):
+        """Names of the quantised types that the file's tensors have, in its order."""
+        from gguf import GGMLQuantizationType
+        names = dict.fromkeys(GGMLQuantizationType(self._file.tensors[source].type).name for source in self._source.values())
+        return [name for name in names if name not in ("F64", "F32", "F16", "BF16")]
+
     def read(self, name):
         """The tensor of a Hugging Face name, float32."""
         config = self.config

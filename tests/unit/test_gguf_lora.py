@@ -97,9 +97,9 @@ def change_of(tensors, alpha, name, heads):
     return scale * up @ down
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 9), st.floats(0.01, 100), st.booleans(), st.dictionaries(st.sampled_from(ALL), st.integers(1, 9)),
-       st.dictionaries(st.sampled_from([*ALL, "layers.1.mlp.up_proj"]), st.floats(0.01, 100)),
+       st.dictionaries(st.sampled_from([*ALL[:5], "layers.1.mlp.up_proj", "down_proj"]), st.floats(0.01, 100)),
        st.sampled_from(["llama", "qwen2", "qwen3"]))
 def test_the_product_is_the_adapters(tmp_path, r, alpha, rslora, ranks, alphas, model):
     """Property: patterns and rslora folded into lora_b, for any of them; exact where the factor is a power of two."""
