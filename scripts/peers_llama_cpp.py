@@ -14,11 +14,17 @@ import llama_cpp
 import numpy as np
 
 
+@llama_cpp.llama_log_callback
+def log(level, text, data):
+    """Warnings and errors go to the standard error."""
+    del data
+    if level >= 3 and sys is not None:
+        sys.stderr.write(text.decode("utf-8", "replace"))
+
+
 def main():
     job = json.load(sys.stdin)
-    quiet = llama_cpp.llama_log_callback(lambda level, text, data: sys.stderr.write(text.decode("utf-8", "replace"))
-                                         if level >= 3 else None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     longest = max((len(prompt) for prompt in job["prompts"]), default=1) + job["tokens"] + 1
     model = llama_cpp.Llama(job["model"], n_ctx=max(longest, 16), n_batch=512, n_threads=2, logits_all=False, verbose=False,
                             lora_path=job.get("lora"), flash_attn=False, type_k=0, type_v=0, seed=1)
@@ -35,6 +41,7 @@ def main():
             model.eval(tokens[-1:])
         answers.append(tokens)
     ids = [model.tokenize(text.encode("utf-8"), add_bos=True, special=True) for text in job.get("texts", [])]
+    model.close()  # while the interpreter, and with it the log's callback, is still whole
     print(json.dumps({"answers": answers, "ids": ids, "logits": logits}))
 
 
