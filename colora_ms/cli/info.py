@@ -25,7 +25,20 @@ def run(arguments):
         print(f"parameters  {checkpoint.config.parameter_count():,}")
     for name, value in checkpoint.config.to_hf().items():
         print(f"{name:24s} {value}")
+    if checkpoint.tokenizer_source is not None:
+        _turn_ends(checkpoint)
     return 0
+
+
+def _turn_ends(checkpoint):
+    """Which tokens end an answer, and who says so."""
+    from colora_ms.models.tokenizer import load_tokenizer
+    from colora_ms.models.turn_ends import turn_ends
+
+    ends = turn_ends(checkpoint.config, load_tokenizer(checkpoint.tokenizer_source))
+    print("an answer ends with" + ("" if ends else ": no token; only a limit or a stop string ends it"))
+    for end in ends:
+        print(f"  {end.id:<8d} {'no token' if end.token is None else end.token:22s} {', '.join(end.sources)}")
 
 
 def _adapter(path):

@@ -85,7 +85,7 @@ def held_out(config, size):
 
     if config.data.held_out is None:
         raise ConfigError("the recipe has no data.held_out, the problems that the decoders are compared on")
-    return load_examples(config.data.held_out)[:size]
+    return load_examples(config.data.held_out, config.data.columns)[:size]
 
 
 def show_samples(generator, template, test, cold, contrast, max_new_tokens, count=3):

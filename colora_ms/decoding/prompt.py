@@ -1,6 +1,7 @@
 """Between text and ids: what the batch decoder and the serving engine share."""
 
 from colora_ms.errors import DecodingError
+from colora_ms.models.turn_ends import turn_ends
 
 
 def encode_prompt(tokenizer, prompt):
@@ -33,9 +34,8 @@ def find_stop(text, stop):
 
 
 def ending_ids(decoder, tokenizer):
-    """Ids that end an answer: the model config's and the tokenizer's."""
-    extra = tokenizer.eos_token_id
-    return tuple(dict.fromkeys([*decoder.config.eos_token_ids, *([] if extra is None else [extra])]))
+    """Ids that end an answer, see :func:`colora_ms.models.turn_ends.turn_ends`."""
+    return tuple(end.id for end in turn_ends(decoder.config, tokenizer))
 
 
 def printable(text, stop):

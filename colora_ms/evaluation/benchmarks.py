@@ -195,7 +195,7 @@ def evaluate_choices(model, tokenizer, items, *, path=None, normalise="token", b
     """
     items = list(items)
     digest = hashlib.sha256(repr([(i.id, i.context, i.choices, i.answer) for i in items]).encode()).hexdigest()[:16]
-    setup = {"kind": "multiple choice", "normalise": normalise, "model": model_hash, "adapter": adapter_hash,
+    setup = {"kind": "multiple choice", "encoded": "jointly", "normalise": normalise, "model": model_hash, "adapter": adapter_hash,
              "examples": digest}
     if len({item.id for item in items}) != len(items):
         raise DataError("two multiple-choice items have the same id; ids must be unique")

@@ -14,6 +14,7 @@ import numpy as np
 
 from colora_ms.errors import ConfigError, DataError, near
 from colora_ms.evaluation.significance import wilson_interval
+from colora_ms.models.joint import encode_joint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +106,13 @@ _NORMALISATIONS = ("none", "token", "byte")
 def multiple_choice(model, tokenizer, items, normalise="token", batch_size=8):
     """Take the choice with the highest log-likelihood after the context.
 
-    Context and choices are encoded apart (a choice should begin with its blank).
+    Context and choice are encoded as one text (see ``colora_ms.models.joint``); what is scored are
+    the tokens behind the context, and a token with text of both belongs to the choice.  So it does
+    not matter on which side of the border a blank is written.
 
     Args:
         model: see the head of this module.
-        tokenizer: has ``encode(text, add_special_tokens=...) -> list of int``.
+        tokenizer: ``Tokenizer``, or what ``encode_joint`` takes.
         items: list of ``ChoiceItem``.
         normalise: divide the sum by the number of tokens, of UTF-8 bytes, or by nothing.
         batch_size: sequences in one call of ``token_logprobs``.
@@ -119,7 +122,8 @@ def multiple_choice(model, tokenizer, items, normalise="token", batch_size=8):
 
     Raises:
         ConfigError: unknown ``normalise``.
-        DataError: no items, an item without two choices, an empty text, an impossible answer.
+        DataError: no items, an item without two choices, an empty text, an impossible answer, a
+            context without a token of its own in front of the choice.
     """
     if normalise not in _NORMALISATIONS:
         raise ConfigError(f"normalise is {normalise!r}, expected one of "
@@ -133,14 +137,14 @@ def multiple_choice(model, tokenizer, items, normalise="token", batch_size=8):
                 or not isinstance(item.answer, int) or not 0 <= item.answer < len(item.choices):
             raise DataError(f"item {item.id}: {len(item.choices)} choices and the answer "
                             f"{item.answer!r}; expected at least two choices and an index of one")
-        context = list(tokenizer.encode(item.context, add_special_tokens=True))
         for choice in item.choices:
-            ids = list(tokenizer.encode(choice, add_special_tokens=False))
-            if not context or not ids:
+            joint = encode_joint(tokenizer, item.context, choice)
+            count = len(joint.ids) - joint.boundary
+            if joint.boundary == 0 or count == 0:
                 raise DataError(f"item {item.id}: context {item.context!r} and choice {choice!r} "
                                 "must both have tokens")
-            divisor = {"none": 1, "token": len(ids), "byte": len(choice.encode())}[normalise]
-            work.append((number, context + ids, len(ids), divisor))
+            divisor = {"none": 1, "token": count, "byte": len(choice.encode())}[normalise]
+            work.append((number, joint.ids, count, divisor))
     scores = [[] for _ in items]
     # Similar lengths together: less padding in the model.
     order = sorted(range(len(work)), key=lambda k: len(work[k][1]))

@@ -114,8 +114,11 @@ def _described(tokenizer, config):
            "padding": tokenizer.pad_token_id}
     entries.update(_id_entries(ids, config, pieces))
     notes += _added_around(tokenizer, entries)
-    if tokenizer.chat_template:
-        entries["tokenizer.chat_template"] = (tokenizer.chat_template, STRING, None)
+    for name, template in tokenizer.chat_templates.items():
+        entries["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = (template, STRING, None)
+    others = [name for name in tokenizer.chat_templates if name != "default"]
+    if others:
+        entries["tokenizer.chat_templates"] = (others, ARRAY, STRING)
     return entries, notes + _differences(tokenizer, entries)
 
 
@@ -195,17 +198,14 @@ def _id_entries(ids, config, pieces=()):
 
 
 def _added_around(tokenizer, entries):
-    """Set whether a begin and an end token are put around texts; a note if there is more than that."""
+    """Set whether a begin token is put before texts (an end token never is, here); a note if there is more than that."""
     plain, ids = tokenizer.encode("x", add_special_tokens=False), tokenizer.encode("x")
-    known = {name: entries.get(f"tokenizer.ggml.{name}_token_id", (None,))[0] for name in ("bos", "eos")}
-    begin = ids[:1] == [known["bos"]] and plain[:1] != ids[:1]
-    rest = ids[1:] if begin else ids
-    finish = rest[-1:] == [known["eos"]] and len(rest) == len(plain) + 1
+    begin = ids[:1] == [entries.get("tokenizer.ggml.bos_token_id", (None,))[0]] and plain[:1] != ids[:1]
     entries["tokenizer.ggml.add_bos_token"] = (begin, BOOL, None)
-    entries["tokenizer.ggml.add_eos_token"] = (finish, BOOL, None)
-    if (rest[:-1] if finish else rest) == plain:
+    entries["tokenizer.ggml.add_eos_token"] = (False, BOOL, None)
+    if (ids[1:] if begin else ids) == plain:
         return []
-    return [f"the tokenizer puts the ids {ids} around a text, of which a GGUF file can only say the begin and end tokens"]
+    return [f"the tokenizer makes {ids} of 'x', where a GGUF file can only put a begin token before {plain}"]
 
 
 def _differences(tokenizer, entries):

@@ -5,18 +5,20 @@ Sources: ``tokenizer.json``, a SentencePiece ``tokenizer.model``, the tables ins
 """
 
 import codecs
+import functools
 import json
 import os
 import re
+import warnings
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, TokenizerError
-from colora_ms.models import chat_template, tokenizer_build
+from colora_ms.models import chat_template, tokenizer_build, turn_ends
 from colora_ms.models.gguf_parts import open_gguf
-from colora_ms.models.hf_folder import read_json
+from colora_ms.models.tokenizer_files import FLAG_CLASSES, NAMED, add_tokens, read_tokenizer_files, settings_of
 
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_WITH_ID = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
@@ -25,7 +27,11 @@ class Tokenizer:
     Attributes:
         bos_token_id, eos_token_id, pad_token_id, unk_token_id: ``int`` or ``None``.
         vocab_size: largest id + 1 (a model's embedding may have more rows).
-        chat_template: Jinja2 source or ``None``.
+        special_tokens: {name: token}, as templates see them; ``additional_special_tokens`` is a list.
+        stored_ends: {file, or key of a GGUF: end-token ids that it names}; see ``turn_ends``.
+        known_ends: ids that end a turn by the name of their token in a GGUF's vocabulary.
+        chat_template: Jinja2 source or ``None`` (of several: the one called "default").
+        chat_templates: {name: Jinja2 source}; a single one is called "default".
         backend: the ``tokenizers.Tokenizer``.
     """
 
@@ -33,15 +39,32 @@ class Tokenizer:
         """
         Args:
             backend: ``tokenizers.Tokenizer``.
-            settings: ``{"bos_token": str, "eos_token": ..., "chat_template": ...}``.
+            settings: ``{"bos_token": str, "eos_token": ..., "chat_template": ...}``, with the names of
+                ``tokenizer_files.NAMED``, ``additional_special_tokens`` (list), ``extra_special_tokens``
+                ({name: token}), ``chat_template`` (source, or {name: source}), ``stored_ends``
+                ({file or key: end-token ids}) and ``known_ends`` (ids that end a turn by their name).
         """
         # a stored truncation would cut prompts without a word
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        self.chat_template = settings.get("chat_template")
-        self.special_tokens = {name: settings[name] for name in _NAMES if settings.get(name)}
-        for name in _NAMES:
+        self._plain = _without_processor(backend)
+        self._begin = _begin_ids(backend, self._plain)
+        # tokens that swallow the blanks beside them, which are no text of theirs
+        self._greedy = {index: token.content for index, token in backend.get_added_tokens_decoder().items()
+                        if (token.lstrip or token.rstrip) and not token.normalized}
+        templates = settings.get("chat_template")
+        #: {name: Jinja2 source}; a model with one template has it as "default"
+        self.chat_templates = dict(templates) if isinstance(templates, dict) else \
+            {"default": templates} if templates else {}
+        self.chat_template = self.chat_templates.get("default")
+        self.special_tokens = {name: settings[name] for name in NAMED if settings.get(name)}
+        self.special_tokens.update(settings.get("extra_special_tokens") or {})
+        if settings.get("additional_special_tokens"):
+            self.special_tokens["additional_special_tokens"] = list(settings["additional_special_tokens"])
+        self.stored_ends = dict(settings.get("stored_ends") or {})
+        self.known_ends = tuple(settings.get("known_ends") or ())
+        for name in _WITH_ID:
             token = self.special_tokens.get(name)
             index = None if token is None else backend.token_to_id(token)
             if token is not None and index is None:
@@ -55,10 +78,12 @@ class Tokenizer:
         """Token ids of a text.
 
         Special tokens that are spelled out in the text become their ids, as in a rendered chat.
+        There is never an end token behind the text, whatever the files say (``add_eos_token``): a
+        prompt goes on.  Who closes a document appends ``eos_token_id``.
 
         Args:
             text: ``str``.
-            add_special_tokens: put the begin (or end) token that the model was trained with.
+            add_special_tokens: put the begin token that the model was trained with.
 
         Returns:
             ``list[int]``; may be empty.
@@ -66,6 +91,43 @@ class Tokenizer:
         Raises:
             TokenizerError: not a string, or a string with unpaired surrogates.
         """
+        ids = self._encoding(text).ids
+        return self._begin + ids if add_special_tokens else ids
+
+    def encode_offsets(self, text, add_special_tokens=True):
+        """``encode``, with the place of each token in the text.
+
+        Args:
+            text, add_special_tokens: as in ``encode``.
+
+        Returns:
+            ``(ids, offsets)``: ``list[int]`` and an int64 array ``(tokens, 2)`` with the first
+            character of each token and the one behind its last.  A token that is a part of a
+            character has the whole character; a begin token has (0, 0).
+
+        Raises:
+            TokenizerError: as ``encode``.
+        """
+        found = self._encoding(text)
+        ids = found.ids
+        offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
+        if self._greedy:
+            for place, index in enumerate(ids):
+                content = self._greedy.get(index)
+                at = -1 if content is None else text.find(content, *offsets[place])
+                if at >= 0:
+                    offsets[place] = at, at + len(content)
+        if add_special_tokens and self._begin:
+            ids = self._begin + ids
+            offsets = np.concatenate([np.zeros((len(self._begin), 2), np.int64), offsets])
+        return ids, offsets
+
+    def normalize(self, text):
+        """The text as the tokenizer's normaliser changes it before it is cut into tokens."""
+        normalizer = self.backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    def _encoding(self, text):
         if not isinstance(text, str):
             raise TokenizerError(f"the text is a {type(text).__name__}, expected str")
         try:
@@ -73,7 +135,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text cannot be encoded: it has the unpaired surrogate "
                                  f"{text[error.start]!r} at position {error.start}") from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._plain.encode(text, add_special_tokens=False)
 
     def decode(self, ids, skip_special_tokens=True):
         """Text of token ids; bytes that are no UTF-8 become U+FFFD.
@@ -94,26 +156,59 @@ class Tokenizer:
         """A fresh ``StreamDecoder`` of this tokenizer."""
         return StreamDecoder(self, skip_special_tokens)
 
-    def apply_chat_template(self, messages, add_generation_prompt=True, **variables):
+    def apply_chat_template(self, messages, add_generation_prompt=True, return_spans=False,
+                            continue_final_message=False, **variables):
         """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
 
+        Of several named templates the one called "tool_use" is taken where tools are given, else
+        "default".
+
         Args:
-            messages: list of ``{"role": "system" | "user" | "assistant", "content": str}``.
+            messages: list of ``{"role": ..., "content": ...}``, see ``chat_template.render``.
             add_generation_prompt: end with the opening of the assistant's turn.
-            **variables: further names for the template, e.g. ``tools``.
+            return_spans: also tell where the template's ``{% generation %}`` blocks lie.
+            continue_final_message: end behind the last message's text, so that it is gone on with;
+                needs ``add_generation_prompt=False``.
+            **variables: further names for the template, e.g. ``tools``, ``documents``.
 
         Returns:
-            ``str``.
+            ``str``; with ``return_spans`` ``(str, [(begin, end), ...])`` in characters.
 
         Raises:
             TokenizerError: there is no template, or it refuses the messages.
         """
-        if not self.chat_template:
+        template = self._template(variables.get("tools"))
+        variables = {**self.special_tokens, **variables}
+        if return_spans:
+            if continue_final_message:
+                raise TokenizerError("return_spans and continue_final_message cannot be asked for together")
+            return chat_template.render_spans(template, messages, add_generation_prompt, variables)
+        return chat_template.render(template, messages, add_generation_prompt, variables,
+                                    continue_final_message)
+
+    @functools.cached_property
+    def closing_tokens(self):
+        """Ids that the chat template writes behind an assistant's text, see ``turn_ends.closing_tokens``."""
+        return turn_ends.closing_tokens(self)
+
+    def marks_generation(self, tools=None):
+        """Whether the chat template marks the assistant's turns with ``{% generation %}`` blocks.
+
+        Args:
+            tools: as for ``apply_chat_template``: there may be another template for them.
+        """
+        return chat_template.marks_generation(self._template(tools))
+
+    def _template(self, tools):
+        if not self.chat_templates:
             raise TokenizerError("this model has no chat template; write the prompt yourself and "
                                  "use encode()")
-        names = {name: token for name, token in self.special_tokens.items()}
-        return chat_template.render(self.chat_template, messages, add_generation_prompt,
-                                    dict(names, **variables))
+        if tools is not None and "tool_use" in self.chat_templates:
+            return self.chat_templates["tool_use"]
+        if "default" not in self.chat_templates:
+            raise TokenizerError(f"this model has the chat templates {', '.join(sorted(self.chat_templates))}, but "
+                                 "none called 'default'")
+        return self.chat_templates["default"]
 
     def save(self, folder):
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as transformers reads them.
@@ -121,11 +216,20 @@ class Tokenizer:
         Raises:
             TokenizerError: the folder cannot be written.
         """
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens,
+        named = {name: token for name, token in self.special_tokens.items()
+                 if name in NAMED or name == "additional_special_tokens"}
+        extra = {name: token for name, token in self.special_tokens.items() if name not in named}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **named,
+                  **({"extra_special_tokens": extra} if extra else {}),
+                  **({"split_special_tokens": True} if self.backend.encode_special_tokens else {}),
+                  **({"add_prefix_space": True} if _byte_level(self.backend).get("add_prefix_space") else {}),
                   "clean_up_tokenization_spaces": False,
                   "model_input_names": ["input_ids", "attention_mask"]}
-        if self.chat_template:
+        if list(self.chat_templates) == ["default"]:
             config["chat_template"] = self.chat_template
+        elif self.chat_templates:
+            config["chat_template"] = [{"name": name, "template": template}
+                                       for name, template in self.chat_templates.items()]
         try:
             os.makedirs(folder, exist_ok=True)
             for name, text in (("tokenizer.json", self.backend.to_str()),
@@ -187,6 +291,40 @@ class StreamDecoder:
         return text
 
 
+def _without_processor(backend):
+    """The backend without its post-processor, which trims blanks off the offsets; the model is shared, not copied."""
+    from tokenizers import Tokenizer as Backend
+    if backend.post_processor is None:
+        return backend
+    plain = Backend(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    added = backend.get_added_tokens_decoder()
+    plain.add_tokens([added[index] for index in sorted(added)])
+    plain.encode_special_tokens = backend.encode_special_tokens
+    if {index: token.content for index, token in plain.get_added_tokens_decoder().items()} != \
+            {index: token.content for index, token in added.items()}:
+        raise TokenizerError("the added tokens of the tokenizer have ids with gaps between them")
+    return plain
+
+
+def _begin_ids(backend, plain):
+    """The ids that the post-processor puts in front of a text."""
+    if backend.post_processor is None:
+        return []
+    for text in ("a", *list(backend.get_vocab(with_added_tokens=True))[:1000]):
+        inner = plain.encode(text, add_special_tokens=False).ids
+        if inner:
+            outer = backend.encode(text, add_special_tokens=True)
+            own = [place for place, number in enumerate(outer.sequence_ids) if number is not None]
+            if own and outer.ids[own[0]:own[0] + len(inner)] == inner:
+                return outer.ids[:own[0]]
+    raise TokenizerError("the tokenizer's post-processor does more than to put tokens around a text, which is not "
+                         "implemented")
+
+
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -237,7 +375,8 @@ def load_tokenizer(source):
 
     Args:
         source: a folder with ``tokenizer.json`` or ``tokenizer.model``, one of these files, a
-            ``.gguf`` file, or a ``Tokenizer`` (returned as it is).
+            ``.gguf`` file, or a ``Tokenizer`` (returned as it is).  What else the folder says about
+            the tokenizer is read, too (see ``tokenizer_files``).
 
     Returns:
         Tokenizer.
@@ -255,63 +394,92 @@ def load_tokenizer(source):
         if os.path.isdir(path):
             for name in ("tokenizer.json", "tokenizer.model"):
                 if os.path.isfile(os.path.join(path, name)):
-                    return load_tokenizer(os.path.join(path, name))
+                    return _from_folder(path, name)
             raise TokenizerError(f"{path} has neither tokenizer.json nor tokenizer.model")
         if not os.path.isfile(path):
             raise TokenizerError(f"there is no file or folder {path}")
         if path.endswith(".gguf"):
             return Tokenizer(*tokenizer_build.from_gguf(open_gguf(path).metadata, path))
-        if path.endswith(".model"):
-            backend, settings = tokenizer_build.from_sentencepiece(path)
-            stored = _read_settings(os.path.dirname(path))
-            return Tokenizer(backend, {**settings, **stored})
-        if path.endswith(".json"):
-            return _from_json(path)
+        if path.endswith((".model", ".json")):
+            return _from_folder(*os.path.split(path))
     except CheckpointError as error:
         raise TokenizerError(str(error)) from None
     raise TokenizerError(f"{path} is no tokenizer that is read; expected tokenizer.json, "
                          "tokenizer.model or a .gguf file")
 
 
-def _from_json(path):
+def _from_folder(folder, name):
+    """The tokenizer of the file ``name`` with what the files beside it say."""
+    files = read_tokenizer_files(folder)
+    options, base = files.options, {}
+    kind = files.kind or ("LlamaTokenizer" if name.endswith(".model") else None)
+    rebuilt = kind == "LlamaTokenizer" and name == "tokenizer.json" and \
+        (options.get("add_prefix_space") is not None or options.get("from_slow")) and \
+        os.path.isfile(os.path.join(folder, "tokenizer.model"))
+    backend = None
+    if name.endswith(".model") or rebuilt:
+        # as transformers: with these options tokenizer.json does not count
+        path = os.path.join(folder, "tokenizer.model" if rebuilt else name)
+        legacy = options.get("legacy") is not False or kind != "LlamaTokenizer"
+        try:
+            backend, base = tokenizer_build.from_sentencepiece(path, options.get("add_prefix_space"), legacy)
+        except TokenizerError as error:
+            if not rebuilt:
+                raise
+            warnings.warn(f"add_prefix_space calls for {path}, but {error}; tokenizer.json is used as it is",
+                          stacklevel=3)
+    if backend is None:
+        backend = _read_json_backend(os.path.join(folder, name))
+    add_tokens(backend, files, folder)
+    settings = settings_of(files, backend, base)
+    flags = FLAG_CLASSES.get("LlamaTokenizer" if name.endswith(".model") and kind not in FLAG_CLASSES else kind)
+    if flags is not None:
+        begin, end = (options.get(option, default) for option, default in zip(("add_bos_token", "add_eos_token"),
+                                                                              flags))
+        tokens = [settings.get(token) if wanted else None
+                  for token, wanted in (("bos_token", begin), ("eos_token", end))]
+        if (tokens[0] or not begin) and all(backend.token_to_id(token) is not None for token in tokens if token):
+            tokenizer_build.add_template(backend, *tokens)
+    if kind != "LlamaTokenizer" and options.get("add_prefix_space", False) is not None:
+        _set_prefix_space(backend, options.get("add_prefix_space", False))
+    if options.get("split_special_tokens"):
+        backend.encode_special_tokens = True
+    tokenizer = Tokenizer(backend, settings)
+    wanted = options.get("add_bos_token")
+    if wanted is not None and flags is None and wanted != bool(tokenizer.encode("")):
+        puts = "no" if wanted else "a"
+        warnings.warn(f"{folder}: tokenizer_config.json says add_bos_token: {json.dumps(wanted)}, but the "
+                      f"post-processor of {name} decides, as in transformers, and puts {puts} begin token",
+                      stacklevel=3)
+    return tokenizer
+
+
+def _read_json_backend(path):
     from tokenizers import Tokenizer as Backend
     try:
         backend = Backend.from_file(path)
+        with open(path, encoding="utf-8") as file:
+            added = json.load(file).get("added_tokens") or []
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path} is not a usable tokenizer.json: {str(error)[:200]}") from None
-    settings = _read_settings(os.path.dirname(path))
-    if settings.pop("tokenizer_class", None) in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        # these classes of transformers set the begin token by their flags, not by the file
-        begin, end = settings.get("add_bos_token", True), settings.get("add_eos_token", False)
-        tokenizer_build.add_template(backend, settings.get("bos_token") if begin else None,
-                                     settings.get("eos_token") if end else None)
-    return Tokenizer(backend, settings)
+    for token in added:
+        # the library counts on from the last id, whatever the file says
+        if backend.token_to_id(token["content"]) != token["id"]:
+            raise TokenizerError(f"{path} gives the added token {token['content']!r:.60} the id {token['id']}, but its "
+                                 f"vocabulary leaves {backend.token_to_id(token['content'])} for it")
+    return backend
 
 
-def _read_settings(folder):
-    """Special tokens and chat template from the files beside a tokenizer."""
-    settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            values = read_json(path)
-            if not isinstance(values, dict):
-                raise TokenizerError(f"{path} does not hold a JSON object")
-            settings.update(values)
-    for name in _NAMES:
-        value = settings.get(name)
-        if isinstance(value, dict):
-            settings[name] = value = value.get("content")
-        if value is not None and not isinstance(value, str):
-            raise TokenizerError(f"{folder}: {name} is {value!r:.60}, expected a string")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template
-                 if isinstance(item, dict)}
-        settings["chat_template"] = named.get("default")
-    path = os.path.join(folder, "chat_template.jinja")
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            settings["chat_template"] = file.read()
-    keep = _NAMES + ("chat_template", "tokenizer_class", "add_bos_token", "add_eos_token")
-    return {name: settings[name] for name in keep if settings.get(name) is not None}
+def _byte_level(backend):
+    """The state of a ByteLevel pre-tokenizer; empty for another."""
+    state = {} if backend.pre_tokenizer is None else json.loads(backend.pre_tokenizer.__getstate__())
+    return state if state.get("type") == "ByteLevel" else {}
+
+
+def _set_prefix_space(backend, wanted):
+    """transformers puts the config's add_prefix_space (false if it has none) into a ByteLevel pre-tokenizer."""
+    from tokenizers import pre_tokenizers
+    state = _byte_level(backend)
+    if state and state.get("add_prefix_space") != wanted:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=wanted, **{name: state[name] for name in ("trim_offsets", "use_regex") if name in state})

@@ -18,6 +18,12 @@ _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _BYTE_PRE = {"smollm": "digits", "starcoder": "digits", "refact": "digits", "gpt-2": "plain",
              "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "llama-bpe": _LLAMA3, "llama3": _LLAMA3}
 
+# Tokens that end an answer by their name, whatever type the file gives them: llama.cpp's list (llama-vocab.cpp).
+_END_NAMES = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+              "<end_of_turn>",
+              "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+              "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>"}
+
 
 def from_gguf(metadata, where):
     """The tokenizer inside a GGUF file.
@@ -44,13 +50,15 @@ def from_gguf(metadata, where):
     if len(types) != len(pieces):
         raise TokenizerError(f"{where}: {len(pieces)} tokens but {len(types)} token types")
     _refuse_repeats(pieces, types, where)
+    ends = _known_ends(pieces, types)
+    for index in ends:  # as in llama.cpp: files exist where such a token is an ordinary one
+        types[index] = _CONTROL
     ids = {}
     for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"),
                       ("pad_token", "padding")):
         value = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) \
-                    or not 0 <= value < len(pieces):
+            if not _is_id(value, len(pieces)):
                 raise TokenizerError(f"{where}: tokenizer.ggml.{key}_token_id is {value!r:.60}, "
                                      f"expected a number below {len(pieces)}")
             ids[name] = value
@@ -69,10 +77,30 @@ def from_gguf(metadata, where):
     add_template(tokenizer, pieces[ids["bos_token"]] if begin and "bos_token" in ids else None,
                  pieces[ids["eos_token"]] if finish and "eos_token" in ids else None)
     settings = {name: pieces[value] for name, value in ids.items()}
+    settings["known_ends"] = ends
+    settings["stored_ends"] = {f"tokenizer.ggml.{key}_token_id": [metadata[f"tokenizer.ggml.{key}_token_id"]]
+                               for key in ("eos", "eot", "eom")
+                               if _is_id(metadata.get(f"tokenizer.ggml.{key}_token_id"), len(pieces))}
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         settings["chat_template"] = template
     return tokenizer, settings
+
+
+def _is_id(value, count):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+
+
+def _known_ends(pieces, types):
+    """Ids of the tokens whose name ends an answer, with llama.cpp's exceptions."""
+    found = {piece: index for index, piece in enumerate(pieces) if piece in _END_NAMES and types[index] != _UNUSED}
+    # where "<|end|>" only ends a part of an answer (gpt-oss, solar), and where "</s>" is an ordinary word (gemma 4)
+    names = found.keys()
+    if {"<|return|>", "<|call|>"} <= names or "<|flush|>" in names and names & {"<|call|>", "<|calls|>"}:
+        found.pop("<|end|>", None)
+    if "<|tool_response>" in found:
+        found.pop("</s>", None)
+    return sorted(found.values())
 
 
 def _refuse_repeats(pieces, types, where):
@@ -129,8 +157,13 @@ def _byte_level(metadata, pieces, types, where):
     return tokenizer
 
 
-def from_sentencepiece(path):
+def from_sentencepiece(path, prefix=None, legacy=True):
     """The tokenizer of a SentencePiece ``.model`` of type BPE.
+
+    Args:
+        path: the file.
+        prefix: put a blank in front of the text; None: as the file says.
+        legacy: put it in front of each text between special tokens, too (transformers' ``legacy``).
 
     Returns:
         ``(tokenizers.Tokenizer, settings)`` as ``from_gguf``.
@@ -144,13 +177,16 @@ def from_sentencepiece(path):
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from None
     try:
-        return _from_model_proto(data, path)
+        return _from_model_proto(data, path, prefix, legacy)
     except (struct.error, IndexError, UnicodeDecodeError, TypeError) as error:
         raise TokenizerError(f"{path} is not a usable SentencePiece model: {error}") from None
 
 
-def _from_model_proto(data, path):
-    """Field numbers are those of sentencepiece_model.proto."""
+def _from_model_proto(data, path, prefix, legacy):
+    """Field numbers are those of sentencepiece_model.proto.
+
+    Read by hand, because sentencepiece's own module for the format needs the protobuf package, which it does not bring.
+    """
     pieces, scores, types, trainer, normalizer = [], [], [], {}, {}
     for field, value in _fields(data):
         if field == 1:
@@ -171,8 +207,8 @@ def _from_model_proto(data, path):
     if normalizer.get(2):
         raise TokenizerError(f"{path} normalizes its text with a character map, which is not "
                              "implemented; use the model's tokenizer.json")
-    tokenizer = _sentencepiece(pieces, scores, types, prefix=bool(normalizer.get(3, 1)),
-                               collapse=bool(normalizer.get(4, 1)))
+    prefix = bool(normalizer.get(3, 1)) if prefix is None else prefix
+    tokenizer = _sentencepiece(pieces, scores, types, prefix, collapse=bool(normalizer.get(4, 1)), legacy=legacy)
     settings = {}
     # protobuf writes -1 (no such token) as a 64-bit two's complement
     for name, field, default in (("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2),
@@ -216,9 +252,9 @@ def _varint(data, at):
             raise IndexError("a number is longer than 64 bits")
 
 
-def _sentencepiece(pieces, scores, types, prefix, collapse=False):
+def _sentencepiece(pieces, scores, types, prefix, collapse=False, legacy=True):
     """SentencePiece BPE: merges are every split of a piece into two pieces, best score first."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     vocab = {piece: index for index, piece in enumerate(pieces)}
     unknown = next((piece for piece, kind in zip(pieces, types) if kind == _UNKNOWN), None)
     usable = {piece for piece, kind in zip(pieces, types)
@@ -237,10 +273,13 @@ def _sentencepiece(pieces, scores, types, prefix, collapse=False):
     steps = []
     if collapse:
         steps = [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
-    if prefix:
-        steps.append(normalizers.Prepend("▁"))
-    steps.append(normalizers.Replace(" ", "▁"))
-    tokenizer.normalizer = normalizers.Sequence(steps)
+    if legacy:
+        steps += [normalizers.Prepend("▁")] if prefix else []
+        steps.append(normalizers.Replace(" ", "▁"))
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if prefix else "never", split=False)
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
     after = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         after.append(decoders.Strip(" ", 1, 0))
@@ -262,10 +301,8 @@ def _add_tokens(tokenizer, pieces, types):
 
 
 def add_template(tokenizer, begin, end):
-    """Let ``encode`` put ``begin`` and ``end`` (token strings or None) around every text."""
+    """Let the post-processor put ``begin`` and ``end`` (token strings or None) around every text, and nothing else."""
     from tokenizers import processors
-    if begin is None and end is None:
-        return
     single = ([begin] if begin else []) + ["$A"] + ([end] if end else [])
     pair = ([f"{begin}:0"] if begin else []) + ["$A:0"] + ([f"{end}:0"] if end else []) + \
         ([f"{begin}:1"] if begin else []) + ["$B:1"] + ([f"{end}:1"] if end else [])

@@ -127,7 +127,7 @@ def evaluation_settings(config):
                           "(evaluate: {decoders: [base, greedy]}), or use colora-ms train")
     settings = build(EvaluationSettings, config.evaluate, "section evaluate")
     if settings.data is None:
-        settings = dataclasses.replace(settings, data=config.data.held_out)
+        settings = dataclasses.replace(settings, data=_held_out(config, settings.task))
     if settings.data is None:
         raise ConfigError("section evaluate needs the setting 'data': the recipe has no data.held_out either")
     if settings.task != "problems" and not isinstance(settings.data, str):
@@ -137,6 +137,14 @@ def evaluation_settings(config):
         raise ConfigError("section evaluate: a quantised model is one model without an adapter, so that there is nothing to "
                           "contrast; its decoders are base (the float model) and greedy (the quantised one)")
     return settings
+
+
+def _held_out(config, task):
+    """``data.held_out``; problems in files are read as ``data.columns`` says."""
+    from colora_ms.training.sources import with_columns
+
+    found, columns = config.data.held_out, config.data.columns
+    return found if found is None or columns is None or task != "problems" else with_columns(found, columns)
 
 
 def quantizes(config):

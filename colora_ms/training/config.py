@@ -15,6 +15,7 @@ A recipe looks like the sections of ``TrainingConfig``:
 import dataclasses
 
 from colora_ms.errors import AdapterError, ConfigError, DataError, near
+from colora_ms.training.encoding import LOSSES, ON_LONG
 from colora_ms.training.settings import (REQUIRED, Section, above, at_least, build, fraction, is_int,
                                          one_of, override, read_yaml, setting)
 
@@ -26,7 +27,9 @@ class DataConfig(Section):
     _title = "section data"
 
     train: object = setting(REQUIRED, "Training data: a JSON lines path, a source description "
-                            "({kind: jsonl | reasoning_gym | datasets, ...}), or a list of these.")
+                            "({kind: jsonl | json | reasoning_gym | datasets, ...}), or a list of these. The layout of "
+                            "the rows is recognised from their columns, or named (layout: alpaca); see "
+                            "colora_ms.training.layouts.")
     validation: object = setting(None, "Data of the evaluations during training, in the same "
                                  "form; questions in it are removed from the training data.")
     held_out: object = setting(None, "Data of a later test, in the same form; only used to remove "
@@ -35,10 +38,18 @@ class DataConfig(Section):
                             "template, or a text with {prompt} that ends with {completion}.")
     system: "str | None" = setting(None, "System message in front of chats that have none (only "
                                    "with the chat template).")
+    columns: object = setting(None, "Which columns of files are read: a list of names, or {name in the layout: name in "
+                              "the file}; all others are left out without a warning. Left out: all that the layout "
+                              "knows, and the others are named in a warning. A source's own columns go before.",
+                              lambda value: isinstance(value, (list, dict)) and bool(value),
+                              "a list of names, or {name in the layout: name in the file}")
+    loss: str = setting("last", "What of a conversation is learned: the last answer, or all assistant turns.",
+                        *one_of(*LOSSES))
     max_length: int = setting(256, "Longest example in tokens, prompt and answer together.",
                               *at_least(2))
-    on_long: str = setting("skip", "What to do with longer examples: skip and count them, or "
-                           "stop with an error.", *one_of("skip", "error"))
+    on_long: str = setting("skip", "What to do with longer examples: skip and count them, "
+                           "stop with an error, or windows: cut plain texts into windows (others are skipped).",
+                           *one_of(*ON_LONG))
     batch_size: int = setting(8, "Examples in one batch on each process.", *at_least(1))
     packing: bool = setting(False, "Join short examples into full rows; faster, but an example "
                             "then sees the ones before it in its row.")

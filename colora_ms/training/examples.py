@@ -1,189 +1,173 @@
-"""One training or evaluation example, and reading many of them from JSON lines.
-
-Two line formats are read:
-
-    {"prompt": "2 + 2 =", "completion": "4"}
-    {"messages": [{"role": "user", "content": "2 + 2 ="}, {"role": "assistant", "content": "4"}]}
-
-Further keys of a line are kept in ``Example.meta``; ``"id"`` becomes ``Example.id``.
-"""
+"""What training and evaluation work on: one question with its answer, one document, or a pair of answers."""
 
 import dataclasses
 import json
-from pathlib import Path
 
-from colora_ms.errors import DataError, near
-
-ROLES = ("system", "user", "assistant", "tool")
-_REPORTED = 5  # problems shown in one error; the rest are counted
+from colora_ms.errors import DataError
+from colora_ms.training.messages import clean_messages, clean_tools, short
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A question and the answer that the model should learn to give.
+    """A question and the answer that the model should learn to give, or a document.
 
-    Exactly one of ``prompt`` and ``messages`` is set.
+    Exactly one of ``prompt``, ``messages`` and ``text`` is set.
 
     Attributes:
-        completion: the answer (str); the only part that carries a loss.
+        completion: the answer (str), its last message's text if there are ``answer`` messages; "" for a document and
+            for an answer that only calls tools.
         prompt: the question as plain text.
-        messages: the question as a conversation, a tuple of ``{"role", "content"}`` that ends
-            before the answer; earlier assistant turns in it carry no loss.
+        messages: the question as a conversation, a tuple of messages that ends before the answer; see
+            ``messages.clean_messages``, which all of them have gone through.
         id: a name that is unique within its data set.
         meta: whatever else the source knew about the item.
+        answer: the answer as messages, where it is more than a text: a tuple that begins and ends with an
+            assistant's message; ``None`` if ``completion`` says it all.
+        tools: what the answer may call, a tuple as the chat template reads it.
+        text: a document, all of which is learned.
     """
 
-    completion: str
+    completion: str = ""
     prompt: str = None
     messages: tuple = None
     id: str = ""
     meta: dict = dataclasses.field(default_factory=dict)
+    answer: tuple = None
+    tools: tuple = ()
+    text: str = None
 
     def __post_init__(self):
-        problem = _example_problem(self)
-        if problem:
-            raise DataError(f"example {self.id or '(no id)'}: {problem}")
-        if self.messages is not None:
-            object.__setattr__(self, "messages", tuple(dict(item) for item in self.messages))
+        try:
+            self._check()
+        except DataError as error:
+            raise DataError(f"example {self.id or '(no id)'}: {error}") from None
+
+    def _check(self):
+        if sum(item is not None for item in (self.prompt, self.messages, self.text)) != 1:
+            raise DataError("exactly one of prompt, messages and text must be given")
+        if self.text is not None:
+            _check_text(self.text, "text")
+            if self.completion or self.answer or self.tools:
+                raise DataError("a text has no question, and so no answer and no tools")
+            return
+        object.__setattr__(self, "tools", clean_tools(self.tools))
+        if self.answer is not None:
+            answer = _answer(self.answer)
+            if self.completion and self.completion != answer[-1]["content"]:
+                raise DataError(f"the completion is {short(self.completion)}, but the answer's last message says "
+                                f"{short(answer[-1]['content'])}")
+            object.__setattr__(self, "answer", answer)
+            object.__setattr__(self, "completion", answer[-1]["content"] or "")
+        if self.answer is None or not self.answer[-1].get("tool_calls"):
+            _check_text(self.completion, "completion")
+        if self.prompt is not None:
+            _check_text(self.prompt, "prompt")
+            return
+        if not isinstance(self.messages, (list, tuple)) or not self.messages:
+            raise DataError(f"messages is {short(self.messages)}, expected a list with at least one user message")
+        object.__setattr__(self, "messages", clean_messages(self.messages))
+        if self.messages[-1]["role"] == "assistant":
+            raise DataError("two assistant messages stand at the end of the conversation, expected one")
+
+    @property
+    def conversation(self):
+        """The question as a tuple of messages; a plain prompt is a user's message."""
+        return ({"role": "user", "content": self.prompt},) if self.messages is None else self.messages
+
+    @property
+    def reply(self):
+        """The answer as a tuple of messages."""
+        return ({"role": "assistant", "content": self.completion},) if self.answer is None else self.answer
 
     @property
     def question(self):
         """A string that is equal for two examples exactly if they ask the same."""
-        if self.prompt is not None:
-            return self.prompt
-        if len(self.messages) == 1 and self.messages[0]["role"] == "user":
-            return self.messages[0]["content"]
-        return json.dumps([[item["role"], item["content"]] for item in self.messages],
-                          ensure_ascii=False)
+        if self.text is not None:
+            return self.text
+        return _asked(self.conversation)
+
+    def asked(self, loss="last"):
+        """The questions that the example teaches to answer, as strings like ``question``.
+
+        Args:
+            loss: with ``"all"`` also those that earlier assistant's messages answer.
+        """
+        if self.text is not None or loss != "all":
+            return [self.question]
+        said = self.conversation
+        return [_asked(said[:end]) for end in range(1, len(said)) if said[end]["role"] == "assistant"] + [self.question]
 
 
-def _example_problem(example):
-    """What is wrong with an example, or ""."""
-    if not isinstance(example.completion, str) or not example.completion.strip():
-        return f"the completion is {_short(example.completion)}, expected a text that is not empty"
-    if (example.prompt is None) == (example.messages is None):
-        return "exactly one of prompt and messages must be given"
-    if example.prompt is not None:
-        if not isinstance(example.prompt, str) or not example.prompt.strip():
-            return f"the prompt is {_short(example.prompt)}, expected a text that is not empty"
-        return ""
-    return _messages_problem(example.messages)
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """A question with a better and a worse answer.
+
+    Exactly one of ``prompt`` and ``messages`` is set. The answers are texts, or tuples of messages that begin and end
+    with an assistant's message.
+
+    Attributes:
+        chosen, rejected: the better and the worse answer.
+        prompt, messages, id, meta, tools: as in ``Example``.
+        chosen_example, rejected_example: the question with one of the answers as ``Example``; their ids are
+            ``<id>#chosen`` and ``<id>#rejected``.
+    """
+
+    chosen: object
+    rejected: object
+    prompt: str = None
+    messages: tuple = None
+    id: str = ""
+    meta: dict = dataclasses.field(default_factory=dict)
+    tools: tuple = ()
+
+    def __post_init__(self):
+        made = {}
+        for side in ("chosen", "rejected"):
+            value = getattr(self, side)
+            part = {"completion": value} if isinstance(value, str) or value is None else {"answer": value}
+            try:
+                made[side] = Example(**part, prompt=self.prompt, messages=self.messages, id=f"{self.id}#{side}",
+                                     meta=self.meta, tools=self.tools)
+            except DataError as error:
+                text = str(error).removeprefix(f"example {self.id}#{side}: ").replace("the completion",
+                                                                                     f"the answer {side}")
+                raise DataError(f"pair {self.id or '(no id)'}: {text}") from None
+            object.__setattr__(self, f"{side}_example", made[side])
+            if made[side].answer is not None:
+                object.__setattr__(self, side, made[side].answer)
+        object.__setattr__(self, "messages", made["chosen"].messages)
+        object.__setattr__(self, "tools", made["chosen"].tools)
+
+    @property
+    def question(self):
+        """A string that is equal for two pairs exactly if they ask the same."""
+        return self.chosen_example.question
+
+    def asked(self, loss="last"):
+        """``Example.asked`` of the question."""
+        return self.chosen_example.asked(loss)
 
 
-def _messages_problem(messages):
-    """What is wrong with the conversation before the answer, or ""."""
+def _check_text(value, what):
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"the {what} is {short(value)}, expected a text that is not empty")
+
+
+def _answer(messages):
+    """The checked messages of an answer."""
     if not isinstance(messages, (list, tuple)) or not messages:
-        return f"messages is {_short(messages)}, expected a list with at least one user message"
-    for number, item in enumerate(messages):
-        if not isinstance(item, dict):
-            return f"messages[{number}] is {_short(item)}, expected {{'role', 'content'}}"
-        if item.get("role") not in ROLES:
-            return (f"messages[{number}] has the role {_short(item.get('role'))}, expected one of "
-                    f"{', '.join(ROLES)}.{near(item.get('role'), ROLES)}")
-        if not isinstance(item.get("content"), str):
-            return (f"messages[{number}] has the content {_short(item.get('content'))}, "
-                    "expected a text")
-    if messages[-1]["role"] == "assistant":
-        return "two assistant messages stand at the end of the conversation, expected one"
-    return ""
+        raise DataError(f"the answer is {short(messages)}, expected a list of messages")
+    messages = clean_messages(messages, "answer")
+    for place, item in (("begin", messages[0]), ("end", messages[-1])):
+        if item["role"] != "assistant":
+            raise DataError(f"the answer must {place} with an assistant's message; found the role {item['role']!r}")
+    return messages
 
 
-def example_from_record(record, name, prompt_key="prompt", completion_key="completion",
-                        messages_key="messages"):
-    """Turn one parsed JSON object into an ``Example``.
-
-    Args:
-        record: the dictionary.
-        name: id of the example if the record has no ``"id"``.
-        prompt_key, completion_key, messages_key: where the texts are.
-
-    Raises:
-        DataError: keys are missing or values have the wrong type; the message names them.
-    """
-    if not isinstance(record, dict):
-        raise DataError(f"{name}: found {_short(record)}, expected a JSON object")
-    used = {"id"}
-    if messages_key in record and record[messages_key] is not None:
-        used.add(messages_key)
-        turns = record[messages_key]
-        if not isinstance(turns, (list, tuple)) or len(turns) < 2 or \
-                not isinstance(turns[-1], dict) or turns[-1].get("role") != "assistant":
-            raise DataError(f"{name}: {messages_key} must be a list of at least two messages that "
-                            f"ends with the assistant's answer; found {_short(turns)}")
-        fields = {"messages": turns[:-1], "completion": turns[-1].get("content")}
-    else:
-        missing = [key for key in (prompt_key, completion_key) if key not in record]
-        if missing:
-            hint = "".join(near(key, record) for key in missing[:1])
-            raise DataError(
-                f"{name}: the key {' and '.join(map(repr, missing))} is missing; a line needs "
-                f"{prompt_key!r} and {completion_key!r}, or {messages_key!r}; found "
-                f"{_short(sorted(map(str, record)))}.{hint}")
-        used |= {prompt_key, completion_key}
-        fields = {"prompt": record[prompt_key], "completion": record[completion_key]}
-    identity = record.get("id")
-    meta = {key: value for key, value in record.items() if key not in used}
-    try:
-        return Example(id=name if identity is None else str(identity), meta=meta, **fields)
-    except DataError as error:
-        # With an id from the file, the line is still what the reader needs to find it.
-        text = str(error).split(": ", 1)[-1]
-        raise DataError(f"{name}: {text}") from None
-
-
-def read_jsonl(path, limit=None, **keys):
-    """Read examples from a file with one JSON object a line (UTF-8; blank lines are skipped).
-
-    Args:
-        path: the file.
-        limit: read at most this many examples.
-        **keys: ``prompt_key``, ``completion_key``, ``messages_key`` of ``example_from_record``.
-
-    Returns:
-        List of ``Example``; an example without ``"id"`` is called ``<file name>:<line>``.
-
-    Raises:
-        DataError: the file is missing, unreadable or empty, or some lines are malformed: the
-            message lists the first ones and says how many there are.
-    """
-    path = Path(path)
-    examples, problems, count = [], [], 0
-    try:
-        with open(path, "rb") as handle:
-            for number, raw in enumerate(handle, 1):
-                if limit is not None and len(examples) >= limit:
-                    break
-                if not raw.strip():
-                    continue
-                name = f"{path.name}:{number}"
-                try:
-                    examples.append(example_from_record(_parse(raw, name), name, **keys))
-                except DataError as error:
-                    count += 1
-                    if len(problems) < _REPORTED:
-                        problems.append(str(error))
-    except OSError as error:
-        raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from None
-    if problems:
-        more = f" (and {count - len(problems)} more)" if count > len(problems) else ""
-        raise DataError(f"{path} has {count} unusable line{'s' if count > 1 else ''}: "
-                        + "; ".join(problems) + more)
-    if not examples:
-        raise DataError(f"the data file {path} holds no example; expected one JSON object a line "
-                        'like {"prompt": "...", "completion": "..."}')
-    return examples
-
-
-def _parse(raw, name):
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 text (byte {error.start} of the line)") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise DataError(f"{name}: not valid JSON ({reason}): {_short(raw[:80])}") from None
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+def _asked(messages):
+    """The question of a conversation as a string."""
+    if len(messages) == 1 and messages[0]["role"] == "user" and set(messages[0]) <= {"role", "content", "weight"}:
+        return messages[0]["content"]
+    rest = ("name", "reasoning_content", "tool_calls", "tool_call_id")
+    return json.dumps([[item["role"], item["content"], *({key: item[key]} for key in rest if key in item)]
+                       for item in messages], ensure_ascii=False)

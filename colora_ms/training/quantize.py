@@ -17,6 +17,7 @@ from pathlib import Path
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import TrainingConfig
+from colora_ms.training.run import data_report, warn_left_out
 from colora_ms.training.settings import setting
 from colora_ms.training.text import encode_text, read_text
 from colora_ms.training.trainer import Trainer
@@ -87,7 +88,9 @@ def quantize_model(config, resume=False, callbacks=()):
     quantized = quantize(decoder, settings, config.loop.seed)
     result = None
     if trains:
-        trainer = Trainer(decoder, data, config, quantized.save, validation, callbacks)
+        report = data_report(data, validation)
+        warn_left_out(report)
+        trainer = Trainer(decoder, data, config, quantized.save, validation, callbacks, data_report=report)
         result = trainer.train(resume)
         if result.best_step not in (None, result.steps):
             quantized.load(result.adapter)

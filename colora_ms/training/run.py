@@ -1,5 +1,7 @@
 """Training from a recipe: its data, its model, its adapter, and the loop over them."""
 
+import warnings
+
 from colora_ms import models
 from colora_ms.adapters import inject
 from colora_ms.errors import CheckpointError
@@ -41,6 +43,9 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
     if validation is not None:
         say(f"validation data: {validation.summary()}")
+    report = data_report(data, validation, removed)
+    if rank == 0:
+        warn_left_out(report)
     if world > 1:
         say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
             f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
@@ -48,7 +53,7 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
                     base_model=config.model)
     trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
-                      validation, callbacks, rank=rank, world=world)
+                      validation, callbacks, rank=rank, world=world, data_report=report)
     return trainer.train(resume)
 
 
@@ -61,15 +66,16 @@ def load_data(config):
         ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
         taking the shared ones out of the test instead would leave it the unusual, harder questions.
     """
-    train_examples = load_examples(config.data.train)
-    validation = load_examples(config.data.validation) if config.data.validation else []
-    test = load_examples(config.data.held_out) if config.data.held_out else []
+    columns = config.data.columns
+    train_examples = load_examples(config.data.train, columns)
+    validation = load_examples(config.data.validation, columns) if config.data.validation else []
+    test = load_examples(config.data.held_out, columns) if config.data.held_out else []
     asked = config.evaluate or {}
     if asked.get("data") and asked.get("task", "problems") == "problems":
         test = test + load_examples(asked["data"])
     if not validation and not test:
         return train_examples, [], 0
-    train_examples, removed = without_overlap(train_examples, validation + test)
+    train_examples, removed = without_overlap(train_examples, validation + test, config.data.loss)
     return train_examples, validation, removed
 
 
@@ -78,10 +84,32 @@ def encode_data(config, tokenizer, train_examples, held_out, decoder):
     template = make_template(config.data.template, tokenizer, config.data.system)
     limit = min(config.data.max_length, decoder.max_positions)
     vocabulary = decoder.config.vocab_size
-    data = encode_examples(train_examples, tokenizer, template, limit, config.data.on_long,
-                           vocabulary)
-    validation = None
-    if held_out:
-        validation = encode_examples(held_out, tokenizer, template, limit, config.data.on_long,
-                                     vocabulary)
+    options = {"on_long": config.data.on_long, "vocab_size": vocabulary, "loss": config.data.loss}
+    data = encode_examples(train_examples, tokenizer, template, limit, **options)
+    validation = encode_examples(held_out, tokenizer, template, limit, **options) if held_out else None
     return data, validation
+
+
+def data_report(data, validation=None, removed=0):
+    """What a run was given and what was left out, for its log.
+
+    Args:
+        data, validation: ``EncodedSet``, the second may be ``None``.
+        removed: examples taken out because their question stands in the validation or test data.
+
+    Returns:
+        Dictionary of JSON values; ``warnings`` holds the sentences of all that was left out.
+    """
+    said = [f"removed {removed} that stand in the validation or test data"] if removed else []
+    said = [f"training data: {text}" for text in said + data.warnings()]
+    report = {"train": data.report(), "removed": removed}
+    if validation is not None:
+        report["validation"] = validation.report()
+        said += [f"validation data: {text}" for text in validation.warnings()]
+    return {**report, "warnings": said}
+
+
+def warn_left_out(report):
+    """Say what ``data_report`` says was left out, whether there is a progress bar or not."""
+    for text in report["warnings"]:
+        warnings.warn(text, stacklevel=3)

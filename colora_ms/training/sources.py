@@ -1,13 +1,14 @@
-"""Where examples come from: JSON lines, reasoning-gym's generators, Hugging Face ``datasets``.
+"""Where examples come from: JSON lines, JSON arrays, Hugging Face ``datasets``, reasoning-gym's generators.
 
 A source is described by a dictionary (a list entry in a recipe):
 
     {"kind": "jsonl", "path": "data/train.jsonl"}
-    {"kind": "json", "path": "boolq/train.json", "prompt_key": "instruction",
-     "completion_key": "output"}
+    {"kind": "json", "path": "boolq/train.json", "columns": {"prompt": "instruction", "completion": "output"}}
     {"kind": "reasoning_gym", "task": "chain_sum", "size": 2000, "seed": 1, "options": {...}}
     {"kind": "datasets", "path": "openai/gsm8k", "name": "main", "split": "train",
      "prompt_key": "question", "completion_key": "answer"}
+
+What the rows look like is ``layouts``' business: it is recognised from their columns, or named with ``layout``.
 """
 
 import hashlib
@@ -16,8 +17,11 @@ import json
 from pathlib import Path
 
 from colora_ms.errors import DataError, near
-from colora_ms.training.examples import Example, example_from_record, read_jsonl
+from colora_ms.training.examples import Example, Preference
+from colora_ms.training.layouts import RowReader
+from colora_ms.training.messages import short
 
+_REPORTED = 5  # problems shown in one error; the rest are counted
 # Tasks whose items carry a worked solution in their metadata, and where it is.
 _WORKED_SOLUTIONS = {"gsm_symbolic": "answer_cot"}
 
@@ -92,20 +96,72 @@ def _check_options(task, options, config_class):
                             f"{', '.join(known)}.{near(name, known)}")
 
 
-def hugging_face_examples(path, name=None, split="train", limit=None, prompt_key="prompt",
+def read_jsonl(path, limit=None, layout=None, columns=None, prompt_key="prompt", completion_key="completion",
+               messages_key="messages"):
+    """Read a file with one JSON object a line (UTF-8; blank lines are skipped).
+
+    Args:
+        path: the file.
+        limit: read at most this many lines.
+        layout, columns, prompt_key, completion_key, messages_key: see ``layouts.RowReader``.
+
+    Returns:
+        List of ``Example``, or of ``Preference`` if the lines are pairs; one without ``"id"`` is called
+        ``<file name>:<line>``.
+
+    Raises:
+        DataError: the file is missing, unreadable or empty, or some lines are malformed: the
+            message lists the first ones and says how many there are.
+    """
+    path = Path(path)
+    reader = RowReader(path.name, layout, columns, prompt_key, completion_key, messages_key)
+    return _read_rows(_lines(path, reader), reader, path, limit, "line")
+
+
+def json_examples(path, limit=None, layout=None, columns=None, prompt_key="prompt", completion_key="completion",
+                  messages_key="messages"):
+    """Read one JSON array of objects, the form of many published sets.
+
+    Args:
+        path: the file.
+        limit, layout, columns, prompt_key, completion_key, messages_key: as in ``read_jsonl``.
+
+    Raises:
+        DataError: unreadable file, no array, or items that cannot be used (names the first ones).
+    """
+    path = Path(path)
+    reader = RowReader(path.name, layout, columns, prompt_key, completion_key, messages_key)
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path} holds no JSON array of examples; for JSON lines use kind: jsonl")
+    calls = (lambda row=row, number=number: reader.read(row, f"{path.name}:{number}")
+             for number, row in enumerate(rows, 1))
+    return _read_rows(calls, reader, path, limit, "item")
+
+
+def hugging_face_examples(path, name=None, split="train", limit=None, layout=None, columns=None, prompt_key="prompt",
                           completion_key="completion", messages_key="messages"):
-    """Read examples through the Hugging Face ``datasets`` library (online, or a local folder).
+    """Read rows through the Hugging Face ``datasets`` library (online, or a local folder).
+
+    The library gives all structs of a column the same fields and fills them up with ``None``. Such fields are left out
+    here at every depth, in the arguments of calls and in the tools' schemas, too.
 
     Args:
         path: name on the hub, or a local folder or file that ``datasets`` understands.
         name: configuration of the data set.
         split: which part.
-        limit: at most this many examples.
-        prompt_key, completion_key, messages_key: the columns that hold the texts.
+        limit, layout, columns, prompt_key, completion_key, messages_key: as in ``read_jsonl``.
 
     Raises:
         DataError: the library is missing, or the data cannot be loaded or has other columns.
     """
+    label = Path(path).name
+    reader = RowReader(label, layout, columns, prompt_key, completion_key, messages_key)
     try:
         import datasets
     except ImportError:
@@ -122,40 +178,65 @@ def hugging_face_examples(path, name=None, split="train", limit=None, prompt_key
     except Exception as error:  # network, names, formats: the library raises many kinds
         raise DataError(f"datasets cannot load {path!r} (name={name!r}, split={split!r}): "
                         f"{type(error).__name__}: {error}") from None
-    total = len(rows) if limit is None else min(limit, len(rows))
-    label = Path(path).name
-    examples = [example_from_record(dict(rows[index]), f"{label}:{split}:{index}",
-                                    prompt_key=prompt_key, completion_key=completion_key,
-                                    messages_key=messages_key) for index in range(total)]
-    if not examples:
-        raise DataError(f"{path!r} (split {split!r}) holds no examples")
-    return examples
+    calls = (lambda index=index: reader.read(_without_filling(dict(rows[index])), f"{label}:{split}:{index}")
+             for index in range(len(rows)))
+    return _read_rows(calls, reader, f"{path} (split {split!r})", limit, "row")
 
 
-def json_examples(path, limit=None, prompt_key="prompt", completion_key="completion",
-                  messages_key="messages"):
-    """Read examples from one JSON array of objects, the layout of many published sets.
+def _without_filling(value):
+    """``value`` without the fields that are ``None``, at every depth."""
+    if isinstance(value, dict):
+        return {key: _without_filling(item) for key, item in value.items() if item is not None}
+    return [_without_filling(item) for item in value] if isinstance(value, list) else value
 
-    Args:
-        path: the file.
-        limit: at most this many examples.
-        prompt_key, completion_key, messages_key: the keys that hold the texts.
 
-    Raises:
-        DataError: unreadable file, no array, or an item without the keys (names the first one).
-    """
-    path = Path(path)
+def _lines(path, reader):
+    """A function a line of a JSON lines file, which reads it."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        with open(path, "rb") as handle:
+            first = True
+            for number, raw in enumerate(handle, 1):
+                if raw.strip():
+                    if first and raw.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                        raise DataError(f"{path} begins with '[', which begins a JSON array and no JSON line; use "
+                                        "kind: json")
+                    first = False
+                    name = f"{path.name}:{number}"
+                    yield lambda raw=raw, name=name: reader.read(_parse(raw, name), name)
     except OSError as error:
         raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path} holds no JSON array of examples; for JSON lines use kind: jsonl")
-    return [example_from_record(row, f"{path.name}:{number}", prompt_key=prompt_key,
-                                completion_key=completion_key, messages_key=messages_key)
-            for number, row in enumerate(rows[:limit], 1)]
+
+
+def _parse(raw, name):
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text (byte {error.start} of the line)") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        raise DataError(f"{name}: not valid JSON ({reason}): {short(raw[:80])}") from None
+
+
+def _read_rows(calls, reader, what, limit, word):
+    """The results of ``calls``; problems of all of them in one error, and a warning of columns that were not read."""
+    examples, problems, count = [], [], 0
+    for call in calls:
+        if limit is not None and len(examples) >= limit:
+            break
+        try:
+            examples.append(call())
+        except DataError as error:
+            count += 1
+            if len(problems) < _REPORTED:
+                problems.append(str(error))
+    if problems:
+        more = f" (and {count - len(problems)} more)" if count > len(problems) else ""
+        raise DataError(f"{what} has {count} unusable {word}{'s' if count > 1 else ''}: " + "; ".join(problems) + more)
+    if not examples:
+        raise DataError(f"the data {what} holds no example; expected one JSON object a {word} "
+                        'like {"prompt": "...", "completion": "..."}')
+    reader.warn()
+    return examples
 
 
 _KINDS = {
@@ -164,32 +245,71 @@ _KINDS = {
     "reasoning_gym": (reasoning_gym_examples, ("task", "size", "seed")),
     "datasets": (hugging_face_examples, ("path",)),
 }
+_FILES = ("jsonl", "json", "datasets")
 
 
-def load_examples(sources):
+def load_examples(sources, columns=None):
     """Read one source, or several in a row.
 
     Args:
         sources: a source description (see the head of this module), or a list of them. A plain
             string is the path of a JSON lines file.
+        columns: ``columns`` of the files that do not have their own, see ``layouts.RowReader``.
 
     Returns:
         List of ``Example``.
 
     Raises:
-        DataError: unknown kind or key (with a suggestion), and whatever the source itself raises.
+        DataError: unknown kind or key (with a suggestion), preference pairs, and whatever the source itself raises.
+    """
+    examples = _load(sources, columns)
+    pair = next((one for one in examples if isinstance(one, Preference)), None)
+    if pair is not None:
+        raise DataError(f"{pair.id} is a preference pair (chosen and rejected), from which no single answer is learned "
+                        "or scored; train on pairs with train: dpo")
+    return examples
+
+
+def load_preferences(sources, columns=None):
+    """``load_examples`` for preference pairs.
+
+    Returns:
+        List of ``Preference``.
+
+    Raises:
+        DataError: as ``load_examples``, and for anything but pairs.
+    """
+    pairs = _load(sources, columns)
+    other = next((one for one in pairs if not isinstance(one, Preference)), None)
+    if other is not None:
+        raise DataError(f"{other.id} is no preference pair; train: dpo needs lines with chosen and rejected "
+                        "(and a prompt, if the two do not begin with it)")
+    return pairs
+
+
+def _load(sources, columns):
+    return [example for source in with_columns(sources, columns) for example in _load_one(source)]
+
+
+def with_columns(sources, columns):
+    """The sources as a list of descriptions; those of files that have no ``columns`` get these.
+
+    Raises:
+        DataError: ``sources`` is of no known form.
     """
     if isinstance(sources, (str, Path, dict)):
         sources = [sources]
     if not isinstance(sources, (list, tuple)) or not sources:
         raise DataError(f"the data source is {sources!r}, expected a path, a description like "
                         "{'kind': 'jsonl', 'path': ...}, or a list of these")
-    examples = []
+    made = []
     for source in sources:
         if isinstance(source, (str, Path)):
             source = {"kind": "jsonl", "path": source}
-        examples += _load_one(source)
-    return examples
+        if columns is not None and isinstance(source, dict) and source.get("kind") in _FILES:
+            source = {"columns": columns, **source}
+        made.append(source)
+    return made
 
 
 def _load_one(source):
@@ -202,10 +322,7 @@ def _load_one(source):
         raise DataError(f"the data source has the kind {kind!r}; known kinds: "
                         f"{', '.join(_KINDS)}.{near(kind, _KINDS)}")
     function, needed = _KINDS[kind]
-    known = [name for name, parameter in inspect.signature(function).parameters.items()
-             if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    if kind == "jsonl":
-        known += ["prompt_key", "completion_key", "messages_key"]
+    known = list(inspect.signature(function).parameters)
     for name in options:
         if name not in known:
             raise DataError(f"a {kind} source has no setting {name!r}; it has "
@@ -217,8 +334,12 @@ def _load_one(source):
     return function(**options)
 
 
-def without_overlap(train, held_out):
+def without_overlap(train, held_out, loss="last"):
     """Remove from ``train`` every example whose question also stands in ``held_out``.
+
+    Args:
+        train, held_out: lists of ``Example`` or ``Preference``.
+        loss: with ``"all"``, questions inside a training conversation count, too: their answers are learned.
 
     Returns:
         ``(kept, removed)``: the list of the others, in order, and the number removed.
@@ -226,14 +347,15 @@ def without_overlap(train, held_out):
     Raises:
         DataError: nothing is left.
     """
-    asked = {_digest(example) for example in held_out}
-    kept = [example for example in train if _digest(example) not in asked]
+    asked = {_digest(example.question) for example in held_out}
+    kept = [example for example in train
+            if not any(_digest(question) in asked for question in example.asked(loss))]
     if train and not kept:
         raise DataError(f"all {len(train)} training examples also stand in the evaluation data; "
                         "use other data, or for reasoning-gym a seed that is far away")
     return kept, len(train) - len(kept)
 
 
-def _digest(example):
+def _digest(question):
     # White space at the ends or doubled inside does not make another question.
-    return hashlib.sha256(" ".join(example.question.split()).encode()).digest()
+    return hashlib.sha256(" ".join(question.split()).encode()).digest()

@@ -5,17 +5,38 @@
 
     prompt(example) -> str        what the model reads
     answer(example) -> str        what it should write (without the end-of-text token)
+    renderings(example, loss)     the whole texts that training reads, and which parts of them are learned
     request(example)              the prompt in the form to hand to a Generator
     digest -> str                 changes when the prompt of any example would change
     adds_special_tokens -> bool   whether the tokenizer still has to add a beginning-of-text token
 """
 
+import dataclasses
 import hashlib
 import re
 
-from colora_ms.errors import ConfigError, DataError, near
+from colora_ms.errors import ConfigError, DataError, TokenizerError, near
+from colora_ms.training.turns import learned_turns, renderings_of
 
 DEFAULT_TEXT = "{prompt}\nAnswer: {completion}"
+
+#: How many examples are rendered a second time to see whether the template writes a field at all.
+_TRIES = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """A text to train on.
+
+    Attributes:
+        text: prompt and answer, or a whole conversation.
+        spans: (begin, end) characters of the parts that carry a loss, in order.
+        closed: whether the end-of-text token follows, as a part of the last span.
+    """
+
+    text: str
+    spans: tuple
+    closed: bool = False
 
 
 class TextTemplate:
@@ -33,6 +54,7 @@ class TextTemplate:
     """
 
     adds_special_tokens = True
+    unwritten, parted = (), 0
 
     def __init__(self, text=DEFAULT_TEXT):
         if not isinstance(text, str):
@@ -55,10 +77,12 @@ class TextTemplate:
 
     def prompt(self, example):
         """The text in front of the answer."""
-        if example.prompt is None and len(example.messages) != 1:
+        asked = _messages(example)
+        if len(asked) != 1:
             raise DataError(f"example {example.id}: a plain prompt template cannot render a "
-                            f"conversation of {len(example.messages)} messages; use the model's "
+                            f"conversation of {len(asked)} messages; use the model's "
                             "chat template (template: chat)")
+        _refuse_parts(example, asked)
         return self._head.replace("{prompt}", example.question)
 
     def request(self, example):
@@ -69,14 +93,35 @@ class TextTemplate:
         """The text of the answer, with the blanks that belong to it."""
         return self._blanks + example.completion
 
+    def renderings(self, example, loss="last"):
+        """The texts to train on as a list of ``Rendering``: one, or none if the answer carries no loss.
+
+        Raises:
+            DataError: the example has parts that a plain text has no place for.
+        """
+        _refuse_parts(example, example.reply, "" if len(example.reply) == 1 else
+                      f"an answer of {len(example.reply)} messages")
+        prompt = self.prompt(example)
+        text = prompt + self.answer(example)
+        learned = example.reply[0].get("weight", 1)
+        return [Rendering(text, ((len(prompt), len(text)),), closed=True)] if learned else []
+
 
 class ChatTemplate:
     """The model's own chat template, with the answer as the assistant's turn.
 
     Args:
-        tokenizer: has ``apply_chat_template(messages, add_generation_prompt=True) -> str``.
+        tokenizer: has ``apply_chat_template(messages, add_generation_prompt=True, tools=...) -> str``, and
+            ``marks_generation`` and ``return_spans`` as ``models.tokenizer.Tokenizer`` if the template may have
+            ``{% generation %}`` blocks.
         system: a system message put in front of examples that have none; ``None`` leaves the
             template's own default.
+
+    Attributes:
+        unwritten: fields that some conversations have, such as ``reasoning_content``, and that the template has written
+            in none of those rendered so far.
+        parted: how many examples were rendered whose answer does not stand behind the very prompt that ``prompt``
+            gives, because the template opens the assistant's turn with more than it writes in front of an answer.
     """
 
     adds_special_tokens = False  # a chat template writes the beginning-of-text token itself
@@ -86,28 +131,153 @@ class ChatTemplate:
             raise ConfigError(f"the system message is {system!r}, expected a text")
         self._tokenizer = tokenizer
         self._system = system
-        probe = self._render([{"role": "user", "content": "?"}])
+        self._developer = None
+        self.parted = 0
+        self._tried, self._written = {}, set()
+        probe = self.render(self._said([{"role": "user", "content": "?"}]), generation=True)
         self.digest = hashlib.sha256(b"chat\0" + probe.encode()).hexdigest()[:16]
+
+    @property
+    def unwritten(self):
+        """Names of such fields."""
+        return tuple(name for name in self._tried if name not in self._written)
 
     def prompt(self, example):
         """The rendered conversation up to where the assistant starts to speak."""
-        messages = example.messages
-        if messages is None:
-            messages = ({"role": "user", "content": example.prompt},)
-        return self._render([dict(item) for item in messages])
+        return self.render(self._said(_messages(example)), getattr(example, "tools", ()), generation=True)
 
     def request(self, example):
         """The prompt as token ids, because the rendered text holds all special tokens already."""
         return list(self._tokenizer.encode(self.prompt(example), add_special_tokens=False))
 
     def answer(self, example):
-        """The text of the answer."""
-        return example.completion
+        """What the template writes behind the prompt: the answer and the end of its turn."""
+        asked = self._said(_messages(example))
+        text, spans = renderings_of(_Renderer(self, example), [*asked, *example.reply], [len(asked)], example.id)[0]
+        return text[spans[0][0]:]
 
-    def _render(self, messages):
-        if self._system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self._system}] + messages
-        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    def renderings(self, example, loss="last"):
+        """The texts to train on as a list of ``Rendering``.
+
+        There is one with all turns that are learned, or one a turn where the template writes earlier turns differently
+        once others follow; see ``turns``.
+
+        Args:
+            loss: ``"last"`` learns the answer, ``"all"`` every assistant's turn. Turns of weight 0 carry no loss.
+
+        Raises:
+            DataError: the template refuses the conversation, or what it writes cannot be told apart.
+        """
+        asked = self._said(_messages(example))
+        said = [*asked, *example.reply]
+        turns = learned_turns(said, len(asked) if loss == "last" else 0)
+        self._watch(said, example.tools)
+        render = _Renderer(self, example)
+        made = [Rendering(text, tuple(spans)) for text, spans in renderings_of(render, said, turns, example.id)]
+        self.parted += bool(made and render.parted)
+        return made
+
+    def marks_generation(self, tools=()):
+        """Whether the model's template says with ``{% generation %}`` blocks what the assistant writes."""
+        marks = getattr(self._tokenizer, "marks_generation", None)
+        return marks is not None and marks(list(tools) or None)
+
+    def _said(self, messages):
+        """The messages with the recipe's system message, developers' messages in a form that the template writes."""
+        messages = [dict(item) for item in messages]
+        if self._system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages.insert(0, {"role": "system", "content": self._system})
+        for item in messages:
+            if item["role"] == "developer" and not self._writes_developer():
+                item["role"] = "system"
+        return messages
+
+    def _writes_developer(self):
+        """Whether the template writes a developer's message; those that leave it out or refuse it know it as system."""
+        if self._developer is None:
+            probe = [{"role": "developer", "content": "be#brief"}, {"role": "user", "content": "?"}]
+            try:
+                self._developer = "be#brief" in self.render(probe)
+            except DataError:
+                self._developer = False
+        return self._developer
+
+    def render(self, messages, tools=(), generation=False, spans=False):
+        """The text of a conversation, or (text, spans) with ``spans``.
+
+        An assistant's message without a text is given as ``None``, as OpenAI's are; where a template would fail on
+        that, or write the word None, it is given as an empty text.
+        """
+        messages = [{key: value for key, value in item.items() if key != "weight"} for item in messages]
+        options = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        if spans:
+            options["return_spans"] = True
+        try:
+            if all(item["content"] is not None for item in messages):
+                return self._tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **options)
+            filled = [{**item, "content": item["content"] or ""} for item in messages]
+            empty = self._tokenizer.apply_chat_template(filled, add_generation_prompt=generation, **options)
+            try:
+                absent = self._tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **options)
+            except TokenizerError:
+                return empty
+            texts = [made[0] if spans else made for made in (absent, empty)]
+            return empty if texts[0].count("None") > texts[1].count("None") else absent
+        except TokenizerError as error:
+            raise DataError(str(error)) from None
+
+    def _watch(self, messages, tools):
+        """Note whether the template writes the fields that these messages have."""
+        found = {name for item in messages for name in ("reasoning_content", "tool_calls", "name")
+                 if name in item and (name != "name" or item["role"] != "tool")}
+        for name in sorted(found) + (["tools"] if tools else []):
+            if name in self._written or self._tried.get(name, 0) >= _TRIES:
+                continue
+            self._tried[name] = self._tried.get(name, 0) + 1
+            without = [{key: value for key, value in item.items() if key != name} for item in messages]
+            try:
+                same = self.render(messages, tools) == self.render(without, () if name == "tools" else tools)
+            except DataError:
+                same = False  # it fails without the field, so it reads it
+            if not same:
+                self._written.add(name)
+
+
+class _Renderer:
+    """``render`` of a ``ChatTemplate`` with the tools of an example, as ``turns`` needs it."""
+
+    def __init__(self, template, example):
+        self._template, self._tools = template, getattr(example, "tools", ())
+        self.marked, self.parted = template.marks_generation(self._tools), False
+
+    def __call__(self, messages, generation=False, spans=False):
+        return self._template.render(messages, self._tools, generation, spans)
+
+
+def _messages(example):
+    """An example's question as messages.
+
+    Raises:
+        DataError: it is a document.
+    """
+    if example.messages is not None:
+        return example.messages
+    if example.prompt is None:
+        raise DataError(f"example {example.id}: a plain text has no question, so there is nothing to answer")
+    return ({"role": "user", "content": example.prompt},)
+
+
+def _refuse_parts(example, messages, what=""):
+    """Refuse what a plain text has no place for."""
+    parts = {key for item in messages for key in item} - {"role", "content", "weight"}
+    if getattr(example, "tools", ()):
+        parts.add("tools")
+    if messages[0]["role"] not in ("user", "assistant"):
+        parts.add(f"a {messages[0]['role']} message alone")
+    what = what or ", ".join(sorted(parts))
+    if what:
+        raise DataError(f"example {example.id}: a plain prompt template cannot render {what}; use the model's chat "
+                        "template (template: chat)")
 
 
 def make_template(spec, tokenizer, system=None):

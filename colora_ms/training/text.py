@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from colora_ms.errors import DataError
-from colora_ms.training.encoding import EncodedExample, EncodedSet
+from colora_ms.training.encoding import EncodedExample, EncodedSet, windows
 
 
 def read_text(path):
@@ -52,7 +52,6 @@ def encode_text(text, tokenizer, max_length, vocab_size=None):
     if vocab_size is not None and (ids.min() < 0 or ids.max() >= vocab_size):
         raise DataError(f"the tokenizer gave the id {ids.max()}, but the model has {vocab_size} rows; do the two belong "
                         "together?")
-    begins = range(0, len(ids) - max_length + 1, max_length - 1)
-    items = [EncodedExample(ids[begin:begin + max_length], ids[begin:begin + max_length], number)
-             for number, begin in enumerate(begins)]
-    return EncodedSet(items, [], 0, max_length)
+    places = [(begin, end) for begin, end in windows(len(ids), max_length) if end - begin == max_length]
+    items = [EncodedExample(ids[begin:end], ids[begin:end], number) for number, (begin, end) in enumerate(places)]
+    return EncodedSet(items, [], 0, max_length, left_tokens=len(ids) - places[-1][1])

@@ -7,7 +7,7 @@ A run's folder holds
     adapter/             the adapter after the last update (PEFT's format)
     best/                the adapter with the lowest validation loss, if there is validation data
     checkpoint-000120/   see ``checkpoint``
-    log.jsonl            one line an update and an evaluation
+    log.jsonl            one line for the data, one an update and an evaluation
     loss.png             the loss curve
     recipe.yaml          the settings
 """
@@ -83,6 +83,7 @@ class Trainer:
         rank, world: this process and their number; only rank 0 writes files. Above one, the
             processes have to be started (``workers.start``) and share the output folder.
         loss_cell: a loss in place of ``CausalLossCell(decoder)``.
+        data_report: what the data is and what of it was left out, JSON values for a record ``data`` of the log.
 
     Raises:
         CheckpointError: the output folder cannot be written.
@@ -90,13 +91,14 @@ class Trainer:
     """
 
     def __init__(self, decoder, data, config, save_adapter, validation=None, callbacks=(), slot=0,
-                 rank=0, world=1, loss_cell=None):
+                 rank=0, world=1, loss_cell=None, data_report=None):
         self.folder = Path(config.output)
         if rank == 0:
             checkpoints.check_writable(self.folder)
         runtime.configure()
         self.config, self.save_adapter = config, save_adapter
         self.callbacks, self.rank, self.world = list(callbacks), rank, world
+        self.data_report = data_report
         context = getattr(decoder, "max_positions", None)
         longest = max(len(item) for item in data.items) - 1
         if context is not None and longest > context:
@@ -151,6 +153,8 @@ class Trainer:
         log = None
         if self.rank == 0:
             log = RunLog(self.folder / "log.jsonl", self.step)
+            if self.data_report is not None and self.step == 0:
+                log.add("data", 0, **self.data_report)
         losses, validation, tokens = [], [], 0
         started = time.perf_counter()
         saved = self.step if self.step else None

@@ -9,7 +9,9 @@ and nothing else::
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -83,7 +85,7 @@ def _run(command):
     return done.stderr
 
 
-def build(out_path, compiler=None, sanitize=False, jobs=None):
+def build(out_path, compiler=None, sanitize=False, jobs=None, say=None):
     """Compile the library.
 
     Args:
@@ -91,6 +93,7 @@ def build(out_path, compiler=None, sanitize=False, jobs=None):
         compiler: C++ compiler command, see `find_compiler`.
         sanitize: build with AddressSanitizer and UndefinedBehaviorSanitizer.
         jobs: parallel compilations (default: number of cores).
+        say: called with a line of text before the first compilation and after each; None: silent.
 
     Raises:
         BuildError: no compiler, or a compilation failed.
@@ -108,6 +111,10 @@ def build(out_path, compiler=None, sanitize=False, jobs=None):
     headers = hashlib.sha256()
     for path in sorted(SOURCE_DIR.glob("*.h")):
         headers.update(path.name.encode() + b"\0" + path.read_bytes())
+    say = say or (lambda line: None)
+    items = list(_objects(sanitize))
+    done = itertools.count(1)
+    say(f"compiling the CPU operators, {len(items)} objects, with {compiler}")
     with tempfile.TemporaryDirectory(dir=out_path.parent) as work:
         def compile_one(item):
             source, variant, flags = item
@@ -120,10 +127,11 @@ def build(out_path, compiler=None, sanitize=False, jobs=None):
                     print(warnings, file=sys.stderr)
                 os.replace(target, kept)
             os.utime(kept)
+            say(f"  {next(done)}/{len(items)} {source.name} ({variant})")
             return kept
 
         with concurrent.futures.ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compile_one, _objects(sanitize)))
+            objects = list(pool.map(compile_one, items))
         linked = Path(work) / out_path.name
         sanitizers = SANITIZE_FLAGS[:1] if sanitize else []
         _run([*compiler.split(), "-shared", "-pthread", *sanitizers, "-o", str(linked), *map(str, objects)])
@@ -145,9 +153,11 @@ def main():
     parser.add_argument("--compiler", help="C++ compiler (default: $CXX, g++, clang++)")
     parser.add_argument("--sanitize", action="store_true", help="AddressSanitizer and UndefinedBehaviorSanitizer")
     parser.add_argument("--jobs", type=int, help="parallel compilations")
+    parser.add_argument("--progress", action="store_true", help="a line for each object that is compiled")
     arguments = parser.parse_args()
     try:
-        build(arguments.out, arguments.compiler, arguments.sanitize, arguments.jobs)
+        build(arguments.out, arguments.compiler, arguments.sanitize, arguments.jobs,
+              functools.partial(print, flush=True) if arguments.progress else None)
     except BuildError as error:
         sys.exit(f"build of {arguments.out} failed: {error}")
 

@@ -220,14 +220,14 @@ def test_chat_template_with_and_without_system_message():
 
 def test_encoding_puts_labels_on_the_answer_and_its_end_only():
     tokenizer = ByteTokenizer()
-    for template, begin in [(TextTemplate("{prompt}: {completion}"), [1]),
-                            (data.make_template("chat", tokenizer), [])]:
+    for template, begin, end in [(TextTemplate("{prompt}: {completion}"), [1], [2]),
+                                 (data.make_template("chat", tokenizer), [], tokenizer.encode("</>", False))]:
         example = Example(prompt="ab", completion="cde")
         encoded = data.encode_examples([example], tokenizer, template, 99)
         item = encoded[0]
         prompt = data.prompt_ids(example, tokenizer, template)
         assert prompt[:len(begin)] == begin and (begin or prompt[0] != 1)
-        answer = tokenizer.encode(template.answer(example), add_special_tokens=False) + [2]
+        answer = tokenizer.encode(" cde" if begin else "cde", add_special_tokens=False) + end
         assert item.ids.tolist() == prompt + answer
         assert item.labels.tolist() == [IGNORE] * len(prompt) + answer
         assert item.ids.dtype == item.labels.dtype == np.int32

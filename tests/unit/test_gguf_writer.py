@@ -263,7 +263,7 @@ def test_what_only_transformers_adds_is_said(tmp_path):
     tokenizer.backend.add_special_tokens([AddedToken("<mask>", special=True, lstrip=True)])
     config, tensors = model_for(tokenizer)
     notes = " ".join(write_gguf(tmp_path / "m.gguf", config, tensors, tokenizer))
-    assert "puts the ids" in notes and "'<mask>' takes blanks" in notes
+    assert "can only put a begin token" in notes and "'<mask>' takes blanks" in notes
 
 
 def test_tokenizers_that_do_not_fit(tmp_path):

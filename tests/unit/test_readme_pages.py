@@ -42,13 +42,13 @@ def test_the_language_switch_is_under_the_title(name):
 
 def test_the_headings_have_the_same_levels_in_the_same_order(pages):
     english, chinese = ([len(marks) for marks, _ in page.headings] for page in pages)
-    assert len(english) > 10
+    assert len(english) >= 8
     assert english == chinese
 
 
 def test_the_code_blocks_are_the_same(pages):
     english, chinese = pages
-    assert len(english.fenced) > 10
+    assert len(english.fenced) >= 5
     assert english.fenced == chinese.fenced
     assert english.indented == chinese.indented
 
@@ -85,3 +85,22 @@ def test_every_link_leads_somewhere(name):
             assert target[1:] in anchors, target
         elif not re.match(r"https?://", target):
             assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_the_front_page_is_read_in_five_minutes():
+    assert (ROOT / "README.md").stat().st_size <= 12 * 1024
+
+
+@pytest.mark.parametrize("path", sorted({*ROOT.glob("colora_ms/**/*.md"), *ROOT.glob("ops/*/README.md"), *ROOT.glob("scripts/*.md"),
+                                         *ROOT.glob("model_zoo/**/*.md")}), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_rooms_page_leads_somewhere(path):
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        name, _, fragment = target.partition("#")
+        page = (path.parent / name).resolve() if name else path
+        assert page.exists(), target
+        if fragment and page.suffix == ".md":
+            titles = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+            assert fragment in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target

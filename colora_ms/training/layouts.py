@@ -1,0 +1,387 @@
+"""The layouts of training data: what the columns of a row are called, how they are recognised, and how they are read.
+
+    completion            {"prompt": "2 + 2 =", "completion": "4"}
+    completion_messages   the same with lists of messages on both sides
+    messages              OpenAI's chat lines: {"messages": [{"role": "user", "content": "2 + 2 ="}, ...]}
+    sharegpt              {"conversations": [{"from": "human", "value": "2 + 2 ="}, {"from": "gpt", "value": "4"}]}
+    alpaca                {"instruction": "Add.", "input": "2 + 2", "output": "4"}
+    preference            {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}: texts or messages; without a
+                          prompt, it is what both begin with
+    text                  {"text": "a document"}
+
+``LAYOUTS`` has one record a layout, so that a further one is a further record. ``null`` equals absent.
+"""
+
+import dataclasses
+import warnings
+
+from colora_ms.errors import DataError, near
+from colora_ms.training.examples import Example, Preference
+from colora_ms.training.messages import clean_messages, parse_json, short
+
+#: What ShareGPT's ``from`` may say, and the role that it means.
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+            "bing": "assistant", "bard": "assistant", "model": "assistant", "function_call": "assistant",
+            "system": "system", "developer": "developer", "tool": "tool", "function": "tool", "observation": "tool"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One layout.
+
+    Attributes:
+        name: what ``layout`` may say.
+        needs: columns that every row must have; they identify the layout.
+        read: ``function(row)`` that gives the fields of an ``Example``, or of a ``Preference`` with ``chosen``.
+        takes: further columns that are read where they are there.
+        lists: whether the needed columns hold lists; ``None`` if that does not matter.
+        family: rows of one file may mix the layouts of a family; its own name if left out.
+    """
+
+    name: str
+    needs: tuple
+    read: object
+    takes: tuple = ()
+    lists: bool = None
+    family: str = ""
+
+    @property
+    def columns(self):
+        """All columns that are read."""
+        return self.needs + self.takes
+
+    def fits(self, row):
+        """Whether a row (without nulls) has this layout."""
+        return all(name in row for name in self.needs) and \
+            (self.lists is None or self.lists == any(isinstance(row[name], (list, tuple)) for name in self.needs))
+
+_EQUAL = "chosen and rejected are equal, so that there is nothing to prefer"
+
+
+# -- readers: a row without nulls, as the fields of an Example or a Preference ---------------------------------------
+
+
+def _read_text(row):
+    return {"text": row["text"]}
+
+
+def _read_completion(row):
+    return {"prompt": row["prompt"], "completion": row["completion"], "tools": _tools(row)}
+
+
+def _read_completion_messages(row):
+    return {**_question(row["prompt"]), "answer": _side(row["completion"], "completion"), "tools": _tools(row)}
+
+
+def _read_messages(row):
+    return _conversation(row["messages"], "messages", _tools(row))
+
+
+def _read_sharegpt(row):
+    turns = row["conversations"]
+    if not isinstance(turns, (list, tuple)):
+        raise DataError(f"conversations is {short(turns)}, expected a list of {{'from', 'value'}}")
+    messages = [_turn(turn, f"conversations[{number}]") for number, turn in enumerate(turns)]
+    if row.get("system"):
+        if messages and messages[0].get("role") == "system":
+            raise DataError("the row has a system column, and its conversation begins with a system message, too")
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return _conversation(messages, "conversations", _tools(row))
+
+
+def _turn(turn, where):
+    """A turn of ShareGPT as a message; ``{"role", "content"}`` is one already."""
+    if not isinstance(turn, dict):
+        raise DataError(f"{where} is {short(turn)}, expected {{'from', 'value'}}")
+    turn = {key: value for key, value in turn.items() if value is not None}
+    if "from" not in turn:
+        return turn
+    speaker, value = turn.pop("from"), turn.pop("value", None)
+    if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
+        raise DataError(f"{where} is from {short(speaker)}, expected one of {', '.join(SPEAKERS)}."
+                        f"{near(speaker, SPEAKERS)}")
+    if "role" in turn or "content" in turn:
+        raise DataError(f"{where} has 'from' and also role or content, expected 'from' and 'value'")
+    message = {"role": SPEAKERS[speaker.lower()], **turn}
+    if speaker.lower() != "function_call":
+        return {**message, "content": value}
+    calls = parse_json(value, f"{where}.value") if isinstance(value, str) else value
+    calls = [calls] if isinstance(calls, dict) else calls
+    return {**message, "tool_calls": [{"type": "function", "function": call} for call in calls]
+            if isinstance(calls, list) else calls}
+
+
+def _read_alpaca(row):
+    """The user says the instruction, and behind a blank line the input if there is one."""
+    for name in ("instruction", "input", "system"):
+        if not isinstance(row.get(name, ""), str):
+            raise DataError(f"the {name} is {short(row[name])}, expected a text")
+    prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input", "").strip() else "")
+    said = []
+    history = row.get("history") or ()
+    if not isinstance(history, (list, tuple)):
+        raise DataError(f"the history is {short(history)}, expected a list of [question, answer]")
+    for number, pair in enumerate(history):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise DataError(f"history[{number}] is {short(pair)}, expected [question, answer]")
+        said += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
+    if row.get("system", "").strip():
+        said.insert(0, {"role": "system", "content": row["system"]})
+    question = {"messages": said + [{"role": "user", "content": prompt}]} if said else {"prompt": prompt}
+    return {**question, "completion": row["output"], "tools": _tools(row)}
+
+
+def _read_preference(row):
+    sides = row["chosen"], row["rejected"]
+    texts = [isinstance(side, str) for side in sides]
+    if texts[0] != texts[1]:
+        raise DataError(f"chosen is {short(sides[0])}, but rejected {short(sides[1])}, expected two texts or two lists")
+    if texts[0]:
+        question, sides = _split_texts(row.get("prompt"), *sides)
+        return {**question, "chosen": sides[0], "rejected": sides[1], "tools": _tools(row)}
+    sides = [clean_messages(_list(side, name), name) for side, name in zip(sides, ("chosen", "rejected"))]
+    asked = [] if "prompt" not in row else _question(row["prompt"]).get("messages")
+    if asked is None:
+        asked = [{"role": "user", "content": row["prompt"]}]
+    asked, sides = _split_messages(clean_messages(asked, "prompt"), *sides)
+    return {"messages": asked, "chosen": sides[0], "rejected": sides[1], "tools": _tools(row)}
+
+
+def _split_texts(prompt, chosen, rejected):
+    """The question, and both answers without it; where no prompt is given, it is all words that both begin with."""
+    if prompt is not None:
+        return _question(prompt), (chosen, rejected)
+    length = 0
+    while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
+        length += 1
+    if chosen == rejected:
+        raise DataError(_EQUAL)
+    while length and not chosen[length - 1:length].isspace() and not chosen[length:length + 1].isspace():
+        length -= 1  # back to the end of a word
+    head = chosen[:length].rstrip(" ")
+    if not head.strip():
+        raise DataError("there is no prompt, and chosen and rejected do not begin with the same words")
+    return {"prompt": head}, (chosen[len(head):], rejected[len(head):])
+
+
+def _split_messages(asked, chosen, rejected):
+    """The question's messages, and both answers without them, if they repeat the question (TRL's implicit prompt)."""
+    if asked and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        return asked, (chosen, rejected)
+    length = 0
+    while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
+        length += 1
+    if asked and (chosen[:len(asked)] != asked or rejected[:len(asked)] != asked):
+        plain = [item for item in chosen[:length] if item["role"] != "system"]
+        if len(asked) != 1 or list(asked) != plain:
+            raise DataError("chosen and rejected do not begin with the prompt, nor with an assistant's message")
+    length = len(asked) if asked and chosen[:len(asked)] == asked else length
+    if chosen == rejected:
+        raise DataError(_EQUAL)
+    if not length:
+        raise DataError("there is no prompt, and chosen and rejected do not begin with the same messages")
+    return chosen[:length], (chosen[length:], rejected[length:])
+
+
+def _question(prompt):
+    """A prompt column, text or messages, as a field of an ``Example``."""
+    return {"messages": prompt} if isinstance(prompt, (list, tuple)) else {"prompt": prompt}
+
+
+def _side(value, name):
+    """An answer's column as messages."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return clean_messages(_list(value, name), name)
+
+
+def _list(value, name):
+    if not isinstance(value, (list, tuple)) or not value:
+        raise DataError(f"{name} is {short(value)}, expected a text or a list of messages")
+    return value
+
+
+def _conversation(turns, column, tools):
+    """A conversation that ends with its answer."""
+    if not isinstance(turns, (list, tuple)) or len(turns) < 2 or not isinstance(turns[-1], dict) \
+            or turns[-1].get("role") != "assistant":
+        raise DataError(f"{column} must be a list of at least two messages that ends with the assistant's answer; "
+                        f"found {short(turns)}")
+    turns = clean_messages(turns, column)
+    return {"messages": turns[:-1], "answer": turns[-1:], "tools": tools}
+
+
+def _tools(row):
+    """The tools of a row, ``functions`` in OpenAI's older lines."""
+    if row.get("functions"):
+        if row.get("tools"):
+            raise DataError("the row has both functions and tools, expected tools alone")
+        found = row["functions"]
+        return [{"type": "function", "function": one} for one in found] if isinstance(found, list) else found
+    return row.get("tools") or ()
+
+
+#: In the order in which they are tried: columns such as ``text`` or ``messages`` often stand beside a fuller layout.
+LAYOUTS = (
+    Layout("preference", ("chosen", "rejected"), _read_preference, ("prompt", "tools", "functions")),
+    Layout("messages", ("messages",), _read_messages, ("tools", "functions"), family="answers"),
+    Layout("sharegpt", ("conversations",), _read_sharegpt, ("system", "tools", "functions")),
+    Layout("completion", ("prompt", "completion"), _read_completion, ("tools", "functions"), lists=False,
+           family="answers"),
+    Layout("completion_messages", ("prompt", "completion"), _read_completion_messages, ("tools", "functions"),
+           lists=True, family="answers"),
+    Layout("alpaca", ("instruction", "output"), _read_alpaca, ("input", "system", "history", "tools")),
+    Layout("text", ("text",), _read_text),
+)
+
+
+def layout_named(name):
+    """The layout called ``name``.
+
+    Raises:
+        DataError: there is none.
+    """
+    names = [layout.name for layout in LAYOUTS]
+    if name not in names:
+        raise DataError(f"there is no layout {name!r}; there are {', '.join(names)}.{near(name, names)}")
+    return LAYOUTS[names.index(name)]
+
+
+class RowReader:
+    """Reads the rows of one file: recognises their layout, holds all rows to it, and notes which columns it leaves.
+
+    Args:
+        file: what the warning calls the file.
+        layout: name of the layout; recognised from the first row if left out.
+        columns: the columns to read, a list of names, or ``{name in the layout: name in the file}``; all others are
+            left out without a warning. All that the layout knows if left out.
+        prompt_key, completion_key, messages_key: names in the file of these three columns.
+
+    Raises:
+        DataError: an unknown layout, or columns of a wrong form.
+    """
+
+    def __init__(self, file, layout=None, columns=None, prompt_key="prompt", completion_key="completion",
+                 messages_key="messages"):
+        self.file, self._chosen, self._first = file, None if layout is None else layout_named(layout), None
+        self._only, self._names = _columns(columns)
+        keys = {"prompt": prompt_key, "completion": completion_key, "messages": messages_key}
+        keys = {name: key for name, key in keys.items() if key != name}
+        both = [name for name in keys if name in self._names]
+        if both:
+            raise DataError(f"{file}: columns and {both[0]}_key both say where {both[0]} is, expected one of them")
+        # Whoever names these columns says that the rows have a question and an answer.
+        self._family = "answers" if keys else None
+        self._names.update(keys)
+        if self._only is not None:  # a list may call these columns as the file does
+            self._only = {next((name for name in keys if keys[name] == one), one) for one in self._only}
+        self._left = {}
+
+    def read(self, row, name):
+        """A row as an ``Example`` or a ``Preference``.
+
+        Args:
+            row: a dictionary.
+            name: ``file:line``; the id if the row has none.
+
+        Raises:
+            DataError: the row cannot be used; says where it is and what is wrong.
+        """
+        if not isinstance(row, dict):
+            raise DataError(f"{name}: found {short(row)}, expected a JSON object")
+        view = self._view(row)
+        layout = self._layout(row, view, name)
+        read = {self._names.get(column, column) for column in layout.columns if column in view}
+        self._check_columns(layout, name)
+        meta = {key: value for key, value in row.items() if key not in read and key != "id"}
+        if self._only is None:
+            self._left.update({key: None for key, value in meta.items() if value not in (None, "", [])})
+        identity = name if row.get("id") is None else str(row["id"])
+        try:
+            fields = layout.read(view)
+            return (Preference if "chosen" in fields else Example)(id=identity, meta=meta, **fields)
+        except DataError as error:
+            # With an id from the file, the line is still what the reader needs to find it.
+            text = str(error).removeprefix(f"example {identity}: ").removeprefix(f"pair {identity}: ")
+            raise DataError(f"{name}: {text}") from None
+
+    def warn(self):
+        """Say once which columns were not read, if there are any."""
+        if self._left:
+            read = [self._names.get(name, name) for name in self._first.columns]
+            which = f"s {', '.join(self._left)} are" if len(self._left) > 1 else f" {next(iter(self._left))} is"
+            warnings.warn(f"{self.file}: the column{which} not read (layout {self._first.name} reads {', '.join(read)}); "
+                          "name what is read with columns to say that this is meant", stacklevel=2)
+            self._left = {}
+
+    def _view(self, row):
+        """The row under the layout's names, without nulls and without columns that are not to be read."""
+        moved = set(self._names.values())
+        view = {key: value for key, value in row.items()
+                if value is not None and key not in self._names and key not in moved
+                and (self._only is None or key in self._only)}
+        view.update({name: row[key] for name, key in self._names.items() if row.get(key) is not None})
+        return view
+
+    def _layout(self, row, view, name):
+        """The row's layout; the first row's, or one of its family."""
+        if self._chosen is not None:
+            if all(column in view for column in self._chosen.needs):
+                self._first = self._first or self._chosen
+                return self._chosen
+            raise self._missing(row, view, name, [self._chosen])
+        layouts = [one for one in LAYOUTS if self._family in (None, one.family)]
+        found = next((one for one in layouts if one.fits(view)), None)
+        if found is None:
+            raise self._missing(row, view, name, layouts)
+        if self._first is None:
+            self._first = found
+        if found is not self._first and found.family != (self._first.family or None):
+            raise DataError(f"{name}: the layout is {found.name}, but that of the lines before it {self._first.name}; "
+                            "the lines of a file must have one layout (name it with layout, or give several files)")
+        return found
+
+    def _missing(self, row, view, name, layouts):
+        """The error for a row that has no layout: the columns that the nearest layout lacks."""
+        nearest = max(layouts, key=lambda one: (sum(column in self._names for column in one.needs),
+                                                sum(column in view for column in one.needs),
+                                                sum(column in view for column in one.takes), one.name == "completion"))
+        missing = [self._names.get(column, column) for column in nearest.needs if column not in view]
+        hint = "".join(near(key, row) for key in missing[:1])
+        forms = [" and ".join(repr(self._names.get(column, column)) for column in one.needs) for one in layouts]
+        return DataError(f"{name}: the key {' and '.join(map(repr, missing))} is missing; a line needs "
+                         f"{', or '.join(dict.fromkeys(forms))}; found {short(sorted(map(str, row)))}.{hint}")
+
+    def _check_columns(self, layout, name):
+        """Columns that were asked for must be such as the layout reads."""
+        for column in self._only or ():
+            if column not in layout.columns and column != "id":
+                raise DataError(f"{name}: columns has {column!r}, which the layout {layout.name} does not read; it "
+                                f"reads {', '.join(layout.columns)}.{near(column, layout.columns)}")
+
+
+def example_from_record(record, name, **options):
+    """One parsed JSON object as an ``Example`` or a ``Preference``.
+
+    Args:
+        record: the dictionary.
+        name: id of the example if the record has no ``"id"``.
+        **options: ``layout``, ``columns``, ``prompt_key``, ``completion_key``, ``messages_key`` of ``RowReader``.
+
+    Raises:
+        DataError: columns are missing or values cannot be used; the message names them.
+    """
+    return RowReader(name, **options).read(record, name)
+
+
+def _columns(columns):
+    """(names that are read or None for all, ``{name in the layout: name in the file}`` where they differ)."""
+    if columns is None:
+        return None, {}
+    if isinstance(columns, (list, tuple)):
+        columns = {name: name for name in columns if isinstance(name, str)} if \
+            all(isinstance(name, str) for name in columns) else None
+    if not isinstance(columns, dict) or not columns or not all(isinstance(name, str) for name in columns.values()):
+        raise DataError(f"columns is {short(columns)}, expected a list of names, or "
+                        "{name in the layout: name in the file}")
+    return set(columns), {name: key for name, key in columns.items() if name != key}
