@@ -72,7 +72,7 @@ def compare(model, adapter, tokens, python, size=0.02):
                                                                        ignore_eos=True)] for name in ("adapter", None))
         del generator
         report = merge_model(path, [adapter], folder / "merged.gguf")
-        print(f"merged: logits differ by {report.share:.2g} of their range from the unmerged model's")
+        print(f"merged: logits differ by {report.share:.2g} of their range from the unmerged model's", flush=True)
         checkpoint = open_checkpoint(path)
         write_gguf(folder / "base.gguf", checkpoint.config, checkpoint.tensors, checkpoint.tokenizer_source)
         convert_adapter(adapter, folder / "lora.gguf", path)

@@ -261,6 +261,7 @@ def test_what_only_transformers_adds_is_said(tmp_path):
         single=["<|im_end|>", "<|endoftext|>", "$A"], special_tokens=[
             (name, tokenizer.backend.token_to_id(name)) for name in ("<|im_end|>", "<|endoftext|>")])
     tokenizer.backend.add_special_tokens([AddedToken("<mask>", special=True, lstrip=True)])
+    tokenizer = Tokenizer(tokenizer.backend, tokenizer.special_tokens)
     config, tensors = model_for(tokenizer)
     notes = " ".join(write_gguf(tmp_path / "m.gguf", config, tensors, tokenizer))
     assert "can only put a begin token" in notes and "'<mask>' takes blanks" in notes
