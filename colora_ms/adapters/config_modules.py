@@ -30,5 +30,7 @@ def modules_of_config(config):
         elif path == "model.embed_tokens":
             found[path] = Module("embedding", shape[0], shape[1], parameters)
         else:
-            found[path] = Module("linear", shape[1], shape[0], parameters, parts[-1] in HEADS)
+            is_head = parts[-1] in HEADS
+            tied_to = "model.embed_tokens" if is_head and config.tie_word_embeddings else ""
+            found[path] = Module("linear", shape[1], shape[0], parameters, is_head, tied_to=tied_to)
     return found

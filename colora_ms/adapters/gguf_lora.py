@@ -16,15 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from colora_ms.adapters.config_modules import modules_of_config
+from colora_ms.adapters.key_names import PREFIX
 from colora_ms.adapters.matching import DEFAULT_TARGETS
 from colora_ms.adapters.matching import plan as make_plan
-from colora_ms.errors import AdapterError, CheckpointError
+from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError
 from colora_ms.files import replacing
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.gguf_names import gguf_module, hf_module, interleave_rows, interleaved_heads, restore_rows
 from colora_ms.models.gguf_reader import GgufFile
-
-PREFIX = "base_model.model."
 
 _TENSOR = re.compile(r"(?P<module>.+)\.weight\.lora_(?P<half>[ab])")
 _EMBEDDING = "model.embed_tokens"
@@ -86,7 +85,7 @@ class GgufLoraFile:
                 halves.setdefault(module, {})[match["half"]] = tensor
         if ignored:
             warnings.warn(f"{self.path}: {len(ignored)} norms, {ignored[0]!r} first, are left out, as llama.cpp leaves them out",
-                          stacklevel=4)
+                          AdapterWarning, stacklevel=4)
         ranks = {}
         for module, pair in halves.items():
             if len(pair) < 2:
@@ -221,11 +220,11 @@ def write_gguf_lora(path, config, plan, values, kind="F32", name=None):
 
 
 def convert_adapter(folder, path, base=None, kind="F32"):
-    """Write an adapter folder as llama.cpp's LoRA file; no model is built.
+    """Write an adapter folder as llama.cpp's LoRA file, or the reverse; no model is built.
 
     Args:
-        folder: PEFT folder of a LoRA (or a LoRA GGUF, to change its type).
-        path: the file to make; it must not exist.
+        folder: PEFT folder of a LoRA, or a LoRA GGUF.
+        path: the file to make, ending in ``.gguf``, or else the PEFT folder; it must not exist.
         base: the base model as ``open_checkpoint`` takes it; by default the one that the adapter's config names.
         kind: as for :func:`write_gguf_lora`.
 
@@ -236,7 +235,8 @@ def convert_adapter(folder, path, base=None, kind="F32"):
         AdapterError: the adapter does not fit the base, or llama.cpp's format has no words for it; CheckpointError: there
             is no such base.
     """
-    from colora_ms.adapters.peft_format import StoredAdapter
+    from colora_ms.adapters import vocabulary
+    from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
     from colora_ms.adapters.principal import as_plain_lora, starts_on
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
 
@@ -256,6 +256,10 @@ def convert_adapter(folder, path, base=None, kind="F32"):
                               ) from None
     modules = modules_of_config(checkpoint.config)
     problems = stored.fit(checkpoint)
+    more = vocabulary.larger(stored, modules)
+    if more is not None:
+        raise AdapterError(f"the adapter in {folder} has {more.rows} rows for tokens, its base {more.tables.rows}, which a LoRA of "
+                           "llama.cpp cannot add; merge it into the model instead: colora-ms merge MODEL ADAPTER OUT.gguf")
     try:
         plan = make_plan(stored.config, modules, list(DEFAULT_TARGETS))
     except AdapterError as error:
@@ -271,7 +275,13 @@ def convert_adapter(folder, path, base=None, kind="F32"):
     if getattr(config, "changes_base", False):
         config, plan, values = as_plain_lora(config, plan, values,
                                              starts_on(config, plan, lambda module: base_values(module)["weight"]))
-    return write_gguf_lora(path, checkpoint.config, plan, values, kind, Path(folder).resolve().name)
+    if str(path).lower().endswith(".gguf"):
+        return write_gguf_lora(path, checkpoint.config, plan, values, kind, Path(folder).resolve().name)
+    if os.path.lexists(path):
+        raise AdapterError(f"{path} exists already; choose another name")
+    config.base_model_name_or_path = str(base)
+    write_adapter(path, config, plan, modules, values)
+    return []
 
 
 def _check_expressible(config, plan, values):

@@ -61,6 +61,14 @@ class MergeReport:
         return self.difference / self.span if self.span else 0.0
 
 
+@dataclasses.dataclass
+class _Source:
+    """The tokenizer that goes into the merged model, and the adapter's folder that it comes from (None: the base)."""
+
+    tokenizer: object
+    folder: object
+
+
 def merge_model(model, adapters, target, weights=None, combine=None, dtype=None, kind=None, group=None, texts=None,
                 **options):
     """Merge adapters into a model and write it.
@@ -87,6 +95,7 @@ def merge_model(model, adapters, target, weights=None, combine=None, dtype=None,
     """
     from colora_ms import runtime
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
+    from colora_ms.models.decoder import Decoder
     from colora_ms.models.tokenizer import load_tokenizer
 
     runtime.configure()
@@ -96,10 +105,14 @@ def merge_model(model, adapters, target, weights=None, combine=None, dtype=None,
     checkpoint = open_checkpoint(resolve_model(model))
     tokenizer = load_tokenizer(checkpoint.tokenizer_source) if checkpoint.tokenizer_source is not None else None
     notes = _packed_notes(checkpoint)
-    decoder, note = _decoder(checkpoint, adapters)
-    notes += note
+    config = checkpoint.config
+    decoder = Decoder(config, checkpoint.tensors, max_positions=min(config.max_position_embeddings, 4 * _LONGEST))
     name, handle = _loaded(decoder, adapters, weights, combine, options)
-    batch = _batch(tokenizer, texts or TEXTS, decoder.config.vocab_size)
+    notes += _untie(decoder, handle.plan(name), handle)
+    source = _tokenizer_source(tokenizer, adapters, handle)
+    if source.folder is not None:
+        notes.append(f"the adapter in {source.folder} brings tokens of its own: its tokenizer goes into the model")
+    batch = _batch(source.tokenizer, texts or TEXTS, decoder.config.vocab_size)
     before = _logits(decoder, batch, handle.slots(len(batch[1])))
     handle.merge(name, safe_merge=True)
     merged = _logits(decoder, batch, handle.slots(len(batch[1])))
@@ -110,7 +123,7 @@ def merge_model(model, adapters, target, weights=None, combine=None, dtype=None,
                            f"{report.difference:.3g}, {report.share:.2g} of their range, where float32 allows {MOST:g}; the "
                            "adapter's values are too large for the base's weights, use it unmerged")
     handle.unload()
-    report.notes += _write(decoder, checkpoint, target, dtype, kind, group, to_gguf)
+    report.notes += _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf)
     if (kind if to_gguf else dtype) not in ("F32", "float32"):
         del decoder, handle
         _measure_rounding(report, target, merged, batch)
@@ -151,42 +164,33 @@ def _packed_notes(checkpoint):
     return []
 
 
-def _decoder(checkpoint, adapters):
-    """(the float32 model to merge into, notes); the head is untied if an adapter changes it or the embedding alone."""
-    from colora_ms.adapters.config_modules import modules_of_config
-    from colora_ms.adapters.matching import DEFAULT_TARGETS
-    from colora_ms.adapters.peft_format import StoredAdapter
-    from colora_ms.adapters.registry import plan as make_plan
-    from colora_ms.models.decoder import Decoder
+def _untie(decoder, plan, handle):
+    """Give a tied head a matrix of its own where the adapter changes it or the embedding apart; returns notes."""
+    from mindspore import Parameter, Tensor
 
-    config, tensors, notes = checkpoint.config, checkpoint.tensors, []
-    if config.tie_word_embeddings:
-        modules, changed = modules_of_config(config), set()
-        for folder in adapters:
-            stored = StoredAdapter(folder)
-            if stored.config is not None:
-                plan = make_plan(stored.config, modules, list(DEFAULT_TARGETS))
-                changed |= {"model.embed_tokens", "lm_head"} & {*plan.targets, *plan.saved}
-        if changed:
-            config = dataclasses.replace(config, tie_word_embeddings=False)
-            tensors = _WithHead(tensors)
-            notes.append(f"the head is written as a matrix of its own, because the adapter changes {' and '.join(sorted(changed))}"
-                         f"{'' if len(changed) > 1 else ' alone'} of the two that were tied")
-    return Decoder(config, tensors, max_positions=min(config.max_position_embeddings, 4 * _LONGEST)), notes
+    from colora_ms.adapters import tree
+
+    embedding, head = "model.embed_tokens", "lm_head"
+    changed = {embedding, head} & {*plan.targets, *plan.saved, *plan.tokens}
+    if not decoder.config.tie_word_embeddings or not changed or head in plan.ties:
+        return []
+    handle.cells[head].weight = Parameter(Tensor(handle.cells[embedding].weight.asnumpy().copy()), name=f"{head}.weight",
+                                          requires_grad=False)
+    decoder.config = dataclasses.replace(decoder.config, tie_word_embeddings=False)
+    tree.forget_graphs()
+    return [f"the head is written as a matrix of its own, because the adapter changes {' and '.join(sorted(changed))}"
+            f"{' apart' if len(changed) > 1 else ' alone'} of the two that were tied"]
 
 
-class _WithHead(dict):
-    """The tensors of a tied model with the embedding also as its head."""
+def _tokenizer_source(tokenizer, adapters, handle):
+    """The _Source: the base's tokenizer, or that of an adapter with more tokens."""
+    from colora_ms.adapters.vocabulary import tokenizer_for
 
-    def __init__(self, tensors):
-        super().__init__()
-        self._tensors = tensors
-
-    def __contains__(self, name):
-        return name == "lm_head.weight" or name in self._tensors
-
-    def __getitem__(self, name):
-        return self._tensors["model.embed_tokens.weight" if name == "lm_head.weight" else name]
+    for index, folder in enumerate(adapters):
+        own = tokenizer_for(tokenizer, {f"adapter{index}": folder}, handle)
+        if own is not tokenizer:
+            return _Source(own, folder)
+    return _Source(tokenizer, None)
 
 
 def _loaded(decoder, adapters, weights, combine, options):
@@ -267,32 +271,35 @@ def _loss(logits, batch):
     return float(total / count)
 
 
-def _write(decoder, checkpoint, target, dtype, kind, group, to_gguf):
+def _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf):
     """Write the merged model; returns notes."""
     from colora_ms.models.checkpoint import LazyTensors
     from colora_ms.models.hf_folder import travelling_files, write_hf_folder
 
-    config, source = decoder.config, checkpoint.tokenizer_source
+    config = decoder.config
+    parameters = {parameter.name: parameter for parameter in decoder.get_parameters()}
+    tensors = LazyTensors(config.parameter_shapes(), lambda name: parameters[name].asnumpy())
     if to_gguf:
         from colora_ms.models.gguf_writer import write_gguf
 
-        parameters = {parameter.name: parameter for parameter in decoder.get_parameters()}
-        tensors = LazyTensors(config.parameter_shapes(), lambda name: parameters[name].asnumpy())
-        return write_gguf(target, config, tensors, source, kind)
+        return write_gguf(target, config, tensors, checkpoint.tokenizer_source if source.folder is None else source.tokenizer,
+                          kind)
     folder = os.path.dirname(checkpoint.path) if os.path.isfile(checkpoint.path) else checkpoint.path
     files = {} if checkpoint.format == "gguf" else travelling_files(folder)
-    if any(name.startswith("tokenizer.") for name in files):
-        source = None  # the files travel as they are
+    if source.folder is not None:
+        own = travelling_files(source.folder)
+        own.pop("generation_config.json", None)
+        files = {**{name: path for name, path in files.items() if name in ("generation_config.json", "chat_template.jinja")},
+                 **own}
+    written = None if any(name.startswith("tokenizer.") for name in files) else source.tokenizer
     if dtype.startswith("int"):
         from colora_ms.adapters.lrqat_config import LrQatConfig
         from colora_ms.adapters.lrqat_model import quantize
 
         made = quantize(decoder, LrQatConfig(method="rtn", bits=int(dtype[3:]), group=group, downcast="int"))
-        made.export(target, source, files=files)
+        made.export(target, written, files=files)
         return []
-    parameters = {parameter.name: parameter for parameter in decoder.get_parameters()}
-    tensors = LazyTensors(config.parameter_shapes(), lambda name: parameters[name].asnumpy())
-    write_hf_folder(target, config, tensors, source, dtype, files=files)
+    write_hf_folder(target, config, tensors, written, dtype, files=files)
     return []
 
 

@@ -10,8 +10,8 @@ def add_arguments(parser):
                         help="of a folder's weights; none: float32")
     parser.add_argument("--type", default=None, type=str.upper, choices=TYPES,
                         help="of a GGUF file's matrices, whose vectors stay F32; none: F32")
-    parser.add_argument("--adapter", default=None, metavar="FOLDER", help="convert this LoRA in place of a model, with --to")
-    parser.add_argument("--to", default=None, metavar="FILE", help="with --adapter: the .gguf file to write")
+    parser.add_argument("--adapter", default=None, metavar="FOLDER", help="convert this LoRA (or LoRA GGUF) in place of a model, with --to")
+    parser.add_argument("--to", default=None, metavar="FILE", help="with --adapter: the .gguf file to write, or of a LoRA GGUF the PEFT folder")
     parser.add_argument("--base", default=None, metavar="MODEL",
                         help="with --adapter: its base model, of which only the settings are read; none: the one it names")
 
@@ -50,8 +50,12 @@ def _adapter(arguments):
     if arguments.source is not None or arguments.dtype is not None:
         raise ConfigError("an adapter is converted by: colora-ms convert --adapter FOLDER --to lora.gguf [--base MODEL] "
                           "[--type F16]")
-    if arguments.to is None or not is_gguf(arguments.to):
-        raise ConfigError(f"--to is {arguments.to!r}, expected the name of the .gguf file to write for --adapter")
+    if arguments.to is None:
+        raise ConfigError("--adapter needs --to: the .gguf file to write, or the PEFT folder to make of a LoRA GGUF")
+    if not is_gguf(arguments.to):
+        if not is_gguf(arguments.adapter):
+            raise ConfigError(f"--to is {arguments.to!r}, expected the name of the .gguf file to write for --adapter")
+        check_format_option(False, None, arguments.type)
     say(convert_adapter(arguments.adapter, arguments.to, arguments.base, arguments.type or "F32"))
     print(f"wrote {arguments.to}")
     return 0

@@ -82,16 +82,20 @@ class Generator:
 
         Args:
             model: a known name or the path of a folder or file (see ``colora_ms.models.load_model``).
-            adapters: mapping of adapter names to PEFT folders, or None.
+            adapters: mapping of adapter names to PEFT folders, or None. Where one brings tokens that the model lacks, the
+                tokenizer in its folder is used.
             weight_format: "float32", "bfloat16", "int8" or "int4".
             adapter_format: "float32" or "bfloat16", see :func:`colora_ms.adapters.inject`.
             options: passed to the constructor.
         """
         from colora_ms.adapters import load_adapters
+        from colora_ms.adapters.vocabulary import tokenizer_for
         from colora_ms.models import load_model
 
         decoder, tokenizer = load_model(model, weight_format=weight_format)
         handle = load_adapters(decoder, adapters, adapter_format=adapter_format) if adapters else None
+        if handle is not None:
+            tokenizer = tokenizer_for(tokenizer, adapters, handle)
         return cls(decoder, tokenizer, handle, **options)
 
     @property

@@ -15,6 +15,7 @@ from colora_ms.models.gguf_decoder import GgufDecoder
 from colora_ms.models.gguf_parts import only_model, open_gguf
 from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantization_of, \
     read_config, write_hf_folder
+from colora_ms.models.recognise import not_a_model
 from colora_ms.models.mindspore_file import STATE_NAMES, STATE_PREFIXES, MindSporeFile
 
 __all__ = ["Checkpoint", "open_checkpoint", "check_shapes", "default_model_path", "resolve_model",
@@ -104,6 +105,9 @@ def open_checkpoint(path):
     path = os.fspath(path)
     if not os.path.exists(path):
         raise CheckpointError(f"there is no file or folder {path}")
+    reason = not_a_model(path)
+    if reason:
+        raise CheckpointError(reason)
     try:
         if os.path.isdir(path):
             return _open_folder(path)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from colora_ms.adapters.patterns import in_order
 from colora_ms.evaluation.evaluate import write_json, write_text
 
 
@@ -78,7 +79,9 @@ def summary_text(result):
 
 def recipe_hash(config):
     """Digest of all settings of a recipe."""
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
+    values = config.to_dict()
+    values["adapter"] = in_order(values["adapter"])
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def setup_hash(settings, hashes):

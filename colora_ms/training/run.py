@@ -1,12 +1,15 @@
 """Training from a recipe: its data, its model, its adapter, and the loop over them."""
 
 import warnings
+from pathlib import Path
 
 from colora_ms import models
 from colora_ms.adapters import inject
+from colora_ms.adapters.continuing import continue_adapter
+from colora_ms.adapters.vocabulary import copy_tokenizer, tokenizer_for
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
-from colora_ms.training.config import TrainingConfig
+from colora_ms.training.config import START_FOLDER, TrainingConfig
 from colora_ms.training.data import encode_examples, load_examples, make_template, without_overlap
 from colora_ms.training.progress import Progress
 from colora_ms.training.trainer import Trainer
@@ -37,6 +40,8 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
                                   "(--resume), or choose another output folder")
     train_examples, held_out, removed = load_data(config)
     decoder, tokenizer = models.load_model(config.model, weight_format=config.weight_format)
+    # An adapter to go on with may bring tokens of its own, so that it comes before the data.
+    handle, tokenizer, own_tokenizer = begin_adapter(config, decoder, tokenizer, rank)
     data, validation = encode_data(config, tokenizer, train_examples, held_out, decoder)
     say = Progress(0, 0, config.loop.progress and rank == 0).say
     say(f"training data: {data.summary()}"
@@ -49,12 +54,40 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     if world > 1:
         say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
             f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
-    adapter = config.adapter_config()
-    handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
-                    base_model=config.model)
-    trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
-                      validation, callbacks, rank=rank, world=world, data_report=report)
+
+    def save(folder):
+        handle.save(folder, "default", as_lora=True)
+        if own_tokenizer is not None:
+            copy_tokenizer(own_tokenizer, folder)
+
+    trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world, data_report=report)
     return trainer.train(resume)
+
+
+def begin_adapter(config, decoder, tokenizer=None, rank=0):
+    """Put a recipe's adapter into ``decoder``: a new one, or the one that it starts from, of which the run keeps a copy, so
+    that it can be resumed whatever becomes of the original.
+
+    Returns:
+        ``(handle, tokenizer, folder)``: the tokenizer to use, and the folder that it is from where that is the adapter's,
+        otherwise None.
+
+    Raises:
+        AdapterError: what ``inject`` or loading the folder refuses; the model is unchanged.
+    """
+    settings = dict(adapter_name="default", seed=config.loop.seed, base_model=config.model)
+    if config.start_from is None:
+        return inject(decoder, config.adapter_config(), **settings), tokenizer, None
+    folder, kept = config.start_folder, Path(config.output) / START_FOLDER
+    # What stands beside start_from was compared with the original, which need not be there any more.
+    given = {} if folder == kept else {name: value for name, value in config.adapter.items()
+                                       if name not in ("method", "start_from")}
+    handle = continue_adapter(decoder, folder, given, "default", config.loop.seed, config.model)
+    if rank == 0 and folder != kept:
+        handle.save(kept, "default")
+        copy_tokenizer(folder, kept)
+    own = tokenizer_for(tokenizer, {"default": folder}, handle)
+    return handle, own, None if own is tokenizer else folder
 
 
 def load_data(config):

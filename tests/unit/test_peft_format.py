@@ -377,6 +377,9 @@ for case in range(len(sys.argv) - 2):
 
 PEER_CASES = [
     ("llama", {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "rank_pattern": {"layers.0.mlp.up_proj": 5}}),
+    ("llama", {"r": 2, "lora_alpha": 3, "target_modules": ["down_proj", "q_proj"],
+               "rank_pattern": {"model.layers.1.mlp.down_proj": 6, "down_proj": 4, "layers.0.*": 3},
+               "alpha_pattern": {"model.layers.1.mlp.down_proj": 64, "down_proj": 8}}),
     ("llama", {"r": 2, "target_modules": ["embed_tokens", "lm_head", "v_proj"], "use_rslora": True}),
     ("llama", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]}),
     ("llama_bias", {"r": 2, "target_modules": ["q_proj", "up_proj"], "bias": "all"}),
