@@ -54,6 +54,7 @@ def stage(handle, stored, check=None):
     """
     if stored.config is None:
         stored.refuse(stored.problems, handle.base_model)
+    stored.problems += stored.fit(handle.net)
     try:
         more = vocabulary.larger(stored, handle.modules)
     except AdapterError as error:

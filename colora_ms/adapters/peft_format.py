@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from colora_ms.adapters import pickle_file, store
+from colora_ms.adapters.gguf_lora import GgufLoraFile
 from colora_ms.adapters.key_names import PREFIX, PlainFile, plain_names
 from colora_ms.adapters.matching import shortest_names
 from colora_ms.adapters.registry import method
 from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError, near
+from colora_ms.models.recognise import is_gguf
 from colora_ms.models.safetensors_file import SafetensorsFile, write_safetensors
 
 #: Lines of a list of problems, at most.
@@ -44,7 +46,8 @@ class Entry:
 
 
 class StoredAdapter:
-    """An adapter folder, opened and not yet read: its config, its tensors, and what is already known to be wrong.
+    """An adapter folder, or llama.cpp's LoRA GGUF, opened and not yet read: its config, its tensors, and what is already
+    known to be wrong.
 
     Attributes:
         folder: Path; config: the method's config, or None if its values cannot be used; problems: list of sentences.
@@ -54,10 +57,20 @@ class StoredAdapter:
 
     def __init__(self, folder, allow_pickle=False):
         self.folder = Path(folder)
-        self.values = store.read_config(folder)
-        self.file = _plain(_open_weights(self.folder, allow_pickle), self.folder)
+        if self.folder.is_file() and is_gguf(self.folder):
+            self.file = GgufLoraFile(self.folder)
+            self.values = self.file.values
+        else:
+            self.values = store.read_config(folder)
+            self.file = _plain(_open_weights(self.folder, allow_pickle), self.folder)
         kind = self.values.get("peft_type") if isinstance(self.values, dict) else None
         self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
+        self.problems = [*getattr(self.file, "problems", ()), *self.problems]
+
+    def fit(self, net):
+        """Prepare for a model (anything with its ``config``); returns what is wrong, as a list of sentences."""
+        fit = getattr(self.file, "fit", None)
+        return fit(net) if fit else []
 
     def digest(self):
         """Digest of the content; see :func:`colora_ms.adapters.store.digest`."""

@@ -96,8 +96,8 @@ def not_a_model(path):
 
 def _file_as_adapter(path):
     if is_gguf(path):
-        return (f"{path} is a GGUF file; a LoRA of llama.cpp becomes an adapter folder with: colora-ms convert --adapter "
-                f"{path} --to FOLDER")
+        return (f"{path} is a GGUF file, which is loaded as an adapter where one file can stand (--adapter); a folder of it is "
+                f"made by: colora-ms convert --adapter {path} --to FOLDER --base MODEL")
     if path.name == "adapters.safetensors":
         return _mlx(path.parent) or f"{path} is an mlx adapter's file; fuse the adapter there, or train it again with PEFT"
     if path.suffix in (".safetensors", ".bin", ".json"):

@@ -14,7 +14,7 @@ import numpy as np
 from colora_ms.errors import CheckpointError, TokenizerError
 from colora_ms.models import chat_template, detokenizer, tokenizer_build, turn_ends
 from colora_ms.models.detokenizer import StreamDecoder
-from colora_ms.models.gguf_reader import GgufFile
+from colora_ms.models.gguf_parts import open_gguf
 from colora_ms.models.tokenizer_files import FLAG_CLASSES, NAMED, add_tokens, read_tokenizer_files, settings_of
 
 _WITH_ID = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -307,7 +307,7 @@ def load_tokenizer(source):
         if not os.path.isfile(path):
             raise TokenizerError(f"there is no file or folder {path}")
         if path.endswith(".gguf"):
-            return Tokenizer(*tokenizer_build.from_gguf(GgufFile(path).metadata, path))
+            return Tokenizer(*tokenizer_build.from_gguf(open_gguf(path).metadata, path))
         if path.endswith((".model", ".json")):
             return _from_folder(*os.path.split(path))
     except CheckpointError as error:
