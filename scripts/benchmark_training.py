@@ -4,6 +4,8 @@
     python scripts/benchmark_training.py --json training.json           this project
     python scripts/benchmark_training.py --peers --json training.json   and transformers + peft on torch, the same batch
     python scripts/benchmark_training.py --profile                      where our step's time goes
+    python scripts/benchmark_training.py --packing --json packing.json  packed examples against padding in buckets,
+                                                                        see packing_benchmark.py
 
 How it measures: this project and the peer are processes of their own, pinned to the same processors, with the same
 adapter, the same batch of random ids and the same settings of the optimizer. Compilation and the first step are not
@@ -29,6 +31,7 @@ from benchmark_common import (
     ROOT, BenchmarkError, Worker, machine, measure, peak_bytes, ratio, reset_peak, run_benchmark, serve, table, versions,
 )
 from decode_worker import ADAPTER, RANK, write_adapter
+import packing_benchmark
 
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
@@ -289,6 +292,12 @@ def parse():
     parser.add_argument("--rows", type=int, default=4, help="rows of the batch")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=2, help="steps of either side in a round")
+    parser.add_argument("--packing", action="store_true", help="measure packing against padding in buckets instead")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="with --packing: JSON lines to train on (default: GSM8K's "
+                        "training file in ../shared)")
+    parser.add_argument("--batches", type=int, default=24, help="with --packing: padded batches of a pass, about")
+    parser.add_argument("--buckets", type=int, default=3, help="with --packing: lengths of the padded side, at most")
+    parser.add_argument("--max-length", type=int, default=1024, help="with --packing: longer examples are left out")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="2 x 16 tokens, 1 round of 1 step: only to see it work")
@@ -298,8 +307,9 @@ def parse():
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rows, arguments.tokens, arguments.steps, arguments.repeats = 2, 16, 1, 1
-    if min(arguments.rows, arguments.tokens, arguments.steps, arguments.repeats) < 1:
-        parser.error("--rows, --tokens, --steps and --repeats must be at least 1")
+        arguments.batches = 3
+    if min(arguments.rows, arguments.tokens, arguments.steps, arguments.repeats, arguments.batches, arguments.buckets) < 1:
+        parser.error("--rows, --tokens, --steps, --repeats, --batches and --buckets must be at least 1")
     return arguments
 
 
@@ -307,7 +317,7 @@ def main():
     arguments = parse()
     if arguments.child:
         return serve(Ours())
-    run_benchmark(benchmark, arguments)
+    run_benchmark(packing_benchmark.benchmark if arguments.packing else benchmark, arguments)
 
 
 if __name__ == "__main__":

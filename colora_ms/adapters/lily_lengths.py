@@ -8,7 +8,9 @@ import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops import constexpr
 
+from colora_ms.errors import AdapterError
 from colora_ms.models.decoder import DecoderModel
 
 #: Rows of a batch, at most, when Cells pool over tokens.
@@ -19,6 +21,11 @@ NAME = "adapters.row_lengths"
 
 #: Length of a row that nothing is known of: all of its tokens count.
 UNKNOWN = 2 ** 30
+
+
+#: Why a row of several sequences is refused.
+PACKED = ("this adapter's routers pool over the tokens of a row (router_pool \"sequence\" or \"batch\"), so that packed examples "
+          "would see each other; set data.packing to false, or train with router_pool \"token\" or \"static\"")
 
 
 def row_lengths(shared):
@@ -36,6 +43,16 @@ def length_mask(lengths, x):
     return (index < lengths[:rows].reshape((-1, 1))).astype(ms.float32)
 
 
+def pools_rows(net):
+    """Whether Cells of a decoder pool over the tokens of a row, which must then hold a single sequence."""
+    return isinstance(getattr(net, "model", None), NotingDecoderModel)
+
+
+@constexpr
+def _refuse_packed():
+    raise AdapterError(PACKED)
+
+
 class NoteLengths(nn.Cell):
     """Writes the rows' lengths into the Parameter and returns the slots, so that what uses them comes after."""
 
@@ -45,6 +62,8 @@ class NoteLengths(nn.Cell):
         self.unknown = Tensor(np.full(MOST_ROWS, UNKNOWN, np.int32))
 
     def construct(self, slots, lengths):
+        if lengths.ndim == 2:
+            _refuse_packed()
         rows = lengths.shape[0]
         whole = ops.concat((lengths.astype(ms.int32), self.unknown[rows:]))
         return ops.depend(slots, ops.assign(self.lengths, whole))

@@ -58,20 +58,22 @@ def cached_attention(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, len
 def causal_attention(q, k, v, cos, sin, lengths):
     """Causal attention of whole sequences that start at position 0, without a cache: the form for training.
 
-    Semantics: as :func:`cached_attention` with start = 0, keys and values not rounded.
+    Semantics: as :func:`cached_attention` with start = 0, keys and values not rounded. A row may hold several sequences
+    one after another (packing): each is as if it stood alone in a row, to the last bit on a CPU, with positions from 0.
 
     Args:
         q: (rows, T, heads * head_dim) float32, not rotated yet.
         k, v: (rows, T, kv_heads * head_dim) float32, not rotated yet.
-        cos, sin: (max_len, head_dim / 2) float32, max_len >= T.
-        lengths: (rows,) int32, the real tokens of each row, 0..T (padding stands on the right).
+        cos, sin: (max_len, head_dim / 2) float32, max_len >= T; with segments, at least the longest one.
+        lengths: (rows,) int32, the real tokens of each row, 0..T (padding stands on the right); or (rows, segments)
+            int32, the tokens of the sequences in each row from the left, their sum 0..T. A 0 is no sequence.
 
     Returns:
         (rows, T, heads * head_dim) float32; 0 at and behind the row's length.
 
     Raises:
         KernelError: a shape or dtype is wrong.
-        RuntimeError: a length is not in 0..T.
+        RuntimeError: a length, or the sum of a row's lengths, is not in 0..T; a segment is longer than max_len.
 
     Gradients: q, k and v. The backward pass computes the scores again from the saved log-sum-exp of each query, so
     that memory grows with T and not with its square (FlashAttention-2, arXiv 2307.08691, algorithm 2).
@@ -131,12 +133,22 @@ def causal_attention_reference(q, k, v, cos, sin, lengths):
     """:func:`causal_attention` in built-in operators; differentiable, any device; lengths are not checked."""
     rows, tokens, _ = q.shape
     dim = 2 * cos.shape[1]
-    cosines, sines = cos[:tokens].reshape((1, tokens, 1, -1)), sin[:tokens].reshape((1, tokens, 1, -1))
+    steps = ops.arange(tokens).astype(ms.int32)
+    seen = steps.reshape((1, 1, tokens)) <= steps.reshape((1, tokens, 1))
+    if lengths.ndim == 2:
+        # A segment starts where those that are over by then end: what they sum up to.
+        over = steps.reshape((1, tokens, 1)) >= ops.cumsum(lengths, 1).reshape((rows, 1, -1))
+        begin = (over.astype(ms.int32) * lengths.reshape((rows, 1, -1))).sum(-1)  # (rows, T)
+        seen = ops.logical_and(seen, steps.reshape((1, 1, tokens)) >= begin.reshape((rows, tokens, 1)))
+        table = ops.minimum(steps.reshape((1, tokens)) - begin, cos.shape[0] - 1).reshape((-1,))
+        cosines = ops.gather(cos, table, 0).reshape((rows, tokens, 1, -1))
+        sines = ops.gather(sin, table, 0).reshape((rows, tokens, 1, -1))
+        lengths = lengths.sum(1)
+    else:
+        cosines, sines = cos[:tokens].reshape((1, tokens, 1, -1)), sin[:tokens].reshape((1, tokens, 1, -1))
     queries = rotate(q.reshape((rows, tokens, -1, dim)), cosines, sines)
     keys = rotate(k.reshape((rows, tokens, -1, dim)), cosines, sines).transpose((0, 2, 1, 3))
     values = v.reshape((rows, tokens, -1, dim)).transpose((0, 2, 1, 3))
-    steps = ops.arange(tokens).astype(ms.int32)
-    seen = steps.reshape((1, 1, tokens)) <= steps.reshape((1, tokens, 1))
     real = steps.reshape((1, tokens)) < lengths.reshape((rows, 1))
     out = _attend(queries, keys, values, seen)
     return ops.where(real.reshape((rows, tokens, 1)), out, ops.zeros_like(out))
@@ -208,8 +220,11 @@ def _causal_shapes(q, k, v, cos, sin, lengths):
     name = "causal_attention"
     require(len(cos) == 2, name, "cos", cos, "(max_len, head_dim / 2)")
     _heads(name, q, k, v, cos, sin, 2 * cos[1])
-    require(cos[0] >= q[1], name, "cos", cos, f"at least the {q[1]} positions of q")
-    require_shape(name, "lengths", lengths, q[:1])
+    if len(lengths) == 2:
+        require(lengths[0] == q[0], name, "lengths", lengths, f"({q[0]}, segments)")
+    else:
+        require(cos[0] >= q[1], name, "cos", cos, f"at least the {q[1]} positions of q")
+        require_shape(name, "lengths", lengths, q[:1])
     return q, [q[0], q[2] // (2 * cos[1]), q[1]]
 
 

@@ -53,7 +53,7 @@ class Attention(nn.Cell):
         return norm(x.reshape(shape[0], shape[1], heads, self.head_dim), slots).reshape(shape)
 
     def construct(self, x, slots, cos, sin, lengths):
-        """Causal attention without a cache (training); lengths: (rows,) int32, the real tokens of each row."""
+        """Causal attention without a cache (training); lengths as in :meth:`Decoder.hidden`."""
         q, k, v = self.project(x, slots)
         return self.o_proj(causal_attention(q, k, v, cos, sin, lengths), slots)
 
@@ -219,7 +219,8 @@ class Decoder(nn.Cell):
 
         Args:
             ids: (rows, tokens) int32, padded at the right.
-            lengths: (rows,) int32, real tokens of each row.
+            lengths: (rows,) int32, real tokens of each row; or (rows, segments) int32, the real tokens of the sequences
+                that stand in each row one after another (0: none), each as if it had the row to itself.
             slots: (rows,) int32.
 
         Returns:

@@ -3,20 +3,23 @@
 Every batch has one of a few lengths (a graph is compiled per shape), rows are padded on the right,
 and the labels are shifted so that ``labels[:, t]`` is what position ``t`` should predict:
 
-    ids     (rows, tokens) int32     padding 0
-    labels  (rows, tokens) int32     IGNORE on the prompt and the padding
-    lengths (rows,)        int32     real tokens of a row
+    ids      (rows, tokens)   int32   padding 0
+    labels   (rows, tokens)   int32   IGNORE on the prompt and the padding
+    lengths  (rows,)          int32   real tokens of a row
+    segments (rows, segments) int32   with packing: real tokens of each example in a row, 0 behind the last
 
-The last batch of a bucket is filled up with rows of length 1 that carry no label: nothing is left
-out and no further shape arises.
+The last batch of a bucket is filled up with rows of length 0: nothing is left out and no further
+shape arises.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, DataError
 from colora_ms.training.encoding import IGNORE, fingerprint
+from colora_ms.training.packing import METHOD, fed_tokens, most_segments, pack_examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,12 @@ class Batch:
     ids: np.ndarray
     labels: np.ndarray
     lengths: np.ndarray
+    segments: "np.ndarray | None" = None
+
+    @property
+    def parts(self):
+        """What the graphs take as lengths: ``segments`` of a packed batch, ``lengths`` of another."""
+        return self.lengths if self.segments is None else self.segments
 
     @property
     def answer_tokens(self):
@@ -84,32 +93,6 @@ def choose_buckets(lengths, max_buckets=3, multiple=16, limit=None):
     return sorted(buckets)
 
 
-def pack_examples(items, length, order):
-    """Join examples to rows of at most ``length`` tokens (first fit over the open rows).
-
-    The tokens of one example see those of the examples before it in the row, as is usual in
-    packing; use buckets where that matters.
-
-    Returns:
-        List of lists of positions in ``items``.
-    """
-    rows, room = [], []
-    open_rows = []  # only the newest rows are searched: linear time, and near-full rows are closed
-    for position in order:
-        need = len(items[position])
-        for row in open_rows:
-            if room[row] >= need:
-                break
-        else:
-            row = len(rows)
-            rows.append([])
-            room.append(length)
-            open_rows = open_rows[-15:] + [row]
-        rows[row].append(position)
-        room[row] -= need
-    return rows
-
-
 class BatchLoader:
     """An endless, restorable sequence of batches.
 
@@ -119,7 +102,8 @@ class BatchLoader:
         seed: order of the examples; every epoch has its own.
         buckets: lengths of the batches; ``None`` chooses at most ``max_buckets`` of them.
         max_buckets, multiple: see ``choose_buckets``.
-        packing: join short examples into rows of the longest bucket (see ``pack_examples``).
+        packing: put several examples into a row of the longest bucket (see ``packing``); they do
+            not see each other.
         rank, world: this process and the number of processes. All ranks together see exactly the
             batches of one process with ``batch_size * world`` rows, each row once.
         shuffle: ``False`` keeps the order of the data (evaluation).
@@ -144,13 +128,15 @@ class BatchLoader:
         self._rank, self._world, self._packing = rank, world, packing
         self._fingerprint = fingerprint(items)
         # A row feeds all tokens but the last, which is only a label.
-        lengths = [len(item) - 1 for item in items]
+        lengths = [fed_tokens(item) for item in items]
         if buckets is None:
             buckets = choose_buckets(lengths, 1 if packing else max_buckets, multiple)
         self.buckets = sorted({int(bucket) for bucket in buckets})
         if self.buckets[0] < 1 or max(lengths) > self.buckets[-1]:
             raise ConfigError(f"an example has {max(lengths)} tokens (without its last), the "
                               f"buckets are {self.buckets}: the largest must fit every example")
+        # One width for all batches: it is part of a graph's shape.
+        self._segments = most_segments(items, self.buckets[-1]) if packing else None
         self._epoch, self._position = 0, 0
         self._plan = self._make_plan(0)
 
@@ -162,14 +148,14 @@ class BatchLoader:
         generator = np.random.default_rng([self._seed, epoch])
         order = generator.permutation(count) if self._shuffle else np.arange(count)
         if self._packing:
-            rows = pack_examples(self._items, self.buckets[-1], order)
+            rows = pack_examples(self._items, self.buckets[-1], order, fed_tokens)
         else:
             rows = [[int(position)] for position in order]
         size = self._batch_size * self._world
         waiting = {bucket: [] for bucket in self.buckets}
         plan = []
         for row in rows:
-            bucket = self._bucket_of(sum(len(self._items[k]) for k in row) - 1)
+            bucket = self._bucket_of(sum(fed_tokens(self._items[k]) for k in row))
             waiting[bucket].append(row)
             if len(waiting[bucket]) == size:
                 plan.append((bucket, waiting[bucket]))
@@ -191,10 +177,71 @@ class BatchLoader:
         """Number of batches in the current epoch (with packing it may differ between epochs)."""
         return len(self._plan)
 
+    def summary(self):
+        """One line for the log: how many batches of which shapes, and how much of them is real."""
+        tokens = sum(fed_tokens(item) for item in self._items)
+        counts = {bucket: sum(one == bucket for one, _ in self._plan) for bucket in self.buckets}
+        area = self._batch_size * self._world * sum(bucket * count for bucket, count in counts.items())
+        shapes = ", ".join(f"{count} of {self._batch_size} x {bucket}" for bucket, count in counts.items() if count)
+        return f"{len(self._plan)} an epoch ({shapes} tokens), {100 * tokens / area:.0f} % of them real tokens"
+
     @property
     def epoch(self):
         """Number of whole epochs that have been handed out."""
         return self._epoch
+
+    @property
+    def rows(self):
+        """Rows of a batch on this rank."""
+        return self._batch_size
+
+    # -- updates -------------------------------------------------------------------------------
+
+    def updates(self, epochs, accumulation=1):
+        """How many updates so many passes over the data make.
+
+        A window of ``accumulation`` batches ends with its epoch, so the last update of an epoch
+        may be of fewer batches.
+
+        Args:
+            epochs: passes, a number above 0; a part of one is rounded up to whole batches.
+            accumulation: batches of an update.
+
+        Returns:
+            ``(updates, end)``; ``end`` is for ``window``: (epoch, batches of it) where the last
+            pass ends.
+        """
+        def count(epoch):
+            # Packing may make another number of rows of every order of the examples.
+            return len(self._make_plan(epoch) if self._packing else self._plan)
+
+        whole = math.floor(epochs)
+        if self._packing:
+            updates = sum(-(-count(epoch) // accumulation) for epoch in range(whole))
+        else:
+            updates = whole * -(-count(0) // accumulation)
+        # 0.1 + 0.2 of ten batches are 3, not 4.
+        part = math.ceil((epochs - whole) * count(whole) - 1e-6) if epochs > whole else 0
+        end = (whole, part) if part else (whole - 1, count(whole - 1))
+        return updates + -(-part // accumulation), end
+
+    def window(self, count, end=None):
+        """The next batches, those of one update: at most ``count``, fewer at the end of an epoch.
+
+        Args:
+            count: batches of a whole window.
+            end: where the run ends, from ``updates``; ``None`` for a run that ends with a window.
+
+        Returns:
+            List of ``Batch``, at least one.
+        """
+        batches = [self.next()]
+        limit = len(self._plan)
+        if end is not None and end[0] == self._epoch:
+            limit = min(limit, end[1])
+        while len(batches) < count and self._position < limit:
+            batches.append(self.next())
+        return batches
 
     # -- batches -------------------------------------------------------------------------------
 
@@ -216,15 +263,17 @@ class BatchLoader:
     def _collate(self, bucket, rows):
         ids = np.zeros((self._batch_size, bucket), np.int32)
         labels = np.full((self._batch_size, bucket), IGNORE, np.int32)
-        lengths = np.ones(self._batch_size, np.int32)
+        segments = np.zeros((self._batch_size, self._segments or 1), np.int32)
         for number, row in enumerate(rows):
-            tokens = np.concatenate([self._items[k].ids for k in row])
-            wanted = np.concatenate([self._items[k].labels for k in row])
-            length = len(tokens) - 1
-            ids[number, :length] = tokens[:-1]
-            labels[number, :length] = wanted[1:]
-            lengths[number] = length
-        return Batch(ids, labels, lengths)
+            begin = 0
+            for place, item in enumerate(self._items[k] for k in row):
+                end = begin + fed_tokens(item)
+                # The last token of one example never has to predict the first one of the next.
+                ids[number, begin:end] = item.ids[:-1]
+                labels[number, begin:end] = item.labels[1:]
+                segments[number, place] = end - begin
+                begin = end
+        return Batch(ids, labels, segments.sum(1, dtype=np.int32), segments if self._packing else None)
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -235,7 +284,7 @@ class BatchLoader:
 
     def _settings(self):
         return {"rows": self._batch_size * self._world, "buckets": self.buckets,
-                "packing": bool(self._packing), "shuffle": bool(self._shuffle),
+                "packing": METHOD if self._packing else False, "shuffle": bool(self._shuffle),
                 "examples": len(self._items)}
 
     def restore(self, state):

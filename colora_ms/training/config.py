@@ -56,8 +56,8 @@ class DataConfig(Section):
                            "stop with an error, or windows: cut plain texts into windows (others are skipped).",
                            *one_of(*ON_LONG))
     batch_size: int = setting(8, "Examples in one batch on each process.", *at_least(1))
-    packing: bool = setting(False, "Join short examples into full rows; faster, but an example "
-                            "then sees the ones before it in its row.")
+    packing: bool = setting(False, "Put several examples into a row, where none sees another: less padding, so "
+                            "faster. A batch keeps its size in tokens, and so holds more examples.")
     buckets: "list | None" = setting(None, "Lengths of the batches; chosen from the data when "
                                      "left out.",
                                      lambda value: bool(value) and all(is_int(item) and item > 0

@@ -51,9 +51,6 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     report = data_report(data, validation, removed)
     if rank == 0:
         warn_left_out(report)
-    if world > 1:
-        say(f"{world} workers with {config.data.batch_size} rows each: an update sees "
-            f"{world * config.data.batch_size * config.optimizer.accumulation_steps} rows")
 
     def save(folder):
         handle.save(folder, "default", as_lora=True)
@@ -61,6 +58,10 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
             copy_tokenizer(own_tokenizer, folder)
 
     trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world, data_report=report)
+    say(f"batches: {trainer.loader.summary()}")
+    if world > 1:
+        say(f"{world} workers with {trainer.loader.rows} rows each: an update sees at most "
+            f"{world * trainer.loader.rows * config.optimizer.accumulation_steps} rows")
     return trainer.train(resume)
 
 

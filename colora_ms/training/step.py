@@ -25,7 +25,8 @@ class CausalLossCell(nn.Cell):
 
     Args:
         decoder: has ``hidden(ids, lengths, slots) -> (rows, tokens, hidden)`` and ``lm_head``, a
-            linear Cell with ``weight`` (vocabulary, hidden).
+            linear Cell with ``weight`` (vocabulary, hidden). With packing it is given lengths of
+            (rows, segments), and no segment may see another.
     """
 
     def __init__(self, decoder):
@@ -39,7 +40,7 @@ class CausalLossCell(nn.Cell):
         Args:
             ids: (rows, tokens) int32, padded on the right.
             labels: (rows, tokens) int32, what each position should predict; -100 does not count.
-            lengths: (rows,) int32.
+            lengths: (rows,) int32; (rows, segments) of a packed batch, see ``Decoder.hidden``.
             slots: (rows,) int32, the adapter of each row.
 
         Returns:
@@ -261,7 +262,8 @@ class Stepper:
         """Make one update.
 
         Args:
-            batches: list of ``accumulation_steps`` batches (``Batch``).
+            batches: list of ``accumulation_steps`` batches (``Batch``), or fewer at the end of
+                an epoch.
             step: number of the update, from 1; ``steps``: number of all.
             stop: whether this process asks all to stop after the update (see ``stop_asked``).
 
@@ -291,7 +293,7 @@ class Stepper:
     def tensors(self, batch):
         """The batch as the tensors that the graphs take."""
         slots = np.full(len(batch.lengths), self.slot, np.int32)
-        return (Tensor(batch.ids), Tensor(batch.labels), Tensor(batch.lengths), Tensor(slots))
+        return (Tensor(batch.ids), Tensor(batch.labels), Tensor(batch.parts), Tensor(slots))
 
 
 def is_stacked_with_others(parameter):

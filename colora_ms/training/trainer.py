@@ -20,11 +20,13 @@ import time
 from pathlib import Path
 
 from colora_ms import runtime, workers
+from colora_ms.adapters import lily_lengths
 from colora_ms.adapters.patterns import in_order
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.data import BatchLoader
 from colora_ms.training.optimizer import learning_rate
+from colora_ms.training.packing import packed_shape
 from colora_ms.training.progress import Progress, StopSignals
 from colora_ms.training.report import RunLog, draw_loss_curve
 from colora_ms.training.step import EvaluationStep, Stepper
@@ -88,7 +90,8 @@ class Trainer:
 
     Raises:
         CheckpointError: the output folder cannot be written.
-        ConfigError: nothing to train, or an example longer than the model's context.
+        ConfigError: nothing to train, an example longer than the model's context, or packing with an
+            adapter that pools over rows.
     """
 
     def __init__(self, decoder, data, config, save_adapter, validation=None, callbacks=(), slot=0,
@@ -105,31 +108,35 @@ class Trainer:
         if context is not None and longest > context:
             raise ConfigError(f"an example has {longest} tokens, the model's context is {context}; "
                               f"set data.max_length to at most {context}")
+        if config.data.packing and lily_lengths.pools_rows(decoder):
+            raise ConfigError(lily_lengths.PACKED)
         self.loader = self._loader(data, rank, world)
         self.validation = None
         if validation is not None:
             self.validation = self._loader(validation, rank, world, shuffle=False)
         self.stepper = Stepper(decoder, config.optimizer, slot, world, loss_cell)
         self.evaluation = EvaluationStep(self.stepper.loss_cell)
-        self.steps = config.loop.steps or self._steps_of(config.loop.epochs)
+        self.steps, self.end = config.loop.steps, None
+        if self.steps is None:
+            self.steps, self.end = self.loader.updates(config.loop.epochs,
+                                                       config.optimizer.accumulation_steps)
         self.step, self.best_step, self.best_loss = 0, None, None
         self.seconds_before = 0.0
         self.stopped_by = ""  # who asked to stop after this update: a signal, or a callback that sets it
 
     def _loader(self, data, rank, world, shuffle=True):
         options = self.config.data
-        buckets = options.buckets
+        rows, buckets = options.batch_size, options.buckets
         if not shuffle:
-            # The training lengths, so that evaluation compiles no shape of its own if they fit.
+            # The training shapes, so that evaluation compiles none of its own if they fit.
             longest = max(len(item) for item in data.items) - 1
+            rows = self.loader.rows
             buckets = sorted({*self.loader.buckets, max(longest, self.loader.buckets[-1])})
-        return BatchLoader(data, options.batch_size, self.config.loop.seed, buckets,
-                           options.max_buckets, options.bucket_multiple,
-                           options.packing and shuffle, rank, world, shuffle)
-
-    def _steps_of(self, epochs):
-        batches = self.loader.batches_per_epoch * epochs
-        return max(1, math.ceil(batches / self.config.optimizer.accumulation_steps))
+        elif options.packing and buckets is None:
+            rows, length = packed_shape(data.items, rows, options.bucket_multiple)
+            buckets = [length]
+        return BatchLoader(data, rows, self.config.loop.seed, buckets, options.max_buckets,
+                           options.bucket_multiple, options.packing, rank, world, shuffle)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -163,8 +170,7 @@ class Trainer:
         try:
             with StopSignals(self):
                 while self.step < self.steps:
-                    batches = [self.loader.next()
-                               for _ in range(self.config.optimizer.accumulation_steps)]
+                    batches = self.loader.window(self.config.optimizer.accumulation_steps, self.end)
                     began = time.perf_counter()
                     loss, norm = self._update(batches)
                     seconds = time.perf_counter() - began

@@ -1,10 +1,15 @@
 // causal_attention: whole sequences from position 0 without a cache, and its gradient (the form for training).
 //
+// A row holds one segment or several, one after another from its left end: `lengths` is (rows,) or (rows, segments), and
+// 0 skips one. Every segment is a sequence of its own, whose positions start at 0: all work is by segment, so that what
+// stands beside a segment, and where in the row it stands, changes no bit of it and costs nothing.
+//
 // The forward pass saves the log-sum-exp of each query; the backward pass computes the scores again, block by block, so
-// that no (T, T) matrix exists (FlashAttention-2, arXiv 2307.08691). One thread does one key/value head of one row in
+// that no (T, T) matrix exists (FlashAttention-2, arXiv 2307.08691). One thread does one key/value head of one segment in
 // the backward pass and one block of queries in the forward pass, always in the same order.
 
 #include <cstring>
+#include <vector>
 
 #include "attention.h"
 #include "check.h"
@@ -15,10 +20,15 @@ namespace {
 
 using colora::Tensor;
 
+// Consecutive tokens of a row: token `begin + i` is at position `i`.
+struct Segment {
+  int64_t row, begin, length;
+};
+
 struct Sequence {
   int64_t rows, tokens, heads, kv_heads, group, dim, half;
   const float *q, *k, *v, *cos, *sin;
-  const int32_t* lengths;
+  std::vector<Segment> segments;  // none of length 0
 
   // Places of (row, token, head) in q or out, and in k or v.
   int64_t query(int64_t row, int64_t token, int64_t head) const {
@@ -37,8 +47,6 @@ Sequence read(colora::Call& call) {
   s.rows = q.dim(0), s.tokens = q.dim(1), s.half = cos.dim(1), s.dim = 2 * s.half;
   if (s.half < 1) cos.fail("has shape %s, expected (max_len, head_dim / 2)", cos.shape_text().c_str());
   sin.expect_same_shape(cos);
-  if (cos.dim(0) < s.tokens)
-    cos.fail("has %lld positions, expected at least the %lld of q", (long long)cos.dim(0), (long long)s.tokens);
   k.expect_dim(0, s.rows, "rows, as in q").expect_dim(1, s.tokens, "tokens, as in q");
   v.expect_same_shape(k);
   s.kv_heads = k.dim(2) / s.dim;
@@ -48,12 +56,26 @@ Sequence read(colora::Call& call) {
   if (s.group < 1 || s.heads * s.dim != q.dim(2))
     q.fail("has a last axis of %lld, expected a multiple of that of k, %lld", (long long)q.dim(2),
            (long long)k.dim(2));
-  lengths.expect_dtype("int32").expect_rank(1).expect_dim(0, s.rows, "rows, as in q");
-  s.lengths = lengths.data<int32_t>();
-  for (int64_t row = 0; row < s.rows; ++row)
-    if (s.lengths[row] < 0 || s.lengths[row] > s.tokens)
-      lengths.fail("is %d in row %lld, expected 0 to %lld (the tokens of q)", int(s.lengths[row]), (long long)row,
-                   (long long)s.tokens);
+  lengths.expect_dtype("int32").expect_rank(1, 2).expect_dim(0, s.rows, "rows, as in q");
+  const int64_t most = lengths.ndim == 2 ? lengths.dim(1) : 1;
+  if (lengths.ndim == 1 && cos.dim(0) < s.tokens)
+    cos.fail("has %lld positions, expected at least the %lld of q", (long long)cos.dim(0), (long long)s.tokens);
+  for (int64_t row = 0; row < s.rows; ++row) {
+    int64_t begin = 0;
+    for (int64_t i = 0; i < most; ++i) {
+      const int64_t length = lengths.data<int32_t>()[row * most + i];
+      if (length < 0 || length > s.tokens)
+        lengths.fail("is %lld in row %lld, expected 0 to %lld (the tokens of q)", (long long)length, (long long)row,
+                     (long long)s.tokens);
+      if (begin + length > s.tokens)
+        lengths.fail("sums up to more than %lld, the tokens of q, in row %lld", (long long)s.tokens, (long long)row);
+      if (length > cos.dim(0))
+        cos.fail("has %lld positions, expected at least the %lld of a segment in row %lld", (long long)cos.dim(0),
+                 (long long)length, (long long)row);
+      if (length > 0) s.segments.push_back({row, begin, length});
+      begin += length;
+    }
+  }
   s.q = q.data<float>(), s.k = k.data<float>(), s.v = v.data<float>();
   s.cos = cos.data<float>(), s.sin = sin.data<float>();
   return s;
@@ -120,34 +142,48 @@ COLORA_OPERATOR(causal_attention) {
   out.expect_dtype("float32").expect_same_shape(call.in(0, "q"));
   check_lse(lse, s);
   if (s.rows == 0 || s.tokens == 0) return;
-  const int64_t block = std::max<int64_t>(1, kQueryBlock / s.group), blocks = (s.tokens + block - 1) / block;
-  std::vector<float> rotated(size_t(s.rows * s.tokens * s.kv_heads * s.dim));
+  const int64_t block = std::max<int64_t>(1, kQueryBlock / s.group), key_size = s.kv_heads * s.dim;
+  std::vector<float> rotated(size_t(s.rows * s.tokens * key_size));
   std::vector<BlockScratch> scratches(size_t(colora::thread_count()), BlockScratch(block * s.group, s.dim));
+
+  // Blocks of queries; those that see the most positions come first, so that no long one is left for the end.
+  struct Block {
+    const Segment* segment;
+    int64_t first, count;
+  };
+  std::vector<Block> blocks;
+  std::vector<int32_t> position(size_t(s.rows * s.tokens), -1);  // -1: padding
+  for (const Segment& one : s.segments) {
+    for (int64_t first = 0; first < one.length; first += block)
+      blocks.push_back({&one, first, std::min(block, one.length - first)});
+    for (int64_t i = 0; i < one.length; ++i) position[size_t(one.row * s.tokens + one.begin + i)] = int32_t(i);
+  }
+  std::stable_sort(blocks.begin(), blocks.end(),
+                   [](const Block& a, const Block& b) { return a.first + a.count > b.first + b.count; });
 
   std::memset(out.raw, 0, size_t(out.size()) * sizeof(float));
   std::memset(lse.raw, 0, size_t(lse.size()) * sizeof(float));
-  parallel_ranges(s.rows * s.tokens, 1, (1 << 14) / (s.kv_heads * s.dim) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t kv = 0; i % s.tokens < s.lengths[i / s.tokens] && kv < s.kv_heads; ++kv)
-        rotate_head(s.k + (i * s.kv_heads + kv) * s.dim, s.cos + i % s.tokens * s.half, s.sin + i % s.tokens * s.half,
-                    s.half, 1.0f, rotated.data() + (i * s.kv_heads + kv) * s.dim);
-  });
-  const int64_t row_tasks = blocks * s.kv_heads;
-  parallel_tasks(s.rows * row_tasks, [&](int64_t i) {
-    // The last blocks, which see the most positions, come first.
-    const int64_t first = (blocks - 1 - i / (s.rows * s.kv_heads)) * block, row = i % (s.rows * s.kv_heads) / s.kv_heads,
-                  kv = i % s.kv_heads, count = std::min<int64_t>(block, s.lengths[row] - first);
-    if (count <= 0) return;
-    BlockScratch& scratch = scratches[size_t(worker_index())];
-    for (int64_t m = 0; m < count * s.group; ++m) {
-      const int64_t token = first + m / s.group;
-      rotate_head(s.q + s.query(row, token, kv * s.group + m % s.group), s.cos + token * s.half,
-                  s.sin + token * s.half, s.half, s.scale(), scratch.queries.data() + m * s.dim);
+  parallel_ranges(s.rows * s.tokens, 1, (1 << 14) / key_size + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = position[size_t(i)];
+      for (int64_t kv = 0; at >= 0 && kv < s.kv_heads; ++kv)
+        rotate_head(s.k + (i * s.kv_heads + kv) * s.dim, s.cos + at * s.half, s.sin + at * s.half, s.half, 1.0f,
+                    rotated.data() + (i * s.kv_heads + kv) * s.dim);
     }
-    attend_block(scratch, count * s.group, s.group, first, s.dim, rotated.data() + s.key(row, 0, kv),
-                 s.kv_heads * s.dim, s.v + s.key(row, 0, kv), s.kv_heads * s.dim);
-    for (int64_t m = 0; m < count * s.group; ++m) {
-      const int64_t token = first + m / s.group, head = kv * s.group + m % s.group;
+  });
+  parallel_tasks(int64_t(blocks.size()) * s.kv_heads, [&](int64_t i) {
+    const Block& part = blocks[size_t(i / s.kv_heads)];
+    const int64_t row = part.segment->row, begin = part.segment->begin, kv = i % s.kv_heads;
+    BlockScratch& scratch = scratches[size_t(worker_index())];
+    for (int64_t m = 0; m < part.count * s.group; ++m) {
+      const int64_t at = part.first + m / s.group;
+      rotate_head(s.q + s.query(row, begin + at, kv * s.group + m % s.group), s.cos + at * s.half, s.sin + at * s.half,
+                  s.half, s.scale(), scratch.queries.data() + m * s.dim);
+    }
+    attend_block(scratch, part.count * s.group, s.group, part.first, s.dim, rotated.data() + s.key(row, begin, kv),
+                 key_size, s.v + s.key(row, begin, kv), key_size);
+    for (int64_t m = 0; m < part.count * s.group; ++m) {
+      const int64_t token = begin + part.first + m / s.group, head = kv * s.group + m % s.group;
       std::memcpy(out.data<float>() + s.query(row, token, head), scratch.out.data() + m * s.dim,
                   size_t(s.dim) * sizeof(float));
       lse.data<float>()[(row * s.heads + head) * s.tokens + token] =
@@ -159,40 +195,46 @@ COLORA_OPERATOR(causal_attention) {
 // (q, k, v, cos, sin, lengths, out, lse, dout) -> (dq, dk, dv)
 COLORA_OPERATOR(causal_attention_grad) {
   call.expect(9, 3);
-  const Sequence s = read(call);
+  Sequence s = read(call);
   const Tensor q = call.in(0, "q"), k = call.in(1, "k"), out = call.in(6, "out"), lse = call.in(7, "lse"),
                dout = call.in(8, "dout"), dq = call.out(0, "dq"), dk = call.out(1, "dk"), dv = call.out(2, "dv");
   for (const Tensor* t : {&out, &dout, &dq}) t->expect_dtype("float32").expect_same_shape(q);
   for (const Tensor* t : {&dk, &dv}) t->expect_dtype("float32").expect_same_shape(k);
   check_lse(lse, s);
   if (s.rows == 0 || s.tokens == 0) return;
-  const int64_t tasks = s.rows * s.kv_heads;
+  std::stable_sort(s.segments.begin(), s.segments.end(),
+                   [](const Segment& a, const Segment& b) { return a.length > b.length; });
+  const int64_t tasks = int64_t(s.segments.size()) * s.kv_heads;
   std::vector<BackwardScratch> scratches;
-  for (int i = 0; i < threads_for(tasks, 1); ++i) scratches.emplace_back(s.tokens, s.group, s.dim);
+  for (int i = 0; tasks > 0 && i < threads_for(tasks, 1); ++i)
+    scratches.emplace_back(s.segments[0].length, s.group, s.dim);
 
   for (const Tensor* t : {&dq, &dk, &dv}) std::memset(t->raw, 0, size_t(t->size()) * sizeof(float));
   parallel_tasks(tasks, [&](int64_t task) {
-    const int64_t row = task / s.kv_heads, kv = task % s.kv_heads, length = s.lengths[row], dim = s.dim;
+    const Segment& one = s.segments[size_t(task / s.kv_heads)];
+    const int64_t row = one.row, kv = task % s.kv_heads, dim = s.dim;
     BackwardScratch& b = scratches[size_t(worker_index())];
-    for (int64_t token = 0; token < length; ++token) {
-      const float *cos = s.cos + token * s.half, *sin = s.sin + token * s.half;
-      rotate_head(s.k + s.key(row, token, kv), cos, sin, s.half, 1.0f, b.k.data() + token * dim);
-      std::memcpy(b.v.data() + token * dim, s.v + s.key(row, token, kv), size_t(dim) * sizeof(float));
+    for (int64_t i = 0; i < one.length; ++i) {
+      const int64_t token = one.begin + i;
+      const float *cos = s.cos + i * s.half, *sin = s.sin + i * s.half;
+      rotate_head(s.k + s.key(row, token, kv), cos, sin, s.half, 1.0f, b.k.data() + i * dim);
+      std::memcpy(b.v.data() + i * dim, s.v + s.key(row, token, kv), size_t(dim) * sizeof(float));
       for (int64_t g = 0; g < s.group; ++g) {
-        const int64_t m = token * s.group + g, head = kv * s.group + g, at = s.query(row, token, head);
+        const int64_t m = i * s.group + g, head = kv * s.group + g, at = s.query(row, token, head);
         rotate_head(s.q + at, cos, sin, s.half, s.scale(), b.q.data() + m * dim);
         std::memcpy(b.dout.data() + m * dim, dout.data<float>() + at, size_t(dim) * sizeof(float));
         b.delta[size_t(m)] = dot(out.data<float>() + at, dout.data<float>() + at, dim);
         b.lse[size_t(m)] = lse.data<float>()[(row * s.heads + head) * s.tokens + token];
       }
     }
-    backward(b, length, s.group, dim);
-    for (int64_t token = 0; token < length; ++token) {
-      const float *cos = s.cos + token * s.half, *sin = s.sin + token * s.half;
-      rotate_head_back(b.dk.data() + token * dim, cos, sin, s.half, 1.0f, dk.data<float>() + s.key(row, token, kv));
-      std::memcpy(dv.data<float>() + s.key(row, token, kv), b.dv.data() + token * dim, size_t(dim) * sizeof(float));
+    backward(b, one.length, s.group, dim);
+    for (int64_t i = 0; i < one.length; ++i) {
+      const int64_t token = one.begin + i;
+      const float *cos = s.cos + i * s.half, *sin = s.sin + i * s.half;
+      rotate_head_back(b.dk.data() + i * dim, cos, sin, s.half, 1.0f, dk.data<float>() + s.key(row, token, kv));
+      std::memcpy(dv.data<float>() + s.key(row, token, kv), b.dv.data() + i * dim, size_t(dim) * sizeof(float));
       for (int64_t g = 0; g < s.group; ++g)
-        rotate_head_back(b.dq.data() + (token * s.group + g) * dim, cos, sin, s.half, s.scale(),
+        rotate_head_back(b.dq.data() + (i * s.group + g) * dim, cos, sin, s.half, s.scale(),
                          dq.data<float>() + s.query(row, token, kv * s.group + g));
     }
   });

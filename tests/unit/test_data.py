@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from colora_ms.errors import CheckpointError, ConfigError, DataError
-from colora_ms.training import data
+from colora_ms.training import data, packing
 from colora_ms.training.data import IGNORE, BatchLoader, EncodedExample, Example, TextTemplate
 
 
@@ -281,8 +281,6 @@ def fed(batches):
     for batch in batches:
         for ids, labels, length in zip(batch.ids, batch.labels, batch.lengths):
             assert (labels[length:] == IGNORE).all() and (ids[length:] == 0).all()
-            if length == 1 and labels[0] == IGNORE and ids[0] == 0:
-                continue  # a row that only fills the batch up
             pairs += list(zip(ids[:length].tolist(), labels[:length].tolist()))
     return pairs
 
@@ -307,12 +305,19 @@ def test_an_epoch_feeds_every_token_once_for_any_sharding(lengths, rows, buckets
         assert len({batch.ids.shape for batch in together}) == 1
         assert together[0].ids.shape[0] == rows
         assert together[0].ids.shape[1] in loaders[0].buckets
-    pairs = fed(batch for shard in shards for batch in shard)
-    if packing:  # where two examples join, the last token of the first one is fed too, unlabelled
-        joins = {(int(item.ids[-1]), IGNORE) for item in items}
-        assert len([pair for pair in pairs if pair in joins]) <= len(items) - 1
-        pairs = [pair for pair in pairs if pair not in joins]
-    assert sorted(pairs) == wanted_pairs(items)
+    batches = [batch for shard in shards for batch in shard]
+    assert sorted(fed(batches)) == wanted_pairs(items)
+    # Rows that only fill a batch up count nothing.
+    assert sum(batch.tokens for batch in batches) == sum(lengths) - len(lengths)
+    assert all((batch.segments is not None) == packing for batch in batches)
+
+
+def test_the_summary_says_shapes_and_the_share_of_real_tokens():
+    items = items_of([5, 5, 5, 5, 9, 9])
+    assert BatchLoader(items, 2, buckets=[5, 10]).summary() == \
+        "3 an epoch (2 of 2 x 5, 1 of 2 x 10 tokens), 80 % of them real tokens"
+    assert BatchLoader(items, 2, buckets=[16], packing=True, world=2).summary() == \
+        "1 an epoch (1 of 2 x 16 tokens), 50 % of them real tokens"
 
 
 def test_ranks_together_see_the_rows_of_one_process():
@@ -406,9 +411,114 @@ def test_buckets_respect_the_limit():
         data.choose_buckets([], 2)
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths_lists, st.integers(1, 5), st.lists(st.integers(40, 90), min_size=1, max_size=3), st.integers(0, 9))
+def test_packed_examples_stand_whole_and_apart(lengths, rows, buckets, seed):
+    """Each segment is one example without its last token; its labels are its own next tokens; batches have one width."""
+    items = items_of(lengths)
+    loader = BatchLoader(items, rows, seed=seed, buckets=buckets, packing=True)
+    seen = []
+    batches = list(loader.epoch_batches())
+    assert len({batch.segments.shape for batch in batches}) == 1
+    for batch in batches:
+        assert batch.parts is batch.segments and batch.lengths.dtype == batch.segments.dtype == np.int32
+        assert np.array_equal(batch.lengths, batch.segments.sum(1))
+        for ids, labels, parts in zip(batch.ids, batch.labels, batch.segments):
+            for end, size in zip(np.cumsum(parts), parts):
+                if size:
+                    seen.append((tuple(ids[end - size:end].tolist()), tuple(labels[end - size:end].tolist())))
+    assert sorted(seen) == sorted((tuple(item.ids[:-1].tolist()), tuple(item.labels[1:].tolist())) for item in items)
+
+
 def test_packing_fills_rows_without_splitting():
     items = items_of([5, 9, 4, 3, 8, 2])
     rows = data.pack_examples(items, 12, range(6))
     assert sorted(position for row in rows for position in row) == list(range(6))
     assert all(sum(len(items[k]) for k in row) <= 12 for row in rows)
-    assert len(rows) == 3  # 31 tokens: first fit reaches the lower bound here
+    assert len(rows) == 3  # 31 tokens, the lower bound
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120), st.integers(1, 70))
+def test_packing_is_no_worse_than_first_fit(sizes, length, window):
+    """Each example stands once, no row is too full, and in a window at most one row is less than half full."""
+    order = np.random.default_rng(0).permutation(len(sizes))
+    rows = packing.pack_examples(sizes, length, order, int, window)
+    assert sorted(position for row in rows for position in row) == list(range(len(sizes)))
+    filled = [sum(sizes[k] for k in row) for row in rows]
+    assert max(filled) <= length
+    assert rows == packing.pack_examples(sizes, length, list(order), int, window)
+    if window >= len(sizes):
+        assert sum(one <= length / 2 for one in filled) <= 1
+        places = {position: place for place, position in enumerate(order.tolist())}
+        opened = [places[max(row, key=lambda k: (sizes[k], -places[k]))] for row in rows]
+        assert opened == sorted(opened)  # the order of the longest ones is kept
+
+
+def test_rows_get_longer_where_examples_cannot_share_one():
+    # 65 tokens fill a row of 80 badly; two of them and one of 30 fill one of 160.
+    assert packing.packed_shape(items_of([66] * 40 + [31] * 20), 8) == (4, 160)
+    assert packing.packed_shape(items_of([17, 17, 33] * 30), 8) == (8, 32)
+    assert packing.packed_shape(items_of([41] * 40), 8) == (1, 384)  # 9 of 40: as good as it gets
+    assert packing.packed_shape(items_of([41] * 40), 3) == (1, 144)
+    assert packing.packed_shape(items_of([64]), 1) == packing.packed_shape(items_of([2, 60]), 1) == (1, 64)
+
+
+# -- windows of accumulation -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation, epochs, expected", [
+    (3, 1, [3, 1]), (64, 1, [4]), (1, 1, [1] * 4), (4, 2, [4, 4]), (3, 2, [3, 1, 3, 1]), (3, 1.5, [3, 1, 2]),
+    (64, 0.5, [2]), (3, 0.1, [1]), (2, 1.75, [2, 2, 2, 1]), (3, 2.25, [3, 1, 3, 1, 1])])
+@pytest.mark.parametrize("world", [1, 2])
+def test_windows_end_with_their_epoch(accumulation, epochs, expected, world):
+    items = items_of([5] * 4 * world)
+    for rank in range(world):
+        loader = BatchLoader(items, 1, seed=3, rank=rank, world=world)
+        updates, end = loader.updates(epochs, accumulation)
+        windows = [loader.window(accumulation, end) for _ in range(updates)]
+        assert [len(window) for window in windows] == expected
+        assert sum(batch.tokens for window in windows for batch in window) == 4 * sum(expected)
+        state = loader.state()
+        assert (state["epoch"], state["position"]) == end
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_lists, st.integers(1, 4), st.integers(1, 9), st.floats(0.01, 4), st.booleans())
+def test_updates_feed_what_the_epochs_ask_for(lengths, rows, accumulation, epochs, packed):
+    loader = BatchLoader(items_of(lengths), rows, seed=2, packing=packed, multiple=4)
+    updates, end = loader.updates(epochs, accumulation)
+    before, windows = [], []
+    for number in range(updates):
+        windows.append(loader.window(accumulation, end))
+        before.append(loader.epoch)
+    assert before == sorted(before) and all(1 <= len(window) <= accumulation for window in windows)
+    tokens, whole = sum(batch.tokens for window in windows for batch in window), sum(lengths) - len(lengths)
+    assert int(epochs) * whole <= tokens <= -(-epochs // 1) * whole
+    most = max(batch.tokens for window in windows for batch in window) if windows else 0
+    if not packed and len({*lengths}) == 1 and len(lengths) % rows == 0:
+        assert abs(tokens - epochs * whole) <= most
+    assert loader.state()["epoch"] == end[0] and loader.state()["position"] == end[1]
+
+
+def test_windows_without_an_end_go_on_into_the_next_epoch_and_resume_inside_one():
+    items = items_of([5] * 4)
+    loader = BatchLoader(items, 1, seed=3)
+    sizes, states = [], []
+    for _ in range(5):
+        states.append(loader.state())
+        sizes.append(len(loader.window(3)))
+    assert sizes == [3, 1, 3, 1, 3]
+    for state, size in zip(states, sizes):
+        other = BatchLoader(items, 1, seed=3)
+        other.restore(json.loads(json.dumps(state)))
+        assert len(other.window(3)) == size
+
+
+def test_a_run_that_packed_otherwise_is_not_continued():
+    items = items_of(range(2, 20))
+    loader = BatchLoader(items, 4, seed=7, packing=True)
+    state = loader.state()
+    state["settings"]["packing"] = True
+    with pytest.raises(CheckpointError, match="packing is best fit.*, was True"):
+        loader.restore(state)
