@@ -3,10 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import custom, uses_cpu_library
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
 
 #: Label of a token that has no part in the loss.
 IGNORED = -100
@@ -34,10 +34,7 @@ def linear_cross_entropy(hidden, weight, labels):
 
     Gradients: hidden and weight; that of weight is computed only where weight is trained.
     """
-    if _CPU:
-        loss_sum, count, _, _ = _linear_cross_entropy(hidden, weight, labels)
-        return loss_sum.reshape(()), count.reshape(())
-    return linear_cross_entropy_reference(hidden, weight, labels)
+    return bound.linear_cross_entropy(hidden, weight, labels)
 
 
 def linear_token_losses(hidden, weight, labels):
@@ -51,9 +48,7 @@ def linear_token_losses(hidden, weight, labels):
 
     Gradients: refused (use :func:`linear_cross_entropy`).
     """
-    if _CPU:
-        return _linear_token_losses(hidden, weight, labels)
-    return linear_token_losses_reference(hidden, weight, labels)
+    return bound.linear_token_losses(hidden, weight, labels)
 
 
 def linear_token_losses_reference(hidden, weight, labels):
@@ -100,7 +95,7 @@ def _dtype_function(name, outputs):
 
 def _bprop(hidden, weight, labels, out, dout):
     # The compiler drops the weight's part where the weight is frozen.
-    dweight = _weight_grad(hidden, weight, labels, out[3]) * dout[0]
+    dweight = bound.linear_cross_entropy_weight_grad(hidden, weight, labels, out[3]) * dout[0]
     return out[2] * dout[0], dweight.astype(weight.dtype), ops.zeros_like(labels)
 
 
@@ -109,8 +104,15 @@ def _no_gradient(hidden, weight, labels, out, dout):
 
 
 # Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, and the log-sum-exp of each token.
-_linear_cross_entropy = custom("linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 4), _bprop)
-_weight_grad = custom("linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse: weight,
-                      lambda *dtypes: ms.float32)
-_linear_token_losses = custom("linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1),
-                              _no_gradient)
+def _linear_cross_entropy(hidden, weight, labels):
+    loss_sum, count, _, _ = bound.linear_cross_entropy_operator(hidden, weight, labels)
+    return loss_sum.reshape(()), count.reshape(())
+
+
+operation("linear_cross_entropy", reference=lambda: linear_cross_entropy_reference, cpu=lambda: _linear_cross_entropy)
+operation("linear_cross_entropy_operator", cpu=lambda: custom(
+    "linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 4), _bprop))
+operation("linear_cross_entropy_weight_grad", cpu=lambda: custom(
+    "linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse: weight, lambda *dtypes: ms.float32))
+operation("linear_token_losses", reference=lambda: linear_token_losses_reference, cpu=lambda: custom(
+    "linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1), _no_gradient))

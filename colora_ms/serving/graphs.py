@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms.decoding.loop import ContinueLoop
-from colora_ms.kernels import contrast_strength, contrastive_select
+from colora_ms.kernels import bind, contrast_strength, contrastive_select
 
 
 class Prefill(nn.Cell):
@@ -16,6 +16,7 @@ class Prefill(nn.Cell):
 
     def __init__(self, decoder, cache):
         super().__init__()
+        bind()
         self.decoder = decoder
         self.cache = cache
 
