@@ -165,7 +165,8 @@ def operator_calls(shape, rows, tokens, call):
     labels = random.integers(0, vocab, n).astype(np.int32)
     calls.append(("linear_cross_entropy, both ways", 1, call.Prepared(
         "linear_cross_entropy", [flat, head, labels],
-        [((1,), "float32"), ((1,), "float32"), (flat.shape, "float32"), ((n,), "float32")]), 4 * n * hidden * vocab))
+        [((1,), "float32"), ((1,), "float32"), (flat.shape, "float32"), ((n,), "float32"), ((n,), "float32")]),
+        4 * n * hidden * vocab))
     return calls
 
 
@@ -295,7 +296,7 @@ def parse():
     parser.add_argument("--packing", action="store_true", help="measure packing against padding in buckets instead")
     parser.add_argument("--data", type=Path, metavar="FILE", help="with --packing: JSON lines to train on (default: GSM8K's "
                         "training file in ../shared)")
-    parser.add_argument("--batches", type=int, default=24, help="with --packing: padded batches of a pass, about")
+    parser.add_argument("--batches", type=int, default=16, help="with --packing: padded batches of a pass, about")
     parser.add_argument("--buckets", type=int, default=3, help="with --packing: lengths of the padded side, at most")
     parser.add_argument("--max-length", type=int, default=1024, help="with --packing: longer examples are left out")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")

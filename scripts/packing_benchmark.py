@@ -5,7 +5,8 @@ loader in two ways: padded, with its default of 3 buckets, and packed, with ``da
 
 * The examples are the same ones on both sides: of each bucket as many whole batches as its share of the whole file, drawn
   by a fixed seed, so that the padded side has no partial batch and the padding of the whole file. Nothing is left out for
-  its length (``--max-length`` is above the longest example; lower ones are for other questions).
+  its length (``--max-length`` is above the longest example; lower ones are for other questions). What share of the whole
+  file's batches is real tokens is printed beside the sample's.
 * A batch has about the same number of tokens on both sides, padding included: the padded side has ``--rows`` rows, the
   packed side as many rows of the longest example as come nearest, which the trainer lays out (``packed_shape``).
 * Both sides make the same update from all examples, batch by batch (gradient accumulation), by one stepper; behind each
@@ -89,7 +90,9 @@ class Packing:
             self._update(list({batch.ids.shape: batch for batch in side}.values()))
         return {
             "backend": backend(), "compile_s": time.perf_counter() - began, "examples": len(items), "of": len(encoded),
-            "left_out": len(encoded.skipped), "whole_fill": _fill(whole.epoch_batches()), "longest": max(sizes),
+            "left_out": len(encoded.skipped),
+            "whole": {"padded": _fill(whole.epoch_batches()), "packed": _fill(BatchLoader(
+                encoded, packed_rows, buckets=[length], packing=True).epoch_batches())},
             "sides": {name: {"fill": _fill(side), "batches": len(side), "tokens": sum(batch.tokens for batch in side),
                              "shapes": _shapes(side)} for name, side in self.sides.items()}}
 
@@ -144,6 +147,8 @@ def benchmark(arguments, folder):
         for number in range(arguments.repeats):
             for side in sorted(rounds, reverse=not number % 2):
                 rounds[side].append(worker.ask("one_pass", side=side))
+            print(f"round {number + 1}: " + ", ".join(f"{side} {passes[-1]['seconds']:.2f} s" for side, passes in rounds.items()),
+                  flush=True)
     finally:
         worker.close()
     measures = report(found, rounds)
@@ -164,7 +169,8 @@ def report(found, rounds):
         lines.append((name, f"{side['tokens'] / middle:.0f}", f"{middle:.2f}", f"{100 * side['fill']:.1f} %", side["shapes"],
                       f"{first['loss']:.7f}", f"{first['norm']:.5f}"))
     print("\n" + table(("", "real tokens/s", "s a pass", "real tokens", "batches", "loss", "gradient's norm"), lines))
-    print(f"\nThe whole file in padded batches: {100 * found['whole_fill']:.1f} % real tokens.", flush=True)
+    print("\nThe whole file: " + ", ".join(f"{name} {100 * fill:.1f} %" for name, fill in found["whole"].items())
+          + " real tokens.", flush=True)
     padded, packed = rounds["padded"], rounds["packed"]
     apart = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a in padded for b in packed)
     tokens = {side["tokens"] for side in found["sides"].values()}

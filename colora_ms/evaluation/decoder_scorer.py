@@ -3,11 +3,11 @@
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn
 
 from colora_ms import runtime
 from colora_ms.errors import DataError
-from colora_ms.kernels import bind, linear_token_losses
+from colora_ms.kernels import bind, linear_token_losses, token_losses_of_logits
 
 _IGNORED = -100
 
@@ -42,10 +42,7 @@ class TokenLosses(nn.Cell):
                                          self.decoder.lm_head.weight, flat)
         else:
             logits = self.decoder.lm_head(hidden, slots)
-            logits = logits.reshape((-1, logits.shape[-1]))
-            place = ops.maximum(flat, 0).reshape((-1, 1))
-            losses = ops.logsumexp(logits, 1) - ops.gather_elements(logits, 1, place).reshape((-1,))
-            losses = ops.where(flat == _IGNORED, ops.zeros_like(losses), losses)
+            losses = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)
         return losses.reshape(labels.shape)
 
 

@@ -16,8 +16,10 @@ from colora_ms.kernels.lora import lora_expand, lora_expand_reference, lora_shri
 from colora_ms.kernels.loss import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
+    linear_token_cross_entropy,
     linear_token_losses,
     linear_token_losses_reference,
+    token_losses_of_logits,
 )
 from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residual, rms_norm_residual_reference
 from colora_ms.kernels.registry import backend, bind
@@ -49,6 +51,7 @@ __all__ = [
     "fuses_steps",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "linear_token_cross_entropy",
     "linear_token_losses",
     "linear_token_losses_reference",
     "lora_expand",
@@ -63,4 +66,5 @@ __all__ = [
     "rms_norm_residual_reference",
     "swiglu",
     "swiglu_reference",
+    "token_losses_of_logits",
 ]

@@ -37,6 +37,24 @@ def linear_cross_entropy(hidden, weight, labels):
     return bound.linear_cross_entropy(hidden, weight, labels)
 
 
+def linear_token_cross_entropy(hidden, weight, labels):
+    """The cross-entropy of each token, for losses that weigh answers or tokens; the arguments of linear_cross_entropy.
+
+    As there, the forward pass also computes the gradient of ``hidden``; the gradient that arrives from behind
+    multiplies each token's row of it. No logits are kept.
+
+    Returns:
+        (tokens,) float32: ``logsumexp(z[n]) - z[n, labels[n]]``, and 0 where the label is -100; equal to
+        :func:`linear_token_losses` to the last bit.
+
+    Raises:
+        KernelError, RuntimeError: as :func:`linear_cross_entropy`.
+
+    Gradients: hidden and weight; that of weight is computed only where weight is trained.
+    """
+    return bound.linear_token_cross_entropy(hidden, weight, labels)
+
+
 def linear_token_losses(hidden, weight, labels):
     """The cross-entropy of each token, for perplexity and multiple choice; the arguments of linear_cross_entropy.
 
@@ -46,17 +64,29 @@ def linear_token_losses(hidden, weight, labels):
     Raises:
         KernelError, RuntimeError: as :func:`linear_cross_entropy`.
 
-    Gradients: refused (use :func:`linear_cross_entropy`).
+    Gradients: hidden and weight, at twice the cost of the forward pass; where a gradient is wanted,
+    :func:`linear_token_cross_entropy` computes it on the way.
     """
     return bound.linear_token_losses(hidden, weight, labels)
 
 
 def linear_token_losses_reference(hidden, weight, labels):
     """:func:`linear_token_losses` in built-in operators; differentiable, any device; labels are not checked."""
-    logits = ops.matmul(hidden, weight.astype(ms.float32).transpose((1, 0)))
-    scores = ops.log_softmax(logits, -1)
-    place = ops.maximum(labels, 0).reshape((-1, 1))
-    losses = -ops.gather_elements(scores, 1, place).reshape((-1,))
+    return token_losses_of_logits(ops.matmul(hidden, weight.astype(ms.float32).transpose((1, 0))), labels)
+
+
+def token_losses_of_logits(logits, labels):
+    """The cross-entropy of each token through the whole logits, for heads that are not one float matrix.
+
+    Args:
+        logits: (tokens, vocab) float32.
+        labels: (tokens,) int32, each -100 or 0 <= label < vocab (not checked).
+
+    Returns:
+        (tokens,) float32, 0 where the label is -100; differentiable, any device.
+    """
+    picked = ops.gather_elements(logits, 1, ops.maximum(labels, 0).reshape((-1, 1)))
+    losses = ops.logsumexp(logits, 1) - picked.reshape((-1,))
     return ops.where(labels == IGNORED, ops.zeros_like(losses), losses)
 
 
@@ -76,7 +106,7 @@ def _check(name, hidden, weight, labels):
 
 def _loss_shapes(hidden, weight, labels):
     _check("linear_cross_entropy", hidden, weight, labels)
-    return [1], [1], hidden, labels  # a rank of 0 would become a Python number in the graph
+    return [1], [1], hidden, labels, labels  # a rank of 0 would become a Python number in the graph
 
 
 def _token_shapes(hidden, weight, labels):
@@ -94,25 +124,35 @@ def _dtype_function(name, outputs):
 
 
 def _bprop(hidden, weight, labels, out, dout):
+    share = dout[0] + dout[4]  # of each token's loss in what is differentiated: through the sum, and by itself
     # The compiler drops the weight's part where the weight is frozen.
-    dweight = bound.linear_cross_entropy_weight_grad(hidden, weight, labels, out[3]) * dout[0]
-    return out[2] * dout[0], dweight.astype(weight.dtype), ops.zeros_like(labels)
+    dweight = bound.linear_cross_entropy_weight_grad(hidden, weight, labels, out[3], share)
+    return out[2] * share.reshape((-1, 1)), dweight.astype(weight.dtype), ops.zeros_like(labels)
 
 
-def _no_gradient(hidden, weight, labels, out, dout):
-    raise RuntimeError("linear_token_losses has no gradient; use linear_cross_entropy for training")
+def _token_bprop(hidden, weight, labels, out, dout):
+    """Computes the product again, with its gradient. Behind a stop_gradient the compiler drops all of it."""
+    _, _, slope, lse, _ = bound.linear_cross_entropy_operator(hidden, weight, labels)
+    dweight = bound.linear_cross_entropy_weight_grad(hidden, weight, labels, lse, dout)
+    return slope * dout.reshape((-1, 1)), dweight.astype(weight.dtype), ops.zeros_like(labels)
 
 
-# Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, and the log-sum-exp of each token.
+# Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, the log-sum-exp of each token, the loss of each token.
 def _linear_cross_entropy(hidden, weight, labels):
-    loss_sum, count, _, _ = bound.linear_cross_entropy_operator(hidden, weight, labels)
+    loss_sum, count, _, _, _ = bound.linear_cross_entropy_operator(hidden, weight, labels)
     return loss_sum.reshape(()), count.reshape(())
 
 
+def _linear_token_cross_entropy(hidden, weight, labels):
+    return bound.linear_cross_entropy_operator(hidden, weight, labels)[4]
+
+
 operation("linear_cross_entropy", reference=lambda: linear_cross_entropy_reference, cpu=lambda: _linear_cross_entropy)
+operation("linear_token_cross_entropy", reference=lambda: linear_token_losses_reference,
+          cpu=lambda: _linear_token_cross_entropy)
 operation("linear_cross_entropy_operator", cpu=lambda: custom(
-    "linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 4), _bprop))
+    "linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 5), _bprop))
 operation("linear_cross_entropy_weight_grad", cpu=lambda: custom(
-    "linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse: weight, lambda *dtypes: ms.float32))
+    "linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse, share: weight, lambda *dtypes: ms.float32))
 operation("linear_token_losses", reference=lambda: linear_token_losses_reference, cpu=lambda: custom(
-    "linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1), _no_gradient))
+    "linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1), _token_bprop))

@@ -125,8 +125,9 @@ def differences(path, config):
 
 
 def _trained_part(recipe):
-    part = {name: recipe.get(name) for name in ("model", "weight_format", "adapter", "data", "optimizer")}
+    part = {name: recipe.get(name) for name in ("model", "weight_format", "adapter", "data", "optimizer", "dpo")}
     part["adapter"] = in_order(part["adapter"] or {})
+    part["train"] = recipe.get("train") or "sft"
     loop = recipe.get("loop") or {}
     return {**part, "loop": {name: value for name, value in loop.items() if name not in _HARMLESS}}
 

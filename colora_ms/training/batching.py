@@ -93,6 +93,29 @@ def choose_buckets(lengths, max_buckets=3, multiple=16, limit=None):
     return sorted(buckets)
 
 
+def collate(rows, size, bucket, segments=None):
+    """The ``Batch`` of some rows, each a list of ``EncodedExample`` that stand one after the other in it.
+
+    Args:
+        rows: at most ``size`` of them; missing ones are filled up.
+        size, bucket: rows of the batch, tokens of a row.
+        segments: with packing, the largest number of examples in a row.
+    """
+    ids = np.zeros((size, bucket), np.int32)
+    labels = np.full((size, bucket), IGNORE, np.int32)
+    parts = np.zeros((size, segments or 1), np.int32)
+    for number, row in enumerate(rows):
+        begin = 0
+        for place, item in enumerate(row):
+            end = begin + fed_tokens(item)
+            # The last token of one example never has to predict the first one of the next.
+            ids[number, begin:end] = item.ids[:-1]
+            labels[number, begin:end] = item.labels[1:]
+            parts[number, place] = end - begin
+            begin = end
+    return Batch(ids, labels, parts.sum(1, dtype=np.int32), parts if segments else None)
+
+
 class BatchLoader:
     """An endless, restorable sequence of batches.
 
@@ -261,19 +284,8 @@ class BatchLoader:
             yield self._collate(bucket, rows[self._rank::self._world])
 
     def _collate(self, bucket, rows):
-        ids = np.zeros((self._batch_size, bucket), np.int32)
-        labels = np.full((self._batch_size, bucket), IGNORE, np.int32)
-        segments = np.zeros((self._batch_size, self._segments or 1), np.int32)
-        for number, row in enumerate(rows):
-            begin = 0
-            for place, item in enumerate(self._items[k] for k in row):
-                end = begin + fed_tokens(item)
-                # The last token of one example never has to predict the first one of the next.
-                ids[number, begin:end] = item.ids[:-1]
-                labels[number, begin:end] = item.labels[1:]
-                segments[number, place] = end - begin
-                begin = end
-        return Batch(ids, labels, segments.sum(1, dtype=np.int32), segments if self._packing else None)
+        rows = [[self._items[k] for k in row] for row in rows]
+        return collate(rows, self._batch_size, bucket, self._segments)
 
     # -- state ---------------------------------------------------------------------------------
 

@@ -124,6 +124,29 @@ class LoopConfig(Section):
 
 
 @dataclasses.dataclass
+class PreferenceConfig(Section):
+    """Direct Preference Optimization (section ``dpo``); see :mod:`colora_ms.training.preference`."""
+
+    _title = "section dpo"
+
+    beta: float = setting(0.1, "How strongly the adapter is held to the base model: rewards are beta times its "
+                          "log-ratio to the base.", *above(0))
+    loss: str = setting("sigmoid", "sigmoid (DPO, arXiv 2305.18290) or ipo (arXiv 2310.12036; other libraries then "
+                        "average log-probabilities, which is length_normalised here).", *one_of("sigmoid", "ipo"))
+    label_smoothing: float = setting(0.0, "Share of the pairs whose order is taken to be wrong (conservative DPO); "
+                                     "only with loss sigmoid.", lambda value: 0 <= value < 0.5,
+                                     "a number from 0 to below 0.5")
+    length_normalised: bool = setting(False, "Average log-probabilities over the answer's tokens in place of adding "
+                                      "them up.")
+
+    def _relations(self):
+        if self.label_smoothing and self.loss != "sigmoid":
+            return [f"label_smoothing is {self.label_smoothing}, which loss {self.loss} does not have; use loss: "
+                    "sigmoid"]
+        return []
+
+
+@dataclasses.dataclass
 class TrainingConfig(Section):
     """A whole recipe.
 
@@ -141,6 +164,9 @@ class TrainingConfig(Section):
                          lambda value: bool(value.strip()), "a name or a path")
     weight_format: str = setting("float32", "Format of the frozen weights.",
                                  *one_of("float32", "bfloat16", "int8", "int4"))
+    train: str = setting("sft", "What the adapter learns from: sft (answers) or dpo (pairs of a better and a worse "
+                         "answer).", *one_of("sft", "dpo"))
+    dpo: object = setting(None, "Preference training, with train: dpo; see PreferenceConfig.")
     adapter: dict = setting(None, "Settings of the adapter: method (lora or lily; lora if left out), and the "
                             "names of LoraConfig or LilyConfig (PEFT's); or start_from, the folder of an adapter to "
                             "go on with, which brings its own settings.",
@@ -152,6 +178,10 @@ class TrainingConfig(Section):
                                       "colora_ms.recipes.settings. Its questions leave the training data.")
 
     def __post_init__(self):
+        if self.train == "dpo" and self.dpo is None:
+            self.dpo = PreferenceConfig()
+        elif self.dpo is not None and not isinstance(self.dpo, PreferenceConfig):
+            self.dpo = build(PreferenceConfig, self.dpo, "section dpo")
         for name, section in _SECTIONS.items():
             value = getattr(self, name)
             if not isinstance(value, section):
@@ -177,7 +207,24 @@ class TrainingConfig(Section):
             return [f"section adapter: {error}"]
         if self.loop.evaluate_every is not None and self.data.validation is None:
             return ["loop.evaluate_every is given, but data.validation is not"]
-        return self._template_problems()
+        return self._preference_problems() + self._template_problems()
+
+    def _preference_problems(self):
+        if self.train != "dpo":
+            return [] if self.dpo is None else [f"section dpo is given, but train is {self.train}; set train: dpo"]
+        problems = []
+        if self.data.loss != "last":
+            problems.append(f"data.loss is {self.data.loss}, but with train: dpo only the two answers of a pair count; "
+                            "leave it out")
+        if self.data.packing:
+            problems.append("data.packing joins examples to rows, but with train: dpo the two answers of a pair are a "
+                            "row each; leave it out")
+        # What training starts from is on the disk, and never of this kind: such adapters are saved as plain LoRA.
+        if self.adapter.get("start_from") is None and getattr(self.adapter_config(), "changes_base", False):
+            problems.append(f"section adapter: init_lora_weights is {self.adapter.get('init_lora_weights')!r}, which "
+                            "changes the base weights, but with train: dpo the base model is the reference; use true or "
+                            "gaussian")
+        return problems
 
     def _template_problems(self):
         from colora_ms.training.templates import TextTemplate

@@ -26,7 +26,7 @@ class Progress:
             self.seconds += record["seconds"]
         self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
         speed = f", {self.tokens / self.seconds:.0f} tokens/s" if self.seconds else ""
-        self.bar.set_postfix_str(f"loss {self.loss:.3f}{speed}", refresh=False)
+        self.bar.set_postfix_str(f"loss {self.loss:.3f}{pair_text(record)}{speed}", refresh=False)
         self.bar.update(1)
 
     def say(self, text):
@@ -38,6 +38,13 @@ class Progress:
         """Leave the bar as it is."""
         if self.bar is not None:
             self.bar.close()
+
+
+def pair_text(record):
+    """What a record of preference training says of its pairs beside the loss; "" for other records."""
+    if "margin" not in record:
+        return ""
+    return f", {100 * record['accuracy']:.0f} % of the pairs right, margin {record['margin']:.3f}"
 
 
 class StopSignals:

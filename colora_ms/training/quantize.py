@@ -30,6 +30,9 @@ class QuantizationConfig(TrainingConfig):
     adapter: dict = setting(None, "Settings of the quantisation; see LrQatConfig.", factory=dict)
 
     def _relations(self):
+        if self.train != "sft" or self.dpo is not None:
+            return [f"train is {self.train}: a quantised model has no adapter that can be switched off for a reference; leave "
+                    "out train and dpo"]
         try:
             method = self.quantization().method
         except ConfigError as error:

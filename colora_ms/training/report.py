@@ -73,8 +73,8 @@ def smooth(values, span=20):
     return result
 
 
-def draw_loss_curve(log_path, picture_path):
-    """Draw training loss, its running mean and the validation losses of a log as PNG.
+def draw_loss_curve(log_path, picture_path, label="loss per answer token (nats)"):
+    """Draw training loss, its running mean and the validation losses of a log as PNG; ``label``: of the loss's axis.
 
     Returns:
         True; False if matplotlib is not installed or the log has no loss (nothing is written).
@@ -95,7 +95,7 @@ def draw_loss_curve(log_path, picture_path):
     if valid:
         axes.plot(*zip(*valid), "o-", color="#c8553d", markersize=4, label="validation loss")
     axes.set_xlabel("update")
-    axes.set_ylabel("loss per answer token (nats)")
+    axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -10,7 +10,10 @@ from colora_ms.adapters.vocabulary import copy_tokenizer, tokenizer_for
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import START_FOLDER, TrainingConfig
-from colora_ms.training.data import encode_examples, load_examples, make_template, without_overlap
+from colora_ms.training.data import (encode_examples, load_examples, load_preferences, make_template,
+                                      without_overlap)
+from colora_ms.training.preference import PreferenceLossCell
+from colora_ms.training.preference_data import PairLoader, encode_preferences
 from colora_ms.training.progress import Progress
 from colora_ms.training.trainer import Trainer
 
@@ -57,11 +60,17 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         if own_tokenizer is not None:
             copy_tokenizer(own_tokenizer, folder)
 
-    trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world, data_report=report)
+    pairs = config.train == "dpo"
+    if pairs and config.adapter.get("start_from") is not None:
+        say("the reference is the base model alone, not the adapter that the training starts from; to prefer over that "
+            "one, merge it into the model first")
+    kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader} if pairs else {}
+    trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world, data_report=report, **kind)
     say(f"batches: {trainer.loader.summary()}")
     if world > 1:
-        say(f"{world} workers with {trainer.loader.rows} rows each: an update sees at most "
-            f"{world * trainer.loader.rows * config.optimizer.accumulation_steps} rows")
+        unit = "pairs" if pairs else "rows"
+        say(f"{world} workers with {trainer.loader.rows} {unit} each: an update sees at most "
+            f"{world * trainer.loader.rows * config.optimizer.accumulation_steps} {unit}")
     return trainer.train(resume)
 
 
@@ -95,14 +104,15 @@ def load_data(config):
     """The examples of a recipe.
 
     Returns:
-        ``(train, validation, removed)``: two lists of ``Example`` (the second may be empty), and
-        the number of examples taken out of the first because their question stands in
+        ``(train, validation, removed)``: two lists of ``Example``, or of ``Preference`` with train:
+        dpo (the second may be empty), and the number of examples taken out of the first because their question stands in
         ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
         taking the shared ones out of the test instead would leave it the unusual, harder questions.
     """
     columns = config.data.columns
-    train_examples = load_examples(config.data.train, columns)
-    validation = load_examples(config.data.validation, columns) if config.data.validation else []
+    load = load_preferences if config.train == "dpo" else load_examples
+    train_examples = load(config.data.train, columns)
+    validation = load(config.data.validation, columns) if config.data.validation else []
     test = load_examples(config.data.held_out, columns) if config.data.held_out else []
     asked = config.evaluate or {}
     if asked.get("data") and asked.get("task", "problems") == "problems":
@@ -118,9 +128,13 @@ def encode_data(config, tokenizer, train_examples, held_out, decoder):
     template = make_template(config.data.template, tokenizer, config.data.system)
     limit = min(config.data.max_length, decoder.max_positions)
     vocabulary = decoder.config.vocab_size
-    options = {"on_long": config.data.on_long, "vocab_size": vocabulary, "loss": config.data.loss}
-    data = encode_examples(train_examples, tokenizer, template, limit, **options)
-    validation = encode_examples(held_out, tokenizer, template, limit, **options) if held_out else None
+    options = {"on_long": config.data.on_long, "vocab_size": vocabulary}
+    if config.train == "dpo":
+        encode = encode_preferences
+    else:
+        encode, options["loss"] = encode_examples, config.data.loss
+    data = encode(train_examples, tokenizer, template, limit, **options)
+    validation = encode(held_out, tokenizer, template, limit, **options) if held_out else None
     return data, validation
 
 

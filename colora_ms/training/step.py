@@ -5,6 +5,9 @@
 Gradients are those of the sum and are divided by the count at the update, so that accumulated
 batches, or the summed gradients of several processes, equal one large batch (up to the order of
 additions).
+
+A loss is a Cell ``construct(ids, labels, lengths, slots) -> (loss_sum, count)``, or ``(loss_sum,
+count, sums)`` with sums (n,) float32 of further figures, whose names are its attribute ``figures``.
 """
 
 import numpy as np
@@ -15,7 +18,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from colora_ms import runtime
 from colora_ms.adapters.dropout import dropout_streams
 from colora_ms.errors import ConfigError
-from colora_ms.kernels import bind, linear_cross_entropy
+from colora_ms.kernels import bind, linear_cross_entropy, token_losses_of_logits
 from colora_ms.training.encoding import IGNORE
 from colora_ms.training.optimizer import AdamW
 
@@ -75,18 +78,14 @@ def masked_cross_entropy(logits, labels):
     Returns:
         (loss_sum, count): 0-d float32 both.
     """
-    counts = labels != IGNORE
-    picked = ops.gather_elements(logits, 1, ops.maximum(labels, 0).reshape((-1, 1)))
-    losses = ops.logsumexp(logits, 1) - picked.reshape((-1,))
-    mask = counts.astype(ms.float32)
-    return (losses * mask).sum(), mask.sum()
+    return token_losses_of_logits(logits, labels).sum(), (labels != IGNORE).astype(ms.float32).sum()
 
 
 class TrainStep(nn.Cell):
     """Loss, gradients, clipping and update of one batch in one graph.
 
     Args:
-        loss_cell: ``construct(ids, labels, lengths, slots) -> (loss_sum, count)``.
+        loss_cell: see the head of this module.
         optimizer: ``AdamW``; only its parameters are differentiated.
     """
 
@@ -97,10 +96,10 @@ class TrainStep(nn.Cell):
         self.gradient = ops.value_and_grad(loss_cell, None, optimizer.trained, has_aux=True)
 
     def construct(self, ids, labels, lengths, slots, hyper):
-        """Returns (loss_sum, count, norm of the gradient of the mean loss), 0-d float32 each."""
-        (loss, count), grads = self.gradient(ids, labels, lengths, slots)
-        norm = self.optimizer(grads, ops.maximum(count, Tensor(1.0, ms.float32)), hyper)
-        return loss, count, norm
+        """Returns the loss's results and the norm of the gradient of the mean loss, 0-d float32."""
+        results, grads = self.gradient(ids, labels, lengths, slots)
+        norm = self.optimizer(grads, ops.maximum(results[1], Tensor(1.0, ms.float32)), hyper)
+        return results + (norm,)
 
 
 _add_to = ops.MultitypeFuncGraph("add_to")
@@ -142,11 +141,11 @@ class GradientStep(nn.Cell):
         self.map = ops.HyperMap()
 
     def construct(self, ids, labels, lengths, slots):
-        """Returns (loss_sum, count) of the batch, 0-d float32 each."""
-        (loss, count), grads = self.gradient(ids, labels, lengths, slots)
+        """Returns the loss's results for the batch."""
+        results, grads = self.gradient(ids, labels, lengths, slots)
         done = self.map(_add_to, self.buffers, grads)
-        loss = ops.depend(loss, (done, ops.assign_add(self.count, count)))
-        return loss, count
+        loss = ops.depend(results[0], (done, ops.assign_add(self.count, results[1])))
+        return (loss,) + results[1:]
 
 
 class UpdateStep(nn.Cell):
@@ -194,32 +193,45 @@ class EvaluationStep(nn.Cell):
     """The loss of a batch without gradients, and without dropout.
 
     Args:
-        loss_cell: ``construct(ids, labels, lengths, slots) -> (loss_sum, count)``.
+        loss_cell: see the head of this module.
+
+    Attributes:
+        figures: ``{name: mean}`` of the loss's further figures in the last :meth:`run`.
     """
 
     def __init__(self, loss_cell):
         super().__init__(auto_prefix=False)
         self.loss_cell = loss_cell
+        self.figures = {}
 
     def construct(self, ids, labels, lengths, slots):
-        """Returns (loss_sum, count), 0-d float32 each."""
+        """Returns the loss's results."""
         return self.loss_cell(ids, labels, lengths, slots)
 
     def run(self, batches, stepper, world=1):
-        """Mean loss over all answer tokens of ``batches``, on all processes."""
-        total, count = 0.0, 0.0
+        """Mean loss over all that counts in ``batches`` (answer tokens, pairs), on all processes."""
+        sums = 0.0
         self.loss_cell.set_train(False)
         try:
             for batch in batches:
-                loss, tokens = runtime.run(self, *stepper.tensors(batch))
-                total += float(loss.asnumpy())
-                count += float(tokens.asnumpy())
+                sums = sums + _numbers(runtime.run(self, *stepper.tensors(batch)))
         finally:
             self.loss_cell.set_train(True)
         if world > 1:
-            sums = ops.AllReduce(ops.ReduceOp.SUM)(Tensor(np.array([total, count], np.float32)))
-            total, count = (float(item) for item in sums.asnumpy())
-        return total / max(count, 1.0)
+            sums = ops.AllReduce(ops.ReduceOp.SUM)(Tensor(sums.astype(np.float32))).asnumpy()
+        self.figures = _means(self.loss_cell, sums)
+        return float(sums[0]) / max(float(sums[1]), 1.0)
+
+
+def _numbers(results):
+    """The results of a loss as one float64 array: its sum, the count, the sums of further figures."""
+    return np.concatenate([item.asnumpy().reshape(-1) for item in results]).astype(np.float64)
+
+
+def _means(loss_cell, numbers):
+    """``{name: mean}`` of a loss's further figures; numbers: sums as ``_numbers`` gives them."""
+    names = getattr(loss_cell, "figures", ())
+    return {name: float(value) / max(float(numbers[1]), 1.0) for name, value in zip(names, numbers[2:])}
 
 
 class Stepper:
@@ -248,8 +260,9 @@ class Stepper:
                               f"parameter with the trained one (for example {stacked[0]}); train "
                               "with a single slot or without weight_decay")
         self.config, self.slot, self.world = config, slot, world
-        #: Of the last update, over all processes: real tokens fed, and whether one asked to stop.
-        self.tokens, self.stop_asked = 0, False
+        #: Of the last update, over all processes: real tokens fed, whether one asked to stop, and
+        #: {name: mean} of the loss's further figures.
+        self.tokens, self.stop_asked, self.figures = 0, False, {}
         self.loss_cell.set_train(True)
         if config.accumulation_steps == 1 and world == 1:
             self.whole = TrainStep(self.loss_cell, self.optimizer)
@@ -269,27 +282,28 @@ class Stepper:
             stop: whether this process asks all to stop after the update (see ``stop_asked``).
 
         Returns:
-            (loss, norm): mean loss over the answer tokens of all processes, and the norm of the
-            gradient before clipping, as float; equal on all processes.
+            (loss, norm): mean loss over the answer tokens (or pairs) of all processes, and the norm
+            of the gradient before clipping, as float; equal on all processes.
         """
         hyper = self.optimizer.hyper(step, steps)
-        total, count, norm = 0.0, 0.0, 0.0
+        sums, norm = 0.0, 0.0
         for batch in batches:
             tensors = self.tensors(batch)
             if self.whole is not None:
-                loss, tokens, norm = runtime.run(self.whole, *tensors, hyper)
+                *results, norm = runtime.run(self.whole, *tensors, hyper)
             else:
-                loss, tokens = runtime.run(self.part, *tensors)
-            total += float(loss.asnumpy())
-            count += float(tokens.asnumpy())
+                results = runtime.run(self.part, *tensors)
+            sums = sums + _numbers(results)
         self.tokens, self.stop_asked = sum(batch.tokens for batch in batches), bool(stop)
         if self.update is not None:
-            sums = Tensor(np.array([total, self.tokens, self.stop_asked], np.float32))
-            everywhere, norm, sums = runtime.run(self.update, hyper, sums)
+            mine = np.array([self.tokens, self.stop_asked, sums[0], *sums[2:]], np.float32)
+            count, norm, everywhere = runtime.run(self.update, hyper, Tensor(mine))
             if self.world > 1:
-                count, sums = float(everywhere.asnumpy()), sums.asnumpy()
-                total, self.tokens, self.stop_asked = float(sums[0]), int(sums[1]), bool(sums[2])
-        return total / max(count, 1.0), float(norm.asnumpy())
+                everywhere = everywhere.asnumpy()
+                self.tokens, self.stop_asked = int(everywhere[0]), bool(everywhere[1])
+                sums = np.array([everywhere[2], count.asnumpy(), *everywhere[3:]], np.float64)
+        self.figures = _means(self.loss_cell, sums)
+        return float(sums[0]) / max(float(sums[1]), 1.0), float(norm.asnumpy())
 
     def tensors(self, batch):
         """The batch as the tensors that the graphs take."""

@@ -27,7 +27,7 @@ from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.data import BatchLoader
 from colora_ms.training.optimizer import learning_rate
 from colora_ms.training.packing import packed_shape
-from colora_ms.training.progress import Progress, StopSignals
+from colora_ms.training.progress import Progress, StopSignals, pair_text
 from colora_ms.training.report import RunLog, draw_loss_curve
 from colora_ms.training.step import EvaluationStep, Stepper
 
@@ -86,6 +86,7 @@ class Trainer:
         rank, world: this process and their number; only rank 0 writes files. Above one, the
             processes have to be started (``workers.start``) and share the output folder.
         loss_cell: a loss in place of ``CausalLossCell(decoder)``.
+        loader: a kind of ``BatchLoader``, for data of another kind than single examples.
         data_report: what the data is and what of it was left out, JSON values for a record ``data`` of the log.
 
     Raises:
@@ -95,7 +96,7 @@ class Trainer:
     """
 
     def __init__(self, decoder, data, config, save_adapter, validation=None, callbacks=(), slot=0,
-                 rank=0, world=1, loss_cell=None, data_report=None):
+                 rank=0, world=1, loss_cell=None, loader=BatchLoader, data_report=None):
         self.folder = Path(config.output)
         if rank == 0:
             checkpoints.check_writable(self.folder)
@@ -110,6 +111,7 @@ class Trainer:
                               f"set data.max_length to at most {context}")
         if config.data.packing and lily_lengths.pools_rows(decoder):
             raise ConfigError(lily_lengths.PACKED)
+        self._loader_kind = loader
         self.loader = self._loader(data, rank, world)
         self.validation = None
         if validation is not None:
@@ -135,8 +137,8 @@ class Trainer:
         elif options.packing and buckets is None:
             rows, length = packed_shape(data.items, rows, options.bucket_multiple)
             buckets = [length]
-        return BatchLoader(data, rows, self.config.loop.seed, buckets, options.max_buckets,
-                           options.bucket_multiple, options.packing, rank, world, shuffle)
+        return self._loader_kind(data, rows, self.config.loop.seed, buckets, options.max_buckets,
+                                 options.bucket_multiple, options.packing, rank, world, shuffle)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -180,7 +182,7 @@ class Trainer:
                     tokens += fed
                     record = {"loss": loss, "norm": norm, "seconds": round(seconds, 4),
                               "rate": learning_rate(self.config.optimizer, self.step, self.steps),
-                              "tokens": fed, "epoch": self.loader.epoch}
+                              "tokens": fed, "epoch": self.loader.epoch, **self.stepper.figures}
                     progress.show(record)
                     if log and (self.step % self.config.loop.log_every == 0
                                 or self.step == self.steps):
@@ -207,7 +209,8 @@ class Trainer:
             if saved != self.step:
                 self._save(started)
             self.save_adapter(self.folder / "adapter")
-            draw_loss_curve(self.folder / "log.jsonl", self.folder / "loss.png")
+            unit = "answer token" if self.config.train == "sft" else "pair"
+            draw_loss_curve(self.folder / "log.jsonl", self.folder / "loss.png", f"loss per {unit} (nats)")
         result = TrainingResult(self.step, losses, validation, self.best_step, self.best_loss,
                                 self.folder / ("adapter" if self.best_step is None else "best"),
                                 seconds, tokens)
@@ -258,10 +261,10 @@ class Trainer:
             if self.rank == 0:
                 self.save_adapter(self.folder / "best")
         record = {"loss": loss, "best_step": self.best_step,
-                  "seconds": round(time.perf_counter() - began, 4)}
+                  "seconds": round(time.perf_counter() - began, 4), **self.evaluation.figures}
         if log:
             log.add("evaluation", self.step, **record)
-        progress.say(f"update {self.step}: validation loss {loss:.4f}"
+        progress.say(f"update {self.step}: validation loss {loss:.4f}" + pair_text(record)
                      + (" (best)" if self.best_step == self.step else ""))
         self._call("on_evaluation", {"step": self.step, **record})
         return loss
@@ -331,6 +334,8 @@ class Trainer:
         """What must be equal for a resumed run to continue exactly."""
         values = self.config.to_dict()
         exact = {key: values[key] for key in ("model", "weight_format", "adapter", "optimizer")}
+        if self.config.train != "sft":  # checkpoints of plain training say nothing of it
+            exact["train"], exact["dpo"] = values["train"], values["dpo"]
         exact["steps"], exact["seed"] = self.steps, self.config.loop.seed
         exact["world"] = self.world
         return json.loads(json.dumps(exact, default=str))

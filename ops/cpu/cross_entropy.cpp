@@ -189,18 +189,19 @@ void block_gradient(const Head& h, Work& w, int64_t first, int64_t count, float*
 }  // namespace
 }  // namespace COLORA_ISA_NAMESPACE
 
-// (hidden, weight, labels) -> (loss_sum (1,), count (1,), dhidden, lse (tokens,)); 0 for ignored tokens
+// (hidden, weight, labels) -> (loss_sum (1,), count (1,), dhidden, lse (tokens,), losses (tokens,)); 0 for ignored tokens
 COLORA_OPERATOR(linear_cross_entropy) {
-  call.expect(3, 4);
+  call.expect(3, 5);
   const Head h = read(call);
   const Tensor loss_sum = call.out(0, "loss_sum"), count = call.out(1, "count"), dhidden = call.out(2, "dhidden"),
-               lse = call.out(3, "lse");
+               lse = call.out(3, "lse"), losses = call.out(4, "losses");
   for (const Tensor* t : {&loss_sum, &count}) {
     t->expect_dtype("float32");
     if (t->size() != 1) t->fail("has shape %s, expected one element", t->shape_text().c_str());
   }
   dhidden.expect_dtype("float32").expect_same_shape(call.in(0, "hidden"));
-  lse.expect_dtype("float32").expect_rank(1).expect_dim(0, h.tokens, "tokens, as in hidden");
+  for (const Tensor* t : {&lse, &losses})
+    t->expect_dtype("float32").expect_rank(1).expect_dim(0, h.tokens, "tokens, as in hidden");
   const int64_t block = h.block(true), active = int64_t(h.active.size());
   Work w(h, active ? block : 0, active > 0);
   std::vector<float> block_dx(size_t(block * h.hidden));
@@ -208,13 +209,17 @@ COLORA_OPERATOR(linear_cross_entropy) {
 
   std::fill_n(dhidden.data<float>(), dhidden.size(), 0.0f);
   std::fill_n(lse.data<float>(), lse.size(), 0.0f);
+  std::fill_n(losses.data<float>(), losses.size(), 0.0f);
   double total = 0.0;
   for (int64_t first = 0; first < active; first += block) {
     const int64_t n = std::min(block, active - first);
     block_statistics(h, w, first, n, true);
     for (int64_t j = 0; j < n; ++j) {
-      lse.data<float>()[h.active[size_t(first + j)]] = w.lse[size_t(j)];
-      total += double(w.lse[size_t(j)] - w.at_label[size_t(j)]);
+      const int64_t token = h.active[size_t(first + j)];
+      const float loss = w.lse[size_t(j)] - w.at_label[size_t(j)];
+      lse.data<float>()[token] = w.lse[size_t(j)];
+      losses.data<float>()[token] = loss;
+      total += double(loss);
     }
     block_gradient(h, w, first, n, dhidden.data<float>(), block_dx.data(), buffers.empty() ? nullptr : buffers.data());
   }
@@ -239,12 +244,13 @@ COLORA_OPERATOR(linear_token_losses) {
   }
 }
 
-// (hidden, weight, labels, lse) -> d loss_sum / d weight (vocab, hidden) float32
+// (hidden, weight, labels, lse, share (tokens,)) -> d sum(share * losses) / d weight (vocab, hidden) float32
 COLORA_OPERATOR(linear_cross_entropy_weight_grad) {
-  call.expect(4, 1);
+  call.expect(5, 1);
   const Head h = read(call);
-  const Tensor lse = call.in(3, "lse"), dweight = call.out(0, "dweight");
-  lse.expect_dtype("float32").expect_rank(1).expect_dim(0, h.tokens, "tokens, as in hidden");
+  const Tensor lse = call.in(3, "lse"), share = call.in(4, "share"), dweight = call.out(0, "dweight");
+  for (const Tensor* t : {&lse, &share})
+    t->expect_dtype("float32").expect_rank(1).expect_dim(0, h.tokens, "tokens, as in hidden");
   dweight.expect_dtype("float32").expect_same_shape(h.weight);
   const int64_t block = h.block(false), active = int64_t(h.active.size());
   Work w(h, block, false);
@@ -258,7 +264,8 @@ COLORA_OPERATOR(linear_cross_entropy_weight_grad) {
     for (int64_t j = 0; j < n; ++j) {
       const int64_t token = h.active[size_t(first + j)];
       w.lse[size_t(j)] = lse.data<float>()[token];
-      std::memcpy(x.data() + j * h.hidden, h.x + token * h.hidden, size_t(h.hidden) * sizeof(float));
+      const float times = share.data<float>()[token];
+      for (int64_t i = 0; i < h.hidden; ++i) x[size_t(j * h.hidden + i)] = times * h.x[token * h.hidden + i];
     }
     parallel_tasks(h.chunks(), [&](int64_t c) {
       const int64_t v0 = c * kChunk, rows = std::min(kChunk, h.vocab - v0);

@@ -6,7 +6,8 @@
 //   v = scale·x·downᵀ (computed again)      dup[s]   = sum over the rows of s of dyᵀ·v
 //   u = scale·dy·up                         ddown[s] = sum over the rows of s of uᵀ·x
 //   dx = sum over the linears of dy·W + u·down[slot]
-// A slot that no row uses gets zeros.
+// A slot that no row uses gets zeros. Tokens at the end that no gradient reaches (rows of the base model that stand behind
+// the adapter's as a reference) cost nothing: their dx is 0 without a product.
 #include <memory>
 
 #include "gemm.h"
@@ -48,8 +49,10 @@ void pack(const Weight& w, int64_t o0, int64_t o1, int64_t k0, int64_t k1, float
 
 class Backward {
  public:
-  Backward(std::vector<LinearGrad>& linears, const float* x, float* dx, int64_t tokens, int64_t in)
-      : linears_(linears), x_(x), dx_(dx), tokens_(tokens), in_(in) {
+  Backward(std::vector<LinearGrad>& linears, const float* x, float* dx, int64_t all_tokens, int64_t in)
+      : linears_(linears), x_(x), dx_(dx), tokens_(reached(linears, all_tokens)), in_(in) {
+    const int64_t tokens = tokens_;
+    std::memset(dx + tokens * in, 0, size_t((all_tokens - tokens) * in) * sizeof(float));
     panels_ = (in + kOuterColumns - 1) / kOuterColumns;
     // Rows are cut only as far as needed to give every thread several tasks: each piece packs W again.
     int64_t pieces = std::max<int64_t>(1, 4 * colora::thread_count() / panels_);
@@ -85,6 +88,17 @@ class Backward {
   }
 
  private:
+  // How many tokens there are up to the last one that a gradient reaches.
+  static int64_t reached(const std::vector<LinearGrad>& linears, int64_t tokens) {
+    const auto is_zero = [](float value) { return value == 0.0f; };
+    for (; tokens > 0; --tokens)
+      for (const LinearGrad& l : linears) {
+        const float* dy = l.dy + (tokens - 1) * l.weight.out;
+        if (!std::all_of(dy, dy + l.weight.out, is_zero)) return tokens;
+      }
+    return 0;
+  }
+
   // u = scale·dy·up for the tokens [begin, end) that have an adapter
   void expand_back(LinearGrad& l, int64_t begin, int64_t end) {
     const int64_t rank = l.adapters.rank, out = l.weight.out;

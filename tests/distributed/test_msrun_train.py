@@ -18,13 +18,16 @@ from colora_ms.training.run import train
 STEPS = 60
 
 
-def recipe(folder, model, rows, **loop):
+def recipe(folder, model, rows, train="sft", **loop):
     """The path of a recipe with ``rows`` rows a process; 21 training examples, so that batches are partial."""
     folder.mkdir(exist_ok=True)
     for name, count in (("train", 21), ("validation", 5)):
         lines = [{"prompt": f"{name} {k}", "completion": "abcdefghij"[: 2 + k % 7] * (1 + k % 2)} for k in range(count)]
+        if train == "dpo":
+            lines = [{"prompt": line["prompt"], "chosen": line["completion"], "rejected": "xyz"[: 1 + k % 3] * 2}
+                     for k, line in enumerate(lines)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    values = {"model": str(model), "output": str(folder / "run"),
+    values = {"model": str(model), "train": train, "output": str(folder / "run"),
               "adapter": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
               "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
                        "template": "{prompt}={completion}", "max_length": 32, "batch_size": rows, "buckets": [32]},
@@ -85,6 +88,23 @@ def test_two_workers_equal_one_process_survive_a_kill_and_resume(start, alone, t
     tokens = [row["tokens"] for row in read_log(folder / "run" / "log.jsonl") if row["kind"] == "step"]
     assert tokens == [row["tokens"] for row in read_log(alone / "run" / "log.jsonl") if row["kind"] == "step"]
     assert sorted(item.name for item in logs.iterdir() if item.name.startswith("worker")) == ["worker_0.log", "worker_1.log"]
+
+
+def test_two_workers_prefer_what_one_process_prefers(start, tiny_folder, tmp_path):
+    """The loss is a mean over pairs, and so are the figures beside it: five pairs at the end are three and two."""
+    train(recipe(tmp_path / "one", tiny_folder, 4, "dpo", steps=12, evaluate_every=6))
+    path = recipe(tmp_path / "two", tiny_folder, 2, "dpo", steps=12, evaluate_every=6)
+    code, output = start("msrun_train.sh", path, "-n", 2, "--log-dir", tmp_path / "logs").wait()
+    assert code == 0, output
+    one, two = ([row for row in read_log(tmp_path / name / "run" / "log.jsonl") if row["kind"] != "data"]
+                for name in ("one", "two"))
+    assert len(one) == len(two) == 14 and one[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    figures = ("loss", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
+    for mine, theirs in zip(two, one):
+        assert (mine["kind"], mine["step"]) == (theirs["kind"], theirs["step"])
+        assert mine["accuracy"] == pytest.approx(theirs["accuracy"])
+        np.testing.assert_allclose([mine[name] for name in figures], [theirs[name] for name in figures],
+                                   rtol=1e-4, atol=1e-4)
 
 
 def worker(launcher, rank):

@@ -222,6 +222,26 @@ def test_gradients_match_float64(kind, rows, tokens, out, half, rank, seed):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * max(1.0, np.abs(want).max()))
 
 
+@FEW
+@given(reached=st.integers(0, 40), rest=st.integers(1, 40), out=st.sampled_from([1, 7, 130]),
+       columns=st.sampled_from([1, 33, 140]), seed=st.integers(0, 99))
+def test_tokens_at_the_end_without_a_gradient_change_nothing(reached, rest, out, columns, seed):
+    """Rows of the base model behind those that are trained: dx is 0 there, and all others are equal to the last bit."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(reached + rest, columns)).astype(np.float32)
+    slots = np.where(np.arange(reached + rest) < reached, rng.integers(-1, 2, reached + rest), -1).astype(np.int32)
+    linears, dys = [], []
+    for n in (out, out + 3):
+        weight, weight_scale, _ = make_weight(rng, n, columns, "float32")
+        linears.append((weight, weight_scale, *make_adapters(rng, 2, 3, columns, n)))
+        dys.append(np.concatenate([rng.normal(size=(reached, n)), np.zeros((rest, n))]).astype(np.float32))
+    dx, *factors = gradients(x, slots, linears, dys)
+    alone_dx, *alone = gradients(x[:reached], slots[:reached], linears, [dy[:reached] for dy in dys])
+    assert not dx[reached:].any()
+    for got, want in zip((dx[:reached], *factors), (alone_dx, *alone)):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_gradients_are_the_finite_differences_of_the_forward():
     rng = np.random.default_rng(8)
     weight, _, _ = make_weight(rng, 6, 10, "float32")

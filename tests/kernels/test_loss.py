@@ -13,6 +13,7 @@ from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.loss import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
+    linear_token_cross_entropy,
     linear_token_losses,
     linear_token_losses_reference,
 )
@@ -30,7 +31,8 @@ def make(rng, tokens, hidden, vocab, ignored):
 
 def run(x, weight, labels):
     return call("linear_cross_entropy", [x, weight, labels],
-                [((1,), "float32"), ((1,), "float32"), (x.shape, "float32"), (labels.shape, "float32")])
+                [((1,), "float32"), ((1,), "float32"), (x.shape, "float32"), (labels.shape, "float32"),
+                 (labels.shape, "float32")])
 
 
 def expected(x, weight, labels):
@@ -57,22 +59,36 @@ def test_loss_and_gradients_match_float64(tokens, hidden, vocab, ignored, bf16, 
     given_weight = to_bf16(weight) if bf16 else weight
     weight = from_bf16(given_weight) if bf16 else weight
     losses, dx, dweight = expected(x, weight, labels)
-    loss_sum, count, got_dx, lse = run(x, given_weight, labels)
+    loss_sum, count, got_dx, lse, trained_losses = run(x, given_weight, labels)
     assert count == (labels != -100).sum()
     np.testing.assert_allclose(loss_sum, losses.sum(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got_dx, dx, rtol=1e-4, atol=1e-6)
-    got_dweight, = call("linear_cross_entropy_weight_grad", [x, given_weight, labels, lse],
+    got_dweight, = call("linear_cross_entropy_weight_grad", [x, given_weight, labels, lse, np.ones(tokens, np.float32)],
                         [((vocab, hidden), "float32")])
     np.testing.assert_allclose(got_dweight, dweight, rtol=1e-4, atol=1e-5)
     got_losses, = call("linear_token_losses", [x, given_weight, labels], [(labels.shape, "float32")])
     np.testing.assert_allclose(got_losses, losses, rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(trained_losses, got_losses)  # a reference and what is trained begin equal, to the bit
+
+
+@settings(max_examples=15, deadline=None)
+@given(tokens=st.sampled_from([1, 2, 17, 129, 150]), hidden=st.sampled_from([1, 5, 97, 200]),
+       vocab=st.sampled_from([1, 37, 300]), ignored=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99))
+def test_the_weights_gradient_follows_the_share_of_each_token(tokens, hidden, vocab, ignored, seed):
+    rng = np.random.default_rng(seed)
+    x, weight, labels = make(rng, tokens, hidden, vocab, ignored)
+    share = rng.normal(size=tokens).astype(np.float32)
+    lse = run(x, weight, labels)[3]
+    got, = call("linear_cross_entropy_weight_grad", [x, weight, labels, lse, share], [((vocab, hidden), "float32")])
+    parts = [expected(x[n:n + 1], weight, labels[n:n + 1])[2] * share[n] for n in range(tokens)]
+    np.testing.assert_allclose(got, sum(parts), rtol=1e-4, atol=1e-5)
 
 
 def test_large_logits_do_not_overflow():
     x = np.array([[300.0, 0.0], [-300.0, 0.0]], np.float32)
     weight = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], np.float32)
     labels = np.array([1, 0], np.int32)
-    loss_sum, _, dx, _ = run(x, weight, labels)
+    loss_sum, _, dx, _, _ = run(x, weight, labels)
     assert loss_sum == 1200.0
     np.testing.assert_allclose(dx, [[2, 0], [-2, 0]], atol=1e-6)
 
@@ -80,8 +96,8 @@ def test_large_logits_do_not_overflow():
 def test_ignored_tokens_are_not_computed():
     x, weight, labels = make(np.random.default_rng(0), 9, 20, 50, 0.4)
     x[labels == -100] = np.nan
-    loss_sum, _, dx, lse = run(x, weight, labels)
-    assert np.isfinite(loss_sum) and np.isfinite(dx).all() and np.isfinite(lse).all()
+    loss_sum, _, dx, lse, losses = run(x, weight, labels)
+    assert np.isfinite(loss_sum) and np.isfinite(dx).all() and np.isfinite(lse).all() and np.isfinite(losses).all()
     assert not dx[labels == -100].any() and dx[labels != -100].any()
 
 
@@ -106,7 +122,7 @@ def test_result_does_not_depend_on_threads():
 def test_bad_arguments_are_refused_before_writing(name, place, value, words):
     inputs = list(make(np.random.default_rng(0), 3, 4, 7, 0))
     inputs[place] = value
-    outputs = [np.full(shape, 7, np.float32) for shape in ([(1,), (1,), (3, 4), (3,)] if name.endswith("entropy")
+    outputs = [np.full(shape, 7, np.float32) for shape in ([(1,), (1,), (3, 4), (3,), (3,)] if name.endswith("entropy")
                                                             else [(3,)])]
     with pytest.raises(Refused) as error:
         call(name, inputs, outputs)
@@ -141,6 +157,22 @@ def test_faces_and_references_agree_in_graph_mode(bf16):
         got, want = got.astype(ms.float32).asnumpy(), want.astype(ms.float32).asnumpy()
         assert want.any()
         np.testing.assert_allclose(got, want, rtol=2e-2 if bf16 else 1e-4, atol=1e-4 if bf16 else 1e-7)
+
+    @ms.jit
+    def weighted(function, x, weight, share):
+        def loss(x, weight):
+            return (function(x, weight, labels) * share).sum()
+        return ops.value_and_grad(loss, (0, 1))(x, weight)
+
+    share = Tensor(np.random.default_rng(2).normal(size=30).astype(np.float32))
+    want_value, want_gradients = weighted(linear_token_losses_reference, x, weight, share)
+    for function in (linear_token_cross_entropy, linear_token_losses):
+        value, gradients = weighted(function, x, weight, share)
+        np.testing.assert_allclose(value.asnumpy(), want_value.asnumpy(), rtol=1e-4)
+        for got, want in zip(gradients, want_gradients):
+            got, want = got.astype(ms.float32).asnumpy(), want.astype(ms.float32).asnumpy()
+            assert want.any()
+            np.testing.assert_allclose(got, want, rtol=2e-2 if bf16 else 1e-4, atol=1e-3 if bf16 else 1e-6)
     got = ms.jit(linear_token_losses)(x, weight, labels)
     want = ms.jit(linear_token_losses_reference)(x, weight, labels)
     np.testing.assert_allclose(got.asnumpy(), want.asnumpy(), rtol=1e-4, atol=1e-5)

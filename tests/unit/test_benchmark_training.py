@@ -54,19 +54,19 @@ def passes(padded, packed, loss=2.0, other=2.0):
 
 
 def test_the_speedup_is_the_ratio_of_real_tokens_within_rounds(capsys):
-    found = {"sides": SIDES, "whole_fill": 0.74}
+    found = {"sides": SIDES, "whole": {"padded": 0.74, "packed": 0.98}}
     rounds = passes([3.0, 30.0, 6.0], [2.0, 20.0, 5.0], other=2.00001)
     values = {m["name"]: m["value"] for m in packing_benchmark.report(found, rounds)}
     assert values["packing_speedup"] == 1.5 and values["packed_tokens_s"] == 180 and values["padded_tokens_s"] == 150
     assert values["packing_loss_difference"] == pytest.approx(5e-6, rel=1e-3)
-    assert "74.0 % real tokens" in capsys.readouterr().out
+    assert "padded 74.0 %, packed 98.0 % real tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other, tokens", [(2.0001, 900), (float("nan"), 900), (2.0, 901)])
 def test_the_speedup_of_another_training_is_refused(other, tokens):
     sides = {"padded": SIDES["padded"], "packed": dict(SIDES["packed"], tokens=tokens)}
     with pytest.raises(BenchmarkError, match="do not train the same thing"):
-        packing_benchmark.report({"sides": sides, "whole_fill": 0.7}, passes([1.0], [1.0], other=other))
+        packing_benchmark.report({"sides": sides, "whole": {"padded": 0.74}}, passes([1.0], [1.0], other=other))
 
 
 def test_the_sample_has_whole_batches_of_each_bucket_by_its_share():

@@ -94,6 +94,13 @@ def test_llama_3_follows_the_authors_recipe_of_lily():
     assert config.data.batch_size == 4 and config.data.batch_size * config.optimizer.accumulation_steps == 16
 
 
+def test_the_preference_recipe_has_every_setting_of_its_section_and_names_its_data():
+    config = read_config(ZOO / "smollm2-135m" / "dpo.yaml")
+    assert config.train == "dpo" and config.dpo.loss == "sigmoid" and config.data.max_length - 1 == config.data.buckets[0]
+    made = (ZOO.parent / "scripts" / "preference_data.py").read_text(encoding="utf-8")
+    assert all(Path(path).parent.as_posix() in made for path in (config.data.train, config.data.validation))
+
+
 @pytest.mark.parametrize("folder", sorted(MODELS))
 def test_every_page_names_its_recipes_and_its_links_lead_somewhere(folder):
     page = (ZOO / folder / "README.md").read_text(encoding="utf-8")
