@@ -2,10 +2,10 @@
 
     python scripts/check_llama_cpp.py [--model smollm2-135m --adapter FOLDER] [--json FILE]
 
-For a model and a LoRA it writes, in float32: the merged GGUF, the base as GGUF, and the adapter as llama.cpp's LoRA file.
-llama.cpp (llama-cpp-python in .venv-peers, see scripts/setup_peers.sh) cuts the prompts into ids itself and continues
-them greedily, with the merged model and with the base and the LoRA. Without --adapter a random LoRA is made, of a size
-that changes the answers. The exit code is 1 if a token differs.
+For a model and a LoRA it writes, in float32: the merged GGUF, the base as GGUF, and the adapter as llama.cpp's LoRA
+file. llama.cpp (llama-cpp-python in .venv-peers, see scripts/setup_peers.sh) cuts the prompts into ids itself and
+continues them greedily, with the merged model and with the base and the LoRA. Without --adapter a random LoRA is
+made, of a size that changes the answers. The exit code is 1 if a token differs.
 """
 
 import argparse
@@ -68,8 +68,8 @@ def compare(model, adapter, tokens, python, size=0.02):
             adapter = random_adapter(path, folder / "adapter", size)
         generator = Generator.from_pretrained(path, adapters={"adapter": adapter})
         ids = [generator.tokenizer.encode(prompt) for prompt in PROMPTS]
-        here, plain = ([list(one.tokens) for one in generator.generate(list(PROMPTS), adapter=name, max_new_tokens=tokens,
-                                                                       ignore_eos=True)] for name in ("adapter", None))
+        here, plain = ([list(one.tokens) for one in generator.generate(
+            list(PROMPTS), adapter=name, max_new_tokens=tokens, ignore_eos=True)] for name in ("adapter", None))
         del generator
         report = merge_model(path, [adapter], folder / "merged.gguf")
         print(f"merged: logits differ by {report.share:.2g} of their range from the unmerged model's", flush=True)

@@ -2,7 +2,8 @@
 
     .venv-peers/bin/python scripts/peers_llama_cpp.py < job.json
 
-The job is {"model": file, "lora": file or null, "prompts": [[ids]], "texts": [str], "tokens": number}; the answer is
+The job is {"model": file, "lora": file or null, "prompts": [[ids]], "texts": [str], "tokens": number, "threads": number
+(1 if left out), "logits": true or false}; the answer is
 {"answers": [[ids]], "ids": [[ids of a text]], "logits": [[of the last token of a prompt]]} as one line of JSON.
 """
 
@@ -26,8 +27,10 @@ def main():
     job = json.load(sys.stdin)
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     longest = max((len(prompt) for prompt in job["prompts"]), default=1) + job["tokens"] + 1
-    model = llama_cpp.Llama(job["model"], n_ctx=max(longest, 16), n_batch=512, n_threads=2, logits_all=False, verbose=False,
-                            lora_path=job.get("lora"), flash_attn=False, type_k=0, type_v=0, seed=1)
+    threads = job.get("threads", 1)
+    model = llama_cpp.Llama(job["model"], n_ctx=max(longest, 16), n_batch=512, n_threads=threads,
+                            n_threads_batch=threads, verbose=False, lora_path=job.get("lora"), flash_attn=False,
+                            type_k=0, type_v=0, seed=1)
     answers, logits = [], []
     for prompt in job["prompts"]:
         model.reset()

@@ -1,10 +1,10 @@
 """llama.cpp's LoRA files (GGUF), read as PEFT's tensors and written from them.
 
-The layout is that of llama.cpp's converter: ``general.type`` "adapter", ``adapter.type`` "lora", ``adapter.lora.alpha``,
-and for every module ``blk.N.attn_q.weight.lora_a`` (r, in) and ``.lora_b`` (out, r), float32. llama.cpp multiplies the
-product by alpha / r, with one alpha for all and r of each tensor, or by 1 where alpha is 0. The rows of ``lora_b`` stand
-in the order of the base weight's rows: interleaved for q and k of the ``llama`` architecture. The pair of the embedding
-is stored as (vocab, r) and (hidden, r).
+The layout is that of llama.cpp's converter: ``general.type`` "adapter", ``adapter.type`` "lora",
+``adapter.lora.alpha``, and for every module ``blk.N.attn_q.weight.lora_a`` (r, in) and ``.lora_b`` (out, r), float32.
+llama.cpp multiplies the product by alpha / r, with one alpha for all and r of each tensor, or by 1 where alpha is 0.
+The rows of ``lora_b`` stand in the order of the base weight's rows: interleaved for q and k of the ``llama``
+architecture. The pair of the embedding is stored as (vocab, r) and (hidden, r).
 """
 
 import math
@@ -52,8 +52,8 @@ class GgufLoraFile:
             raise AdapterError(str(error)) from None
         metadata = self._file.metadata
         if metadata.get("general.type") != "adapter":
-            raise AdapterError(f"{path} is a GGUF file of the type {metadata.get('general.type', 'model')!r}, not an adapter; "
-                               "give it as the model, or name the adapter's own file")
+            raise AdapterError(f"{path} is a GGUF file of the type {metadata.get('general.type', 'model')!r}, not an "
+                               "adapter; give it as the model, or name the adapter's own file")
         self.architecture = metadata.get("general.architecture")
         self.problems, self._heads = [], None
         if metadata.get("adapter.type") != "lora":
@@ -63,7 +63,8 @@ class GgufLoraFile:
             self.problems.append(f"{_ALPHA} is {alpha!r:.60}, expected a finite number")
             alpha = 0.0
         known = ("adapter.type", _ALPHA, "adapter.lora.task_name", "adapter.lora.prompt_prefix")
-        self.problems += [f"{key} is set: {'activated LoRA (aLoRA)' if 'alora' in key else 'this setting'} is not implemented"
+        self.problems += [f"{key} is set: {'activated LoRA (aLoRA)' if 'alora' in key else 'this setting'} is not "
+                          "implemented"
                           for key in metadata if key.startswith("adapter.") and key not in known]
         ranks = self._find_pairs()
         self.values = self._as_config(ranks, float(alpha))
@@ -77,14 +78,15 @@ class GgufLoraFile:
             if match is None and name.endswith("_norm.weight"):
                 ignored.append(name)
             elif module is None:
-                self.problems.append(f"tensor {name!r:.200} of shape {tensor.shape} belongs to no linear of the decoders known "
-                                     "here")
+                self.problems.append(f"tensor {name!r:.200} of shape {tensor.shape} belongs to no linear of the "
+                                     "decoders known here")
             elif len(tensor.shape) != 2:
                 self.problems.append(f"tensor {name!r} has the shape {tensor.shape}, expected two dimensions")
             else:
                 halves.setdefault(module, {})[match["half"]] = tensor
         if ignored:
-            warnings.warn(f"{self.path}: {len(ignored)} norms, {ignored[0]!r} first, are left out, as llama.cpp leaves them out",
+            warnings.warn(f"{self.path}: {len(ignored)} norms, {ignored[0]!r} first, are left out, as llama.cpp "
+                          "leaves them out",
                           AdapterWarning, stacklevel=4)
         ranks = {}
         for module, pair in halves.items():
@@ -123,8 +125,9 @@ class GgufLoraFile:
             return [f"a LoRA GGUF fits the decoders of this package, not a {type(net).__name__}"]
         if config.model_type != self.architecture:
             return [f"it was made for the architecture {self.architecture!r:.60}, the model is {config.model_type!r}"]
-        self._heads = {module: interleaved_heads(config.model_type, module, config.num_attention_heads,
-                                                 config.num_key_value_heads) for _, module, _, _ in self._source.values()}
+        heads = config.num_attention_heads, config.num_key_value_heads
+        self._heads = {module: interleaved_heads(config.model_type, module, *heads)
+                       for _, module, _, _ in self._source.values()}
         return []
 
     def shape(self, name):
@@ -186,11 +189,13 @@ def write_gguf_lora(path, config, plan, values, kind="F32", name=None):
         for half, value in (("a", down), ("b", interleave_rows(up, heads))):
             key = f"{gguf_module(module)}.weight.lora_{half}"
             if not np.isfinite(value).all():
-                raise AdapterError(f"the adapter is not written to {path}, because {key} holds values that are not finite")
+                raise AdapterError(f"the adapter is not written to {path}, because {key} holds values that are not "
+                                   "finite")
             tensors[key] = (np.ascontiguousarray(value, np.float32), stored_type(kind, value.shape))
     odd = [key for key, (_, own) in tensors.items() if own != kind]
     if odd:
-        notes.append(f"{len(odd)} tensors are stored in F16, because their rows are no whole blocks of {kind} (such as {odd[0]})")
+        notes.append(f"{len(odd)} tensors are stored in F16, because their rows are no whole blocks of {kind} (such "
+                     f"as {odd[0]})")
     writer = GGUFWriter(None, config.model_type)
     writer.add_type("adapter")
     writer.add_string(Keys.Adapter.TYPE, "lora")
@@ -232,8 +237,8 @@ def convert_adapter(folder, path, base=None, kind="F32"):
         List of sentences to be printed.
 
     Raises:
-        AdapterError: the adapter does not fit the base, or llama.cpp's format has no words for it; CheckpointError: there
-            is no such base.
+        AdapterError: the adapter does not fit the base, or llama.cpp's format has no words for it; CheckpointError:
+            there is no such base.
     """
     from colora_ms.adapters import vocabulary
     from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
@@ -244,30 +249,35 @@ def convert_adapter(folder, path, base=None, kind="F32"):
     if stored.config is None:
         stored.refuse(stored.problems)
     if stored.config.peft_type != "LORA":
-        raise AdapterError(f"{folder} is a {stored.config.peft_type} adapter; llama.cpp knows LoRA only. With static router "
+        raise AdapterError(f"{folder} is a {stored.config.peft_type} adapter; llama.cpp knows LoRA only. With static "
+                           "router "
                            "weights a Lily adapter can be written as LoRA first, by colora_ms.adapters.export_lora")
     base = base if base is not None else stored.config.base_model_name_or_path
     if base is None:
-        raise AdapterError(f"{folder} does not name its base model, whose architecture and heads the file needs; give --base")
+        raise AdapterError(f"{folder} does not name its base model, whose architecture and heads the file needs; "
+                           "give --base")
     try:
         checkpoint = open_checkpoint(resolve_model(base))
     except CheckpointError as error:
-        raise CheckpointError(f"the base model of {folder} is needed for its architecture and heads; give --base. {error}"
+        raise CheckpointError(f"the base model of {folder} is needed for its architecture and heads; give --base. "
+                              f"{error}"
                               ) from None
     modules = modules_of_config(checkpoint.config)
     problems = stored.fit(checkpoint)
     more = vocabulary.larger(stored, modules)
     if more is not None:
-        raise AdapterError(f"the adapter in {folder} has {more.rows} rows for tokens, its base {more.tables.rows}, which a LoRA of "
-                           "llama.cpp cannot add; merge it into the model instead: colora-ms merge MODEL ADAPTER OUT.gguf")
+        raise AdapterError(f"the adapter in {folder} has {more.rows} rows for tokens, its base {more.tables.rows}, "
+                           "which a LoRA of "
+                           "llama.cpp cannot add; merge it into the model instead: colora-ms merge MODEL ADAPTER "
+                           "OUT.gguf")
     try:
         plan = make_plan(stored.config, modules, list(DEFAULT_TARGETS))
     except AdapterError as error:
         stored.refuse(stored.problems + problems + [str(error)], base)
 
     def base_values(module):
-        tensors = {"lm_head.weight": "model.embed_tokens.weight"} if checkpoint.config.tie_word_embeddings else {}
-        return {key: checkpoint.tensors[tensors.get(f"{module}.{key}", f"{module}.{key}")] for key in modules[module].parameters}
+        source = modules[module].tied_to or module
+        return {key: checkpoint.tensors[f"{source}.{key}"] for key in modules[module].parameters}
 
     stored.problems += problems
     values = stored.read(plan, modules, base_values, base)
@@ -289,13 +299,14 @@ def _check_expressible(config, plan, values):
     problems = [f"it trains {name} whole" for name in plan.saved[:3]]
     problems += [f"it trains the bias of {name}" for name in plan.biases[:1]]
     fields = {field: path for (path, role), own in values.items() for field in own if role == "lora"}
-    problems += [f"{path} has {what}" for field, what in (("magnitude", "DoRA's magnitudes"), ("up_bias", "a bias on lora_B"))
-                 if field in fields for path in [fields[field]]]
+    named = {"magnitude": "DoRA's magnitudes", "up_bias": "a bias on lora_B"}
+    problems += [f"{fields[field]} has {what}" for field, what in named.items() if field in fields]
     problems += [f"{path} has the values {field!r}" for field, path in fields.items()
                  if field not in ("down", "up", "magnitude", "up_bias", "bias")]
     problems += [f"it changes {path} ({role})" for path, role in values if role not in ("lora", "saved")]
     if config.tie_word_embeddings:
-        problems += [f"{name} is adapted, but the model's head is tied to its embedding, which llama.cpp keeps as one matrix"
+        problems += [f"{name} is adapted, but the model's head is tied to its embedding, which llama.cpp keeps as "
+                     "one matrix"
                      for name in (_EMBEDDING, "lm_head") if name in plan.targets]
     problems += [f"{name} has no name in llama.cpp" for name in plan.targets if gguf_module(name) is None][:1]
     if problems:
@@ -313,7 +324,8 @@ def _one_alpha(plan):
     folded = [name for name, factor in factors.items() if factor != 1]
     notes = []
     if folded:
-        notes.append(f"lora_b of {len(folded)} modules is multiplied by what their alpha and rank ask for beside the file's one "
-                     f"alpha ({alpha:g})" + (f"; in {len(rounded)} of them the factor is no power of two, and values are rounded "
-                                             "to float32 once more" if rounded else ", exactly"))
+        notes.append(f"lora_b of {len(folded)} modules is multiplied by what their alpha and rank ask for beside the "
+                     "file's one "
+                     f"alpha ({alpha:g})" + (f"; in {len(rounded)} of them the factor is no power of two, and values "
+                                             "are rounded to float32 once more" if rounded else ", exactly"))
     return float(alpha), factors, notes

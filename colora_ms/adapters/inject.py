@@ -93,7 +93,7 @@ def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None
 
     Args:
         net: the model; if it has adapters already, the folder's adapter takes a free slot beside them.
-        folder: a folder with adapter_config.json and adapter_model.safetensors.
+        folder: a folder with adapter_config.json and adapter_model.safetensors, or a LoRA of llama.cpp (a GGUF file).
         name: the adapter's name; by default the folder's.
         slots, max_rank, reserve, trainable, base_model, adapter_format, seed: as in :func:`inject`; used if the model has
             no adapters yet.

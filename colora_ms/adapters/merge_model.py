@@ -40,8 +40,8 @@ class MergeReport:
         difference: largest difference between the logits of the merged and the unmerged model, both in float32.
         span: largest minus smallest logit of the unmerged model.
         loss: mean negative log-likelihood of the texts' tokens, of the unrounded merge, in nats.
-        rounded_difference, rounded_mean, rounded_loss: largest and mean difference between the logits of the files, read
-            back, and the unrounded merge, and their loss; None where nothing was rounded.
+        rounded_difference, rounded_mean, rounded_loss: largest and mean difference between the logits of the files,
+            read back, and the unrounded merge, and their loss; None where nothing was rounded.
         notes: sentences to be printed.
     """
 
@@ -74,13 +74,13 @@ def merge_model(model, adapters, target, weights=None, combine=None, dtype=None,
     """Merge adapters into a model and write it.
 
     Args:
-        model: what ``resolve_model`` takes: a known name, a folder or a file. Of integer linears, quantised GGUF blocks and
-            factors the products are merged into.
+        model: what ``resolve_model`` takes: a known name, a folder or a file. Of integer linears, quantised GGUF
+            blocks and factors the products are merged into.
         adapters: one or several adapter folders or LoRA GGUF files.
         target: folder to make, or a GGUF file if it ends in ``.gguf``; it must not exist.
         weights: a number for each adapter; by default 1.
-        combine: how several are made into one before the merge, see :mod:`colora_ms.adapters.combine`; by default "cat",
-            the exact weighted sum.
+        combine: how several are made into one before the merge, see :mod:`colora_ms.adapters.combine`; by default
+            "cat", the exact weighted sum.
         dtype: of a folder, one of ``FOLDER_TYPES``, by default float32; kind: of a GGUF, a key of ``GGUF_TYPES``, by
             default F32; group: inputs that share a scale, for int8 and int4 (none: a channel).
         texts: on which the logits are compared, by default ``TEXTS``.
@@ -120,8 +120,8 @@ def merge_model(model, adapters, target, weights=None, combine=None, dtype=None,
                          notes=notes)
     if report.share > MOST:
         raise AdapterError(f"the merge is not written to {target}: its logits differ from the unmerged model's by "
-                           f"{report.difference:.3g}, {report.share:.2g} of their range, where float32 allows {MOST:g}; the "
-                           "adapter's values are too large for the base's weights, use it unmerged")
+                           f"{report.difference:.3g}, {report.share:.2g} of their range, where float32 allows "
+                           f"{MOST:g}; the adapter's values are too large for the base's weights, use it unmerged")
     handle.unload()
     report.notes += _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf)
     if (kind if to_gguf else dtype) not in ("F32", "float32"):
@@ -137,15 +137,17 @@ def _checked(target, to_gguf, dtype, kind, group):
 
         kind = kind or "F32"
         if dtype is not None or group is not None:
-            raise ConfigError(f"dtype={dtype!r} and group={group!r} are for folders; the type of a GGUF file is given by its own "
-                              "option (--type)")
+            raise ConfigError(f"dtype={dtype!r} and group={group!r} are for folders; the type of a GGUF file is "
+                              "given by its own option (--type)")
         check_type(kind)
     elif kind is not None:
-        raise ConfigError(f"type {kind!r} is for GGUF files, whose names end in .gguf; a folder takes a dtype (--dtype)")
+        raise ConfigError(f"type {kind!r} is for GGUF files, whose names end in .gguf; a folder takes a dtype "
+                          "(--dtype)")
     else:
         dtype = dtype or "float32"
         if dtype not in FOLDER_TYPES:
-            raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(FOLDER_TYPES)}.{near(dtype, FOLDER_TYPES)}")
+            raise ConfigError(f"dtype is {dtype!r}, expected one of "
+                              f"{', '.join(FOLDER_TYPES)}.{near(dtype, FOLDER_TYPES)}")
         if group is not None and not dtype.startswith("int"):
             raise ConfigError(f"group={group} is for int8 and int4, not for {dtype}")
     if os.path.lexists(target):
@@ -157,10 +159,11 @@ def _packed_notes(checkpoint):
     if checkpoint.quantized is not None:
         return ["the base's linears are integers: the merge is into a float32 copy of their values"]
     if checkpoint.low_rank:
-        return [f"{len(checkpoint.low_rank)} linears of the base are low-rank factors: the merge is into their products"]
+        return [f"{len(checkpoint.low_rank)} linears of the base are low-rank factors: the merge is into their "
+                "products"]
     if checkpoint.packed:
-        return [f"the base's matrices are stored as {', '.join(checkpoint.packed)}: the merge is into a float32 copy of their "
-                "values"]
+        return [f"the base's matrices are stored as {', '.join(checkpoint.packed)}: the merge is into a float32 copy "
+                "of their values"]
     return []
 
 
@@ -174,8 +177,8 @@ def _untie(decoder, plan, handle):
     changed = {embedding, head} & {*plan.targets, *plan.saved, *plan.tokens}
     if not decoder.config.tie_word_embeddings or not changed or head in plan.ties:
         return []
-    handle.cells[head].weight = Parameter(Tensor(handle.cells[embedding].weight.asnumpy().copy()), name=f"{head}.weight",
-                                          requires_grad=False)
+    own = Tensor(handle.cells[embedding].weight.asnumpy().copy())
+    handle.cells[head].weight = Parameter(own, name=f"{head}.weight", requires_grad=False)
     decoder.config = dataclasses.replace(decoder.config, tie_word_embeddings=False)
     tree.forget_graphs()
     return [f"the head is written as a matrix of its own, because the adapter changes {' and '.join(sorted(changed))}"
@@ -282,15 +285,15 @@ def _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf):
     if to_gguf:
         from colora_ms.models.gguf_writer import write_gguf
 
-        return write_gguf(target, config, tensors, checkpoint.tokenizer_source if source.folder is None else source.tokenizer,
-                          kind)
+        tokenizer = checkpoint.tokenizer_source if source.folder is None else source.tokenizer
+        return write_gguf(target, config, tensors, tokenizer, kind)
     folder = os.path.dirname(checkpoint.path) if os.path.isfile(checkpoint.path) else checkpoint.path
     files = {} if checkpoint.format == "gguf" else travelling_files(folder)
     if source.folder is not None:
         own = travelling_files(source.folder)
         own.pop("generation_config.json", None)
-        files = {**{name: path for name, path in files.items() if name in ("generation_config.json", "chat_template.jinja")},
-                 **own}
+        kept = ("generation_config.json", "chat_template.jinja")
+        files = {**{name: files[name] for name in kept if name in files}, **own}
     written = None if any(name.startswith("tokenizer.") for name in files) else source.tokenizer
     if dtype.startswith("int"):
         from colora_ms.adapters.lrqat_config import LrQatConfig

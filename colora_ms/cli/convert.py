@@ -5,15 +5,19 @@ TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 def add_arguments(parser):
     parser.add_argument("source", nargs="?", help="known name, folder or GGUF file of a model")
-    parser.add_argument("target", nargs="?", help="folder to write, or a GGUF file if it ends in .gguf; it must not exist")
+    parser.add_argument("target", nargs="?",
+                        help="folder to write, or a GGUF file if it ends in .gguf; it must not exist")
     parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"),
                         help="of a folder's weights; none: float32")
     parser.add_argument("--type", default=None, type=str.upper, choices=TYPES,
                         help="of a GGUF file's matrices, whose vectors stay F32; none: F32")
-    parser.add_argument("--adapter", default=None, metavar="FOLDER", help="convert this LoRA (or LoRA GGUF) in place of a model, with --to")
-    parser.add_argument("--to", default=None, metavar="FILE", help="with --adapter: the .gguf file to write, or of a LoRA GGUF the PEFT folder")
+    parser.add_argument("--adapter", default=None, metavar="FOLDER",
+                        help="convert this LoRA (or LoRA GGUF) in place of a model, with --to")
+    parser.add_argument("--to", default=None, metavar="FILE",
+                        help="with --adapter: the .gguf file to write, or of a LoRA GGUF the PEFT folder")
     parser.add_argument("--base", default=None, metavar="MODEL",
-                        help="with --adapter: its base model, of which only the settings are read; none: the one it names")
+                        help="with --adapter: its base model, of which only the settings are read; none: the one it "
+                             "names")
 
 
 def run(arguments):
@@ -24,7 +28,8 @@ def run(arguments):
     if arguments.to is not None or arguments.base is not None:
         raise ConfigError("--to and --base go with --adapter; a model is converted by: colora-ms convert MODEL OUT")
     if arguments.source is None or arguments.target is None:
-        raise ConfigError("give a model and what to write: colora-ms convert MODEL OUT, where OUT is a folder or ends in .gguf")
+        raise ConfigError("give a model and what to write: colora-ms convert MODEL OUT, where OUT is a folder or "
+                          "ends in .gguf")
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model, write_hf_folder
 
     to_gguf = is_gguf(arguments.target)
@@ -48,8 +53,8 @@ def _adapter(arguments):
     from colora_ms.errors import ConfigError
 
     if arguments.source is not None or arguments.dtype is not None:
-        raise ConfigError("an adapter is converted by: colora-ms convert --adapter FOLDER --to lora.gguf [--base MODEL] "
-                          "[--type F16]")
+        raise ConfigError("an adapter is converted by: colora-ms convert --adapter FOLDER --to lora.gguf [--base "
+                          "MODEL] [--type F16]")
     if arguments.to is None:
         raise ConfigError("--adapter needs --to: the .gguf file to write, or the PEFT folder to make of a LoRA GGUF")
     if not is_gguf(arguments.to):

@@ -91,7 +91,8 @@ def open_checkpoint(path):
     Args:
         path: a Hugging Face folder (``config.json`` with ``model.safetensors`` or shards and their
             index), a ``.safetensors`` file beside its ``config.json``, a ``.gguf`` file (llama,
-            qwen2, qwen3; of a model in several files any one; or a folder with exactly one model), or a MindSpore ``.ckpt`` beside (or in a
+            qwen2, qwen3; of a model in several files any one; or a folder with exactly one model), or a
+            MindSpore ``.ckpt`` beside (or in a
             folder with) a ``config.json``, with parameters named as in Hugging Face.
 
     Returns:

@@ -34,8 +34,8 @@ class GgufDecoder:
         """
         self._file = file
         if file.metadata.get("general.type") == "adapter":
-            raise CheckpointError(f"{file.path} is a LoRA adapter (general.type is 'adapter'), not a model; give it as the "
-                                  "adapter, with the model that it was made for as the model")
+            raise CheckpointError(f"{file.path} is a LoRA adapter (general.type is 'adapter'), not a model; give it "
+                                  "as the adapter, with the model that it was made for as the model")
         self._source = {}
         self.unknown = []
         for name in file.tensors:
@@ -54,7 +54,8 @@ class GgufDecoder:
     def packed_types(self):
         """Names of the quantised types that the file's tensors have, in its order."""
         from gguf import GGMLQuantizationType
-        names = dict.fromkeys(GGMLQuantizationType(self._file.tensors[source].type).name for source in self._source.values())
+        types = dict.fromkeys(self._file.tensors[source].type for source in self._source.values())
+        names = [GGMLQuantizationType(number).name for number in types]
         return [name for name in names if name not in ("F64", "F32", "F16", "BF16")]
 
     def read(self, name):

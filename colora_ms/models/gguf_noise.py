@@ -83,7 +83,8 @@ def _super_block(values, scale, sub, offset_scale, offset, first, last):
 
 def _q2_k(blocks):
     scales = blocks[:, :16]
-    return _half(blocks, 80), (scales & 15).astype(np.float32), _half(blocks, 82), (scales >> 4).astype(np.float32), 0, 3
+    sub, offset = (scales & 15).astype(np.float32), (scales >> 4).astype(np.float32)
+    return _half(blocks, 80), sub, _half(blocks, 82), offset, 0, 3
 
 
 def _q3_k(blocks):

@@ -83,8 +83,8 @@ class GgufParts:
     @staticmethod
     def _open(path, index, count, given):
         if not os.path.isfile(path):
-            raise CheckpointError(f"{given} is one of {count} parts, but part {index + 1}, {os.path.basename(path)}, is "
-                                  "missing beside it; fetch it too")
+            raise CheckpointError(f"{given} is one of {count} parts, but part {index + 1}, {os.path.basename(path)}, "
+                                  "is missing beside it; fetch it too")
         return GgufFile(path)
 
     @staticmethod
@@ -94,8 +94,8 @@ class GgufParts:
             number, own = _whole(part, _NUMBER, None), _whole(part, _COUNT, 1)
             if (number, own) != (index, count):
                 says = f"part {number + 1} of {own}" if number is not None else f"one of {own} file(s)"
-                raise CheckpointError(f"{part.path} is called part {index + 1} of {count}, but its content says that it "
-                                      f"is {says}; give the parts back their names")
+                raise CheckpointError(f"{part.path} is called part {index + 1} of {count}, but its content says that "
+                                      f"it is {says}; give the parts back their names")
             for key, value in part.metadata.items():
                 if key in (_NUMBER, "general.alignment"):
                     continue
@@ -121,8 +121,8 @@ def _whole(file, key, default):
     """A whole number of the metadata, from 0 on."""
     value = file.metadata.get(key, default)
     if value is None or isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"{file.path}: the GGUF value {key!r} is {value!r:.60}, expected a whole number: the file "
-                              "calls itself a part of a model in several files")
+        raise CheckpointError(f"{file.path}: the GGUF value {key!r} is {value!r:.60}, expected a whole number: the "
+                              "file calls itself a part of a model in several files")
     return value
 
 

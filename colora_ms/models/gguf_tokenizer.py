@@ -3,8 +3,8 @@
 llama.cpp has two ways to cut text that the decoders here use: byte-level BPE (``gpt2``: pieces, merges, and the name of
 the rule that cuts words) and SentencePiece BPE (``llama``: pieces with scores). A ``tokenizers`` backend has merges in
 both cases. For SentencePiece the scores are derived from them: llama.cpp joins the pair whose piece has the best score,
-``tokenizers`` the pair of the first merge; they agree if every piece's score is minus the place of its first merge (that
-is also what a SentencePiece model's merges were sorted by).
+``tokenizers`` the pair of the first merge; they agree if every piece's score is minus the place of its first merge
+(that is also what a SentencePiece model's merges were sorted by).
 """
 
 import json
@@ -27,7 +27,8 @@ PROBES = (
     "Hello world", " two  blanks   and\ttabs\t\tand\n\nlines \n  \r\n end ", "I'll we're DON'T it's 'tis 'S",
     "1 12 123 1234 12345678 3.14159 v2.0 x1y22z333", "foo_bar(baz)[i] = {'a': 1};//!!! ... ---->", "CamelCaseAndUPPER",
     "Ünïcödé naïve élève straße", "北京大学 日本語テキスト 한국어", "Привет, мир! العربية ١٢٣ हिन्दी १२", "😀😃 👩‍👩‍👧 🇫🇷",
-    "\u00a0nbsp\u3000wide\u200bzero", "a\nb\n\nc\n\n\nd", "   leading", "trailing   ", "", "\n", "e\u0301 NFD", "≠±×÷√∞ $€£¥",
+    "\u00a0nbsp\u3000wide\u200bzero", "a\nb\n\nc\n\n\nd", "   leading", "trailing   ", "", "\n",
+    "e\u0301 NFD", "≠±×÷√∞ $€£¥",
 )
 
 
@@ -35,13 +36,13 @@ def tokenizer_entries(source, config):
     """The metadata that describe a model's tokenizer.
 
     Args:
-        source: what ``load_tokenizer`` takes, or None: the file then says that it has no tokenizer. The tables of a GGUF
-            file with as many pieces as the model has rows are copied as they are.
+        source: what ``load_tokenizer`` takes, or None: the file then says that it has no tokenizer. The tables of a
+            GGUF file with as many pieces as the model has rows are copied as they are.
         config: ``DecoderConfig``, for the number of rows and the ids of the begin, end and padding tokens.
 
     Returns:
-        (entries, notes): entries {key: (value, type number, type number of an array's values or None)}; notes: sentences
-        about what llama.cpp will do otherwise.
+        (entries, notes): entries {key: (value, type number, type number of an array's values or None)}; notes:
+        sentences about what llama.cpp will do otherwise.
 
     Raises:
         TokenizerError: a tokenizer that llama.cpp's format has no words for, or more pieces than the model has rows.
@@ -68,8 +69,8 @@ def _described(tokenizer, config):
     state = json.loads(tokenizer.backend.to_str())
     model, added = state["model"], state["added_tokens"]
     if model["type"] != "BPE":
-        raise TokenizerError(f"a tokenizer of the kind {model['type']} cannot be written into a GGUF file here; byte-pair "
-                             "encoding is")
+        raise TokenizerError(f"a tokenizer of the kind {model['type']} cannot be written into a GGUF file here; "
+                             "byte-pair encoding is")
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only "
                              f"{config.vocab_size} rows of embeddings")
@@ -100,15 +101,16 @@ def _described(tokenizer, config):
     if sentencepiece:
         scores, in_order = _scores(pieces, types, merges)
         if not in_order:
-            notes.append("the merges of this SentencePiece tokenizer do not follow one score a piece, as llama.cpp's do: it "
-                         "may cut some texts otherwise")
+            notes.append("the merges of this SentencePiece tokenizer do not follow one score a piece, as llama.cpp's "
+                         "do: it may cut some texts otherwise")
         entries["tokenizer.ggml.scores"] = (scores, ARRAY, FLOAT32)
         plain = tokenizer.encode("x", add_special_tokens=False)
         prefix = bool(plain) and (tokenizer.backend.id_to_token(plain[0]) or "").startswith("▁")
         entries["tokenizer.ggml.add_space_prefix"] = (prefix, BOOL, None)
     elif merges:
         if any(" " in part for pair in merges for part in pair):
-            raise TokenizerError("a merge of this byte-level tokenizer has a blank in it, which a GGUF file cannot hold")
+            raise TokenizerError("a merge of this byte-level tokenizer has a blank in it, which a GGUF file cannot "
+                                 "hold")
         entries["tokenizer.ggml.merges"] = ([" ".join(pair).encode("utf-8") for pair in merges], ARRAY, STRING)
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id,
            "padding": tokenizer.pad_token_id}
@@ -134,8 +136,8 @@ def _is_sentencepiece(state):
         return True
     if "ByteLevel" in kinds:
         return False
-    raise TokenizerError(f"a tokenizer with the decoder {sorted(map(str, kinds))} is neither byte-level BPE nor SentencePiece; "
-                         "a GGUF file can hold these two")
+    raise TokenizerError(f"a tokenizer with the decoder {sorted(map(str, kinds))} is neither byte-level BPE nor "
+                         "SentencePiece; a GGUF file can hold these two")
 
 
 def _rule(backend, model):
@@ -153,8 +155,8 @@ def _rule(backend, model):
         whole = json.loads(known.to_str())["model"]["ignore_merges"]
         if own == [cut(known, text) for text in texts] and bool(model.get("ignore_merges")) == whole:
             return name
-    raise TokenizerError("this byte-level tokenizer cuts words by a rule that is none of those known by a name in GGUF files "
-                         f"here ({', '.join(_RULES)}); convert the model with llama.cpp's own converter")
+    raise TokenizerError("this byte-level tokenizer cuts words by a rule that is none of those known by a name in "
+                         f"GGUF files here ({', '.join(_RULES)}); convert the model with llama.cpp's own converter")
 
 
 def _scores(pieces, types, merges):
@@ -198,7 +200,7 @@ def _id_entries(ids, config, pieces=()):
 
 
 def _added_around(tokenizer, entries):
-    """Set whether a begin token is put before texts (an end token never is, here); a note if there is more than that."""
+    """Set whether a begin token is put before texts (an end token never is, here); a note if there is more."""
     plain, ids = tokenizer.encode("x", add_special_tokens=False), tokenizer.encode("x")
     begin = ids[:1] == [entries.get("tokenizer.ggml.bos_token_id", (None,))[0]] and plain[:1] != ids[:1]
     entries["tokenizer.ggml.add_bos_token"] = (begin, BOOL, None)
@@ -210,11 +212,12 @@ def _added_around(tokenizer, entries):
 
 def _differences(tokenizer, entries):
     """A note if this package's own reader of the entries cuts a text otherwise."""
-    again = Tokenizer(*tokenizer_build.from_gguf({key: value for key, (value, *_) in entries.items()}, "the written file"))
+    again = Tokenizer(*tokenizer_build.from_gguf({key: value for key, (value, *_) in entries.items()}, "the written "
+                                                                                                       "file"))
     specials = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()][:4]
     texts = [*PROBES, *(f"one{token}two {token} three" for token in specials)]
     for text in texts:
         if tokenizer.encode(text) != again.encode(text):
-            return [f"texts such as {text!r} are cut otherwise by the tokenizer in the GGUF file: {again.encode(text)[:12]} in "
-                    f"place of {tokenizer.encode(text)[:12]}"]
+            return [f"texts such as {text!r} are cut otherwise by the tokenizer in the GGUF file: "
+                    f"{again.encode(text)[:12]} in place of {tokenizer.encode(text)[:12]}"]
     return []

@@ -31,8 +31,8 @@ def write_gguf(path, config, tensors, tokenizer_source=None, kind="F32", name=No
         config: ``DecoderConfig``.
         tensors: mapping of Hugging Face names to arrays, read one at a time.
         tokenizer_source: what ``load_tokenizer`` takes, or None for a file without a tokenizer.
-        kind: type of the matrices, a key of ``GGUF_TYPES``; vectors (norms, biases) stay float32. A matrix whose rows are
-            no whole blocks of the type is stored in F16.
+        kind: type of the matrices, a key of ``GGUF_TYPES``; vectors (norms, biases) stay float32. A matrix whose rows
+            are no whole blocks of the type is stored in F16.
         name: ``general.name``; by default the file's name.
 
     Returns:
@@ -99,7 +99,8 @@ def encode(kind, array, name):
     if kind != "F32":
         most = float(np.abs(array).max(initial=0))
         if not math.isfinite(most) or most / _REACH.get(kind, 1) > 65504 and kind in _REACH:
-            raise CheckpointError(f"tensor {name!r} has values up to {most:.6g}, which {kind} cannot hold; write it as F32")
+            raise CheckpointError(f"tensor {name!r} has values up to {most:.6g}, which {kind} cannot hold; write it "
+                                  "as F32")
     return quantize(array, GGMLQuantizationType[kind])
 
 
@@ -122,8 +123,8 @@ def _plan(config, kind):
             odd.append((name, shape[-1]))
     if not odd:
         return plan, []
-    return plan, [f"{len(odd)} matrices are stored in F16, because their rows are no whole blocks of {kind} (such as {odd[0][0]} "
-                  f"with rows of {odd[0][1]})"]
+    return plan, [f"{len(odd)} matrices are stored in F16, because their rows are no whole blocks of {kind} (such as "
+                  f"{odd[0][0]} with rows of {odd[0][1]})"]
 
 
 def _write(writer, path, config, tensors, plan, factors):
@@ -185,8 +186,8 @@ def _config_entries(config):
         scaling = _unusual(scaling)
     elif kind == "llama3":
         if config.model_type != "llama":
-            raise ConfigError(f"rope_scaling of type llama3 on {config.model_type} cannot be written as GGUF: llama.cpp has the "
-                              "factors for llama only")
+            raise ConfigError(f"rope_scaling of type llama3 on {config.model_type} cannot be written as GGUF: "
+                              "llama.cpp has the factors for llama only")
         plain, _ = rope_frequencies(_without_scaling(config))
         factors = (plain / rope_frequencies(config)[0]).astype(np.float32)
         own = {other: (float(scaling[name]), FLOAT32, None) for name, other in LLAMA3_KEYS.items()}
@@ -196,7 +197,8 @@ def _config_entries(config):
                      f"{config.max_position_embeddings} positions")
         scaling = {}
     if kind != "linear" and scaling:
-        raise ConfigError(f"rope_scaling of type {kind} with {', '.join(f'{name}={value!r}' for name, value in scaling.items())} "
+        raise ConfigError(f"rope_scaling of type {kind} with "
+                          f"{', '.join(f'{name}={value!r}' for name, value in scaling.items())} "
                           "cannot be written as GGUF: llama.cpp has no such setting")
     return {**{key + name: (*value, None) for name, value in entries.items()}, **own}, factors, notes
 

@@ -209,8 +209,9 @@ def _read_index(folder, path):
 
 
 #: Files of a model folder beside config and weights that say how text becomes ids and how it is generated.
-TRAVELLING = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+TRAVELLING = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+              "generation_config.json")
 
 
 def travelling_files(folder):

@@ -18,8 +18,8 @@ KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 def main():
     library = ctypes.CDLL(str(next(Path(llama_cpp.__file__).parent.joinpath("lib").glob("libggml-base.so"))))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
-                                            ctypes.c_int64, ctypes.c_void_p]
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64,
+                                            ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     random = np.random.default_rng(5)
     matrices = {"normal": random.standard_normal((6, 256)), "heavy": random.standard_t(2, (6, 256)),
                 "uneven": random.standard_normal((6, 256)) * np.repeat(10.0 ** random.uniform(-3, 0, (6, 8)), 32, 1)}

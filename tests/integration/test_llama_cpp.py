@@ -1,4 +1,4 @@
-"""llama.cpp runs what is written here: merged models, LoRA files, tokenizers (needs llama-cpp-python in .venv-peers)."""
+"""llama.cpp runs what is written here: merged models, LoRA files, tokenizers (needs .venv-peers' llama-cpp-python)."""
 
 import json
 import os
@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT / "tests" / "unit"))
 def llama_cpp():
     """The Python that has llama_cpp; COLORA_PEERS_PYTHON names another than .venv-peers'."""
     python = Path(os.environ.get("COLORA_PEERS_PYTHON", ROOT / ".venv-peers" / "bin" / "python"))
-    if not python.is_file() or subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False).returncode:
+    if not python.is_file() or subprocess.run([python, "-c", "import llama_cpp"], capture_output=True,
+                                              check=False).returncode:
         pytest.skip("llama-cpp-python is not in .venv-peers (bash scripts/setup_peers.sh)")
     return python
 
@@ -88,4 +89,5 @@ def test_greedy_answers(llama_cpp, mindspore, shared):
     counts = compare(str(shared / "data" / "stories260k"), None, 24, llama_cpp, 0.15)
     assert json.loads(json.dumps(counts)) == {
         "prompts cut into the same ids": [10, 10], "merged GGUF: same greedy answers": [10, 10],
-        "LoRA GGUF on the base: same greedy answers": [10, 10], "base without the adapter: same (should be few)": [0, 10]}
+        "LoRA GGUF on the base: same greedy answers": [10, 10],
+        "base without the adapter: same (should be few)": [0, 10]}

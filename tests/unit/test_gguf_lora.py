@@ -34,7 +34,8 @@ def adapter(folder, name="llama", **settings):
     from colora_ms.adapters.matching import plan
     from colora_ms.adapters.peft_format import write_adapter
 
-    config = LoraConfig(**{"target_modules": ALL, "r": 4, "lora_alpha": 8, "base_model_name_or_path": tiny(name), **settings})
+    config = LoraConfig(**{"target_modules": ALL, "r": 4, "lora_alpha": 8, "base_model_name_or_path": tiny(name),
+                           **settings})
     modules = modules_of_config(open_checkpoint(tiny(name)).config)
     made, random = plan(config, modules), np.random.default_rng(3)
     values = {}
@@ -110,8 +111,8 @@ def test_the_product_is_the_adapters(tmp_path, r, alpha, rslora, ranks, alphas, 
                            alpha_pattern=alphas)
     notes = convert_adapter(tmp_path / "a", target)
     fields, tensors = contents(target)
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate",
-             "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
     folded = False
     for path, one in made.targets.items():
         own = values[path, "lora"]
@@ -225,13 +226,15 @@ def test_what_cannot_be_read_is_named(mindspore, tmp_path):
     refused(net, foreign(tmp_path / "1.gguf", good, kind="model"), "not an adapter")
     refused(net, foreign(tmp_path / "2.gguf", good, arch="qwen2"), "'qwen2'", "'llama'")
     refused(net, foreign(tmp_path / "3.gguf", {**good, "blk.1.ffn_up.weight.lora_a": a}), "ffn_up", "no partner")
-    refused(net, foreign(tmp_path / "4.gguf", {**good, "blk.0.ssm_in.weight.lora_a": a, "blk.0.ssm_in.weight.lora_b": b}),
-            "ssm_in", "no linear")
+    refused(net, foreign(tmp_path / "4.gguf", {**good, "blk.0.ssm_in.weight.lora_a": a,
+                                               "blk.0.ssm_in.weight.lora_b": b}), "ssm_in", "no linear")
     refused(net, foreign(tmp_path / "5.gguf", {**good, "blk.0.attn_q.bias": a}), "attn_q.bias")
-    refused(net, foreign(tmp_path / "6.gguf", {"blk.9.attn_output.weight.lora_a": a, "blk.9.attn_output.weight.lora_b": b}),
-            "layers.9")
-    refused(net, foreign(tmp_path / "7.gguf", {**good, "blk.0.attn_output.weight.lora_b": pair(2, outer=48)[1]}), "(48, 2)")
-    refused(net, foreign(tmp_path / "8.gguf", {**good, "blk.0.attn_output.weight.lora_b": pair(3)[1]}), "different ranks")
+    refused(net, foreign(tmp_path / "6.gguf", {"blk.9.attn_output.weight.lora_a": a,
+                                               "blk.9.attn_output.weight.lora_b": b}), "layers.9")
+    refused(net, foreign(tmp_path / "7.gguf", {**good, "blk.0.attn_output.weight.lora_b": pair(2, outer=48)[1]}),
+            "(48, 2)")
+    refused(net, foreign(tmp_path / "8.gguf", {**good, "blk.0.attn_output.weight.lora_b": pair(3)[1]}),
+            "different ranks")
     refused(net, foreign(tmp_path / "9.gguf", good, adapter__alora__invocation_tokens=[1, 2]), "aLoRA")
     refused(net, foreign(tmp_path / "10.gguf", {"blk.0.attn_output.weight.lora_a": a * np.nan,
                                                 "blk.0.attn_output.weight.lora_b": b}), "not finite")
@@ -261,8 +264,9 @@ def test_a_lora_file_is_no_model(tmp_path):
         open_checkpoint(str(path))
 
 
-@pytest.mark.parametrize("folder, words", [("dora", "DoRA"), ("bias_lora_only", "bias of"), ("lora_bias", "bias on lora_B"),
-                                           ("save_lm_head", "whole"), ("tokens", "tokens"), ("larger", "rows for tokens")])
+@pytest.mark.parametrize("folder, words", [
+    ("dora", "DoRA"), ("bias_lora_only", "bias of"), ("lora_bias", "bias on lora_B"), ("save_lm_head", "whole"),
+    ("tokens", "tokens"), ("larger", "rows for tokens")])
 def test_what_llama_cpp_cannot_say_is_refused(folder, words, goldens, tmp_path):
     from colora_ms.adapters.gguf_lora import convert_adapter
 
@@ -315,7 +319,8 @@ def test_command(tmp_path, capsys, goldens):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(values))
     assert main(["convert", "--adapter", str(tmp_path / "a"), "--to", str(tmp_path / "y.gguf")]) == 1
     assert "give --base" in capsys.readouterr().err
-    assert main(["convert", "--adapter", str(tmp_path / "a"), "--to", str(tmp_path / "y.gguf"), "--base", tiny("llama")]) == 0
+    named = ["--base", tiny("llama")]
+    assert main(["convert", "--adapter", str(tmp_path / "a"), "--to", str(tmp_path / "y.gguf"), *named]) == 0
     assert main(["convert", tiny("llama"), str(tmp_path / "m.gguf"), "--type", "q8_0"]) == 0
     assert "stored in F16" in capsys.readouterr().err
     for wrong in (["convert", tiny("llama"), str(tmp_path / "n.gguf"), "--dtype", "float16"],

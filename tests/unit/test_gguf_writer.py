@@ -39,7 +39,8 @@ def test_float32_comes_back_bit_for_bit(name, tmp_path):
 
 
 def fields(path):
-    return {key: field.contents() for key, field in gguf.GGUFReader(str(path)).fields.items() if not key.startswith("GGUF.")}
+    found = gguf.GGUFReader(str(path)).fields
+    return {key: field.contents() for key, field in found.items() if not key.startswith("GGUF.")}
 
 
 def test_layout_as_the_gguf_package_sees_it(tmp_path):
@@ -145,15 +146,17 @@ def sentencepiece_tokenizer():
     from colora_ms.models.tokenizer_build import add_template
 
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces += ["▁", "a", "b", "c", "d", "e", "n", "t", "h", "é", "▁t", "he", "the", "▁the", "an", "and", "▁and", "▁a", "th", "▁▁"]
+    pieces += ["▁", "a", "b", "c", "d", "e", "n", "t", "h", "é", "▁t", "he", "the", "▁the", "an", "and", "▁and", "▁a",
+               "th", "▁▁"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    order = [("▁", "t"), ("h", "e"), ("t", "h"), ("t", "he"), ("th", "e"), ("▁", "the"), ("▁t", "he"), ("a", "n"), ("an", "d"),
-             ("▁", "and"), ("▁", "a"), ("▁", "▁")]
+    order = [("▁", "t"), ("h", "e"), ("t", "h"), ("t", "he"), ("th", "e"), ("▁", "the"), ("▁t", "he"), ("a", "n"),
+             ("an", "d"), ("▁", "and"), ("▁", "a"), ("▁", "▁")]
     backend = Backend(models.BPE(vocab, order, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                          decoders.Strip(" ", 1, 0)])
-    backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in ("<unk>", "<s>", "</s>", "<|end|>")])
+    backend.add_special_tokens([AddedToken(one, special=True, normalized=False)
+                                for one in ("<unk>", "<s>", "</s>", "<|end|>")])
     backend.add_tokens([AddedToken("<tool>", normalized=False)])
     add_template(backend, "<s>", None)
     return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
@@ -172,7 +175,8 @@ def byte_level_tokenizer(rule):
     backend, _ = from_gguf({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": rule,
                             "tokenizer.ggml.tokens": [piece.encode() for piece in pieces],
                             "tokenizer.ggml.merges": [" ".join(pair).encode() for pair in merges]}, rule)
-    backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in ("<|endoftext|>", "<|im_end|>")])
+    backend.add_special_tokens([AddedToken(one, special=True, normalized=False)
+                                for one in ("<|endoftext|>", "<|im_end|>")])
     backend.add_tokens([AddedToken("<think>", normalized=False)])
     return Tokenizer(backend, {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"})
 
@@ -182,7 +186,8 @@ def model_for(tokenizer, **more):
     source = open_checkpoint(tiny("llama_linear"))
     rows = tokenizer.vocab_size + 5
     config = DecoderConfig.from_hf(dict(source.config.to_hf(), vocab_size=rows, **more))
-    tensors = {name: np.resize(np.asarray(source.tensors[name]), shape) for name, shape in config.parameter_shapes().items()}
+    tensors = {name: np.resize(np.asarray(source.tensors[name]), shape)
+               for name, shape in config.parameter_shapes().items()}
     return config, tensors
 
 
@@ -216,7 +221,8 @@ def test_tokenizer_metadata(written):
     assert open_checkpoint(str(path)).config.eos_token_ids[:2] == (tokenizer.eos_token_id, tokenizer.vocab_size - 3)
 
 
-PARTS = st.sampled_from(["the", " the", "and", " and", "12", "1", "  ", "\n", "\n\n", "'s", "é", "\t", "<s>", "</s>", "<|im_end|>",
+PARTS = st.sampled_from(["the", " the", "and", " and", "12", "1", "  ", "\n", "\n\n", "'s", "é", "\t", "<s>", "</s>",
+                         "<|im_end|>",
                          "<think>", "<tool>", "<|end|>", "<|endoftext|>", "北京", "😀", ".", "A"])
 
 
@@ -280,7 +286,8 @@ def test_tokenizers_that_do_not_fit(tmp_path):
     with pytest.raises(TokenizerError, match="Unigram"):
         write_gguf(tmp_path / "m.gguf", config, tensors, Tokenizer(unigram, {}))
     odd = Backend(models.BPE({"a": 0}, []))
-    odd.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    odd.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
     odd.decoder = decoders.ByteLevel()
     with pytest.raises(TokenizerError, match="cuts words by a rule"):
         write_gguf(tmp_path / "m.gguf", config, tensors, Tokenizer(odd, {}))

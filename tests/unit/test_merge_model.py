@@ -45,10 +45,10 @@ def small(tmp_path):
     return tmp_path / "small"
 
 
-PEFTS = ["qv_r8", "all_rslora", "bias_lora_only", "dora", "dora_bias", "lora_bias", "save_lm_head", "pissa", "olora", "dora_pissa",
-         "save_tied", "save_tied_embedding", "tokens", "tokens_both", "tokens_tied", "tokens_tied_apart", "tokens_tied_ensured",
-         "tokens_tied_head", "larger", "larger_stored", "larger_tied", "larger_tied_stored", "larger_untrained",
-         "larger_untrained_tied"]
+PEFTS = ["qv_r8", "all_rslora", "bias_lora_only", "dora", "dora_bias", "lora_bias", "save_lm_head", "pissa", "olora",
+         "dora_pissa", "save_tied", "save_tied_embedding", "tokens", "tokens_both", "tokens_tied", "tokens_tied_apart",
+         "tokens_tied_ensured", "tokens_tied_head", "larger", "larger_stored", "larger_tied", "larger_tied_stored",
+         "larger_untrained", "larger_untrained_tied"]
 
 
 @pytest.mark.filterwarnings("ignore::colora_ms.errors.AdapterWarning")
@@ -69,14 +69,16 @@ def test_every_kind_of_lora(name, mindspore, goldens, tmp_path):
     stored = np.load(folder / "logits.npz")
     ids = stored["ids"].astype(np.int32)
     net = build_decoder(open_checkpoint(str(tmp_path / out)), max_positions=64)
-    got = net(Tensor(ids), Tensor(np.full(len(ids), ids.shape[1], np.int32)), Tensor(np.full(len(ids), -1, np.int32))).asnumpy()
+    lengths, slots = np.full(len(ids), ids.shape[1], np.int32), np.full(len(ids), -1, np.int32)
+    got = net(Tensor(ids), Tensor(lengths), Tensor(slots)).asnumpy()
     assert np.abs(got[:, stored["positions"]] - stored["logits"]).max() < 2e-4
     assert [one.name for one in tmp_path.iterdir()] == [out]
 
 
-@pytest.mark.parametrize("out, option", [("m", {"dtype": "bfloat16"}), ("m", {"dtype": "float16"}), ("m", {"dtype": "int8"}),
-                                         ("m", {"dtype": "int4", "group": 8}), ("m.gguf", {"kind": "F16"}),
-                                         ("m.gguf", {"kind": "BF16"}), ("m.gguf", {"kind": "Q8_0"}), ("m.gguf", {"kind": "Q4_0"})])
+@pytest.mark.parametrize("out, option", [
+    ("m", {"dtype": "bfloat16"}), ("m", {"dtype": "float16"}), ("m", {"dtype": "int8"}),
+    ("m", {"dtype": "int4", "group": 8}), ("m.gguf", {"kind": "F16"}), ("m.gguf", {"kind": "BF16"}),
+    ("m.gguf", {"kind": "Q8_0"}), ("m.gguf", {"kind": "Q4_0"})])
 def test_rounding_is_measured(out, option, mindspore, small, tmp_path):
     from colora_ms.adapters.merge_model import merge_model
 
@@ -107,7 +109,8 @@ def test_several_adapters(mindspore, tmp_path):
             want = want - 0.4 * handle.sites[path, "lora"].delta(1)
         np.testing.assert_allclose(merged.tensors[path + ".weight"], want, atol=2e-5)
     for way, options in (("ties_svd", {"density": 0.5, "svd_rank": 7}), ("svd", {})):
-        assert merge_model(tiny("llama"), [tmp_path / "a", tmp_path / "b"], tmp_path / way, combine=way, **options).share <= 1e-3
+        both = [tmp_path / "a", tmp_path / "b"]
+        assert merge_model(tiny("llama"), both, tmp_path / way, combine=way, **options).share <= 1e-3
     with pytest.raises(AdapterError, match="equal ranks"):
         merge_model(tiny("llama"), [tmp_path / "a", tmp_path / "b"], tmp_path / "no", combine="linear")
     assert not (tmp_path / "no").exists()
@@ -156,7 +159,8 @@ def test_a_tied_model_gets_a_head_of_its_own_where_it_has_to(mindspore, tmp_path
 
     source = open_checkpoint(tiny("qwen3"))
     config = dataclasses.replace(source.config, tie_word_embeddings=True)
-    write_hf_folder(tmp_path / "base", config, {key: value for key, value in source.tensors.items() if key != "lm_head.weight"})
+    tensors = {key: value for key, value in source.tensors.items() if key != "lm_head.weight"}
+    write_hf_folder(tmp_path / "base", config, tensors)
     for modules, own in ((["q_proj"], False), (["q_proj", "embed_tokens"], True), (["lm_head"], True)):
         adapter(tmp_path / "a", "qwen3", target_modules=modules, base_model_name_or_path=str(tmp_path / "base"))
         out = tmp_path / f"out{len(modules)}{own}"
@@ -177,8 +181,9 @@ def test_nothing_is_overwritten_or_half_written(mindspore, small, tmp_path, monk
         with pytest.raises(error, match="exists already"):
             module.merge_model(tiny("llama"), [small], tmp_path / target)
     (tmp_path / "there").rmdir()
-    for options, error in (({"dtype": "float8"}, ConfigError), ({"kind": "Q8_0"}, ConfigError), ({"group": 8}, ConfigError),
-                           ({"weights": [1, 2]}, AdapterError), ({"svd_rank": 2}, AdapterError),
+    for options, error in (({"dtype": "float8"}, ConfigError), ({"kind": "Q8_0"}, ConfigError),
+                           ({"group": 8}, ConfigError), ({"weights": [1, 2]}, AdapterError),
+                           ({"svd_rank": 2}, AdapterError),
                            ({"combine": "nothing", "weights": [2]}, AdapterError)):
         with pytest.raises(error):
             module.merge_model(tiny("llama"), [small], tmp_path / "m", **options)
@@ -221,9 +226,11 @@ def test_files_travel_along(mindspore, shared, tmp_path, capsys):
     stories_adapter(base, folder)
     (folder / "tokenizer.json").write_text("{}")
     assert main(["merge", str(base), str(folder), str(tmp_path / "out"), "--json", str(tmp_path / "n.json")]) == 0
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json",
+                 "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
-    assert load_tokenizer(str(tmp_path / "out")).encode("Once upon a time") == load_tokenizer(str(base)).encode("Once upon a time")
+    one, two = load_tokenizer(str(tmp_path / "out")), load_tokenizer(str(base))
+    assert one.encode("Once upon a time") == two.encode("Once upon a time")
     printed = capsys.readouterr().out
     numbers = json.loads((tmp_path / "n.json").read_text())
     assert f"{numbers['share']:.2g} of their range" in printed and numbers["share"] <= 1e-3
@@ -247,7 +254,7 @@ def stories_adapter(base, folder, seed=0, size=0.05):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", base_model_name_or_path=str(base))
     modules = modules_of_config(open_checkpoint(base).config)
     made, random = plan(config, modules), np.random.default_rng(seed)
-    values = {(path, "lora"): {"down": random.standard_normal((4, modules[path].in_features), np.float32) * np.float32(size),
-                               "up": random.standard_normal((modules[path].out_features, 4), np.float32)}
-              for path in made.targets}
+    values = {(path, "lora"): {
+        "down": random.standard_normal((4, modules[path].in_features), np.float32) * np.float32(size),
+        "up": random.standard_normal((modules[path].out_features, 4), np.float32)} for path in made.targets}
     write_adapter(folder, config, made, modules, values)
