@@ -47,6 +47,10 @@ class DataError(ColoraError, ValueError):
     """Training or evaluation data is missing, empty or malformed."""
 
 
+class AdapterWarning(UserWarning):
+    """An adapter's config or file has something that changes nothing here, as in PEFT: it is said, not refused."""
+
+
 class TokenizerError(ColoraError, ValueError):
     """A tokenizer cannot be read, written, or used on the given text or ids."""
 

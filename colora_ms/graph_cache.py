@@ -22,8 +22,9 @@ from mindspore import Parameter, Tensor
 from mindspore.graph import api
 
 from colora_ms import workers
-from colora_ms.kernels.aot import backend, library_path
+from colora_ms.kernels.aot import library_path
 from colora_ms.kernels.ascend import libraries_in_use
+from colora_ms.kernels.registry import backend
 
 _ENABLE, _PATH = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
 _WORK_PREFIX = "colora-process-"

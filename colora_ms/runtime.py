@@ -10,6 +10,7 @@ from mindspore import Tensor
 
 from colora_ms.graph_cache import GraphCache, source_fingerprint
 from colora_ms.kernels.aot import KernelError, last_error, library_path
+from colora_ms.kernels.registry import bind
 
 _configured = False
 _graphs = None
@@ -34,6 +35,7 @@ def configure():
     if _configured:
         return
     _configured = True
+    bind()
     ms.set_recursion_limit(10000)
     if os.environ.get("COLORA_COMPILE_CACHE", "1") != "0":
         _graphs = GraphCache(cache_folder(), source_fingerprint(library_path()))

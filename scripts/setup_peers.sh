@@ -31,7 +31,8 @@ cmake_flags() {
     onoff() { if has "$@"; then echo ON; else echo OFF; fi; }
     echo -n "-DGGML_NATIVE=OFF -DGGML_AVX=$(onoff avx) -DGGML_AVX2=$(onoff avx2) -DGGML_FMA=$(onoff fma)"
     echo -n " -DGGML_F16C=$(onoff f16c) -DGGML_BMI2=$(onoff bmi2)"
-    echo " -DGGML_AVX512=$(onoff avx512f avx512cd avx512vl avx512dq avx512bw) -DGGML_AVX512_VNNI=$(onoff avx512f avx512_vnni)"
+    local avx512="avx512f avx512cd avx512vl avx512dq avx512bw"  # what ggml's code for AVX-512 takes for granted
+    echo " -DGGML_AVX512=$(onoff $avx512) -DGGML_AVX512_VNNI=$(onoff $avx512 avx512_vnni)"
 }
 case " $* " in *" --print-flags "*) cmake_flags; exit 0 ;; esac
 

@@ -33,7 +33,10 @@ def pytest_collection_modifyitems(config, items):
 def mindspore():
     import mindspore as ms
 
+    from colora_ms.kernels import bind
+
     ms.set_context(mode=ms.GRAPH_MODE)
+    bind()  # tests call the faces in Cells of their own
     return ms
 
 

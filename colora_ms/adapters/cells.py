@@ -6,6 +6,7 @@ from mindspore import Tensor, nn
 
 from colora_ms.adapters.slots import get, put, stacked, to_float32
 from colora_ms.adapters.tree import leaf_parameters
+from colora_ms.kernels import bind
 
 
 class AdapterCell(nn.Cell):
@@ -25,6 +26,7 @@ class AdapterCell(nn.Cell):
 
     def __init__(self, base_layer, path):
         super().__init__(auto_prefix=False)
+        bind()
         self.base_layer = base_layer
         self.path = path
         self._kept = None

@@ -104,8 +104,9 @@ def _checked(handle, names, weights, kind, svd_rank, svd_clamp, density, majorit
         if not isinstance(config, LoraConfig):
             problems.append(f"{name!r} is a {config.peft_type} adapter; only LoRA adapters can be combined")
             continue
-        if plan.saved or plan.biases:
-            problems.append(f"{name!r} also trains {', '.join([*plan.saved, *plan.biases][:3])}, of which no sum is defined")
+        if plan.saved or plan.biases or plan.tokens:
+            more = ", ".join([*plan.saved, *plan.biases, *plan.tokens][:3])
+            problems.append(f"{name!r} also trains {more}, of which no sum is defined")
         for field, what in (("use_dora", "DoRA, whose change is not a low-rank product"),
                             ("lora_bias", "a bias on lora_B")):
             if getattr(config, field, False):

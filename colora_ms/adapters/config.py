@@ -26,13 +26,11 @@ REFUSED_KEYS = {
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
     "arrow_config": "Arrow routing between adapters",
     "enable_lora": "the merged q/k/v linears of old versions",
-    "ensure_weight_tying": "adapters that stay tied across tied weights",
     "kasa_config": "KaSA",
     "layer_replication": "replicated layers",
     "megatron_config": "Megatron's parallel linears",
     "monteclora_config": "MonteCLoRA",
     "target_parameters": "adapters on bare parameters",
-    "trainable_token_indices": "trainable token rows",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
@@ -82,6 +80,11 @@ class LoraConfig(PeftConfig):
     alpha_pattern: dict = field(default_factory=dict)
     #: Modules that are trained and saved whole beside the adapter (endings of their names).
     modules_to_save: Optional[list] = None
+    #: Ids whose rows of the embedding are trained and replace the base's: a list, or {ending of a module's name: list} for
+    #: embedding and head apart. A tied head uses the embedding's.
+    trainable_token_indices: Optional[Union[list, dict]] = None
+    #: Keep a tied head tied to what ``modules_to_save`` or ``trainable_token_indices`` make of the embedding.
+    ensure_weight_tying: bool = False
     #: Layer index or indices to adapt; needs a list in ``target_modules``.
     layers_to_transform: Optional[Union[list, int]] = None
     #: Name of the list of layers ("layers"), for ``layers_to_transform``.
@@ -112,6 +115,9 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self):
         self.make_lists()
+        if isinstance(self.trainable_token_indices, tuple):
+            self.trainable_token_indices = list(self.trainable_token_indices)
+        self.trainable_token_indices = self.trainable_token_indices or None
         self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
         problems = self.problems()
@@ -129,10 +135,11 @@ class LoraConfig(PeftConfig):
             found.append(f"lora_dropout is {self.lora_dropout!r}, expected a number in [0, 1)")
         if self.bias not in BIAS:
             found.append(f"bias is {self.bias!r}, expected one of {', '.join(BIAS)}.{near(self.bias, BIAS)}")
-        for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
+        for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name} is {getattr(self, name)!r}, expected true or false")
         found += self._module_problems()
+        found += self._token_problems()
         found += self._pattern_problems()
         if not _is_one_of(self.init_lora_weights, LOADABLE_INITIALISATIONS) and self.pissa_iterations is None:
             found.append(f"init_lora_weights={self.init_lora_weights!r} is not implemented (methods such as CorDA and LoftQ "
@@ -162,7 +169,7 @@ class LoraConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) > most:
                 found.append(f"{name} has {len(value)} entries, at most {most} are allowed")
-        if self.target_modules in ("", []) and not self.modules_to_save:
+        if self.target_modules in ("", []) and not self.modules_to_save and not self.trainable_token_indices:
             found.append("target_modules is empty: the adapter would change nothing")
         layers = self.layers_to_transform
         if layers is not None:
@@ -174,6 +181,21 @@ class LoraConfig(PeftConfig):
                              f"{self.target_modules!r:.80}: write the layers into that expression")
         elif self.layers_pattern:
             found.append(f"layers_pattern is {self.layers_pattern!r:.80}, but layers_to_transform is not given")
+        return found
+
+    def _token_problems(self):
+        tables = self.trainable_token_indices or {}
+        if not isinstance(tables, (list, dict)):
+            return [f"trainable_token_indices is {tables!r:.80}, expected a list of token ids, or {{module name: list}}"]
+        found = []
+        for name, ids in (tables if isinstance(tables, dict) else {"": tables}).items():
+            label = f"trainable_token_indices[{name!r:.80}]" if name else "trainable_token_indices"
+            if not isinstance(ids, list) or not ids or not all(_is_int(i) and i >= 0 for i in ids):
+                found.append(f"{label} is {ids!r:.80}, expected a list of token ids")
+            elif len(ids) > MAX_ENTRIES:
+                found.append(f"{label} has {len(ids)} entries, at most {MAX_ENTRIES} are allowed")
+            elif len(set(ids)) < len(ids):
+                found.append(f"{label} has {next(i for i in ids if ids.count(i) > 1)} more than once")
         return found
 
     def _pattern_problems(self):
@@ -214,8 +236,7 @@ class LoraConfig(PeftConfig):
                 own[key] = value
             elif key == "alora_invocation_tokens" and value is not None or key in REFUSED_KEYS and value:
                 found.append(f"the setting {key}={value!r:.60} ({REFUSED_KEYS[key]}) is not implemented")
-            elif key not in HARMLESS_KEYS and key not in REFUSED_KEYS and key != "peft_type" and value:
-                found.append(f"{key}={value!r:.60} is not a known setting.{near(key, known)}")
+        found += cls.unknown_settings(values, {*known, *HARMLESS_KEYS, *REFUSED_KEYS})
         try:
             return cls(**own), found
         except AdapterError as error:

@@ -10,7 +10,7 @@ from mindspore.common.generator import default_generator
 from mindspore.communication import GlobalComm, get_rank
 from mindspore.graph.api import _run_in_jit
 
-from colora_ms.kernels import dropout, dropout_constants
+from colora_ms.kernels import bind, dropout, dropout_constants
 
 
 class Dropout(nn.Cell):
@@ -36,6 +36,7 @@ class Dropout(nn.Cell):
 
     def __init__(self, rate, seed, path):
         super().__init__(auto_prefix=False)
+        bind()
         self.rate = rate
         self.stream = Parameter(_words(f"{seed} {path}"), name=f"{path}.lora_dropout", requires_grad=False)
         self.worker = _words(f"worker {get_rank() if GlobalComm.INITED else 0}")

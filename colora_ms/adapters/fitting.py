@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from colora_ms.adapters import tree
+from colora_ms.adapters import tree, vocabulary
 from colora_ms.adapters.principal import as_plain_lora, check_splittable, starts_on
 from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.starting import base_weight
@@ -27,6 +27,14 @@ def check_fits(handle, config, plan):
                  if not getattr(handle.sites.get((path, "lora")), "has_bias", False)]
     problems += [f"{path} was not prepared to be saved whole" for path in plan.saved
                  if (path, "saved") not in handle.sites]
+    for path, ids in plan.tokens.items():
+        cell = handle.sites.get((path, "tokens"))
+        problems += [f"{path} was not prepared for trained token rows"] if cell is None else cell.problems_with(ids)
+    problems += [f"{path} is {'' if path in plan.ties else 'not '}tied to another module's values in this adapter, the "
+                 f"model was prepared for one where it is{' not' if path in plan.ties else ''}"
+                 for role in ("saved", "tokens") for path in getattr(plan, role) if handle.trainable
+                 and (path, role) in handle.sites
+                 and getattr(handle.sites[path, role], "tied_to", "") != plan.ties.get(path, "")]
     if handle.trainable and config.lora_dropout != handle.dropout:
         problems.append(f"lora_dropout is {config.lora_dropout}, the model was prepared for {handle.dropout}")
     if problems:
@@ -46,6 +54,13 @@ def stage(handle, stored, check=None):
     """
     if stored.config is None:
         stored.refuse(stored.problems, handle.base_model)
+    stored.problems += stored.fit(handle.net)
+    try:
+        more = vocabulary.larger(stored, handle.modules)
+    except AdapterError as error:
+        stored.refuse(stored.problems + [str(error)], handle.base_model)
+    if more is not None:
+        stored.refuse(stored.problems + [vocabulary.refusal(more, stored)], handle.base_model)
     try:
         plan = make_plan(stored.config, handle.modules, handle.defaults)
     except AdapterError as error:

@@ -32,7 +32,7 @@ class Adapters:
 
     Attributes:
         net: the model; capacity: slots that it has; trainable: whether the adapters' Parameters require gradients.
-        sites: {(module name, "lora" or "saved"): adapter Cell}; peft_type: the method that the Cells are of.
+        sites: {(module name, "lora", "saved" or "tokens"): adapter Cell}; peft_type: the method that the Cells are of.
         cells: {module name: Cell} of the model before injection; modules: what is known of them; defaults: the modules that
             a config without target_modules means.
         active_slot: () int32 Parameter, the adapter of the Cells that take no row slots, -1 = none.
@@ -254,8 +254,10 @@ class Adapters:
         reason = method(config.peft_type).why_not_merge(config)
         if reason:
             raise AdapterError(f"adapter {name!r} cannot be merged: {reason}")
-        places = [place for place in self.sites if place in set(places_of(plan))]
-        check_mergeable(self.net, self.cells, name, places)
+        # A tied module's weight is that of the module that it is tied to, which is merged once.
+        places = [place for place in self.sites if place in set(places_of(plan)) and not
+                  (place[0] in plan.ties and place[1] in ("saved", "tokens"))]
+        check_mergeable(self.net, self.cells, name, places, plan.ties)
         for place in places:
             self.sites[place].merge(slot)
         self._merged = name
@@ -340,7 +342,10 @@ class Adapters:
         """Put checked values into a slot, whatever it holds, without a name: for those who keep account of slots."""
         for (path, role), cell in self.sites.items():
             target = plan.targets.get(path)
-            cell.write(slot, values.get((path, role), {}), target.scaling if target else 0.0)
+            own = values.get((path, role), {})
+            if role == "tokens" and own:
+                own = {**own, "ids": plan.tokens[path]}
+            cell.write(slot, own, target.scaling if target else 0.0)
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

@@ -1,13 +1,14 @@
 """Putting adapters into a model: ``inject`` replaces Cells in place, ``load_adapter`` does it from a folder."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 import mindspore as ms
 
-from colora_ms.adapters import tree
+from colora_ms.adapters import tree, vocabulary
 from colora_ms.adapters.cells import AdapterCell
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.dora import DoraDense, DoraLinear
@@ -24,7 +25,9 @@ from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.saved import SavedModule
 from colora_ms.adapters.starting import check_start
 from colora_ms.adapters.store import check_name
+from colora_ms.adapters.tokens import TokenEmbedding, TokenHead
 from colora_ms.errors import AdapterError, near
+from colora_ms.models.layers import Embedding, Linear
 from colora_ms.models.low_rank import LowRankLinear
 
 
@@ -69,7 +72,7 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
         check_name(adapter_name)
     _check_slots(slots, 1)
     dtype = _pair_dtype(adapter_format, trainable)
-    modules, defaults = _modules(net), tree.default_targets(net)
+    modules, defaults = modules_of(net), tree.default_targets(net)
     plans = [make_plan(config, modules, defaults)] if config is not None else []
     plans += _reserved(reserve, [] if config is None else [config], max_rank, modules, defaults)
     handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
@@ -85,15 +88,15 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
 
 
 def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None,
-                 adapter_format="float32"):
+                 adapter_format="float32", seed=None):
     """Load a PEFT adapter folder into a model, which gets its adapter Cells first if it has none.
 
     Args:
         net: the model; if it has adapters already, the folder's adapter takes a free slot beside them.
-        folder: a folder with adapter_config.json and adapter_model.safetensors.
+        folder: a folder with adapter_config.json and adapter_model.safetensors, or a LoRA of llama.cpp (a GGUF file).
         name: the adapter's name; by default the folder's.
-        slots, max_rank, reserve, trainable, base_model, adapter_format: as in :func:`inject`; used if the model has no
-            adapters yet.
+        slots, max_rank, reserve, trainable, base_model, adapter_format, seed: as in :func:`inject`; used if the model has
+            no adapters yet.
 
     Returns:
         The :class:`colora_ms.adapters.Adapters` handle; the adapter is the active one.
@@ -102,13 +105,13 @@ def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None
         AdapterError: everything that is wrong with the folder, at once; the model is unchanged.
     """
     name = name if name is not None else Path(folder).resolve().name
-    handle = load_adapters(net, {name: folder}, slots, max_rank, reserve, trainable, base_model, adapter_format)
+    handle = load_adapters(net, {name: folder}, slots, max_rank, reserve, trainable, base_model, adapter_format, seed)
     handle.set_adapter(name)
     return handle
 
 
 def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None,
-                  adapter_format="float32"):
+                  adapter_format="float32", seed=None):
     """Load several PEFT adapter folders into a model; its Cells get room for all of them.
 
     Args:
@@ -132,17 +135,26 @@ def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainab
     slots = max(len(folders), 1) if slots is None else slots
     _check_slots(slots, len(folders))
     dtype = _pair_dtype(adapter_format, trainable)
-    modules, defaults = _modules(net), tree.default_targets(net)
-    handle = Adapters(net, modules, defaults, slots, trainable, None, base_model)
+    modules, defaults = modules_of(net), tree.default_targets(net)
+    opened = {name: StoredAdapter(folder) for name, folder in folders.items()}
+    growth = _growth(net, modules, opened, base_model)
+    handle = Adapters(net, growth.modules if growth else modules, defaults, slots, trainable, seed, base_model)
+    # Adapters of the base's own vocabulary are read as such, and get the base's rows of the new tokens.
+    plain = Adapters(net, modules, defaults, slots, trainable, seed, base_model) if growth else handle
     loaded = []
-    for name, folder in folders.items():
-        stored = StoredAdapter(folder)
-        plan, values = stage(handle, stored)
-        loaded.append((name, stored.config, plan, values))
+    for name, stored in opened.items():
+        is_larger = growth is not None and name in growth.names
+        plan, values = stage(handle if is_larger else plain, stored)
+        loaded.append((name, stored.config, plan, values if is_larger or not growth else growth.widen(values)))
     configs = [config for _, config, _, _ in loaded]
     _check_together(configs, trainable)
     handle.dropout = configs[0].lora_dropout if trainable else 0.0
     plans = [plan for _, _, plan, _ in loaded] + _reserved(reserve, configs, max_rank, modules, defaults)
+    if growth:
+        check_plans(plans, handle, max_rank)
+        growth.apply()
+        handle = Adapters(net, growth.modules, defaults, slots, trainable, seed, base_model)
+        handle.dropout = configs[0].lora_dropout if trainable else 0.0
     _replace(net, handle, plans, configs[0].peft_type, max_rank, dtype)
     for name, config, plan, values in loaded:
         handle.publish(name, config, plan, values)
@@ -154,10 +166,13 @@ def adapters_of(net):
     return getattr(net, HANDLE, None)
 
 
-def _modules(net):
+def modules_of(net):
     """{name: Module} of a model without adapters."""
     tree.load_integrations(net)
-    return {name: tree.module_of(name, cell) for name, cell in tree.cells_by_name(net).items()}
+    cells = tree.cells_by_name(net)
+    ties = tree.tied_to(cells)
+    return {name: dataclasses.replace(tree.module_of(name, cell), tied_to=ties.get(name, ""))
+            for name, cell in cells.items()}
 
 
 def _check_slots(slots, needed):
@@ -211,12 +226,9 @@ def _pair_dtype(adapter_format, trainable):
 
 def _replace(net, handle, plans, peft_type, max_rank, dtype):
     """Freeze the model and put the adapter Cells of all plans into it; checks come before the first change."""
-    needed = max((target.r for plan in plans for target in plan.targets.values()), default=0)
-    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < needed):
-        raise AdapterError(f"max_rank is {max_rank!r}, but an adapter here has rank {needed}")
+    check_plans(plans, handle, max_rank)
     names = tree.ParameterNames(net)
     cells = tree.cells_by_name(net)
-    check_plain(plans, cells)
     wrap, shared = method(peft_type).wrap, {}
     handle.peft_type = peft_type
     for parameter in net.get_parameters():
@@ -233,7 +245,10 @@ def _replace(net, handle, plans, peft_type, max_rank, dtype):
                         handle.seed, dtype)
             cell = handle.sites[path, "lora"] = wrap(cell, path, site)
         if any(path in plan.saved for plan in plans):
-            cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle)
+            cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle, plans)
+        count = max((len(plan.tokens[path]) for plan in plans if path in plan.tokens), default=0)
+        if count:
+            cell = handle.sites[path, "tokens"] = _wrap_tokens(cell, path, module, handle, plans, count)
         if cell is not cells[path]:
             fresh = [(parameter, parameter.name) for parameter in cell.get_parameters()
                      if not any(parameter is old for old in cells[path].get_parameters())]
@@ -245,6 +260,18 @@ def _replace(net, handle, plans, peft_type, max_rank, dtype):
     handle.active_slot.name = "adapters.active_slot"
     object.__setattr__(net, HANDLE, handle)
     tree.forget_graphs()
+
+
+def check_plans(plans, handle, max_rank):
+    """Refuse plans that cannot become Cells of the model; changes nothing."""
+    needed = max((target.r for plan in plans for target in plan.targets.values()), default=0)
+    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < needed):
+        raise AdapterError(f"max_rank is {max_rank!r}, but an adapter here has rank {needed}")
+    check_plain(plans, handle.cells)
+    _check_tokens(plans, handle.cells)
+    if handle.trainable:
+        _check_ties(plans)
+    tree.ParameterNames(handle.net)
 
 
 def check_plain(plans, cells):
@@ -275,8 +302,66 @@ def wrap_lora(cell, path, site):
     return kind(cell, path, site.active_slot, *rest, up_bias)
 
 
-def _wrap_saved(cell, path, module, handle):
+def _growth(net, modules, opened, base_model):
+    """The :class:`colora_ms.adapters.vocabulary.Growth` that adapters with more tokens than the model need, or None.
+
+    Args:
+        opened: {adapter name: StoredAdapter}, whose configs get the tables that PEFT stored without being asked.
+    """
+    needs = {}
+    for name, stored in opened.items():
+        if stored.config is None:
+            continue  # staging says what is wrong with it
+        try:
+            found = vocabulary.larger(stored, modules)
+            if found is not None:
+                needs[name] = (stored, found)
+        except AdapterError as error:
+            stored.refuse(stored.problems + [str(error)], base_model)
+    if not needs:
+        return None
+    growth = vocabulary.Growth(net, modules, needs)
+    for stored, found in needs.values():
+        vocabulary.adopt(stored, found)
+        vocabulary.warn_of_gaps(found, stored, warnings.warn)
+    return growth
+
+
+def _check_tokens(plans, cells):
+    """Refuse rows of single tokens on Cells that are not the decoder's own."""
+    odd = [path for plan in plans for path in plan.tokens if not isinstance(cells[path], (Linear, Embedding))]
+    if odd:
+        raise AdapterError("trainable_token_indices is for the embedding and the head of colora_ms's decoder; "
+                           f"{odd[0]} is a {type(cells[odd[0]]).__name__}")
+
+
+def _check_ties(plans):
+    """Refuse to train adapters together of which one ties a head to its embedding's copy and another does not."""
+    for role in ("saved", "tokens"):
+        for path in {path for plan in plans for path in getattr(plan, role)}:
+            if len({plan.ties.get(path) for plan in plans if path in getattr(plan, role)}) > 1:
+                raise AdapterError(f"{path} is tied in some of these adapters and not in others, so that they cannot be "
+                                   "trained in one model; load them one at a time")
+
+
+def _source_of(path, role, handle, plans):
+    """The Cell whose Parameters a tied one shares: in training, where both must stay equal; otherwise None, each slot has
+    values of its own, and adapters that are tied and others can be mixed."""
+    ties = {plan.ties[path] for plan in plans if path in plan.ties and path in getattr(plan, role)}
+    return handle.sites[ties.pop(), role] if handle.trainable and ties else None
+
+
+def _wrap_saved(cell, path, module, handle, plans):
     inner = cell.base_layer if isinstance(cell, AdapterCell) else cell
+    source = _source_of(path, "saved", handle, plans)
     if tree.takes_slots(inner):
-        return SavedModule(cell, path, handle.capacity, module.parameters, handle.trainable)
+        return SavedModule(cell, path, handle.capacity, module.parameters, handle.trainable, source)
+    if source is not None:
+        raise AdapterError(f"ensure_weight_tying is for colora_ms's decoder; {path} is a {type(inner).__name__}")
     return SavedCell(cell, path, handle.active_slot, handle.capacity, handle.trainable)
+
+
+def _wrap_tokens(cell, path, module, handle, plans, count):
+    kind = TokenEmbedding if module.kind == "embedding" else TokenHead
+    return kind(cell, path, handle.capacity, count, module.parameters["weight"], handle.trainable,
+                _source_of(path, "tokens", handle, plans))

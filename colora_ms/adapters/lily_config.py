@@ -142,8 +142,7 @@ class LilyConfig(PeftConfig):
             return None, [f"peft_type is {values.get('peft_type')!r:.60}, expected {cls.peft_type!r}"]
         known = {one.name for one in fields(cls)}
         own = {"router_pool": "batch", "share": "entry", **{key: values[key] for key in values if key in known}}
-        found = [f"{key}={value!r:.60} is not a known setting.{near(key, known)}" for key, value in values.items()
-                 if key not in known and key not in HARMLESS_KEYS and key != "peft_type" and value]
+        found = cls.unknown_settings(values, {*known, *HARMLESS_KEYS})
         try:
             return cls(**own), found
         except AdapterError as error:

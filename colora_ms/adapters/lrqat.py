@@ -18,7 +18,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.adapters.quantizers import (SMALLEST_SCALE, downcast, round_to_grid, search_range, to_container)
-from colora_ms.kernels import ABSENT, multi_lora_linear
+from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 from colora_ms.models.activation_quant import ActivationQuantizer
 
 
@@ -41,6 +41,7 @@ class QuantizedMatmul(nn.Cell):
 
     def __init__(self, grid, out_features, in_features, how, scaling):
         super().__init__(auto_prefix=False)
+        bind()
         group = grid.group_of(in_features)
         self.weight_shape = (out_features, in_features)
         self.row_shape = (out_features * in_features // group, group)
@@ -145,6 +146,7 @@ class LrQatLinear(nn.Cell):
 
     def __init__(self, base, path, weight, config, random):
         super().__init__(auto_prefix=False)
+        bind()
         self.path, self.config, self.grid = path, config, config.grid
         self.out_features, self.in_features = base.out_features, base.in_features
         self.bias, self.has_bias = base.bias, base.has_bias

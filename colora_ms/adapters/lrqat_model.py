@@ -179,7 +179,7 @@ class QuantizedModel:
         weight = runtime.run(graph, cell.phi, cell.low, cell.up, cell.down).asnumpy()
         return weight, cell.exported_scale()
 
-    def export(self, folder, tokenizer_source=None, overwrite=False):
+    def export(self, folder, tokenizer_source=None, overwrite=False, files=None):
         """Write the model as integers and scales, for :func:`colora_ms.load_model`.
 
         In float32 the exported model gives the same numbers as the training forward, bit for bit.
@@ -188,6 +188,7 @@ class QuantizedModel:
             folder: the folder to make.
             tokenizer_source: what ``load_tokenizer`` takes (the base model's folder or file), or None.
             overwrite: replace a folder that is not empty.
+            files: {name: path} of files to copy into the folder, in the place of those of the tokenizer.
 
         Returns:
             The path as ``str``.
@@ -203,7 +204,7 @@ class QuantizedModel:
                                "learning rate")
         tensors = {parameter.name: parameter for parameter in self.net.get_parameters()}
         return write_quantized_folder(folder, self.net.config, _AsArrays(tensors), quantized, self._settings(),
-                                      tokenizer_source, overwrite)
+                                      tokenizer_source, overwrite, files)
 
     def _settings(self):
         config = self.config

@@ -5,10 +5,12 @@ a model is touched.
 """
 
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 
+from colora_ms.adapters import tied
 from colora_ms.adapters.patterns import match_all
-from colora_ms.errors import AdapterError, near
+from colora_ms.errors import AdapterError, AdapterWarning, near
 
 ALL_LINEAR = "all-linear"
 
@@ -30,6 +32,7 @@ class Module:
         is_head: the output head, which "all-linear" leaves out.
         refusal: why no low-rank pair can be put beside it, or "".
         whole: whether it can be saved whole.
+        tied_to: name of the module before it whose weight it shares, or "".
     """
 
     kind: str
@@ -39,6 +42,7 @@ class Module:
     is_head: bool = False
     refusal: str = ""
     whole: bool = True
+    tied_to: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,15 @@ class Plan:
         targets: {module name: Target}, in the order of the model.
         saved: names of the leaf modules that are copied and trained whole.
         biases: names of the linears whose bias is trained.
+        tokens: {module name: ids whose rows are trained}, of embeddings and heads.
+        ties: {module name: name of the module whose copy, or rows, it uses} among ``saved`` and ``tokens``.
     """
 
     targets: dict
     saved: tuple
     biases: tuple
+    tokens: dict = field(default_factory=dict)
+    ties: dict = field(default_factory=dict)
 
 
 def plan(config, modules, defaults=None):
@@ -91,8 +99,12 @@ def plan(config, modules, defaults=None):
         Plan.
 
     Raises:
-        AdapterError: nothing matches, everything that matches is excluded, an entry of a list or pattern matches
-            nothing, or a matched module is of a kind that cannot be adapted.
+        AdapterError: nothing matches, everything that matches is excluded, or a matched module is of a kind that cannot
+            be adapted.
+
+    Warns:
+        AdapterWarning: an entry of ``target_modules``, ``layers_to_transform`` or a pattern matches nothing while others
+            do, which PEFT takes in silence.
     """
     targets = config.target_modules
     if targets is None:
@@ -106,9 +118,14 @@ def plan(config, modules, defaults=None):
     problems = []
     saved, to_save_problems = _saved_leaves(config, modules)
     problems += to_save_problems
-    matched = _matched(config, targets, modules, tests, problems)
-    chosen = [name for name in matched if name not in tests.excluded]
-    if not problems and not chosen and (targets or not saved):
+    remarks = []
+    saved, ties = tied.saved(config, modules, saved)
+    matched = _matched(config, targets, modules, tests, remarks)
+    chosen = [name for name in matched if name not in tests.excluded and name not in saved]
+    tokens, token_ties = tied.tokens(config, modules, chosen, saved, problems)
+    ties.update(token_ties)
+    tied.check(config, modules, chosen, ties, problems, remarks)
+    if not problems and not chosen and (targets or not saved and not tokens):
         problems.append(_nothing_chosen(config, targets, modules, matched))
     wrong = [name for name in chosen if modules[name].kind not in TARGET_KINDS]
     if wrong:
@@ -126,22 +143,26 @@ def plan(config, modules, defaults=None):
     for label, hits in (("rank_pattern", tests.ranks), ("alpha_pattern", tests.alphas)):
         unused = [key for key, names in hits.items() if not names & set(chosen)]
         if unused and chosen:
-            problems.append(f"{label} has {_examples(unused)}, which matches no adapted module."
-                            + near(unused[0], {n.rsplit('.', 1)[-1] for n in chosen}))
+            remarks.append(f"{label} has {_examples(unused)}, which matches no adapted module."
+                           + near(unused[0], {n.rsplit('.', 1)[-1] for n in chosen}))
     if problems:
-        raise AdapterError("the adapter's config does not fit the model: " + "; ".join(problems))
-    return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved))
+        raise AdapterError("the adapter's config does not fit the model: " + "; ".join(problems + remarks))
+    for remark in remarks:
+        warnings.warn(f"the adapter's config has more than the model: {remark}", AdapterWarning, stacklevel=3)
+    return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved), tokens=tokens,
+                ties=ties)
 
 
 def places_of(plan_):
-    """The (module name, "lora" or "saved") that a plan uses."""
+    """The (module name, "lora", "saved" or "tokens") that a plan uses."""
     low_rank = dict.fromkeys([*plan_.targets, *plan_.biases])
-    return [(path, "lora") for path in low_rank] + [(path, "saved") for path in plan_.saved]
+    return ([(path, "lora") for path in low_rank] + [(path, "saved") for path in plan_.saved]
+            + [(path, "tokens") for path in plan_.tokens])
 
 
 def value_shapes(plan_, modules):
     """{(module name, role): {field: shape}} of an adapter's values in the Cells' orientation: down (r, in), for an
-    embedding (vocab, r); up (out, r); a bias; the parameters of modules saved whole."""
+    embedding (vocab, r); up (out, r); a bias; the parameters of modules saved whole; rows (ids, hidden)."""
     shapes = {}
     for path, target in plan_.targets.items():
         module = modules[path]
@@ -155,6 +176,8 @@ def value_shapes(plan_, modules):
         shapes.setdefault((path, "lora"), {})["bias"] = modules[path].parameters["bias"]
     for path in plan_.saved:
         shapes[path, "saved"] = modules[path].parameters
+    for path, ids in plan_.tokens.items():
+        shapes[path, "tokens"] = {"rows": (len(ids), modules[path].parameters["weight"][1])}
     return shapes
 
 
@@ -206,8 +229,8 @@ class _Tests:
             self.excluded |= {name for name in names if _ends_with_any(name, excluded)}
 
 
-def _matched(config, targets, modules, tests, problems):
-    """Names that target_modules means, excluded ones among them; appends what is unmatched to ``problems``."""
+def _matched(config, targets, modules, tests, remarks):
+    """Names that target_modules means, excluded ones among them; appends what is unmatched to ``remarks``."""
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
             return [name for name, module in modules.items() if module.kind == "linear" and not module.is_head]
@@ -219,8 +242,8 @@ def _matched(config, targets, modules, tests, problems):
     known = {ending for name in modules for ending in _endings(name)}
     missing = [entry for entry in targets if entry not in known]
     if missing and len(missing) < len(targets):
-        problems.append(f"target_modules has {_examples(missing)}, which the model does not have."
-                        + _near_names(missing, modules))
+        remarks.append(f"target_modules has {_examples(missing)}, which the model does not have."
+                       + _near_names(missing, modules))
     layers = config.layers_to_transform
     if layers is not None and layers != []:
         layers = layers if isinstance(layers, list) else [layers]
@@ -228,8 +251,8 @@ def _matched(config, targets, modules, tests, problems):
         absent = sorted(set(layers) - present)
         if absent and len(missing) < len(targets):
             have = sorted(i for i in present if i is not None)
-            problems.append(f"layers_to_transform has {_examples(absent)}, but the matching modules are in "
-                            + (f"layers {have[0]} to {have[-1]}" if have else "no numbered layer"))
+            remarks.append(f"layers_to_transform has {_examples(absent)}, but the matching modules are in "
+                           + (f"layers {have[0]} to {have[-1]}" if have else "no numbered layer"))
     return found
 
 

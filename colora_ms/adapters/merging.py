@@ -10,19 +10,25 @@ from colora_ms.errors import AdapterError
 from colora_ms.models.low_rank import LowRankLinear
 
 
-def check_mergeable(net, cells, name, places):
+def check_mergeable(net, cells, name, places, ties=None):
     """Refuse to merge into integer weights, into factors, and into weights that another module uses too.
 
     Args:
         net: the model; cells: {module name: base Cell}.
         name: the adapter's name, for the message; places: [(module name, role)] that it changes.
+        ties: {module name: module whose values it shares in the adapter as it does in the base}.
     """
-    check_changeable(net, cells, places, f"adapter {name!r} cannot be merged", "use the adapter unmerged")
+    check_changeable(net, cells, places, f"adapter {name!r} cannot be merged", "use the adapter unmerged", ties)
 
 
-def check_changeable(net, cells, places, what, instead):
-    """Refuse to change base weights that are integers, factors or tied; ``what`` begins the message, ``instead`` ends it."""
+def check_changeable(net, cells, places, what, instead, ties=None):
+    """Refuse to change base weights that are integers, factors or tied; ``what`` begins the message, ``instead`` ends it.
+    A weight may change if all that are tied to it are so in ``ties``, too."""
     shared = tree.shared_parameters(net)
+    tied = tree.tied_to(cells)
+    for source in set((ties or {}).values()):
+        if all(ties.get(head) == source for head in tied if tied[head] == source):
+            shared.discard(id(tree.leaf_parameters(cells[source])["weight"]))
     for path, role in places:
         if isinstance(cells[path], LowRankLinear):
             raise AdapterError(f"{what}: {path} is decomposed into factors, whose product has too "

@@ -1,4 +1,4 @@
-"""Regular expressions from configs, matched without the risk of a hang.
+"""Regular expressions from configs, matched without the risk of a hang; and the order of patterns, which counts.
 
 An expression such as ``(a+)+$`` takes exponential time on some names, and configs come from strangers. Expressions
 that look cheap are matched in place; the others in a child process that is stopped after a few seconds.
@@ -25,6 +25,16 @@ import json, re, sys
 table = json.load(sys.stdin)
 json.dump([[bool(getattr(re, how)(p, n)) for n in table["names"]] for how, p in table["patterns"]], sys.stdout)
 """
+
+
+#: Settings that map patterns to numbers: the first one that matches a module holds for it.
+ORDERED = ("rank_pattern", "alpha_pattern")
+
+
+def in_order(settings):
+    """A config's settings with its patterns as lists of pairs, for comparing and hashing: dicts forget the order then."""
+    return {name: [list(pair) for pair in value.items()] if name in ORDERED and isinstance(value, dict) else value
+            for name, value in settings.items()}
 
 
 def match_all(patterns, names):

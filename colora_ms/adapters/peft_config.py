@@ -1,8 +1,9 @@
 """What the configs of all adapter methods share: PEFT's JSON object and the settings that name modules."""
 
+import warnings
 from dataclasses import fields
 
-from colora_ms.errors import AdapterError
+from colora_ms.errors import AdapterError, AdapterWarning, near
 
 
 class PeftConfig:
@@ -24,6 +25,23 @@ class PeftConfig:
         return [f"{name} is {getattr(self, name)!r}, expected a string"
                 for name in ("task_type", "base_model_name_or_path", "revision")
                 if getattr(self, name) is not None and not isinstance(getattr(self, name), str)]
+
+    @staticmethod
+    def unknown_settings(values, known):
+        """What is wrong with the settings of an adapter_config.json that are not in ``known``: those with a value that may
+        change something. A neutral one (null, false, 0, empty), as other versions of PEFT write it, is said in a warning.
+
+        Args:
+            values: the file's JSON object; known: names.
+        """
+        unknown = {key: value for key, value in values.items() if key not in known and key != "peft_type"}
+        neutral = [key for key, value in unknown.items() if is_neutral(value)]
+        if neutral:
+            warnings.warn("the adapter's config has settings that this version does not know, switched off: "
+                          + ", ".join(f"{key}={values[key]!r:.40}" for key in neutral[:20]) + "; they are passed over",
+                          AdapterWarning, stacklevel=4)
+        return [f"{key}={value!r:.60} is not a known setting.{near(key, known)}" for key, value in unknown.items()
+                if key not in neutral]
 
     @classmethod
     def from_peft(cls, values):
@@ -52,3 +70,10 @@ class PeftConfig:
         values["peft_type"] = self.peft_type
         values["inference_mode"] = True
         return values
+
+
+def is_neutral(value):
+    """Whether a setting's JSON value asks for nothing: null, false, 0, empty, or a container of such values."""
+    if isinstance(value, dict):
+        return all(is_neutral(one) for one in value.values())
+    return not value

@@ -3,24 +3,27 @@
 On disk: ``base_model.model.<module>.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r); embeddings
 ``.lora_embedding_A`` (r, vocab) and ``.lora_embedding_B`` (hidden, r); DoRA's ``.lora_magnitude_vector`` (out,) and a
 bias on lora_B, ``.lora_B.bias`` (out,); a trained bias of an adapted linear
-``.base_layer.bias``; modules saved whole under their own names. The scaling is not stored but follows from the config.
-This file alone knows that form; everything else uses down (r, in) or (vocab, r), and up (out, r).
+``.base_layer.bias``; modules saved whole under their own names; rows of single tokens
+``.token_adapter.trainable_tokens_delta`` (ids, hidden), which replace the base's whatever they are called. The scaling
+is not stored but follows from the config. This file alone knows that form; everything else uses down (r, in) or (vocab,
+r), and up (out, r).
 """
 
-import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from colora_ms.adapters import pickle_file, store
+from colora_ms.adapters.gguf_lora import GgufLoraFile
+from colora_ms.adapters.key_names import PREFIX, PlainFile, plain_names
 from colora_ms.adapters.matching import shortest_names
 from colora_ms.adapters.registry import method
-from colora_ms.errors import AdapterError, CheckpointError, near
+from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError, near
+from colora_ms.models.recognise import is_gguf
 from colora_ms.models.safetensors_file import SafetensorsFile, write_safetensors
-
-PREFIX = "base_model.model."
 
 #: Lines of a list of problems, at most.
 MAX_LINES = 100
@@ -38,10 +41,13 @@ class Entry:
     alias: str = ""
     #: Names under which PEFT writes the same tensor again, for other modules that share it.
     copies: tuple = ()
+    #: Copies that are always written, since PEFT does not load a folder without them.
+    tied: tuple = ()
 
 
 class StoredAdapter:
-    """An adapter folder, opened and not yet read: its config, its tensors, and what is already known to be wrong.
+    """An adapter folder, or llama.cpp's LoRA GGUF, opened and not yet read: its config, its tensors, and what is already
+    known to be wrong.
 
     Attributes:
         folder: Path; config: the method's config, or None if its values cannot be used; problems: list of sentences.
@@ -51,12 +57,20 @@ class StoredAdapter:
 
     def __init__(self, folder, allow_pickle=False):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise AdapterError(f"there is no adapter folder {folder}")
-        self.values = store.read_config(self.folder)
-        self.file = _open_weights(self.folder, allow_pickle)
+        if self.folder.is_file() and is_gguf(self.folder):
+            self.file = GgufLoraFile(self.folder)
+            self.values = self.file.values
+        else:
+            self.values = store.read_config(folder)
+            self.file = _plain(_open_weights(self.folder, allow_pickle), self.folder)
         kind = self.values.get("peft_type") if isinstance(self.values, dict) else None
         self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
+        self.problems = [*getattr(self.file, "problems", ()), *self.problems]
+
+    def fit(self, net):
+        """Prepare for a model (anything with its ``config``); returns what is wrong, as a list of sentences."""
+        fit = getattr(self.file, "fit", None)
+        return fit(net) if fit else []
 
     def digest(self):
         """Digest of the content; see :func:`colora_ms.adapters.store.digest`."""
@@ -103,7 +117,7 @@ class StoredAdapter:
             used.add(name)
             value = self._tensor(name, entry.shape, problems)
             if value is not None:
-                used.update(self._check_copies(name, value, entry.copies, problems))
+                used.update(self._check_copies(name, value, entry.copies + entry.tied, problems))
                 value = np.ascontiguousarray(value.T) if entry.transposed else value
                 found.setdefault((entry.path, entry.role), {})[entry.field] = value
         for name in self.file.entries:
@@ -111,6 +125,10 @@ class StoredAdapter:
                 problems.append(f"tensor {name!r:.300} of shape {self.file.shape(name)} is not part of the adapter that "
                                 "the config describes." + near(name, [key for key in wanted if key not in used], 1))
         self.refuse(problems, base_model)
+        for path, source in plan.ties.items():
+            for role in ("saved", "tokens"):
+                if (source, role) in found:
+                    found[path, role] = found[source, role]
         return found
 
     def _check_copies(self, name, value, copies, problems):
@@ -140,17 +158,24 @@ class StoredAdapter:
         return value
 
     def _is_base_copy(self, name, modules, base, problems):
-        """PEFT adds the base's embedding and head in some cases: harmless if equal to ours, an error if changed."""
+        """PEFT adds the base's embedding and head in some cases: harmless if equal to ours, an error if changed. Beside
+        modules saved whole it adds them a second time, as ``modules_to_save``, when the vocabulary was resized."""
         path, _, field = name.removeprefix(PREFIX).rpartition(".")
-        path = path.removesuffix(".base_layer")
+        if path.endswith(".modules_to_save"):
+            twin = f"{PREFIX}{path.removesuffix('.modules_to_save')}.{field}"
+            return twin in self.file.entries and np.array_equal(self.file.raw(twin), self.file.raw(name))
+        path = path.removesuffix(".base_layer").removesuffix(".original_module")
         if not name.startswith(PREFIX) or path not in modules or field not in modules[path].parameters:
             return False
-        own = base(path).get(field)
-        if own is None or own.shape != self.file.shape(name):
+        own, shape = base(path).get(field), self.file.shape(name)
+        # Of a resized base the first rows are the base's; the others are what Growth puts behind them.
+        grown = own is not None and len(shape) == 2 and modules[path].parameters[field] == shape and shape[0] > len(own)
+        if own is None or own.shape != shape and not grown:
             problems.append(f"tensor {name!r} of shape {self.file.shape(name)} replaces the base's {path}, which has shape "
                             f"{None if own is None else own.shape}: the vocabulary was changed; use that base model")
             return True
-        value = self._tensor(name, own.shape, problems)
+        value = self._tensor(name, shape, problems)
+        value = value if value is None else value[:len(own)]
         if value is not None and not np.allclose(value, own, rtol=1e-2, atol=1e-2 * float(np.abs(own).max(initial=0))):
             problems.append(f"tensor {name!r} is a copy of the base's {path} but differs from it: the adapter was made "
                             "for another base model, or trained it outside modules_to_save")
@@ -179,8 +204,15 @@ def entries(plan, modules):
         else:
             found[f"{PREFIX}{name}.bias"] = Entry(name, "lora", "bias", shape)
     for name in plan.saved:
+        if name in plan.ties:
+            continue
         for field, shape in modules[name].parameters.items():
-            found[f"{PREFIX}{name}.{field}"] = Entry(name, "saved", field, shape)
+            copies = tuple(f"{PREFIX}{path}.{field}" for path, source in plan.ties.items() if source == name)
+            found[f"{PREFIX}{name}.{field}"] = Entry(name, "saved", field, shape, tied=copies)
+    for name, ids in plan.tokens.items():
+        if name not in plan.ties:
+            found[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = Entry(
+                name, "tokens", "rows", (len(ids), modules[name].parameters["weight"][1]))
     return found
 
 
@@ -202,12 +234,11 @@ def write_adapter(folder, config, plan, modules, values, copies=False):
         tensors[key] = np.ascontiguousarray(value.T) if entry.transposed else value
         if not np.isfinite(value).all():
             broken.append(key)
-        if copies:
-            tensors.update(dict.fromkeys(entry.copies, tensors[key]))
+        tensors.update(dict.fromkeys(entry.tied + entry.copies * copies, tensors[key]))
     if broken:
         raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values that "
                            f"are not finite, {broken[0]!r} first: its training diverged; load an earlier checkpoint")
-    text = json.dumps(config.to_peft(_explicit_targets(config, plan, modules)), indent=2, sort_keys=True) + "\n"
+    text = store.config_text(config.to_peft(_explicit_targets(config, plan, modules)))
 
     def write(temporary):
         write_safetensors(os.fspath(temporary / store.WEIGHTS_FILE), {key: value.shape for key, value in tensors.items()},
@@ -231,6 +262,16 @@ def _explicit_targets(config, plan, modules):
             isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return None
     return shortest_names(plan.targets, modules)
+
+
+def _plain(file, folder):
+    """The file with PEFT's names on disk; one whose tensors carry the adapter's own name is said."""
+    names, adapter = plain_names(list(file.entries))
+    if adapter is not None:
+        first = next(own for plain, own in names.items() if plain != own)
+        warnings.warn(f"the tensors in {folder} carry an adapter's name, such as {first!r}; {adapter!r} was "
+                      "taken out, which means the same", AdapterWarning, stacklevel=4)
+    return PlainFile(file, names)
 
 
 def _open_weights(folder, allow_pickle=False):

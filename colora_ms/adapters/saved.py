@@ -29,17 +29,20 @@ class SavedModule(SavedBase):
         slots: adapters that it can hold.
         shapes: {"weight": shape, "bias": shape}: what is copied.
         trainable: whether the copies require gradients.
+        source: the Cell on the module that this one is tied to, whose copies it uses too, or None.
     """
 
     fusible = False
 
-    def __init__(self, base_layer, path, slots, shapes, trainable=True):
+    def __init__(self, base_layer, path, slots, shapes, trainable=True, source=None):
         super().__init__(base_layer, path)
+        self.tied_to = source.path if source is not None else ""
         self.owned = stacked(f"{path}.saved_owned", (slots,), False, np.int32)
         copies = []
         for slot in range(slots):
-            values = {name: Parameter(Tensor(np.zeros(shape, np.float32)), name=f"{path}.saved_{slot}.{name}",
-                                      requires_grad=trainable) for name, shape in shapes.items()}
+            values = source.values_of(slot) if source is not None else {
+                name: Parameter(Tensor(np.zeros(shape, np.float32)), name=f"{path}.saved_{slot}.{name}",
+                                requires_grad=trainable) for name, shape in shapes.items()}
             copies.append(_copy_of(self.inner, values, trainable))
         self.copies = nn.CellList(copies, auto_prefix=False)
 

@@ -49,6 +49,8 @@ def first_values(handle, config, plan):
         values.setdefault((path, "lora"), {})["bias"] = tree.base_values(handle.cells[path])["bias"]
     for path in plan.saved:
         values[path, "saved"] = tree.base_values(handle.cells[path])
+    for path, ids in plan.tokens.items():
+        values[path, "tokens"] = {"rows": base_weight(handle, path)[list(ids)]}
     return values, changes
 
 

@@ -9,8 +9,10 @@ import stat
 import tempfile
 from pathlib import Path
 
+from colora_ms.adapters.patterns import in_order
 from colora_ms.errors import AdapterError
 from colora_ms.files import flush_to_disk
+from colora_ms.models.recognise import not_an_adapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -19,6 +21,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HUB_NAME = re.compile(r"[A-Za-z0-9_-]+/[A-Za-z0-9._-]+")
 
 
 def check_name(name):
@@ -54,7 +57,17 @@ def regular_file(path):
 
 
 def read_config(folder):
-    """The JSON object of a folder's adapter_config.json."""
+    """The JSON object of a folder's adapter_config.json.
+
+    Raises:
+        AdapterError: it is missing or no JSON; a model, an mlx or GGUF adapter, or a folder above adapters is said to be so.
+    """
+    reason = not_an_adapter(folder)
+    if reason:
+        raise AdapterError(reason)
+    if not Path(folder).is_dir():
+        hub = "; a name on a hub has to be downloaded first" if _HUB_NAME.fullmatch(str(folder)) else ""
+        raise AdapterError(f"there is no adapter folder {folder}{hub}")
     path = regular_file(Path(folder) / CONFIG_FILE)
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise AdapterError(f"{path} has {path.stat().st_size} bytes; an adapter's config has at most {MAX_CONFIG_BYTES}")
@@ -62,6 +75,12 @@ def read_config(folder):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from None
+
+
+def config_text(values):
+    """The text of an adapter_config.json: settings sorted by name, patterns in their own order, which is part of what
+    they mean (sorting them, as PEFT 0.21 does when it saves, can take a module's own rank away)."""
+    return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
 
 
 def write_folder(folder, write):
@@ -137,7 +156,8 @@ def _umask():
 #: Settings that decide what an adapter computes.
 _DIGESTED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
              "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias", "stride_A", "num_B",
-             "scaling", "router_pool", "router_form", "share", "use_dora", "lora_bias")
+             "scaling", "router_pool", "router_form", "share", "use_dora", "lora_bias", "trainable_token_indices",
+             "ensure_weight_tying")
 
 
 def _is_digested(key, value):
@@ -160,7 +180,7 @@ def digest(config, file):
     for key, value in settings.items():
         if isinstance(value, list) and all(isinstance(one, str) for one in value):
             settings[key] = sorted(value)  # peft writes its sets in any order
-    total.update(json.dumps(settings, sort_keys=True).encode())
+    total.update(json.dumps(in_order(settings), sort_keys=True).encode())
     for name in sorted(file.entries):
         dtype, shape = file.entries[name][:2]
         total.update(json.dumps([name, dtype, list(shape)]).encode())

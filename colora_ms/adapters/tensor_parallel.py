@@ -20,6 +20,7 @@ import numpy as np
 from mindspore import nn, ops
 
 from colora_ms.adapters.inject import load_adapters
+from colora_ms.adapters.key_names import plain_names
 from colora_ms.adapters.store import CONFIG_FILE, WEIGHTS_FILE, read_config, regular_file, write_folder
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.files import flush_to_disk
@@ -157,7 +158,8 @@ def shard_adapter(source, folder, team):
 
     source, folder = Path(source), Path(folder)
     values = read_config(source)
-    tensors = load_file(regular_file(source / WEIGHTS_FILE))
+    stored = load_file(regular_file(source / WEIGHTS_FILE))
+    tensors = {name: stored[own] for name, own in plain_names(list(stored))[0].items()}
     other = sorted(name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight")))
     if values.get("peft_type") != "LORA" or values.get("use_dora") or other:
         what = f"peft_type {values.get('peft_type')}" + (", use_dora" if values.get("use_dora") else "")

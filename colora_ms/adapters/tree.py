@@ -143,6 +143,20 @@ def cells_by_name(net, is_adapter=lambda cell: False):
     return found
 
 
+def tied_to(cells):
+    """{name: name of the first Cell that holds the same weight} of the Cells with a tied weight.
+
+    Args:
+        cells: {name: Cell} in the order of the model.
+    """
+    owners, found = {}, {}
+    for name, cell in cells.items():
+        weight = leaf_parameters(cell).get("weight") if kind_of(cell) != "other" else None
+        if weight is not None and owners.setdefault(id(weight), name) != name:
+            found[name] = owners[id(weight)]
+    return found
+
+
 def module_of(name, cell):
     """The :class:`Module` of one (unwrapped) Cell."""
     kind = kind_of(cell)

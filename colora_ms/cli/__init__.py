@@ -17,7 +17,8 @@ COMMANDS = {
     "info": "show what a model or an adapter is",
     "decompose": "make a model smaller by low-rank decomposition, without training",
     "inspect": "list an adapter's tensors; show which of a Lily adapter's experts serve what",
-    "convert": "write a model as a Hugging Face folder",
+    "convert": "write a model as a Hugging Face folder or a GGUF file, an adapter as a LoRA GGUF",
+    "merge": "write a model with an adapter, or several, merged in",
     "quantize": "store the linears of a model as integers, rounded to nearest or trained (LR-QAT)",
 }
 

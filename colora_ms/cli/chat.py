@@ -24,7 +24,7 @@ def run(arguments):
     from colora_ms.decoding import Contrast, Sampling
     from colora_ms.serving.chat import Chat
 
-    sampling = Sampling(arguments.temperature, 0, arguments.top_p, arguments.seed)
+    sampling = Sampling.asked(arguments.temperature, 0, arguments.top_p, arguments.seed)
     contrast = Contrast(arguments.alpha, arguments.beta)
     # Two rows are one contrastive request; short chunks make a smooth stream.
     engine, name = options.engine(arguments, rows=2, chunk=4)

@@ -21,9 +21,10 @@ def add_arguments(parser):
                         help='prompt template, or "chat"; by default "{prompt}\\nAnswer: {completion}", and for gsm8k '
                         '"Question: {prompt}\\nAnswer: {completion}"')
     parser.add_argument("--scorer", default="number", help="how an answer is scored: number, exact, normalised")
-    parser.add_argument("--shots", type=int, default=0, help="gsm8k: worked examples in front of each question; 0 for an "
-                        "adapter that was trained on the template")
-    parser.add_argument("--shots-data", default=None, metavar="FILE", help="gsm8k: where they are taken from (train.jsonl)")
+    parser.add_argument("--shots", type=int, default=0, help="gsm8k, choice: worked examples in front of each question; 0 "
+                        "for an adapter that was trained on the template")
+    parser.add_argument("--shots-data", default=None, metavar="FILE", help="gsm8k, choice: where they are taken from, the "
+                        "first ones (train.jsonl); a question that stands there itself is shown others in its place")
     parser.add_argument("--form", default="text", choices=("text", "label"),
                         help="choice: rank the answers' texts, or the labels that an adapter was trained to write")
     parser.add_argument("--normalise", default="token", choices=("none", "token", "byte"),
@@ -39,16 +40,22 @@ def run(arguments):
     from colora_ms import workers
 
     team = workers.start()
+    _check_shots(arguments)
     if arguments.task in ("choice", "perplexity"):
         summary = _likelihood(arguments, team)
         if team.first:
             print(summary)
         return 0
+    from colora_ms.evaluation.benchmarks import FEW_SHOT_STOP
     from colora_ms.evaluation.evaluate import evaluate
+    from colora_ms.training.templates import make_template
 
-    examples, shots = _problems(arguments)
+    examples, few_shot = _problems(arguments)  # before the model, which takes longer
+    if few_shot is not None and team.first:
+        _say_own_shots(few_shot.check(examples), len(examples))
     generator, adapter = options.generator(arguments)
-    template, stop = _template(arguments, generator.tokenizer, shots)
+    template = few_shot or make_template(_template(arguments), generator.tokenizer)
+    stop = list(FEW_SHOT_STOP) if few_shot else []
     result = evaluate(
         generator, examples, arguments.scorer, template=template, path=arguments.output, batch_size=arguments.batch_size,
         options={"adapter": adapter, "stop": stop, "records": arguments.contrast, **options.decoding(arguments)},
@@ -68,40 +75,58 @@ def _hashes(arguments):
             "adapter_hash": digest(arguments.adapter) if arguments.adapter else ""}
 
 
-def _problems(arguments):
-    """(examples, worked examples to show) of the tasks that generate; read before the model, which takes longer."""
+def _check_shots(arguments):
+    """Refuse options of few-shot prompts that do not go together."""
     from colora_ms.errors import ConfigError
-    from colora_ms.evaluation.benchmarks import read_gsm8k
-    from colora_ms.training.sources import load_examples
 
     if arguments.shots < 0 or (arguments.shots > 0) != (arguments.shots_data is not None):
         raise ConfigError(f"--shots {arguments.shots} and --shots-data {arguments.shots_data} belong together: give both "
                           "for a few-shot prompt, or neither")
-    if arguments.task == "problems":
-        if arguments.shots:
-            raise ConfigError("--shots is for --task gsm8k")
-        return load_examples(source(arguments.data))[:arguments.limit], []
-    shots = read_gsm8k(arguments.shots_data, arguments.shots) if arguments.shots else []
-    return read_gsm8k(arguments.data, arguments.limit), shots
+    if arguments.shots and arguments.task not in ("gsm8k", "choice"):
+        raise ConfigError(f"--shots is for --task gsm8k and choice, not for {arguments.task}")
+    if arguments.shots and arguments.template == "chat":
+        raise ConfigError("few-shot prompts are made from a plain text template, not from the chat template; leave out "
+                          "--template chat or --shots")
 
 
-def _template(arguments, tokenizer, shots):
-    """(template, stop strings)."""
-    from colora_ms.evaluation.benchmarks import FEW_SHOT_STOP, FewShotTemplate
+def _problems(arguments):
+    """(examples, few-shot template or None) of the tasks that generate."""
+    from colora_ms.evaluation.benchmarks import FewShotTemplate, read_gsm8k
+    from colora_ms.training.sources import load_examples
     from colora_ms.training.templates import make_template
 
+    if arguments.task == "problems":
+        return load_examples(source(arguments.data))[:arguments.limit], None
+    examples = read_gsm8k(arguments.data, arguments.limit)
+    if not arguments.shots:
+        return examples, None
+    return examples, FewShotTemplate(make_template(_template(arguments), None), read_gsm8k(arguments.shots_data),
+                                     count=arguments.shots)
+
+
+def _template(arguments):
+    """The template as text, or "chat"."""
     usual = "{prompt}\nAnswer: {completion}"
-    template = make_template(arguments.template or (f"Question: {usual}" if arguments.task == "gsm8k" else usual), tokenizer)
-    return (FewShotTemplate(template, shots), list(FEW_SHOT_STOP)) if shots else (template, [])
+    return arguments.template or (f"Question: {usual}" if arguments.task == "gsm8k" else usual)
+
+
+def _say_own_shots(own, total):
+    if own:
+        print(f"{own} of {total} questions stand among the worked examples themselves; others are shown to them")
 
 
 def _likelihood(arguments, team):
     """The summary of multiple choice or perplexity."""
     from colora_ms.evaluation.benchmarks import evaluate_choices, evaluate_perplexity, read_commonsense, read_text
     from colora_ms.evaluation.decoder_scorer import DecoderScorer
+    from colora_ms.evaluation.shots import few_shot_choices
 
     perplexity = arguments.task == "perplexity"
     data = read_text(arguments.data) if perplexity else read_commonsense(arguments.data, arguments.form, arguments.limit)
+    if arguments.shots:
+        data, own = few_shot_choices(data, read_commonsense(arguments.shots_data, arguments.form), arguments.shots)
+        if team.first:
+            _say_own_shots(own, len(data))
     generator, adapter = options.generator(arguments)
     slot = -1 if adapter is None else generator.adapters.slot(adapter)
     scorer = DecoderScorer(generator.decoder, slot, rows=arguments.batch_size)

@@ -12,6 +12,8 @@ def add_arguments(parser):
     options.add_decoding(parser)
     parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     parser.add_argument("--stop", action="append", default=[], help="end the answer before this text (repeatable)")
+    parser.add_argument("--stop-token-id", type=int, action="append", default=[], metavar="ID",
+                        help="end the answer at this token, too (repeatable)")
     parser.add_argument("--records", action="store_true", help="list the tokens where the contrast changed the choice")
     parser.add_argument("--output", default=None, metavar="FILE", help="write the answers there instead of printing them")
     parser.add_argument("--tensor-parallel", action="store_true",
@@ -38,11 +40,11 @@ def run(arguments):
     settings = options.decoding(arguments)
     inputs = [[{"role": "user", "content": p}] for p in prompts] if arguments.chat else prompts
     live = len(prompts) == 1 and not arguments.json and arguments.output is None and team.world == 1
-    tokenizer = generator.tokenizer
     if team.world > 1 and not arguments.tensor_parallel:
         generator = ShardedGenerator(generator, team)
     completions = generator.generate(
-        inputs, adapter=adapter, stop=arguments.stop, records=arguments.records or arguments.json,
+        inputs, adapter=adapter, stop=arguments.stop, stop_token_ids=arguments.stop_token_id,
+        records=arguments.records or arguments.json,
         **({"on_text": lambda _, text: print(text, end="", flush=True)} if live else {}), **settings)
     if not team.first:
         return 0
@@ -55,7 +57,7 @@ def run(arguments):
         if arguments.records:
             from colora_ms.decoding.completion import changes
 
-            lines.append(changes(completion, tokenizer))
+            lines.append(changes(completion))
     return _write(lines, arguments.output)
 
 

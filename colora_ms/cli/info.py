@@ -1,6 +1,5 @@
 """``colora-ms info``: show what a model or an adapter is."""
 
-import json
 from pathlib import Path
 
 
@@ -44,8 +43,11 @@ def _turn_ends(checkpoint):
 def _adapter(path):
     from colora_ms.adapters import digest
     from colora_ms.adapters.peft_format import StoredAdapter
+    from colora_ms.adapters.store import config_text
 
     stored = StoredAdapter(path)
     print(f"digest      {digest(path)}")
-    print(json.dumps(stored.config.to_peft(), indent=2, sort_keys=True, default=str))
+    if stored.config is None:
+        stored.refuse(stored.problems)
+    print(config_text(stored.config.to_peft()), end="")
     return 0

@@ -72,6 +72,8 @@ def updates(stored, arguments):
 
 def update_norms(stored):
     """{module: (rank, Frobenius norm of scaling * up @ down)} of a LoRA folder; from r x r products, no model needed."""
+    from dataclasses import replace
+
     import numpy as np
 
     from colora_ms.adapters.matching import Module, plan
@@ -84,7 +86,11 @@ def update_norms(stored):
                 path = name.removesuffix(down).removeprefix(PREFIX)
                 factors[path] = (name, name.removesuffix(down) + up)
                 modules[path] = Module("linear" if down.endswith("weight") else "embedding")
-    targets = plan(stored.config, modules, list({path.rsplit(".", 1)[-1]: None for path in modules})).targets
+    if not factors:
+        return {}
+    # The table has the modules with a pair alone, which says nothing about whatever else the adapter changes.
+    config = replace(stored.config, modules_to_save=None, trainable_token_indices=None, ensure_weight_tying=False)
+    targets = plan(config, modules, list({path.rsplit(".", 1)[-1]: None for path in modules})).targets
     found = {}
     for path, target in targets.items():
         down, up = (stored.file.read(name).astype(np.float64) for name in factors[path])

@@ -11,7 +11,8 @@ def add_model(parser):
 
 
 def add_decoding(parser):
-    parser.add_argument("--adapter", default=None, metavar="FOLDER", help="PEFT adapter folder; none: the base model")
+    parser.add_argument("--adapter", default=None, metavar="FOLDER",
+                        help="PEFT adapter folder, or a LoRA GGUF; none: the base model")
     parser.add_argument("--contrast", action="store_true", help="contrast the adapter with the base model (CoLD)")
     parser.add_argument("--alpha", type=float, default=0.1, help="the expert's cut, in (0, 1]")
     parser.add_argument("--beta", type=float, default=0.5, help="weight of the base model's scores, >= 0")
@@ -46,7 +47,7 @@ def decoding(arguments):
     return dict(
         contrast=Contrast(arguments.alpha, arguments.beta, arguments.adapt, arguments.skip_copies)
         if arguments.contrast else None,
-        sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed),
+        sampling=Sampling.asked(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed),
         max_new_tokens=arguments.max_new_tokens,
     )
 

@@ -106,4 +106,4 @@ def show_samples(generator, template, test, cold, contrast, max_new_tokens, coun
         print(f"\nProblem: {test[i].question.strip()}\nExpected: {test[i].completion.strip()}")
         for name, answer in (("base  ", base), ("greedy", greedy), ("CoLD  ", contrasted)):
             print(f"  {name} | {' / '.join(answer[place].text.strip().splitlines())[:160]}")
-        print(changes(contrasted[place], generator.tokenizer))
+        print(changes(contrasted[place]))

@@ -15,6 +15,8 @@ class TokenRecord:
         amateur: the amateur's logit of it (0 without a contrast).
         score: its contrastive score (the expert's logit without a contrast).
         best: the expert's highest logit.
+        text: the text that the token brought at its place; "" of a special token, U+FFFD of a part of a character.
+        favourite_text: the text that the favourite would have brought there.
     """
 
     token: int
@@ -24,6 +26,8 @@ class TokenRecord:
     amateur: float
     score: float
     best: float
+    text: str = ""
+    favourite_text: str = ""
 
     @property
     def changed(self):
@@ -36,10 +40,12 @@ class Completion:
     """One generated answer.
 
     Attributes:
-        text: the decoded answer, cut before a stop string, without special tokens.
-        tokens: the ids that were generated, an end-of-sequence id included.
+        text: what appears behind the prompt, cut before a stop string, without special tokens.
+        tokens: the ids that were generated, up to the one that ended the answer: an end-of-sequence or stop id, or the
+            token that completed a stop string.
         prompt_tokens: how many tokens the prompt had.
-        finish_reason: "stop" (end of sequence or stop string) or "length".
+        finish_reason: "stop" (end of sequence, stop string or stop id) or "length"; of the engine also "cancelled" or
+            "timeout".
         adapter: the adapter's name, or None for the base model.
         records: a :class:`TokenRecord` a token where they were asked for, else ().
     """
@@ -57,12 +63,12 @@ class Completion:
         return sum(r.changed for r in self.records) / len(self.records) if self.records else 0.0
 
 
-def changes(completion, tokenizer):
+def changes(completion):
     """The tokens where another one than the expert's favourite was chosen, a line each."""
     changed = [(i, r) for i, r in enumerate(completion.records) if r.changed]
     lines = [f"  the contrast changed {len(changed)} of {len(completion.records)} tokens"]
     for i, r in changed:
         lines.append(
-            f"  token {i:3d}: {tokenizer.decode([r.favourite])!r} -> {tokenizer.decode([r.token])!r}   "
+            f"  token {i:3d}: {r.favourite_text!r} -> {r.text!r}   "
             f"expert {r.best:.2f} -> {r.expert:.2f}, base {r.amateur:.2f}, score {r.score:.2f}, {r.valid} in the cut")
     return "\n".join(lines)

@@ -6,10 +6,12 @@ import mindspore as ms
 from mindspore import Tensor
 
 from colora_ms import runtime
-from colora_ms.decoding.completion import Completion, TokenRecord
-from colora_ms.decoding.contrast import Contrast, Sampling
+from colora_ms.decoding.answer import Answer
+from colora_ms.decoding.contrast import operands
 from colora_ms.decoding.loop import ContinueLoop, GenerationLoop
-from colora_ms.decoding.prompt import check_ids, encode_prompt, ending_ids, find_stop, printable
+from colora_ms.decoding.prompt import check_ids, encode_prompt, ending_ids
+from colora_ms.decoding.settings import check_settings, check_stop, check_stop_ids
+from colora_ms.decoding.values import shown
 from colora_ms.errors import DecodingError
 from colora_ms.models.cache import KeyValueCache
 
@@ -27,24 +29,19 @@ def row_bucket(rows):
 
 
 class Request:
-    """One prompt with its settings, and what has been generated for it so far."""
+    """One prompt with its settings and its slot, and the answer so far."""
 
-    def __init__(self, ids, adapter, slot, contrast, sampling, budget):
+    def __init__(self, ids, adapter, slot, settings, answer):
         self.ids = ids
         self.adapter = adapter
         self.slot = slot
-        self.contrast = contrast
-        self.sampling = sampling
-        self.budget = budget
-        self.tokens = []
-        self.records = []
-        self.text = ""
-        self.finish_reason = None
+        self.settings = settings
+        self.answer = answer
 
     @property
-    def rows(self):
-        """Rows of the batch that it takes."""
-        return 1 if self.contrast is None else 2
+    def left(self):
+        """Tokens that the answer may still take."""
+        return self.settings.budget - len(self.answer.tokens)
 
 
 class Generator:
@@ -82,16 +79,20 @@ class Generator:
 
         Args:
             model: a known name or the path of a folder or file (see ``colora_ms.models.load_model``).
-            adapters: mapping of adapter names to PEFT folders, or None.
+            adapters: mapping of adapter names to PEFT folders, or None. Where one brings tokens that the model lacks, the
+                tokenizer in its folder is used.
             weight_format: "float32", "bfloat16", "int8" or "int4".
             adapter_format: "float32" or "bfloat16", see :func:`colora_ms.adapters.inject`.
             options: passed to the constructor.
         """
         from colora_ms.adapters import load_adapters
+        from colora_ms.adapters.vocabulary import tokenizer_for
         from colora_ms.models import load_model
 
         decoder, tokenizer = load_model(model, weight_format=weight_format)
         handle = load_adapters(decoder, adapters, adapter_format=adapter_format) if adapters else None
+        if handle is not None:
+            tokenizer = tokenizer_for(tokenizer, adapters, handle)
         return cls(decoder, tokenizer, handle, **options)
 
     @property
@@ -105,7 +106,7 @@ class Generator:
         return ending_ids(self.decoder, self.tokenizer)
 
     def generate(self, prompts, adapter=None, contrast=None, sampling=None, max_new_tokens=64, stop=(), records=False,
-                 ignore_eos=False, on_text=None):
+                 ignore_eos=False, on_text=None, stop_token_ids=()):
         """Answer prompts.
 
         Args:
@@ -115,10 +116,12 @@ class Generator:
             contrast: :class:`Contrast`, None for the expert alone, or a list with one entry a prompt.
             sampling: :class:`Sampling`, None for greedy, or a list with one entry a prompt.
             max_new_tokens: tokens an answer may have, or a list with one number a prompt.
-            stop: strings that end an answer; the answer is cut before them.
+            stop: a string, or strings, that end an answer; it is cut before them. One that spells a special token ends
+                it at that token.
             records: whether each completion carries a :class:`TokenRecord` a token.
             ignore_eos: go on after an end-of-sequence token (for benchmarks).
             on_text: called with (index of the prompt, new text) after every chunk.
+            stop_token_ids: ids that end an answer, beside the end of sequence.
 
         Returns:
             list of :class:`Completion`, in the order of the prompts.
@@ -126,22 +129,25 @@ class Generator:
         Raises:
             DecodingError: empty prompt, prompt longer than the context, unknown adapter, contrast without an adapter.
         """
-        requests = self._requests(prompts, adapter, contrast, sampling, max_new_tokens)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if any(not isinstance(s, str) or not s for s in stop):
-            raise DecodingError(f"stop={stop!r}: stop strings are non-empty strings")
-        eos = () if ignore_eos else self.eos_token_ids
+        stop, stop_token_ids = check_stop(stop), check_stop_ids(stop_token_ids, self.decoder.config.vocab_size)
+        eos = self.eos_token_ids
+        requests = self._requests(prompts, adapter, contrast, sampling, max_new_tokens, eos,
+                                  dict(stop=stop, stop_token_ids=stop_token_ids, records=records, ignore_eos=ignore_eos))
+        eos = () if ignore_eos else eos
+        watched = bool(stop or stop_token_ids) or on_text is not None
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
         for batch in self._batches([(i, requests[i]) for i in order]):
             try:
-                self._run(batch, eos, stop, on_text)
+                self._run(batch, eos, watched, on_text)
             except RuntimeError:
                 # MindSpore does not run a graph again after one of its operators has failed.
                 self._first = self._later = self.cache = None
                 raise
-        return [self._completion(r, records) for r in requests]
+        return [r.answer.completion(len(r.ids), r.adapter) for r in requests]
 
-    def _requests(self, prompts, adapter, contrast, sampling, max_new_tokens):
+    def _requests(self, prompts, adapter, contrast, sampling, max_new_tokens, eos, shared):
+        if not hasattr(prompts, "__len__") or isinstance(prompts, (bytes, dict)):
+            raise DecodingError(f"prompts={shown(prompts)} is neither a prompt nor a list of prompts")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, dict)))
         prompts = [prompts] if single else list(prompts)
 
@@ -153,20 +159,14 @@ class Generator:
 
         settings = zip(prompts, spread("adapter", adapter), spread("contrast", contrast), spread("sampling", sampling),
                        spread("max_new_tokens", max_new_tokens))
-        return [self._request(i, *setting) for i, setting in enumerate(settings)]
+        return [self._request(i, *setting, eos, shared) for i, setting in enumerate(settings)]
 
-    def _request(self, index, prompt, adapter, contrast, sampling, budget):
+    def _request(self, index, prompt, adapter, contrast, sampling, budget, eos, shared):
         ids = self.encode(prompt)
         check_ids(ids, self.decoder.config.vocab_size, f"prompt {index}")
-        if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
-            raise DecodingError(f"max_new_tokens={budget!r} is not a whole number >= 1")
         if len(ids) + 1 > self.max_length:
             raise DecodingError(f"prompt {index} has {len(ids)} tokens; the context holds {self.max_length}, and at least "
                                 "one is needed for the answer")
-        if contrast is not None and not isinstance(contrast, Contrast):
-            raise DecodingError(f"contrast={contrast!r} is not a Contrast(alpha, beta)")
-        if sampling is not None and not isinstance(sampling, Sampling):
-            raise DecodingError(f"sampling={sampling!r} is not a Sampling(temperature, top_k, top_p, seed)")
         merged = getattr(self.adapters, "merged", None)
         if merged is not None and (contrast is not None or adapter != merged):
             raise DecodingError(f"adapter {merged!r} is merged into the base weights, so neither the base model, another "
@@ -175,10 +175,9 @@ class Generator:
         if changed is not None and (contrast is not None or adapter is None):
             raise DecodingError(f"adapter {changed!r} started from the base weights and changed them, so the base model "
                                 "cannot be decoded now; save it with as_lora=True and load that into an untouched model")
-        if contrast is not None and adapter is None:
-            raise DecodingError("a contrast compares an adapter with the base model, so it needs adapter=…")
-        budget = min(int(budget), self.max_length - len(ids))
-        return Request(ids, adapter, self._slot(adapter), contrast, sampling or Sampling(), budget)
+        settings = check_settings(adapter, contrast, sampling, budget, **shared).within(self.max_length - len(ids))
+        answer = Answer(self.tokenizer, ids, settings, eos)
+        return Request(ids, adapter, self._slot(adapter), settings, answer)
 
     def _slot(self, adapter):
         if adapter is None or adapter == getattr(self.adapters, "merged", None):
@@ -194,11 +193,11 @@ class Generator:
     def _batches(self, indexed):
         batch, rows = [], 0
         for index, request in indexed:
-            if batch and rows + request.rows > self.max_rows:
+            if batch and rows + request.settings.rows > self.max_rows:
                 yield batch
                 batch, rows = [], 0
             batch.append((index, request))
-            rows += request.rows
+            rows += request.settings.rows
         if batch:
             yield batch
 
@@ -214,12 +213,11 @@ class Generator:
         self._first = GenerationLoop(self.decoder, self.cache).set_train(False)
         self._later = ContinueLoop(self.decoder, self.cache).set_train(False)
 
-    def _run(self, batch, eos, stop, on_text):
+    def _run(self, batch, eos, watched, on_text):
         requests = [request for _, request in batch]
         plan = _Plan(requests, eos)
-        self._reserve(plan.rows, max(len(r.ids) + r.budget for r in requests))
-        watched = bool(stop) or on_text is not None
-        longest = max(r.budget for r in requests)
+        self._reserve(plan.rows, max(len(r.ids) + r.settings.budget for r in requests))
+        longest = max(r.settings.budget for r in requests)
         capacity = self.chunk if watched else bucket(longest)
         prompt = plan.prompt(self.cache.max_length)
         (ints, floats), (later_ints, later_floats, counts, state) = runtime.run(
@@ -227,7 +225,7 @@ class Generator:
             Tensor(1 + capacity, ms.int32), plan.mode)
         plan.take(ints.asnumpy()[None], floats.asnumpy()[None], np.ones(len(requests), np.int32))
         plan.take(later_ints.asnumpy(), later_floats.asnumpy(), counts.asnumpy())
-        active = self._settle(batch, state[2].asnumpy(), eos, stop, on_text)
+        active = self._going(batch, state[2].asnumpy(), on_text)
         done = 1 + capacity
         while active.any():
             state = (state[0], state[1], plan.pad_bool(active))
@@ -235,35 +233,16 @@ class Generator:
                 self._later, *state, *plan.layout, *plan.options, plan.uniforms(done, capacity), plan.budget(), plan.eos,
                 Tensor(capacity, ms.int32), plan.mode, *prompt)
             plan.take(ints.asnumpy(), floats.asnumpy(), counts.asnumpy())
-            active = self._settle(batch, state[2].asnumpy(), eos, stop, on_text)
+            active = self._going(batch, state[2].asnumpy(), on_text)
             done += capacity
 
-    def _settle(self, batch, active, eos, stop, on_text):
-        """Decode what is there, cut at stop strings, report new text; returns which requests go on."""
-        going = np.zeros(len(batch), bool)
-        for i, (index, request) in enumerate(batch):
-            if request.finish_reason is not None:
-                continue
-            ended = bool(request.tokens) and request.tokens[-1] in eos
-            full = len(request.tokens) >= request.budget
-            text = self.tokenizer.decode(request.tokens[:-1] if ended else request.tokens)
-            cut = find_stop(text, stop)
-            if cut >= 0:
-                text, ended = text[:cut], True
-            if ended or full:
-                request.finish_reason = "stop" if ended else "length"
-            going[i] = request.finish_reason is None and bool(active[i])
-            shown = text if request.finish_reason else printable(text, stop)
-            if on_text is not None and len(shown) > len(request.text):
-                on_text(index, shown[len(request.text):])
-            if on_text is None or len(shown) > len(request.text) or request.finish_reason:
-                request.text = shown
-        return going
-
-    def _completion(self, request, records):
-        kept = tuple(request.records) if records else ()
-        return Completion(request.text, tuple(request.tokens), len(request.ids), request.finish_reason, request.adapter,
-                          kept)
+    def _going(self, batch, active, on_text):
+        """Report new text; returns which requests go on."""
+        for index, request in batch if on_text is not None else ():
+            text = request.answer.news()[0]
+            if text:
+                on_text(index, text)
+        return np.array([request.answer.finish_reason is None for _, request in batch]) & active[:len(batch)].astype(bool)
 
 
 class _Plan:
@@ -272,7 +251,7 @@ class _Plan:
     def __init__(self, requests, eos):
         self.requests = requests
         self.size = row_bucket(len(requests))
-        contrastive = [i for i, r in enumerate(requests) if r.contrast is not None]
+        contrastive = [i for i, r in enumerate(requests) if r.settings.contrast is not None]
         self.rows = self.size + (row_bucket(len(contrastive)) if contrastive else 0)
         row_request = np.zeros(self.rows, np.int32)
         slots = np.full(self.rows, -1, np.int32)
@@ -288,22 +267,13 @@ class _Plan:
             row_request[self.size + k] = i
         cache_rows = np.arange(self.rows, dtype=np.int32)
         self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows, expert, amateur))
-        self.options = (
-            self._floats(lambda r: r.contrast.alpha if r.contrast else 1.0, 1.0),
-            self._floats(lambda r: r.contrast.beta if r.contrast else 0.0, 0.0),
-            self._floats(lambda r: r.sampling.temperature, 0.0),
-            Tensor(self._array(lambda r: r.sampling.top_k, 0, np.int32)),
-            self._floats(lambda r: r.sampling.top_p, 1.0),
-        )
-        self.mode = Tensor(self._array(lambda r: r.contrast.mode if r.contrast else 0, 0, np.int32))
+        *options, mode = operands([(r.settings.contrast, r.settings.sampling) for r in requests], self.size)
+        self.options, self.mode = tuple(Tensor(a) for a in options), Tensor(mode)
         # -1 is no token id: it stands for "no end of sequence".
         self.eos = Tensor(np.array(sorted(eos) or [-1], np.int32))
 
     def _array(self, value, filler, dtype):
         return np.array([value(r) for r in self.requests] + [filler] * (self.size - len(self.requests)), dtype)
-
-    def _floats(self, value, filler):
-        return Tensor(self._array(value, filler, np.float32))
 
     def prompt(self, limit):
         """(ids (requests, bucket) int32, lengths (requests,) int32)."""
@@ -315,23 +285,21 @@ class _Plan:
 
     def budget(self):
         """(requests,) int32: tokens that each request may still take."""
-        return Tensor(self._array(lambda r: r.budget - len(r.tokens), 0, np.int32))
+        return Tensor(self._array(lambda r: r.left, 0, np.int32))
 
     def uniforms(self, skip, count):
         """(requests, count) float32: the random numbers of the next tokens; zeros for greedy requests."""
         values = np.zeros((self.size, count), np.float32)
         for i, r in enumerate(self.requests):
-            if r.sampling.temperature > 0:
-                values[i] = r.sampling.uniforms(count, skip)
+            if not r.settings.sampling.greedy:
+                values[i] = r.settings.sampling.uniforms(count, skip)
         return Tensor(values)
 
     def pad_bool(self, flags):
         return Tensor(np.concatenate([flags, np.zeros(self.size - len(flags), bool)]))
 
     def take(self, ints, floats, counts):
-        """Append the first ``counts[i]`` steps of (steps, requests, 3 or 4) arrays to the requests."""
+        """Give the first ``counts[i]`` steps of (steps, requests, 3 or 4) arrays to the answers."""
         for i, request in enumerate(self.requests):
             for step in range(int(counts[i])):
-                token, favourite, valid = (int(v) for v in ints[step, i])
-                request.tokens.append(token)
-                request.records.append(TokenRecord(token, favourite, valid, *(float(v) for v in floats[step, i])))
+                request.answer.take(*ints[step, i].tolist(), floats[step, i].tolist())

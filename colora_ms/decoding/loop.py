@@ -11,7 +11,7 @@ graph is compiled once for each bucket of those and reused for every adapter, co
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from colora_ms.kernels import ABSENT, contrast_strength, contrastive_select, decode_steps
+from colora_ms.kernels import ABSENT, bind, contrast_strength, contrastive_select, decode_steps
 
 
 class _Loop(nn.Cell):
@@ -19,6 +19,7 @@ class _Loop(nn.Cell):
 
     def __init__(self, decoder, cache):
         super().__init__()
+        bind()
         self.decoder = decoder
         self.cache = cache
         self.one = Tensor(1, ms.int32)

@@ -1,7 +1,9 @@
 """Measuring a model: exact match, multiple choice, perplexity, and the statistics of a comparison.
 
     scoring       is this answer right? numbers as in GSM8K, exact match after normalisation
+    numbers       the number that a worked solution gives as its answer, exactly
     significance  Wilson interval, exact McNemar test, test of the best of many
+    shots         worked examples in front of a question, never the question's own
     evaluate      run a generator over examples, item by item into JSON lines, resumable
     tuning        contrasts against greedy decoding of the same adapter; choosing one, or none
     likelihood    perplexity with a stride, multiple choice by log-likelihood

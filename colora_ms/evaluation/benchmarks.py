@@ -15,6 +15,7 @@ from colora_ms.errors import ConfigError, DataError
 from colora_ms.evaluation.evaluate import ItemLog, write_json
 from colora_ms.evaluation.likelihood import ChoiceItem, ChoiceResult, multiple_choice, perplexity
 from colora_ms.evaluation.sharded import ShardedScorer
+from colora_ms.evaluation.shots import Shots
 from colora_ms.evaluation.significance import wilson_interval
 from colora_ms.workers import Workers
 
@@ -78,30 +79,47 @@ def read_gsm8k(path, limit=None, calculator=False):
 class FewShotTemplate:
     """A plain-text template with worked examples in front of every question.
 
+    A question that stands among the worked examples is not shown with its answer: others of the list take that place.
+
     Args:
         template: a text template (``training.templates.TextTemplate``).
-        shots: examples that are shown, in this order; never from the test part.
+        shots: examples that may be shown, in this order.
         separator: between the examples.
+        count: how many are shown to each question, the first ones; all if None.
+
+    Attributes:
+        setup: what the results file says of the shots.
 
     Raises:
-        ConfigError: no shots, or a template that is not plain text.
+        ConfigError: no shots or fewer than ``count``, or a template that is not plain text.
     """
 
     adds_special_tokens = True
 
-    def __init__(self, template, shots, separator="\n\n"):
-        shots = list(shots)
-        if not shots:
-            raise ConfigError("a few-shot prompt needs at least one worked example")
+    def __init__(self, template, shots, separator="\n\n", count=None):
         if not template.adds_special_tokens:
             raise ConfigError("few-shot prompts are made from a plain text template, not from the chat template")
         self._template = template
-        self._head = "".join(template.prompt(shot) + template.answer(shot) + separator for shot in shots)
-        self.digest = hashlib.sha256(f"shots\0{template.digest}\0{self._head}".encode()).hexdigest()[:16]
+        self._shots = Shots([(shot.question, template.prompt(shot) + template.answer(shot) + separator) for shot in shots],
+                            count)
+        self.digest = hashlib.sha256(f"shots\0{template.digest}\0{self._shots.digest}".encode()).hexdigest()[:16]
+        self.setup = {"shots": self._shots.count, "of": len(self._shots)}
+
+    def check(self, examples):
+        """How many of the examples stand among the worked ones.
+
+        Raises:
+            DataError: too few others are left for one of them.
+        """
+        return self._shots.check([(example.question, f"example {example.id}") for example in examples])
 
     def prompt(self, example):
-        """The worked examples and the question."""
-        return self._head + self._template.prompt(example)
+        """The worked examples and the question.
+
+        Raises:
+            DataError: the question stands among them, and too few others are left.
+        """
+        return self._shots.head(example.question, f"example {example.id}") + self._template.prompt(example)
 
     def request(self, example):
         """The prompt as text: the generator adds a beginning-of-text token if the model has one."""

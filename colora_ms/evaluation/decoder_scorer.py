@@ -7,7 +7,7 @@ from mindspore import Parameter, Tensor, nn
 
 from colora_ms import runtime
 from colora_ms.errors import DataError
-from colora_ms.kernels.loss import linear_token_losses, token_losses_of_logits
+from colora_ms.kernels import bind, linear_token_losses, token_losses_of_logits
 
 _IGNORED = -100
 
@@ -21,6 +21,7 @@ class TokenLosses(nn.Cell):
 
     def __init__(self, decoder):
         super().__init__(auto_prefix=False)
+        bind()
         self.decoder = decoder
         head = decoder.lm_head
         weight = getattr(head, "weight", None)

@@ -4,8 +4,9 @@ The generator is anything with
 
     generate(prompts, **options) -> list of completions, in order
 
-where a completion has ``text`` (str), ``tokens`` (the ids that were generated) and ``records``
-(details of each token; may be empty).
+where a completion has ``text`` (str), ``tokens`` (the ids of the answer, up to the one that ended it)
+and ``records`` (details of each of these tokens; may be empty). Both are counted as they come: what a stop
+string cuts off is cut off by the generator.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ class EvaluationResult:
     Attributes:
         items: list of the items' dictionaries (``id``, ``correct``, ``predicted``, ``expected``,
             ``text``, ``tokens``, ``seconds``, with records also ``changed``, the number of tokens
-            that the contrast changed), in the order of the examples.
+            that the contrast changed; ``refused``, why there is no answer), in the order of the examples.
         accuracy: share of correct items.
         interval: Wilson interval (low, high).
         refused: items that the generator refused (a prompt too long, say); they count as wrong.
@@ -58,6 +59,12 @@ class EvaluationResult:
         tokens = sum(item["tokens"] for item in known)
         return sum(item["changed"] for item in known) / tokens if tokens else None
 
+    @property
+    def mean_tokens(self):
+        """Tokens of an answer; items that were refused have none. 0 without answers."""
+        answered = [item["tokens"] for item in self.items if "refused" not in item]
+        return sum(answered) / len(answered) if answered else 0.0
+
     def compare(self, other):
         """Exact McNemar test of ``other`` against this result on the same items."""
         return mcnemar(self.outcomes, other.outcomes)
@@ -68,7 +75,7 @@ class EvaluationResult:
                 "items": len(self.items), "interval": list(self.interval),
                 "refused": self.refused, "tokens_per_second": self.tokens_per_second,
                 "changed_share": self.changed_share,
-                "mean_tokens": sum(i["tokens"] for i in self.items) / len(self.items),
+                "mean_tokens": self.mean_tokens,
                 "setup": self.setup}
 
     def summary(self):
@@ -76,7 +83,15 @@ class EvaluationResult:
         low, high = self.interval
         text = (f"{100 * self.accuracy:.1f} % of {len(self.items)} "
                 f"[{100 * low:.1f}, {100 * high:.1f}], {self.tokens_per_second:.1f} tokens/s")
-        return text + (f", {self.refused} refused" if self.refused else "")
+        return text + self._refusals()
+
+    def _refusals(self):
+        """How many items were refused and counted as wrong, and why the first one was."""
+        refused = [item for item in self.items if "refused" in item]
+        if not refused:
+            return ""
+        first = refused[0]
+        return f", {len(refused)} refused and counted as wrong (the first is {first['id']}: {first['refused']})"
 
 
 def evaluate(generator, examples, scorer="number", *, template, path=None, batch_size=8,
@@ -89,7 +104,8 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
         examples: objects with ``id``, ``completion`` and whatever ``template`` reads.
         scorer: a name of ``scoring.SCORERS`` or a function ``(text, example) -> Score``.
         template: has ``request(example)``, the prompt for ``generate``, and ``digest`` (the templates
-            of ``training.data`` do).
+            of ``training.data`` do). A ``check(examples)`` is called before anything is generated; a
+            dictionary ``setup`` becomes part of the setup (``benchmarks.FewShotTemplate`` has both).
         path: JSON lines of the items; the summary goes to ``<path without suffix>.summary.json``.
             ``None`` writes nothing.
         batch_size: prompts of one ``generate`` call of one worker.
@@ -113,12 +129,14 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
     options = dict(options or {})
     examples = list(examples)
     _check_examples(examples)
+    if hasattr(template, "check"):
+        template.check(examples)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise DataError(f"batch_size is {batch_size!r}, expected an integer of at least 1")
     setup = {"template": template.digest, "model": model_hash, "adapter": adapter_hash,
              "scorer": scorer if isinstance(scorer, str) else getattr(scorer, "__name__", "own"),
              "options": {key: _plain(value) for key, value in sorted(options.items())},
-             "examples": _digest_examples(examples)}
+             "examples": _digest_examples(examples), **getattr(template, "setup", {})}
     log = ItemLog(path, setup, resume, team)
     if team.world > 1:
         generator, batch_size = ShardedGenerator(generator, team), batch_size * team.world

@@ -67,6 +67,7 @@ class ContrastComparison:
         greedy: ``{id: was it right}`` of greedy decoding with the adapter.
         results: a :class:`ContrastOutcome` a contrast.
         settled: items whose answer no contrast could change.
+        refused: items that the generator refused; they count as wrong for every decoder.
         setup: hashes and options, as ``evaluate`` writes them.
     """
 
@@ -74,6 +75,7 @@ class ContrastComparison:
     results: list
     settled: int
     setup: dict
+    refused: int = 0
 
     @property
     def accuracy(self):
@@ -83,7 +85,7 @@ class ContrastComparison:
     def to_json(self):
         """Everything but the items."""
         correct, items = sum(self.greedy.values()), len(self.greedy)
-        return {"items": items, "settled": self.settled, "setup": self.setup,
+        return {"items": items, "settled": self.settled, "refused": self.refused, "setup": self.setup,
                 "greedy": {"correct": correct, "accuracy": self.accuracy,
                            "interval": list(wilson_interval(correct, items))},
                 "contrasts": [result.to_json() for result in self.results]}
@@ -98,6 +100,8 @@ class ContrastComparison:
             low, high = row["interval"]
             lines.append(f"| {row['label']} | {100 * row['accuracy']:.1f} % | {100 * low:.1f} - {100 * high:.1f} % | "
                          f"{row['fixed']} | {row['broken']} | {row['p_value']:.2g} | {100 * row['changed_share']:.1f} % |")
+        if self.refused:
+            lines += ["", f"{self.refused} of {len(self.greedy)} items were refused and count as wrong for every decoder."]
         return "\n".join(lines)
 
 
@@ -154,7 +158,7 @@ def compare_contrasts(generator, examples, adapter, contrasts, *, template, scor
         results.append(ContrastOutcome(contrast, outcomes, changed, tokens, mcnemar(greedy.outcomes, outcomes)))
         if progress:
             progress(contrast.label, f"{100 * results[-1].accuracy:.1f} %, {results[-1].test.summary()}")
-    return ContrastComparison(greedy.outcomes, results, len(items) - len(open_ids), greedy.setup)
+    return ContrastComparison(greedy.outcomes, results, len(items) - len(open_ids), greedy.setup, greedy.refused)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The operations that must be fast: one Python face each, a reference form, and a form for each device."""
 
 from colora_ms.kernels.activation import swiglu, swiglu_reference
-from colora_ms.kernels.aot import ABSENT, KernelError, backend
+from colora_ms.kernels.aot import ABSENT, KernelError
 from colora_ms.kernels.attention import (
     cached_attention,
     cached_attention_reference,
@@ -22,6 +22,7 @@ from colora_ms.kernels.loss import (
     token_losses_of_logits,
 )
 from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residual, rms_norm_residual_reference
+from colora_ms.kernels.registry import backend, bind
 from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
 from colora_ms.kernels.steps import decode_steps, fuses_steps
 from colora_ms.kernels.strength import contrast_strength, contrast_strength_reference
@@ -30,6 +31,7 @@ __all__ = [
     "ABSENT",
     "KernelError",
     "backend",
+    "bind",
     "cached_attention",
     "cached_attention_reference",
     "causal_attention",

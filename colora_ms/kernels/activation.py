@@ -3,10 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import custom, uses_cpu_library
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
 
 
 def swiglu(gate, up):
@@ -26,9 +26,7 @@ def swiglu(gate, up):
 
     Gradients: gate and up.
     """
-    if _CPU:
-        return _swiglu(gate, up)
-    return swiglu_reference(gate, up)
+    return bound.swiglu(gate, up)
 
 
 def swiglu_reference(gate, up):
@@ -48,8 +46,9 @@ def _dtypes(gate, up):
 
 
 def _bprop(gate, up, out, dout):
-    return _swiglu_grad(gate, up, dout)
+    return bound.swiglu_grad(gate, up, dout)
 
 
-_swiglu = custom("swiglu", _shapes, _dtypes, _bprop)
-_swiglu_grad = custom("swiglu_grad", lambda gate, up, dy: (gate, gate), lambda *dtypes: (ms.float32, ms.float32))
+operation("swiglu", reference=lambda: swiglu_reference, cpu=lambda: custom("swiglu", _shapes, _dtypes, _bprop))
+operation("swiglu_grad", cpu=lambda: custom("swiglu_grad", lambda gate, up, dy: (gate, gate),
+                                            lambda *dtypes: (ms.float32, ms.float32)))

@@ -10,6 +10,7 @@ out), so that one row of weights lies along the outputs. :func:`rank_major` conv
 Not yet run on an NPU: ``scripts/verify_on_npu.sh`` is there for the first who can.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -19,8 +20,10 @@ import mindspore as ms
 from mindspore import ops
 from mindspore.ops import CustomRegOp
 
-from colora_ms.kernels.aot import KernelError, backend
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.ascend_shapes import SHAPES
+from colora_ms.kernels.registry import backend, bind, operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype
 
 _F16, _BF16, _F32, _I32, _U8 = "float16", "bfloat16", "float32", "int32", "uint8"
@@ -208,24 +211,24 @@ def _dtype_function(name):
 _DTYPES = {name: _dtype_function(name) for name in OPERATORS}
 
 
-# A graph cannot look a primitive up, so the faces below use these names; load() fills them.
-_multi_lora = _multi_lora_segments = _lora_shrink = _lora_expand = _contrastive_select = _w4_lora = _lily_mix = None
+#: name in ``bound`` -> operator, for the faces below.
+_FACES = {"device_multi_lora": "MultiLora", "device_multi_lora_segments": "MultiLoraSegments",
+          "device_lora_shrink": "LoraShrink", "device_lora_expand": "LoraExpand",
+          "device_contrastive_select": "ContrastiveSelect", "device_w4_lora": "W4Lora", "device_lily_mix": "LilyMix"}
+
+for _face, _operator in _FACES.items():
+    operation(_face, emulator=functools.partial(primitive, _operator, "CPU"),
+              ascend=functools.partial(primitive, _operator, "Ascend"))
 
 
-def load(target=None):
-    """Make the primitives of the functions below. Done at import when ``COLORA_KERNELS`` or the device asks for them.
+def load(target):
+    """Make the primitives of the faces below usable beside another column of the table, for tests and golden files.
 
     Args:
-        target: "Ascend", "CPU" (emulated), or None for what is in use.
+        target: "Ascend" or "CPU" (emulated).
     """
-    global _multi_lora, _multi_lora_segments, _lora_shrink, _lora_expand, _contrastive_select, _w4_lora, _lily_mix
-    _multi_lora = primitive("MultiLora", target)
-    _multi_lora_segments = primitive("MultiLoraSegments", target)
-    _lora_shrink = primitive("LoraShrink", target)
-    _lora_expand = primitive("LoraExpand", target)
-    _contrastive_select = primitive("ContrastiveSelect", target)
-    _w4_lora = primitive("W4Lora", target)
-    _lily_mix = primitive("LilyMix", target)
+    bind()
+    vars(bound).update({face: primitive(operator, target) for face, operator in _FACES.items()})
 
 
 # -- the faces ----------------------------------------------------------------------------------------------------------
@@ -254,9 +257,9 @@ def multi_lora(x, slots, down, up, scale, y):
     if x.ndim == 3:
         rows, tokens, _ = x.shape
         each = ops.broadcast_to(slots.reshape((rows, 1)), (rows, tokens)).reshape((rows * tokens,))
-        flat = _multi_lora(x.reshape((rows * tokens, -1)), down, up, scale, each, y.reshape((rows * tokens, -1)))
+        flat = bound.device_multi_lora(x.reshape((rows * tokens, -1)), down, up, scale, each, y.reshape((rows * tokens, -1)))
         return flat.reshape(y.shape)
-    return _multi_lora(x, down, up, scale, slots, y)
+    return bound.device_multi_lora(x, down, up, scale, slots, y)
 
 
 def low_rank(x, slots, down, up, scale):
@@ -272,17 +275,17 @@ def multi_lora_segments(x, starts, slots, down, up, scale, y):
     Args:
         x: (total tokens, in). starts: (segments + 1,) int32, ascending. slots: (segments,) int32; the rest as there.
     """
-    return _multi_lora_segments(x, down, up, scale, starts, slots, y)
+    return bound.device_multi_lora_segments(x, down, up, scale, starts, slots, y)
 
 
 def lora_shrink(x, slots, down, scale):
     """``scale[s] * x[t] @ down[s].T`` as (tokens, rank) float32; zeros where slots[t] = -1. Arguments as multi_lora's."""
-    return _lora_shrink(x, down, scale, slots)
+    return bound.device_lora_shrink(x, down, scale, slots)
 
 
 def lora_expand(h, slots, up, y):
     """``y[t] + h[t] @ up[s].T`` for h (tokens, rank) float32 and a rank-major ``up``; a new tensor like y."""
-    return _lora_expand(h, up, slots, y)
+    return bound.device_lora_expand(h, up, slots, y)
 
 
 def contrastive_token(expert, amateur, alpha, beta, mask=None):
@@ -297,7 +300,7 @@ def contrastive_token(expert, amateur, alpha, beta, mask=None):
         (requests,) int32.
     """
     nothing = ops.zeros((1,), ms.float32) if mask is None else mask
-    return _contrastive_select(expert, amateur, ops.log(alpha), beta, nothing)
+    return bound.device_contrastive_select(expert, amateur, ops.log(alpha), beta, nothing)
 
 
 def w4_lora(x, slots, weight, weight_scale, down, up, scale):
@@ -318,7 +321,7 @@ def w4_lora(x, slots, weight, weight_scale, down, up, scale):
     Raises:
         KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
     """
-    return _w4_lora(x, weight, weight_scale, down, up, scale, slots)
+    return bound.device_w4_lora(x, weight, weight_scale, down, up, scale, slots)
 
 
 def lily_mix(h, weights, slots, up, scale, y):
@@ -336,7 +339,7 @@ def lily_mix(h, weights, slots, up, scale, y):
     Raises:
         KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
     """
-    return _lily_mix(h, weights, up, scale, slots, y)
+    return bound.device_lily_mix(h, weights, up, scale, slots, y)
 
 
 # -- what the NPU has built in ------------------------------------------------------------------------------------------
@@ -385,6 +388,3 @@ BUILT_IN = {
                 "x's dtype, (out, 1) or (out, groups); values are signed, so the packed nibbles (stored + 8) lose 8 first",
     },
 }
-
-if backend() in ("emulator", "ascend"):
-    load()

@@ -10,10 +10,10 @@ import math
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import custom, uses_cpu_library
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
 
 # Low enough to vanish in a softmax, and finite, so that a row without any position has no NaN.
 _MASKED = -1e30
@@ -50,9 +50,7 @@ def cached_attention(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, len
 
     Gradients: refused (use :func:`causal_attention` for training).
     """
-    if _CPU:
-        return _cached_attention(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length)
-    return cached_attention_reference(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length)
+    return bound.cached_attention(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length)
 
 
 def causal_attention(q, k, v, cos, sin, lengths):
@@ -78,9 +76,7 @@ def causal_attention(q, k, v, cos, sin, lengths):
     Gradients: q, k and v. The backward pass computes the scores again from the saved log-sum-exp of each query, so
     that memory grows with T and not with its square (FlashAttention-2, arXiv 2307.08691, algorithm 2).
     """
-    if _CPU:
-        return _causal_attention(q, k, v, cos, sin, lengths)[0]
-    return causal_attention_reference(q, k, v, cos, sin, lengths)
+    return bound.causal_attention(q, k, v, cos, sin, lengths)
 
 
 def rotate(x, cos, sin):
@@ -246,17 +242,22 @@ def _no_gradient(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length,
 
 
 def _causal_bprop(q, k, v, cos, sin, lengths, out, dout):
-    dq, dk, dv = _causal_attention_grad(q, k, v, cos, sin, lengths, out[0], out[1], dout[0])
+    dq, dk, dv = bound.causal_attention_grad(q, k, v, cos, sin, lengths, out[0], out[1], dout[0])
     return dq, dk, dv, ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(lengths)
 
 
-_cached_attention = custom(
+# The second output is the log-sum-exp of each query's scores, (rows, heads, T).
+def _causal_attention(q, k, v, cos, sin, lengths):
+    return bound.causal_attention_operator(q, k, v, cos, sin, lengths)[0]
+
+
+operation("cached_attention", reference=lambda: cached_attention_reference, cpu=lambda: custom(
     "cached_attention", _cached_shapes,
     _dtype_function("cached_attention", ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "cache_rows", "start",
-                                         "length"), 1), _no_gradient)
-# The second output is the log-sum-exp of each query's scores, (rows, heads, T).
-_causal_attention = custom(
+                                         "length"), 1), _no_gradient))
+operation("causal_attention", reference=lambda: causal_attention_reference, cpu=lambda: _causal_attention)
+operation("causal_attention_operator", cpu=lambda: custom(
     "causal_attention", _causal_shapes,
-    _dtype_function("causal_attention", ("q", "k", "v", "cos", "sin", "lengths"), 2), _causal_bprop)
-_causal_attention_grad = custom("causal_attention_grad", lambda q, k, v, *rest: (q, k, v),
-                                lambda *dtypes: (ms.float32,) * 3)
+    _dtype_function("causal_attention", ("q", "k", "v", "cos", "sin", "lengths"), 2), _causal_bprop))
+operation("causal_attention_grad", cpu=lambda: custom("causal_attention_grad", lambda q, k, v, *rest: (q, k, v),
+                                                      lambda *dtypes: (ms.float32,) * 3))

@@ -5,10 +5,10 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from colora_ms.kernels.aot import custom, uses_cpu_library
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
 
 #: Bits of a random word that are compared with the rate.
 _BITS = 24
@@ -37,9 +37,7 @@ def dropout(x, key, least, scale):
 
     Gradients: x.
     """
-    if _CPU and x.dtype == ms.float32:
-        return _dropout(x, key, least, scale)
-    return dropout_reference(x, key, least, scale)
+    return bound.dropout(x, key, least, scale)
 
 
 def dropout_constants(rate):
@@ -93,7 +91,14 @@ def _dtypes(x, key, least, scale):
 
 
 def _bprop(x, key, least, scale, out, dout):
-    return _dropout(dout, key, least, scale), ops.zeros_like(key), ops.zeros_like(least), ops.zeros_like(scale)
+    return bound.dropout_operator(dout, key, least, scale), ops.zeros_like(key), ops.zeros_like(least), ops.zeros_like(scale)
 
 
-_dropout = custom("dropout", _shapes, _dtypes, _bprop) if _CPU else None
+def _dropout(x, key, least, scale):
+    if x.dtype == ms.float32:
+        return bound.dropout_operator(x, key, least, scale)
+    return dropout_reference(x, key, least, scale)
+
+
+operation("dropout", reference=lambda: dropout_reference, cpu=lambda: _dropout)
+operation("dropout_operator", cpu=lambda: custom("dropout", _shapes, _dtypes, _bprop))

@@ -3,10 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import custom, uses_cpu_library
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype
-
-_CPU = uses_cpu_library()
 
 
 def embedding(ids, weight, weight_scale):
@@ -29,11 +29,7 @@ def embedding(ids, weight, weight_scale):
 
     Gradients: float32 weights only; the other formats are frozen and get zeros.
     """
-    if _CPU:
-        if weight.dtype == ms.uint8:
-            return _embedding_packed(ids, weight, weight_scale)
-        return _embedding(ids, weight, weight_scale)
-    return embedding_reference(ids, weight, weight_scale)
+    return bound.embedding(ids, weight, weight_scale)
 
 
 def embedding_reference(ids, weight, weight_scale):
@@ -89,5 +85,12 @@ def _bprop(ids, weight, weight_scale, out, dout):
     return ops.zeros_like(ids), dweight, ops.zeros_like(weight_scale)
 
 
-_embedding = custom("embedding", _shape_function(1), _dtypes, _bprop)
-_embedding_packed = custom("embedding", _shape_function(2), _dtypes, _bprop)
+def _embedding(ids, weight, weight_scale):
+    if weight.dtype == ms.uint8:
+        return bound.embedding_packed(ids, weight, weight_scale)
+    return bound.embedding_plain(ids, weight, weight_scale)
+
+
+operation("embedding", reference=lambda: embedding_reference, cpu=lambda: _embedding)
+operation("embedding_plain", cpu=lambda: custom("embedding", _shape_function(1), _dtypes, _bprop))
+operation("embedding_packed", cpu=lambda: custom("embedding", _shape_function(2), _dtypes, _bprop))

@@ -2,11 +2,12 @@
 
 import mindspore as ms
 
-from colora_ms.kernels.aot import custom, uses_cpu_library, uses_device_source
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.linear import OPERANDS, check_linear, check_operand_dtypes
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
-_FUSES = uses_cpu_library() and not uses_device_source()
 _NAME = "decoder_layers"
 
 #: Tensors before those of the layers: x, residual, slots, cos, sin, cache_rows, start, length.
@@ -22,7 +23,7 @@ PER_LAYER = sum(count for _, count in LAYOUT)
 
 def fuses_layers():
     """Whether this device has the operator; elsewhere a model calls the operators of its parts."""
-    return _FUSES
+    return bound.fuses_layers
 
 
 def decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *operands):
@@ -51,7 +52,7 @@ def decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *ope
 
     Gradients: none; training goes through the operators of the parts.
     """
-    return _decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *operands)
+    return bound.decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *operands)
 
 
 def _split(tensors):
@@ -156,4 +157,6 @@ def _dtypes(*dtypes):
     return ms.float32, ms.float32
 
 
-_decoder_layers = custom(_NAME, _shapes, _dtypes) if _FUSES else None
+operation("decoder_layers", cpu=lambda: custom(_NAME, _shapes, _dtypes))
+# With device sources for a part of a layer, emulated or not, a layer is not one operator.
+operation("fuses_layers", reference=lambda: False, cpu=lambda: True, emulator=lambda: False, ascend=lambda: False)

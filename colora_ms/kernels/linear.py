@@ -3,13 +3,11 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels import ascend
-from colora_ms.kernels.aot import ABSENT, custom, uses_cpu_library, uses_device_source
+from colora_ms.kernels import ascend, bound
+from colora_ms.kernels.aot import ABSENT, custom
 from colora_ms.kernels.lora import low_rank_reference
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
-_DEVICE_SOURCE = uses_device_source()
 
 #: Tensors that describe one linear: weight, weight_scale, bias, down, up, scale.
 OPERANDS = 6
@@ -50,11 +48,7 @@ def multi_lora_linear(x, slots, *operands):
     Source: LoRA, arXiv 2106.09685, eq. 3; rows of many adapters in one product: Punica, arXiv 2310.18547; int4 and int8
     as LR-QAT exports them, arXiv 2406.06385.
     """
-    if _DEVICE_SOURCE:
-        return _with_device_source(x, slots, *operands)
-    if _CPU:
-        return _FORWARD[(len(operands) - 1) // OPERANDS](x, slots, *operands)
-    return multi_lora_linear_reference(x, slots, *operands)
+    return bound.multi_lora_linear(x, slots, *operands)
 
 
 def _with_device_source(x, slots, *operands):
@@ -63,7 +57,7 @@ def _with_device_source(x, slots, *operands):
     for i in range(len(operands) // OPERANDS):
         weight, weight_scale, bias, down, up, scale = operands[OPERANDS * i : OPERANDS * i + OPERANDS]
         base = (weight, weight_scale, bias, ABSENT, ABSENT, ABSENT)
-        y = _FORWARD[0](x, slots, *base) if _CPU else multi_lora_linear_reference(x, slots, *base)
+        y = bound.base_linear(x, slots, *base)
         if down.ndim > 0 and slots.ndim > 0:
             y = y + ascend.low_rank(x, slots, down, up, scale)
         outputs = outputs + (y,)
@@ -193,7 +187,7 @@ def _gradients(x, slots, operands, douts):
     for i in range(len(douts)):
         weight, weight_scale, _, down, up, scale = operands[OPERANDS * i : OPERANDS * i + OPERANDS]
         inputs = inputs + (douts[i], weight, weight_scale, down, up, scale)
-    gradients = _multi_lora_linear_grad(_COUNT[len(douts) - 1], x, slots, *inputs)
+    gradients = bound.multi_lora_linear_grad(_COUNT[len(douts) - 1], x, slots, *inputs)
     result = (gradients[0], ops.zeros_like(slots))
     for i in range(len(douts)):
         weight, weight_scale, bias, _, _, scale = operands[OPERANDS * i : OPERANDS * i + OPERANDS]
@@ -236,5 +230,12 @@ def _forward_operators():
     return tuple(operators)
 
 
-_FORWARD = _forward_operators() if _CPU else ()
-_multi_lora_linear_grad = custom(_NAME + "_grad", _grad_shapes, _grad_dtypes) if _CPU else None
+def _multi_lora_linear(x, slots, *operands):
+    return bound.multi_lora_linear_operators[(len(operands) - 1) // OPERANDS](x, slots, *operands)
+
+
+operation("multi_lora_linear", reference=lambda: multi_lora_linear_reference, cpu=lambda: _multi_lora_linear,
+          emulator=lambda: _with_device_source, ascend=lambda: _with_device_source)
+operation("base_linear", reference=lambda: multi_lora_linear_reference, cpu=lambda: _multi_lora_linear)
+operation("multi_lora_linear_operators", cpu=_forward_operators)
+operation("multi_lora_linear_grad", cpu=lambda: custom(_NAME + "_grad", _grad_shapes, _grad_dtypes))

@@ -3,10 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import ABSENT, custom, uses_cpu_library
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import ABSENT, custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
 
 
 def lora_shrink(x, slots, down, scale, segments=ABSENT):
@@ -33,9 +33,7 @@ def lora_shrink(x, slots, down, scale, segments=ABSENT):
 
     Source: BGMV (one slot per row) and SGMV (one per segment), Punica, arXiv 2310.18547, section 4.
     """
-    if _CPU:
-        return _shrink(x, slots, down, scale, segments)
-    return lora_shrink_reference(x, slots, down, scale, segments)
+    return bound.lora_shrink(x, slots, down, scale, segments)
 
 
 def lora_expand(v, slots, up, y, segments=ABSENT):
@@ -61,9 +59,7 @@ def lora_expand(v, slots, up, y, segments=ABSENT):
 
     Source: as :func:`lora_shrink`.
     """
-    if _CPU:
-        return _expand(v, slots, up, y, segments)
-    return lora_expand_reference(v, slots, up, y, segments)
+    return bound.lora_expand(v, slots, up, y, segments)
 
 
 def lora_shrink_reference(x, slots, down, scale, segments=ABSENT):
@@ -159,5 +155,7 @@ def _expand_dtypes(v, slots, up, y, segments):
     return y
 
 
-_shrink = custom("lora_shrink", _shrink_shapes, _shrink_dtypes) if _CPU else None
-_expand = custom("lora_expand", _expand_shapes, _expand_dtypes) if _CPU else None
+operation("lora_shrink", reference=lambda: lora_shrink_reference,
+          cpu=lambda: custom("lora_shrink", _shrink_shapes, _shrink_dtypes))
+operation("lora_expand", reference=lambda: lora_expand_reference,
+          cpu=lambda: custom("lora_expand", _expand_shapes, _expand_dtypes))

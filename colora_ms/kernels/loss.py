@@ -3,10 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import custom, uses_cpu_library
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
 
 #: Label of a token that has no part in the loss.
 IGNORED = -100
@@ -34,10 +34,7 @@ def linear_cross_entropy(hidden, weight, labels):
 
     Gradients: hidden and weight; that of weight is computed only where weight is trained.
     """
-    if _CPU:
-        loss_sum, count, _, _, _ = _linear_cross_entropy(hidden, weight, labels)
-        return loss_sum.reshape(()), count.reshape(())
-    return linear_cross_entropy_reference(hidden, weight, labels)
+    return bound.linear_cross_entropy(hidden, weight, labels)
 
 
 def linear_token_cross_entropy(hidden, weight, labels):
@@ -55,9 +52,7 @@ def linear_token_cross_entropy(hidden, weight, labels):
 
     Gradients: hidden and weight; that of weight is computed only where weight is trained.
     """
-    if _CPU:
-        return _linear_cross_entropy(hidden, weight, labels)[4]
-    return linear_token_losses_reference(hidden, weight, labels)
+    return bound.linear_token_cross_entropy(hidden, weight, labels)
 
 
 def linear_token_losses(hidden, weight, labels):
@@ -72,9 +67,7 @@ def linear_token_losses(hidden, weight, labels):
     Gradients: hidden and weight, at twice the cost of the forward pass; where a gradient is wanted,
     :func:`linear_token_cross_entropy` computes it on the way.
     """
-    if _CPU:
-        return _linear_token_losses(hidden, weight, labels)
-    return linear_token_losses_reference(hidden, weight, labels)
+    return bound.linear_token_losses(hidden, weight, labels)
 
 
 def linear_token_losses_reference(hidden, weight, labels):
@@ -133,22 +126,33 @@ def _dtype_function(name, outputs):
 def _bprop(hidden, weight, labels, out, dout):
     share = dout[0] + dout[4]  # of each token's loss in what is differentiated: through the sum, and by itself
     # The compiler drops the weight's part where the weight is frozen.
-    dweight = _weight_grad(hidden, weight, labels, out[3], share)
+    dweight = bound.linear_cross_entropy_weight_grad(hidden, weight, labels, out[3], share)
     return out[2] * share.reshape((-1, 1)), dweight.astype(weight.dtype), ops.zeros_like(labels)
-
-
-# Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, the log-sum-exp of each token, the loss of each token.
-_linear_cross_entropy = custom("linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 5), _bprop)
-_weight_grad = custom("linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse, share: weight,
-                      lambda *dtypes: ms.float32)
 
 
 def _token_bprop(hidden, weight, labels, out, dout):
     """Computes the product again, with its gradient. Behind a stop_gradient the compiler drops all of it."""
-    _, _, slope, lse, _ = _linear_cross_entropy(hidden, weight, labels)
-    dweight = _weight_grad(hidden, weight, labels, lse, dout)
+    _, _, slope, lse, _ = bound.linear_cross_entropy_operator(hidden, weight, labels)
+    dweight = bound.linear_cross_entropy_weight_grad(hidden, weight, labels, lse, dout)
     return slope * dout.reshape((-1, 1)), dweight.astype(weight.dtype), ops.zeros_like(labels)
 
 
-_linear_token_losses = custom("linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1),
-                              _token_bprop)
+# Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, the log-sum-exp of each token, the loss of each token.
+def _linear_cross_entropy(hidden, weight, labels):
+    loss_sum, count, _, _, _ = bound.linear_cross_entropy_operator(hidden, weight, labels)
+    return loss_sum.reshape(()), count.reshape(())
+
+
+def _linear_token_cross_entropy(hidden, weight, labels):
+    return bound.linear_cross_entropy_operator(hidden, weight, labels)[4]
+
+
+operation("linear_cross_entropy", reference=lambda: linear_cross_entropy_reference, cpu=lambda: _linear_cross_entropy)
+operation("linear_token_cross_entropy", reference=lambda: linear_token_losses_reference,
+          cpu=lambda: _linear_token_cross_entropy)
+operation("linear_cross_entropy_operator", cpu=lambda: custom(
+    "linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 5), _bprop))
+operation("linear_cross_entropy_weight_grad", cpu=lambda: custom(
+    "linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse, share: weight, lambda *dtypes: ms.float32))
+operation("linear_token_losses", reference=lambda: linear_token_losses_reference, cpu=lambda: custom(
+    "linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1), _token_bprop))

@@ -3,10 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import ABSENT, custom, uses_cpu_library
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import ABSENT, custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
 
 
 def rms_norm(x, weight, eps):
@@ -28,9 +28,7 @@ def rms_norm(x, weight, eps):
 
     Gradients: x and weight; eps has none.
     """
-    if _CPU:
-        return _rms_norm(x, weight, eps)[0]
-    return rms_norm_reference(x, weight, eps)
+    return bound.rms_norm(x, weight, eps)
 
 
 def rms_norm_residual(x, residual, weight, eps):
@@ -51,10 +49,7 @@ def rms_norm_residual(x, residual, weight, eps):
 
     Gradients: x, residual and weight.
     """
-    if _CPU:
-        y, total, _ = _rms_norm_residual(x, residual, weight, eps)
-        return y, total
-    return rms_norm_residual_reference(x, residual, weight, eps)
+    return bound.rms_norm_residual(x, residual, weight, eps)
 
 
 def rms_norm_reference(x, weight, eps):
@@ -99,19 +94,33 @@ def _norm_dtypes(*dtypes):
 
 
 def _norm_bprop(x, weight, eps, out, dout):
-    dx = _rms_norm_grad(x, weight, out[1], dout[0], ABSENT)
-    dweight = _rms_norm_weight_grad(x, weight, out[1], dout[0])
+    dx = bound.rms_norm_grad(x, weight, out[1], dout[0], ABSENT)
+    dweight = bound.rms_norm_weight_grad(x, weight, out[1], dout[0])
     return dx, dweight.astype(weight.dtype), ops.zeros_like(eps)
 
 
 def _residual_bprop(x, residual, weight, eps, out, dout):
-    dtotal = _rms_norm_grad(out[1], weight, out[2], dout[0], dout[1])
-    dweight = _rms_norm_weight_grad(out[1], weight, out[2], dout[0])
+    dtotal = bound.rms_norm_grad(out[1], weight, out[2], dout[0], dout[1])
+    dweight = bound.rms_norm_weight_grad(out[1], weight, out[2], dout[0])
     return dtotal, dtotal, dweight.astype(weight.dtype), ops.zeros_like(eps)
 
 
-# The last output, the inverse root mean square of each row, is what the backward pass needs.
-_rms_norm = custom("rms_norm", _norm_shapes, _norm_dtypes, _norm_bprop)
-_rms_norm_residual = custom("rms_norm_residual", _residual_shapes, _norm_dtypes, _residual_bprop)
-_rms_norm_grad = custom("rms_norm_grad", lambda x, weight, inverse, dy, more: x, lambda *dtypes: ms.float32)
-_rms_norm_weight_grad = custom("rms_norm_weight_grad", lambda x, weight, inverse, dy: weight, lambda *dtypes: ms.float32)
+# The last output of both, the inverse root mean square of each row, is what the backward pass needs.
+def _rms_norm(x, weight, eps):
+    return bound.rms_norm_operator(x, weight, eps)[0]
+
+
+def _rms_norm_residual(x, residual, weight, eps):
+    y, total, _ = bound.rms_norm_residual_operator(x, residual, weight, eps)
+    return y, total
+
+
+operation("rms_norm", reference=lambda: rms_norm_reference, cpu=lambda: _rms_norm)
+operation("rms_norm_residual", reference=lambda: rms_norm_residual_reference, cpu=lambda: _rms_norm_residual)
+operation("rms_norm_operator", cpu=lambda: custom("rms_norm", _norm_shapes, _norm_dtypes, _norm_bprop))
+operation("rms_norm_residual_operator",
+          cpu=lambda: custom("rms_norm_residual", _residual_shapes, _norm_dtypes, _residual_bprop))
+operation("rms_norm_grad", cpu=lambda: custom("rms_norm_grad", lambda x, weight, inverse, dy, more: x,
+                                              lambda *dtypes: ms.float32))
+operation("rms_norm_weight_grad", cpu=lambda: custom("rms_norm_weight_grad", lambda x, weight, inverse, dy: weight,
+                                                     lambda *dtypes: ms.float32))

@@ -3,12 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels import ascend
-from colora_ms.kernels.aot import custom, uses_cpu_library, uses_device_source
+from colora_ms.kernels import ascend, bound
+from colora_ms.kernels.aot import custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
-_DEVICE_SOURCE = uses_device_source()
 
 _MASKED = -3.0e38  # below every finite logit, and finite, so that differences with it are no NaN
 
@@ -49,15 +47,12 @@ def contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperatu
 
     Gradients: refused.
     """
-    chosen = _contrastive_select if _CPU else contrastive_select_reference
-    ints, floats = chosen(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
-    if _DEVICE_SOURCE:
-        ints = _with_device_token(ints, logits, expert_rows, amateur_rows, alpha, beta, temperature)
-    return ints, floats
+    return bound.contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
 
 
-def _with_device_token(ints, logits, expert_rows, amateur_rows, alpha, beta, temperature):
-    """``ints`` with the tokens of greedy requests chosen by the Ascend C operator."""
+def _with_device_token(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform):
+    """:func:`contrastive_select` with the tokens of greedy requests chosen by the Ascend C operator."""
+    ints, floats = bound.select_records(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
     contrast = amateur_rows >= 0
     expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)
     amateur = ops.gather(logits, ops.maximum(ops.where(contrast, amateur_rows, expert_rows), 0), 0)
@@ -65,7 +60,7 @@ def _with_device_token(ints, logits, expert_rows, amateur_rows, alpha, beta, tem
     token = ascend.contrastive_token(expert, amateur, ops.where(contrast, alpha, ops.ones_like(alpha)),
                                      ops.where(contrast, beta, ops.zeros_like(beta)))
     greedy = ops.logical_and(temperature == 0, expert_rows >= 0)
-    return ops.concat((ops.where(greedy, token, ints[:, 0]).reshape(-1, 1), ints[:, 1:]), 1)
+    return ops.concat((ops.where(greedy, token, ints[:, 0]).reshape(-1, 1), ints[:, 1:]), 1), floats
 
 
 def contrastive_select_reference(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform):
@@ -135,4 +130,10 @@ def _no_gradient(logits, expert_rows, amateur_rows, alpha, beta, temperature, to
     raise RuntimeError("contrastive_select has no gradient; it picks tokens")
 
 
-_contrastive_select = custom("contrastive_select", _shapes, _dtypes, _no_gradient)
+def _operator():
+    return custom("contrastive_select", _shapes, _dtypes, _no_gradient)
+
+
+operation("contrastive_select", reference=lambda: contrastive_select_reference, cpu=_operator,
+          emulator=lambda: _with_device_token, ascend=lambda: _with_device_token)
+operation("select_records", reference=lambda: contrastive_select_reference, cpu=_operator)

@@ -2,9 +2,11 @@
 
 import mindspore as ms
 
+from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
 from colora_ms.kernels.layers import check_layer_dtypes, check_layer_shapes, check_norm, fuses_layers
 from colora_ms.kernels.linear import check_linear, check_operand_dtypes
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
 _NAME = "decode_steps"
@@ -68,7 +70,7 @@ def decode_steps(token, position, active, previous, slots, cache_rows, expert_ro
 
     Gradients: none.
     """
-    return _decode_steps(token, position, active, previous, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
+    return bound.decode_steps(token, position, active, previous, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
                          temperature, top_k, top_p, uniforms, budget, eos, steps, forgiving, mode, prompt, lengths, cos,
                          sin, *operands)
 
@@ -125,4 +127,4 @@ def _dtypes(*dtypes):
     return ms.int32, ms.float32, ms.int32, ms.int32, ms.int32, ms.int32
 
 
-_decode_steps = custom(_NAME, _shapes, _dtypes) if fuses_steps() else None
+operation("decode_steps", cpu=lambda: custom(_NAME, _shapes, _dtypes))

@@ -3,10 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
-from colora_ms.kernels.aot import custom, uses_cpu_library
+from colora_ms.kernels import bound
+from colora_ms.kernels.aot import custom
+from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
-
-_CPU = uses_cpu_library()
 
 #: The forms of a contrast and their numbers in ``mode``.
 FORMS = {"fixed": 0, "entropy": 1, "divergence": 2, "margin": 3}
@@ -49,8 +49,7 @@ def contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, prev
 
     Gradients: refused.
     """
-    chosen = _contrast_strength if _CPU else contrast_strength_reference
-    return chosen(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, prompt, lengths)
+    return bound.contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, prompt, lengths)
 
 
 def contrast_strength_reference(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, prompt, lengths):
@@ -130,4 +129,5 @@ def _no_gradient(logits, expert_rows, amateur_rows, alpha, beta, mode, previous,
     raise RuntimeError("contrast_strength has no gradient; it picks tokens")
 
 
-_contrast_strength = custom("contrast_strength", _shapes, _dtypes, _no_gradient)
+operation("contrast_strength", reference=lambda: contrast_strength_reference,
+          cpu=lambda: custom("contrast_strength", _shapes, _dtypes, _no_gradient))

@@ -12,9 +12,10 @@ import re
 from colora_ms.errors import CheckpointError, near
 from colora_ms.models import low_rank_folder
 from colora_ms.models.gguf_decoder import GgufDecoder
-from colora_ms.models.gguf_reader import GgufFile
+from colora_ms.models.gguf_parts import only_model, open_gguf
 from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantization_of, \
     read_config, write_hf_folder
+from colora_ms.models.recognise import not_a_model
 from colora_ms.models.mindspore_file import STATE_NAMES, STATE_PREFIXES, MindSporeFile
 
 __all__ = ["Checkpoint", "open_checkpoint", "check_shapes", "default_model_path", "resolve_model",
@@ -46,14 +47,16 @@ class Checkpoint:
         quantized: ``QuantizedTensors`` of a folder with integer linears, else ``None``.
         low_rank: {module name: function that reads its factors} of a decomposed model (see
             ``colora_ms.models.low_rank_folder``), else empty; ``tensors`` has the products.
+        packed: names of the quantised types of a GGUF's tensors, else empty.
     """
 
     def __init__(self, path, kind, config, tensors, tokenizer_source, quantized=None,
-                 low_rank=None):
+                 low_rank=None, packed=()):
         self.path, self.format, self.config = path, kind, config
         self.tensors, self.tokenizer_source = tensors, tokenizer_source
         self.quantized = quantized
         self.low_rank = low_rank or {}
+        self.packed = list(packed)
 
     def __repr__(self):
         return (f"Checkpoint({self.path!r}, {self.format}, {self.config.model_type}, "
@@ -88,7 +91,8 @@ def open_checkpoint(path):
     Args:
         path: a Hugging Face folder (``config.json`` with ``model.safetensors`` or shards and their
             index), a ``.safetensors`` file beside its ``config.json``, a ``.gguf`` file (llama,
-            qwen2, qwen3; or a folder with exactly one), or a MindSpore ``.ckpt`` beside (or in a
+            qwen2, qwen3; of a model in several files any one; or a folder with exactly one model), or a
+            MindSpore ``.ckpt`` beside (or in a
             folder with) a ``config.json``, with parameters named as in Hugging Face.
 
     Returns:
@@ -102,6 +106,9 @@ def open_checkpoint(path):
     path = os.fspath(path)
     if not os.path.exists(path):
         raise CheckpointError(f"there is no file or folder {path}")
+    reason = not_a_model(path)
+    if reason:
+        raise CheckpointError(reason)
     try:
         if os.path.isdir(path):
             return _open_folder(path)
@@ -115,10 +122,7 @@ def _open_folder(path):
     names = sorted(os.listdir(path))
     ggufs = [name for name in names if name.endswith(".gguf")]
     if not has_config and ggufs:
-        if len(ggufs) > 1:
-            raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files ({', '.join(ggufs[:4])}); "
-                                  "name the one to open")
-        return _open_gguf(os.path.join(path, ggufs[0]))
+        return _open_gguf(only_model(path, ggufs))
     if low_rank_folder.is_low_rank(path):
         return low_rank_folder.open_low_rank(path)
     config = read_config(path)
@@ -164,8 +168,9 @@ def _open_safetensors(path, folder, config, files):
     if config.tie_word_embeddings and head in shapes and embed in shapes:
         if not store.same_bytes(head, embed):
             raise CheckpointError(f"{path}: tie_word_embeddings is true, but {head} differs from "
-                                  f"{embed}; set tie_word_embeddings to false in config.json if "
-                                  "the model was trained with its own head")
+                                  f"{embed}, and neither is surely meant: set tie_word_embeddings to "
+                                  "false in config.json if the model was trained with its own head; "
+                                  f"take {head} out of the file if it was not")
         del shapes[head]
     check_shapes(shapes, config.parameter_shapes(), path)
     store.check_dtypes(shapes)
@@ -180,18 +185,19 @@ def _open_mindspore(path, file, config):
 
 
 def _open_gguf(path):
-    file = GgufFile(path)
+    file = open_gguf(path)
     decoder = GgufDecoder(file)
     shapes = dict(decoder.shapes)
     shapes.update({name: file.tensors[name].shape for name in decoder.unknown})
     check_shapes(shapes, decoder.config.parameter_shapes(), path)
-    source = path if "tokenizer.ggml.model" in file.metadata else None
-    return _finish(path, "gguf", decoder.config, decoder.read, source)
+    has_tokenizer = file.metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
+    return _finish(path, "gguf", decoder.config, decoder.read, file.path if has_tokenizer else None,
+                   packed=decoder.packed_types())
 
 
-def _finish(path, kind, config, read, tokenizer_source, quantized=None):
+def _finish(path, kind, config, read, tokenizer_source, quantized=None, packed=()):
     return Checkpoint(path, kind, config, LazyTensors(config.parameter_shapes(), read),
-                      tokenizer_source, quantized)
+                      tokenizer_source, quantized, packed=packed)
 
 
 def tokenizer_in(folder):

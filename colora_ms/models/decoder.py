@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.errors import CheckpointError
 from colora_ms.kernels import (
-    ABSENT, cached_attention, causal_attention, decoder_layers, fuses_layers, fuses_steps, multi_lora_linear, swiglu,
+    ABSENT, bind, cached_attention, causal_attention, decoder_layers, fuses_layers, fuses_steps, multi_lora_linear, swiglu,
 )
 from colora_ms.models.layers import Embedding, Linear, RMSNorm
 from colora_ms.models.quantize import check_format, to_format
@@ -22,6 +22,7 @@ class Attention(nn.Cell):
 
     def __init__(self, config, build, layer):
         super().__init__()
+        bind()
         prefix = f"model.layers.{layer}.self_attn"
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads

@@ -1,33 +1,17 @@
-"""A GGUF file seen as a Hugging Face decoder: its config, and its tensors under HF names.
-
-llama.cpp stores the query and key rows of the ``llama`` architecture interleaved for its rotary
-kernel; they are put back in Hugging Face's order here.  Qwen2 and Qwen3 are stored unchanged.
-"""
-
-import re
+"""A GGUF file seen as a Hugging Face decoder: its config, and its tensors under HF names and in HF's order."""
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.models.config import ARCHITECTURES, DecoderConfig
+from colora_ms.models.gguf_names import EMBEDDING, HEAD, LLAMA3_KEYS, ROPE_FACTORS, hf_name, \
+    interleaved_heads, restore_rows
+from colora_ms.models.gguf_noise import finer_of_one_matrix
 from colora_ms.models.rope import rope_frequencies
-
-_TOP = {"token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
-_LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-          "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-          "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-          "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-          "ffn_down": "mlp.down_proj"}
-_LAYER_NAME = re.compile(r"blk\.(\d{1,4})\.([a-z_]+)\.(weight|bias)")
 
 # Llama 3.1 and 3.2 in GGUF: the frequency factors are a tensor, their rule is not written down.
 _LLAMA3_RULE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192}
-
-# Below this relative RMS difference, embedding and output are one matrix quantized twice:
-# 4-bit noise is about 0.1, two unrelated matrices differ by about 1.4.
-_SAME_MATRIX = 0.2
 
 
 class GgufDecoder:
@@ -49,13 +33,16 @@ class GgufDecoder:
             CheckpointError: metadata missing or of a wrong type.
         """
         self._file = file
+        if file.metadata.get("general.type") == "adapter":
+            raise CheckpointError(f"{file.path} is a LoRA adapter (general.type is 'adapter'), not a model; give it "
+                                  "as the adapter, with the model that it was made for as the model")
         self._source = {}
         self.unknown = []
         for name in file.tensors:
-            target = _hf_name(name)
+            target = hf_name(name)
             if target is not None:
                 self._source[target] = name
-            elif name != "rope_freqs.weight":
+            elif name != ROPE_FACTORS:
                 self.unknown.append(name)
         if "model.embed_tokens.weight" not in self._source:
             raise CheckpointError(f"{file.path} holds no tensor 'token_embd.weight': it is not a "
@@ -64,30 +51,27 @@ class GgufDecoder:
         self.config = self._read_config(tied)
         self.shapes = {name: file.tensors[source].shape for name, source in self._source.items()}
 
+    def packed_types(self):
+        """Names of the quantised types that the file's tensors have, in its order."""
+        from gguf import GGMLQuantizationType
+        types = dict.fromkeys(self._file.tensors[source].type for source in self._source.values())
+        names = [GGMLQuantizationType(number).name for number in types]
+        return [name for name in names if name not in ("F64", "F32", "F16", "BF16")]
+
     def read(self, name):
         """The tensor of a Hugging Face name, float32."""
-        values = self._file.read(self._source[name])
-        if self.config.model_type == "llama":
-            if ".self_attn.q_proj." in name:
-                return _restore_rows(values, self.config.num_attention_heads)
-            if ".self_attn.k_proj." in name:
-                return _restore_rows(values, self.config.num_key_value_heads)
-        return values
+        config = self.config
+        heads = interleaved_heads(config.model_type, name.rpartition(".")[0], config.num_attention_heads,
+                                  config.num_key_value_heads)
+        return restore_rows(self._file.read(self._source[name]), heads)
 
     def _tie_head(self):
-        """Whether the head is the embedding; of two stored copies the finer one serves both."""
+        """Whether the head is the embedding; of two stored copies of one matrix the finer one serves both."""
         if "lm_head.weight" not in self._source:
             return True
-        file, embed, head = self._file, "token_embd.weight", "output.weight"
-        if file.tensors[embed].shape != file.tensors[head].shape:
-            return False  # reported as a shape problem later
-        rows = np.linspace(0, file.tensors[embed].shape[0] - 1, 64).astype(np.int64)
-        first, second = file.read_rows(embed, rows), file.read_rows(head, rows)
-        with np.errstate(all="ignore"):
-            difference = np.sqrt(np.mean((first - second) ** 2) / np.mean(second ** 2))
-        if not difference < _SAME_MATRIX:
+        finer = finer_of_one_matrix(self._file, EMBEDDING, HEAD)
+        if finer is None:
             return False
-        finer = max((head, embed), key=file.bits_per_weight)
         self._source["model.embed_tokens.weight"] = finer
         del self._source["lm_head.weight"]
         return True
@@ -121,10 +105,10 @@ class GgufDecoder:
         epsilon = self._get(key + "attention.layer_norm_rms_epsilon", float)
         bias = "model.layers.0.self_attn.q_proj.bias" in self._source
         end = [self._get(f"tokenizer.ggml.{name}_token_id", int, required=False)
-               for name in ("eos", "eot")]
+               for name in ("eos", "eot", "eom")]
         values = {
             "model_type": arch, "hidden_size": hidden, "head_dim": head_dim,
-            "vocab_size": self._file.tensors["token_embd.weight"].shape[0],
+            "vocab_size": self._file.tensors[EMBEDDING].shape[0],
             "intermediate_size": self._get(key + "feed_forward_length", int),
             "num_hidden_layers": self._get(key + "block_count", int),
             "num_attention_heads": heads,
@@ -144,7 +128,7 @@ class GgufDecoder:
             values["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self._source
         values["rope_scaling"] = self._scaling(key)
         config = DecoderConfig.from_hf(values)
-        if "rope_freqs.weight" in self._file.tensors:
+        if ROPE_FACTORS in self._file.tensors:
             values["rope_scaling"] = self._llama3_scaling(config)
             config = DecoderConfig.from_hf(values)
         return config
@@ -170,7 +154,8 @@ class GgufDecoder:
         factor = self._get(key + "rope.scaling.factor", float,
                            self._file.metadata.get(key + "rope.scale_linear"), required=False)
         known = {key + "rope.scaling." + name
-                 for name in ("type", "factor", "original_context_length", "finetuned")}
+                 for name in ("type", "factor", "original_context_length", "finetuned", "yarn_beta_fast",
+                              "yarn_beta_slow")}
         extra = [name for name in self._file.metadata
                  if name.startswith(key + "rope.scaling.") and name not in known]
         if extra:
@@ -184,12 +169,20 @@ class GgufDecoder:
         original = self._get(key + "rope.scaling.original_context_length", int, required=False)
         if kind == "yarn" and original is not None:
             scaling["original_max_position_embeddings"] = original
+        for name in ("beta_fast", "beta_slow"):
+            value = self._get(f"{key}rope.scaling.yarn_{name}", float, required=False)
+            if kind == "yarn" and value is not None:
+                scaling[name] = value
         return scaling
 
     def _llama3_scaling(self, config):
         """Recover Llama 3.1's rule from its factors, and refuse factors that it did not make."""
-        factors = self._file.read("rope_freqs.weight").reshape(-1)
+        factors = self._file.read(ROPE_FACTORS).reshape(-1)
         values = dict(_LLAMA3_RULE, factor=float(factors.max()) if factors.size else 0.0)
+        for name, own in LLAMA3_KEYS.items():
+            values[name] = self._get(own, float, values[name])
+        length = values["original_max_position_embeddings"]
+        values["original_max_position_embeddings"] = int(length) if float(length).is_integer() else length
         hidden = config.to_hf()
         if np.all(factors == 1):
             return hidden["rope_scaling"]
@@ -199,27 +192,5 @@ class GgufDecoder:
             if factors.shape == plain.shape and np.allclose(plain / scaled, factors, rtol=1e-4):
                 return values
         raise ConfigError(f"{self._file.path}: its 'rope_freqs.weight' does not follow Llama 3.1's "
-                          "rule (low 1, high 4, original length 8192); other frequency factors "
+                          "rule (low 1, high 4, original length 8192, or as the file says); other frequency factors "
                           "are not implemented")
-
-
-def _hf_name(name):
-    """The Hugging Face name of a GGUF tensor, or None."""
-    if name in _TOP:
-        return _TOP[name]
-    match = _LAYER_NAME.fullmatch(name)
-    if match is None or match.group(2) not in _LAYER:
-        return None
-    return f"model.layers.{int(match.group(1))}.{_LAYER[match.group(2)]}.{match.group(3)}"
-
-
-def _restore_rows(values, heads):
-    """Undo llama.cpp's row order: within a head, rows (0, d/2, 1, d/2+1, ...) to (0, 1, ...).
-
-    values: (heads * head_dim, in) or (heads * head_dim,).
-    """
-    rows = values.shape[0]
-    if rows % (2 * heads):
-        return values  # a wrong shape, reported by the checkpoint's own check
-    split = values.reshape((heads, rows // heads // 2, 2) + values.shape[1:])
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(values.shape))

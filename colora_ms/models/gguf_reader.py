@@ -36,6 +36,7 @@ class GgufFile:
         path: as given.
         metadata: ``{key: value}``; strings are ``str``, numeric arrays NumPy arrays, arrays of
             strings lists of ``bytes`` (vocabulary pieces need not be valid UTF-8).
+        value_types: ``{key: number of the value's type, or (9, that of the array's values)}``.
         tensors: ``{name: GgufTensor}``.
 
     Raises:
@@ -48,6 +49,7 @@ class GgufFile:
         self._view = memoryview(self._bytes)
         self._at = 0
         self.metadata = {}
+        self.value_types = {}
         self.tensors = {}
         self._parse()
 
@@ -76,6 +78,7 @@ class GgufFile:
         self._place_tensors(infos, self._at + -self._at % alignment, alignment)
 
     def _value(self, key, kind):
+        self.value_types[key] = kind
         if kind in _SCALARS:
             return self._number(_SCALARS[kind])
         if kind == _STRING:
@@ -83,6 +86,7 @@ class GgufFile:
         if kind != _ARRAY:
             raise self._damaged(f"the value of {key!r} has the unknown type {kind}")
         inner, count = self._number("<I"), self._number("<Q")
+        self.value_types[key] = (kind, inner)
         if inner in _SCALARS:
             dtype = np.dtype("?" if inner == 7 else "<" + _SCALARS[inner][1])
             return np.frombuffer(self._take(count * dtype.itemsize), dtype=dtype)
@@ -137,12 +141,32 @@ class GgufFile:
         tensor = self.tensors[name]
         return self._dequantize(tensor, self._bytes[tensor.begin:tensor.end], tensor.shape)
 
+    def raw(self, name):
+        """The stored bytes of a tensor, uint8 (n,), a view of the mapped file."""
+        tensor = self.tensors[name]
+        return self._bytes[tensor.begin:tensor.end]
+
     def read_rows(self, name, rows):
         """Some rows of a matrix, float32 ``(len(rows), in)``; for comparing without reading all."""
         tensor = self.tensors[name]
         total = tensor.shape[0]
         table = self._bytes[tensor.begin:tensor.end].reshape(total, -1)
         return self._dequantize(tensor, table[rows], (len(rows),) + tensor.shape[1:])
+
+    def noise_of_rows(self, name, rows, values):
+        """How far the values that ``read_rows`` gave may lie from those that were stored; see ``gguf_noise``.
+
+        Returns:
+            float32 of the shape of values, or None for a type whose rounding is not known.
+        """
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        from colora_ms.models.gguf_noise import stored_noise
+        tensor = self.tensors[name]
+        kind = GGMLQuantizationType(tensor.type)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        table = self._bytes[tensor.begin:tensor.end].reshape(tensor.shape[0], -1)
+        noise = stored_noise(kind.name, table[rows].reshape(-1, block_bytes), values.reshape(-1, block))
+        return None if noise is None else noise.reshape(values.shape)
 
     def _dequantize(self, tensor, data, shape):
         from gguf.constants import GGMLQuantizationType
@@ -161,11 +185,6 @@ class GgufFile:
                                   "cannot be dequantized; use a Q4, Q5, Q6, Q8, F16 or F32 file"
                                   ) from None
         return np.ascontiguousarray(values.reshape(shape), dtype=np.float32)
-
-    def bits_per_weight(self, name):
-        """Storage of a tensor in bits per value; tells which of two copies is the finer one."""
-        tensor = self.tensors[name]
-        return 8 * (tensor.end - tensor.begin) / math.prod(tensor.shape)
 
     def _take(self, count):
         """The next ``count`` bytes of the header."""

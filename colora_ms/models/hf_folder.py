@@ -208,8 +208,19 @@ def _read_index(folder, path):
     return files
 
 
+#: Files of a model folder beside config and weights that say how text becomes ids and how it is generated.
+TRAVELLING = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+              "generation_config.json")
+
+
+def travelling_files(folder):
+    """{name: path} of the tokenizer's files, chat template and generation config that a model folder holds."""
+    return {name: os.path.join(folder, name) for name in TRAVELLING if os.path.isfile(os.path.join(folder, name))}
+
+
 def write_hf_folder(path, config, tensors, tokenizer_source=None, dtype="float32",
-                    max_shard_bytes=4 << 30, overwrite=False):
+                    max_shard_bytes=4 << 30, overwrite=False, files=None):
     """Write a model in Hugging Face's layout; the folder appears complete or not at all.
 
     Args:
@@ -221,6 +232,8 @@ def write_hf_folder(path, config, tensors, tokenizer_source=None, dtype="float32
         dtype: ``"float32"``, ``"bfloat16"`` (round to nearest even) or ``"float16"``.
         max_shard_bytes: a new file is begun when this size would be exceeded.
         overwrite: replace a folder that is not empty.
+        files: {name: path} of files to put into the folder as they are, in the place of what would
+            be written under these names.
 
     Returns:
         The path as ``str``.
@@ -231,11 +244,11 @@ def write_hf_folder(path, config, tensors, tokenizer_source=None, dtype="float32
         TokenizerError: the tokenizer cannot be read.
     """
     return write_model_folder(path, config.to_hf(), config.parameter_shapes(), tensors,
-                              tokenizer_source, dtype, max_shard_bytes, overwrite)
+                              tokenizer_source, dtype, max_shard_bytes, overwrite, files)
 
 
 def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dtype="float32",
-                       max_shard_bytes=4 << 30, overwrite=False):
+                       max_shard_bytes=4 << 30, overwrite=False, files=None):
     """``write_hf_folder`` for any config.json: ``values`` is its content, ``shapes`` are the
     tensors that it calls for ({name: shape}); the other arguments, errors and result as there."""
     from colora_ms.models.checkpoint import check_shapes
@@ -246,7 +259,7 @@ def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dty
     given = getattr(tensors, "shapes", None) or {name: np.shape(tensors[name]) for name in tensors}
     check_shapes(given, shapes, path)
     with new_folder(path, overwrite) as work:
-        write_description(work, dict(values, torch_dtype=dtype), tokenizer_source)
+        write_description(work, dict(values, torch_dtype=dtype), tokenizer_source, files)
         _write_shards(work, shapes, tensors, dtype, max_shard_bytes)
     return path
 
@@ -282,8 +295,9 @@ def new_folder(path, overwrite=False):
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_description(folder, values, tokenizer_source):
-    """Write ``config.json`` with ``values``, the generation config that follows from it, and the tokenizer's files."""
+def write_description(folder, values, tokenizer_source, files=None):
+    """Write ``config.json`` with ``values``, the generation config that follows from it, and the tokenizer's files;
+    ``files`` ({name: path}) are copied as they are, in the place of those."""
     _write_json(os.path.join(folder, "config.json"), values)
     generation = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
                   if values[key] is not None}
@@ -291,6 +305,8 @@ def write_description(folder, values, tokenizer_source):
     if tokenizer_source is not None:
         from colora_ms.models.tokenizer import load_tokenizer
         load_tokenizer(tokenizer_source).save(folder)
+    for name, source in (files or {}).items():
+        shutil.copyfile(source, os.path.join(folder, name))
 
 
 def _write_shards(folder, shapes, tensors, dtype, max_shard_bytes):

@@ -7,7 +7,7 @@ weight in one of four formats (see :mod:`colora_ms.models.quantize`): float32, b
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from colora_ms.kernels import ABSENT, embedding, multi_lora_linear, rms_norm, rms_norm_residual
+from colora_ms.kernels import ABSENT, bind, embedding, multi_lora_linear, rms_norm, rms_norm_residual
 
 
 class Linear(nn.Cell):
@@ -25,6 +25,7 @@ class Linear(nn.Cell):
 
     def __init__(self, weight, in_features, out_features, weight_scale=None, bias=None):
         super().__init__()
+        bind()
         self.in_features = in_features
         self.out_features = out_features
         self.weight = weight
@@ -52,6 +53,7 @@ class Embedding(nn.Cell):
 
     def __init__(self, weight, hidden_size, weight_scale=None):
         super().__init__()
+        bind()
         self.hidden_size = hidden_size
         self.weight = weight
         self.weight_scale = ABSENT if weight_scale is None else weight_scale
@@ -69,6 +71,7 @@ class RMSNorm(nn.Cell):
 
     def __init__(self, weight, eps):
         super().__init__()
+        bind()
         self.weight = weight
         self.eps = Tensor(eps, ms.float32)
 

@@ -5,7 +5,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
-from colora_ms.kernels import ABSENT, multi_lora_linear
+from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 
 #: Last parts of the names of a LowRankLinear's factors, in memory and on disk.
 INNER, CORE, OUTER = "inner.weight", "core.weight", "outer.weight"
@@ -28,6 +28,7 @@ class LowRankLinear(nn.Cell):
 
     def __init__(self, inner, outer, core=None, bias=None):
         super().__init__(auto_prefix=False)
+        bind()
         self.rank, self.in_features = inner.shape
         self.out_features = outer.shape[0]
         self.inner = inner

@@ -121,7 +121,8 @@ class QuantizedTensors:
             parameter.name = name
 
 
-def write_quantized_folder(path, config, tensors, quantized, settings, tokenizer_source=None, overwrite=False):
+def write_quantized_folder(path, config, tensors, quantized, settings, tokenizer_source=None, overwrite=False,
+                           files=None):
     """Write a model with integer linears; the folder appears complete or not at all.
 
     Args:
@@ -132,6 +133,7 @@ def write_quantized_folder(path, config, tensors, quantized, settings, tokenizer
         settings: what else ``quantization_config`` should say (bits, group, activations ...).
         tokenizer_source: what ``load_tokenizer`` takes, or ``None``.
         overwrite: replace a folder that is not empty.
+        files: {name: path} of files to copy into the folder, in the place of those of the tokenizer.
 
     Returns:
         The path as ``str``.
@@ -145,7 +147,7 @@ def write_quantized_folder(path, config, tensors, quantized, settings, tokenizer
         raise CheckpointError("no linear is quantised; write the model as a float folder instead")
     with new_folder(path, overwrite) as work:
         values = dict(config.to_hf(), torch_dtype="float32", quantization_config={"quant_method": METHOD, **settings})
-        write_description(work, values, tokenizer_source)
+        write_description(work, values, tokenizer_source, files)
         _write_tensors(work, config, tensors, quantized)
     return path
 

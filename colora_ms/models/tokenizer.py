@@ -4,18 +4,17 @@ Sources: ``tokenizer.json``, a SentencePiece ``tokenizer.model``, the tables ins
 ``tokenizers`` library does the work for all of them.
 """
 
-import codecs
 import functools
 import json
 import os
-import re
 import warnings
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, TokenizerError
-from colora_ms.models import chat_template, tokenizer_build, turn_ends
-from colora_ms.models.gguf_reader import GgufFile
+from colora_ms.models import chat_template, detokenizer, tokenizer_build, turn_ends
+from colora_ms.models.detokenizer import StreamDecoder
+from colora_ms.models.gguf_parts import open_gguf
 from colora_ms.models.tokenizer_files import FLAG_CLASSES, NAMED, add_tokens, read_tokenizer_files, settings_of
 
 _WITH_ID = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -137,7 +136,7 @@ class Tokenizer:
                                  f"{text[error.start]!r} at position {error.start}") from None
         return self._plain.encode(text, add_special_tokens=False)
 
-    def decode(self, ids, skip_special_tokens=True):
+    def decode(self, ids, skip_special_tokens=True, before=()):
         """Text of token ids; bytes that are no UTF-8 become U+FFFD.
 
         Ids without a token (rows that only pad a model's embedding) give no text.
@@ -145,16 +144,16 @@ class Tokenizer:
         Args:
             ids: integers, a list or a one-dimensional array.
             skip_special_tokens: leave out begin, end and other control tokens.
+            before: ids that stand before, whose text is not given; see ``models.detokenizer``.
 
         Raises:
-            TokenizerError: something that is not a token id.
+            TokenizerError: something that is not a token id, or a decoder that is not implemented.
         """
-        return self.backend.decode([_token_id(item) for item in ids],
-                                   skip_special_tokens=skip_special_tokens)
+        return detokenizer.decode(self, ids, before, skip_special_tokens)
 
-    def stream(self, skip_special_tokens=True):
+    def stream(self, skip_special_tokens=True, before=()):
         """A fresh ``StreamDecoder`` of this tokenizer."""
-        return StreamDecoder(self, skip_special_tokens)
+        return StreamDecoder(self, skip_special_tokens, before)
 
     def apply_chat_template(self, messages, add_generation_prompt=True, return_spans=False,
                             continue_final_message=False, **variables):
@@ -245,52 +244,6 @@ class Tokenizer:
                                  f"{error.strerror or error}") from None
 
 
-class StreamDecoder:
-    """Text of ids that arrive one at a time; never emits half a character.
-
-    The pieces of ``push`` and the final ``flush``, joined, are ``decode`` of all ids.  (Only for
-    SentencePiece byte tokens that are no valid UTF-8 may the number of U+FFFD differ.)
-    """
-
-    def __init__(self, tokenizer, skip_special_tokens=True):
-        self._backend = tokenizer.backend
-        self._skip = set()
-        if skip_special_tokens:
-            self._skip = {index for index, token in
-                          self._backend.get_added_tokens_decoder().items() if token.special}
-        self._spm, self._strip = _decoder_kind(self._backend)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._started = False
-
-    def push(self, token_id):
-        """Take one id; return the text that is now certain (often ``""``)."""
-        token_id = _token_id(token_id)
-        token = self._backend.id_to_token(token_id)
-        if token is None or token_id in self._skip:
-            return ""
-        if not self._spm:
-            return self._utf8.decode(_byte_level_bytes(token))
-        if _BYTE_TOKEN.fullmatch(token):
-            return self._first(self._utf8.decode(bytes([int(token[3:5], 16)])))
-        # a whole piece ends any unfinished byte sequence
-        return self._first(self._utf8.decode(b"", final=True) + token.replace("▁", " "))
-
-    def flush(self):
-        """End of the text: an unfinished character becomes U+FFFD.  The decoder starts anew."""
-        text = self._first(self._utf8.decode(b"", final=True))
-        self._utf8.reset()
-        self._started = False
-        return text
-
-    def _first(self, text):
-        """SentencePiece's artificial blank at the very beginning is not text."""
-        if text and not self._started:
-            self._started = True
-            if self._strip and text[0] == " ":
-                return text[1:]
-        return text
-
-
 def _without_processor(backend):
     """The backend without its post-processor, which trims blanks off the offsets; the model is shared, not copied."""
     from tokenizers import Tokenizer as Backend
@@ -325,51 +278,6 @@ def _begin_ids(backend, plain):
                          "implemented")
 
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
-def _decoder_kind(backend):
-    """(is SentencePiece, strips the first blank) of a tokenizer's decoder."""
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
-    steps = decoder.get("decoders", [decoder])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"]:
-        return False, False
-    if "ByteFallback" in kinds or "Metaspace" in kinds:
-        strip = any(step.get("type") == "Strip" and step.get("start") == 1 for step in steps) or \
-            any(step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never"
-                for step in steps)
-        return True, strip
-    raise TokenizerError(f"streaming is not implemented for a tokenizer whose decoder is {kinds}")
-
-
-def _byte_alphabet():
-    """GPT-2's printable stand-ins of the 256 bytes, as {character: byte}."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return table
-
-
-_ALPHABET = _byte_alphabet()
-
-
-def _byte_level_bytes(token):
-    """The bytes of a byte-level token; an added token outside the alphabet stands for itself."""
-    try:
-        return bytes([_ALPHABET[character] for character in token])
-    except KeyError:
-        return token.encode("utf-8")
-
-
-def _token_id(value):
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) \
-            or not 0 <= value < 1 << 32:
-        raise TokenizerError(f"{value!r:.60} is not a token id; expected integers from 0")
-    return int(value)
-
-
 def load_tokenizer(source):
     """Read a tokenizer.
 
@@ -399,7 +307,7 @@ def load_tokenizer(source):
         if not os.path.isfile(path):
             raise TokenizerError(f"there is no file or folder {path}")
         if path.endswith(".gguf"):
-            return Tokenizer(*tokenizer_build.from_gguf(GgufFile(path).metadata, path))
+            return Tokenizer(*tokenizer_build.from_gguf(open_gguf(path).metadata, path))
         if path.endswith((".model", ".json")):
             return _from_folder(*os.path.split(path))
     except CheckpointError as error:

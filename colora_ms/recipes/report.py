@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from colora_ms.adapters.patterns import in_order
 from colora_ms.evaluation.evaluate import write_json, write_text
 
 
@@ -68,6 +69,8 @@ def summary_text(result):
     lines = [f"# {result['recipe']}", "", table(result["decoders"]), ""]
     if any("against_greedy" in row for row in result["decoders"]):
         lines += ["fixed, broken, p: items against greedy decoding of the same adapter, exact McNemar test.", ""]
+    lines += [f"{row['decoder']}: {row['refused']} items were refused (a prompt too long, say) and count as wrong." + "\n"
+              for row in result["decoders"] if row.get("refused")]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join(lines + [
         f"* Training: {result['training_summary']}; seed {result['seed']}.",
@@ -78,7 +81,9 @@ def summary_text(result):
 
 def recipe_hash(config):
     """Digest of all settings of a recipe."""
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
+    values = config.to_dict()
+    values["adapter"] = in_order(values["adapter"])
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def setup_hash(settings, hashes):

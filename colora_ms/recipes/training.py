@@ -5,6 +5,7 @@ import json
 import statistics
 from pathlib import Path
 
+from colora_ms.adapters.patterns import in_order
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.report import read_log
@@ -125,6 +126,7 @@ def differences(path, config):
 
 def _trained_part(recipe):
     part = {name: recipe.get(name) for name in ("model", "weight_format", "adapter", "data", "optimizer", "dpo")}
+    part["adapter"] = in_order(part["adapter"] or {})
     part["train"] = recipe.get("train") or "sft"
     loop = recipe.get("loop") or {}
     return {**part, "loop": {name: value for name, value in loop.items() if name not in _HARMLESS}}

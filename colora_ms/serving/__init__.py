@@ -21,9 +21,10 @@ A prompt is a string, a list of token ids, or a list of chat messages. ``submit`
 raises at once what can be known at once: UnknownAdapterError (no such adapter), AdapterError (it is broken),
 DecodingError (prompt or settings), QueueFullError, EngineClosedError. What comes later is raised by ``result``.
 
-A request's tokens are the same alone and in any mix of neighbours. One thread, the engine's, runs the graphs; between
-chunks of steps requests join and leave the batch and adapters are put into slots. Shapes stay static throughout: no
-adapter, setting or mix of requests compiles a graph; only the buckets of rows and of prompt lengths do, once each.
+A request's tokens are the same alone and in any mix of neighbours, and what fails (a value, a row, a listener) ends its
+own request. One thread, the engine's, runs the graphs; between chunks of steps requests join and leave the batch and
+adapters are put into slots. Shapes stay static throughout: no adapter, setting or mix of requests compiles a graph; only
+the buckets of rows and of prompt lengths do, once each.
 """
 
 from colora_ms.serving.bank import AdapterBank

@@ -4,6 +4,8 @@ import numpy as np
 
 from mindspore import Tensor
 
+from colora_ms.decoding.contrast import operands
+
 
 class Batch:
     """Running requests in the rows of one bucket, grouped by adapter.
@@ -59,13 +61,7 @@ class Batch:
         state = (self._array([token for token, _ in last], 0, np.int32),
                  self._array([position for _, position in last], 0, np.int32),
                  self._array([True] * len(requests), False, bool))
-        contrast = [r.settings.contrast for r in requests]
-        sampling = [r.settings.sampling for r in requests]
-        options = (self._array([c.alpha if c else 1.0 for c in contrast], 1.0, np.float32),
-                   self._array([c.beta if c else 0.0 for c in contrast], 0.0, np.float32),
-                   self._array([s.temperature for s in sampling], 0.0, np.float32),
-                   self._array([s.top_k for s in sampling], 0, np.int32),
-                   self._array([s.top_p for s in sampling], 1.0, np.float32))
+        *options, mode = operands([(r.settings.contrast, r.settings.sampling) for r in requests], self.bucket)
         uniforms = np.zeros((self.bucket, capacity), np.float32)
         for i, request in enumerate(requests):
             uniforms[i] = request.uniforms(capacity)
@@ -74,10 +70,10 @@ class Batch:
         ids = np.zeros((self.bucket, width), np.int32)
         for i, request in enumerate(requests):
             ids[i, :len(request.ids)] = request.ids
-        adapt = (self._array([c.mode if c else 0 for c in contrast], 0, np.int32), Tensor(ids),
+        adapt = (Tensor(mode), Tensor(ids),
                  self._array([len(r.ids) for r in requests], 0, np.int32),
                  self._array([not r.tokens for r in requests], False, bool))
-        return (*state, *self.layout, *options, Tensor(uniforms), budget, self.eos, Tensor(np.array(steps, np.int32)),
+        return (*state, *self.layout, *map(Tensor, options), Tensor(uniforms), budget, self.eos, Tensor(np.array(steps, np.int32)),
                 *adapt)
 
     def _array(self, values, filler, dtype):

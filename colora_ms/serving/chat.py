@@ -140,7 +140,7 @@ class Chat:
     def _why(self):
         if self.last is None:
             raise DecodingError("nothing has been answered yet")
-        self._say(changes(self.last, self.engine.tokenizer))
+        self._say(changes(self.last))
 
     def _new(self):
         self.messages = list(self._start)

@@ -14,14 +14,17 @@ import time
 import mindspore as ms
 
 from colora_ms import runtime
+from colora_ms.decoding.answer import Answer
 from colora_ms.decoding.prompt import ending_ids
-from colora_ms.errors import (AdapterError, ColoraError, ConfigError, DecodingError, EngineClosedError, ServingError,
-                              UnknownAdapterError)
+from colora_ms.decoding.settings import check_settings
+from colora_ms.decoding.values import shown
+from colora_ms.errors import ColoraError, ConfigError, DecodingError, EngineClosedError, UnknownAdapterError
 from colora_ms.models.cache import KeyValueCache
+from colora_ms.serving import recovery
 from colora_ms.serving.batch import Batch
 from colora_ms.serving.handle import RequestHandle, Timing, Usage
 from colora_ms.serving.prompts import Prompts
-from colora_ms.serving.request import Request, check_prompt, check_settings
+from colora_ms.serving.request import Request, check_prompt
 from colora_ms.serving.scheduler import WaitingQueue, prompt_shapes, row_buckets
 from colora_ms.serving.worker import Graphs
 
@@ -80,6 +83,7 @@ class Engine:
         self._running = []
         self._numbers = itertools.count()
         self._calls = []  # functions that the thread runs between two chunks
+        self._working = []  # the requests that the thread is busy with, for the case that it fails
         self._wake = threading.Condition()
         self._closing = None  # None, "drain" or "now"
         self._started = time.monotonic()
@@ -96,7 +100,7 @@ class Engine:
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def submit(self, prompt, adapter=None, contrast=None, sampling=None, max_new_tokens=64, stop=(), seed=None, priority=0,
-               timeout=None, records=False, ignore_eos=False):
+               timeout=None, records=False, ignore_eos=False, stop_token_ids=()):
         """Hand in a request; any thread may.
 
         Args:
@@ -105,12 +109,14 @@ class Engine:
             contrast: :class:`colora_ms.decoding.Contrast`; None: the expert alone.
             sampling: :class:`colora_ms.decoding.Sampling`; None: greedy.
             max_new_tokens: tokens that the answer may have; cut to what the cache holds behind the prompt.
-            stop: a string, or strings, that end the answer; it is cut before them.
+            stop: a string, or strings, that end the answer; it is cut before them. One that spells a special token ends
+                it at that token.
             seed: in place of the sampling's own.
             priority: larger ones leave the queue first.
             timeout: seconds until the request ends, wherever it is then, with finish_reason "timeout".
             records: whether the completion and the pieces carry a TokenRecord for each token.
             ignore_eos: go on behind an end-of-sequence token (for benchmarks).
+            stop_token_ids: ids that end the answer, beside the end of sequence.
 
         Returns:
             :class:`RequestHandle`.
@@ -122,28 +128,31 @@ class Engine:
             EngineClosedError: the engine was closed.
         """
         try:
-            return self._submit(prompt, adapter, contrast, sampling, max_new_tokens, stop, seed, priority, timeout, records,
-                                ignore_eos)
+            return self._submit(prompt, adapter, contrast=contrast, sampling=sampling, max_new_tokens=max_new_tokens,
+                                stop=stop, stop_token_ids=stop_token_ids, seed=seed, priority=priority,
+                                timeout=timeout, records=records, ignore_eos=ignore_eos)
         except ColoraError:
             with self._wake:
                 self._counts["refused"] += 1
             raise
 
-    def _submit(self, prompt, adapter, contrast, sampling, max_new_tokens, stop, seed, priority, timeout, records, ignore_eos):
+    def _submit(self, prompt, adapter, **wanted):
         self._check_open()
         self._waiting.check()  # before the work, so that a flood costs little
-        settings = check_settings(adapter, contrast, sampling, max_new_tokens, stop, seed, priority, timeout, records,
-                                  ignore_eos)
-        ids = check_prompt(self.tokenizer, prompt, self.decoder.config.vocab_size, self.max_length)
+        vocabulary = self.decoder.config.vocab_size
+        settings = check_settings(adapter, **wanted, vocabulary=vocabulary)
+        ids = check_prompt(self.tokenizer, prompt, vocabulary, self.max_length)
         settings = settings.within(self.max_length - len(ids))
         if settings.rows > self.rows:
             raise DecodingError(f"a contrastive request takes two rows, the engine has {self.rows}")
         digest = ""
         if adapter is not None:
+            if not isinstance(adapter, str):
+                raise UnknownAdapterError(f"adapter={shown(adapter)} is not an adapter's name")
             if self.bank is None:
                 raise UnknownAdapterError(f"adapter {adapter!r:.80} was asked for, but this engine has no adapter bank")
             digest = self.bank.resolve(adapter)
-        request = Request(ids, adapter, digest, settings)
+        request = Request(ids, adapter, digest, settings, Answer(self.tokenizer, ids, settings, self.eos))
         now = time.monotonic()
         request.handle = RequestHandle(next(self._numbers), adapter, Timing(submitted=now), Usage(prompt=len(ids)),
                                        lambda handle: self._cancel(request))
@@ -263,6 +272,7 @@ class Engine:
         return bool(len(self._waiting) or self._starting or self._running or self._calls or self._closing)
 
     def _tick(self):
+        self._working = []
         self._drop()
         self._admit()
         self._fill()
@@ -275,7 +285,10 @@ class Engine:
         """Compute pieces of the prompts of the starting requests, and let those run whose prompt is complete."""
         spent = 0
         while self._starting and spent < self._prompt_chunk:
-            tokens = self._prompts.advance(self._starting)
+            self._working = recovery.cohort(self._starting)
+            tokens = self._prompts.advance(self._working)
+            for request in self._working:
+                recovery.clear(request)
             self._running += [r for r in self._starting if r.prompt_done]
             self._starting = [r for r in self._starting if not r.prompt_done]
             if not tokens:
@@ -312,8 +325,9 @@ class Engine:
 
     def _place(self, request, failed):
         """Get a request its slot; False if it has to wait."""
-        if not request.digest:
+        if not request.digest or request.lease is not None:
             return True
+        self._working = [request]
         try:
             try:
                 request.lease = self.bank.lease(request.digest)
@@ -328,39 +342,42 @@ class Engine:
 
     def _steps(self):
         """A chunk of steps for all that run, and what comes of it."""
-        used = sum(r.settings.rows for r in self._running)
-        batch = Batch(self._running, next(b for b in self._buckets if b >= used), self.eos)
+        self._working = recovery.cohort(self._running)
+        used = sum(r.settings.rows for r in self._working)
+        batch = Batch(self._working, next(b for b in self._buckets if b >= used), self.eos)
         steps = 1 if batch.one_step else self.chunk
         if self._starting:
             steps = min(steps, max(1, self.chunk // 2))  # half the wait for those whose prompts are being computed
         if len(self._waiting):
-            steps = min(steps, min(r.left for r in self._running))  # a row that becomes free goes on at once
+            steps = min(steps, min(r.left for r in self._working))  # a row that becomes free goes on at once
         ints, floats, counts = self._graphs.steps(batch, self.chunk, steps)
         self._counts["chunks"] += 1
         self._counts["steps"] += int(counts.max(initial=0))
         now = time.monotonic()
         for i, request in enumerate(batch.requests):
-            before = len(request.tokens)
-            fine = request.take(ints[:, i], floats[:, i], counts[i])
             self._counts["row_steps"] += int(counts[i]) * request.settings.rows
-            if not fine:
-                self._end(request, error=self._not_finite(request))
-                continue
-            if before == 0:
-                request.handle.timing.first_token = now
-            piece = request.settle(self.tokenizer, self.eos, before)
-            self._counts["generated_tokens"] += len(piece.tokens)
-            request.handle.usage.generated = len(request.tokens)
-            request.handle.push(piece)
-            if request.finish_reason is not None:
-                self._end(request)
+            try:
+                self._take(request, ints[:, i], floats[:, i], counts[i], now)
+            except Exception as error:  # its text, its listener: nobody else's
+                _log.exception("request %s failed", request.handle.id)
+                self._end(request, error=recovery.failure(error))
         self._running = [r for r in self._running if not r.handle.done]
 
-    def _not_finite(self, request):
-        if request.adapter is None:
-            return ServingError("the base model's logits are not finite; its weights are damaged")
-        return AdapterError(f"adapter {request.adapter!r} makes the model's logits infinite or not a number; its values are "
-                            "too large: train it again with a smaller step")
+    def _take(self, request, ints, floats, count, now):
+        """Give a request its new tokens, and end it if it ended."""
+        if not request.take(ints, floats, count):
+            self._end(request, error=recovery.not_finite(request))
+            return
+        recovery.clear(request)
+        if request.handle.timing.first_token is None:
+            request.handle.timing.first_token = now
+        piece = request.settle()
+        if piece.text or piece.tokens:
+            self._counts["generated_tokens"] += len(piece.tokens)
+            request.handle.usage.generated += len(piece.tokens)
+            request.handle.push(piece)
+        if request.finish_reason is not None:
+            self._end(request)
 
     def _end(self, request, error=None):
         """Give back what a request holds and tell its handle."""
@@ -377,15 +394,20 @@ class Engine:
         request.handle.push(completion=request.completion())
 
     def _recover(self, error):
-        """A graph failed: MindSpore does not run it again, and what it wrote is unknown. Start anew without the requests
-        that were in it; those that wait are not touched."""
+        """A graph failed: MindSpore does not run it again, and what it wrote is unknown. All requests begin anew with
+        their prompts on new graphs, which gives the same tokens again; see :mod:`colora_ms.serving.recovery`."""
         _log.exception("the engine's graphs failed and are made anew")
         self._counts["failures"] += 1
-        reason = ServingError(f"the engine failed while the request ran: {error}")
-        reason.__cause__ = error
-        gone, self._starting, self._running = self._starting + self._running, [], []
-        for request in gone:
+        requests, self._starting, self._running = self._starting + self._running, [], []
+        guilty, self._working = [r for r in self._working or requests if not r.handle.done], []
+        for request in recovery.blame(guilty, self.chunk):
+            self._waiting.remove_if(lambda one, request=request: one is request)
+            self._end(request, error=recovery.failure(error))
+        for request in requests:
             if not request.handle.done:
-                self._end(request, error=reason)
+                self._prompts.release(request, keep=False)
+                request.restart()
+                self._starting.append(request)
         self._graphs.renew()
         self._prompts.clear()
+

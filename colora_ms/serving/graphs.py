@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms.decoding.loop import ContinueLoop
-from colora_ms.kernels import contrast_strength, contrastive_select
+from colora_ms.kernels import bind, contrast_strength, contrastive_select
 
 
 class Prefill(nn.Cell):
@@ -16,6 +16,7 @@ class Prefill(nn.Cell):
 
     def __init__(self, decoder, cache):
         super().__init__()
+        bind()
         self.decoder = decoder
         self.cache = cache
 
@@ -27,8 +28,9 @@ class Prefill(nn.Cell):
 class ServingLoop(ContinueLoop):
     """A chunk of steps of the running requests, see :meth:`colora_ms.decoding.loop.ContinueLoop.construct`.
 
-    A request whose logits are not finite (an adapter with values near the largest float) gets results of zeros, with 0
-    valid tokens, in place of an error of the operator, which would end all requests of the batch.
+    A request whose logits are not finite (an adapter with values near the largest float), or whose contrast may not be (a
+    huge beta), gets results of zeros, with 0 valid tokens, in place of an error of the operator, which would end all
+    requests of the batch.
     """
 
     def __init__(self, decoder, cache):
@@ -51,10 +53,14 @@ class ServingLoop(ContinueLoop):
         expert_rows, amateur_rows = rows
         alpha, beta, temperature, top_k, top_p = options
         mode, ids, lengths = adapt[:3]
+        contrast = amateur_rows >= 0
         finite = ops.isfinite(logits.sum(axis=1))
-        fine = ops.logical_and(
-            ops.gather(finite, ops.maximum(expert_rows, 0), 0),
-            ops.logical_or(amateur_rows < 0, ops.gather(finite, ops.maximum(amateur_rows, 0), 0)))
+        size = ops.abs(logits).max(axis=1)
+        amateurs = ops.maximum(amateur_rows, 0)
+        beta = ops.where(contrast, beta, ops.zeros_like(beta))
+        reach = (1.0 + beta) * ops.gather(size, ops.maximum(expert_rows, 0), 0) + beta * ops.gather(size, amateurs, 0)
+        fine = ops.logical_and(ops.gather(finite, ops.maximum(expert_rows, 0), 0), ops.logical_or(
+            ops.logical_not(contrast), ops.logical_and(ops.gather(finite, amateurs, 0), ops.isfinite(reach))))
         expert_rows = ops.where(ops.logical_and(active, fine), expert_rows, -self.one)
         previous = self.previous(previous, adapt)
         beta = contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, ids, lengths)

@@ -1,8 +1,11 @@
 """``RequestHandle``: what a caller has of a request, from any thread."""
 
+import logging
 import threading
 from collections import deque
 from dataclasses import dataclass, field
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,4 +147,7 @@ class RequestHandle:
             listeners = list(self._state.listeners)
             self._news.notify_all()
         for listener in listeners:
-            listener()
+            try:
+                listener()
+            except Exception:  # it is the caller's; the engine's thread and the other requests go on
+                _log.exception("a listener of request %s failed", self.id)

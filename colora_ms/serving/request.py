@@ -1,20 +1,13 @@
-"""A request inside the engine: its checked settings, what has been generated, and the rows that it holds."""
+"""A request inside the engine: its checked settings, its answer so far, and the rows that it holds."""
 
 import dataclasses
-import math
-import numbers
 
 import numpy as np
 
-from colora_ms.decoding.completion import Completion, TokenRecord
-from colora_ms.decoding.contrast import Contrast, Sampling
-from colora_ms.decoding.prompt import check_ids, encode_prompt, find_stop, printable
-from colora_ms.errors import DecodingError
+from colora_ms.decoding.prompt import check_ids, encode_prompt
+from colora_ms.errors import DecodingError, ServingError
 from colora_ms.serving.bank import Lease
 from colora_ms.serving.handle import Piece
-
-#: Stop strings of a request, and characters of each, at most.
-MOST_STOPS, LONGEST_STOP = 16, 256
 
 
 @dataclasses.dataclass
@@ -35,13 +28,21 @@ class PromptRow:
 
 
 class Request:
-    """One request, from the queue to its end. The engine's thread owns it."""
+    """One request, from the queue to its end. The engine's thread owns it.
 
-    def __init__(self, ids, adapter, digest, settings):
+    Attributes:
+        tokens: what its rows of the cache have generated. After a failure of the graphs it begins anew, and these are
+            fewer than the answer's until it has caught up with what was given already.
+        doubtful: None, or, after a graph failed that it was in: tokens it has to reach alone to be cleared.
+        doubts: how many graphs failed that it was in.
+    """
+
+    def __init__(self, ids, adapter, digest, settings, answer):
         self.ids = np.asarray(ids, np.int32)
         self.adapter = adapter
         self.digest = digest
         self.settings = settings
+        self.answer = answer
         self.handle = None
         self.deadline = None
         self.cancelled = False
@@ -49,9 +50,9 @@ class Request:
         self.lease = None
         self.rows = [PromptRow(digest)] + ([PromptRow("", amateur=True)] if settings.contrast else [])
         self.tokens = []
-        self.records = []
-        self.shown = ""
         self.finish_reason = None
+        self.doubtful = None
+        self.doubts = 0
         self._uniforms = None
 
     @property
@@ -82,7 +83,7 @@ class Request:
     def uniforms(self, count):
         """(count,) float32: the random numbers of the next tokens; zeros for a greedy request and past its budget."""
         found = np.zeros(count, np.float32)
-        if self.settings.sampling.temperature > 0:
+        if not self.settings.sampling.greedy:
             if self._uniforms is None:
                 self._uniforms = self.settings.sampling.uniforms(self.settings.budget)
             part = self._uniforms[len(self.tokens):][:count]
@@ -90,95 +91,39 @@ class Request:
         return found
 
     def take(self, ints, floats, count):
-        """Append ``count`` steps: ints (steps, 3), floats (steps, 4). False if the logits of one were not finite."""
-        for step in range(int(count)):
-            token, favourite, valid = (int(v) for v in ints[step])
+        """Append ``count`` steps: ints (steps, 3), floats (steps, 4). False if the logits of one were not finite.
+
+        Raises:
+            ServingError: begun anew, it made other tokens than before.
+        """
+        for token, favourite, valid, step in zip(*ints[:count].T.tolist(), floats[:count].tolist()):
+            if self.answer.finish_reason is not None:
+                break  # tokens behind a stop
             if valid == 0:
                 return False
+            place = len(self.tokens)
             self.tokens.append(token)
-            if self.settings.records:
-                self.records.append(TokenRecord(token, favourite, valid, *(float(v) for v in floats[step])))
+            if place >= len(self.answer.tokens):
+                self.answer.take(token, favourite, valid, step)
+            elif token != self.answer.tokens[place]:
+                raise ServingError("after a failure of the engine the request made other tokens than before")
         return True
 
-    def settle(self, tokenizer, eos, before):
-        """Decode, cut at a stop string, find out whether it ended; returns the :class:`Piece` of the tokens since
-        ``before`` (how many there were)."""
-        eos = () if self.settings.ignore_eos else eos
-        ended = bool(self.tokens) and self.tokens[-1] in eos
-        text = tokenizer.decode(self.tokens[:-1] if ended else self.tokens)
-        cut = find_stop(text, self.settings.stop)
-        if cut >= 0:
-            # Tokens behind the stop string depend on where the chunk ended, so they go.
-            count = len(self.tokens)
-            while count > before + 1 and find_stop(tokenizer.decode(self.tokens[:count - 1]), self.settings.stop) >= 0:
-                count -= 1
-            del self.tokens[count:], self.records[count:]
-            text, ended = text[:cut], True
-        if ended:
-            self.finish_reason = "stop"
-        elif self.left <= 0:
-            self.finish_reason = "length"
-        shown = text if self.finish_reason else printable(text, self.settings.stop)
-        new = ""
-        if len(shown) > len(self.shown):
-            new, self.shown = shown[len(self.shown):], shown
-        return Piece(new, tuple(self.tokens[before:]), tuple(self.records[before:]))
+    def settle(self):
+        """The :class:`Piece` of what is new; finds out whether the request ended."""
+        self.finish_reason = self.answer.finish_reason
+        return Piece(*self.answer.news())
+
+    def restart(self):
+        """Begin anew with the prompt; the answer stays, and what it holds is not given again."""
+        self.tokens = []
+        self.handle.usage.cached = 0
+        for one in self.rows:
+            one.filled = 0
 
     def completion(self):
         """The :class:`Completion` of a request that ended."""
-        return Completion(self.shown, tuple(self.tokens), len(self.ids), self.finish_reason, self.adapter,
-                          tuple(self.records))
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Checked settings of a request; ``budget`` is max_new_tokens, cut to what the cache holds."""
-
-    contrast: Contrast
-    sampling: Sampling
-    budget: int
-    stop: tuple
-    priority: int
-    timeout: float
-    records: bool
-    ignore_eos: bool
-
-    @property
-    def rows(self):
-        """Rows of the batch that the request takes."""
-        return 1 if self.contrast is None else 2
-
-    def within(self, room):
-        """The settings with a budget of at most ``room`` tokens."""
-        return dataclasses.replace(self, budget=min(self.budget, room))
-
-
-def check_settings(adapter, contrast, sampling, max_new_tokens, stop, seed, priority, timeout, records, ignore_eos):
-    """Check the arguments of ``Engine.submit``.
-
-    Raises:
-        DecodingError: a value cannot be used.
-    """
-    if contrast is not None and not isinstance(contrast, Contrast):
-        raise DecodingError(f"contrast={contrast!r} is not a Contrast(alpha, beta)")
-    if contrast is not None and adapter is None:
-        raise DecodingError("a contrast compares an adapter with the base model, so it needs adapter=…")
-    if sampling is not None and not isinstance(sampling, Sampling):
-        raise DecodingError(f"sampling={sampling!r} is not a Sampling(temperature, top_k, top_p, seed)")
-    sampling = sampling or Sampling()
-    if seed is not None:
-        sampling = dataclasses.replace(sampling, seed=seed)
-    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
-        raise DecodingError(f"max_new_tokens={max_new_tokens!r} is not a whole number >= 1")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stop) > MOST_STOPS or any(not isinstance(s, str) or not 0 < len(s) <= LONGEST_STOP for s in stop):
-        raise DecodingError(f"stop={stop!r:.200}: at most {MOST_STOPS} stop strings of 1 to {LONGEST_STOP} characters")
-    if not _is_whole(priority):
-        raise DecodingError(f"priority={priority!r} is not a whole number; larger ones go first, 0 is usual")
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, numbers.Real)
-                                or not math.isfinite(timeout) or timeout <= 0):
-        raise DecodingError(f"timeout={timeout!r} is not a number of seconds > 0")
-    return Settings(contrast, sampling, int(max_new_tokens), stop, int(priority), timeout, bool(records), bool(ignore_eos))
+        return self.answer.completion(len(self.ids), self.adapter, self.finish_reason)
 
 
 def check_prompt(tokenizer, prompt, vocabulary, max_length):
@@ -195,6 +140,3 @@ def check_prompt(tokenizer, prompt, vocabulary, max_length):
                             "needed for the answer: shorten it, or make the engine with a larger max_length")
     return ids
 
-
-def _is_whole(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -13,11 +13,16 @@ A recipe looks like the sections of ``TrainingConfig``:
 """
 
 import dataclasses
+from pathlib import Path
 
 from colora_ms.errors import AdapterError, ConfigError, DataError, near
 from colora_ms.training.encoding import LOSSES, ON_LONG
 from colora_ms.training.settings import (REQUIRED, Section, above, at_least, build, fraction, is_int,
                                          one_of, override, read_yaml, setting)
+
+
+#: Folder inside a run's, where it keeps the adapter that it started from.
+START_FOLDER = "start"
 
 
 @dataclasses.dataclass
@@ -163,7 +168,8 @@ class TrainingConfig(Section):
                          "answer).", *one_of("sft", "dpo"))
     dpo: object = setting(None, "Preference training, with train: dpo; see PreferenceConfig.")
     adapter: dict = setting(None, "Settings of the adapter: method (lora or lily; lora if left out), and the "
-                            "names of LoraConfig or LilyConfig (PEFT's).",
+                            "names of LoraConfig or LilyConfig (PEFT's); or start_from, the folder of an adapter to "
+                            "go on with, which brings its own settings.",
                             factory=lambda: {"r": 8, "lora_alpha": 16,
                                              "target_modules": "all-linear"})
     optimizer: object = setting(None, "AdamW and its schedule; see OptimizerConfig.",
@@ -184,7 +190,13 @@ class TrainingConfig(Section):
 
     def _relations(self):
         try:
+            if self.start_from is not None:
+                problems = self._start_problems()
+                if problems:
+                    return problems
             kind, settings = self._adapter_kind()
+            if self.start_from is not None:
+                settings = {}
             known = [field.name for field in dataclasses.fields(kind)]
             for name in settings:
                 if name not in known:
@@ -227,14 +239,48 @@ class TrainingConfig(Section):
         return []
 
     def _adapter_kind(self):
-        """(config class of the adapter's method, the settings without the method's name)."""
+        """(config class of the adapter's method, the settings without ``method`` and ``start_from``)."""
         from colora_ms.adapters import registry
         settings = dict(self.adapter)
+        settings.pop("start_from", None)
         method = registry.named(settings.pop("method", "lora"), "section adapter")
         return method.config, settings
 
+    @property
+    def start_from(self):
+        """Folder of the adapter that training goes on with, or None for a new one."""
+        return self.adapter.get("start_from")
+
+    @property
+    def start_folder(self):
+        """Where that adapter is read: the copy that a run with checkpoints keeps of it, otherwise ``start_from`` itself."""
+        from colora_ms.training.checkpoint import list_checkpoints
+        kept = Path(self.output) / START_FOLDER
+        return kept if kept.is_dir() and list_checkpoints(self.output) else Path(self.start_from)
+
+    def _start_problems(self):
+        """What is wrong with ``start_from`` and the settings beside it, as far as the adapter's config tells."""
+        from colora_ms.adapters import continuing, registry
+        if not isinstance(self.start_from, str) or not self.start_from.strip():
+            return [f"section adapter: start_from is {self.start_from!r}, expected the path of an adapter folder"]
+        _, given = self._adapter_kind()
+        if not self.start_folder.exists():
+            return []  # training says so; a recipe may be read where its files are not
+        config = continuing.config_of(self.start_folder)
+        if self.start_folder != Path(self.start_from):
+            return []  # a run's own copy: it was compared when the run began
+        asked = registry.named(self.adapter.get("method", config.peft_type), "section adapter").config.peft_type
+        if asked != config.peft_type:
+            return [f"section adapter: method is {self.adapter['method']!r}, but the adapter in {self.start_from} is of the "
+                    f"method {config.peft_type.lower()!r}; leave it out, it comes from the adapter"]
+        return [f"section adapter: {one}" for one in continuing.disagreements(given, config, self.start_from)]
+
     def adapter_config(self):
-        """The adapter's settings as its method's config, ``LoraConfig`` if no method is named."""
+        """The adapter's settings as its method's config, ``LoraConfig`` if no method is named; those of the folder that
+        training starts from, if it does."""
+        if self.start_from is not None:
+            from colora_ms.adapters.continuing import config_of
+            return config_of(self.start_folder)
         kind, settings = self._adapter_kind()
         return kind(**settings)
 

@@ -23,7 +23,7 @@ from mindspore import nn, ops
 from colora_ms.adapters import adapters_of
 from colora_ms.adapters.tree import takes_slots
 from colora_ms.errors import ConfigError
-from colora_ms.kernels import linear_token_cross_entropy, linear_token_losses, token_losses_of_logits
+from colora_ms.kernels import bind, linear_token_cross_entropy, linear_token_losses, token_losses_of_logits
 from colora_ms.training.encoding import IGNORE
 from colora_ms.training.step import has_plain_head
 
@@ -46,6 +46,7 @@ class PreferenceLossCell(nn.Cell):
 
     def __init__(self, decoder, config):
         super().__init__(auto_prefix=False)
+        bind()
         check_reference(decoder)
         self.decoder = decoder
         self.fused = has_plain_head(decoder)

@@ -1,14 +1,17 @@
 """Training from a recipe: its data, its model, its adapter, and the loop over them."""
 
 import warnings
+from pathlib import Path
 
 from colora_ms import models
 from colora_ms.adapters import inject
+from colora_ms.adapters.continuing import continue_adapter
+from colora_ms.adapters.vocabulary import copy_tokenizer, tokenizer_for
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
-from colora_ms.training.config import TrainingConfig
+from colora_ms.training.config import START_FOLDER, TrainingConfig
 from colora_ms.training.data import (encode_examples, load_examples, load_preferences, make_template,
-                                     without_overlap)
+                                      without_overlap)
 from colora_ms.training.preference import PreferenceLossCell
 from colora_ms.training.preference_data import PairLoader, encode_preferences
 from colora_ms.training.progress import Progress
@@ -40,6 +43,8 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
                                   "(--resume), or choose another output folder")
     train_examples, held_out, removed = load_data(config)
     decoder, tokenizer = models.load_model(config.model, weight_format=config.weight_format)
+    # An adapter to go on with may bring tokens of its own, so that it comes before the data.
+    handle, tokenizer, own_tokenizer = begin_adapter(config, decoder, tokenizer, rank)
     data, validation = encode_data(config, tokenizer, train_examples, held_out, decoder)
     say = Progress(0, 0, config.loop.progress and rank == 0).say
     say(f"training data: {data.summary()}"
@@ -49,22 +54,50 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     report = data_report(data, validation, removed)
     if rank == 0:
         warn_left_out(report)
+
+    def save(folder):
+        handle.save(folder, "default", as_lora=True)
+        if own_tokenizer is not None:
+            copy_tokenizer(own_tokenizer, folder)
+
     pairs = config.train == "dpo"
-    adapter = config.adapter_config()
-    handle = inject(decoder, adapter, adapter_name="default", seed=config.loop.seed,
-                    base_model=config.model)
     if pairs and config.adapter.get("start_from") is not None:
         say("the reference is the base model alone, not the adapter that the training starts from; to prefer over that "
             "one, merge it into the model first")
     kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader} if pairs else {}
-    trainer = Trainer(decoder, data, config, lambda folder: handle.save(folder, "default", as_lora=True),
-                      validation, callbacks, rank=rank, world=world, data_report=report, **kind)
+    trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world, data_report=report, **kind)
     say(f"batches: {trainer.loader.summary()}")
     if world > 1:
         unit = "pairs" if pairs else "rows"
         say(f"{world} workers with {trainer.loader.rows} {unit} each: an update sees at most "
             f"{world * trainer.loader.rows * config.optimizer.accumulation_steps} {unit}")
     return trainer.train(resume)
+
+
+def begin_adapter(config, decoder, tokenizer=None, rank=0):
+    """Put a recipe's adapter into ``decoder``: a new one, or the one that it starts from, of which the run keeps a copy, so
+    that it can be resumed whatever becomes of the original.
+
+    Returns:
+        ``(handle, tokenizer, folder)``: the tokenizer to use, and the folder that it is from where that is the adapter's,
+        otherwise None.
+
+    Raises:
+        AdapterError: what ``inject`` or loading the folder refuses; the model is unchanged.
+    """
+    settings = dict(adapter_name="default", seed=config.loop.seed, base_model=config.model)
+    if config.start_from is None:
+        return inject(decoder, config.adapter_config(), **settings), tokenizer, None
+    folder, kept = config.start_folder, Path(config.output) / START_FOLDER
+    # What stands beside start_from was compared with the original, which need not be there any more.
+    given = {} if folder == kept else {name: value for name, value in config.adapter.items()
+                                       if name not in ("method", "start_from")}
+    handle = continue_adapter(decoder, folder, given, "default", config.loop.seed, config.model)
+    if rank == 0 and folder != kept:
+        handle.save(kept, "default")
+        copy_tokenizer(folder, kept)
+    own = tokenizer_for(tokenizer, {"default": folder}, handle)
+    return handle, own, None if own is tokenizer else folder
 
 
 def load_data(config):

@@ -18,7 +18,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from colora_ms import runtime
 from colora_ms.adapters.dropout import dropout_streams
 from colora_ms.errors import ConfigError
-from colora_ms.kernels import linear_cross_entropy, token_losses_of_logits
+from colora_ms.kernels import bind, linear_cross_entropy, token_losses_of_logits
 from colora_ms.training.encoding import IGNORE
 from colora_ms.training.optimizer import AdamW
 
@@ -34,6 +34,7 @@ class CausalLossCell(nn.Cell):
 
     def __init__(self, decoder):
         super().__init__(auto_prefix=False)
+        bind()
         self.decoder = decoder
         self.fused = has_plain_head(decoder)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from colora_ms import runtime, workers
 from colora_ms.adapters import lily_lengths
+from colora_ms.adapters.patterns import in_order
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.data import BatchLoader
@@ -353,6 +354,7 @@ def _differences(old, new):
     for key in new:
         before, now = old.get(key), new[key]
         if isinstance(now, dict) and isinstance(before, dict):
+            before, now = in_order(before), in_order(now)
             texts += [f"{key}.{name} was {before.get(name)!r}, is {now.get(name)!r}"
                       for name in {**before, **now} if before.get(name) != now.get(name)]
         elif before != now:

@@ -106,9 +106,10 @@ def test_low_rank_in_place_of_the_reference(emulator, stored_as):
 
 
 def test_backend_of_a_process(emulator):
-    """COLORA_KERNELS=emulator loads the operators at import."""
-    code = ("from colora_ms.kernels import ascend, backend\n"
-            "assert backend() == 'emulator' and ascend._multi_lora is not None and ascend._contrastive_select is not None and ascend._w4_lora is not None")
+    """COLORA_KERNELS=emulator binds the device's operators, at the first look and not at import."""
+    code = ("from colora_ms.kernels import ascend, backend, bound\n"
+            "assert 'device_multi_lora' not in vars(bound) and not ascend.libraries_in_use()\n"
+            "assert backend() == 'emulator' and all(face in vars(bound) for face in ascend._FACES)")
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "COLORA_KERNELS": "emulator"}, capture_output=True,
                           text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -223,7 +223,7 @@ def test_bad_contrasts_are_refused(alpha, beta, word):
 
 @pytest.mark.parametrize("settings, word", [
     (dict(temperature=-1), "temperature"), (dict(top_k=-1), "top_k"), (dict(top_k=1.5), "top_k"),
-    (dict(top_p=0), "top_p"), (dict(top_p=1.1), "top_p"), (dict(seed=-1), "seed"),
+    (dict(top_p=-0.1), "top_p"), (dict(top_p=1.1), "top_p"), (dict(seed=-1), "seed"),
 ])
 def test_bad_samplings_are_refused(settings, word):
     with pytest.raises(DecodingError, match=word):

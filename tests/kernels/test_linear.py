@@ -324,9 +324,9 @@ def test_wrong_numbers_of_tensors_and_outputs_are_refused():
 @pytest.fixture(scope="module")
 def graph(mindspore, isa):
     """(mindspore, the linear module) with the CPU operators; once, not per instruction set."""
-    from colora_ms.kernels import aot, linear
+    from colora_ms.kernels import backend, linear
 
-    if isa != ISAS[0] or aot.backend() != "cpu":
+    if isa != ISAS[0] or backend() != "cpu":
         pytest.skip("graph mode is tested with the CPU operators, once")
     return mindspore, linear
 

@@ -42,6 +42,17 @@ CASES = [
     {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
     {"target_modules": ["input_layernorm"]},
     {"target_modules": "all-linear", "modules_to_save": ["mlp", "self_attn"]},
+    # The first pattern that matches holds: the order is part of the meaning.
+    {"target_modules": ["down_proj"], "r": 4, "alpha_pattern": {"model.layers.1.mlp.down_proj": 64, "down_proj": 8}},
+    {"target_modules": ["down_proj"], "r": 4, "alpha_pattern": {"down_proj": 8, "model.layers.1.mlp.down_proj": 64}},
+    {"target_modules": ["down_proj", "q_proj"], "rank_pattern": {r"layers\.[12]\..*": 3, "q_proj": 5, ".*": 2},
+     "alpha_pattern": {"z|down_proj": 6, "q_proj": 1}},
+    # More than the model has.
+    {"target_modules": ["q_proj", "c_attn", "layers.99.self_attn.k_proj"]},
+    {"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 4, "nope": 2}, "alpha_pattern": {"zzz": 3}},
+    {"target_modules": ["q_proj"], "layers_to_transform": [3, 12, 40]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [12, 40]},
+    {"target_modules": ["c_attn"]},
 ]
 
 

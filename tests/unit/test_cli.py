@@ -68,6 +68,27 @@ def test_generate_prints_json(capsys, goldens, shared):
     assert len(row["tokens"]) == 24 and row["finish_reason"] == "length"
 
 
+def test_generate_takes_what_the_generator_takes(capsys, shared):
+    """An empty prompt, the first blank of an answer, a stop id, and numbers checked as everywhere."""
+    def rows(*more):
+        model = str(shared / "data" / "stories260k")
+        code = main(["generate", "--model", model, "--max-new-tokens", "8", "--json", *more])
+        out = capsys.readouterr()
+        return json.loads(out.out.strip().splitlines()[-1]) if code == 0 else out.err
+
+    assert rows("")["text"].startswith("Once upon") and rows("")["prompt_tokens"] == 1
+    whole = rows("Once upon a time, there was a little girl named")
+    assert whole["text"].startswith(" Lily. She")
+    assert "".join(record["text"] for record in whole["records"]) == whole["text"]
+    ended = rows("--stop-token-id", str(whole["tokens"][2]), "Once upon a time, there was a little girl named")
+    assert ended["tokens"] == whole["tokens"][:3] and ended["finish_reason"] == "stop"
+    assert rows("--top-p", "0", "--top-k", "-1", "a")["tokens"] == rows("a")["tokens"]
+    assert rows("--temperature", "1", "--top-p", "0", "a")["tokens"] == rows("a")["tokens"]
+    for option, value, words in (("--temperature", "1e39", "float32"), ("--temperature", "nan", "not a finite number"),
+                                 ("--stop-token-id", "512", "0..511")):
+        assert words in rows(option, value, "a")
+
+
 def test_import_is_light():
     code = (
         "import time, mindspore; t = time.perf_counter(); import colora_ms, colora_ms.models, colora_ms.decoding, "

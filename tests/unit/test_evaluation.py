@@ -304,6 +304,40 @@ def test_evaluate_counts_refused_prompts_as_wrong():
                  template=Template(), batch_size=4)
 
 
+def test_refused_items_are_told_and_do_not_shorten_the_answers(tmp_path, capsys):
+    path = tmp_path / "items.jsonl"
+    result = evaluate(Calculator(refuse={"Q 5", "Q 6"}), examples_of(8), template=Template(), batch_size=4, path=path)
+    assert "2 refused and counted as wrong (the first is 5: the prompt 'Q 5' is too long)" in result.summary()
+    assert result.mean_tokens == 3 and result.to_json()["mean_tokens"] == 3
+    summary = json.loads(path.with_suffix(".summary.json").read_text())
+    assert summary["refused"] == 2 and summary["items"] == 8 and summary["mean_tokens"] == 3
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert [row["id"] for row in rows if "refused" in row] == ["5", "6"]
+    # A resumed run tells the same.
+    again = evaluate(Calculator(), examples_of(8), template=Template(), batch_size=4, path=path)
+    assert again.summary().split("tokens/s")[1] == result.summary().split("tokens/s")[1] and again.refused == 2
+
+
+def test_tokens_and_changes_are_counted_as_the_generator_gives_them():
+    """What a stop string cuts off is not there any more: tokens and records are taken as they come, the text is not counted."""
+    def record(changed):
+        return SimpleNamespace(changed=changed)
+
+    answers = {"Q 0": ("1", [5, 6], [record(True), record(False)]), "Q 1": ("a long text of many words", [7], [record(True)]),
+               "Q 2": ("", [], []), "Q 3": ("4", [1, 2, 3, 4, 2], [record(False)] * 5)}
+
+    class Cut:
+        def generate(self, prompts, **options):
+            assert options["stop"] == ["."]
+            return [SimpleNamespace(text=answers[p][0], tokens=answers[p][1], records=answers[p][2]) for p in prompts]
+
+    result = evaluate(Cut(), examples_of(4), template=Template(), batch_size=3, options={"stop": ["."], "records": True},
+                      keep_records=True)
+    assert [item["tokens"] for item in result.items] == [2, 1, 0, 5] and result.mean_tokens == 2
+    assert [item.get("changed") for item in result.items] == [1, 1, None, 0] and result.changed_share == 2 / 8
+    assert [len(item.get("records", ())) for item in result.items] == [2, 1, 0, 5]
+
+
 def test_evaluate_refuses_bad_input():
     double = examples_of(2) + examples_of(1)
     for examples, word in [([], "no examples"), (double, "two examples have the id '0'"),

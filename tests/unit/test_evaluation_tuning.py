@@ -138,6 +138,19 @@ def test_an_interrupted_comparison_goes_on(tmp_path):
         compare_contrasts(first, examples(s=1), "a", [], template=TEMPLATE)
 
 
+def test_refused_items_are_told():
+    class Refuses(Known):
+        def generate(self, prompts, *args, **options):
+            if any(prompt == "f1" for prompt in prompts):
+                raise DecodingError("the prompt f1 is too long")
+            return super().generate(prompts, *args, **options)
+
+    found = compare_contrasts(Refuses(GOOD), examples(s=2, f=3), "a", DEFAULT_GRID, template=TEMPLATE)
+    assert found.refused == 1 and found.to_json()["refused"] == 1
+    assert "1 of 5 items were refused and count as wrong for every decoder." in found.table()
+    assert all(not result.outcomes["f1"] for result in found.results) and "refused" not in compare(s=2, f=3)[1].table()
+
+
 def test_the_command_line_grid():
     from colora_ms.cli.tune_contrast import grid
 

@@ -1,6 +1,5 @@
 """Reading of GGUF files: equal to the model they were made of, whatever is damaged is refused."""
 
-import os
 import struct
 
 import numpy as np
@@ -12,11 +11,7 @@ from colora_ms.models.checkpoint import open_checkpoint
 
 gguf = pytest.importorskip("gguf")
 
-GOLDENS = os.path.join(os.path.dirname(__file__), "..", "goldens")
-
-
-def tiny(name):
-    return os.path.join(GOLDENS, "tiny", name)
+from gguf_files import write_gguf  # noqa: E402
 
 
 def reject(path, *parts, error=CheckpointError):
@@ -25,79 +20,6 @@ def reject(path, *parts, error=CheckpointError):
     for part in parts:
         assert part in str(caught.value), str(caught.value)
     return str(caught.value)
-
-
-GGUF_LAYER = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-              "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-              "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-              "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-              "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-
-
-def gguf_name(name):
-    for plain, other in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"),
-                         ("lm_head", "output")):
-        if name.startswith(plain + "."):
-            return name.replace(plain, other)
-    _, _, index, rest = name.split(".", 3)
-    part, kind = rest.rsplit(".", 1)
-    return f"blk.{index}.{GGUF_LAYER[part]}.{kind}"
-
-
-def interleave(rows, heads):
-    """llama.cpp's row order, written out row by row: channel i of the first half is followed by
-    channel i of the second half."""
-    dim = rows.shape[0] // heads
-    order = [head * dim + half * (dim // 2) + i
-             for head in range(heads) for i in range(dim // 2) for half in (0, 1)]
-    return rows[order]
-
-
-def write_gguf(path, name, change=None, quantize=None, extra=()):
-    """A GGUF of a tiny model with the gguf package's own writer."""
-    source = open_checkpoint(tiny(name))
-    config = source.config
-    writer = gguf.GGUFWriter(str(path), config.model_type)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    if config.rope_scaling and config.rope_scaling["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope_scaling["rope_type"]))
-        writer.add_rope_scaling_factor(config.rope_scaling["factor"])
-        if "original_max_position_embeddings" in config.rope_scaling:
-            writer.add_rope_scaling_orig_ctx_len(
-                config.rope_scaling["original_max_position_embeddings"])
-    for key, value in extra:
-        writer.add_key_value(key, value, gguf.GGUFValueType.UINT32)
-    tensors = {}
-    for key, value in source.tensors.items():
-        heads = {"q_proj": config.num_attention_heads,
-                 "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
-        if config.model_type == "llama" and heads:
-            value = interleave(value, heads)
-        tensors[gguf_name(key)] = np.array(value)
-    if change:
-        change(tensors)
-    for key, value in tensors.items():
-        if quantize and value.ndim == 2:
-            writer.add_tensor(key, gguf.quants.quantize(value, quantize), raw_dtype=quantize)
-        else:
-            writer.add_tensor(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return source
 
 
 @pytest.mark.parametrize("name", ["llama_linear", "llama_yarn", "qwen2", "qwen3"])
@@ -146,12 +68,8 @@ def test_gguf_head_that_repeats_the_embedding(tmp_path):
 
     def change(tensors):
         embed = tensors["token_embd.weight"]
-        coarse = gguf.quants.quantize(embed, gguf.GGMLQuantizationType.Q4_0)
-        kept["fine"] = embed
-        tensors["output.weight"] = embed
-        tensors["token_embd.weight"] = gguf.quants.dequantize(
-            coarse, gguf.GGMLQuantizationType.Q4_0).astype(np.float16)
-    write_gguf(path, "qwen2", change)
+        kept["fine"] = tensors["output.weight"] = embed
+    write_gguf(path, "qwen2", change, {"token_embd.weight": gguf.GGMLQuantizationType.Q4_0})
     opened = open_checkpoint(str(path))
     assert opened.config.tie_word_embeddings and "lm_head.weight" not in opened.tensors
     np.testing.assert_array_equal(opened.tensors["model.embed_tokens.weight"], kept["fine"])

@@ -65,7 +65,10 @@ def test_pefts_own_files_round_trip(goldens, name):
 @pytest.mark.parametrize("key, value, words", [
     ("alora_invocation_tokens", [], "aLoRA"),
     ("alora_invocation_tokens", [1, 2], "aLoRA"),
-    ("trainable_token_indices", [5], "trainable_token_indices"),
+    ("trainable_token_indices", [5, 5], "trainable_token_indices has 5 more than once"),
+    ("trainable_token_indices", {"lm_head": [-1]}, r"trainable_token_indices\['lm_head'\] is \[-1\]"),
+    ("trainable_token_indices", "all", "trainable_token_indices is 'all'"),
+    ("ensure_weight_tying", "yes", "ensure_weight_tying is 'yes', expected true or false"),
     ("target_parameters", ["w"], "target_parameters"),
     ("layer_replication", [[0, 2]], "layer_replication"),
     ("megatron_config", {"a": 1}, "megatron_config"),

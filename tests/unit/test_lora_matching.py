@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from colora_ms.adapters import patterns
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.matching import DEFAULT_TARGETS, Module, plan
-from colora_ms.errors import AdapterError
+from colora_ms.errors import AdapterError, AdapterWarning
 
 PEFT = json.loads((Path(__file__).parent / "test_lora_matching_peft.json").read_text())
 
@@ -58,15 +59,23 @@ def test_all_excluded_says_so():
         plan(LoraConfig(target_modules=["q_proj"], exclude_modules=["self_attn.q_proj"]), LLAMA)
 
 
-def test_part_of_a_list_unmatched():
-    with pytest.raises(AdapterError, match="'c_attn', which the model does not have"):
-        plan(LoraConfig(target_modules=["q_proj", "c_attn"]), LLAMA)
-
-
 @pytest.mark.parametrize("settings_, words", [
+    ({"target_modules": ["q_proj", "c_attn"]}, "target_modules has 'c_attn', which the model does not have"),
     ({"layers_to_transform": [3, 12]}, r"layers_to_transform has 12, but .* layers 0 to 11"),
     ({"rank_pattern": {"k_proj": 4}}, "rank_pattern has 'k_proj', which matches no adapted module"),
     ({"alpha_pattern": {"layers.77.self_attn.q_proj": 4}}, "alpha_pattern has 'layers.77"),
+])
+def test_settings_beside_those_that_match_are_said(settings_, words):
+    """PEFT loads them and means the same."""
+    settings_ = {"target_modules": ["q_proj"], **settings_}
+    with pytest.warns(AdapterWarning, match=words):
+        found = plan(LoraConfig(**settings_), LLAMA)
+    wanted = {3} if "layers_to_transform" in settings_ else set(range(12))
+    assert list(found.targets) == [f"model.layers.{i}.self_attn.q_proj" for i in sorted(wanted)]
+
+
+@pytest.mark.parametrize("settings_, words", [
+    ({"layers_to_transform": [12]}, "matches no module"),
     ({"modules_to_save": ["classifier"]}, "modules_to_save has 'classifier', which the model does not have"),
     ({"rank_pattern": {"(q_proj": 4}}, "not a valid regular expression"),
 ])
@@ -77,8 +86,8 @@ def test_settings_that_mean_nothing_are_errors(settings_, words):
 
 def test_several_problems_come_in_one_error():
     with pytest.raises(AdapterError) as error:
-        plan(LoraConfig(target_modules=["q_proj", "nope"], rank_pattern={"zzz": 2}, modules_to_save=["head"]), LLAMA)
-    assert all(word in str(error.value) for word in ("'nope'", "'zzz'"))
+        plan(LoraConfig(target_modules=["q_proj", "nope"], rank_pattern={"zzz": 2}, modules_to_save=["score"]), LLAMA)
+    assert all(word in str(error.value) for word in ("'nope'", "'zzz'", "'score'"))
 
 
 def test_no_target_modules_without_a_default():
@@ -123,11 +132,14 @@ def test_lists_match_whole_name_parts_at_the_end(names, entries):
                 if any(parts[name][-len(entry.split(".")):] == entry.split(".") for entry in entries)]
     matched_entries = [entry for entry in entries
                        if any(parts[name][-len(entry.split(".")):] == entry.split(".") for name in names)]
-    if len(matched_entries) < len(entries):
+    if not matched_entries:
         with pytest.raises(AdapterError):
             plan(LoraConfig(target_modules=entries), modules)
     else:
-        assert list(plan(LoraConfig(target_modules=entries), modules).targets) == expected
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert list(plan(LoraConfig(target_modules=entries), modules).targets) == expected
+        assert len(said) == (len(matched_entries) < len(entries))
 
 
 @settings(max_examples=100, deadline=None)
@@ -144,6 +156,6 @@ def test_expressions_match_whole_names(names, expression):
 
 def test_long_lists_are_matched_in_no_time():
     begin = time.monotonic()
-    with pytest.raises(AdapterError, match="and 99994 more"):
+    with pytest.warns(AdapterWarning, match="and 99994 more"):
         plan(LoraConfig(target_modules=["q_proj", *(f"x{i}" for i in range(99_999))]), LLAMA)
     assert time.monotonic() - begin < 5

@@ -377,10 +377,16 @@ for case in range(len(sys.argv) - 2):
 
 PEER_CASES = [
     ("llama", {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "rank_pattern": {"layers.0.mlp.up_proj": 5}}),
+    ("llama", {"r": 2, "lora_alpha": 3, "target_modules": ["down_proj", "q_proj"],
+               "rank_pattern": {"model.layers.1.mlp.down_proj": 6, "down_proj": 4, "layers.0.*": 3},
+               "alpha_pattern": {"model.layers.1.mlp.down_proj": 64, "down_proj": 8}}),
     ("llama", {"r": 2, "target_modules": ["embed_tokens", "lm_head", "v_proj"], "use_rslora": True}),
     ("llama", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]}),
     ("llama_bias", {"r": 2, "target_modules": ["q_proj", "up_proj"], "bias": "all"}),
     ("qwen2", {"r": 2, "target_modules": ["k_proj"], "bias": "lora_only", "layers_to_transform": [1]}),
+    ("llama_linear", {"r": 2, "target_modules": ["k_proj"], "trainable_token_indices": [3, 90, 7]}),
+    ("llama", {"r": 2, "target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}}),
+    ("llama_linear", {"r": 2, "target_modules": ["k_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
 ]
 
 

@@ -8,7 +8,7 @@ import mindspore as ms
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.recipes import runner
-from colora_ms.recipes.report import table
+from colora_ms.recipes.report import summary_text, table
 from colora_ms.recipes.settings import EvaluationSettings, expand, read_config
 from colora_ms.training.config import TrainingConfig
 
@@ -213,3 +213,12 @@ def test_the_command_says_what_is_wrong_in_one_paragraph(tmp_path, capsys):
     assert main(["run", str(path)]) == 1
     error = capsys.readouterr().err
     assert "Did you mean 'evaluate'" in error and len(error.strip().splitlines()) == 1
+
+
+def test_refused_items_stand_below_the_table():
+    row = {"key": "greedy", "decoder": "LoRA, greedy", "accuracy": 0.5, "interval": [0.1, 0.9], "tokens_per_second": 1.0,
+           "changed_share": 0.0, "refused": 2}
+    result = {"recipe": "r", "decoders": [row, {**row, "decoder": "base", "refused": 0}], "versions": {}, "seed": 0, "model": "m",
+              "training_summary": "none", "processors": 2, "hashes": {"model": "a", "trained": "b", "recipe": "c"}}
+    text = summary_text(result)
+    assert "LoRA, greedy: 2 items were refused" in text and text.count("were refused") == 1

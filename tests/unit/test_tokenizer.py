@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from colora_ms.errors import CheckpointError, TokenizerError
 from colora_ms.models.checkpoint import default_model_path
-from colora_ms.models.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from colora_ms.models.detokenizer import StreamDecoder
+from colora_ms.models.tokenizer import Tokenizer, load_tokenizer
 
 HERE = os.path.dirname(__file__)
 STORIES = os.path.join(HERE, "..", "..", "..", "shared", "data", "stories260k")
@@ -141,9 +142,7 @@ def test_streaming_any_ids_equals_decoding_them(byte_level, ids, skip):
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.lists(st.integers(0, 511), max_size=24))
 def test_streaming_sentencepiece_ids(stories, ids):
-    whole, parts = stories.decode(ids), streamed(stories, ids)
-    if "\ufffd" not in whole and "\ufffd" not in parts:
-        assert parts == whole
+    assert streamed(stories, ids) == stories.decode(ids)
 
 
 def test_a_character_is_held_back_until_it_is_whole(byte_level, stories):
@@ -156,7 +155,8 @@ def test_a_character_is_held_back_until_it_is_whole(byte_level, stories):
         # the end of the text in the middle of a character
         stream = tokenizer.stream()
         assert "".join(stream.push(index) for index in ids[:-2]) == "a"
-        assert stream.flush() == "\ufffd"
+        # a U+FFFD a byte token, as the SentencePiece library; of a byte-level token one for the beginning of a character
+        assert stream.flush() == "\ufffd" * (1 if tokenizer is byte_level else 3)
         assert stream.flush() == ""
 
 

@@ -12,15 +12,14 @@ A linear that mindformers fuses has one pair for its parts. To Hugging Face's na
 own rows of up; the other way the parts' pairs are put side by side (ranks add up), with the same product either way.
 """
 
-import json
 import os
 import re
 
 import numpy as np
 
 from colora_ms.adapters import LoraConfig, matching, store
+from colora_ms.adapters.key_names import PREFIX, plain_names
 from colora_ms.adapters.matching import Module
-from colora_ms.adapters.peft_format import PREFIX
 from colora_ms.errors import AdapterError
 from colora_ms.integrations.mindformers.names import Names, layout_of, part_sizes, parts
 from colora_ms.models.safetensors_file import SafetensorsFile, write_safetensors
@@ -133,8 +132,7 @@ def to_peft(tensors, folder, config, alpha=None, layout=None, adapter=0):
     def write(place):
         write_safetensors(os.fspath(place / store.WEIGHTS_FILE), {key: one.shape for key, one in values.items()},
                           values.__getitem__)
-        (place / store.CONFIG_FILE).write_text(json.dumps(settings.to_peft(), indent=2, sort_keys=True) + "\n",
-                                               encoding="utf-8")
+        (place / store.CONFIG_FILE).write_text(store.config_text(settings.to_peft()), encoding="utf-8")
 
     store.write_folder(folder, write)
     return settings
@@ -159,7 +157,7 @@ def from_peft(folder, config, layout, naming="mindpet"):
         raise AdapterError(f"naming is {naming!r}, expected 'mindpet' or 'mcore'")
     settings = LoraConfig.from_peft(store.read_config(folder))
     file = SafetensorsFile(store.regular_file(os.path.join(folder, store.WEIGHTS_FILE)))
-    plain = {name.removeprefix(PREFIX): file.read(name) for name in file.entries}
+    plain = {name.removeprefix(PREFIX): file.read(own) for name, own in plain_names(list(file.entries))[0].items()}
     _, pairs = read_pairs(plain)
     extra = [name for name in plain if not _PATTERNS["mcore"].fullmatch(name)]
     if extra:

@@ -11,7 +11,6 @@ model's weights load under their own names, and the adapter's Parameters are not
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from mindpet.utils.constants import DELTA_LIST
@@ -21,6 +20,7 @@ from mindformers.pet.pet_config import PetConfig
 
 from colora_ms.adapters import adapters_of, inject
 from colora_ms.adapters.registry import METHODS
+from colora_ms.adapters.store import config_text
 from colora_ms.errors import AdapterError, near
 
 PREFIX = "colora_"
@@ -121,4 +121,4 @@ class _AfterFreezing:
         folder.mkdir(parents=True, exist_ok=True)
         values = handle.config().to_peft(None if isinstance(self.settings.target_modules, list)
                                          else sorted(handle.plan().targets))
-        Path(path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        Path(path).write_text(config_text(values), encoding="utf-8")

@@ -11,14 +11,14 @@ class Answers:
     Args:
         chat: whether it came to /v1/chat/completions.
         model: the name that it asked for.
-        tokenizer: for the text of single tokens.
         records: whether its choices carry records.
+        echo: texts of the prompts, to stand before the answers'; None: they do not.
     """
 
-    def __init__(self, chat, model, tokenizer, records):
+    def __init__(self, chat, model, records, echo=None):
         self.chat = chat
-        self.tokenizer = tokenizer
         self.records = records
+        self.echo = echo
         prefix = "chatcmpl-" if chat else "cmpl-"
         self._head = {"id": prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
 
@@ -26,14 +26,21 @@ class Answers:
         """The object of an answer that is not streamed."""
         choices = []
         for index, one in enumerate(completions):
-            text = {"message": {"role": "assistant", "content": one.text}} if self.chat else {"text": one.text}
+            text = {"text": self._before(index) + one.text}
+            if self.chat:
+                text = {"message": {"role": "assistant", "content": one.text}}
             choices.append(self._choice(index, text, one.finish_reason, one.records))
         return {**self._head, "object": "chat.completion" if self.chat else "text_completion", "choices": choices,
                 "usage": usage(completions)}
 
     def opening(self, index):
         """The first event of a choice; None if it needs none."""
-        return self._event([self._choice(index, {"delta": {"role": "assistant", "content": ""}})]) if self.chat else None
+        if self.chat:
+            return self._event([self._choice(index, {"delta": {"role": "assistant", "content": ""}})])
+        return self._event([self._choice(index, {"text": self._before(index)})]) if self._before(index) else None
+
+    def _before(self, index):
+        return "" if self.echo is None else self.echo[index]
 
     def piece(self, index, piece):
         """The event of a :class:`colora_ms.serving.Piece`; None if it would be empty."""
@@ -58,7 +65,7 @@ class Answers:
     def _choice(self, index, text, reason=None, records=()):
         found = {"index": index, **text, "logprobs": None, "finish_reason": reason}
         if self.records:
-            found["records"] = [record_entry(one, self.tokenizer) for one in records]
+            found["records"] = [{**vars(one), "changed": one.changed} for one in records]
         return found
 
 
@@ -77,8 +84,3 @@ def usage(completions):
     generated = sum(len(one.tokens) for one in completions)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
-
-def record_entry(record, tokenizer):
-    """A TokenRecord for JSON: its numbers, whether the contrast changed the choice, and the text of both tokens."""
-    return {**vars(record), "changed": record.changed, "text": tokenizer.decode([record.token]),
-            "favourite_text": tokenizer.decode([record.favourite])}

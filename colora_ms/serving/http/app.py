@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from colora_ms import __version__
 from colora_ms.decoding import Completion
 from colora_ms.errors import AdapterError, ColoraError, ConfigError, UnknownAdapterError
+from colora_ms.models.detokenizer import stream_of
 from colora_ms.serving.http.answers import DONE, Answers, event
 from colora_ms.serving.http.failures import RequestError, describe, respond
 from colora_ms.serving.http.follow import follow, unless_gone
@@ -76,7 +77,8 @@ class Front:
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options is only for \"stream\": true", "stream_options")
         handles = await run_in_threadpool(self._submit, body, prompts)
-        answers = Answers(chat, body.model, self.engine.tokenizer, bool(body.records))
+        echo = [self._text(prompt) for prompt in prompts] if not chat and body.echo else None
+        answers = Answers(chat, body.model, bool(body.records), echo)
         if body.stream:
             counts = body.stream_options is not None and bool(body.stream_options.include_usage)
             return EventStream(self, handles, answers, counts)
@@ -87,6 +89,13 @@ class Front:
         if completions is None:
             return Response(status_code=499)  # nobody reads it; nginx's number for a client that left
         return JSONResponse(answers.whole(completions))
+
+    def _text(self, prompt):
+        """A prompt's text: as it came, or what its ids give; a character that the answer completes is the answer's."""
+        if isinstance(prompt, str):
+            return prompt
+        stream = stream_of(self.engine.tokenizer)
+        return "".join([stream.push(one) for one in prompt])
 
     def _submit(self, body, prompts):
         """Handles of all prompts, or of none."""

@@ -56,6 +56,7 @@ class GenerationBody(BaseModel):
     top_k: Optional[int] = None
     seed: Optional[int] = None
     stop: Optional[Union[str, List[str]]] = None
+    stop_token_ids: Optional[List[int]] = None
     stream: Optional[bool] = False
     stream_options: Optional[StreamOptions] = None
     contrast: Optional[ContrastBody] = None
@@ -104,17 +105,20 @@ class GenerationBody(BaseModel):
         return {
             "adapter": None if self.model == settings.base_model else self.model,
             "contrast": None if self.contrast is None else Contrast(**self.contrast.model_dump()),
-            "sampling": Sampling(self.temperature or 0.0, self.top_k or 0, 1.0 if self.top_p is None else self.top_p, seed),
+            "sampling": Sampling.asked(self.temperature or 0.0, self.top_k or 0, 1.0 if self.top_p is None else self.top_p,
+                                       seed),
             "max_new_tokens": min(settings.default_tokens, settings.max_tokens) if tokens is None else tokens,
-            "stop": self.stop or (), "priority": self.priority or 0, "timeout": settings.timeout,
+            "stop": self.stop or (), "stop_token_ids": self.stop_token_ids or (), "priority": self.priority or 0,
+            "timeout": settings.timeout,
             "records": bool(self.records), "ignore_eos": bool(self.ignore_eos),
         }
 
 
 class CompletionBody(GenerationBody):
-    """POST /v1/completions."""
+    """POST /v1/completions; ``echo``: the prompt's text stands before the answer's."""
 
     prompt: Union[str, List[int], List[str], List[List[int]]]
+    echo: Optional[bool] = False
 
     def prompts(self):
         """A list of strings and lists of ids."""

@@ -1,0 +1,146 @@
+"""What comes of generated tokens: text, tokens, records and the reason of the end, decided once for every caller.
+
+An :class:`Answer` takes tokens one by one, so that nothing depends on how many a graph call made. It ends
+
+* at an id that ends answers (end of sequence, ``stop_token_ids``, and the id of a special or added token that a stop
+  string spells): the id is kept, its text is not shown;
+* at a stop string: the text is cut before it, and tokens behind the one that completes it are dropped. Of several stop
+  strings the one that begins first in the text counts, as ``str.find`` over the whole text would say: where a shorter
+  one is complete inside a longer one that began before, what comes next decides;
+* when its budget is used up.
+
+Text that may still become a stop string or another character is held back until that is known.
+"""
+
+from colora_ms.decoding.completion import Completion, TokenRecord
+from colora_ms.models.detokenizer import stream_of
+
+
+class Answer:
+    """One answer in the making.
+
+    Attributes:
+        tokens, records: what has been generated and kept; records stays empty where none are wanted.
+        finish_reason: "stop" or "length"; None while it goes on.
+
+    Args:
+        tokenizer: :class:`colora_ms.models.tokenizer.Tokenizer`, or anything with ``decode(ids)``.
+        prompt: ids before the answer.
+        settings: :class:`colora_ms.decoding.settings.Settings`.
+        eos: ids that end answers of this model.
+    """
+
+    def __init__(self, tokenizer, prompt, settings, eos=()):
+        self.settings = settings
+        self.tokens, self.records = [], []
+        self.finish_reason = None
+        self._ends = settings.ends(eos) | spelled_ids(tokenizer, settings.stop)
+        self._stream = stream_of(tokenizer, before=prompt)
+        self._shown, self._held = [], ""  # text that is certain; text that may yet be cut
+        self._length = 0  # characters of both
+        self._reached = []  # of each token: characters of the text up to it
+        self._taken = (0, 0)  # parts of the text and tokens that news() gave already
+
+    @property
+    def text(self):
+        """The text that is certain; of an ended answer all of it."""
+        return "".join(self._shown)
+
+    def take(self, token, favourite=None, valid=0, floats=()):
+        """Take a token; nothing where the answer has ended.
+
+        Args:
+            token: its id; favourite, valid, floats: as in :class:`TokenRecord`, read where records are wanted.
+        """
+        if self.finish_reason is not None:
+            return
+        self.tokens.append(token)
+        if self.settings.records:
+            texts = [self._stream.peek(one) for one in (token, favourite)]
+            self.records.append(TokenRecord(token, favourite, valid, *floats, *texts))
+        if token in self._ends:
+            self._grow(self._stream.flush())
+            self._finish("stop")
+            return
+        self._grow(self._stream.push(token))
+        if len(self.tokens) >= self.settings.budget:
+            self._grow(self._stream.flush())
+            self._finish("length")
+            return
+        match, least = self._search()
+        if match is not None and match[0] <= least:
+            self._finish("stop")
+        else:
+            self._show(least)
+
+    def news(self):
+        """(text, tokens, records) that became certain since the last call."""
+        parts, kept = self._taken
+        match = self._search()[0] if self.finish_reason is None and self._held else None
+        end = len(self.tokens) if match is None else self._token_at(match[1])  # those behind it may yet be cut
+        self._taken = len(self._shown), end
+        return "".join(self._shown[parts:]), tuple(self.tokens[kept:end]), tuple(self.records[kept:end])
+
+    def completion(self, prompt_tokens, adapter, reason=None):
+        """The :class:`Completion`; ``reason``: why it ended, where that is not in the answer itself."""
+        return Completion(self.text, tuple(self.tokens), prompt_tokens, self.finish_reason or reason, adapter,
+                          tuple(self.records))
+
+    def _grow(self, text):
+        self._held += text
+        self._length += len(text)
+        if len(self._reached) < len(self.tokens):
+            self._reached.append(self._length)
+        elif self._reached:
+            self._reached[-1] = self._length
+
+    def _show(self, count):
+        """Make the first characters of the held text certain."""
+        if count:
+            self._shown.append(self._held[:count])
+            self._held = self._held[count:]
+
+    def _finish(self, reason):
+        """End it; a stop string in the held text comes first."""
+        match = self._search()[0]
+        if match is not None:
+            reason = "stop"
+            count = self._token_at(match[1])
+            del self.tokens[count:], self.records[count:]
+            self._held = self._held[:match[0]]
+        self._show(len(self._held))
+        self.finish_reason = reason
+
+    def _token_at(self, place):
+        """How many tokens reach a place of the held text."""
+        wanted = self._length - len(self._held) + place
+        count = len(self._reached)
+        while count > 1 and self._reached[count - 2] >= wanted:
+            count -= 1
+        return count
+
+    def _search(self):
+        """((begin, end) of the stop string that begins first, or None; where the first one may be beginning) in the
+        held text. Of those that begin together the shortest counts."""
+        held, match, least = self._held, None, len(self._held)
+        for stop in self.settings.stop:
+            at = held.find(stop)
+            if at >= 0 and (match is None or (at, at + len(stop)) < match):
+                match = at, at + len(stop)
+            for place in range(max(0, len(held) - len(stop) + 1), least):
+                if held[place] == stop[0] and stop.startswith(held[place:]):
+                    least = place
+                    break
+        return match, least
+
+
+def spelled_ids(tokenizer, stop):
+    """The ids of special and added tokens that a stop string spells: text leaves special tokens out, so that the string
+    alone would never be met."""
+    backend = getattr(tokenizer, "backend", None)
+    if not stop or backend is None:
+        return frozenset()
+    known = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+    named = [token for token in tokenizer.special_tokens.values() if isinstance(token, str)]
+    known.update((token, backend.token_to_id(token)) for token in named)
+    return frozenset(known[one] for one in stop if one in known)
