@@ -51,6 +51,10 @@ class AdapterCell(nn.Cell):
         """Add a slot's adapter to the base weights, in float32; :meth:`unmerge` restores them to the last bit."""
         raise NotImplementedError
 
+    def why_not_merge(self, slot):
+        """Why :meth:`merge` is impossible here, "" if it is possible."""
+        return ""
+
     def problems_with(self, target):
         """Why an adapter with this Target cannot live in this Cell beside its rank, as a list of sentences."""
         return []
@@ -145,6 +149,12 @@ class LowRankCell(AdapterCell):
     def switches(self, slot):
         """Parameters with an entry a slot that are set to 0 while the slot is merged: its rows get no change twice."""
         return [self.scale]
+
+    def why_not_merge(self, slot):
+        adds = self.has_up_bias and np.any(get(self.up_bias, slot)) and get(self.scale, slot) != 0
+        if adds and leaf_parameters(self.base_layer).get("bias") is None:
+            return f"it adds a bias (lora_bias) to {self.path}, whose base layer has none to merge it into"
+        return ""
 
     def merge(self, slot):
         base = leaf_parameters(self.base_layer)

@@ -258,6 +258,9 @@ class Adapters:
         places = [place for place in self.sites if place in set(places_of(plan)) and not
                   (place[0] in plan.ties and place[1] in ("saved", "tokens"))]
         check_mergeable(self.net, self.cells, name, places, plan.ties)
+        reason = next(filter(None, (self.sites[place].why_not_merge(slot) for place in places)), "")
+        if reason:
+            raise AdapterError(f"adapter {name!r} cannot be merged: {reason}; use it unmerged")
         for place in places:
             self.sites[place].merge(slot)
         self._merged = name

@@ -4,6 +4,8 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
+from pathlib import Path
 
 COMMANDS = {
     "quickstart": "train a small adapter, decode it greedily and contrastively, print the comparison",
@@ -41,6 +43,13 @@ def build_parser():
     return parser
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    """A warning as a sentence; those of other libraries keep Python's form."""
+    own = Path(filename).is_relative_to(Path(__file__).resolve().parents[1])
+    text = f"warning: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno, line)
+    print(text, end="", file=file or sys.stderr, flush=True)
+
+
 def main(arguments=None):
     """Entry point of the console command; returns the exit code. An expected failure is one paragraph, not a traceback."""
     parsed = build_parser().parse_args(arguments)
@@ -48,6 +57,7 @@ def main(arguments=None):
     os.environ.setdefault("GLOG_v", "3")
     from colora_ms.errors import ColoraError
 
+    warnings.showwarning = _show_warning
     try:
         return parsed.run(parsed) or 0
     except ColoraError as error:

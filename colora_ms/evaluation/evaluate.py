@@ -13,10 +13,12 @@ import dataclasses
 import hashlib
 import json
 import time
+import warnings
 from pathlib import Path
 
 from colora_ms.errors import DataError, DecodingError
 from colora_ms.evaluation.sharded import ShardedGenerator
+from colora_ms.evaluation.numbers import extract_number
 from colora_ms.evaluation.scoring import scorer as find_scorer
 from colora_ms.evaluation.significance import mcnemar, wilson_interval
 from colora_ms.files import replacing
@@ -129,6 +131,8 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
     options = dict(options or {})
     examples = list(examples)
     _check_examples(examples)
+    if scorer == "number":
+        _check_numbers(examples)
     if hasattr(template, "check"):
         template.check(examples)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -170,6 +174,17 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
     if path is not None and team.first:
         write_json(Path(path).with_suffix(".summary.json"), result.to_json())
     return result
+
+
+def _check_numbers(examples):
+    """Right answers without a number can never be met: refuse if all are such, else say how many."""
+    without = [example.id for example in examples if extract_number(example.completion) is None]
+    if len(without) == len(examples):
+        raise DataError(f"none of the {len(examples)} right answers holds a number (the first is of {without[0]}), so that the "
+                        "scorer 'number' would count every answer as wrong; use scorer exact or normalised")
+    if without:
+        warnings.warn(f"{len(without)} of {len(examples)} right answers hold no number and count as wrong whatever is answered "
+                      f"(the first is of {without[0]})", stacklevel=3)
 
 
 def _check_examples(examples):

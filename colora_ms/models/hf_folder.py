@@ -276,7 +276,7 @@ def new_folder(path, overwrite=False):
     """
     if os.path.lexists(path) and not overwrite and (not os.path.isdir(path) or os.listdir(path)):
         raise CheckpointError(f"{path} exists already; choose another folder or pass "
-                              "overwrite=True")
+                              "overwrite=True (in Python)")
     parent = os.path.dirname(path)
     try:
         os.makedirs(parent, exist_ok=True)

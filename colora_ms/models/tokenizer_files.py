@@ -150,8 +150,10 @@ def add_tokens(backend, files, folder):
             token.special = token.special or token.content in special
             adding.append(_matched(backend, token))
     have = {token.content for token in known.values()} | {token.content for token in adding}
-    listed = [token for token in special if token not in files.additional and token not in files.extra.values()]
-    for content in dict.fromkeys([*sorted(listed), *files.additional, *files.extra.values()]):
+    # In the order of transformers: the named ones by their names, then the lists; each gets the next free id.
+    listed = [files.named[name] for name in NAMED if files.named.get(name) in special]
+    listed += sorted(token for token in special if token not in files.additional and token not in files.extra.values())
+    for content in dict.fromkeys([*listed, *files.additional, *files.extra.values()]):
         if content not in have:
             adding.append(AddedToken(content, **{**files.flags.get(content, {}), "special": True}))
     backend.add_tokens(adding)

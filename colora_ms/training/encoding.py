@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-from colora_ms.errors import ConfigError, DataError
+from colora_ms.errors import ConfigError, DataError, TokenizerError
 from colora_ms.models.joint import encode_joint, encode_spans
 
 #: Label of a token that carries no loss.
@@ -142,7 +142,10 @@ def encode_examples(examples, tokenizer, template, max_length, on_long="skip", v
     items, skipped, longest, unlearned, spanned = [], [], 0, [], []
     parted = template.parted
     for index, example in enumerate(examples):
-        made = encode_example(example, tokenizer, template, loss)
+        try:
+            made = encode_example(example, tokenizer, template, loss)
+        except TokenizerError as error:
+            raise DataError(f"example {example.id}: {error}") from None
         if not made:
             unlearned.append(example.id)
         for one in made:
@@ -207,6 +210,7 @@ def template_notes(spanned, count, template, parted=0):
                      "with the blank or line break behind it at the beginning of the answer")
     for name in template.unwritten:
         found.append(f"the chat template does not write {name}, which some examples have, so that it is not learned")
+    found += [f"{name} is not learned" for name in template.unlearned]
     if parted:
         found.append(f"in {parted} examples the chat template opens the assistant's turn with more than it writes in "
                      "front of an answer, so that the model learns to answer behind another prompt than the one it is "

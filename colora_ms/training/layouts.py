@@ -150,6 +150,8 @@ def _read_preference(row):
 def _split_texts(prompt, chosen, rejected):
     """The question, and both answers without it; where no prompt is given, it is all words that both begin with."""
     if prompt is not None:
+        if isinstance(prompt, str) and prompt.strip() and chosen.startswith(prompt) and rejected.startswith(prompt):
+            return _question(prompt), (chosen[len(prompt):], rejected[len(prompt):])  # both repeat the prompt
         return _question(prompt), (chosen, rejected)
     length = 0
     while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
@@ -347,6 +349,15 @@ class RowReader:
                                                 sum(column in view for column in one.needs),
                                                 sum(column in view for column in one.takes), one.name == "completion"))
         missing = [self._names.get(column, column) for column in nearest.needs if column not in view]
+        null = [key for key in missing if key in row]
+        if null:
+            return DataError(f"{name}: {' and '.join(map(repr, null))} is null, which counts as absent; a line needs a value "
+                             "there")
+        absent = sorted(key for key in {*(self._only or ()), *self._names.values()}
+                        if self._names.get(key, key) not in row and key not in row)
+        if self._only is not None and absent:
+            return DataError(f"{name}: {' and '.join(map(repr, absent))} is missing, which columns names; the line has "
+                             f"{short(sorted(map(str, row)))}.{near(absent[0], row)}")
         hint = "".join(near(key, row) for key in missing[:1])
         forms = [" and ".join(repr(self._names.get(column, column)) for column in one.needs) for one in layouts]
         return DataError(f"{name}: the key {' and '.join(map(repr, missing))} is missing; a line needs "

@@ -203,13 +203,37 @@ def parse_json(text, what):
     """A JSON text's value.
 
     Raises:
-        DataError: it is none.
+        DataError: it is none, has a key twice, or a number that JSON cannot write (NaN, an infinity).
     """
     try:
-        return json.loads(text)
+        value = strict_json(text)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise DataError(f"{what} is the text {short(text)}, which is not valid JSON ({reason})") from None
+        raise DataError(f"{what} is the text {short(text)}, which is not valid JSON ({why_no_json(error)})") from None
+    return value
+
+
+def strict_json(text):
+    """``json.loads`` that refuses an object with a key twice, of which Python would silently keep the last.
+
+    Raises:
+        ValueError, RecursionError: see ``why_no_json``.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs):
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return made
+
+
+def why_no_json(error):
+    """What an error of ``strict_json`` says, in a few words."""
+    return "nested too deeply" if isinstance(error, RecursionError) else \
+        (getattr(error, "msg", None) or str(error)).partition(";")[0]
 
 
 def short(value):

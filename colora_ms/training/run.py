@@ -41,6 +41,8 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
         if not resume and checkpoints.list_checkpoints(config.output):
             raise CheckpointError(f"{config.output} holds a run already; continue it with resume "
                                   "(--resume), or choose another output folder")
+    if rank == 0 and resume is True and not checkpoints.list_checkpoints(config.output):
+        warnings.warn(f"there is no checkpoint in {config.output} to resume from: the run begins anew", stacklevel=2)
     train_examples, held_out, removed = load_data(config)
     decoder, tokenizer = models.load_model(config.model, weight_format=config.weight_format)
     # An adapter to go on with may bring tokens of its own, so that it comes before the data.

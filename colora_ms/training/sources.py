@@ -13,13 +13,12 @@ What the rows look like is ``layouts``' business: it is recognised from their co
 
 import hashlib
 import inspect
-import json
 from pathlib import Path
 
 from colora_ms.errors import DataError, near
 from colora_ms.training.examples import Example, Preference
 from colora_ms.training.layouts import RowReader
-from colora_ms.training.messages import short
+from colora_ms.training.messages import short, strict_json, why_no_json
 
 _REPORTED = 5  # problems shown in one error; the rest are counted
 # Tasks whose items carry a worked solution in their metadata, and where it is.
@@ -132,11 +131,11 @@ def json_examples(path, limit=None, layout=None, columns=None, prompt_key="promp
     path = Path(path)
     reader = RowReader(path.name, layout, columns, prompt_key, completion_key, messages_key)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = strict_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
+        raise DataError(f"{path} is not valid JSON: {error or why_no_json(error)}") from None
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} holds no JSON array of examples; for JSON lines use kind: jsonl")
     calls = (lambda row=row, number=number: reader.read(row, f"{path.name}:{number}")
@@ -209,12 +208,11 @@ def _lines(path, reader):
 
 def _parse(raw, name):
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return strict_json(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text (byte {error.start} of the line)") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise DataError(f"{name}: not valid JSON ({reason}): {short(raw[:80])}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: not valid JSON ({why_no_json(error)}): {short(raw[:80])}") from None
 
 
 def _read_rows(calls, reader, what, limit, word):
@@ -312,13 +310,24 @@ def with_columns(sources, columns):
     return made
 
 
+def _option_problem(name, value):
+    """What an option of a source was expected to be, or ""."""
+    if name == "limit" and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        return "a whole number of at least 1, or null"
+    if name == "path" and (not isinstance(value, (str, Path)) or not str(value).strip() or "\0" in str(value)):
+        return "a path"
+    if name in ("prompt_key", "completion_key", "messages_key") and (not isinstance(value, str) or not value):
+        return "the name of a column"
+    return ""
+
+
 def _load_one(source):
     if not isinstance(source, dict):
         raise DataError(f"the data source {source!r} is not a description like "
                         "{'kind': 'jsonl', 'path': ...}")
     options = dict(source)
     kind = options.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise DataError(f"the data source has the kind {kind!r}; known kinds: "
                         f"{', '.join(_KINDS)}.{near(kind, _KINDS)}")
     function, needed = _KINDS[kind]
@@ -327,6 +336,10 @@ def _load_one(source):
         if name not in known:
             raise DataError(f"a {kind} source has no setting {name!r}; it has "
                             f"{', '.join(known)}.{near(name, known)}")
+    for name, value in options.items():
+        problem = _option_problem(name, value)
+        if problem:
+            raise DataError(f"a {kind} source has the {name} {short(value)}, expected {problem}")
     missing = [name for name in needed if options.get(name) is None]
     if missing:
         raise DataError(f"a {kind} source needs {' and '.join(missing)}; given: "

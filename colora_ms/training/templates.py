@@ -16,7 +16,7 @@ import hashlib
 import re
 
 from colora_ms.errors import ConfigError, DataError, TokenizerError, near
-from colora_ms.training.turns import learned_turns, renderings_of
+from colora_ms.training.turns import learned_turns, renderings_of, unlearned_notes
 
 DEFAULT_TEXT = "{prompt}\nAnswer: {completion}"
 
@@ -54,7 +54,7 @@ class TextTemplate:
     """
 
     adds_special_tokens = True
-    unwritten, parted = (), 0
+    unwritten, unlearned, parted = (), {}, 0
 
     def __init__(self, text=DEFAULT_TEXT):
         if not isinstance(text, str):
@@ -120,6 +120,7 @@ class ChatTemplate:
     Attributes:
         unwritten: fields that some conversations have, such as ``reasoning_content``, and that the template has written
             in none of those rendered so far.
+        unlearned: names of what such conversations have and the loss leaves out (see ``turns.unlearned_notes``).
         parted: how many examples were rendered whose answer does not stand behind the very prompt that ``prompt``
             gives, because the template opens the assistant's turn with more than it writes in front of an answer.
     """
@@ -133,14 +134,15 @@ class ChatTemplate:
         self._system = system
         self._developer = None
         self.parted = 0
-        self._tried, self._written = {}, set()
+        self._tried, self._written, self._dropped = {}, set(), {}
+        self._seen, self.unlearned = set(), {}
         probe = self.render(self._said([{"role": "user", "content": "?"}]), generation=True)
         self.digest = hashlib.sha256(b"chat\0" + probe.encode()).hexdigest()[:16]
 
     @property
     def unwritten(self):
-        """Names of such fields."""
-        return tuple(name for name in self._tried if name not in self._written)
+        """Names of such fields, and of messages whose text the template has left out."""
+        return tuple(name for name in self._tried if name not in self._written) + tuple(self._dropped)
 
     def prompt(self, example):
         """The rendered conversation up to where the assistant starts to speak."""
@@ -170,10 +172,13 @@ class ChatTemplate:
         """
         asked = self._said(_messages(example))
         said = [*asked, *example.reply]
-        turns = learned_turns(said, len(asked) if loss == "last" else 0)
-        self._watch(said, example.tools)
         render = _Renderer(self, example)
+        begin = len(asked) if loss == "last" else 0
+        turns = learned_turns(said, begin, render.marked)
+        self.unlearned.update(dict.fromkeys(unlearned_notes(said, begin, turns)))
+        self._watch(said, example.tools)
         made = [Rendering(text, tuple(spans)) for text, spans in renderings_of(render, said, turns, example.id)]
+        self._watch_contents(said, example.tools, [one.text for one in made])
         self.parted += bool(made and render.parted)
         return made
 
@@ -241,6 +246,26 @@ class ChatTemplate:
                 same = False  # it fails without the field, so it reads it
             if not same:
                 self._written.add(name)
+
+
+    def _watch_contents(self, messages, tools, texts):
+        """Note messages whose text the template leaves out; it is looked for first, and probed where it is not found."""
+        for k, item in enumerate(messages):
+            content = (item["content"] or "").strip()
+            beside = " beside tool_calls" if item.get("tool_calls") else ""
+            kind = f"the text of a message of role {item['role']!r}{beside}"
+            if not content or kind in self._dropped:
+                continue
+            if kind in self._seen and any(content in text for text in texts):
+                continue
+            changed = [*messages[:k], {**item, "content": item["content"] + " #7q"}, *messages[k + 1:]]
+            try:
+                if self.render(changed, tools) == self.render(messages, tools):
+                    self._dropped[kind] = None
+                else:
+                    self._seen.add(kind)
+            except DataError:
+                self._seen.add(kind)
 
 
 class _Renderer:

@@ -14,13 +14,35 @@ import os
 from colora_ms.errors import DataError
 
 
-def learned_turns(messages, begin):
+def learned_turns(messages, begin, marked=False):
     """Indices from ``begin`` on of the assistant's messages that carry a loss.
 
-    A message of weight 0 carries none, and neither does one that opens a conversation: nothing asks for it.
+    A message of weight 0 carries none, nor does one that says nothing (to learn it would be to learn silence), nor one
+    that opens a conversation: nothing asks for it. Generation blocks (``marked``) hold that one, too, as in transformers.
     """
-    return [k for k in range(max(begin, 1), len(messages))
-            if messages[k]["role"] == "assistant" and messages[k].get("weight", 1)]
+    return [k for k in range(begin if marked else max(begin, 1), len(messages))
+            if messages[k]["role"] == "assistant" and messages[k].get("weight", 1) and says_something(messages[k])]
+
+
+def says_something(message):
+    """Whether an assistant's message has a text, a call or a thought."""
+    return bool((message["content"] or "").strip() or message.get("tool_calls")
+                or (message.get("reasoning_content") or "").strip())
+
+
+def unlearned_notes(messages, begin, learned):
+    """Names of what these messages have and the loss leaves out without anybody's asking, for a warning."""
+    found = []
+    for k, item in enumerate(messages):
+        if item["role"] != "assistant" or k in learned or item.get("weight", 1) == 0:
+            continue
+        if k >= begin and not says_something(item):
+            found.append("an assistant's message that says nothing")
+        elif k >= begin:
+            found.append("an assistant's message that opens a conversation")
+        elif item.get("weight") == 1:
+            found.append("an earlier assistant's message of weight 1 (data.loss: all learns it)")
+    return found
 
 
 def renderings_of(render, messages, turns, name):

@@ -189,7 +189,8 @@ void block_gradient(const Head& h, Work& w, int64_t first, int64_t count, float*
 }  // namespace
 }  // namespace COLORA_ISA_NAMESPACE
 
-// (hidden, weight, labels) -> (loss_sum (1,), count (1,), dhidden, lse (tokens,), losses (tokens,)); 0 for ignored tokens
+// (hidden, weight, labels) -> (loss_sum (1,), count (1,), dhidden, lse (tokens,), losses (tokens,))
+// An ignored token has 0 in the last three.
 COLORA_OPERATOR(linear_cross_entropy) {
   call.expect(3, 5);
   const Head h = read(call);

@@ -6,8 +6,8 @@
 //   v = scale·x·downᵀ (computed again)      dup[s]   = sum over the rows of s of dyᵀ·v
 //   u = scale·dy·up                         ddown[s] = sum over the rows of s of uᵀ·x
 //   dx = sum over the linears of dy·W + u·down[slot]
-// A slot that no row uses gets zeros. Tokens at the end that no gradient reaches (rows of the base model that stand behind
-// the adapter's as a reference) cost nothing: their dx is 0 without a product.
+// A slot that no row uses gets zeros. Tokens at the end that no gradient reaches (rows of the base model that stand
+// behind the adapter's as a reference) cost nothing: their dx is 0 without a product.
 #include <memory>
 
 #include "gemm.h"

@@ -166,7 +166,7 @@ def sentencepiece_tokenizer():
 def byte_level_tokenizer(rule):
     """A byte-level tokenizer with a few merges, cutting words by one of the known rules."""
     from tokenizers import AddedToken
-    from colora_ms.models.tokenizer import _byte_alphabet
+    from colora_ms.models.detokenizer import _byte_alphabet
     from colora_ms.models.tokenizer_build import from_gguf
 
     pieces = sorted(_byte_alphabet(), key=_byte_alphabet().get)

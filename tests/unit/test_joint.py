@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import tokenizer_kinds as kinds
 from colora_ms.errors import TokenizerError
 from colora_ms.models.joint import encode_joint, encode_spans
-from colora_ms.models.tokenizer import _byte_level_bytes, load_tokenizer
+from colora_ms.models.detokenizer import _byte_level_bytes
+from colora_ms.models.tokenizer import load_tokenizer
 
 HERE = os.path.dirname(__file__)
 STORIES = os.path.join(HERE, "..", "..", "..", "shared", "data", "stories260k")

@@ -242,6 +242,17 @@ def test_a_run_learns_the_order_and_its_adapter_loads(recipe):
     assert (result.adapter.parent / "loss.png").is_file()
 
 
+def test_the_reference_of_an_adapter_that_goes_on_is_the_base_alone(recipe, capsys):
+    first = module.train(recipe("first", steps=20))
+    config = recipe("second", steps=1)
+    config.adapter = {"start_from": str(first.adapter)}
+    config.loop.progress = True
+    module.train(config)
+    assert "the reference is the base model alone, not the adapter that the training starts from" in capsys.readouterr().err
+    steps = [row for row in read_log(first.adapter.parents[1] / "second" / "log.jsonl") if row["kind"] == "step"]
+    assert steps[0]["margin"] > 0.05 and steps[0]["loss"] < np.log(2)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resuming_is_exact_and_another_beta_is_refused(recipe, accumulation):
     whole = module.train(recipe("a", steps=6, accumulation=accumulation))

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,7 @@ from colora_ms.models.tokenizer import Tokenizer
 from colora_ms.training import data
 from colora_ms.training.data import IGNORE, Example, Preference
 
-from conftest import GOLDENS
-
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 CASES = json.loads((GOLDENS / "training_data" / "cases.json").read_text(encoding="utf-8"))
 TEMPLATES = sorted({case["template"] for case in CASES["cases"]})
 

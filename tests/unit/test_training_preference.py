@@ -230,6 +230,7 @@ ADAPTERS = {
     "head": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "lm_head"]),
     "saved head": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "embedding": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "embed_tokens"]),
+    "tokens": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], trainable_token_indices=[1, 2, 5, 8, 13, 21]),
     "lily": LilyConfig(r=RANK, target_modules=["q_proj", "v_proj"], num_B=2),
 }
 
