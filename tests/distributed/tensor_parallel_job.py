@@ -6,7 +6,6 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -18,6 +17,7 @@ from colora_ms import Contrast, Generator, runtime, workers
 from colora_ms.adapters.tensor_parallel import save_whole, shard_decoder
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.tokenizer import load_tokenizer
+from colora_ms.training.batching import Batch
 from colora_ms.training.config import OptimizerConfig
 from colora_ms.training.step import Stepper
 from colora_ms.training.tensor_parallel import SplitAdamW
@@ -44,7 +44,7 @@ def trained(decoder, **options):
         ids = random.integers(1, 250, (3, 9)).astype(np.int32)
         lengths = np.array([9, 4, 7], np.int32)
         labels = np.where(np.arange(9) < lengths[:, None], np.roll(ids, -1, 1), -100).astype(np.int32)
-        batch = SimpleNamespace(ids=ids, labels=labels, lengths=lengths, tokens=int(lengths.sum()))
+        batch = Batch(ids, labels, lengths)
         found.append(stepper([batch], step, 4))
     return dict(zip(("losses", "norms"), np.array(found).T))
 
