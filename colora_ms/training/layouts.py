@@ -349,7 +349,7 @@ class RowReader:
                                                 sum(column in view for column in one.needs),
                                                 sum(column in view for column in one.takes), one.name == "completion"))
         missing = [self._names.get(column, column) for column in nearest.needs if column not in view]
-        null = [key for key in missing if key in row]
+        null = [key for key in missing if key in row and row[key] is None]
         if null:
             return DataError(f"{name}: {' and '.join(map(repr, null))} is null, which counts as absent; a line needs a value "
                              "there")

@@ -338,6 +338,15 @@ def test_tokens_and_changes_are_counted_as_the_generator_gives_them():
     assert [len(item.get("records", ())) for item in result.items] == [2, 1, 0, 5]
 
 
+def test_right_answers_without_a_number_are_said_before_they_count_as_wrong():
+    words = [SimpleNamespace(id=str(k), prompt="1+1", question="1+1", completion=text)
+             for k, text in enumerate(("Tom", "cake", "2"))]
+    with pytest.raises(DataError, match="none of the 2 right answers holds a number.*scorer exact"):
+        evaluate(Calculator(), words[:2], "number", template=Template())
+    with pytest.warns(UserWarning, match="2 of 3 right answers hold no number"):
+        evaluate(Calculator(), words, "number", template=Template())
+
+
 def test_evaluate_refuses_bad_input():
     double = examples_of(2) + examples_of(1)
     for examples, word in [([], "no examples"), (double, "two examples have the id '0'"),

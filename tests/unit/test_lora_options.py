@@ -258,6 +258,23 @@ def test_a_new_dora_adapter_changes_nothing_and_dropout_acts_in_training_only(mi
     assert np.allclose(run(net, [-1] * 3), base, atol=1e-4)
 
 
+def test_a_bias_that_the_base_has_no_place_for_is_not_merged(mindspore):
+    from mindspore import nn
+
+    net = nn.SequentialCell([nn.Dense(7, 9), nn.Dense(9, 5, has_bias=False)])
+    handle = inject(net, LoraConfig(r=2, lora_bias=True, target_modules=["0", "1"], **RANDOM))
+    before = [cell.base_layer.weight.asnumpy().copy() for cell in handle.cells.values() if hasattr(cell, "base_layer")]
+    for (path, _), cell in handle.sites.items():
+        out, columns = cell.base_layer.weight.shape
+        cell.write(0, {"down": np.ones((2, columns), np.float32), "up": np.ones((out, 2), np.float32),
+                       "up_bias": np.ones(out, np.float32)}, 1.0)
+    with pytest.raises(AdapterError, match=r"lora_bias\) to 1, whose base layer has none.*unmerged"):
+        handle.merge()
+    assert handle.merged is None
+    after = [cell.base_layer.weight.asnumpy() for cell in handle.cells.values() if hasattr(cell, "base_layer")]
+    assert all(np.array_equal(one, other) for one, other in zip(before, after))
+
+
 def test_dora_and_lora_bias_on_dense_cells(mindspore, tmp_path):
     """Cells of other models, with and without bias and activation, against the formula; merging; a round trip."""
     from mindspore import Tensor, nn

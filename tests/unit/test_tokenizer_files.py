@@ -216,3 +216,14 @@ def test_a_model_file_that_cannot_be_built_leaves_tokenizer_json(tmp_path):
     (folder / "tokenizer.model").write_bytes(b"nothing")
     with pytest.warns(UserWarning, match="tokenizer.json is used as it is"):
         assert load_tokenizer(folder).encode("the girl") == plain
+
+
+def test_new_tokens_get_ids_in_the_order_of_transformers(tmp_path):
+    """A named one first, whatever the list says (checked by hand against transformers 4.57: eos before the list)."""
+    made.write_case(tmp_path, "bytes", {"tokenizer_config.json": {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}})
+    tokenizer = load_tokenizer(tmp_path)
+    size = made.SIZES["bytes"]
+    assert tokenizer.encode("<|im_start|><|im_end|>", add_special_tokens=False) == [size + 1, size]
+    assert tokenizer.eos_token_id == size
