@@ -201,7 +201,10 @@ def test_pet_config_refusals(mindformers):
 
 @pytest.mark.parametrize("pet_type", ["colora_lora", pytest.param("colora_lily", marks=pytest.mark.slow)])
 def test_trainer_trains_a_pet_type(mindformers, tmp_path, pet_type):
-    """mindformers' own Trainer from a YAML: the loss falls, only the adapter changes, only it has optimizer state."""
+    """mindformers' own Trainer from a YAML: the loss falls, only the adapter changes, only it has optimizer state.
+
+    mindformers draws the base anew in every run, so the passes over the rows are many: the loss falls by 0.08 to 0.16.
+    """
     script = Path(__file__).with_name("mindformers_train.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LOCAL_DEFAULT_PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, str(script), pet_type], cwd=tmp_path, env=environment, capture_output=True,
@@ -209,7 +212,7 @@ def test_trainer_trains_a_pet_type(mindformers, tmp_path, pet_type):
     line = [one for one in done.stdout.splitlines() if one.startswith("RESULT ")]
     assert line, (done.stdout + done.stderr)[-3000:]
     result = json.loads(line[0][7:])
-    assert result["targets"] == 8 and len(result["losses"]) == 32
+    assert result["targets"] == 8 and len(result["losses"]) == 160
     assert np.mean(result["losses"][-4:]) < np.mean(result["losses"][:4]) - 0.02
     assert result["changed"] == result["trained"]
     state = {name.split(".", 1)[1] for name in result["state"] if name.startswith(("adam_m.", "adam_v.", "exp_avg"))}
