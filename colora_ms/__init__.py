@@ -8,10 +8,11 @@ The house in a few lines; every room imports only from those below it:
 * ``evaluation``   exact match, multiple choice, perplexity, paired tests
 * ``training``     datasets, the train step in graph mode, atomic checkpoints
 * ``decoding``     contrast, sampling, the generation loop as one static graph, ``Generator``
+* ``distributed``  the processes of one job under msrun: workers, shards, tensor-parallel Cells
+* ``quantization``, ``decomposition``  LR-QAT with its grids and export; Tucker decomposition without training
 * ``adapters``     LoRA and Lily as Cells: inject, merge, PEFT's directory format
 * ``models``       decoders of the Llama family, checkpoints, tokenizers
 * ``kernels``      the operations that must be fast: a Python face, a reference form, a form for each device
-* ``workers``      the processes of one job under msrun, for all rooms
 * ``ops/``         (beside the package) the C++ and Ascend C sources of those operations
 """
 

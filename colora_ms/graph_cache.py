@@ -21,7 +21,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 from mindspore.graph import api
 
-from colora_ms import workers
+from colora_ms.distributed import workers
 from colora_ms.kernels.aot import library_path
 from colora_ms.kernels.ascend import libraries_in_use
 from colora_ms.kernels.registry import backend

@@ -296,8 +296,8 @@ def _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf):
         files = {**{name: files[name] for name in kept if name in files}, **own}
     written = None if any(name.startswith("tokenizer.") for name in files) else source.tokenizer
     if dtype.startswith("int"):
-        from colora_ms.adapters.lrqat_config import LrQatConfig
-        from colora_ms.adapters.lrqat_model import quantize
+        from colora_ms.quantization.config import LrQatConfig
+        from colora_ms.quantization.model import quantize
 
         made = quantize(decoder, LrQatConfig(method="rtn", bits=int(dtype[3:]), group=group, downcast="int"))
         made.export(target, written, files=files)

@@ -27,7 +27,7 @@ def add_arguments(parser):
 def run(arguments):
     if arguments.sweep or arguments.latency_only or arguments.show:
         return decompose_sweep.run(arguments)
-    from colora_ms.adapters.lrd import decompose_checkpoint, linear_shapes, reduction
+    from colora_ms.decomposition import decompose_checkpoint, linear_shapes, reduction
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
 
     checkpoint = open_checkpoint(resolve_model(arguments.model))
@@ -58,7 +58,7 @@ def show(row):
 
 def make_plan(arguments, config):
     """The plan that the options mean; ConfigError where they contradict each other or mean none."""
-    from colora_ms.adapters.lrd import LrdPlan, preset
+    from colora_ms.decomposition import LrdPlan, preset
     from colora_ms.errors import ConfigError
 
     given = [f"--{name}" for name in ("plan", "preset", "layers") if getattr(arguments, name) is not None]

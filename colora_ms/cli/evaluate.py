@@ -37,7 +37,7 @@ def add_arguments(parser):
 
 
 def run(arguments):
-    from colora_ms import workers
+    from colora_ms.distributed import workers
 
     team = workers.start()
     _check_shots(arguments)

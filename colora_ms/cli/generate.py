@@ -22,7 +22,7 @@ def add_arguments(parser):
 
 
 def run(arguments):
-    from colora_ms import workers
+    from colora_ms.distributed import workers
     from colora_ms.evaluation.sharded import ShardedGenerator
 
     team = workers.start()

@@ -33,8 +33,8 @@ def round_model(source, target, bits, group):
     """Round a model to nearest and write it; returns (folder, QuantizedModel)."""
     import os
 
-    from colora_ms.adapters.lrqat_config import LrQatConfig
-    from colora_ms.adapters.lrqat_model import quantize
+    from colora_ms.quantization.config import LrQatConfig
+    from colora_ms.quantization.model import quantize
     from colora_ms.errors import CheckpointError
     from colora_ms.models import load_model
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model

@@ -13,7 +13,7 @@ def add_arguments(parser):
 
 
 def run(arguments):
-    from colora_ms import workers
+    from colora_ms.distributed import workers
     from colora_ms.recipes import report
     from colora_ms.recipes.runner import run as run_recipe
     from colora_ms.recipes.settings import read_config

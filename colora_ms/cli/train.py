@@ -9,7 +9,7 @@ def add_arguments(parser):
 
 
 def run(arguments):
-    from colora_ms import workers
+    from colora_ms.distributed import workers
     from colora_ms.training.config import TrainingConfig
     from colora_ms.training.run import train
 

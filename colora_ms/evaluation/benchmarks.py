@@ -17,7 +17,7 @@ from colora_ms.evaluation.likelihood import ChoiceItem, ChoiceResult, multiple_c
 from colora_ms.evaluation.sharded import ShardedScorer
 from colora_ms.evaluation.shots import Shots
 from colora_ms.evaluation.significance import wilson_interval
-from colora_ms.workers import Workers
+from colora_ms.distributed.workers import Workers
 
 #: Where an answer to a few-shot prompt of "Question: ... Answer: ..." ends.
 FEW_SHOT_STOP = ("\nQuestion:", "\n\n")

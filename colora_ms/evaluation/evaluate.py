@@ -23,7 +23,7 @@ from colora_ms.evaluation.scoring import scorer as find_scorer
 from colora_ms.evaluation.significance import mcnemar, wilson_interval
 from colora_ms.files import replacing
 from colora_ms.runtime import all_compilations
-from colora_ms.workers import Workers
+from colora_ms.distributed.workers import Workers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 import time
 
-from colora_ms.adapters.lrd.decompose import decompose
+from colora_ms.decomposition.decompose import decompose
 
 #: Tokens of the prompt, and answers of these lengths: their difference is the time of the steps between.
 PROMPT, SHORT = 128, 1

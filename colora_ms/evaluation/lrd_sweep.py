@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from colora_ms.adapters.lrd.plan import GROUPS, LrdPlan, linear_shapes, place, plan_for
-from colora_ms.adapters.lrd.tucker import factorise
+from colora_ms.decomposition.plan import GROUPS, LrdPlan, linear_shapes, place, plan_for
+from colora_ms.decomposition.tucker import factorise
 from colora_ms.errors import ConfigError
 
 

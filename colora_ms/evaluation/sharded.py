@@ -1,4 +1,4 @@
-"""A generator and a scorer that split their work over the workers of a job (see ``colora_ms.workers``).
+"""A generator and a scorer that split their work over the workers of a job (see ``colora_ms.distributed.workers``).
 
 Every worker calls with the same arguments and gets the same, whole results, so that an evaluation runs on
 all of them as it does on one.

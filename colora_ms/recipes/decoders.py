@@ -4,7 +4,7 @@ import dataclasses
 import gc
 from pathlib import Path
 
-from colora_ms.workers import Workers
+from colora_ms.distributed.workers import Workers
 
 #: Name of the trained adapter inside the generator.
 ADAPTER = "trained"

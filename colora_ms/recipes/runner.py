@@ -9,7 +9,7 @@ from colora_ms.recipes.decoders import Subject, choices, read_items
 from colora_ms.recipes.settings import evaluation_settings, expand, quantizes, shorten
 from colora_ms.recipes.training import train_once
 from colora_ms.versions import versions
-from colora_ms.workers import Workers
+from colora_ms.distributed.workers import Workers
 
 
 def run(config, *, fast=False, limit=None, name="recipe", team=Workers(), say=print):

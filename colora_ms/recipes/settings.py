@@ -104,7 +104,7 @@ def read_config(path, overrides=()):
     Raises:
         ConfigError: as ``TrainingConfig.from_yaml``.
     """
-    from colora_ms.adapters.lrqat_config import METHODS
+    from colora_ms.quantization.config import METHODS
     from colora_ms.training.config import TrainingConfig
 
     values = override(read_yaml(path), overrides)

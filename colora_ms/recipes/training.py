@@ -10,7 +10,7 @@ from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.report import read_log
 from colora_ms.training.settings import read_yaml, short
-from colora_ms.workers import Workers
+from colora_ms.distributed.workers import Workers
 
 #: Settings of the loop that change nothing about what is trained.
 _HARMLESS = ("log_every", "save_every", "keep_checkpoints", "progress")

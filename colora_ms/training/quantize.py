@@ -49,8 +49,8 @@ class QuantizationConfig(TrainingConfig):
         return []
 
     def quantization(self):
-        """The settings as a :class:`colora_ms.adapters.lrqat_config.LrQatConfig`."""
-        from colora_ms.adapters.lrqat_config import LrQatConfig
+        """The settings as a :class:`colora_ms.quantization.config.LrQatConfig`."""
+        from colora_ms.quantization.config import LrQatConfig
         return LrQatConfig.from_dict(self.adapter)
 
 
@@ -63,13 +63,13 @@ def quantize_model(config, resume=False, callbacks=()):
 
     Returns:
         ``(folder, result, quantized)``: path of the exported model, ``TrainingResult`` (``None`` for "rtn"), and the
-        :class:`colora_ms.adapters.lrqat_model.QuantizedModel`.
+        :class:`colora_ms.quantization.model.QuantizedModel`.
 
     Raises:
         ColoraError: in one of its kinds; data, recipe and output folder are checked before anything is loaded.
     """
     from colora_ms import models
-    from colora_ms.adapters.lrqat_model import quantize
+    from colora_ms.quantization.model import quantize
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
     if not isinstance(config, QuantizationConfig):
         config = QuantizationConfig.from_yaml(config)

@@ -19,7 +19,8 @@ import math
 import time
 from pathlib import Path
 
-from colora_ms import runtime, workers
+from colora_ms import runtime
+from colora_ms.distributed import workers
 from colora_ms.adapters import lily_lengths
 from colora_ms.adapters.patterns import in_order
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError

@@ -12,14 +12,14 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from colora_ms.adapters import tensor_parallel
-from colora_ms.adapters.tensor_parallel import (
+from colora_ms.distributed import tensor_parallel
+from colora_ms.distributed.tensor_parallel import (
     joined, load_sharded, local_config, shard_adapter, shard_decoder, share_of,
 )
 from colora_ms.cli import main
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.models.config import DecoderConfig
-from colora_ms.workers import Workers
+from colora_ms.distributed.workers import Workers
 
 HERE = Path(__file__).resolve().parent
 SIZES = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32), "gate_proj": (48, 32),

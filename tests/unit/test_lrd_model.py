@@ -7,7 +7,7 @@ import pytest
 from mindspore import Tensor
 
 from colora_ms.adapters import LoraConfig, inject, load_adapter
-from colora_ms.adapters.lrd import LrdPlan, decompose, decompose_checkpoint, recompose, save_decomposed
+from colora_ms.decomposition import LrdPlan, decompose, decompose_checkpoint, recompose, save_decomposed
 from colora_ms.decoding import Contrast, Generator
 from colora_ms.errors import AdapterError, CheckpointError, ColoraError, ConfigError
 from colora_ms.kernels import fuses_steps

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from colora_ms.adapters.lrd import LrdPlan, decompose
+from colora_ms.decomposition import LrdPlan, decompose
 from colora_ms.cli import main
 from colora_ms.errors import ColoraError, DataError
 from colora_ms.evaluation.choices import load_choices

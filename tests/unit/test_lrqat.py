@@ -7,10 +7,10 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
-from colora_ms.adapters.lrqat import QuantizedMatmul, round_to_nearest
-from colora_ms.adapters.lrqat_config import LrQatConfig
-from colora_ms.adapters.lrqat_model import quantize
-from colora_ms.adapters.quantizers import downcast, search_range
+from colora_ms.quantization.lrqat import QuantizedMatmul, round_to_nearest
+from colora_ms.quantization.config import LrQatConfig
+from colora_ms.quantization.model import quantize
+from colora_ms.quantization.grids import downcast, search_range
 from colora_ms.kernels import ABSENT
 from colora_ms.models import load_model
 from colora_ms.models.quantize import unpack_int4

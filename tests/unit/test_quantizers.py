@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from colora_ms.adapters.quantizers import BITS, Grid, downcast, round_to_grid, search_range, to_container, upcast
+from colora_ms.quantization.grids import BITS, Grid, downcast, round_to_grid, search_range, to_container, upcast
 from colora_ms.errors import ConfigError
 from colora_ms.models.quantize import unpack_int4
 

@@ -13,7 +13,7 @@ from colora_ms.training.encoding import EncodedExample
 from colora_ms.training.templates import make_template
 from colora_ms.evaluation.benchmarks import Problem
 from colora_ms.decoding.completion import Completion
-from colora_ms.workers import Workers
+from colora_ms.distributed.workers import Workers
 
 
 class Threads(Workers):

@@ -1,4 +1,4 @@
-"""Training of an adapter on a decoder that is split over the workers of a job; see ``colora_ms.adapters.tensor_parallel``.
+"""Training of an adapter on a decoder that is split over the workers of a job; see ``colora_ms.distributed.tensor_parallel``.
 
     decoder, handle = shard_decoder(config, weights, team, adapters={"a": folder}, trainable=True)
     stepper = Stepper(decoder, OptimizerConfig(), optimizer=SplitAdamW)
@@ -8,7 +8,7 @@
 
 from mindspore import ops
 
-from colora_ms.adapters.tensor_parallel import COLUMN, ROW
+from colora_ms.distributed.tensor_parallel import COLUMN, ROW
 from colora_ms.training.optimizer import AdamW, half_square
 
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Optional
 
-from colora_ms.adapters.quantizers import DOWNCASTS, Grid
+from colora_ms.quantization.grids import DOWNCASTS, Grid
 from colora_ms.errors import ConfigError, near
 from colora_ms.models.activation_quant import ACTIVATIONS, activation_bits
 

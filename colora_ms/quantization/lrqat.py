@@ -17,7 +17,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from colora_ms.adapters.quantizers import (SMALLEST_SCALE, downcast, round_to_grid, search_range, to_container)
+from colora_ms.quantization.grids import (SMALLEST_SCALE, downcast, round_to_grid, search_range, to_container)
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 from colora_ms.models.activation_quant import ActivationQuantizer
 
@@ -33,7 +33,7 @@ class QuantizedMatmul(nn.Cell):
     d_s is not LSQ's gradient: Z does not contain s.
 
     Args:
-        grid: :class:`colora_ms.adapters.quantizers.Grid`.
+        grid: :class:`colora_ms.quantization.grids.Grid`.
         out_features, in_features: the weight's shape.
         how: the downcast of phi: "float", "fixed" or "int".
         scaling: alpha / r; None in the full-rank form, where phi itself (float32) is trained.
@@ -134,7 +134,7 @@ class LrQatLinear(nn.Cell):
         path: its name in the model; Parameters are called ``<path>.phi``, ``.low``, ``.lrqat_up``, ``.lrqat_down`` and
             ``.learned_scale``.
         weight: (out, in) float32 array, the pretrained weight.
-        config: :class:`colora_ms.adapters.lrqat_config.LrQatConfig`.
+        config: :class:`colora_ms.quantization.config.LrQatConfig`.
         random: numpy Generator for the start of ``down``.
 
     Attributes:

@@ -3,8 +3,8 @@
 import collections.abc
 from dataclasses import dataclass
 
-from colora_ms.adapters.lrd.plan import linear_shapes
-from colora_ms.adapters.lrd.tucker import factorise
+from colora_ms.decomposition.plan import linear_shapes
+from colora_ms.decomposition.tucker import factorise
 from colora_ms.errors import AdapterError, CheckpointError, ConfigError
 from colora_ms.models.low_rank import CORE, INNER, OUTER, LowRankLinear, low_rank_linear, replace_linears
 

@@ -7,7 +7,7 @@ Design space and findings: Moar, Tahmasebi, Pellauer, Kwon, arXiv 2405.06626.
 import math
 from dataclasses import dataclass, field, fields
 
-from colora_ms.adapters.lrd.tucker import METHODS
+from colora_ms.decomposition.tucker import METHODS
 from colora_ms.errors import ConfigError, near
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

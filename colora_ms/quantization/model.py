@@ -15,7 +15,7 @@ from mindspore import ParameterTuple, Tensor, nn
 
 from colora_ms import runtime
 from colora_ms.adapters import tree
-from colora_ms.adapters.lrqat import LrQatLinear
+from colora_ms.quantization.lrqat import LrQatLinear
 from colora_ms.adapters.slots import to_float32
 from colora_ms.adapters.store import read_config, regular_file, write_folder
 from colora_ms.errors import AdapterError, ConfigError, near
