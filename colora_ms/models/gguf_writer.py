@@ -15,6 +15,7 @@ from colora_ms.files import replacing
 from colora_ms.models.gguf_names import LLAMA3_KEYS, ROPE_FACTORS, gguf_name, interleave_rows, interleaved_heads
 from colora_ms.models.gguf_tokenizer import FLOAT32, STRING, UINT32, tokenizer_entries
 from colora_ms.models.rope import rope_frequencies
+from colora_ms.models.tensors import check_shapes
 
 #: Types that can be written, with the number that names a whole file of them.
 GGUF_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
@@ -45,7 +46,6 @@ def write_gguf(path, config, tensors, tokenizer_source=None, kind="F32", name=No
         ConfigError: a setting that llama.cpp does not have; TokenizerError: a tokenizer that it does not have.
     """
     from gguf import GGUFValueType, GGUFWriter
-    from colora_ms.models.checkpoint import check_shapes
 
     path = os.path.abspath(os.fspath(path))
     check_type(kind)

@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 
 from colora_ms.errors import CheckpointError, TokenizerError
+from colora_ms.files import replacing
 from colora_ms.models import chat_template, detokenizer, tokenizer_build, turn_ends
 from colora_ms.models.detokenizer import StreamDecoder
 from colora_ms.models.gguf_parts import open_gguf
@@ -229,19 +230,18 @@ class Tokenizer:
         elif self.chat_templates:
             config["chat_template"] = [{"name": name, "template": template}
                                        for name, template in self.chat_templates.items()]
+        def refused(reason):
+            return TokenizerError(f"the tokenizer cannot be written to {folder}: {reason}")
+
         try:
             os.makedirs(folder, exist_ok=True)
             for name, text in (("tokenizer.json", self.backend.to_str()),
                                ("tokenizer_config.json",
                                 json.dumps(config, indent=2, ensure_ascii=False))):
-                # a reader never sees half a file
-                path = os.path.join(folder, name)
-                with open(path + ".tmp", "w", encoding="utf-8") as file:
-                    file.write(text + "\n")
-                os.replace(path + ".tmp", path)
+                with replacing(os.path.join(folder, name), refused) as temporary:
+                    temporary.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise TokenizerError(f"the tokenizer cannot be written to {folder}: "
-                                 f"{error.strerror or error}") from None
+            raise refused(error.strerror or error) from None
 
 
 def _without_processor(backend):

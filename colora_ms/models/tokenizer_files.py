@@ -13,7 +13,7 @@ import os
 import warnings
 
 from colora_ms.errors import TokenizerError
-from colora_ms.models.hf_folder import read_json
+from colora_ms.files import read_json
 
 #: Tokens that have a name of their own.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -9,7 +9,6 @@ It is written under a temporary name, flushed to disk and renamed, so that a fol
 is complete even if the machine stops in between.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ import mindspore as ms
 from mindspore import Tensor
 
 from colora_ms.errors import CheckpointError
-from colora_ms.files import flush_to_disk, replacing
+from colora_ms.files import replacing, replacing_folder
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
@@ -35,38 +34,15 @@ def checkpoint_name(step):
     return f"checkpoint-{step:06d}"
 
 
-@contextlib.contextmanager
 def atomic_folder(path):
-    """A temporary folder that becomes ``path`` when the block ends without an error.
+    """A temporary folder that becomes ``path``, flushed to the disk, when the block ends without an error.
 
-    Files are flushed to disk before the rename. An existing folder is replaced; on an error it
-    stays as it was and the temporary one is removed.
+    An existing folder is replaced; on an error it stays as it was and the temporary one is removed.
 
     Raises:
         CheckpointError: the folder cannot be written (names the reason, for example a full disk).
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for item in sorted(temporary.rglob("*")):
-            if item.is_file():
-                flush_to_disk(item)
-        flush_to_disk(temporary)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
-        flush_to_disk(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            os.rename(old, path)  # the second rename failed: the old folder is still the valid one
-        shutil.rmtree(old, ignore_errors=True)
+    return replacing_folder(path, lambda reason: CheckpointError(f"cannot write {path}: {reason}"))
 
 
 def writing(path):
