@@ -55,6 +55,12 @@ class TokenizerError(ColoraError, ValueError):
     """A tokenizer cannot be read, written, or used on the given text or ids."""
 
 
+def short(value, length=120):
+    """``repr(value)``, cut to a length that fits a message."""
+    text = repr(value)
+    return text if len(text) <= length else text[:length - 3] + "..."
+
+
 def near(name, known, n=3):
     """Return a hint with the known names that look like ``name``.
 

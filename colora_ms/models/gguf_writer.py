@@ -12,6 +12,7 @@ import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, near
 from colora_ms.files import replacing
+from colora_ms.models.families import FAMILIES, family
 from colora_ms.models.gguf_names import LLAMA3_KEYS, ROPE_FACTORS, gguf_name, interleave_rows, interleaved_heads
 from colora_ms.models.gguf_tokenizer import FLOAT32, STRING, UINT32, tokenizer_entries
 from colora_ms.models.rope import rope_frequencies
@@ -62,7 +63,7 @@ def write_gguf(path, config, tensors, tokenizer_source=None, kind="F32", name=No
     entries.update(described)
     plan, few = _plan(config, kind)
     notes += more + few
-    writer = GGUFWriter(None, config.model_type)
+    writer = GGUFWriter(None, family(config.model_type).gguf)
     for key, (value, number, inner) in entries.items():
         if not isinstance(value, (str, list)) or len(value):
             writer.add_key_value(key, value, GGUFValueType(number), None if inner is None else GGUFValueType(inner))
@@ -115,10 +116,10 @@ def stored_type(kind, shape):
 
 def _plan(config, kind):
     """({Hugging Face name: (llama.cpp's name, type)}, notes)."""
-    plan, odd = {}, []
+    plan, odd, record = {}, [], family(config.model_type)
     for name, shape in config.parameter_shapes().items():
         own = stored_type(kind, shape)
-        plan[name] = (gguf_name(name), own)
+        plan[name] = (gguf_name(name, record), own)
         if own != kind and len(shape) > 1:
             odd.append((name, shape[-1]))
     if not odd:
@@ -150,8 +151,7 @@ def _write(writer, path, config, tensors, plan, factors):
         if factors is not None:
             writer.write_tensor_data(factors)
         for name, (_, kind) in plan.items():
-            heads = interleaved_heads(config.model_type, name.rpartition(".")[0], config.num_attention_heads,
-                                      config.num_key_value_heads)
+            heads = interleaved_heads(config, name.rpartition(".")[0])
             writer.write_tensor_data(encode(kind, interleave_rows(np.asarray(tensors[name]), heads), name))
     finally:
         writer.close()
@@ -159,9 +159,12 @@ def _write(writer, path, config, tensors, plan, factors):
 
 def _config_entries(config):
     """({key: (value, type, None)}, the factors of the rotary frequencies or None, notes) of a config."""
-    key = config.model_type + "."
-    if config.model_type == "qwen3" and config.attention_bias:
-        raise ConfigError("a qwen3 model with attention_bias cannot be written as GGUF: llama.cpp has no such biases")
+    record = family(config.model_type)
+    key = record.gguf + "."
+    biases = [option for option, field in record.keys().items() if getattr(config, field)]
+    if biases and not record.gguf_biases:
+        raise ConfigError(f"a {record.name} model with {' and '.join(biases)} cannot be written as GGUF: llama.cpp has no "
+                          "such biases")
     entries = {
         "context_length": (config.max_position_embeddings, UINT32), "embedding_length": (config.hidden_size, UINT32),
         "block_count": (config.num_hidden_layers, UINT32), "feed_forward_length": (config.intermediate_size, UINT32),
@@ -185,9 +188,10 @@ def _config_entries(config):
                 entries[f"rope.scaling.yarn_{name}"] = (float(scaling.pop(name)), FLOAT32)
         scaling = _unusual(scaling)
     elif kind == "llama3":
-        if config.model_type != "llama":
-            raise ConfigError(f"rope_scaling of type llama3 on {config.model_type} cannot be written as GGUF: "
-                              "llama.cpp has the factors for llama only")
+        if not record.gguf_rope_factors:
+            others = [one.gguf for one in FAMILIES.values() if one.gguf_rope_factors]
+            raise ConfigError(f"rope_scaling of type llama3 on {record.name} cannot be written as GGUF: "
+                              f"llama.cpp has the factors for {', '.join(others)} only")
         plain, _ = rope_frequencies(_without_scaling(config))
         factors = (plain / rope_frequencies(config)[0]).astype(np.float32)
         own = {other: (float(scaling[name]), FLOAT32, None) for name, other in LLAMA3_KEYS.items()}

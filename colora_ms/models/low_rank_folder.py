@@ -12,7 +12,7 @@ import numpy as np
 
 from colora_ms.errors import CheckpointError, near
 from colora_ms.files import read_json
-from colora_ms.models.config import ARCHITECTURES
+from colora_ms.models.families import find_family
 from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, parse_config, write_model_folder
 from colora_ms.models.tensors import check_shapes
 
@@ -88,8 +88,8 @@ def open_low_rank(folder):
     file = os.path.join(folder, "config.json")
     values = read_json(file)
     base = values.get("base_model_type")
-    known = ARCHITECTURES.get(base) if isinstance(base, str) else None
-    config = parse_config(folder, file, dict(values, model_type=base, architectures=[known] if known else None))
+    known = find_family(base)
+    config = parse_config(folder, file, dict(values, model_type=base, architectures=[known.architecture] if known else None))
     modules = _modules(file, values.get("low_rank"), config)
     files = find_weights(folder)
     if files is None:

@@ -14,9 +14,11 @@ import numpy as np
 from colora_ms.errors import CheckpointError, TokenizerError
 from colora_ms.files import replacing
 from colora_ms.models import chat_template, detokenizer, tokenizer_build, turn_ends
+from colora_ms.models.added_tokens import add_tokens, settings_of
 from colora_ms.models.detokenizer import StreamDecoder
 from colora_ms.models.gguf_parts import open_gguf
-from colora_ms.models.tokenizer_files import FLAG_CLASSES, NAMED, add_tokens, read_tokenizer_files, settings_of
+from colora_ms.models.tokenizer_classes import FLAG_CLASSES
+from colora_ms.models.tokenizer_files import NAMED, read_tokenizer_files
 
 _WITH_ID = ("bos_token", "eos_token", "unk_token", "pad_token")
 
