@@ -19,9 +19,9 @@ import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, Tensor
+from mindspore.communication import GlobalComm, get_rank
 from mindspore.graph import api
 
-from colora_ms.distributed import workers
 from colora_ms.kernels.aot import library_path
 from colora_ms.kernels.ascend import libraries_in_use
 from colora_ms.kernels.registry import backend
@@ -84,7 +84,7 @@ class GraphCache:
             os.environ[_PATH] = holder.name
         if self._work is None:
             return None
-        path = Path(self._work.name) / f"rank_{workers.current().rank}" / "graph_cache"
+        path = Path(self._work.name) / f"rank_{_rank()}" / "graph_cache"
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -137,6 +137,11 @@ def _describe(value):
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(_describe(v) for v in value) + "]"
     return repr(value)
+
+
+def _rank():
+    """This process's number in its job, by which MindSpore names the folder of its cache; 0 outside a job."""
+    return get_rank() if GlobalComm.INITED else 0
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ def generator(arguments, team=None):
     folder = getattr(arguments, "adapter", None)
     adapters = {"adapter": folder} if folder else None
     if team is not None:
-        from colora_ms.distributed.tensor_parallel import load_sharded
+        from colora_ms.distributed.loading import load_sharded
 
         decoder, tokenizer, handle = load_sharded(arguments.model, team, arguments.weights, adapters=adapters)
         return Generator(decoder, tokenizer, handle), "adapter" if folder else None

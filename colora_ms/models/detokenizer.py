@@ -17,8 +17,8 @@ tokens, so that a character that is cut by the end of an answer would take the g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Union
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol, Union
 
 import numpy as np
 
@@ -26,10 +26,17 @@ from colora_ms.errors import TokenizerError
 from colora_ms.models.detokenizer_steps import steps_of
 
 if TYPE_CHECKING:
-    from colora_ms.models.tokenizer import Tokenizer
+    from tokenizers import Tokenizer as Backend
 
 
-def decode(tokenizer, ids, before=(), skip_special_tokens=True):
+class HasBackend(Protocol):
+    """What decoding asks of a :class:`colora_ms.models.tokenizer.Tokenizer`."""
+
+    backend: Backend
+
+
+def decode(tokenizer: HasBackend, ids: Iterable[int], before: Iterable[int] = (),
+           skip_special_tokens: bool = True) -> str:
     """The text that appears when ``ids`` stand behind ``before``.
 
     Args:
@@ -45,7 +52,7 @@ def decode(tokenizer, ids, before=(), skip_special_tokens=True):
     return "".join([stream.push(one) for one in ids]) + stream.flush()
 
 
-def stream_of(tokenizer, before=()):
+def stream_of(tokenizer: object, before: Iterable[int] = ()) -> Union[StreamDecoder, WholeDecoder]:
     """A decoder with ``push``, ``flush`` and ``peek`` for any tokenizer: its own ``stream``, or, of one that only has
     ``decode`` (a foreign one), a decoder that asks it for the whole text each time."""
     return tokenizer.stream(before=before) if hasattr(tokenizer, "stream") else WholeDecoder(tokenizer)
@@ -63,7 +70,7 @@ class StreamDecoder:
         TokenizerError: the tokenizer's decoder is not implemented.
     """
 
-    def __init__(self, tokenizer, skip_special_tokens=True, before=()):
+    def __init__(self, tokenizer: HasBackend, skip_special_tokens: bool = True, before: Iterable[int] = ()) -> None:
         self._backend = tokenizer.backend
         self._skip = set()
         if skip_special_tokens:
@@ -72,21 +79,21 @@ class StreamDecoder:
         for one in before:
             self.push(one)
 
-    def push(self, token_id):
+    def push(self, token_id: int) -> str:
         """Take one id; return the text that is now certain (often ``""``)."""
         token = self._backend.id_to_token(checked_id(token_id))
         if token is None or token in self._skip:
             return ""
         return self._through(self._steps, [token], ends=False)
 
-    def flush(self):
+    def flush(self) -> str:
         """End of the text: an unfinished character becomes U+FFFD. The decoder starts anew, with nothing before."""
         text = self._through(self._steps, [], ends=True)
         for step in self._steps:
             step.reset()
         return text
 
-    def peek(self, token_id):
+    def peek(self, token_id: int) -> str:
         """The text that an id would bring here, without taking it; U+FFFD if that is not yet a character."""
         steps = [step.copy() for step in self._steps]
         token = self._backend.id_to_token(checked_id(token_id))
@@ -107,22 +114,22 @@ class StreamDecoder:
 class WholeDecoder:
     """``StreamDecoder`` of a tokenizer without ``stream``: it has only ``decode(ids)``, which gives the whole text."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: object) -> None:
         self._tokenizer = tokenizer
         self._ids, self._given = [], ""
 
-    def push(self, token_id):
+    def push(self, token_id: int) -> str:
         """Take one id; return the text that is now certain."""
         self._ids.append(token_id)
         return self._new(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
 
-    def flush(self):
+    def flush(self) -> str:
         """End of the text. The decoder starts anew."""
         rest = self._new(self._tokenizer.decode(self._ids))
         self._ids, self._given = [], ""
         return rest
 
-    def peek(self, token_id):
+    def peek(self, token_id: int) -> str:
         """The text of an id alone."""
         return self._tokenizer.decode([token_id])
 
@@ -132,7 +139,7 @@ class WholeDecoder:
         return new
 
 
-def checked_id(value):
+def checked_id(value: object) -> int:
     """A token id as ``int``.
 
     Raises:

@@ -207,7 +207,7 @@ class _ByteFallback(_Step):
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def steps_of(backend):
+def steps_of(backend: Backend) -> list[_Step]:
     """Fresh steps of a backend's decoder.
 
     Args:
@@ -255,7 +255,7 @@ def _replace(step):
     return _Pattern(decoder=decoders.Replace(Regex(pattern["Regex"]), step["content"]))
 
 
-def byte_alphabet():
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins of the 256 bytes, as {character: byte}."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(byte): byte for byte in printable}
@@ -267,7 +267,7 @@ def byte_alphabet():
 _ALPHABET = byte_alphabet()
 
 
-def byte_level_bytes(token):
+def byte_level_bytes(token: str) -> bytes:
     """The bytes of a byte-level token; an added token outside the alphabet stands for itself."""
     try:
         return bytes([_ALPHABET[character] for character in token])

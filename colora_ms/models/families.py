@@ -1,8 +1,8 @@
 """One record a family of decoders: what its config.json and its GGUF say, and how they are to be read.
 
-A family is what transformers calls a ``model_type``. All of them here are pre-norm decoders with grouped-query attention,
-rotary positions and a SwiGLU; the records say where they differ. Adding one of this form is one entry of ``FAMILIES``:
-config, folders, GGUF files (both directions), LoRA files and tokenizers ask the record. Pure Python.
+A family is what transformers calls a ``model_type``. All of them here are pre-norm decoders with grouped-query
+attention, rotary positions and a SwiGLU; the records say where they differ. Adding one of this form is one entry of
+``FAMILIES``: config, folders, GGUF files (both directions), LoRA files and tokenizers ask the record. Pure Python.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NEUTRAL: Mapping[str, tuple] = {
     "is_encoder_decoder": (None, False),
 }
 
-#: Modules of a layer under llama.cpp's names (behind ``blk.N.``), and under Hugging Face's (behind ``model.layers.N.``).
+#: Modules of a layer under llama.cpp's names (behind ``blk.N.``) and Hugging Face's (behind ``model.layers.N.``).
 GGUF_LAYER: Mapping[str, str] = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -150,4 +150,5 @@ def family_of_class(name: object) -> Optional[Family]:
 def unsupported(model_type: object) -> str:
     """A sentence that a family is not known, and which are."""
     return (f"model_type {short(model_type)} is not supported; supported: "
-            f"{', '.join(f'{one.name} ({one.architecture})' for one in FAMILIES.values())}.{near(model_type, FAMILIES)}")
+            f"{', '.join(f'{one.name} ({one.architecture})' for one in FAMILIES.values())}."
+            f"{near(model_type, FAMILIES)}")

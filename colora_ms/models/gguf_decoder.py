@@ -68,7 +68,8 @@ class GgufDecoder:
 
     def read(self, name):
         """The tensor of a Hugging Face name, float32."""
-        return restore_rows(self._file.read(self._source[name]), interleaved_heads(self.config, name.rpartition(".")[0]))
+        heads = interleaved_heads(self.config, name.rpartition(".")[0])
+        return restore_rows(self._file.read(self._source[name]), heads)
 
     def _tie_head(self):
         """Whether the head is the embedding; of two stored copies of one matrix the finer one serves both."""

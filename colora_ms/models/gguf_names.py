@@ -1,8 +1,8 @@
 """What llama.cpp calls the tensors of a decoder, and how it orders their rows; both directions.
 
-llama.cpp stores the query and key rows of some architectures (``llama``) interleaved for its rotary kernel: within a head,
-channel i of the first half is followed by channel i of the second. Others (Qwen2 and Qwen3) are stored unchanged. Names
-and orders are in the families' records.
+llama.cpp stores the query and key rows of some architectures (``llama``) interleaved for its rotary kernel: within a
+head, channel i of the first half is followed by channel i of the second. Others (Qwen2 and Qwen3) are stored unchanged.
+Names and orders are in the families' records.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ def hf_module(name: str, record: Optional[Family] = None) -> Optional[str]:
 
 
 def gguf_module(name: str, record: Optional[Family] = None) -> Optional[str]:
-    """llama.cpp's name of a Hugging Face module such as ``model.layers.3.self_attn.q_proj``, or None; see :func:`hf_module`."""
+    """llama.cpp's name of a Hugging Face module such as ``model.layers.3.self_attn.q_proj``, or None.
+
+    Args:
+        name: Hugging Face's; record: as for :func:`hf_module`.
+    """
     layer = record.gguf_layer if record else GGUF_LAYER
     match = _HF_LAYER.fullmatch(name)
     wanted, table, prefix = (match.group(2), layer, f"blk.{match.group(1)}.") if match else (name, _TOP, "")
@@ -75,7 +79,8 @@ def interleaved_heads(config: DecoderConfig, module: str) -> int:
     """
     if not family(config.model_type).gguf_interleaved:
         return 0
-    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.rpartition(".")[2], 0)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(module.rpartition(".")[2], 0)
 
 
 def interleave_rows(values: np.ndarray, heads: int) -> np.ndarray:

@@ -4,19 +4,25 @@ The container and the blocks are written by the ``gguf`` package; names, row ord
 converter of Hugging Face folders writes them.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
+from typing import Optional, Union
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, near
-from colora_ms.files import replacing
+from colora_ms.files import PathLike, replacing
+from colora_ms.models.config import DecoderConfig
 from colora_ms.models.families import FAMILIES, family
 from colora_ms.models.gguf_names import LLAMA3_KEYS, ROPE_FACTORS, gguf_name, interleave_rows, interleaved_heads
 from colora_ms.models.gguf_tokenizer import FLOAT32, STRING, UINT32, tokenizer_entries
 from colora_ms.models.rope import rope_frequencies
 from colora_ms.models.tensors import check_shapes
+from colora_ms.models.tokenizer import Tokenizer
 
 #: Types that can be written, with the number that names a whole file of them.
 GGUF_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
@@ -25,7 +31,9 @@ GGUF_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
 _REACH = {"F16": 1, "Q8_0": 127, "Q4_0": 8}
 
 
-def write_gguf(path, config, tensors, tokenizer_source=None, kind="F32", name=None):
+def write_gguf(path: PathLike, config: DecoderConfig, tensors: Mapping[str, np.ndarray],
+               tokenizer_source: Union[Tokenizer, PathLike, None] = None, kind: str = "F32",
+               name: Optional[str] = None) -> list[str]:
     """Write a model as one GGUF file; the file appears complete or not at all.
 
     Args:
@@ -80,14 +88,14 @@ def write_gguf(path, config, tensors, tokenizer_source=None, kind="F32", name=No
     return notes
 
 
-def check_type(kind):
+def check_type(kind: str) -> None:
     """CheckpointError unless ``kind`` can be written."""
     if kind not in GGUF_TYPES:
         raise CheckpointError(f"the GGUF type {kind!r} cannot be written; choose one of {', '.join(GGUF_TYPES)}."
                               + near(kind, GGUF_TYPES))
 
 
-def encode(kind, array, name):
+def encode(kind: str, array: np.ndarray, name: str) -> np.ndarray:
     """An array's bytes in a type: float32, float16 or uint8 array of the type's byte shape.
 
     Raises:
@@ -105,7 +113,7 @@ def encode(kind, array, name):
     return quantize(array, GGMLQuantizationType[kind])
 
 
-def stored_type(kind, shape):
+def stored_type(kind: str, shape: tuple[int, ...]) -> str:
     """The type in which a tensor of this shape is written where ``kind`` is asked for."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -163,8 +171,8 @@ def _config_entries(config):
     key = record.gguf + "."
     biases = [option for option, field in record.keys().items() if getattr(config, field)]
     if biases and not record.gguf_biases:
-        raise ConfigError(f"a {record.name} model with {' and '.join(biases)} cannot be written as GGUF: llama.cpp has no "
-                          "such biases")
+        raise ConfigError(f"a {record.name} model with {' and '.join(biases)} cannot be written as GGUF: llama.cpp has "
+                          "no such biases")
     entries = {
         "context_length": (config.max_position_embeddings, UINT32), "embedding_length": (config.hidden_size, UINT32),
         "block_count": (config.num_hidden_layers, UINT32), "feed_forward_length": (config.intermediate_size, UINT32),

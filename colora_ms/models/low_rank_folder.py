@@ -89,7 +89,8 @@ def open_low_rank(folder):
     values = read_json(file)
     base = values.get("base_model_type")
     known = find_family(base)
-    config = parse_config(folder, file, dict(values, model_type=base, architectures=[known.architecture] if known else None))
+    config = parse_config(folder, file, dict(values, model_type=base,
+                                             architectures=[known.architecture] if known else None))
     modules = _modules(file, values.get("low_rank"), config)
     files = find_weights(folder)
     if files is None:

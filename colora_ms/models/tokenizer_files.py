@@ -7,14 +7,21 @@ warning says so: if ``tokenizer_config.json`` has ``added_tokens_decoder``, it s
 files; if not, ``special_tokens_map.json`` stands before it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Optional, Union
 
 from colora_ms.errors import TokenizerError
 from colora_ms.files import read_json
 from colora_ms.models.tokenizer_classes import CLASS_TOKENS, tokenizer_class
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 #: Tokens that have a name of their own.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -66,11 +73,12 @@ class TokenizerFiles:
     added: dict
     source: str
     options: dict
-    kind: str
+    kind: Optional[str]
     templates: dict
     ends: dict
 
-    def named_in(self, backend, base=()):
+    def named_in(self, backend: Backend,
+                 base: Union[Mapping[str, str], Iterable[tuple[str, str]]] = ()) -> dict[str, str]:
         """The named tokens: the files' own, else those of ``base``, else the class's where the vocabulary has them."""
         defaults = {name: token for name, token in self.defaults.items() if backend.token_to_id(token) is not None}
         said = {name: token for name, token in self.named.items()
@@ -78,7 +86,7 @@ class TokenizerFiles:
         return {**defaults, **dict(base), **said}
 
 
-def read_tokenizer_files(folder):
+def read_tokenizer_files(folder: str) -> TokenizerFiles:
     """Read all of them; a file that is not there says nothing.
 
     Raises:
@@ -285,7 +293,8 @@ def _compare_added(folder, added):
 def _say_ignored(folder, tokens, name=_MAP):
     if tokens:
         warnings.warn(f"{folder}: {name} names {', '.join(map(repr, tokens[:5]))}, which are not in the "
-                      f"added_tokens_decoder of {TOKENIZER_CONFIG}; they are left out, as in transformers", stacklevel=3)
+                      f"added_tokens_decoder of {TOKENIZER_CONFIG}; they are left out, as in transformers",
+                      stacklevel=3)
 
 
 def _say_unknown(folder, config):
