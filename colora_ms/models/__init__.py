@@ -1,11 +1,22 @@
 """Decoders, one record a family (``families``), their checkpoints and tokenizers."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Optional
+
+if TYPE_CHECKING:
+    from colora_ms.files import PathLike
+    from colora_ms.models.checkpoint import Checkpoint
+    from colora_ms.models.decoder import Decoder
+    from colora_ms.models.tokenizer import Tokenizer
+
 _EXPORTS = {"Decoder": "decoder", "DecoderConfig": "config", "KeyValueCache": "cache", "open_checkpoint": "checkpoint"}
 
 __all__ = ["Decoder", "DecoderConfig", "KeyValueCache", "build_decoder", "load_model", "open_checkpoint"]
 
 
-def load_model(name_or_path="smollm2-135m", weight_format="float32", max_positions=None):
+def load_model(name_or_path: PathLike = "smollm2-135m", weight_format: str = "float32",
+               max_positions: Optional[int] = None) -> tuple[Decoder, Tokenizer]:
     """Load a decoder and its tokenizer.
 
     Args:
@@ -32,7 +43,7 @@ def load_model(name_or_path="smollm2-135m", weight_format="float32", max_positio
     return build_decoder(checkpoint, weight_format, max_positions), tokenizer
 
 
-def build_decoder(checkpoint, weight_format="float32", max_positions=None):
+def build_decoder(checkpoint: Checkpoint, weight_format: str = "float32", max_positions: Optional[int] = None) -> Decoder:
     """The :class:`Decoder` of an opened checkpoint; arguments as in :func:`load_model`."""
     from colora_ms.models.decoder import Decoder
 
@@ -46,7 +57,7 @@ def build_decoder(checkpoint, weight_format="float32", max_positions=None):
     return decoder
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     import importlib
 
     if name in _EXPORTS:

@@ -28,11 +28,11 @@ _GGUF_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.([a-z_]+)")
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.([a-z_.]+)")
 
 
-def hf_module(name: str, record: Optional[Family] = None) -> Optional[str]:
+def hf_module(name: str, record: Optional[Family]) -> Optional[str]:
     """The Hugging Face name of a llama.cpp module such as ``blk.3.attn_q``, or None.
 
     Args:
-        name: llama.cpp's; record: the family, by default one with the usual names.
+        name: llama.cpp's; record: of the family, or None for the usual names (of an adapter for an unknown model).
     """
     if name in _TOP:
         return _TOP[name]
@@ -43,24 +43,24 @@ def hf_module(name: str, record: Optional[Family] = None) -> Optional[str]:
     return f"model.layers.{match.group(1)}.{layer[match.group(2)]}"
 
 
-def gguf_module(name: str, record: Optional[Family] = None) -> Optional[str]:
+def gguf_module(name: str, record: Family) -> Optional[str]:
     """llama.cpp's name of a Hugging Face module such as ``model.layers.3.self_attn.q_proj``, or None.
 
     Args:
-        name: Hugging Face's; record: as for :func:`hf_module`.
+        name: Hugging Face's; record: of the family.
     """
-    layer = record.gguf_layer if record else GGUF_LAYER
-    match = _HF_LAYER.fullmatch(name)
-    wanted, table, prefix = (match.group(2), layer, f"blk.{match.group(1)}.") if match else (name, _TOP, "")
+    table, wanted, prefix, match = _TOP, name, "", _HF_LAYER.fullmatch(name)
+    if match:
+        table, wanted, prefix = record.gguf_layer, match.group(2), f"blk.{match.group(1)}."
     return next((prefix + own for own, other in table.items() if other == wanted), None)
 
 
-def hf_name(name: str, record: Optional[Family] = None) -> Optional[str]:
+def hf_name(name: str, record: Family) -> Optional[str]:
     """The Hugging Face name of a llama.cpp tensor such as ``blk.3.attn_q.weight``, or None; see :func:`hf_module`."""
     return _tensor(name, hf_module, record)
 
 
-def gguf_name(name: str, record: Optional[Family] = None) -> Optional[str]:
+def gguf_name(name: str, record: Family) -> Optional[str]:
     """llama.cpp's name of a Hugging Face tensor, or None; see :func:`hf_module`."""
     return _tensor(name, gguf_module, record)
 

@@ -69,7 +69,7 @@ def write_gguf(path: PathLike, config: DecoderConfig, tensors: Mapping[str, np.n
     entries["general.quantization_version"] = (2, UINT32, None)
     described, more = tokenizer_entries(tokenizer_source, config)
     entries.update(described)
-    plan, few = _plan(config, kind)
+    layout, few = _layout(config, kind)
     notes += more + few
     writer = GGUFWriter(None, family(config.model_type).gguf)
     for key, (value, number, inner) in entries.items():
@@ -82,7 +82,7 @@ def write_gguf(path: PathLike, config: DecoderConfig, tensors: Mapping[str, np.n
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with replacing(path, refused, flush=True) as temporary:
-            _write(writer, temporary, config, tensors, plan, factors)
+            _write(writer, temporary, config, tensors, layout, factors)
     except OSError as error:
         raise refused(error.strerror or error) from None
     return notes
@@ -122,27 +122,27 @@ def stored_type(kind: str, shape: tuple[int, ...]) -> str:
     return "F16" if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] else kind
 
 
-def _plan(config, kind):
+def _layout(config, kind):
     """({Hugging Face name: (llama.cpp's name, type)}, notes)."""
-    plan, odd, record = {}, [], family(config.model_type)
+    layout, odd, record = {}, [], family(config.model_type)
     for name, shape in config.parameter_shapes().items():
         own = stored_type(kind, shape)
-        plan[name] = (gguf_name(name, record), own)
+        layout[name] = (gguf_name(name, record), own)
         if own != kind and len(shape) > 1:
             odd.append((name, shape[-1]))
     if not odd:
-        return plan, []
-    return plan, [f"{len(odd)} matrices are stored in F16, because their rows are no whole blocks of {kind} (such as "
+        return layout, []
+    return layout, [f"{len(odd)} matrices are stored in F16, because their rows are no whole blocks of {kind} (such as "
                   f"{odd[0][0]} with rows of {odd[0][1]})"]
 
 
-def _write(writer, path, config, tensors, plan, factors):
+def _write(writer, path, config, tensors, layout, factors):
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     shapes = config.parameter_shapes()
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for name, (other, kind) in plan.items():
+    for name, (other, kind) in layout.items():
         number = GGMLQuantizationType[kind]
         block, size = GGML_QUANT_SIZES[number]
         shape = shapes[name]
@@ -158,7 +158,7 @@ def _write(writer, path, config, tensors, plan, factors):
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        for name, (_, kind) in plan.items():
+        for name, (_, kind) in layout.items():
             heads = interleaved_heads(config, name.rpartition(".")[0])
             writer.write_tensor_data(encode(kind, interleave_rows(np.asarray(tensors[name]), heads), name))
     finally:
