@@ -10,10 +10,7 @@ import os
 import numpy as np
 
 from colora_ms.errors import AdapterError, CheckpointError, ConfigError, near
-from colora_ms.models.formats import FORMATS
-
-#: Formats of a folder's weights; integers are rounded to nearest.
-FOLDER_TYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+from colora_ms.models.formats import FOLDER_TYPES, FORMATS
 
 #: Texts on which the logits are compared.
 TEXTS = (

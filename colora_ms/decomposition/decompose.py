@@ -115,8 +115,8 @@ def plain_cells(model: nn.Cell) -> dict[str, nn.Cell]:
         AdapterError: it has adapters.
     """
     if getattr(model, HANDLE, None) is not None:
-        raise AdapterError("this model has adapters; unload() them first, and inject again afterwards: LoRA goes on top "
-                           "of a decomposed model")
+        raise AdapterError("this model has adapters; unload() them first, and inject again afterwards: LoRA goes on "
+                           "top of a decomposed model")
     return tree.cells_by_name(model)
 
 

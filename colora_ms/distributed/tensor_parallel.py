@@ -26,13 +26,14 @@ from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.files import flush_to_disk
 from colora_ms.models.checkpoint import open_checkpoint, resolve_model
 from colora_ms.models.decoder import Decoder
+from colora_ms.models.formats import FORMATS, WEIGHT_FORMATS
 from colora_ms.models.tokenizer import load_tokenizer
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW = ("o_proj", "down_proj")
 
 _TENSOR = re.compile(r"(?:^|\.)(?P<linear>" + "|".join(COLUMN + ROW) + r")\.(?P<field>weight|bias|lora_A\.weight|lora_B\.weight)$")
-_FORMATS = ("float32", "bfloat16")
+_FORMATS = tuple(name for name in WEIGHT_FORMATS if FORMATS[name].is_float)
 
 
 def shard_decoder(config, weights, team, weight_format="float32", max_positions=None, adapters=None, trainable=False):

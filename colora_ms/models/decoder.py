@@ -206,7 +206,7 @@ class Decoder(nn.Cell):
         self.model = DecoderModel(config, build, self.max_positions)
         if config.tie_word_embeddings:
             embed = self.model.embed_tokens
-            scale = embed.weight_scale if isinstance(embed.weight_scale, Parameter) else None
+            scale = embed.weight_scale if embed.format.scaled else None
             self.lm_head = Linear(embed.weight, config.hidden_size, config.vocab_size, weight_scale=scale,
                                   weight_format=embed.format)
         else:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, near
-from colora_ms.models.safetensors_file import bfloat16_to_float32, float32_to_bfloat16
+from colora_ms.models.safetensors_file import WRITE_DTYPES, bfloat16_to_float32, float32_to_bfloat16
 
 if TYPE_CHECKING:
     from mindspore import Tensor
@@ -369,3 +369,6 @@ FORMATS = {one.name: one for one in (FLOAT32, BFLOAT16, INT8, INT4)}
 
 #: Names of the formats that a decoder can be loaded in.
 WEIGHT_FORMATS = tuple(name for name, one in FORMATS.items() if one.tag is not None)
+
+#: What the weights of a folder can be written as: floats, and integers rounded to nearest.
+FOLDER_TYPES = (*WRITE_DTYPES, *(name for name in WEIGHT_FORMATS if FORMATS[name].join is not None))

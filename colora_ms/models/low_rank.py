@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Optional
 
-from mindspore import Parameter, nn
+from mindspore import Parameter, Tensor, nn
 
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 from colora_ms.models.formats import BFLOAT16, FLOAT32, StoredFactors, WeightFormat
@@ -27,7 +28,8 @@ class LowRankLinear(nn.Cell):
     #: It is no single linear that could share a kernel call with others, but can be a part of a fused layer.
     fusible, fusible_in_layer = False, True
 
-    def __init__(self, inner, outer, core=None, bias=None, factor_format=FLOAT32):
+    def __init__(self, inner: Parameter, outer: Parameter, core: Optional[Parameter] = None,
+                 bias: Optional[Parameter] = None, factor_format: WeightFormat = FLOAT32) -> None:
         super().__init__(auto_prefix=False)
         bind()
         for factor in (inner, outer, *(() if core is None else (core,))):
@@ -42,18 +44,18 @@ class LowRankLinear(nn.Cell):
         self.bias = ABSENT if bias is None else bias
         self.has_bias = bias is not None
 
-    def construct(self, x, slots):
+    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
         """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
         x = multi_lora_linear(x, slots, self.inner, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
         if self.factors == 3:
             x = multi_lora_linear(x, slots, self.core, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
         return multi_lora_linear(x, slots, self.outer, ABSENT, self.bias, ABSENT, ABSENT, ABSENT)
 
-    def operands(self):
+    def operands(self) -> tuple:
         """The six tensors of a product in :func:`colora_ms.kernels.decoder_layers`; numbers as of ``construct``."""
         return (ABSENT, ABSENT, self.bias, self.inner, self.outer, self.core)
 
-    def factor_parameters(self):
+    def factor_parameters(self) -> dict[str, Parameter]:
         """{last part of the name: Parameter} of the factors."""
         core = {CORE: self.core} if self.factors == 3 else {}
         return {INNER: self.inner, **core, OUTER: self.outer}
@@ -63,7 +65,7 @@ class LowRankLinear(nn.Cell):
         return StoredFactors(self.format.stored(self.inner), self.format.stored(self.outer),
                              self.format.stored(self.core) if self.factors == 3 else None)
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
                 f"factors={self.factors}, format={self.format.name}")
 
@@ -92,7 +94,7 @@ def low_rank_linear(path: str, factors: StoredFactors, weight_format: str,
     return LowRankLinear(made[INNER], made[OUTER], made.get(CORE), bias, wanted)
 
 
-def replace_linears(net, cells):
+def replace_linears(net: nn.Cell, cells: Mapping[str, nn.Cell]) -> None:
     """Put Cells in the places of a decoder's linears; all parameters keep their names.
 
     Args:

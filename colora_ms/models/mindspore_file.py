@@ -4,6 +4,8 @@ The only reader that needs MindSpore (imported on use); it reads the whole file 
 the format has no index.
 """
 
+from __future__ import annotations
+
 import os
 
 import numpy as np
@@ -29,7 +31,7 @@ class MindSporeFile:
         CheckpointError: MindSpore cannot read the file.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         path = os.fspath(path)
         if not os.path.isfile(path) or os.path.getsize(path) == 0:
             raise CheckpointError(f"{path} is missing or empty")
@@ -47,7 +49,7 @@ class MindSporeFile:
                 self._values[name] = value
         self.shapes = {name: tuple(value.shape) for name, value in self._values.items()}
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """The tensor, float32."""
         import mindspore
         return np.ascontiguousarray(self._values[name].astype(mindspore.float32).asnumpy())

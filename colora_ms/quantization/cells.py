@@ -62,7 +62,7 @@ class QuantizedMatmul(nn.Cell):
         self.right = ops.MatMul(transpose_b=True)
         self.nibbles = Tensor([[1.0], [16.0]], ms.float32)
 
-    def rounded(self, phi, low, up, down):
+    def rounded(self, phi: Tensor, low: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """round(Z) as float32 (rows, inputs of one scale)."""
         value = phi.astype(ms.float32).reshape(self.row_shape)
         if self.how == "fixed":
@@ -78,13 +78,13 @@ class QuantizedMatmul(nn.Cell):
             return value + self.rint(change)
         return self.rint(value + change)
 
-    def clipped(self, rounded, low):
+    def clipped(self, rounded: Tensor, low: Tensor) -> Tensor:
         """The integers as float32."""
         if self.symmetric:
             return ops.minimum(ops.maximum(rounded, self.lowest), self.lowest + self.levels)
         return ops.minimum(ops.maximum(rounded, low), low + self.levels)
 
-    def integers(self, phi, low, up, down):
+    def integers(self, phi: Tensor, low: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """The integers in their container: (out, in / 2) uint8 or (out, in) int8."""
         q = self.clipped(self.rounded(phi, low, up, down), low)
         if not self.packed:
@@ -180,7 +180,7 @@ class LrQatLinear(nn.Cell):
         self.quantize_input = ActivationQuantizer(inputs) if inputs else None
         self.quantize_output = ActivationQuantizer(outputs) if outputs else None
 
-    def construct(self, x, slots):
+    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
         """x: (rows, tokens, in) or (rows, in); slots: (rows,) int32 -> y: (..., out) float32."""
         if self.quantize_input is not None:
             x = self.quantize_input(x)
@@ -200,7 +200,7 @@ class LrQatLinear(nn.Cell):
         """The scales as the forward uses them, (out, groups) float32 array."""
         return np.maximum(self.scale.asnumpy(), SMALLEST_SCALE)
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bits={self.grid.bits}, "
                 f"method={self.config.method}")
 
