@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+from colora_ms.models.formats import WEIGHT_FORMATS
+
 
 def add_model(parser):
     parser.add_argument("--model", default="smollm2-135m", help="known name, Hugging Face folder or GGUF file")
-    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16", "int8", "int4"),
+    parser.add_argument("--weights", default="float32", choices=WEIGHT_FORMATS,
                         help="format of the base weights")
 
 

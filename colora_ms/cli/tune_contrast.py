@@ -5,11 +5,12 @@ from pathlib import Path
 
 from colora_ms.cli import options
 from colora_ms.cli.evaluate import source
+from colora_ms.models.formats import WEIGHT_FORMATS
 
 
 def add_arguments(parser):
     parser.add_argument("model", help="known name, Hugging Face folder or GGUF file")
-    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16", "int8", "int4"),
+    parser.add_argument("--weights", default="float32", choices=WEIGHT_FORMATS,
                         help="format of the base weights")
     parser.add_argument("--adapter", required=True, metavar="FOLDER", help="PEFT adapter folder")
     parser.add_argument("--data", required=True, help="validation problems, never the test's: JSON lines, or a source as "
