@@ -12,8 +12,12 @@
 ``LAYOUTS`` has one record a layout, so that a further one is a further record. ``null`` equals absent.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 from colora_ms.errors import DataError, near
 from colora_ms.training.examples import Example, Preference
@@ -46,11 +50,11 @@ class Layout:
     family: str = ""
 
     @property
-    def columns(self):
+    def columns(self) -> tuple[str, ...]:
         """All columns that are read."""
         return self.needs + self.takes
 
-    def fits(self, row):
+    def fits(self, row: dict) -> bool:
         """Whether a row (without nulls) has this layout."""
         return all(name in row for name in self.needs) and \
             (self.lists is None or self.lists == any(isinstance(row[name], (list, tuple)) for name in self.needs))
@@ -61,23 +65,23 @@ _EQUAL = "chosen and rejected are equal, so that there is nothing to prefer"
 # -- readers: a row without nulls, as the fields of an Example or a Preference ---------------------------------------
 
 
-def _read_text(row):
+def _read_text(row: dict) -> dict:
     return {"text": row["text"]}
 
 
-def _read_completion(row):
+def _read_completion(row: dict) -> dict:
     return {"prompt": row["prompt"], "completion": row["completion"], "tools": _tools(row)}
 
 
-def _read_completion_messages(row):
+def _read_completion_messages(row: dict) -> dict:
     return {**_question(row["prompt"]), "answer": _side(row["completion"], "completion"), "tools": _tools(row)}
 
 
-def _read_messages(row):
+def _read_messages(row: dict) -> dict:
     return _conversation(row["messages"], "messages", _tools(row))
 
 
-def _read_sharegpt(row):
+def _read_sharegpt(row: dict) -> dict:
     turns = row["conversations"]
     if not isinstance(turns, (list, tuple)):
         raise DataError(f"conversations is {short(turns)}, expected a list of {{'from', 'value'}}")
@@ -89,7 +93,7 @@ def _read_sharegpt(row):
     return _conversation(messages, "conversations", _tools(row))
 
 
-def _turn(turn, where):
+def _turn(turn: Any, where: str) -> dict:
     """A turn of ShareGPT as a message; ``{"role", "content"}`` is one already."""
     if not isinstance(turn, dict):
         raise DataError(f"{where} is {short(turn)}, expected {{'from', 'value'}}")
@@ -111,7 +115,7 @@ def _turn(turn, where):
             if isinstance(calls, list) else calls}
 
 
-def _read_alpaca(row):
+def _read_alpaca(row: dict) -> dict:
     """The user says the instruction, and behind a blank line the input if there is one."""
     for name in ("instruction", "input", "system"):
         if not isinstance(row.get(name, ""), str):
@@ -131,7 +135,7 @@ def _read_alpaca(row):
     return {**question, "completion": row["output"], "tools": _tools(row)}
 
 
-def _read_preference(row):
+def _read_preference(row: dict) -> dict:
     sides = row["chosen"], row["rejected"]
     texts = [isinstance(side, str) for side in sides]
     if texts[0] != texts[1]:
@@ -147,7 +151,7 @@ def _read_preference(row):
     return {"messages": asked, "chosen": sides[0], "rejected": sides[1], "tools": _tools(row)}
 
 
-def _split_texts(prompt, chosen, rejected):
+def _split_texts(prompt: Any, chosen: Any, rejected: Any) -> tuple[dict, tuple[str, str]]:
     """The question, and both answers without it; where no prompt is given, it is all words that both begin with."""
     if prompt is not None:
         if isinstance(prompt, str) and prompt.strip() and chosen.startswith(prompt) and rejected.startswith(prompt):
@@ -166,7 +170,8 @@ def _split_texts(prompt, chosen, rejected):
     return {"prompt": head}, (chosen[len(head):], rejected[len(head):])
 
 
-def _split_messages(asked, chosen, rejected):
+def _split_messages(asked: tuple[dict, ...], chosen: Any,
+                    rejected: Any) -> tuple[tuple[dict, ...], tuple[tuple[dict, ...], tuple[dict, ...]]]:
     """The question's messages, and both answers without them, if they repeat the question (TRL's implicit prompt)."""
     if asked and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return asked, (chosen, rejected)
@@ -185,25 +190,25 @@ def _split_messages(asked, chosen, rejected):
     return chosen[:length], (chosen[length:], rejected[length:])
 
 
-def _question(prompt):
+def _question(prompt: Any) -> dict:
     """A prompt column, text or messages, as a field of an ``Example``."""
     return {"messages": prompt} if isinstance(prompt, (list, tuple)) else {"prompt": prompt}
 
 
-def _side(value, name):
+def _side(value: Any, name: str) -> list[dict] | tuple[dict, ...]:
     """An answer's column as messages."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     return clean_messages(_list(value, name), name)
 
 
-def _list(value, name):
+def _list(value: Any, name: str) -> list | tuple:
     if not isinstance(value, (list, tuple)) or not value:
         raise DataError(f"{name} is {short(value)}, expected a text or a list of messages")
     return value
 
 
-def _conversation(turns, column, tools):
+def _conversation(turns: Any, column: str, tools: Any) -> dict:
     """A conversation that ends with its answer."""
     if not isinstance(turns, (list, tuple)) or len(turns) < 2 or not isinstance(turns[-1], dict) \
             or turns[-1].get("role") != "assistant":
@@ -213,7 +218,7 @@ def _conversation(turns, column, tools):
     return {"messages": turns[:-1], "answer": turns[-1:], "tools": tools}
 
 
-def _tools(row):
+def _tools(row: dict) -> Any:
     """The tools of a row, ``functions`` in OpenAI's older lines."""
     if row.get("functions"):
         if row.get("tools"):
@@ -237,7 +242,7 @@ LAYOUTS = (
 )
 
 
-def layout_named(name):
+def layout_named(name: str) -> Layout:
     """The layout called ``name``.
 
     Raises:
@@ -263,8 +268,9 @@ class RowReader:
         DataError: an unknown layout, or columns of a wrong form.
     """
 
-    def __init__(self, file, layout=None, columns=None, prompt_key="prompt", completion_key="completion",
-                 messages_key="messages"):
+    def __init__(self, file: str, layout: str | None = None, columns: Sequence[str] | dict[str, str] | None = None,
+                 prompt_key: str = "prompt", completion_key: str = "completion",
+                 messages_key: str = "messages") -> None:
         self.file, self._chosen, self._first = file, None if layout is None else layout_named(layout), None
         self._only, self._names = _columns(columns)
         keys = {"prompt": prompt_key, "completion": completion_key, "messages": messages_key}
@@ -279,7 +285,7 @@ class RowReader:
             self._only = {next((name for name in keys if keys[name] == one), one) for one in self._only}
         self._left = {}
 
-    def read(self, row, name):
+    def read(self, row: object, name: str) -> Example | Preference:
         """A row as an ``Example`` or a ``Preference``.
 
         Args:
@@ -307,16 +313,16 @@ class RowReader:
             text = str(error).removeprefix(f"example {identity}: ").removeprefix(f"pair {identity}: ")
             raise DataError(f"{name}: {text}") from None
 
-    def warn(self):
+    def warn(self) -> None:
         """Say once which columns were not read, if there are any."""
         if self._left:
             read = [self._names.get(name, name) for name in self._first.columns]
             which = f"s {', '.join(self._left)} are" if len(self._left) > 1 else f" {next(iter(self._left))} is"
-            warnings.warn(f"{self.file}: the column{which} not read (layout {self._first.name} reads {', '.join(read)}); "
-                          "name what is read with columns to say that this is meant", stacklevel=2)
+            warnings.warn(f"{self.file}: the column{which} not read (layout {self._first.name} reads "
+                          f"{', '.join(read)}); name what is read with columns to say that this is meant", stacklevel=2)
             self._left = {}
 
-    def _view(self, row):
+    def _view(self, row: dict) -> dict:
         """The row under the layout's names, without nulls and without columns that are not to be read."""
         moved = set(self._names.values())
         view = {key: value for key, value in row.items()
@@ -325,7 +331,7 @@ class RowReader:
         view.update({name: row[key] for name, key in self._names.items() if row.get(key) is not None})
         return view
 
-    def _layout(self, row, view, name):
+    def _layout(self, row: dict, view: dict, name: str) -> Layout:
         """The row's layout; the first row's, or one of its family."""
         if self._chosen is not None:
             if all(column in view for column in self._chosen.needs):
@@ -343,7 +349,7 @@ class RowReader:
                             "the lines of a file must have one layout (name it with layout, or give several files)")
         return found
 
-    def _missing(self, row, view, name, layouts):
+    def _missing(self, row: dict, view: dict, name: str, layouts: Sequence[Layout]) -> DataError:
         """The error for a row that has no layout: the columns that the nearest layout lacks."""
         nearest = max(layouts, key=lambda one: (sum(column in self._names for column in one.needs),
                                                 sum(column in view for column in one.needs),
@@ -351,8 +357,8 @@ class RowReader:
         missing = [self._names.get(column, column) for column in nearest.needs if column not in view]
         null = [key for key in missing if key in row and row[key] is None]
         if null:
-            return DataError(f"{name}: {' and '.join(map(repr, null))} is null, which counts as absent; a line needs a value "
-                             "there")
+            return DataError(f"{name}: {' and '.join(map(repr, null))} is null, which counts as absent; a line needs a "
+                             "value there")
         absent = sorted(key for key in {*(self._only or ()), *self._names.values()}
                         if self._names.get(key, key) not in row and key not in row)
         if self._only is not None and absent:
@@ -363,7 +369,7 @@ class RowReader:
         return DataError(f"{name}: the key {' and '.join(map(repr, missing))} is missing; a line needs "
                          f"{', or '.join(dict.fromkeys(forms))}; found {short(sorted(map(str, row)))}.{hint}")
 
-    def _check_columns(self, layout, name):
+    def _check_columns(self, layout: Layout, name: str) -> None:
         """Columns that were asked for must be such as the layout reads."""
         for column in self._only or ():
             if column not in layout.columns and column != "id":
@@ -371,7 +377,7 @@ class RowReader:
                                 f"reads {', '.join(layout.columns)}.{near(column, layout.columns)}")
 
 
-def example_from_record(record, name, **options):
+def example_from_record(record: object, name: str, **options: Any) -> Example | Preference:
     """One parsed JSON object as an ``Example`` or a ``Preference``.
 
     Args:
@@ -385,7 +391,7 @@ def example_from_record(record, name, **options):
     return RowReader(name, **options).read(record, name)
 
 
-def _columns(columns):
+def _columns(columns: Sequence[str] | dict[str, str] | None) -> tuple[set[str] | None, dict[str, str]]:
     """(names that are read or None for all, ``{name in the layout: name in the file}`` where they differ)."""
     if columns is None:
         return None, {}

@@ -11,8 +11,12 @@ The output folder holds what ``trainer`` writes (``adapter/`` are the trained sc
 exported model.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
@@ -20,7 +24,11 @@ from colora_ms.training.config import TrainingConfig
 from colora_ms.training.run import data_report, warn_left_out
 from colora_ms.training.settings import setting
 from colora_ms.training.text import encode_text, read_text
-from colora_ms.training.trainer import Trainer
+from colora_ms.training.trainer import Callback, Trainer, TrainingResult
+
+if TYPE_CHECKING:
+    from colora_ms.quantization.config import LrQatConfig
+    from colora_ms.quantization.model import QuantizedModel
 
 
 @dataclasses.dataclass
@@ -29,10 +37,10 @@ class QuantizationConfig(TrainingConfig):
 
     adapter: dict = setting(None, "Settings of the quantisation; see LrQatConfig.", factory=dict)
 
-    def _relations(self):
+    def _relations(self) -> list[str]:
         if self.train != "sft" or self.dpo is not None:
-            return [f"train is {self.train}: a quantised model has no adapter that can be switched off for a reference; leave "
-                    "out train and dpo"]
+            return [f"train is {self.train}: a quantised model has no adapter that can be switched off for a "
+                    "reference; leave out train and dpo"]
         try:
             method = self.quantization().method
         except ConfigError as error:
@@ -42,19 +50,20 @@ class QuantizationConfig(TrainingConfig):
             if not isinstance(value, str) and (name == "train" and method != "rtn" or value is not None):
                 return [f"data.{name} is {value!r:.60}, expected the path of a text file"]
         if self.weight_format not in ("float32", "bfloat16"):
-            return [f"weight_format is {self.weight_format}: quantisation starts from float weights, expected float32 or "
-                    "bfloat16"]
+            return [f"weight_format is {self.weight_format}: quantisation starts from float weights, expected float32 "
+                    "or bfloat16"]
         if self.loop.evaluate_every is not None and self.data.validation is None:
             return ["loop.evaluate_every is given, but data.validation is not"]
         return []
 
-    def quantization(self):
+    def quantization(self) -> LrQatConfig:
         """The settings as a :class:`colora_ms.quantization.config.LrQatConfig`."""
         from colora_ms.quantization.config import LrQatConfig
         return LrQatConfig.from_dict(self.adapter)
 
 
-def quantize_model(config, resume=False, callbacks=()):
+def quantize_model(config: QuantizationConfig | str | Path, resume: bool | str | Path = False,
+                   callbacks: Iterable[Callback] = ()) -> tuple[Path, TrainingResult | None, QuantizedModel]:
     """Quantise a model: load, replace the linears, train unless the method is "rtn", export.
 
     Args:
@@ -69,8 +78,8 @@ def quantize_model(config, resume=False, callbacks=()):
         ColoraError: in one of its kinds; data, recipe and output folder are checked before anything is loaded.
     """
     from colora_ms import models
-    from colora_ms.quantization.model import quantize
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
+    from colora_ms.quantization.model import quantize
     if not isinstance(config, QuantizationConfig):
         config = QuantizationConfig.from_yaml(config)
     settings, trains = config.quantization(), config.quantization().method != "rtn"
