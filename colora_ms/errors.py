@@ -4,7 +4,10 @@
 that only knows Python's own exceptions still catches it.
 """
 
+from __future__ import annotations
+
 import difflib
+from collections.abc import Iterable
 
 
 class ColoraError(Exception):
@@ -55,7 +58,7 @@ class TokenizerError(ColoraError, ValueError):
     """A tokenizer cannot be read, written, or used on the given text or ids."""
 
 
-def near(name, known, n=3):
+def near(name: object, known: Iterable, n: int = 3) -> str:
     """Return a hint with the known names that look like ``name``.
 
     Args:

@@ -105,7 +105,8 @@ class GraphCache:
 def graph_key(cell, args, fingerprint):
     """Digest of all that a compiled graph depends on: the kernels in use, the Cell tree's classes, constants and
     parameters, and the arguments' shapes and dtypes."""
-    parts = [fingerprint, backend(), str(library_path()), str(ms.get_context("mode")), str(ms.get_context("device_target"))]
+    parts = [fingerprint, backend(), str(library_path()), str(ms.get_context("mode")),
+             str(ms.get_context("device_target"))]
     parts.extend(f"{path}={digest}" for path, digest in libraries_in_use())
     for name, child in cell.cells_and_names():
         constants = {k: v for k, v in vars(child).items() if not k.startswith("_") and _constant(v)}

@@ -26,7 +26,7 @@ from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
 
 if TYPE_CHECKING:
-    from colora_ms.adapters.handle import AdapterHandle
+    from colora_ms.adapters.handle import Adapters
 
 #: The seed of ``mindspore.dataset.config`` that stands for "another order each time".
 UNSEEDED = 5489
@@ -61,7 +61,7 @@ class AdapterCheckpoint(Callback):
         ConfigError: ``every`` or ``keep`` is not a whole number from 1 on.
     """
 
-    def __init__(self, adapters: AdapterHandle, folder: str | Path, every: int = 100, keep: int = 2,
+    def __init__(self, adapters: Adapters, folder: str | Path, every: int = 100, keep: int = 2,
                  name: str | None = None) -> None:
         super().__init__()
         for key, value in (("every", every), ("keep", keep)):

@@ -36,7 +36,7 @@ from colora_ms.training.settings import (
 )
 
 if TYPE_CHECKING:
-    from colora_ms.adapters.config import AdapterConfig
+    from colora_ms.adapters.peft_config import PeftConfig
 
 
 #: Folder inside a run's, where it keeps the adapter that it started from.
@@ -256,7 +256,7 @@ class TrainingConfig(Section):
             return [f"data.template: {error}"]
         return []
 
-    def _adapter_kind(self) -> tuple[type[AdapterConfig], dict]:
+    def _adapter_kind(self) -> tuple[type[PeftConfig], dict]:
         """(config class of the adapter's method, the settings without ``method`` and ``start_from``)."""
         from colora_ms.adapters import registry
         settings = dict(self.adapter)
@@ -294,7 +294,7 @@ class TrainingConfig(Section):
                     f"of the method {config.peft_type.lower()!r}; leave it out, it comes from the adapter"]
         return [f"section adapter: {one}" for one in continuing.disagreements(given, config, self.start_from)]
 
-    def adapter_config(self) -> AdapterConfig:
+    def adapter_config(self) -> PeftConfig:
         """The adapter's settings as its method's config, ``LoraConfig`` if no method is named; those of the folder that
         training starts from, if it does."""
         if self.start_from is not None:

@@ -21,7 +21,8 @@ from colora_ms.training.encoding import (
                                          prompt_ids,
 )
 from colora_ms.training.examples import Example, Preference
-from colora_ms.training.layouts import LAYOUTS, Layout, example_from_record
+from colora_ms.training.layouts import LAYOUTS, Layout
+from colora_ms.training.row_reader import example_from_record
 from colora_ms.training.sources import (
                                          hugging_face_examples,
                                          load_examples,

@@ -62,14 +62,14 @@ class EncodedSet:
         notes: further sentences that the user should read.
     """
 
-    items: list
-    skipped: list
+    items: list[EncodedExample]
+    skipped: list[int]
     longest_skipped: int
     max_length: int
-    unlearned: list = ()
+    unlearned: Sequence[int] = ()
     left_tokens: int = 0
     spanning: int = 0
-    notes: tuple = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)

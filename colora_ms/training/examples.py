@@ -31,13 +31,13 @@ class Example:
     """
 
     completion: str = ""
-    prompt: str = None
-    messages: tuple = None
+    prompt: str | None = None
+    messages: tuple | None = None
     id: str = ""
     meta: dict = dataclasses.field(default_factory=dict)
-    answer: tuple = None
+    answer: tuple | None = None
     tools: tuple = ()
-    text: str = None
+    text: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -115,10 +115,10 @@ class Preference:
             ``<id>#chosen`` and ``<id>#rejected``.
     """
 
-    chosen: object
-    rejected: object
-    prompt: str = None
-    messages: tuple = None
+    chosen: str | tuple
+    rejected: str | tuple
+    prompt: str | None = None
+    messages: tuple | None = None
     id: str = ""
     meta: dict = dataclasses.field(default_factory=dict)
     tools: tuple = ()

@@ -21,7 +21,7 @@ from colora_ms.training.progress import Progress
 from colora_ms.training.trainer import Callback, Trainer, TrainingResult
 
 if TYPE_CHECKING:
-    from colora_ms.adapters.handle import AdapterHandle
+    from colora_ms.adapters.handle import Adapters
     from colora_ms.models.decoder import Decoder
     from colora_ms.models.tokenizer import Tokenizer
     from colora_ms.training.encoding import EncodedSet
@@ -88,7 +88,7 @@ def train(config: TrainingConfig | str | Path, resume: bool | str | Path = False
 
 
 def begin_adapter(config: TrainingConfig, decoder: Decoder, tokenizer: Tokenizer | None = None,
-                  rank: int = 0) -> tuple[AdapterHandle, Tokenizer | None, Path | None]:
+                  rank: int = 0) -> tuple[Adapters, Tokenizer | None, Path | None]:
     """Put a recipe's adapter into ``decoder``: a new one, or the one that it starts from, of which the run keeps a
     copy, so that it can be resumed whatever becomes of the original.
 

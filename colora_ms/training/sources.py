@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from colora_ms.errors import DataError, near
 from colora_ms.training.examples import Example, Preference
-from colora_ms.training.layouts import RowReader
 from colora_ms.training.messages import short, strict_json, why_no_json
+from colora_ms.training.row_reader import RowReader
 
 _REPORTED = 5  # problems shown in one error; the rest are counted
 # Tasks whose items carry a worked solution in their metadata, and where it is.
@@ -108,7 +108,7 @@ def read_jsonl(path: str | Path, limit: int | None = None, layout: str | None = 
     Args:
         path: the file.
         limit: read at most this many lines.
-        layout, columns, prompt_key, completion_key, messages_key: see ``layouts.RowReader``.
+        layout, columns, prompt_key, completion_key, messages_key: see ``row_reader.RowReader``.
 
     Returns:
         List of ``Example``, or of ``Preference`` if the lines are pairs; one without ``"id"`` is called
@@ -264,7 +264,7 @@ def load_examples(sources: Any, columns: Sequence[str] | dict[str, str] | None =
     Args:
         sources: a source description (see the head of this module), or a list of them. A plain
             string is the path of a JSON lines file.
-        columns: ``columns`` of the files that do not have their own, see ``layouts.RowReader``.
+        columns: ``columns`` of the files that do not have their own, see ``row_reader.RowReader``.
 
     Returns:
         List of ``Example``.

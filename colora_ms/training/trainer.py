@@ -63,10 +63,10 @@ class TrainingResult:
     """
 
     steps: int
-    losses: list
-    validation: list
-    best_step: int
-    best_loss: float
+    losses: list[float]
+    validation: list[tuple[int, float]]
+    best_step: int | None
+    best_loss: float | None
     adapter: Path
     seconds: float
     tokens: int
