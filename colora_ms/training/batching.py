@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,8 +78,8 @@ def choose_buckets(lengths: Sequence[int], max_buckets: int = 3, multiple: int =
     values, counts = np.unique(rounded, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
     # cost[b][j]: tokens after padding when b buckets cover the first j distinct lengths.
-    best = [(0 if j == 0 else np.inf) for j in range(len(values) + 1)]
-    choice = []
+    best: list = [(0 if j == 0 else np.inf) for j in range(len(values) + 1)]
+    choice: list[list[int]] = []
     for _ in range(min(max_buckets, len(values))):
         now, back = [0], [0]
         for j in range(1, len(values) + 1):
@@ -142,7 +143,7 @@ class BatchLoader:
     def __init__(self, data: EncodedSet | Sequence[EncodedExample], batch_size: int, seed: int = 0,
                  buckets: Sequence[int] | None = None, max_buckets: int = 3, multiple: int = 16, packing: bool = False,
                  rank: int = 0, world: int = 1, shuffle: bool = True) -> None:
-        items = getattr(data, "items", data)
+        items: Any = getattr(data, "items", data)
         if not len(items):
             raise DataError("the data set is empty: there is nothing to train on")
         for name, value, least in (("batch_size", batch_size, 1), ("world", world, 1),
@@ -289,8 +290,8 @@ class BatchLoader:
             yield self._collate(bucket, rows[self._rank::self._world])
 
     def _collate(self, bucket: int, rows: list[list[int]]) -> Batch:
-        rows = [[self._items[k] for k in row] for row in rows]
-        return collate(rows, self._batch_size, bucket, self._segments)
+        examples = [[self._items[k] for k in row] for row in rows]
+        return collate(examples, self._batch_size, bucket, self._segments)
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -323,7 +324,8 @@ class BatchLoader:
         if wrong:
             raise CheckpointError("the checkpoint was made with other training data or settings, "
                                   "so the run cannot continue exactly: " + "; ".join(wrong))
-        epoch, position = state.get("epoch"), state.get("position")
+        epoch: Any = state.get("epoch")
+        position: Any = state.get("position")
         for name, value in (("epoch", epoch), ("position", position)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise CheckpointError(f"the checkpoint's data {name} is {value!r}, expected an "

@@ -70,7 +70,7 @@ class AdapterCheckpoint(Callback):
         checkpoints.check_writable(folder)
         self.adapters, self.folder, self.every, self.keep, self.name = adapters, Path(folder), every, keep, name
         self.first = 0  # steps made before this call of Model.train
-        self.saved = None
+        self.saved: int | None = None
 
     def resume(self, model: Model, dataset: ms.dataset.Dataset, path: str | Path | None = None) -> int:
         """Continue from the newest checkpoint of the folder, if there is one.

@@ -20,7 +20,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -266,7 +266,7 @@ def _named(optimizer: AdamW, streams: Iterable[Parameter]) -> Iterator[tuple[str
 def _random_state() -> dict[str, np.ndarray]:
     """The states of Python's, NumPy's and MindSpore's generators as arrays."""
     python = random.getstate()
-    numpy = np.random.get_state()
+    numpy: Any = np.random.get_state()
     return {
         "random.python": np.array(python[1], np.int64),
         "random.python_gauss": np.array([] if python[2] is None else [python[2]], np.float64),

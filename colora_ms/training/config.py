@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from colora_ms.errors import AdapterError, ConfigError, DataError, near
 from colora_ms.training.encoding import LOSSES, ON_LONG
@@ -164,6 +164,9 @@ class PreferenceConfig(Section):
         return []
 
 
+_C = TypeVar("_C", bound="TrainingConfig")
+
+
 @dataclasses.dataclass
 class TrainingConfig(Section):
     """A whole recipe.
@@ -212,6 +215,7 @@ class TrainingConfig(Section):
                 problems = self._start_problems()
                 if problems:
                     return problems
+            kind: Any  # a dataclass
             kind, settings = self._adapter_kind()
             if self.start_from is not None:
                 settings = {}
@@ -271,11 +275,12 @@ class TrainingConfig(Section):
 
     @property
     def start_folder(self) -> Path:
-        """Where that adapter is read: the copy that a run with checkpoints keeps of it, otherwise ``start_from``
-        itself."""
+        """Where the adapter to go on with is read: the copy that a run with checkpoints keeps of it, otherwise
+        ``start_from`` itself."""
         from colora_ms.training.checkpoint import list_checkpoints
         kept = Path(self.output) / START_FOLDER
-        return kept if kept.is_dir() and list_checkpoints(self.output) else Path(self.start_from)
+        given: Any = self.start_from
+        return kept if kept.is_dir() and list_checkpoints(self.output) else Path(given)
 
     def _start_problems(self) -> list[str]:
         """What is wrong with ``start_from`` and the settings beside it, as far as the adapter's config tells."""
@@ -308,12 +313,12 @@ class TrainingConfig(Section):
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> TrainingConfig:
+    def from_dict(cls: type[_C], values: dict) -> _C:
         """Build a recipe from nested dictionaries (a parsed YAML file)."""
         return build(cls, values, "recipe")
 
     @classmethod
-    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> TrainingConfig:
+    def from_yaml(cls: type[_C], path: str | Path, overrides: Iterable[str] = ()) -> _C:
         """Read a recipe file.
 
         Args:

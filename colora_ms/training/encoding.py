@@ -63,10 +63,10 @@ class EncodedSet:
     """
 
     items: list[EncodedExample]
-    skipped: list[int]
+    skipped: list[str]
     longest_skipped: int
     max_length: int
-    unlearned: Sequence[int] = ()
+    unlearned: Sequence[str] = ()
     left_tokens: int = 0
     spanning: int = 0
     notes: tuple[str, ...] = ()
@@ -259,16 +259,16 @@ def encode_example(example: Example, tokenizer: Tokenizer, template: TextTemplat
     if example.text is not None:
         ids = list(tokenizer.encode(example.text, add_special_tokens=True))
         end = end_token(tokenizer)
-        ids = np.array(ids if ids[-1:] == [end] else ids + [end], np.int32)
-        return [EncodedText(ids, ids)]
+        array = np.array(ids if ids[-1:] == [end] else ids + [end], np.int32)
+        return [EncodedText(array, array)]
     made = []
     for rendering in template.renderings(example, loss):
         ids, mask, spanning = _encode(tokenizer, rendering, template.adds_special_tokens, example)
         if rendering.closed:
             ids, mask = [*ids, end_token(tokenizer)], np.append(mask, True)
         if mask.any():
-            ids = np.array(ids, np.int32)
-            made.append(EncodedText(ids, np.where(mask, ids, IGNORE).astype(np.int32), spanning))
+            array = np.array(ids, np.int32)
+            made.append(EncodedText(array, np.where(mask, array, IGNORE).astype(np.int32), spanning))
     return made
 
 

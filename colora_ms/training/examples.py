@@ -122,6 +122,8 @@ class Preference:
     id: str = ""
     meta: dict = dataclasses.field(default_factory=dict)
     tools: tuple = ()
+    chosen_example: Example = dataclasses.field(init=False, repr=False, compare=False)
+    rejected_example: Example = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         made = {}

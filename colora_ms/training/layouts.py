@@ -142,12 +142,12 @@ def _read_preference(row: dict) -> dict:
     if texts[0]:
         question, sides = _split_texts(row.get("prompt"), *sides)
         return {**question, "chosen": sides[0], "rejected": sides[1], "tools": _tools(row)}
-    sides = [clean_messages(_list(side, name), name) for side, name in zip(sides, ("chosen", "rejected"))]
+    answers = [clean_messages(_list(side, name), name) for side, name in zip(sides, ("chosen", "rejected"))]
     asked = [] if "prompt" not in row else _question(row["prompt"]).get("messages")
     if asked is None:
         asked = [{"role": "user", "content": row["prompt"]}]
-    asked, sides = _split_messages(clean_messages(asked, "prompt"), *sides)
-    return {"messages": asked, "chosen": sides[0], "rejected": sides[1], "tools": _tools(row)}
+    asked, (chosen, rejected) = _split_messages(clean_messages(asked, "prompt"), *answers)
+    return {"messages": asked, "chosen": chosen, "rejected": rejected, "tools": _tools(row)}
 
 
 def _split_texts(prompt: Any, chosen: Any, rejected: Any) -> tuple[dict, tuple[str, str]]:

@@ -28,7 +28,7 @@ def fed_tokens(item: Sized) -> int:
     return len(item) - 1
 
 
-def pack_examples(items: Sequence, length: int, order: Sequence[int], size: Callable[[Any], int] = len,
+def pack_examples(items: Sequence, length: int, order: Any, size: Callable[[Any], int] = len,
                   window: int = WINDOW) -> list[list[int]]:
     """Join examples to rows of at most ``length`` tokens: best fit of the longest first, window by window of the order.
 

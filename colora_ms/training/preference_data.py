@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -76,11 +76,12 @@ def encode_preferences(preferences: Sequence[Preference], tokenizer: Tokenizer, 
              if pair.chosen == pair.rejected], len(preferences))
     halves = [half for pair in preferences for half in (pair.chosen_example, pair.rejected_example)]
     encoded = encode_examples(halves, tokenizer, template, max_length, on_long, vocab_size)
-    rows = [[] for _ in halves]
+    rows: list[list[EncodedExample]] = [[] for _ in halves]
     for item in encoded.items:
         rows[item.index].append(item)
     too_long, without_loss = set(encoded.skipped), set(encoded.unlearned)
-    items, skipped, unlearned, problems = [], [], [], []
+    items: list[Any] = []
+    skipped, unlearned, problems = [], [], []
     for index, pair in enumerate(preferences):
         names = {pair.chosen_example.id, pair.rejected_example.id}
         if names & too_long:
@@ -91,7 +92,7 @@ def encode_preferences(preferences: Sequence[Preference], tokenizer: Tokenizer, 
             problems.append(f"pair {pair.id}: an answer has several turns, which the chat template does not write one "
                             "after another, so that it is no single row; give its last turn alone")
         else:
-            pair_of = EncodedPair(*rows[2 * index], *rows[2 * index + 1], index)
+            pair_of = EncodedPair(rows[2 * index][0], rows[2 * index + 1][0], index)
             items.append(pair_of)
             if np.array_equal(pair_of.chosen.ids, pair_of.rejected.ids):
                 problems.append(f"pair {pair.id}: the chosen and the rejected answer have the same tokens")
@@ -123,6 +124,6 @@ class PairLoader(BatchLoader):
                 f"{lengths} tokens with the adapter, and the same without it")
 
     def _collate(self, bucket: int, rows: list[list[int]]) -> Batch:
-        pairs = [self._items[position] for row in rows for position in row]
+        pairs: list[Any] = [self._items[position] for row in rows for position in row]
         halves = [[half] for pair in pairs for half in (pair.chosen, pair.rejected)]
         return collate(halves, 2 * self._batch_size, bucket)

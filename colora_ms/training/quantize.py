@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
@@ -82,16 +82,19 @@ def quantize_model(config: QuantizationConfig | str | Path, resume: bool | str |
     from colora_ms.quantization.model import quantize
     if not isinstance(config, QuantizationConfig):
         config = QuantizationConfig.from_yaml(config)
+    train: Any = config.data.train  # a path, which _relations has checked
     settings, trains = config.quantization(), config.quantization().method != "rtn"
-    text = read_text(config.data.train) if trains else None
-    held_out = read_text(config.data.validation) if trains and config.data.validation else None
+    held: Any = config.data.validation
+    text = read_text(train) if trains else ""
+    held_out = read_text(held) if trains and config.data.validation else None
     folder = Path(config.output) / "model"
     if not resume and (checkpoints.list_checkpoints(config.output) or folder.exists()):
         raise CheckpointError(f"{config.output} holds a run already; continue it with resume (--resume), or choose "
                               "another output folder")
     source = open_checkpoint(resolve_model(config.model)).tokenizer_source
     decoder, tokenizer = models.load_model(config.model, weight_format=config.weight_format)
-    data = validation = None
+    data: Any = None
+    validation: Any = None
     if trains:
         size = min(config.data.max_length, decoder.max_positions + 1), decoder.config.vocab_size
         data = encode_text(text, tokenizer, size[0], size[1])

@@ -29,7 +29,9 @@ class RowReader:
     def __init__(self, file: str, layout: str | None = None, columns: Sequence[str] | dict[str, str] | None = None,
                  prompt_key: str = "prompt", completion_key: str = "completion",
                  messages_key: str = "messages") -> None:
-        self.file, self._chosen, self._first = file, None if layout is None else layout_named(layout), None
+        self.file = file
+        self._chosen = None if layout is None else layout_named(layout)
+        self._first: Layout | None = None
         self._only, self._names = _columns(columns)
         keys = {"prompt": prompt_key, "completion": completion_key, "messages": messages_key}
         keys = {name: key for name, key in keys.items() if key != name}
@@ -41,7 +43,7 @@ class RowReader:
         self._names.update(keys)
         if self._only is not None:  # a list may call these columns as the file does
             self._only = {next((name for name in keys if keys[name] == one), one) for one in self._only}
-        self._left = {}
+        self._left: dict[str, None] = {}
 
     def read(self, row: object, name: str) -> Example | Preference:
         """A row as an ``Example`` or a ``Preference``.
@@ -73,7 +75,7 @@ class RowReader:
 
     def warn(self) -> None:
         """Say once which columns were not read, if there are any."""
-        if self._left:
+        if self._left and self._first is not None:
             read = [self._names.get(name, name) for name in self._first.columns]
             which = f"s {', '.join(self._left)} are" if len(self._left) > 1 else f" {next(iter(self._left))} is"
             warnings.warn(f"{self.file}: the column{which} not read (layout {self._first.name} reads "

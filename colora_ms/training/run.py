@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from colora_ms import models
 from colora_ms.adapters import inject
@@ -76,7 +76,9 @@ def train(config: TrainingConfig | str | Path, resume: bool | str | Path = False
     if pairs and config.adapter.get("start_from") is not None:
         say("the reference is the base model alone, not the adapter that the training starts from; to prefer over that "
             "one, merge it into the model first")
-    kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader} if pairs else {}
+    kind: dict[str, Any] = {}
+    if config.train == "dpo" and config.dpo is not None:
+        kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader}
     trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world, data_report=report,
                       **kind)
     say(f"batches: {trainer.loader.summary()}")
@@ -87,8 +89,8 @@ def train(config: TrainingConfig | str | Path, resume: bool | str | Path = False
     return trainer.train(resume)
 
 
-def begin_adapter(config: TrainingConfig, decoder: Decoder, tokenizer: Tokenizer | None = None,
-                  rank: int = 0) -> tuple[Adapters, Tokenizer | None, Path | None]:
+def begin_adapter(config: TrainingConfig, decoder: Decoder, tokenizer: Any = None,
+                  rank: int = 0) -> tuple[Adapters, Any, Path | None]:
     """Put a recipe's adapter into ``decoder``: a new one, or the one that it starts from, of which the run keeps a
     copy, so that it can be resumed whatever becomes of the original.
 
@@ -123,11 +125,11 @@ def load_data(config: TrainingConfig) -> tuple[list, list, int]:
         in ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
         taking the shared ones out of the test instead would leave it the unusual, harder questions.
     """
-    columns = config.data.columns
-    load = load_preferences if config.train == "dpo" else load_examples
+    columns: Any = config.data.columns
+    load: Callable[..., list] = load_preferences if config.train == "dpo" else load_examples
     train_examples = load(config.data.train, columns)
     validation = load(config.data.validation, columns) if config.data.validation else []
-    test = load_examples(config.data.held_out, columns) if config.data.held_out else []
+    test: list = load_examples(config.data.held_out, columns) if config.data.held_out else []
     asked = config.evaluate or {}
     if asked.get("data") and asked.get("task", "problems") == "problems":
         test = test + load_examples(asked["data"])
@@ -143,7 +145,8 @@ def encode_data(config: TrainingConfig, tokenizer: Tokenizer, train_examples: li
     template = make_template(config.data.template, tokenizer, config.data.system)
     limit = min(config.data.max_length, decoder.max_positions)
     vocabulary = decoder.config.vocab_size
-    options = {"on_long": config.data.on_long, "vocab_size": vocabulary}
+    options: dict[str, Any] = {"on_long": config.data.on_long, "vocab_size": vocabulary}
+    encode: Callable[..., EncodedSet]
     if config.train == "dpo":
         encode = encode_preferences
     else:

@@ -47,6 +47,7 @@ def one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: value in names), "one of " + ", ".join(names)
 
 
+@dataclasses.dataclass
 class Section:
     """Checks types and values of a dataclass when it is built; subclasses are the recipe's sections."""
 

@@ -13,6 +13,7 @@ What the rows look like is ``layouts``' business: it is recognised from their co
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -211,9 +212,13 @@ def _lines(path: Path, reader: RowReader) -> Iterator[Callable[[], Example | Pre
                                         "kind: json")
                     first = False
                     name = f"{path.name}:{number}"
-                    yield lambda raw=raw, name=name: reader.read(_parse(raw, name), name)
+                    yield functools.partial(_read_line, reader, raw, name)
     except OSError as error:
         raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from None
+
+
+def _read_line(reader: RowReader, raw: bytes, name: str) -> Example | Preference:
+    return reader.read(_parse(raw, name), name)
 
 
 def _parse(raw: bytes, name: str) -> Any:
@@ -248,7 +253,7 @@ def _read_rows(calls: Iterable[Callable[[], Example | Preference]], reader: RowR
     return examples
 
 
-_KINDS = {
+_KINDS: dict[str, tuple[Callable[..., list], tuple[str, ...]]] = {
     "jsonl": (read_jsonl, ("path",)),
     "json": (json_examples, ("path",)),
     "reasoning_gym": (reasoning_gym_examples, ("task", "size", "seed")),

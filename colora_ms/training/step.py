@@ -13,7 +13,7 @@ count, sums)`` with sums (n,) float32 of further figures, whose names are its at
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -213,7 +213,7 @@ class EvaluationStep(nn.Cell):
     def __init__(self, loss_cell: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.loss_cell = loss_cell
-        self.figures = {}
+        self.figures: dict[str, float] = {}
 
     def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
         """Returns the loss's results."""
@@ -221,7 +221,7 @@ class EvaluationStep(nn.Cell):
 
     def run(self, batches: Iterable[Batch], stepper: Stepper, world: int = 1) -> float:
         """Mean loss over all that counts in ``batches`` (answer tokens, pairs), on all processes."""
-        sums = 0.0
+        sums: Any = 0.0
         self.loss_cell.set_train(False)
         try:
             for batch in batches:
@@ -274,10 +274,11 @@ class Stepper:
         self.config, self.slot, self.world = config, slot, world
         #: Of the last update, over all processes: real tokens fed, whether one asked to stop, and
         #: {name: mean} of the loss's further figures.
-        self.tokens, self.stop_asked, self.figures = 0, False, {}
+        self.tokens, self.stop_asked = 0, False
+        self.figures: dict[str, float] = {}
         self.loss_cell.set_train(True)
         if config.accumulation_steps == 1 and world == 1:
-            self.whole = TrainStep(self.loss_cell, self.optimizer)
+            self.whole: TrainStep | None = TrainStep(self.loss_cell, self.optimizer)
             self.part = self.update = None
         else:
             self.whole = None
@@ -298,7 +299,8 @@ class Stepper:
             of the gradient before clipping, as float; equal on all processes.
         """
         hyper = self.optimizer.hyper(step, steps)
-        sums, norm = 0.0, 0.0
+        sums: Any = 0.0
+        norm: Any = 0.0
         for batch in batches:
             tensors = self.tensors(batch)
             if self.whole is not None:

@@ -140,9 +140,11 @@ class ChatTemplate:
             raise ConfigError(f"the system message is {system!r}, expected a text")
         self._tokenizer = tokenizer
         self._system = system
-        self._developer = None
+        self._developer: bool | None = None
         self.parted = 0
-        self._tried, self._written, self._dropped = {}, set(), {}
+        self._tried: dict[str, Any] = {}
+        self._written: set[str] = set()
+        self._dropped: dict[str, None] = {}
         self._seen, self.unlearned = set(), {}
         probe = self.render(self._said([{"role": "user", "content": "?"}]), generation=True)
         self.digest = hashlib.sha256(b"chat\0" + probe.encode()).hexdigest()[:16]
@@ -223,7 +225,7 @@ class ChatTemplate:
         that, or write the word None, it is given as an empty text.
         """
         messages = [{key: value for key, value in item.items() if key != "weight"} for item in messages]
-        options = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        options: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
         if spans:
             options["return_spans"] = True
         try:
@@ -315,7 +317,7 @@ def _refuse_parts(example: Example, messages: Sequence[dict], what: str = "") ->
                         "template (template: chat)")
 
 
-def make_template(spec: str, tokenizer: Tokenizer | None, system: str | None = None) -> TextTemplate | ChatTemplate:
+def make_template(spec: str, tokenizer: Any, system: str | None = None) -> TextTemplate | ChatTemplate:
     """The template that a recipe asks for.
 
     Args:

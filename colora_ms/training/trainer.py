@@ -110,7 +110,7 @@ class Trainer:
 
     def __init__(self, decoder: Decoder, data: EncodedSet, config: TrainingConfig, save_adapter: Callable[[Path], Any],
                  validation: EncodedSet | None = None, callbacks: Iterable[Callback] = (), slot: int = 0, rank: int = 0,
-                 world: int = 1, loss_cell: Callable[[Decoder], nn.Cell] | None = None,
+                 world: int = 1, loss_cell: nn.Cell | None = None,
                  loader: type[BatchLoader] = BatchLoader, data_report: dict | None = None) -> None:
         self.folder = Path(config.output)
         if rank == 0:
@@ -128,16 +128,20 @@ class Trainer:
             raise ConfigError(lily_lengths.PACKED)
         self._loader_kind = loader
         self.loader = self._loader(data, rank, world)
-        self.validation = None
+        self.validation: BatchLoader | None = None
         if validation is not None:
             self.validation = self._loader(validation, rank, world, shuffle=False)
         self.stepper = Stepper(decoder, config.optimizer, slot, world, loss_cell)
         self.evaluation = EvaluationStep(self.stepper.loss_cell)
-        self.steps, self.end = config.loop.steps, None
-        if self.steps is None:
-            self.steps, self.end = self.loader.updates(config.loop.epochs,
-                                                       config.optimizer.accumulation_steps)
-        self.step, self.best_step, self.best_loss = 0, None, None
+        self.steps: int
+        self.end: tuple[int, int] | None = None
+        if config.loop.epochs is None:
+            self.steps = config.loop.steps or 0
+        else:
+            self.steps, self.end = self.loader.updates(config.loop.epochs, config.optimizer.accumulation_steps)
+        self.step = 0
+        self.best_step: int | None = None
+        self.best_loss: float | None = None
         self.seconds_before = 0.0
         self.stopped_by = ""  # who asked to stop after this update: a signal, or a callback that sets it
 
@@ -204,7 +208,7 @@ class Trainer:
                         log.add("step", self.step, **record)
                     self._call("on_step", {"step": self.step, **record})
                     if self._due(self.config.loop.evaluate_every) and self.validation is not None:
-                        validation.append((self.step, self._evaluate(log, progress)))
+                        validation.append((self.step, self._evaluate(self.validation, log, progress)))
                     # Several processes stop after the same update, or some would wait for ever.
                     stop = self.stopped_by if self.world == 1 else self.stepper.stop_asked
                     if self._due(self.config.loop.save_every) or stop:
@@ -267,10 +271,10 @@ class Trainer:
                                 f"were before it: {advice}.{last}")
         return loss, norm
 
-    def _evaluate(self, log: RunLog | None, progress: Progress) -> float:
+    def _evaluate(self, validation: BatchLoader, log: RunLog | None, progress: Progress) -> float:
         """Validation loss; keeps the adapter if it is the best so far."""
         began = time.perf_counter()
-        loss = self.evaluation.run(self.validation.epoch_batches(), self.stepper, self.world)
+        loss = self.evaluation.run(validation.epoch_batches(), self.stepper, self.world)
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss = self.step, loss
             if self.rank == 0:

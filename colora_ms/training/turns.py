@@ -77,17 +77,20 @@ def renderings_of(render: Any, messages: Sequence[dict], turns: Sequence[int],
             return [found] if found[1] else []
         text = render(messages)
         spans = [_span(render, messages, k, text) for k in turns]
-        if None not in spans:
-            return [(text, spans)]
+        whole = [span for span in spans if span is not None]
+        if len(whole) == len(spans):
+            return [(text, whole)]
         alone = [(k, render(messages[:k + 1])) for k in turns]
-        made = [(text, _span(render, messages[:k + 1], k, text)) for k, text in alone]
+        made = [(k, text, _span(render, messages[:k + 1], k, text)) for k, text in alone]
     except DataError as error:
         raise DataError(f"example {name}: {error}") from None
-    for k, (_, span) in zip(turns, made):
+    texts = []
+    for k, text, span in made:
         if span is None:
             raise DataError(f"example {name}: the chat template writes the conversation before message {k} differently "
                             "once the answer follows, so that nobody can tell where the answer begins")
-    return [(text, [span]) for text, span in made]
+        texts.append((text, [span]))
+    return texts
 
 
 def _marked(render: Any, messages: Sequence[dict], turns: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
