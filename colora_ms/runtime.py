@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import weakref
 from collections.abc import Iterator
@@ -12,13 +13,14 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from colora_ms.graph_cache import GraphCache, source_fingerprint
+from colora_ms.graph_cache import GraphCache, source_fingerprint, unsupported
 from colora_ms.kernels.aot import KernelError, last_error, library_path
 from colora_ms.kernels.registry import bind
 
+_log = logging.getLogger(__name__)
 _configured = False
-_graphs = None
-_compiled = weakref.WeakKeyDictionary()
+_graphs: GraphCache | None = None
+_compiled: weakref.WeakKeyDictionary[nn.Cell, set] = weakref.WeakKeyDictionary()
 _compilations = 0
 
 
@@ -33,7 +35,8 @@ def cache_folder() -> Path:
 def configure() -> None:
     """Prepare MindSpore once a process: deep graphs may be parsed, compiled graphs are kept for the next start.
 
-    ``COLORA_COMPILE_CACHE=0`` switches the graph cache off.
+    ``COLORA_COMPILE_CACHE=0`` switches the graph cache off. A MindSpore that it cannot work with is named in a logged
+    warning, and graphs are compiled without it.
     """
     global _configured, _graphs
     if _configured:
@@ -41,7 +44,12 @@ def configure() -> None:
     _configured = True
     bind()
     ms.set_recursion_limit(10000)
-    if os.environ.get("COLORA_COMPILE_CACHE", "1") != "0":
+    if os.environ.get("COLORA_COMPILE_CACHE", "1") == "0":
+        return
+    missing = unsupported()
+    if missing:
+        _log.warning("%s: compiled graphs are not kept, and every start of a process compiles them anew", missing)
+    else:
         _graphs = GraphCache(cache_folder(), source_fingerprint(library_path()))
 
 
@@ -77,8 +85,10 @@ def run(cell: nn.Cell, *args: Any) -> Any:
     new = shapes not in known
     try:
         with graph_mode():
-            cached = new and _graphs is not None and ms.get_context("mode") == ms.GRAPH_MODE
-            result = _graphs.call(cell, args) if cached else cell(*args)
+            if new and _graphs is not None and ms.get_context("mode") == ms.GRAPH_MODE:
+                result = _graphs.call(cell, args)
+            else:
+                result = cell(*args)
     except RuntimeError as error:
         reason = last_error()
         if "AOT kernel" in str(error) and reason:

@@ -9,6 +9,7 @@ from colora_ms.cli import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     options.add_model(parser)
     options.add_engine(parser)
     parser.add_argument("--adapter", default=None, metavar="NAME", help="adapter to begin with; needs --adapters")
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.decoding import Contrast, Sampling
     from colora_ms.serving.chat import Chat
 

@@ -9,6 +9,7 @@ TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("source", nargs="?", help="known name, folder or GGUF file of a model")
     parser.add_argument("target", nargs="?",
                         help="folder to write, or a GGUF file if it ends in .gguf; it must not exist")
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.errors import ConfigError
 
     if arguments.adapter is not None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("model", nargs="?", default="smollm2-135m", help="known name, folder or GGUF file")
     parser.add_argument("--plan", default=None, metavar="FILE", help="YAML or JSON: layers, tensors, rank, factors, "
                                                                      "method, "
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     if arguments.sweep or arguments.latency_only or arguments.show:
         return decompose_sweep.run(arguments)
     from colora_ms.decomposition import decompose_checkpoint, linear_shapes, reduction
@@ -95,7 +97,7 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
 
     if text == "all":
         return text
-    numbers = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or len(first + last) > 8 \

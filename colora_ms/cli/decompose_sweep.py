@@ -19,6 +19,7 @@ _NAMES = ("early", "middle", "late", "spread")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     group = parser.add_argument_group("sweep")
     group.add_argument("--sweep", action="store_true", help="measure placements, matrices and ranks against each other")
     group.add_argument("--reduction", type=float, default=0.09,
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.errors import ConfigError
     from colora_ms.evaluation.lrd_plot import plot
     from colora_ms.evaluation.lrd_sweep import describe, table, variants
@@ -82,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def quality(arguments: argparse.Namespace, checkpoint: Checkpoint, found: Sequence[Variant], rows: list[dict],
+def quality(arguments: argparse.Namespace, checkpoint: Checkpoint, found: list[Variant], rows: dict[str, dict],
             keep: Callable[[], None]) -> None:
     """Fill in perplexity and accuracy."""
     from colora_ms.errors import ConfigError
@@ -124,7 +126,7 @@ def quality(arguments: argparse.Namespace, checkpoint: Checkpoint, found: Sequen
     switch.restore()
 
 
-def latency(arguments: argparse.Namespace, checkpoint: Checkpoint, found: Sequence[Variant], rows: list[dict],
+def latency(arguments: argparse.Namespace, checkpoint: Checkpoint, found: Sequence[Variant], rows: dict[str, dict],
             keep: Callable[[], None]) -> None:
     """Fill in the times."""
     from colora_ms.evaluation.lrd_latency import measure
@@ -139,7 +141,8 @@ def latency(arguments: argparse.Namespace, checkpoint: Checkpoint, found: Sequen
     measure(checkpoint, load_tokenizer(checkpoint.tokenizer_source), found, arguments.steps, arguments.repeats, on_row)
 
 
-def earlier(path: str | Path, rows: list[dict], setup: dict) -> tuple[dict, list[dict]]:
+def earlier(path: str | Path, rows: dict[str, dict],
+            setup: dict | None) -> tuple[dict, dict[str, dict]]:
     """(setup, rows) of an earlier sweep, which must have the same variants, and to go on measuring the same
     ``setup``."""
     from colora_ms.errors import ConfigError
@@ -152,7 +155,8 @@ def earlier(path: str | Path, rows: list[dict], setup: dict) -> tuple[dict, list
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         before = {row["name"]: row for row in values["rows"]}
         kept = values["setup"]
-        other = [key for key in ("text", "text_tokens", "choices", "items") if setup and kept[key] != setup[key]]
+        asked = setup or {}
+        other = [key for key in ("text", "text_tokens", "choices", "items") if asked and kept[key] != asked[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no result of a sweep: {error}") from None
     if list(before) != list(rows) or any(before[name].keys() != rows[name].keys()
@@ -160,7 +164,7 @@ def earlier(path: str | Path, rows: list[dict], setup: dict) -> tuple[dict, list
         raise ConfigError(f"{path} holds another sweep; give the same --reduction, --placements, --groups, --ranks, "
                           "--factors and --no-drop as then, or another --json FILE")
     if other:
-        raise ConfigError(f"{path} was measured with {other[0]} {kept[other[0]]!r}, not {setup[other[0]]!r}; give the "
+        raise ConfigError(f"{path} was measured with {other[0]} {kept[other[0]]!r}, not {asked[other[0]]!r}; give the "
                           "same, or another --json FILE")
     return kept, before
 

@@ -20,6 +20,7 @@ TASKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     options.add_model(parser)
     options.add_decoding(parser)
     parser.add_argument("--task", default="problems", choices=TASKS,
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.distributed import workers
 
     team = workers.start()
@@ -69,11 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
     generator, adapter = options.generator(arguments)
     template = few_shot or make_template(_template(arguments), generator.tokenizer)
     stop = list(FEW_SHOT_STOP) if few_shot else []
+    hashes = _hashes(arguments)
     result = evaluate(
         generator, examples, arguments.scorer, template=template, path=arguments.output,
         batch_size=arguments.batch_size,
         options={"adapter": adapter, "stop": stop, "records": arguments.contrast, **options.decoding(arguments)},
-        team=team, **_hashes(arguments))
+        team=team, model_hash=hashes["model_hash"], adapter_hash=hashes["adapter_hash"])
     if not team.first:
         return 0
     print(result.summary())
@@ -136,8 +139,8 @@ def _likelihood(arguments: argparse.Namespace, team: Workers) -> str:
     from colora_ms.evaluation.shots import few_shot_choices
 
     perplexity = arguments.task == "perplexity"
-    data = read_text(arguments.data) if perplexity else read_commonsense(arguments.data, arguments.form,
-                                                                         arguments.limit)
+    data: Any = read_text(arguments.data) if perplexity else \
+        read_commonsense(arguments.data, arguments.form, arguments.limit)
     if arguments.shots:
         data, own = few_shot_choices(data, read_commonsense(arguments.shots_data, arguments.form), arguments.shots)
         if team.first:

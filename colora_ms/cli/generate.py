@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from colora_ms.cli import options
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("prompts", nargs="*", help="the prompts; none: one a line from standard input")
     options.add_model(parser)
     options.add_decoding(parser)
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.distributed import workers
     from colora_ms.evaluation.sharded import ShardedGenerator
 
@@ -44,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("colora-ms generate: --tensor-parallel needs several workers; start them with "
               "bash scripts/msrun_evaluate.sh generate -n 2 --tensor-parallel ...", file=sys.stderr)
         return 2
+    generator: Any
     generator, adapter = options.generator(arguments, team if arguments.tensor_parallel else None)
     settings = options.decoding(arguments)
     inputs = [[{"role": "user", "content": p}] for p in prompts] if arguments.chat else prompts

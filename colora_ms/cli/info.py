@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("path", help="known model name, model folder or file, or adapter folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     path = Path(arguments.path)
     if (path / "adapter_config.json").is_file():
         return _adapter(path)

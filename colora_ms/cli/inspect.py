@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("adapter", help="adapter folder (LoRA or Lily)")
     options.add_model(parser)
     parser.add_argument("--prompts", nargs="+", default=None, metavar="TEXT", help="texts that a Lily adapter's "
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.adapters.peft_format import StoredAdapter
     from colora_ms.errors import AdapterError
 

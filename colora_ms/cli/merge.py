@@ -9,6 +9,7 @@ from colora_ms.cli.convert import TYPES, check_format_option, is_gguf, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("model", help="known name, folder or GGUF file of the base model")
     parser.add_argument("adapters", nargs="+", metavar="adapter",
                         help="PEFT adapter folder, or LoRA GGUF (one or several)")
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     import dataclasses
 
     from colora_ms.adapters.merge_model import merge_model

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options that name the base model."""
     parser.add_argument("--model", default="smollm2-135m", help="known name, Hugging Face folder or GGUF file")
     parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16", "int8", "int4"),
                         help="format of the base weights")
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Options of adapter, contrast and sampling; :func:`generator` and :func:`decoding` read them."""
     parser.add_argument("--adapter", default=None, metavar="FOLDER",
                         help="PEFT adapter folder, or a LoRA GGUF; none: the base model")
     parser.add_argument("--contrast", action="store_true", help="contrast the adapter with the base model (CoLD)")
@@ -69,6 +71,7 @@ def model_hash(arguments: argparse.Namespace) -> str:
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Options of the serving engine; :func:`engine` reads them."""
     parser.add_argument("--adapters", default=None, metavar="FOLDER", help="folder of PEFT adapter folders, named by "
                                                                            "these")
     parser.add_argument("--slots", type=int, default=8, help="adapters that one batch can mix")
@@ -95,7 +98,7 @@ def engine(arguments: argparse.Namespace, rows: int, **more: Any) -> tuple[Engin
     return Engine(decoder, tokenizer, bank, rows=rows, max_length=arguments.max_length, **more), name
 
 
-def write_json(path: str, value: Any) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """Write the file of ``--json``, whole or not at all.
 
     Raises:

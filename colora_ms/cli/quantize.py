@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("recipe", help="YAML recipe, see model_zoo/; for rounding only, a model's name or folder")
     parser.add_argument("target", nargs="?", help="with a model in place of a recipe: folder to write")
     parser.add_argument("--bits", type=int, default=4, help="with a model: 8, 4, 3 or 2")
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.training.quantize import quantize_model
 
     if arguments.target is not None:

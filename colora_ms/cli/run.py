@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("recipe", help="YAML recipe with a section evaluate, see model_zoo/")
     parser.add_argument("--fast", action="store_true", help="few updates and items, in a folder of its own")
     parser.add_argument("--limit", type=int, default=None, metavar="N",
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.distributed import workers
     from colora_ms.recipes import report
     from colora_ms.recipes.runner import run as run_recipe

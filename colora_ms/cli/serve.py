@@ -14,6 +14,7 @@ TOKEN = "COLORA_API_TOKEN"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     options.add_model(parser)
     options.add_engine(parser)
     parser.add_argument("--name", default=None, help="the base model's name in requests; none: its folder's or file's "
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.serving.http import Server, Settings, create_app
 
     settings = dict(token=_token(arguments), max_body_bytes=arguments.max_body_bytes, max_tokens=arguments.max_tokens,

@@ -6,6 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("recipe", help="YAML recipe, see model_zoo/")
     parser.add_argument("--resume", action="store_true",
                         help="continue from the newest checkpoint of the output folder")
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.distributed import workers
     from colora_ms.training.config import TrainingConfig
     from colora_ms.training.run import train

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("model", help="known name, Hugging Face folder or GGUF file")
     parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16", "int8", "int4"),
                         help="format of the base weights")
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.adapters import digest
     from colora_ms.decoding import Generator
     from colora_ms.evaluation.tuning import choose_contrast, compare_contrasts

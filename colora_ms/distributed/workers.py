@@ -81,10 +81,13 @@ def start():
         if role not in ("MS_WORKER", "MS_SCHED"):
             return Workers()
         from mindspore import communication
+
+        from colora_ms import graph_cache
         communication.init()
         if role == "MS_SCHED":
             sys.exit(0)
         _team = Workers(communication.get_rank(), communication.get_group_size())
+        graph_cache.use_rank(_team.rank)
     return _team
 
 

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ConfigError, DataError
@@ -26,7 +26,7 @@ from colora_ms.evaluation.significance import wilson_interval
 if TYPE_CHECKING:
     from colora_ms.evaluation.interfaces import TokenScorer
     from colora_ms.models.tokenizer import Tokenizer
-    from colora_ms.training.templates import TextTemplate
+    from colora_ms.training.templates import ChatTemplate, TextTemplate
 
 #: Where an answer to a few-shot prompt of "Question: ... Answer: ..." ends.
 FEW_SHOT_STOP = ("\nQuestion:", "\n\n")
@@ -66,7 +66,7 @@ def read_gsm8k(path: str | Path, limit: int | None = None, calculator: bool = Fa
     Raises:
         DataError: unreadable file, or a line without the keys or without a final number.
     """
-    problems = []
+    problems: list[Problem] = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         if limit is not None and len(problems) >= limit:
             break
@@ -106,12 +106,12 @@ class FewShotTemplate:
 
     adds_special_tokens = True
 
-    def __init__(self, template: TextTemplate, shots: Sequence[Problem], separator: str = "\n\n",
+    def __init__(self, template: TextTemplate | ChatTemplate, shots: Sequence[Problem], separator: str = "\n\n",
                  count: int | None = None) -> None:
         if not template.adds_special_tokens:
             raise ConfigError("few-shot prompts are made from a plain text template, not from the chat template")
-        self._template = template
-        self._shots = Shots([(shot.question, template.prompt(shot) + template.answer(shot) + separator)
+        self._template = cast(Any, template)  # reads an id, a question and a completion
+        self._shots = Shots([(shot.question, self._template.prompt(shot) + self._template.answer(shot) + separator)
                              for shot in shots],
                             count)
         self.digest = hashlib.sha256(f"shots\0{template.digest}\0{self._shots.digest}".encode()).hexdigest()[:16]
@@ -172,7 +172,7 @@ def read_commonsense(path: str | Path, form: str = "text", limit: int | None = N
     return [choice_item(row, f"{Path(path).parent.name}-{number}", form) for number, row in enumerate(rows[:limit], 1)]
 
 
-def choice_item(row: object, name: str, form: str = "text") -> ChoiceItem:
+def choice_item(row: Any, name: str, form: str = "text") -> ChoiceItem:
     """The :class:`ChoiceItem` called ``name`` of one row of that layout; DataError if it has another."""
     try:
         instruction, answer = row["instruction"].strip(), row["answer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from colora_ms.errors import DataError
 from colora_ms.evaluation.benchmarks import choice_item
@@ -38,7 +39,7 @@ def load_choices(path: str | Path, limit: int | None = None) -> list[ChoiceItem]
     return [_item(path, number, row) for number, row in enumerate(rows[:limit], 1)]
 
 
-def _item(path: str | Path, number: int, row: object) -> ChoiceItem:
+def _item(path: str | Path, number: int, row: Any) -> ChoiceItem:
     try:
         if "choices" not in row:
             return choice_item(row, str(number))

@@ -107,7 +107,7 @@ def evaluate(generator: TextGenerator, examples: Sequence[Question],
              scorer: str | Callable[[str, Any], Score] = "number", *, template: PromptTemplate,
              path: str | Path | None = None, batch_size: int = 8, options: dict | None = None, model_hash: str = "",
              adapter_hash: str = "", resume: bool = True, keep_records: bool = False,
-             progress: Callable[[int, int], Any] | None = None, team: Workers = Workers()) -> EvaluationResult:
+             progress: Callable[[int, int, int], Any] | None = None, team: Workers = Workers()) -> EvaluationResult:
     """Generate an answer to every example and score it.
 
     Args:
@@ -210,7 +210,7 @@ def _check_examples(examples: Sequence[Question]) -> None:
 
 
 def _generate(generator: TextGenerator, prompts: list[Prompt], options: dict,
-              first: int) -> list[Answer | DecodingError]:
+              first: bool) -> list:
     """Completions of a batch; a refused prompt gives its error instead, the others go on."""
     try:
         return _checked(generator.generate(prompts, **options), len(prompts))
@@ -219,7 +219,7 @@ def _generate(generator: TextGenerator, prompts: list[Prompt], options: dict,
             if first:
                 raise
             return [error]
-    results = []
+    results: list = []
     for prompt in prompts:
         try:
             results += _checked(generator.generate([prompt], **options), 1)
@@ -237,7 +237,8 @@ def _checked(completions: Any, count: int) -> list[Answer]:
     return completions
 
 
-def _item(example: Question, completion: Any, score: Score | None, seconds: float, keep_records: bool) -> dict:
+def _item(example: Question, completion: Any, score: Callable[[str, Any], Score], seconds: float,
+          keep_records: bool) -> dict:
     if isinstance(completion, DecodingError):
         return {"id": example.id, "correct": False, "predicted": "", "text": "", "tokens": 0,
                 "expected": example.completion, "seconds": seconds, "refused": str(completion)}

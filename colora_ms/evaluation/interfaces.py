@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Union
 
 import numpy as np
@@ -53,8 +53,9 @@ class Answer(Protocol):
 class TextGenerator(Protocol):
     """``decoding.Generator``, say."""
 
-    def generate(self, prompts: Sequence[Any], **options: Any) -> list:
-        """One :class:`Answer` a :data:`Prompt`, in order."""
+    @property
+    def generate(self) -> Callable[..., list]:
+        """``generate(prompts, **options)``: one :class:`Answer` a :data:`Prompt`, in order."""
 
 
 class TokenScorer(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from colora_ms.distributed.workers import Workers
 from colora_ms.errors import DataError
@@ -18,25 +18,25 @@ class ItemLog:
     """
 
     def __init__(self, path: str | Path | None, setup: dict, resume: bool, team: Workers = Workers()) -> None:
-        self.items = {}
-        self._handle = None
+        self.items: dict[str, dict] = {}
+        self._handle: BinaryIO | None = None
         if path is not None and team.first:
             self._open(path, setup, resume)
         if path is not None:
             self.items = team.share(self.items)
 
-    def _open(self, path: Path, setup: dict, resume: bool) -> None:
+    def _open(self, path: str | Path, setup: dict, resume: bool) -> None:
         path = Path(path)
         keep = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume and path.is_file():
                 keep = self._read(path, setup)
-            self._handle = open(path, "r+b" if keep else "wb")
+            self._handle = handle = open(path, "r+b" if keep else "wb")
             if keep:
                 # An interrupted run may end in half a line: cut it off, then append.
-                self._handle.truncate(keep)
-                self._handle.seek(keep)
+                handle.truncate(keep)
+                handle.seek(keep)
             else:
                 self._write({"setup": setup})
         except OSError as error:

@@ -156,7 +156,7 @@ def multiple_choice(model: TokenScorer, tokenizer: Tokenizer, items: Sequence[Ch
                                 "must both have tokens")
             divisor = {"none": 1, "token": count, "byte": len(choice.encode())}[normalise]
             work.append((number, joint.ids, count, divisor))
-    scores = [[] for _ in items]
+    scores: list[list[float]] = [[] for _ in items]
     # Similar lengths together: less padding in the model.
     order = sorted(range(len(work)), key=lambda k: len(work[k][1]))
     found = {}
@@ -166,7 +166,7 @@ def multiple_choice(model: TokenScorer, tokenizer: Tokenizer, items: Sequence[Ch
             found[k] = math.fsum(row[-work[k][2]:]) / work[k][3]
     for k, (number, *_) in enumerate(work):
         scores[number].append(found[k])
-    results = []
+    results: list[dict] = []
     for item, values in zip(items, scores):
         chosen = int(np.argmax(values))
         results.append({"id": item.id, "correct": chosen == item.answer, "chosen": chosen,

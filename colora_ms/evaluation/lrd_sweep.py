@@ -35,7 +35,8 @@ class Variant:
     @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of the blocks that are changed."""
-        return self.dropped or (self.plan.layers if self.plan else ())
+        planned: Any = self.plan.layers if self.plan else ()
+        return self.dropped or planned
 
     def cost(self, config: DecoderConfig) -> dict:
         """{"parameters", "reduction", "macs"}: macs are the multiplications of the linears and the head for one
@@ -96,11 +97,12 @@ class Switch:
     def __init__(self, decoder: Decoder, variants_: Sequence[Variant]) -> None:
         self.parameters = {p.name: p for p in decoder.get_parameters()}
         self.shapes = linear_shapes(decoder.config)
-        self.rank = {}
+        self.rank: dict[str, int] = {}
         for variant in variants_:
             for path, piece in (variant.plan.resolve(self.shapes) if variant.plan else {}).items():
                 self.rank[path] = max(piece.rank, self.rank.get(path, 0))
-        self._kept, self._factors = {}, {}
+        self._kept: dict[str, np.ndarray] = {}
+        self._factors: dict[str, Any] = {}
 
     def show(self, variant: Variant) -> None:
         """Put the variant's weights in; what an earlier one changed is restored first."""
@@ -145,7 +147,7 @@ class Switch:
 def describe(variant: Variant, config: DecoderConfig) -> dict:
     """The row of a variant before anything is measured."""
     cost = variant.cost(config)
-    plan = variant.plan
+    plan: Any = variant.plan
     kind = "-" if not variant.layers else "drop" if variant.dropped else \
         plan.tensors if plan.tensors in GROUPS else ",".join(plan.tensors)
     return {"name": variant.name, "placement": variant.placement, "tensors": kind, "layers": list(variant.layers),
@@ -188,7 +190,8 @@ def recommend(rows: Sequence[dict], tolerance: float) -> str:
     Between variants of one size the one with the lowest perplexity wins. Rows without an accuracy are not considered.
     """
     base = rows[0]
-    fit = [row for row in rows if points_lost(row, base) is not None and points_lost(row, base) <= tolerance]
+    lost = [(row, points_lost(row, base)) for row in rows]
+    fit = [row for row, points in lost if points is not None and points <= tolerance]
     if not fit:
         return base["name"]
     return min(fit, key=lambda row: (row["parameters"], row["perplexity"] or np.inf))["name"]

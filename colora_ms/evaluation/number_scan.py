@@ -171,7 +171,8 @@ class _Reader:
         """((whole, decimals, exponent, power), end), a Fraction and None as the first two; (None, end) without one."""
         text = self.text
         if text[at] in self.values:
-            parts, end = (self.values[text[at]], None), at + 1
+            parts: tuple = (self.values[text[at]], None)
+            end = at + 1
         elif not "0" <= text[at] <= "9":
             return None, at + 1  # a character of ours that came with the text
         else:

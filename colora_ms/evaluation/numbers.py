@@ -180,7 +180,7 @@ def _marked(text: str, values: dict[str, Fraction]) -> tuple[Fraction | None, bo
 
 def _answered(text: str, values: dict[str, Fraction]) -> tuple[Fraction | None, bool]:
     """(number of the last "answer is" or "is the answer" with one, False)."""
-    marks = [(found.start(), found.end(), found) for found in _ANSWER.finditer(text)]
+    marks: list[tuple] = [(found.start(), found.end(), found) for found in _ANSWER.finditer(text)]
     marks += [(found.start(), found.end(), None) for found in _IS_THE_ANSWER.finditer(text)]
     marks.sort(key=lambda mark: mark[:2])
     for number in range(len(marks) - 1, -1, -1):
@@ -190,7 +190,7 @@ def _answered(text: str, values: dict[str, Fraction]) -> tuple[Fraction | None, 
             value = _in_front(text[max(since, start - 400):start], values)
         else:
             until = max(end, marks[number + 1][0]) if number + 1 < len(marks) else len(text)
-            opening = found["colon"] and not found["final"] and not text[:start].strip()
+            opening = bool(found["colon"] and not found["final"] and not text[:start].strip())
             searched = found["colon"] and _SEARCHED.search(text, max(start - 40, 0), start)
             value = None if searched else _behind(text, end, until, values, opening)
         if value is not None:
@@ -231,7 +231,7 @@ def _first(text: str, values: dict[str, Fraction]) -> Fraction | None:
     return None
 
 
-def _calculated(text: str, numbers: list[Number]) -> Fraction | None:
+def _calculated(text: str, numbers: list[Number]) -> Number:
     """The number behind the last "=" of the calculation that the first number begins; that number without a "="."""
     found = numbers[0]
     for last, one in zip(numbers, numbers[1:]):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class PairedTest:
                 f"p = {self.p_value:.3g} (exact McNemar)")
 
 
-def mcnemar(first: Mapping[str, bool] | Sequence[bool], second: Mapping[str, bool] | Sequence[bool]) -> PairedTest:
+def mcnemar(first: Any, second: Any) -> PairedTest:
     """Exact McNemar test (McNemar, 1947; binomial form).
 
     Among the n items that exactly one decoder got right, the number that the first got right is

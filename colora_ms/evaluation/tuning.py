@@ -21,6 +21,7 @@ from colora_ms.evaluation.significance import best_of_many, mcnemar, wilson_inte
 if TYPE_CHECKING:
     from colora_ms.evaluation.interfaces import PromptTemplate, Question, TextGenerator
     from colora_ms.evaluation.scoring import Score
+    from colora_ms.evaluation.significance import PairedTest
 
 #: What is tried where nothing else is asked for: the paper's rule, and the adaptive forms.
 DEFAULT_GRID = (

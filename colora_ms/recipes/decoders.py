@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from colora_ms.decoding import Contrast, Generator
     from colora_ms.evaluation.benchmarks import TextPerplexity
     from colora_ms.evaluation.evaluate import EvaluationResult
-    from colora_ms.evaluation.interfaces import PromptTemplate, Question, TextGenerator
+    from colora_ms.evaluation.interfaces import PromptTemplate, Question
     from colora_ms.evaluation.likelihood import ChoiceItem, ChoiceResult
     from colora_ms.recipes.settings import EvaluationSettings
     from colora_ms.training.config import TrainingConfig
@@ -47,7 +47,7 @@ def choices(decoders: Sequence[str | Contrast], name: str = "LoRA", generates: b
     for one in decoders:
         if one == "base":
             found.append(Choice("base", "base", False))
-        elif one == "greedy":
+        elif isinstance(one, str):
             found.append(Choice("greedy", f"{name}, greedy" if generates else name, True))
         else:
             form = "" if one.adapt == "fixed" and not one.skip_copies else one.label.split(", alpha")[0] + ", "
@@ -56,7 +56,7 @@ def choices(decoders: Sequence[str | Contrast], name: str = "LoRA", generates: b
     return found
 
 
-def answer(generator: TextGenerator, examples: Sequence[Question], chosen: Choice, *, template: PromptTemplate,
+def answer(generator: Any, examples: Sequence[Question], chosen: Choice, *, template: PromptTemplate,
            scorer: str, max_new_tokens: int, folder: str | Path, stop: Sequence[str] = (), rows: int | None = None,
            model_hash: str = "", adapter_hash: str = "", keep_records: bool = False,
            team: Workers = Workers()) -> EvaluationResult:
@@ -74,7 +74,7 @@ def answer(generator: TextGenerator, examples: Sequence[Question], chosen: Choic
     from colora_ms.evaluation.evaluate import evaluate
 
     rows = rows or generator.max_rows
-    options = {"max_new_tokens": max_new_tokens, "records": True, "stop": list(stop)}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "records": True, "stop": list(stop)}
     if chosen.adapted:
         options["adapter"] = ADAPTER
     if chosen.contrast is not None:
@@ -92,14 +92,15 @@ def read_items(settings: EvaluationSettings) -> list[Example] | list[ChoiceItem]
     Raises:
         DataError: the data cannot be read.
     """
+    source: Any = settings.data
     if settings.task == "perplexity":
         from colora_ms.evaluation.benchmarks import read_text
-        return read_text(settings.data)[:settings.items]
+        return read_text(source)[:settings.items]
     if settings.task == "choice":
         from colora_ms.evaluation.benchmarks import read_commonsense
-        return read_commonsense(settings.data, settings.form, settings.items)
+        return read_commonsense(source, settings.form, settings.items)
     from colora_ms.training.sources import load_examples
-    return load_examples(settings.data)[:settings.items]
+    return load_examples(source)[:settings.items]
 
 
 class Subject:
@@ -114,7 +115,7 @@ class Subject:
     def __init__(self, config: TrainingConfig, trained: str | Path, rows: int, quantised: bool = False) -> None:
         self.config, self.trained, self.rows, self.quantised = config, trained, rows, quantised
         self.hashes = self._hashes()
-        self._loaded = (None, None)
+        self._loaded: tuple[Any, Any] = (None, None)
 
     def _hashes(self) -> dict[str, str]:
         from colora_ms.adapters import digest
@@ -152,7 +153,8 @@ class Subject:
 
         slot = generator.adapters.slot(ADAPTER) if chosen.adapted and not self.quantised else -1
         scorer = DecoderScorer(generator.decoder, slot, rows=settings.rows)
-        shared = dict(path=Path(folder) / f"{chosen.key}.jsonl", batch_size=settings.rows, team=team, **hashes)
+        shared: dict[str, Any] = dict(path=Path(folder) / f"{chosen.key}.jsonl", batch_size=settings.rows, team=team,
+                                      **hashes)
         if settings.task == "choice":
             return evaluate_choices(scorer, generator.tokenizer, items, normalise=settings.normalise, **shared)
         return evaluate_perplexity(scorer, generator.tokenizer, items, window=settings.window, stride=settings.stride,
@@ -168,4 +170,4 @@ class Subject:
             chosen = dataclasses.replace(chosen, adapted=False)
         return answer(generator, items, chosen, template=template, scorer=settings.scorer, folder=folder,
                       max_new_tokens=settings.max_new_tokens, stop=settings.stop, rows=settings.rows, team=team,
-                      **hashes)
+                      model_hash=hashes["model_hash"], adapter_hash=hashes["adapter_hash"])

@@ -6,22 +6,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from colora_ms.adapters.patterns import in_order
-from colora_ms.evaluation.evaluate import EvaluationResult
 from colora_ms.evaluation.item_log import write_json, write_text
 
 if TYPE_CHECKING:
-    from colora_ms.evaluation.benchmarks import TextPerplexity
-    from colora_ms.evaluation.likelihood import ChoiceResult
     from colora_ms.recipes.decoders import Choice
     from colora_ms.recipes.settings import EvaluationSettings
     from colora_ms.training.config import TrainingConfig
 
 
-def row_of(chosen: Choice, result: EvaluationResult | ChoiceResult | TextPerplexity,
-           speed: float | None = None) -> dict:
+def row_of(chosen: Choice, result: Any, speed: float | None = None) -> dict:
     """The numbers of one decoder as JSON values.
 
     Args:
@@ -29,7 +25,7 @@ def row_of(chosen: Choice, result: EvaluationResult | ChoiceResult | TextPerplex
         result: EvaluationResult, ChoiceResult or TextPerplexity.
         speed: tokens/s of an earlier call, for an evaluation that generated nothing in this one.
     """
-    row = {"key": chosen.key, "decoder": chosen.label}
+    row: dict[str, Any] = {"key": chosen.key, "decoder": chosen.label}
     if chosen.contrast is not None:
         row["contrast"] = {name: getattr(chosen.contrast, name) for name in ("alpha", "beta", "adapt", "skip_copies")}
     if hasattr(result, "word_perplexity"):

@@ -57,7 +57,7 @@ def run(config: TrainingConfig, *, fast: bool = False, limit: int | None = None,
 
     subject = Subject(config, trained.folder, settings.rows, quantised)
     place = folder / "evaluation" / report.setup_hash(settings, subject.hashes)
-    speeds = report.earlier_speeds(folder / "result.json", place)
+    speeds = report.earlier_speeds(folder / "result.json", str(place))
     result = {
         "recipe": name, "model": config.model, "task": settings.task, "output": str(folder), "seed": config.loop.seed,
         "adapter": config.adapter, "training": trained.to_json(), "training_summary": trained.summary(),
@@ -84,7 +84,7 @@ def kind_of(config: TrainingConfig) -> str:
         made = config.quantization()
         kinds = {"lrqat": "LR-QAT", "rtn": "rounded", "scales": "scales", "full": "full QAT"}
         return f"{kinds[made.method]} W{made.bits}"
-    adapter = config.adapter_config()
+    adapter: Any = config.adapter_config()
     if adapter.peft_type == "LILY":
         return "Lily"
     return "DoRA" if getattr(adapter, "use_dora", False) else "LoRA"

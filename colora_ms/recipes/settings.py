@@ -22,8 +22,11 @@ from colora_ms.errors import ConfigError, DecodingError, near
 from colora_ms.training.settings import Section, at_least, build, one_of, override, read_yaml, setting, short
 
 if TYPE_CHECKING:
+    from typing import TypeGuard
+
     from colora_ms.decoding import Contrast
     from colora_ms.training.config import TrainingConfig
+    from colora_ms.training.quantize import QuantizationConfig
 
 #: Decoders that have a name; a contrast is given by its settings.
 NAMED = ("base", "greedy")
@@ -71,7 +74,7 @@ class EvaluationSettings(Section):
 
     def _relations(self) -> list[str]:
         try:
-            contrasts = [one for one in expand(self.decoders) if one not in NAMED]
+            contrasts = [one for one in expand(self.decoders) if not isinstance(one, str)]
         except (ConfigError, DecodingError) as error:
             return [str(error)]
         if contrasts and self.task != "problems":
@@ -91,7 +94,7 @@ def expand(decoders: Sequence[Any]) -> list[str | Contrast]:
     from colora_ms.decoding import Contrast
 
     known = [field.name for field in dataclasses.fields(Contrast)]
-    found = []
+    found: list[str | Contrast] = []
     for one in decoders:
         if isinstance(one, str) and one in NAMED:
             found.append(one)
@@ -156,11 +159,12 @@ def _held_out(config: TrainingConfig, task: str) -> Any:
     """``data.held_out``; problems in files are read as ``data.columns`` says."""
     from colora_ms.training.sources import with_columns
 
-    found, columns = config.data.held_out, config.data.columns
+    found: Any = config.data.held_out
+    columns: Any = config.data.columns
     return found if found is None or columns is None or task != "problems" else with_columns(found, columns)
 
 
-def quantizes(config: TrainingConfig) -> bool:
+def quantizes(config: TrainingConfig) -> TypeGuard[QuantizationConfig]:
     """Whether a recipe makes a quantised model in place of an adapter."""
     return hasattr(config, "quantization")
 

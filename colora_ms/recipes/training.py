@@ -79,7 +79,8 @@ def train_once(config: TrainingConfig, quantised: bool = False, team: Workers = 
     if quantised:
         from colora_ms.training.quantize import quantize_model
 
-        quantize_model(config, resume=True)
+        recipe: Any = config
+        quantize_model(recipe, resume=True)
     else:
         from colora_ms.training.run import train
 

@@ -32,18 +32,22 @@ def setting(default: Any, sentence: str, check: Callable[[Any], bool] | None = N
 
 
 def at_least(least: float) -> tuple[Callable[[Any], bool], str]:
+    """Check and words of a :func:`setting`, as the other functions here: a number from ``least`` on."""
     return (lambda value: value >= least), f"a number of at least {least}"
 
 
 def above(least: float) -> tuple[Callable[[Any], bool], str]:
+    """A number above ``least``."""
     return (lambda value: value > least), f"a number above {least}"
 
 
 def fraction() -> tuple[Callable[[Any], bool], str]:
+    """A number from 0 to below 1."""
     return (lambda value: 0 <= value < 1), "a number from 0 to below 1"
 
 
 def one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    """One of these values."""
     return (lambda value: value in names), "one of " + ", ".join(names)
 
 
@@ -207,9 +211,11 @@ def coerce(value: Any, kind: str | type) -> tuple[Any, str]:
 
 
 def is_int(value: Any) -> bool:
+    """Whether a value is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def short(value: object) -> str:
+    """A value for an error message, at most 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + "..."

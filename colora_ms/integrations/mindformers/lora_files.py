@@ -124,8 +124,10 @@ def to_peft(tensors: Mapping[str, np.ndarray], folder: str | Path, config: Decod
             rows = np.split(up, np.cumsum(part_sizes(config, kind))[:-1])
             for part, own in zip(parts(kind), rows):
                 found[f"model.layers.{layer}.{part}"] = {"down": pair["down"], "up": own}
-        elif names.to_huggingface(module):
-            found[names.to_huggingface(module)] = pair
+            continue
+        plain = names.to_huggingface(module)
+        if plain:
+            found[plain] = pair
         else:
             unknown.append(module)
     if unknown:
@@ -185,8 +187,10 @@ def from_peft(folder: str | Path, config: DecoderConfig, layout: Layout | str,
         fused = names.fused_part(module)
         if fused:
             waiting.setdefault(fused, {})[module.split(".", 3)[3]] = (pair["down"], up)
-        elif names.to_mindformers(module):
-            ready[names.to_mindformers(module)] = (pair["down"], up)
+            continue
+        theirs = names.to_mindformers(module)
+        if theirs:
+            ready[theirs] = (pair["down"], up)
         else:
             unknown.append(module)
     if unknown:

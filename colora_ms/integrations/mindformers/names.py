@@ -155,7 +155,7 @@ class Names:
         layout: a Layout or its name.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout | str) -> None:
         self.layout = resolve(layout)
         self.outer, self.prefix, self.inner = self.layout.tables
         self.back_outer = {value: key for key, value in self.outer.items()}
@@ -167,7 +167,7 @@ class Names:
             return self.outer[module]
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
         inner = self.inner.get(match[2]) if match else None
-        return f"{self.prefix}.{match[1]}.{inner}" if inner else None
+        return f"{self.prefix}.{match[1]}.{inner}" if match and inner else None
 
     def to_huggingface(self, module: str) -> str | None:
         """Hugging Face's name of a mindformers module that is not fused, or None."""
@@ -175,7 +175,7 @@ class Names:
             return self.back_outer[module]
         match = re.fullmatch(re.escape(self.prefix) + r"\.(\d+)\.(.+)", module)
         inner = self.back_inner.get(match[2]) if match else None
-        return f"model.layers.{match[1]}.{inner}" if inner else None
+        return f"model.layers.{match[1]}.{inner}" if match and inner else None
 
     def fused_part(self, module: str) -> tuple[int, str] | None:
         """(layer, kind) of a Hugging Face module that the layout fuses, or None."""

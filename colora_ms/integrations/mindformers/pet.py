@@ -122,10 +122,10 @@ def prepare(pet_config: Mapping[str, Any], base_model: nn.Cell) -> nn.Cell:
 class _AfterFreezing:
     """The last call of ``PetModel.__init__``: puts the adapter in, and writes its config in PEFT's format."""
 
-    def __init__(self, model: nn.Cell, settings: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Cell, settings: PeftConfig) -> None:
         self.model, self.settings = model, settings
 
-    def __call__(self, path):
+    def __call__(self, path: str | Path) -> None:
         handle = adapters_of(self.model) or inject(self.model, self.settings)
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
