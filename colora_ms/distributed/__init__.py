@@ -1,1 +1,1 @@
-"""The processes of one job under msrun: workers, the shards of a split model, and the training of its adapters."""
+"""The processes of one job under msrun: workers, and the shards of a split model."""

@@ -7,7 +7,7 @@ LoRA goes the way of its linear: a column-split one has ``up`` (out, r) split, a
 that base and adapter share the one sum. Embedding, norms and head are whole on every worker.
 
 Gradients: every worker has the whole gradient of its activations, since the one of a column-split block's input is
-summed; of the factors that every worker has whole each has a part (see ``colora_ms.distributed.training``).
+summed; of the factors that every worker has whole each has a part (see ``colora_ms.training.split``).
 """
 
 import dataclasses

@@ -265,8 +265,8 @@ def a_call(arguments, **more):
 
 
 def test_arguments_that_are_a_json_text_are_parsed():
-    for given in ('{"x": [1, null], "y": "é"}', {"x": [1, None], "y": "é"}):
-        made = read_message(content=None, **a_call(given))
+    for arguments in ('{"x": [1, null], "y": "é"}', {"x": [1, None], "y": "é"}):
+        made = read_message(content=None, **a_call(arguments))
         assert made["content"] is None and made["tool_calls"][0]["function"]["arguments"] == {"x": [1, None], "y": "é"}
     again = read_message(**made)  # what is checked once may be checked again
     assert again == made
