@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.latency_only or arguments.show or arguments.resume:
         setup, rows = earlier(arguments.json, rows, None if not arguments.resume else setup)
 
-    def keep():
+    def keep() -> None:
         if arguments.json is not None:
             options.write_json(arguments.json,
                                {"setup": setup, "tolerance": arguments.tolerance, "rows": list(rows.values())})
@@ -132,7 +132,7 @@ def latency(arguments: argparse.Namespace, checkpoint: Checkpoint, found: Sequen
     from colora_ms.evaluation.lrd_latency import measure
     from colora_ms.models.tokenizer import load_tokenizer
 
-    def on_row(variant, result):
+    def on_row(variant: Variant, result: dict) -> None:
         rows[variant.name].update(result)
         print(f"{variant.name:20s} step {result['step_ms']:.2f} ms ({result['step_ratio'] - 1:+.1%}), prefill "
               f"{result['prefill_ms']:.1f} ms ({result['prefill_ratio'] - 1:+.1%})", flush=True)

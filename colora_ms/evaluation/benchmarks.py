@@ -304,7 +304,7 @@ def evaluate_perplexity(model: TokenScorer, tokenizer: Tokenizer, text: str, *, 
         model, batch_size = ShardedScorer(model, team), batch_size * team.world
     done = [0]
 
-    def keep(begin, loss, tokens):
+    def keep(begin: int, loss: float, tokens: int) -> None:
         log.add([{"id": str(begin), "loss": loss, "tokens": tokens}])
         done[0] += tokens
         if progress is not None:

@@ -174,11 +174,11 @@ def pareto(rows: Sequence[dict]) -> set[str]:
         usable = with_accuracy
     timed = bool(usable) and all(row["step_ratio"] is not None for row in usable)
 
-    def point(row):
+    def point(row: dict) -> tuple:
         quality = (-row["accuracy"], row["perplexity"]) if row["accuracy"] is not None else (row["perplexity"],)
         return (row["parameters"], *quality) + ((row["step_ratio"],) if timed else ())
 
-    def beats(a, b):
+    def beats(a: tuple, b: tuple) -> bool:
         return all(x <= y for x, y in zip(a, b)) and a != b
 
     return {row["name"] for row in usable if not any(beats(point(other), point(row)) for other in usable)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from colora_ms.decoding import Contrast
 from colora_ms.errors import ConfigError
-from colora_ms.evaluation.evaluate import evaluate
+from colora_ms.evaluation.evaluate import EvaluationResult, evaluate
 from colora_ms.evaluation.significance import best_of_many, mcnemar, wilson_interval
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def compare_contrasts(generator: TextGenerator, examples: Sequence[Question], ad
     if not contrasts:
         raise ConfigError("there is no contrast to compare with greedy decoding")
 
-    def run(name, chosen, contrast):
+    def run(name: str, chosen: Sequence[Question], contrast: Contrast) -> EvaluationResult:
         path = Path(folder) / f"{name}.jsonl" if folder else None
         return evaluate(generator, chosen, scorer, template=template, path=path, batch_size=batch_size,
                         model_hash=model_hash, adapter_hash=adapter_hash, keep_records=contrast.beta == 0,

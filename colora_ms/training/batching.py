@@ -240,7 +240,7 @@ class BatchLoader:
             ``(updates, end)``; ``end`` is for ``window``: (epoch, batches of it) where the last
             pass ends.
         """
-        def count(epoch):
+        def count(epoch: int) -> int:
             # Packing may make another number of rows of every order of the examples.
             return len(self._make_plan(epoch) if self._packing else self._plan)
 

@@ -45,7 +45,7 @@ class Example:
         except DataError as error:
             raise DataError(f"example {self.id or '(no id)'}: {error}") from None
 
-    def _check(self):
+    def _check(self) -> None:
         if sum(item is not None for item in (self.prompt, self.messages, self.text)) != 1:
             raise DataError("exactly one of prompt, messages and text must be given")
         if self.text is not None:

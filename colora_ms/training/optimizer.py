@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -71,13 +71,14 @@ _adam = ops.MultitypeFuncGraph("adam")
 
 
 @_half_square.register("Tensor")
-def _half_square_of(grad):
+def _half_square_of(grad: Tensor) -> Tensor:
     """sum(grad^2) / 2 in one operator."""
     return ops.L2Loss()(grad)
 
 
 @_adam.register("Function", *["Tensor"] * 10)
-def _adam_of(update, rate, beta1, beta2, epsilon, decay, factor, parameter, mean, square, grad):
+def _adam_of(update: Any, rate: Tensor, beta1: Tensor, beta2: Tensor, epsilon: Tensor, decay: Tensor, factor: Tensor,
+             parameter: Tensor, mean: Tensor, square: Tensor, grad: Tensor) -> Any:
     """Update one parameter in place. 0 * inf would be NaN; MulNoNan gives 0 for a factor of 0."""
     return update(parameter, mean, square, rate, beta1, beta2, epsilon, decay,
                   ops.MulNoNan()(grad, factor))

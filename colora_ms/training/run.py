@@ -67,7 +67,7 @@ def train(config: TrainingConfig | str | Path, resume: bool | str | Path = False
     if rank == 0:
         warn_left_out(report)
 
-    def save(folder):
+    def save(folder: str | Path) -> None:
         handle.save(folder, "default", as_lora=True)
         if own_tokenizer is not None:
             copy_tokenizer(own_tokenizer, folder)

@@ -122,7 +122,7 @@ def read_yaml(path: str | Path) -> dict:
     class Loader(yaml.SafeLoader):
         """Refuses doubled keys, which YAML's own loader resolves silently."""
 
-    def mapping(loader, node, deep=False):
+    def mapping(loader: Any, node: Any, deep: bool = False) -> dict:
         keys = set()
         for key_node, _ in node.value:
             key = loader.construct_object(key_node, deep=True)

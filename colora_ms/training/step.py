@@ -119,17 +119,17 @@ _clear = ops.MultitypeFuncGraph("clear")
 
 
 @_add_to.register("Tensor", "Tensor")
-def _add_to_buffer(buffer, grad):
+def _add_to_buffer(buffer: Tensor, grad: Tensor) -> Tensor:
     return ops.assign_add(buffer, grad)
 
 
 @_read.register("Function", "Tensor")
-def _read_total(all_reduce, buffer):
+def _read_total(all_reduce: Any, buffer: Tensor) -> Tensor:
     return all_reduce(buffer)
 
 
 @_clear.register("Tensor")
-def _clear_buffer(buffer):
+def _clear_buffer(buffer: Tensor) -> Tensor:
     return ops.assign(buffer, ops.zeros_like(buffer))
 
 

@@ -258,8 +258,7 @@ class ChatTemplate:
             if not same:
                 self._written.add(name)
 
-
-    def _watch_contents(self, messages, tools, texts):
+    def _watch_contents(self, messages: Sequence[dict], tools: Sequence[dict], texts: Any) -> None:
         """Note messages whose text the template leaves out; it is looked for first, and probed where it is not
         found."""
         for k, item in enumerate(messages):
