@@ -271,12 +271,12 @@ def test_arguments_that_are_a_json_text_are_parsed():
     again = read_message(**made)  # what is checked once may be checked again
     assert again == made
     place = r"d:1: messages\[1\].tool_calls\[0\].function"
-    for given, word in (("{x: 1}", place + ".arguments is the text '{x: 1}', which is not valid JSON"),
+    for text, word in (("{x: 1}", place + ".arguments is the text '{x: 1}', which is not valid JSON"),
                         ("", "not valid JSON"), ("3", "arguments 3"), ('"x"', "arguments 'x'"),
                         (7, "arguments 7"),
                         ("[" * 100000, "not valid JSON")):
         with pytest.raises(DataError, match=word):
-            read_message(content="x", **a_call(given))
+            read_message(content="x", **a_call(text))
 
 
 @pytest.mark.parametrize("source, given, text", [
