@@ -13,7 +13,7 @@ PACKAGE = ROOT / "colora_ms"
 #: From the ground up. A room imports from rooms below it, and from those beside it as long as no circle of rooms arises.
 #: A name that is no folder is a file of the package: the base of the house, and what stands on the kernels.
 FLOORS = (
-    ("errors", "files", "versions", "pictures", ""),
+    ("errors", "files", "versions", "extras", "pictures", ""),
     ("kernels",),
     ("graph_cache", "runtime"),
     ("models",),
