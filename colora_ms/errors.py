@@ -58,6 +58,12 @@ class TokenizerError(ColoraError, ValueError):
     """A tokenizer cannot be read, written, or used on the given text or ids."""
 
 
+def short(value: object, length: int = 120) -> str:
+    """``repr(value)``, cut to a length that fits a message."""
+    text = repr(value)
+    return text if len(text) <= length else text[:length - 3] + "..."
+
+
 def near(name: object, known: Iterable, n: int = 3) -> str:
     """Return a hint with the known names that look like ``name``.
 

@@ -23,6 +23,7 @@ import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
+from mindspore.communication import GlobalComm, get_rank
 from mindspore.graph import api
 
 from colora_ms.kernels.aot import library_path
@@ -33,13 +34,6 @@ _ENABLE, _PATH = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
 _WORK_PREFIX = "colora-process-"
 _SIMPLE = (bool, int, float, str, type(None))
 _DEPENDENCIES = "_get_compile_cache_dep_files"  # the function of mindspore.graph.api that says what a graph depends on
-_rank = 0
-
-
-def use_rank(rank: int) -> None:
-    """Say which process of a job this one is: MindSpore has a folder of compiled graphs for each."""
-    global _rank
-    _rank = rank
 
 
 def unsupported() -> str:
@@ -102,7 +96,7 @@ class GraphCache:
             os.environ[_PATH] = holder.name
         if self._work is None:
             return None
-        path = Path(self._work.name) / f"rank_{_rank}" / "graph_cache"
+        path = Path(self._work.name) / f"rank_{_rank()}" / "graph_cache"
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -156,6 +150,11 @@ def _describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(_describe(v) for v in value) + "]"
     return repr(value)
+
+
+def _rank() -> int:
+    """This process's number in its job, by which MindSpore names the folder of its cache; 0 outside a job."""
+    return get_rank() if GlobalComm.INITED else 0
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def generator(arguments: argparse.Namespace, team: Workers | None = None) -> tup
     folder = getattr(arguments, "adapter", None)
     adapters = {"adapter": folder} if folder else None
     if team is not None:
-        from colora_ms.distributed.tensor_parallel import load_sharded
+        from colora_ms.distributed.loading import load_sharded
 
         decoder, tokenizer, handle = load_sharded(arguments.model, team, arguments.weights, adapters=adapters)
         return Generator(decoder, tokenizer, handle), "adapter" if folder else None

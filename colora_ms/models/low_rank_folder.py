@@ -11,6 +11,10 @@ import os
 import numpy as np
 
 from colora_ms.errors import CheckpointError, near
+from colora_ms.files import read_json
+from colora_ms.models.families import find_family
+from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, parse_config, write_model_folder
+from colora_ms.models.tensors import check_shapes
 
 MODEL_TYPE = "colora_low_rank"
 ARCHITECTURE = "ColoraLowRankForCausalLM"
@@ -19,8 +23,6 @@ FORMAT = 1
 
 def is_low_rank(folder):
     """Whether a folder's config.json says that it holds a decomposed model."""
-    from colora_ms.models.hf_folder import read_json
-
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         return False
@@ -64,8 +66,6 @@ def write_low_rank_folder(path, config, modules, tensors, tokenizer_source=None,
     Raises:
         CheckpointError: as ``write_hf_folder``. Nothing is left behind.
     """
-    from colora_ms.models.hf_folder import write_model_folder
-
     values = config.to_hf()
     values = dict(values, model_type=MODEL_TYPE, architectures=[ARCHITECTURE], base_model_type=values["model_type"],
                   low_rank={"format": FORMAT, "modules": {name: {"rank": int(rank), "factors": int(factors)}
@@ -75,21 +75,22 @@ def write_low_rank_folder(path, config, modules, tensors, tokenizer_source=None,
 
 
 def open_low_rank(folder):
-    """Open a decomposed model: a ``Checkpoint`` whose ``tensors`` has the products in the place of the factors.
+    """Open a decomposed model.
+
+    Returns:
+        (config, read, factors): ``read(name)`` gives a tensor, products in the place of the factors; factors: {module
+        name: function that reads its factors}.
 
     Raises:
         CheckpointError: damaged or missing files, another format, modules that the model does not have, or tensors that
             do not fit the config; ConfigError as for other folders.
     """
-    from colora_ms.models.checkpoint import Checkpoint, LazyTensors, check_shapes, tokenizer_in
-    from colora_ms.models.config import ARCHITECTURES
-    from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, parse_config, read_json
-
     file = os.path.join(folder, "config.json")
     values = read_json(file)
     base = values.get("base_model_type")
-    known = ARCHITECTURES.get(base) if isinstance(base, str) else None
-    config = parse_config(folder, file, dict(values, model_type=base, architectures=[known] if known else None))
+    known = find_family(base)
+    config = parse_config(folder, file, dict(values, model_type=base,
+                                             architectures=[known.architecture] if known else None))
     modules = _modules(file, values.get("low_rank"), config)
     files = find_weights(folder)
     if files is None:
@@ -111,8 +112,7 @@ def open_low_rank(folder):
         parts = list(readers[path]().values())  # inner, (core,) outer
         return np.linalg.multi_dot(parts[::-1]) if len(parts) == 3 else parts[1] @ parts[0]
 
-    return Checkpoint(folder, "low-rank", config, LazyTensors(config.parameter_shapes(), read), tokenizer_in(folder),
-                      low_rank=readers)
+    return config, read, readers
 
 
 def put_factors(decoder, readers):

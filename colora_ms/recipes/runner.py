@@ -58,7 +58,7 @@ def run(config: TrainingConfig, *, fast: bool = False, limit: int | None = None,
     subject = Subject(config, trained.folder, settings.rows, quantised)
     place = folder / "evaluation" / report.setup_hash(settings, subject.hashes)
     speeds = report.earlier_speeds(folder / "result.json", str(place))
-    result = {
+    result: dict[str, Any] = {
         "recipe": name, "model": config.model, "task": settings.task, "output": str(folder), "seed": config.loop.seed,
         "adapter": config.adapter, "training": trained.to_json(), "training_summary": trained.summary(),
         "answers": str(place), "evaluate": {**vars(settings)}, unit: len(items), "decoders": [], "complete": False,

@@ -86,7 +86,7 @@ def train_once(config: TrainingConfig, quantised: bool = False, team: Workers = 
 
         train(config, resume=True, rank=team.rank, world=team.world)
     team.wait()
-    made = team.share(_described(config, quantised) if team.first else None)
+    made: Any = team.share(_described(config, quantised) if team.first else None)
     return dataclasses.replace(made, anew=True)
 
 

@@ -7,7 +7,6 @@
     preference  the loss of pairs of a better and a worse answer (DPO); preference_data: their ids and batches
     checkpoint  atomic saving, exact resuming
     trainer     the loop: evaluation, best checkpoint, stopping and resuming
-    split       the optimizer for an adapter on a model that is split over several workers
     progress    the bar at the terminal, and Ctrl-C
     run         all of it from a recipe
     callback    adapters and their state in MindSpore's own ``Model.train``

@@ -28,7 +28,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 
 from colora_ms.errors import CheckpointError
-from colora_ms.files import flush_to_disk, replacing
+from colora_ms.files import replacing, replacing_folder
 
 if TYPE_CHECKING:
     from colora_ms.training.optimizer import AdamW
@@ -42,38 +42,15 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step:06d}"
 
 
-@contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` when the block ends without an error.
+def atomic_folder(path: str | Path) -> contextlib.AbstractContextManager[Path]:
+    """A temporary folder that becomes ``path``, flushed to the disk, when the block ends without an error.
 
-    Files are flushed to disk before the rename. An existing folder is replaced; on an error it
-    stays as it was and the temporary one is removed.
+    An existing folder is replaced; on an error it stays as it was and the temporary one is removed.
 
     Raises:
         CheckpointError: the folder cannot be written (names the reason, for example a full disk).
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for item in sorted(temporary.rglob("*")):
-            if item.is_file():
-                flush_to_disk(item)
-        flush_to_disk(temporary)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
-        flush_to_disk(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            os.rename(old, path)  # the second rename failed: the old folder is still the valid one
-        shutil.rmtree(old, ignore_errors=True)
+    return replacing_folder(path, lambda reason: CheckpointError(f"cannot write {path}: {reason}"))
 
 
 def writing(path: str | Path) -> contextlib.AbstractContextManager[Path]:

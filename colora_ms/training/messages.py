@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from colora_ms.errors import DataError, near
+from colora_ms.errors import short as cut
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "weight")
@@ -242,5 +243,4 @@ def why_no_json(error: Exception) -> str:
 
 def short(value: object) -> str:
     """A value for an error message, at most 100 characters."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+    return cut(value, 100)

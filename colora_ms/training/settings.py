@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from colora_ms.errors import ConfigError, near
+from colora_ms.training.messages import short
 
 _MAX_RECIPE_BYTES = 1 << 20
 REQUIRED = object()
@@ -213,9 +214,3 @@ def coerce(value: Any, kind: str | type) -> tuple[Any, str]:
 def is_int(value: Any) -> bool:
     """Whether a value is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def short(value: object) -> str:
-    """A value for an error message, at most 100 characters."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,5 +1,4 @@
-"""Training of an adapter on a decoder that is split over the workers of a job; see
-``colora_ms.distributed.tensor_parallel``.
+"""Training of an adapter on a decoder that is split over the workers of a job; see ``colora_ms.distributed``.
 
     decoder, handle = shard_decoder(config, weights, team, adapters={"a": folder}, trainable=True)
     stepper = Stepper(decoder, OptimizerConfig(), optimizer=SplitAdamW)
@@ -10,15 +9,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from mindspore import Parameter, Tensor, ops
 
-from colora_ms.distributed.tensor_parallel import COLUMN, ROW
+from colora_ms.distributed.shares import COLUMN, ROW
+from colora_ms.training.config import OptimizerConfig
 from colora_ms.training.optimizer import AdamW, half_square
-
-if TYPE_CHECKING:
-    from colora_ms.training.config import OptimizerConfig
 
 
 class SplitAdamW(AdamW):

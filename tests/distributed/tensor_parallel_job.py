@@ -15,7 +15,7 @@ from mindspore import Tensor
 
 from colora_ms import Contrast, Generator, runtime
 from colora_ms.distributed import workers
-from colora_ms.distributed.tensor_parallel import save_whole, shard_decoder
+from colora_ms.distributed import save_whole, shard_decoder
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.tokenizer import load_tokenizer
 from colora_ms.training.batching import Batch
