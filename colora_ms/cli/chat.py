@@ -1,11 +1,15 @@
 """``colora-ms chat``: talk to a model and its adapters in the terminal."""
 
+from __future__ import annotations
+
+import argparse
 import sys
 
 from colora_ms.cli import options
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     options.add_model(parser)
     options.add_engine(parser)
     parser.add_argument("--adapter", default=None, metavar="NAME", help="adapter to begin with; needs --adapters")
@@ -17,10 +21,12 @@ def add_arguments(parser):
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--system", default=None, help="system message at the head of the conversation")
-    parser.add_argument("--plain", action="store_true", help="send each line as it is, without chat template and memory")
+    parser.add_argument("--plain", action="store_true",
+                        help="send each line as it is, without chat template and memory")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.decoding import Contrast, Sampling
     from colora_ms.serving.chat import Chat
 

@@ -4,7 +4,18 @@ Every worker calls with the same arguments and gets the same, whole results, so 
 all of them as it does on one.
 """
 
-from colora_ms.errors import DataError, DecodingError
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from colora_ms.errors import ColoraError, DataError, DecodingError
+
+if TYPE_CHECKING:
+    from colora_ms.distributed.workers import Workers
+    from colora_ms.evaluation.interfaces import TextGenerator, TokenScorer
 
 # Settings of ``generate`` that may be lists with one entry a prompt.
 _PER_PROMPT = ("adapter", "contrast", "sampling", "max_new_tokens")
@@ -18,10 +29,10 @@ class ShardedGenerator:
         team: ``Workers``.
     """
 
-    def __init__(self, generator, team):
+    def __init__(self, generator: TextGenerator, team: Workers) -> None:
         self.generator, self.team = generator, team
 
-    def generate(self, prompts, **options):
+    def generate(self, prompts: Sequence[Any], **options: Any) -> list:
         """Completions of all prompts, in order, on every worker.
 
         Args:
@@ -45,10 +56,10 @@ class ShardedScorer:
         team: ``Workers``.
     """
 
-    def __init__(self, scorer, team):
+    def __init__(self, scorer: TokenScorer, team: Workers) -> None:
         self.scorer, self.team = scorer, team
 
-    def token_logprobs(self, sequences):
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probabilities of all sequences, in order, on every worker.
 
         Raises:
@@ -59,7 +70,7 @@ class ShardedScorer:
         return _together(self.team, DataError, lambda: self.scorer.token_logprobs(mine) if mine else [])
 
 
-def _together(team, expected, work):
+def _together(team: Workers, expected: type[ColoraError], work: Callable[[], list]) -> list:
     """The joined results of ``work()`` on all workers; an expected error of one is raised by all."""
     results, refusal = [], None
     try:

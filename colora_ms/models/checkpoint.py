@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 from colora_ms.errors import CheckpointError, near
 from colora_ms.models import low_rank_folder
