@@ -18,7 +18,7 @@ from mindspore import Tensor, ops
 
 from mindformers.generation import LogitsProcessor
 
-from colora_ms.decoding.contrast import Contrast, contrastive_scores
+from colora_ms.decoding import Contrast, contrastive_scores
 from colora_ms.errors import DecodingError
 
 
