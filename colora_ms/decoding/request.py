@@ -106,7 +106,6 @@ class Running:
     Attributes:
         request: :class:`Request`; answer: its :class:`colora_ms.decoding.answer.Answer`.
         slots: the adapter slot of each row, -1 for the base model.
-        cache_rows: the row of the cache that each row uses; empty before they are known.
         tokens: what its rows of the cache have generated. Where an engine begins it anew, these are fewer than the
             answer's until they have caught up with what was given already.
 
@@ -118,9 +117,13 @@ class Running:
         self.request = request
         self.answer = Answer(tokenizer, request.ids.tolist(), request.options, eos)
         self.slots: Sequence[int] = slots
-        self.cache_rows: Sequence[int] = ()
         self.tokens: List[int] = []
         self._uniforms: Optional[np.ndarray] = None
+
+    @property
+    def cache_rows(self) -> Sequence[int]:
+        """The row of the cache that each row uses; empty: those with the numbers of its rows in the batch."""
+        return ()
 
     @property
     def last(self) -> Tuple[int, int]:

@@ -4,10 +4,8 @@ Every worker calls with the same arguments and gets the same, whole results, so 
 all of them as it does on one.
 """
 
-from colora_ms.errors import DataError, DecodingError
-
-# Settings of ``generate`` that may be lists with one entry a prompt.
-_PER_PROMPT = ("adapter", "contrast", "sampling", "max_new_tokens")
+from colora_ms.decoding.options import PER_PROMPT
+from colora_ms.errors import ColoraError, DataError, DecodingError
 
 
 class ShardedGenerator:
@@ -32,9 +30,9 @@ class ShardedGenerator:
             DecodingError: what the first worker that refused its prompts says, on every worker.
         """
         mine = self.team.split(prompts)
-        options = {key: self.team.split(value) if key in _PER_PROMPT and isinstance(value, (list, tuple)) else value
+        options = {key: self.team.split(value) if key in PER_PROMPT and isinstance(value, (list, tuple)) else value
                    for key, value in options.items()}
-        return _together(self.team, DecodingError, lambda: self.generator.generate(mine, **options) if mine else [])
+        return _together(self.team, DecodingError, ColoraError, lambda: self.generator.generate(mine, **options) if mine else [])
 
 
 class ShardedScorer:
@@ -56,11 +54,11 @@ class ShardedScorer:
                 sequence counts those of that worker.
         """
         mine = self.team.split(sequences)
-        return _together(self.team, DataError, lambda: self.scorer.token_logprobs(mine) if mine else [])
+        return _together(self.team, DataError, DataError, lambda: self.scorer.token_logprobs(mine) if mine else [])
 
 
-def _together(team, expected, work):
-    """The joined results of ``work()`` on all workers; an expected error of one is raised by all."""
+def _together(team, kind, expected, work):
+    """The joined results of ``work()`` on all workers; an ``expected`` error of one is raised by all, as a ``kind``."""
     results, refusal = [], None
     try:
         results = list(work())
@@ -69,5 +67,5 @@ def _together(team, expected, work):
     refusals = [text for text in team.gather(refusal) if text is not None]
     if refusals:
         # The others must not wait in the next call for a worker that has given up.
-        raise expected(refusals[0])
+        raise kind(refusals[0])
     return team.join(results)
