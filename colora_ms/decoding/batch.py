@@ -1,7 +1,7 @@
 """Running requests side by side, as the tensors that a graph takes.
 
-A graph's shapes hold a number of *places*, one a request, and of rows. The leading rows stand first, row i being that of
-place i; the rows behind the leading ones follow. Places and rows that only fill the shapes do nothing.
+A graph's shapes hold a number of *places*, one a request, and of rows. The leading rows stand first, row i being that
+of place i; the rows behind the leading ones follow. Places and rows that only fill the shapes do nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _PLAIN = (Contrast(alpha=1.0, beta=0.0), Sampling())
 
 
 def columns(options: Sequence[Options], size: int) -> Dict[str, np.ndarray]:
-    """The options of requests as the graph takes them: each column is the attribute of its name of the request's contrast
-    or sampling.
+    """The options of requests as the graph takes them: each column is the attribute of its name of the request's
+    contrast or sampling.
 
     Args:
         options: of each request.
@@ -51,13 +51,14 @@ class Batch:
     Attributes:
         requests: :class:`colora_ms.decoding.request.Running`, in the order of their places; size: places.
         rows: rows that are used.
-        layout: int32 Tensors: row_request (rows,), slots (rows,), cache_rows (rows,), expert_rows (places,), amateur_rows
-            (places,), -1 where there is none.
+        layout: int32 Tensors: row_request (rows,), slots (rows,), cache_rows (rows,), expert_rows (places,),
+            amateur_rows (places,), -1 where there is none.
         options: Tensors (places,), the columns of :data:`COLUMNS` but the last one; mode: that one.
         eos: (ends,) int32 Tensor, ids that end answers.
 
     Args:
-        requests: those that run; a request without ``cache_rows`` uses the rows of the cache with its rows' own numbers.
+        requests: those that run; a request without ``cache_rows`` uses the rows of the cache with its rows' own
+            numbers.
         places, rows: numbers of the graph's shapes.
         following: the first row behind the leading ones.
         eos: ids that end answers.
@@ -97,8 +98,8 @@ class Batch:
     def state(self) -> Tuple[Tensor, Tensor, Tensor]:
         """(last token, its position, whether the request goes on), each (places,)."""
         last = [one.last for one in self.requests]
-        return (self.array([token for token, _ in last], 0, np.int32), self.array([place for _, place in last], 0, np.int32),
-                self.array([True] * len(last), False, bool))
+        return (self.array([token for token, _ in last], 0, np.int32),
+                self.array([place for _, place in last], 0, np.int32), self.array([True] * len(last), False, bool))
 
     def budget(self) -> Tensor:
         """(places,) int32: tokens that each request may still take."""

@@ -6,9 +6,9 @@ The expert is base + adapter, the amateur is the base. With their logits e and a
     s_i   = (1 + beta) * e_i - beta * a_i     for i in valid
           = -inf                              elsewhere
 
-An *adaptive* contrast puts beta_t = beta * share_t in the place of beta, with share_t in [0, 1] from the logits of step t.
-With V the valid tokens, e1 >= e2 the expert's two highest logits, H the entropy in nats and JS the Jensen-Shannon
-divergence::
+An *adaptive* contrast puts beta_t = beta * share_t in the place of beta, with share_t in [0, 1] from the logits of
+step t. With V the valid tokens, e1 >= e2 the expert's two highest logits, H the entropy in nats and JS the
+Jensen-Shannon divergence::
 
     fixed        1                                          the paper's rule
     entropy      H(softmax of e over V) / ln |V|            contrast where the expert is undecided
@@ -21,8 +21,8 @@ x_j = (the token generated last) and x_{j+1} = argmax e for some j. Numbers and 
 alone from their second token on.
 
 The graph computes this with :func:`colora_ms.kernels.contrast_strength` and
-:func:`colora_ms.kernels.contrastive_select`; the functions here are their readable twins, used by the naive baseline and
-the tests.
+:func:`colora_ms.kernels.contrastive_select`; the functions here are their readable twins, used by the naive baseline
+and the tests.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class Generator:
 
         Args:
             model: a known name or the path of a folder or file (see ``colora_ms.models.load_model``).
-            adapters: mapping of adapter names to PEFT folders, or None. Where one brings tokens that the model lacks, the
-                tokenizer in its folder is used.
+            adapters: mapping of adapter names to PEFT folders, or None. Where one brings tokens that the model lacks,
+                the tokenizer in its folder is used.
             weight_format: "float32", "bfloat16", "int8" or "int4".
             adapter_format: "float32" or "bfloat16", see :func:`colora_ms.adapters.inject`.
             options: passed to the constructor.
@@ -105,16 +105,16 @@ class Generator:
                 (``{"role": …, "content": …}``), which go through the tokenizer's chat template.
             adapter: name of the adapter, None for the base model, or a list with one entry a prompt.
             on_text: called with (index of the prompt, new text) after every chunk.
-            options: ``contrast``, ``sampling``, ``max_new_tokens``, ``stop``, ``stop_token_ids``, ``seed``, ``records``,
-                ``ignore_eos``: the attributes of :class:`colora_ms.decoding.options.Options`. The first three may be a list
-                with one entry a prompt.
+            options: ``contrast``, ``sampling``, ``max_new_tokens``, ``stop``, ``stop_token_ids``, ``seed``,
+                ``records``, ``ignore_eos``: the attributes of :class:`colora_ms.decoding.options.Options`. The first
+                three may be a list with one entry a prompt.
 
         Returns:
             list of :class:`Completion`, in the order of the prompts.
 
         Raises:
-            DecodingError: empty prompt, prompt longer than the context, contrast without an adapter, an option that cannot
-                be used.
+            DecodingError: empty prompt, prompt longer than the context, contrast without an adapter, an option that
+                cannot be used.
             AdapterError: unknown adapter, or one that makes the logits of a prompt infinite or not a number.
             CheckpointError: so do the base model's weights.
         """
@@ -143,25 +143,23 @@ class Generator:
             columns[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(prompts)
             if len(columns[name]) != len(prompts):
                 raise DecodingError(f"{name} has {len(columns[name])} entries for {len(prompts)} prompts")
-        return [self._request(place, prompt, {**options, **{name: values[place] for name, values in columns.items()}}, eos)
-                for place, prompt in enumerate(prompts)] or self._nothing(options)
-
-    def _nothing(self, options: Dict[str, Any]) -> List[Running]:
-        """No requests; their options are checked all the same."""
-        Options.asked(engine=False, **{name: value for name, value in options.items() if name not in PER_PROMPT})
-        return []
+        if not prompts:  # the options are checked all the same
+            Options.asked(engine=False, **{name: value for name, value in options.items() if name not in PER_PROMPT})
+        wanted = [{**options, **{name: values[place] for name, values in columns.items()}} for place in range(len(prompts))]
+        return [self._request(place, prompt, one, eos) for place, (prompt, one) in enumerate(zip(prompts, wanted))]
 
     def _request(self, index: int, prompt: Any, wanted: Dict[str, Any], eos: Iterable[int]) -> Running:
         adapter = wanted.pop("adapter")
         options = Options.asked(engine=False, **wanted)
         merged = getattr(self.adapters, "merged", None)
         if merged is not None and (options.contrast is not None or adapter != merged):
-            raise DecodingError(f"adapter {merged!r} is merged into the base weights, so neither the base model, another "
-                                "adapter nor a contrast can be decoded now; call unmerge() first")
+            raise DecodingError(f"adapter {merged!r} is merged into the base weights, so neither the base model, "
+                                "another adapter nor a contrast can be decoded now; call unmerge() first")
         changed = getattr(self.adapters, "changed_base", None)
         if changed is not None and (options.contrast is not None or adapter is None):
-            raise DecodingError(f"adapter {changed!r} started from the base weights and changed them, so the base model "
-                                "cannot be decoded now; save it with as_lora=True and load that into an untouched model")
+            raise DecodingError(f"adapter {changed!r} started from the base weights and changed them, so the base "
+                                "model cannot be decoded now; save it with as_lora=True and load that into an "
+                                "untouched model")
         limits = Limits(self.decoder.config.vocab_size, self.max_length)
         request = Request.of(self.tokenizer, prompt, adapter, options, limits, f"prompt {index}")
         return Running(request, self.tokenizer, eos, [self._slot(row.adapter) for row in request.rows])
@@ -212,15 +210,15 @@ class Generator:
         width = min(bucket(max(len(one.request.ids) for one in requests)), self.cache.max_length)
         prompt = batch.prompts(width)
         (ints, floats), (later_ints, later_floats, counts, state) = runtime.run(
-            self._first, *prompt, *batch.layout, *batch.options, batch.uniforms(1 + capacity), batch.budget(), batch.eos,
-            Tensor(1 + capacity, ms.int32), batch.mode)
+            self._first, *prompt, *batch.layout, *batch.options, batch.uniforms(1 + capacity), batch.budget(),
+            batch.eos, Tensor(1 + capacity, ms.int32), batch.mode)
         _take(requests, ints.asnumpy()[None], floats.asnumpy()[None], np.ones(size, np.int32))
         _take(requests, later_ints.asnumpy(), later_floats.asnumpy(), counts.asnumpy())
         while (active := self._going(indexed, state[2].asnumpy(), on_text)).any():
             state = (state[0], state[1], batch.array(active.tolist(), False, bool))
             ints, floats, counts, state = runtime.run(
-                self._later, *state, *batch.layout, *batch.options, batch.uniforms(capacity), batch.budget(), batch.eos,
-                Tensor(capacity, ms.int32), batch.mode, *prompt)
+                self._later, *state, *batch.layout, *batch.options, batch.uniforms(capacity), batch.budget(),
+                batch.eos, Tensor(capacity, ms.int32), batch.mode, *prompt)
             _take(requests, ints.asnumpy(), floats.asnumpy(), counts.asnumpy())
 
     def _going(self, indexed: List[Tuple[int, Running]], active: np.ndarray, on_text: Any) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""What a request may ask for, named, typed, checked and defaulted once: :class:`Contrast`, :class:`Sampling`, :class:`Options`.
+"""What a request may ask for, named, typed, checked and defaulted once: :class:`Contrast`, :class:`Sampling`,
+:class:`Options`.
 
-A new way of choosing a token is a field of :class:`Sampling` (or :class:`Contrast`) and a column of the kernels' table: the
-HTTP schema, the command line, ``Generator`` and the engine read the fields here, and :mod:`colora_ms.decoding.batch` puts
-them into the columns of their names.
+A new way of choosing a token is a field of :class:`Sampling` (or :class:`Contrast`) and a column of the kernels'
+table: the HTTP schema, the command line, ``Generator`` and the engine read the fields here, and
+:mod:`colora_ms.decoding.batch` puts them into the columns of their names.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def _forms() -> Iterable[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Contrast(Record):
-    """How strongly the base model's own preference is subtracted; the rule stands in :mod:`colora_ms.decoding.contrast`.
+    """How strongly the base model's own preference is subtracted; the rule stands in
+    :mod:`colora_ms.decoding.contrast`.
 
     Attributes:
         alpha: in (0, 1]; a token stays in play if the expert gives it at least alpha times the probability of the
@@ -68,12 +70,13 @@ class Sampling(Record):
     """How one token is drawn from the scores that the contrast leaves.
 
     Attributes:
-        temperature: 0 takes the best token (ties: the smallest id), whatever the others are; otherwise scores are divided
-            by it.
+        temperature: 0 takes the best token (ties: the smallest id), whatever the others are; otherwise scores are
+            divided by it.
         top_k: 0 is off, as is any number from the size of the vocabulary on; otherwise only the k best tokens stay.
-        top_p: in [0, 1]; the smallest set of best tokens with at least this probability stays; 0 is the best token alone.
-        seed: starts the request's own random numbers; the same seed gives the same tokens in any batch. The lowest 64 bits
-            count.
+        top_p: in [0, 1]; the smallest set of best tokens with at least this probability stays; 0 is the best token
+            alone.
+        seed: starts the request's own random numbers; the same seed gives the same tokens in any batch. The lowest 64
+            bits count.
     """
 
     temperature: float = option(float, 0.0, "0 is greedy", least=0.0, hint="0 is greedy")
@@ -184,7 +187,8 @@ class Options(Record):
         contrast: :class:`Contrast`, or None: the expert alone.
         sampling: :class:`Sampling`; None is greedy.
         max_new_tokens: tokens that the answer may have, at least 1; cut to the room behind the prompt.
-        stop: strings that end the answer, which is cut before them; one that spells a special token ends it at that token.
+        stop: strings that end the answer, which is cut before them; one that spells a special token ends it at that
+            token.
         stop_token_ids: ids that end it, beside the end of sequence.
         seed: in place of the sampling's own.
         records: whether a :class:`colora_ms.decoding.TokenRecord` is kept for each token.
@@ -193,7 +197,8 @@ class Options(Record):
         timeout: seconds from submission on after which the engine ends the request; None: no limit.
     """
 
-    contrast: Optional[Contrast] = option(Contrast, None, "contrast of the adapter with the base model", check=_contrast)
+    contrast: Optional[Contrast] = option(Contrast, None, "contrast of the adapter with the base model",
+                                          check=_contrast)
     sampling: Sampling = option(Sampling, None, "how a token is drawn", check=_sampling)
     max_new_tokens: int = option(int, 64, "longest answer", least=1)
     stop: Tuple[str, ...] = option(Union[str, List[str]], (), "end the answer before this text", check=check_stop)

@@ -1,8 +1,8 @@
 """One request, as ``Generator.generate`` and ``Engine.submit`` make it, and the same request while it is answered.
 
-A :class:`Request` is what was asked and does not change: prompt ids, rows, options. It has one row, or two with a contrast;
-each row has a role, and an adapter or none. A :class:`Running` request is one that has begun: where its rows stand, the
-tokens that they made, and the :class:`colora_ms.decoding.answer.Answer` that comes of them.
+A :class:`Request` is what was asked and does not change: prompt ids, rows, options. It has one row, or two with a
+contrast; each row has a role, and an adapter or none. A :class:`Running` request is one that has begun: where its rows
+stand, the tokens that they made, and the :class:`colora_ms.decoding.answer.Answer` that comes of them.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Request:
             name: what messages call the prompt.
 
         Raises:
-            DecodingError: the prompt is empty, too long or holds unknown ids, a stop id is unknown, or a contrast has no
-                adapter.
+            DecodingError: the prompt is empty, too long or holds unknown ids, a stop id is unknown, or a contrast has
+                no adapter.
             TokenizerError: the chat template refuses the messages, or the text cannot be encoded.
         """
         if options.contrast is not None and adapter is None:
@@ -84,8 +84,8 @@ class Request:
         ids = encode_prompt(tokenizer, prompt)
         check_ids(ids, limits.vocabulary, name)
         if len(ids) + 1 > limits.length:
-            raise DecodingError(f"{name} has {len(ids)} tokens; {limits.place} holds {limits.length}, and at least one is "
-                                f"needed for the answer{limits.hint}")
+            raise DecodingError(f"{name} has {len(ids)} tokens; {limits.place} holds {limits.length}, and at least one "
+                                f"is needed for the answer{limits.hint}")
         rows = (Row(EXPERT, adapter),) + ((Row(AMATEUR),) if options.contrast is not None else ())
         return cls(np.array(ids, np.int32), rows, options.fitting(limits.vocabulary, limits.length - len(ids)))
 
@@ -174,5 +174,5 @@ def not_finite(request: Request) -> ColoraError:
         return DecodingError(f"beta={contrast.beta:g} makes the scores of the contrast infinite; 0.5 is a usual value")
     if request.adapter is None:
         return CheckpointError("the base model's logits are not finite; its weights are damaged")
-    return AdapterError(f"adapter {request.adapter!r} makes the model's logits infinite or not a number; its values are "
-                        "too large: train it again with a smaller step")
+    return AdapterError(f"adapter {request.adapter!r} makes the model's logits infinite or not a number; its values "
+                        "are too large: train it again with a smaller step")

@@ -1,7 +1,7 @@
 """Decoders that leave the graph at every token: the naive two-forward contrast and beam search.
 
-The naive contrast is what CoLD argues against (two separate evaluations a token, arXiv 2505.14620, abstract). It is kept
-as the checked baseline: it must produce the same tokens as the one-graph loop.
+The naive contrast is what CoLD argues against (two separate evaluations a token, arXiv 2505.14620, abstract). It is
+kept as the checked baseline: it must produce the same tokens as the one-graph loop.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class ServingLoop(ContinueLoop):
 
     def construct(self, token, position, active, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
                   temperature, top_k, top_p, uniforms, budget, eos, steps, mode, ids, lengths, fresh):
-        """As the base class; fresh: (requests,) bool, whether a request has no token of its own yet. Chunks in which that
-        matters (``Contrast.skip_copies``) have one step."""
+        """As the base class; fresh: (requests,) bool, whether a request has no token of its own yet. Chunks in which
+        that matters (``Contrast.skip_copies``) have one step."""
         layout = (row_request, slots, cache_rows, expert_rows, amateur_rows)
         options = (alpha, beta, temperature, top_k, top_p)
         return self.run((token, position, active), layout, options, uniforms, budget, eos, steps,

@@ -136,11 +136,12 @@ class Chat:
             try:
                 alpha, beta = (float(v) for v in values)
             except ValueError:
-                raise DecodingError("say /contrast on, /contrast off, or /contrast ALPHA BETA, such as /contrast 0.1 0.5") \
-                    from None
+                raise DecodingError("say /contrast on, /contrast off, or /contrast ALPHA BETA, such as "
+                                    "/contrast 0.1 0.5") from None
             wanted = Contrast(alpha, beta)
         if self.adapter is None:
-            raise DecodingError("a contrast compares an adapter with the base model: choose one with /adapter NAME first")
+            raise DecodingError("a contrast compares an adapter with the base model: choose one with /adapter NAME "
+                                "first")
         self.contrast = self.usual = wanted
         self._say(f"contrast: {wanted.label}")
 

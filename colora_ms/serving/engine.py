@@ -49,8 +49,8 @@ class Engine:
             less overhead.
         queue: requests that may wait; a further one is refused with QueueFullError.
         prefix_rows: further rows of the cache that only hold prefixes of former prompts.
-        prompt_chunk: tokens of prompts that are computed between two chunks of steps, about: pieces of prompts are begun
-            until it is used up.
+        prompt_chunk: tokens of prompts that are computed between two chunks of steps, about: pieces of prompts are
+            begun until it is used up.
         cache_dtype: ``mindspore.float32`` or ``mindspore.bfloat16`` for keys and values.
 
     Raises:
@@ -58,11 +58,12 @@ class Engine:
     """
 
     def __init__(self, decoder: Any, tokenizer: Any, bank: Optional[AdapterBank] = None, rows: int = 16,
-                 max_length: int = 1024, chunk: int = 8, queue: int = 256, prefix_rows: int = 4, prompt_chunk: int = 128,
-                 cache_dtype: Any = ms.float32) -> None:
+                 max_length: int = 1024, chunk: int = 8, queue: int = 256, prefix_rows: int = 4,
+                 prompt_chunk: int = 128, cache_dtype: Any = ms.float32) -> None:
         limit = min(decoder.max_positions, decoder.config.max_position_embeddings)
         for label, value, least in (("rows", rows, 2), ("max_length", max_length, 2), ("chunk", chunk, 1),
-                                    ("queue", queue, 1), ("prefix_rows", prefix_rows, 0), ("prompt_chunk", prompt_chunk, 2)):
+                                    ("queue", queue, 1), ("prefix_rows", prefix_rows, 0),
+                                    ("prompt_chunk", prompt_chunk, 2)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{label}={value!r} is not a whole number >= {least}")
         if bank is not None and bank.decoder is not decoder:
@@ -83,7 +84,8 @@ class Engine:
         prompt_chunk = min(prompt_chunk, self.max_length)
         self._prompts = Prompts(self._graphs, cache.rows, prompt_shapes(rows, prompt_chunk))
         self._waiting = WaitingQueue(queue)
-        self._rounds = Rounds(self._graphs, self._prompts, self._waiting, bank, row_buckets(rows), chunk, prompt_chunk, self.eos)
+        self._rounds = Rounds(self._graphs, self._prompts, self._waiting, bank, row_buckets(rows), chunk, prompt_chunk,
+                              self.eos)
         self._numbers = itertools.count()
         self._calls: List[Callable[[], None]] = []  # functions that the thread runs between two chunks
         self._wake = threading.Condition()
@@ -106,8 +108,8 @@ class Engine:
         Args:
             prompt: a string, token ids, or chat messages (``{"role": …, "content": …}``).
             adapter: an adapter's name in the bank; None: the base model.
-            options: ``contrast``, ``sampling``, ``max_new_tokens``, ``stop``, ``stop_token_ids``, ``seed``, ``records``,
-                ``ignore_eos``, ``priority``, ``timeout``: the attributes of
+            options: ``contrast``, ``sampling``, ``max_new_tokens``, ``stop``, ``stop_token_ids``, ``seed``,
+                ``records``, ``ignore_eos``, ``priority``, ``timeout``: the attributes of
                 :class:`colora_ms.decoding.options.Options`.
 
         Returns:
@@ -217,10 +219,11 @@ class Engine:
 
         Returns:
             dict of numbers: ``waiting``, ``starting`` and ``running`` requests, ``rows`` and ``rows_used``, counts of
-            requests ``submitted``, ``refused``, ``finished``, ``cancelled``, ``timeouts``, ``failed``; ``prompt_tokens``,
-            ``prompt_rows_tokens`` (computed, all rows), ``cached_tokens`` (taken from other rows), ``copied_rows``,
-            ``generated_tokens``; ``steps``, ``row_steps`` (rows in use summed over the steps), ``chunks``, ``failures`` (of
-            a graph), ``graphs`` (compiled), ``cache_bytes``, ``seconds``; ``bank``: :meth:`AdapterBank.info` or None.
+            requests ``submitted``, ``refused``, ``finished``, ``cancelled``, ``timeouts``, ``failed``;
+            ``prompt_tokens``, ``prompt_rows_tokens`` (computed, all rows), ``cached_tokens`` (taken from other rows),
+            ``copied_rows``, ``generated_tokens``; ``steps``, ``row_steps`` (rows in use summed over the steps),
+            ``chunks``, ``failures`` (of a graph), ``graphs`` (compiled), ``cache_bytes``, ``seconds``; ``bank``:
+            :meth:`AdapterBank.info` or None.
         """
         return {**self._rounds.stats(), "rows": self.rows, **self._counts, **self._prompts.counts,
                 "graphs": self._graphs.compilations(), "cache_bytes": self._graphs.cache.nbytes,

@@ -58,13 +58,13 @@ class Graphs:
             ints (capacity, places, 3) int32, floats (capacity, places, 4) float32, counts (places,) int32.
         """
         ints, floats, counts, _ = runtime.run(
-            self._loop, *batch.state(), *batch.layout, *batch.options, batch.uniforms(capacity), batch.budget(), batch.eos,
-            Tensor(np.array(steps, np.int32)), batch.mode, *self._prompts(batch), batch.fresh())
+            self._loop, *batch.state(), *batch.layout, *batch.options, batch.uniforms(capacity), batch.budget(),
+            batch.eos, Tensor(np.array(steps, np.int32)), batch.mode, *self._prompts(batch), batch.fresh())
         return ints.asnumpy(), floats.asnumpy(), counts.asnumpy()
 
     def _prompts(self, batch: Batch) -> Tuple[Tensor, Tensor]:
-        """The ids that steps look at, those of contrasts that leave copies alone; made when these requests change, not for
-        every chunk."""
+        """The ids that steps look at, those of contrasts that leave copies alone; made when these requests change, not
+        for every chunk."""
         wanted = [one.request.copies for one in batch.requests]
         key = batch.size, [(place, one.request) for place, one in enumerate(batch.requests) if wanted[place]]
         if self._looked_at[0] != key:
@@ -88,8 +88,8 @@ class Graphs:
 def batch_of(requests: Sequence[Job], bucket: int, eos: Iterable[int]) -> Batch:
     """The batch of running requests in a bucket of rows, grouped by adapter.
 
-    Leading rows come first, in the order of their slots, so that rows of one adapter stand together; the amateur rows, all
-    of the base model, stand right behind them.
+    Leading rows come first, in the order of their slots, so that rows of one adapter stand together; the amateur rows,
+    all of the base model, stand right behind them.
     """
     ordered = sorted(requests, key=lambda job: (job.slots[0], job.handle.id))
     return Batch(ordered, bucket, bucket, len(ordered), eos)

@@ -82,7 +82,7 @@ class RequestHandle:
         return self._state.completion is not None or self._state.error is not None
 
     def cancel(self) -> None:
-        """End it soon; ``result`` then has what there is, with finish_reason "cancelled". Harmless when it has ended."""
+        """End it soon; ``result`` then has what there is, with finish_reason "cancelled"; harmless when it ended."""
         if not self.done:
             self._cancel(self)
 
@@ -135,8 +135,8 @@ class RequestHandle:
             return found
 
     def subscribe(self, listener: Callable[[], None]) -> None:
-        """Have ``listener()`` called, from the engine's thread, whenever there is a new piece and at the end; it must be
-        quick (for asyncio: ``loop.call_soon_threadsafe(event.set)``)."""
+        """Have ``listener()`` called, from the engine's thread, whenever there is a new piece and at the end; it must
+        be quick (for asyncio: ``loop.call_soon_threadsafe(event.set)``)."""
         with self._news:
             self._state.listeners.append(listener)
         listener()

@@ -1,4 +1,5 @@
-"""A request inside the engine: what :class:`colora_ms.decoding.request.Running` has, and the rows and the slot that it holds."""
+"""A request inside the engine: what :class:`colora_ms.decoding.request.Running` has, and the rows and the slot that it
+holds."""
 
 from __future__ import annotations
 

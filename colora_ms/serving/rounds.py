@@ -1,7 +1,7 @@
 """What the engine's thread does, round after round, with the requests that it has taken.
 
-One round: take away what was cancelled or is too late, let waiting requests in, compute a piece of prompts, make a chunk of
-steps for all that run, hand out the new text.
+One round: take away what was cancelled or is too late, let waiting requests in, compute a piece of prompts, make a
+chunk of steps for all that run, hand out the new text.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Rounds:
         self.starting: List[Job] = []  # admitted; their prompts are being computed
         self.running: List[Job] = []
         self._working: List[Job] = []  # those that the thread is busy with, for the case that it fails
-        self._counts = dict.fromkeys(("finished", "cancelled", "timeouts", "failed", "prompt_tokens", "generated_tokens",
-                                      "steps", "row_steps", "chunks", "failures"), 0)
+        self._counts = dict.fromkeys(("finished", "cancelled", "timeouts", "failed", "prompt_tokens",
+                                      "generated_tokens", "steps", "row_steps", "chunks", "failures"), 0)
 
     @property
     def busy(self) -> bool:
@@ -71,7 +71,7 @@ class Rounds:
         if self.running:
             self._steps()
         elif not self.starting and len(self._waiting):
-            time.sleep(0.002)  # all that wait lack a slot that is about to become free, or an adapter that is being read
+            time.sleep(0.002)  # all that wait lack a slot that is about to become free, or an adapter being read
 
     def _drop(self) -> None:
         """End the requests that were cancelled or are too late."""
@@ -151,8 +151,8 @@ class Rounds:
         for place, job in enumerate(batch.requests):
             count = int(counts[place])
             self._counts["row_steps"] += count * len(job.rows)
-            self._guarded(job, lambda job=job, place=place, count=count: self._take(job, ints[:, place], floats[:, place],
-                                                                                    count, now))
+            chosen = ints[:, place], floats[:, place], count
+            self._guarded(job, lambda job=job, chosen=chosen: self._take(job, *chosen, now))
         self.running = [job for job in self.running if not job.handle.done]
 
     def _take(self, job: Job, ints: np.ndarray, floats: np.ndarray, count: int, now: float) -> None:

@@ -31,7 +31,8 @@ class WaitingQueue:
     def check(self) -> None:
         """Raise QueueFullError if no further request may wait."""
         if len(self._items) >= self.limit:
-            raise QueueFullError(f"{len(self._items)} requests wait, which is all that the queue takes; try again later")
+            raise QueueFullError(f"{len(self._items)} requests wait, which is all that the queue takes; try again "
+                                 "later")
 
     def add(self, job: Job) -> None:
         """Add a job; QueueFullError if the queue is full."""

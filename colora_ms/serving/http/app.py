@@ -57,7 +57,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
 
 class Front:
-    """The functions behind the routes. What reads files or tokenizes runs in a pool of threads (``def``, not ``async``)."""
+    """The functions behind the routes. What reads files or tokenizes runs in a pool of threads (``def``, not
+    ``async``)."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
@@ -73,7 +74,8 @@ class Front:
     async def complete(self, body: CompletionBody, request: HttpRequest) -> Response:
         prompts = body.prompts()
         if len(prompts) > self.settings.most_prompts:
-            raise RequestError(f"{len(prompts)} prompts in one request; this server takes {self.settings.most_prompts}", "prompt")
+            raise RequestError(f"{len(prompts)} prompts in one request; this server takes {self.settings.most_prompts}",
+                               "prompt")
         return await self._answer(body, prompts, request, chat=False)
 
     async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
@@ -157,7 +159,8 @@ class Front:
         self._bank().load(name)
         entry = next((one for one in self._bank().info()["adapters"] if one["name"] == name), None)
         if entry is None:
-            raise UnknownAdapterError(f"adapter {name!r} was unloaded by another request while it was loaded; load it again")
+            raise UnknownAdapterError(f"adapter {name!r} was unloaded by another request while it was loaded; load it "
+                                      "again")
         return entry
 
     def unload(self, name: str) -> Dict[str, Any]:
@@ -183,8 +186,8 @@ class EventStream(Response):
     """The response of a streamed request; ends its handles when the client leaves, however the stream ends."""
 
     def __init__(self, front: Front, handles: List[RequestHandle], answers: Answers, counts: bool) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},  # proxies must not hold events back
-                         media_type="text/event-stream")
+        # Proxies must not hold events back.
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self.front = front
         self.handles = handles

@@ -30,7 +30,8 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 class RequestError(Exception):
     """A request that the front itself refuses."""
 
-    def __init__(self, message: str, param: Optional[str] = None, code: Optional[str] = None, status: int = 400) -> None:
+    def __init__(self, message: str, param: Optional[str] = None, code: Optional[str] = None,
+                 status: int = 400) -> None:
         super().__init__(message)
         self.param = param
         self.code = code

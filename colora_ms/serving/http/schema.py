@@ -1,6 +1,7 @@
 """What the body of a request may hold, and the engine's options that come of it.
 
-The fields of a request's options are those of the records in :mod:`colora_ms.decoding.options`, by their names and types.
+The fields of a request's options are those of the records in :mod:`colora_ms.decoding.options`, by their names and
+types.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _PLAIN = {name: one for name, one in Options.known().items() if name not in _OTH
 NEUTRAL = {
     "n": (None, 1), "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""), "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0), "logit_bias": (None, {}), "logprobs": (None, False), "top_logprobs": (None,),
-    "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []), "function_call": (None, "none"),
-    "parallel_tool_calls": (None, True, False), "response_format": (None, {"type": "text"}),
+    "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []),
+    "function_call": (None, "none"), "parallel_tool_calls": (None, True, False), "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,), "reasoning_effort": (None, "none"),
 }
 #: OpenAI's fields that do not change an answer.
@@ -86,8 +87,8 @@ class GenerationBody(_OptionsBody):
                     hint = _HINTS.get(name, "this server does not implement it; leave it out")
                     raise RequestError(f"{name}={value!r:.80}: {hint}", name, "unsupported_parameter")
             elif name not in HARMLESS:
-                raise RequestError(f"unknown field {name!r:.80}.{near(name, [*cls.model_fields, *NEUTRAL])}", str(name)[:80],
-                                   "unknown_parameter")
+                hint = near(name, [*cls.model_fields, *NEUTRAL])
+                raise RequestError(f"unknown field {name!r:.80}.{hint}", str(name)[:80], "unknown_parameter")
         return kept
 
     def wanted_tokens(self) -> Tuple[Optional[int], str]:
@@ -151,7 +152,8 @@ class ChatBody(GenerationBody):
             RequestError: a message holds something else than text.
         """
         if not self.messages:
-            raise RequestError("messages is empty; send at least one {\"role\": \"user\", \"content\": ...}", "messages")
+            raise RequestError("messages is empty; send at least one {\"role\": \"user\", \"content\": ...}",
+                               "messages")
         return [_message(i, message) for i, message in enumerate(self.messages)]
 
 
@@ -159,7 +161,8 @@ def _message(index: int, message: Dict[str, Any]) -> Dict[str, str]:
     where = f"messages[{index}]"
     for name, value in message.items():
         if name not in ("role", "content") and value not in (None, [], ""):
-            raise RequestError(f"{where} has {name!r:.40}, which this server cannot use; it takes role and content", where)
+            raise RequestError(f"{where} has {name!r:.40}, which this server cannot use; it takes role and content",
+                               where)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise RequestError(f"{where}.role is {role!r:.40}, expected \"system\", \"user\" or \"assistant\"", where)
