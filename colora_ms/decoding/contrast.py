@@ -77,27 +77,27 @@ def contrast_strength(expert: ArrayLike, amateur: ArrayLike, contrast: Contrast,
     return contrast.beta * _SHARES[contrast.adapt](expert, amateur, contrast.alpha)
 
 
-def _softmax(logits):
+def _softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
 
 
-def _entropy(p):
+def _entropy(p: np.ndarray) -> float:
     p = p[p > 0]
     return float(-(p * np.log(p)).sum())
 
 
-def _entropy_share(expert, amateur, alpha):
+def _entropy_share(expert: np.ndarray, amateur: np.ndarray, alpha: float) -> float:
     valid = expert[expert >= math.log(alpha) + expert.max()]
     return _entropy(_softmax(valid)) / math.log(len(valid)) if len(valid) > 1 else 0.0
 
 
-def _divergence_share(expert, amateur, alpha):
+def _divergence_share(expert: np.ndarray, amateur: np.ndarray, alpha: float) -> float:
     p, q = _softmax(expert), _softmax(amateur)
     return (_entropy(0.5 * (p + q)) - 0.5 * _entropy(p) - 0.5 * _entropy(q)) / math.log(2)
 
 
-def _margin_share(expert, amateur, alpha):
+def _margin_share(expert: np.ndarray, amateur: np.ndarray, alpha: float) -> float:
     if alpha == 1 or len(expert) < 2:
         return 0.0
     second, best = np.sort(expert)[-2:]

@@ -1,8 +1,8 @@
 """Options as fields of frozen dataclasses: an option's name, type, range, default and meaning stand in one place.
 
 :func:`option` makes the field, :class:`Record` checks all of them when one is built, and :meth:`Record.known` tells
-them to whoever offers them to a user: the HTTP schema, the command line, ``Generator`` and the engine. Nothing here, nor
-in :mod:`colora_ms.decoding.options`, imports MindSpore, so that a command line is read without it.
+them to whoever offers them to a user: the HTTP schema, the command line, ``Generator`` and the engine. Nothing here,
+nor in :mod:`colora_ms.decoding.options`, imports MindSpore, so that a command line is read without it.
 """
 
 from __future__ import annotations

@@ -145,8 +145,8 @@ class Generator:
                 raise DecodingError(f"{name} has {len(columns[name])} entries for {len(prompts)} prompts")
         if not prompts:  # the options are checked all the same
             Options.asked(engine=False, **{name: value for name, value in options.items() if name not in PER_PROMPT})
-        wanted = [{**options, **{name: values[place] for name, values in columns.items()}} for place in range(len(prompts))]
-        return [self._request(place, prompt, one, eos) for place, (prompt, one) in enumerate(zip(prompts, wanted))]
+        return [self._request(place, prompt, {**options, **{name: one[place] for name, one in columns.items()}}, eos)
+                for place, prompt in enumerate(prompts)]
 
     def _request(self, index: int, prompt: Any, wanted: Dict[str, Any], eos: Iterable[int]) -> Running:
         adapter = wanted.pop("adapter")

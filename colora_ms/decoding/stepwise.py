@@ -76,7 +76,7 @@ class _Stepper:
         """tokens: (rows,) ids that stand at ``position`` -> logits (rows, vocab)."""
         return self._call(np.asarray(tokens, np.int32).reshape(self.rows, 1), position, 1)
 
-    def _call(self, ids, start, length):
+    def _call(self, ids: np.ndarray, start: int, length: int) -> np.ndarray:
         full = np.full(self.rows, 1, np.int32)
         return runtime.run(self.graph, Tensor(ids), self.slots, self.cache_rows, Tensor(full * start),
                            Tensor(full * length)).asnumpy()

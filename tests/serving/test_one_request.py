@@ -1,4 +1,4 @@
-"""Generator, engine and HTTP make the same request: the rules of ``colora_ms/decoding/README.md``, held against each."""
+"""Generator, engine and HTTP make the same request: the rules of ``colora_ms/decoding/README.md``, for each of them."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def callers(folder, tiny_decoder, word_tokenizer):
         generator = Generator(decoder, word_tokenizer, handle, max_rows=4, chunk=4)
         generator._reserve(4, 64)
         generator._first.fused = generator._later.fused = fused and generator._first.fused
-        found[f"generator {fused}"] = lambda prompt, generator=generator, **more: generator.generate([prompt], **more)[0]
+        found[f"generator {fused}"] = lambda prompt, one=generator, **more: one.generate([prompt], **more)[0]
         decoder = tiny_decoder()
         engine = Engine(decoder, word_tokenizer, AdapterBank(decoder, folder, max_loaded=2, max_rank=2), rows=4,
                         max_length=128, chunk=4)
@@ -65,7 +65,8 @@ def python_callers(callers):
     (dict(max_new_tokens=0), DecodingError, "max_new_tokens=0"), (dict(seed=-1), DecodingError, "seed=-1"),
     (dict(contrats=1), DecodingError, "no option 'contrats'.*Did you mean 'contrast'"),
     (dict(contrast=Contrast()), DecodingError, "needs adapter"),
-    (dict(adapter="nobody"), AdapterError, "nobody"), (dict(prompt=[5] * 128), DecodingError, "128 tokens; .* holds 128"),
+    (dict(adapter="nobody"), AdapterError, "nobody"),
+    (dict(prompt=[5] * 128), DecodingError, "128 tokens; .* holds 128"),
     (dict(prompt=[97]), DecodingError, "holds token id 97"), (dict(prompt=""), DecodingError, "is empty"),
 ])
 def test_the_same_is_refused_with_the_same_sentence(callers, wanted, kind, words):

@@ -1,7 +1,7 @@
 """The routes."""
 
 import asyncio
-from typing import Any, AsyncIterator, Dict, Iterable, List, Optional, Union
+from typing import Any, AsyncIterator, Dict, Iterable, List, Union
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -187,7 +187,8 @@ class EventStream(Response):
 
     def __init__(self, front: Front, handles: List[RequestHandle], answers: Answers, counts: bool) -> None:
         # Proxies must not hold events back.
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream")
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+                         media_type="text/event-stream")
         del self.headers["content-length"]
         self.front = front
         self.handles = handles

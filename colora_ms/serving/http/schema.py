@@ -28,7 +28,8 @@ NEUTRAL = {
     "n": (None, 1), "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""), "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0), "logit_bias": (None, {}), "logprobs": (None, False), "top_logprobs": (None,),
     "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []),
-    "function_call": (None, "none"), "parallel_tool_calls": (None, True, False), "response_format": (None, {"type": "text"}),
+    "function_call": (None, "none"), "parallel_tool_calls": (None, True, False),
+    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,), "reasoning_effort": (None, "none"),
 }
 #: OpenAI's fields that do not change an answer.
