@@ -77,7 +77,7 @@ def near(name: object, known: Iterable, n: int = 3) -> str:
         message, or ``""`` when nothing is similar enough.
     """
     text = str(name)
-    by_lower = {}
+    by_lower: dict = {}
     for item in known:
         by_lower.setdefault(str(item).lower(), str(item))
     # A low cutoff would suggest unrelated names; 0.6 is difflib's own default.

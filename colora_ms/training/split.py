@@ -42,15 +42,17 @@ class SplitAdamW(AdamW):
         """See ``AdamW.whole``."""
         if not self.split:
             return grads, half_square(self.map, grads)
-        message = ()
+        message: tuple = ()
         for i in self.parts:
             message = message + (grads[i].reshape((-1,)),)
-        own = ()
+        own: tuple = ()
         for i in self.split:
             own = own + (grads[i],)
         message = message + (half_square(self.map, own).reshape((1,)),)
         total = self.sum(ops.concat(message))
-        result, rest, place = (), (), 0
+        result: tuple = ()
+        rest: tuple = ()
+        place = 0
         for i in range(len(self.sizes)):
             grad = grads[i]
             if i in self.parts:
@@ -62,7 +64,7 @@ class SplitAdamW(AdamW):
         return result, half_square(self.map, rest) + total[place]
 
 
-def _kind(name):
+def _kind(name: str) -> str:
     """"part", "split", or "whole" for what every worker has with its whole gradient; name: ``<path>.lora_A`` ..."""
     path, _, field = name.rpartition(".")
     linear = path.rpartition(".")[2]
