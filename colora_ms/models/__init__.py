@@ -43,7 +43,8 @@ def load_model(name_or_path: PathLike = "smollm2-135m", weight_format: str = "fl
     return build_decoder(checkpoint, weight_format, max_positions), tokenizer
 
 
-def build_decoder(checkpoint: Checkpoint, weight_format: str = "float32", max_positions: Optional[int] = None) -> Decoder:
+def build_decoder(checkpoint: Checkpoint, weight_format: str = "float32",
+                  max_positions: Optional[int] = None) -> Decoder:
     """The :class:`Decoder` of an opened checkpoint; arguments as in :func:`load_model`."""
     from colora_ms.models.decoder import Decoder
 
