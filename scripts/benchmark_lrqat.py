@@ -73,7 +73,7 @@ def perplexity(net, windows, slot=-1):
 def quality_of(model, recipe, adapter, steps, text, windows_text, work):
     """Train (or round) in this process; returns a row of the table."""
     from colora_ms.models import load_model
-    from colora_ms.quantization.model import quantize
+    from colora_ms.quantization import quantize
     from colora_ms.training.quantize import QuantizationConfig
     from colora_ms.training.text import encode_text
     from colora_ms.training.trainer import Trainer
@@ -105,13 +105,11 @@ def quality_of(model, recipe, adapter, steps, text, windows_text, work):
 
 def load_model_without_tokenizer(folder):
     """The exported model; it was written without a tokenizer."""
+    from colora_ms.models import build_decoder
     from colora_ms.models.checkpoint import open_checkpoint
-    from colora_ms.models.decoder import Decoder
 
     checkpoint = open_checkpoint(folder)
-    net = Decoder(checkpoint.config, checkpoint.tensors)
-    checkpoint.quantized.install(net)
-    return net, checkpoint
+    return build_decoder(checkpoint), checkpoint
 
 
 def float_rows(model, recipe, steps, text, windows_text, work, rank):
@@ -142,8 +140,7 @@ def float_rows(model, recipe, steps, text, windows_text, work, rank):
 def memory_of(model, method, rows, tokens, rank):
     """Peak resident bytes of three training steps in this process."""
     from colora_ms.models import load_model
-    from colora_ms.quantization.config import LrQatConfig
-    from colora_ms.quantization.model import quantize
+    from colora_ms.quantization import LrQatConfig, quantize
     from colora_ms.training.batching import Batch
     from colora_ms.training.config import OptimizerConfig
     from colora_ms.training.step import Stepper

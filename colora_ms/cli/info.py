@@ -27,8 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     if checkpoint.low_rank:
         from colora_ms.models.low_rank_folder import parameter_count
 
-        print(f"parameters  {parameter_count(checkpoint):,} ({checkpoint.config.parameter_count():,} before it was "
-              "decomposed)")
+        count = parameter_count(checkpoint.config, checkpoint.low_rank)
+        print(f"parameters  {count:,} ({checkpoint.config.parameter_count():,} before it was decomposed)")
         print(f"low rank    {len(checkpoint.low_rank)} matrices: {', '.join(list(checkpoint.low_rank)[:3])}, ...")
     else:
         print(f"parameters  {checkpoint.config.parameter_count():,}")

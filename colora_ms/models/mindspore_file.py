@@ -53,7 +53,4 @@ class MindSporeFile:
     def read(self, name: str) -> np.ndarray:
         """The tensor, float32."""
         import mindspore
-        value = self._values[name]
-        if value.dtype == mindspore.bfloat16:
-            value = value.astype(mindspore.float32)
-        return np.ascontiguousarray(value.asnumpy(), dtype=np.float32)
+        return np.ascontiguousarray(self._values[name].astype(mindspore.float32).asnumpy())

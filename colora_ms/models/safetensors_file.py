@@ -26,6 +26,8 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 FLOAT_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 WRITE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
+_CHUNK = 1 << 16  # numbers that are rounded at a time: the temporaries stay in a core's cache
+
 
 class SafetensorsFile:
     """One memory-mapped safetensors file.
@@ -191,13 +193,22 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 
 def float32_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """float32 to bfloat16 bit patterns (uint16), rounded to nearest, ties to even; NaN stays."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    with np.errstate(over="ignore"):
-        rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-    # a NaN's payload could carry over into the sign or be rounded to infinity
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x0040)
-    return np.where(np.isnan(array), quiet, rounded).astype("<u2")
+    array = np.ascontiguousarray(array, dtype=np.float32)
+    bits, out = array.reshape(-1).view(np.uint32), np.empty(array.size, "<u2")
+    for begin in range(0, bits.size, _CHUNK):
+        part = bits[begin:begin + _CHUNK]
+        rounded = part >> np.uint32(16)
+        rounded &= np.uint32(1)
+        rounded += np.uint32(0x7FFF)
+        with np.errstate(over="ignore"):
+            rounded += part
+        rounded >>= np.uint32(16)
+        # a NaN's payload could carry over into the sign or be rounded to infinity
+        nan = (part & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        if nan.any():
+            rounded[nan] = (part[nan] >> np.uint32(16)) | np.uint32(0x0040)
+        out[begin:begin + _CHUNK] = rounded
+    return out.reshape(array.shape)
 
 
 def map_file(path: PathLike) -> np.ndarray:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from colora_ms.errors import AdapterError, ConfigError, DataError, near
+from colora_ms.models.formats import WEIGHT_FORMATS
 from colora_ms.training.encoding import LOSSES, ON_LONG
 from colora_ms.training.settings import (
     REQUIRED,
@@ -184,7 +185,7 @@ class TrainingConfig(Section):
     model: str = setting("smollm2-135m", "Name of a known model, or the path of a folder or file.",
                          lambda value: bool(value.strip()), "a name or a path")
     weight_format: str = setting("float32", "Format of the frozen weights.",
-                                 *one_of("float32", "bfloat16", "int8", "int4"))
+                                 *one_of(*WEIGHT_FORMATS))
     train: str = setting("sft", "What the adapter learns from: sft (answers) or dpo (pairs of a better and a worse "
                          "answer).", *one_of("sft", "dpo"))
     dpo: PreferenceConfig | None = setting(None, "Preference training, with train: dpo; see PreferenceConfig.")

@@ -28,8 +28,8 @@ from colora_ms.adapters import adapters_of
 from colora_ms.adapters.tree import takes_slots
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_token_cross_entropy, linear_token_losses, token_losses_of_logits
+from colora_ms.models.formats import is_float_matrix
 from colora_ms.training.encoding import IGNORE
-from colora_ms.training.step import has_plain_head
 
 if TYPE_CHECKING:
     from colora_ms.models.decoder import Decoder
@@ -57,7 +57,7 @@ class PreferenceLossCell(nn.Cell):
         bind()
         check_reference(decoder)
         self.decoder = decoder
-        self.fused = has_plain_head(decoder)
+        self.fused = is_float_matrix(decoder.lm_head)
         self.beta, self.smoothing = config.beta, config.label_smoothing
         self.ipo, self.normalised = config.loss == "ipo", config.length_normalised
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colora_ms.errors import CheckpointError, ConfigError
+from colora_ms.models.formats import weight_format
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import TrainingConfig
 from colora_ms.training.run import data_report, warn_left_out
@@ -27,8 +28,7 @@ from colora_ms.training.text import encode_text, read_text
 from colora_ms.training.trainer import Callback, Trainer, TrainingResult
 
 if TYPE_CHECKING:
-    from colora_ms.quantization.config import LrQatConfig
-    from colora_ms.quantization.model import QuantizedModel
+    from colora_ms.quantization import LrQatConfig, QuantizedModel
 
 
 @dataclasses.dataclass
@@ -49,16 +49,16 @@ class QuantizationConfig(TrainingConfig):
             value = getattr(self.data, name)
             if not isinstance(value, str) and (name == "train" and method != "rtn" or value is not None):
                 return [f"data.{name} is {value!r:.60}, expected the path of a text file"]
-        if self.weight_format not in ("float32", "bfloat16"):
-            return [f"weight_format is {self.weight_format}: quantisation starts from float weights, expected float32 "
-                    "or bfloat16"]
+        if not weight_format(self.weight_format).is_float:
+            return [f"weight_format is {self.weight_format}: quantisation starts from float weights, expected float32 or "
+                    "bfloat16"]
         if self.loop.evaluate_every is not None and self.data.validation is None:
             return ["loop.evaluate_every is given, but data.validation is not"]
         return []
 
     def quantization(self) -> LrQatConfig:
-        """The settings as a :class:`colora_ms.quantization.config.LrQatConfig`."""
-        from colora_ms.quantization.config import LrQatConfig
+        """The settings as a :class:`colora_ms.quantization.LrQatConfig`."""
+        from colora_ms.quantization import LrQatConfig
         return LrQatConfig.from_dict(self.adapter)
 
 
@@ -72,14 +72,14 @@ def quantize_model(config: QuantizationConfig | str | Path, resume: bool | str |
 
     Returns:
         ``(folder, result, quantized)``: path of the exported model, ``TrainingResult`` (``None`` for "rtn"), and the
-        :class:`colora_ms.quantization.model.QuantizedModel`.
+        :class:`colora_ms.quantization.QuantizedModel`.
 
     Raises:
         ColoraError: in one of its kinds; data, recipe and output folder are checked before anything is loaded.
     """
     from colora_ms import models
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
-    from colora_ms.quantization.model import quantize
+    from colora_ms.quantization import quantize
     if not isinstance(config, QuantizationConfig):
         config = QuantizationConfig.from_yaml(config)
     train: Any = config.data.train  # a path, which _relations has checked

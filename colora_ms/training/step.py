@@ -24,6 +24,7 @@ from colora_ms import runtime
 from colora_ms.adapters.dropout import dropout_streams
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_cross_entropy, token_losses_of_logits
+from colora_ms.models.formats import is_float_matrix
 from colora_ms.training.encoding import IGNORE
 from colora_ms.training.optimizer import AdamW
 
@@ -46,7 +47,7 @@ class CausalLossCell(nn.Cell):
         super().__init__(auto_prefix=False)
         bind()
         self.decoder = decoder
-        self.fused = has_plain_head(decoder)
+        self.fused = is_float_matrix(decoder.lm_head)
 
     def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses, and number of the labels that count.
@@ -69,14 +70,6 @@ class CausalLossCell(nn.Cell):
             logits = self.decoder.lm_head(hidden, slots)
             loss, count = masked_cross_entropy(logits.reshape((-1, logits.shape[-1])), labels)
         return loss, count
-
-
-def has_plain_head(decoder: Decoder) -> bool:
-    """Whether ``lm_head`` is one float matrix: no adapter on it, not quantized, no bias."""
-    head = decoder.lm_head
-    weight = getattr(head, "weight", None)
-    return (isinstance(weight, Parameter) and weight.dtype in (ms.float32, ms.bfloat16)
-            and not getattr(head, "has_bias", False))
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

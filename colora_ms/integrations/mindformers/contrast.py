@@ -23,7 +23,7 @@ import mindspore as ms
 from mindformers.generation import LogitsProcessor
 from mindspore import Tensor, nn, ops
 
-from colora_ms.decoding.contrast import Contrast, contrastive_scores
+from colora_ms.decoding import Contrast, contrastive_scores
 from colora_ms.errors import DecodingError
 
 if TYPE_CHECKING:
