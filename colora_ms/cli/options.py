@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from colora_ms.distributed.workers import Workers
     from colora_ms.serving import Engine
 
-from colora_ms.models.formats import WEIGHT_FORMATS
-
 from colora_ms.decoding.fields import Record
 from colora_ms.decoding.options import Contrast, Sampling
+from colora_ms.models.formats import WEIGHT_FORMATS
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -63,8 +63,9 @@ class Answer:
             return
         self.tokens.append(token)
         if self.options.records:
-            texts = [self._stream.peek(one) for one in (token, favourite)]
-            self.records.append(TokenRecord(token, favourite, valid, *floats, *texts))
+            seen: Any = favourite  # given wherever records are wanted
+            details: list = [*floats, *(self._stream.peek(one) for one in (token, seen))]
+            self.records.append(TokenRecord(token, seen, valid, *details))
         if token in self._ends:
             self._grow(self._stream.flush())
             self._finish("stop")

@@ -128,7 +128,7 @@ class Subject:
         """The Generator that has the base model (and the adapter), or the quantised model."""
         from colora_ms.decoding import Generator
 
-        source = self.trained if self.quantised and adapted else self.config.model
+        source: Any = self.trained if self.quantised and adapted else self.config.model
         if self._loaded[0] != source:
             self._loaded = (None, None)
             gc.collect()  # one model at a time in memory

@@ -148,10 +148,11 @@ class Rounds:
         self._counts["chunks"] += 1
         self._counts["steps"] += int(counts.max(initial=0))
         now = time.monotonic()
-        for place, job in enumerate(batch.requests):
+        requests: list = batch.requests  # jobs, since the batch is made of them
+        for place, job in enumerate(requests):
             count = int(counts[place])
             self._counts["row_steps"] += count * len(job.rows)
-            chosen = ints[:, place], floats[:, place], count
+            chosen: tuple = (ints[:, place], floats[:, place], count)
             self._guarded(job, lambda job=job, chosen=chosen: self._take(job, *chosen, now))
         self.running = [job for job in self.running if not job.handle.done]
 

@@ -33,7 +33,7 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
-        async def counted(message: Dict[str, Any]) -> None:
+        async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 # The route's pattern: names in paths would make a series each.
                 route = getattr(scope.get("route"), "path", "other")

@@ -76,5 +76,6 @@ class Server:
 
     def __exit__(self, *reason: Any) -> None:
         self._server.should_exit = True
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         self._socket.close()
