@@ -1,6 +1,7 @@
 """Figures that are drawn into PNG files, without a global backend of matplotlib."""
 
 from colora_ms.errors import ConfigError
+from colora_ms.extras import needed
 from colora_ms.files import replacing
 
 
@@ -10,11 +11,9 @@ def new_figure(size):
     Raises:
         ConfigError: matplotlib is missing.
     """
-    try:
+    with needed("plots", "drawing"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib; run `pip install matplotlib`") from None
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # no global backend is touched: the caller may have its own
     return figure

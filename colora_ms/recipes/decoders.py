@@ -57,15 +57,21 @@ def answer(generator, examples, chosen, *, template, scorer, max_new_tokens, fol
     from colora_ms.evaluation.evaluate import evaluate
 
     rows = rows or generator.max_rows
+    return evaluate(generator, examples, scorer, template=template, path=Path(folder) / f"{chosen.key}.jsonl",
+                    batch_size=max(rows // (1 if chosen.contrast is None else 2), 1),
+                    options=decoding_options(chosen, max_new_tokens, stop),
+                    model_hash=model_hash, adapter_hash=adapter_hash if chosen.adapted else "", keep_records=keep_records,
+                    team=team)
+
+
+def decoding_options(chosen, max_new_tokens, stop=()):
+    """Keyword arguments of ``Generator.generate`` for a decoder."""
     options = {"max_new_tokens": max_new_tokens, "records": True, "stop": list(stop)}
     if chosen.adapted:
         options["adapter"] = ADAPTER
     if chosen.contrast is not None:
         options["contrast"] = chosen.contrast
-    return evaluate(generator, examples, scorer, template=template, path=Path(folder) / f"{chosen.key}.jsonl",
-                    batch_size=max(rows // (1 if chosen.contrast is None else 2), 1), options=options,
-                    model_hash=model_hash, adapter_hash=adapter_hash if chosen.adapted else "", keep_records=keep_records,
-                    team=team)
+    return options
 
 
 def read_items(settings):
