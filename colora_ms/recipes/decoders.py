@@ -1,7 +1,10 @@
 """What answers a test: the base model, the adapter, the adapter with contrasts; one resumable evaluation each."""
 
+from __future__ import annotations
+
 import dataclasses
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 
 from colora_ms.distributed.workers import Workers
@@ -64,7 +67,7 @@ def answer(generator, examples, chosen, *, template, scorer, max_new_tokens, fol
                     team=team)
 
 
-def decoding_options(chosen, max_new_tokens, stop=()):
+def decoding_options(chosen: Choice, max_new_tokens: int, stop: Sequence[str] = ()) -> dict:
     """Keyword arguments of ``Generator.generate`` for a decoder."""
     options = {"max_new_tokens": max_new_tokens, "records": True, "stop": list(stop)}
     if chosen.adapted:
