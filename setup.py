@@ -1,4 +1,4 @@
-"""Installation of colora_ms; compiles the CPU operators of ``ops/cpu`` into the package where a C++ compiler is there."""
+"""Installation of colora_ms; compiles the operators of ``ops/cpu`` into the package where there is a C++ compiler."""
 
 import importlib.util
 import shutil

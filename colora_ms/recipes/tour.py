@@ -11,7 +11,8 @@ from pathlib import Path
 from colora_ms.decoding import Contrast, Generator
 from colora_ms.decoding.completion import TokenRecord
 from colora_ms.errors import ConfigError
-from colora_ms.evaluation.evaluate import EvaluationResult, write_json, write_text
+from colora_ms.evaluation.evaluate import EvaluationResult
+from colora_ms.evaluation.item_log import write_json, write_text
 from colora_ms.models.checkpoint import resolve_model
 from colora_ms.recipes import report
 from colora_ms.recipes.decoders import ADAPTER, Choice, answer, choices, decoding_options, read_items
