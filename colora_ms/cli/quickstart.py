@@ -1,4 +1,4 @@
-"""``colora-ms quickstart``: the first ten minutes: train, compare, mix eight requests in one batch, look at the contrast."""
+"""``colora-ms quickstart``: the first ten minutes: train, compare, mix requests in one batch, look at the contrast."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, default=0.1, help="the expert's cut of the contrast")
     parser.add_argument("--beta", type=float, default=0.5, help="weight of the base model in the contrast")
     parser.add_argument("--fast", action="store_true", help="a shorter training and fewer problems")
-    parser.add_argument("--scorer", default=None, help="how an answer is scored: number, exact, normalised; none: as the "
-                        "recipe says")
+    parser.add_argument("--scorer", default=None, help="how an answer is scored: number, exact, normalised; none: as "
+                        "the recipe says")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the measures here")
 
 
@@ -93,7 +93,7 @@ def next_commands(output: Path, recipe: Path) -> str:
         f"    {command} chat --adapters {adapters} --adapter {_adapter()} --plain --max-new-tokens 16",
         "  serve the base model and both over HTTP, with OpenAI's API (requests pick one by `model`):",
         f"    {command} serve --adapters {adapters}",
-        f"  train on your own data: put it into {recipe.with_suffix('.jsonl')} (there are some lines as an example) and",
+        f"  train on your own data: put it into {recipe.with_suffix('.jsonl')} (it has some lines as an example) and",
         f"    {command} train {recipe}"])
 
 

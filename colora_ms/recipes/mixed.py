@@ -1,4 +1,4 @@
-"""Eight requests on the base model, an adapter, a second strength of it and contrasts: one after another, then as one batch."""
+"""Eight requests on a base model, an adapter, a second strength of it and contrasts: one by one, then as one batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """One of the requests: who answers (``label``, for people), the prompt, the adapter's name or None, the contrast or None."""
+    """One of the requests: who answers (``label``, for people), the prompt, the adapter's name or None, the contrast or
+    None."""
 
     label: str
     prompt: str
@@ -31,8 +32,9 @@ class MixedBatch:
     Attributes:
         asked: the requests; completions: their answers in one batch.
         different: positions of the requests whose tokens were others when they were asked alone.
-        alone: median seconds of all requests one after another; together: of one batch; speedup: median of the ratios of each
-            repeat. Compiling is not in them.
+        alone: median seconds of all requests one after another.
+        together: of one batch.
+        speedup: median of the ratios of each repeat. Compiling is not in them.
     """
 
     asked: tuple[Asked, ...]
@@ -66,9 +68,11 @@ def answer_mixed(generator: Generator, asked: Sequence[Asked], max_new_tokens: i
     """Answer requests one after another and as one batch, compare the tokens and the times.
 
     Args:
-        generator: has the adapters. asked: the requests. max_new_tokens: of each answer.
-        repeats: of the measurement; each asks both ways, in turns. Before it, every request is answered once both ways, so
-            that no graph is compiled while the time is taken.
+        generator: has the adapters.
+        asked: the requests.
+        max_new_tokens: of each answer.
+        repeats: of the measurement; each asks both ways, in turns. Before it, every request is answered once both ways,
+            so that no graph is compiled while the time is taken.
     """
     singly = [ask(generator, [one], max_new_tokens)[0] for one in asked]
     jointly = ask(generator, asked, max_new_tokens)

@@ -16,7 +16,8 @@ def in_words(seconds: float) -> str:
 class Pace(Callback):
     """Says now and then how far a training is, what an update takes, and how long the others will take.
 
-    Updates in which a graph was compiled (the first one, and the first of each other batch shape) are left out of the pace.
+    Updates in which a graph was compiled (the first one, and the first of each other batch shape) are left out of the
+    pace.
 
     Args:
         steps: updates of the whole training.
@@ -38,15 +39,15 @@ class Pace(Callback):
         if step == 1 or compiled > self._compiled:
             self.compiling += record["seconds"]
             if step == 1:
-                self.say(f"update 1 of {self.steps} with compiling: {record['seconds']:.0f} s; the others take no more of that")
+                self.say(f"update 1 of {self.steps}: {record['seconds']:.0f} s with compiling; the others need none")
         else:
             self.running += record["seconds"]
             self.timed += 1
         self._compiled = compiled
         if self.timed and (step == self.first + 1 or step % self.every == 0) and step < self.steps:
             left = (self.steps - step) * self.seconds_per_update
-            self.say(f"update {step} of {self.steps}: loss {record['loss']:.3f}, {self.seconds_per_update:.2f} s an update, "
-                     f"{in_words(left)} to go")
+            self.say(f"update {step} of {self.steps}: loss {record['loss']:.3f}, {self.seconds_per_update:.2f} s an "
+                     f"update, {in_words(left)} to go")
 
     @property
     def seconds_per_update(self) -> float:

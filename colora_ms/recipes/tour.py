@@ -34,8 +34,8 @@ OWN_RECIPE = """\
 #
 #   colora-ms train {path}
 #
-# The lines that are there now are the quick start's. model_zoo/README.md has more recipes, colora_ms/training/README.md all
-# layouts of data and all settings.
+# The lines that are there now are the quick start's. model_zoo/README.md has more recipes, colora_ms/training/README.md
+# all layouts of data and all settings.
 model: {model}
 output: {output}
 adapter: {{r: 8, lora_alpha: 16, target_modules: all-linear}}
@@ -74,8 +74,8 @@ class Tour:
         self.contrast, self.weaker, self.strength = Contrast(alpha, beta), weaker, strength
         settings = evaluation_settings(config)
         if settings.task != "problems":
-            raise ConfigError(f"the quick start answers problems, the recipe's section evaluate has task {settings.task}; use "
-                              "colora-ms run")
+            raise ConfigError("the quick start answers problems, the recipe's section evaluate has task "
+                              f"{settings.task}; use colora-ms run")
         self.settings = settings
         self.scorer = scorer or settings.scorer
         self.max_new_tokens = max_new_tokens or settings.max_new_tokens
@@ -92,22 +92,23 @@ class Tour:
         loop, began = self.config.loop, time.perf_counter()
         steps = loop.steps or 0
         length = f"{steps} updates" if steps else f"{loop.epochs:g} epochs"
-        self.say(f"1/4  train a LoRA adapter on {self.config.model}: {length} of {self.config.data.batch_size} examples, into "
-                 f"{self.folder}\n     first its graph is compiled; how long the updates take is said after some of them")
+        self.say(f"1/4  train a LoRA adapter on {self.config.model}: {length} of {self.config.data.batch_size} "
+                 f"examples, into {self.folder}\n     first its graph is compiled; how long the updates take is said "
+                 "after some of them")
         pace = Pace(steps, lambda line: self.say(f"     {line}"))
         self.training = result = train(self.config, callbacks=[pace])
         self.seconds["training"] = time.perf_counter() - began
         for name, strength in ((ADAPTER, 1.0), (self.weaker, self.strength)):
             copy_adapter(result.adapter, self.folder / "adapters" / name, strength)
         self.say(f"     {result.steps} updates in {in_words(pace.running)}, compiling {in_words(pace.compiling)}; loss "
-                 f"{result.losses[0]:.3f} -> {result.losses[-1]:.3f}\n     PEFT folders: {self.folder / 'adapters'}/{ADAPTER}, "
-                 f"and /{self.weaker}, a copy at {self.strength:g} times the strength")
+                 f"{result.losses[0]:.3f} -> {result.losses[-1]:.3f}\n     PEFT folders: {self.folder / 'adapters'}"
+                 f"/{ADAPTER}, and /{self.weaker}, a copy at {self.strength:g} times the strength")
         gc.collect()  # the trained model leaves before the next one is loaded
 
     def evaluate(self) -> None:
         """Answer the held-out problems with the base, the adapter and the contrast; print the table."""
-        self.say(f"\n2/4  answer {len(self.examples)} held-out problems with the base model, the adapter, and the contrast of "
-                 "both;\n     a first answer of each compiles its graph and is not counted")
+        self.say(f"\n2/4  answer {len(self.examples)} held-out problems with the base model, the adapter, and the "
+                 "contrast of both;\n     a first answer of each compiles its graph and is not counted")
         adapters = {name: self.folder / "adapters" / name for name in (ADAPTER, self.weaker)}
         self.generator = Generator.from_pretrained(self.config.model, adapters, weight_format=self.config.weight_format,
                                                    max_rows=2 * self.batch)
@@ -124,8 +125,8 @@ class Tour:
             self.say(f"     {chosen.label}: {found.summary()}")
         greedy, cold = list(self.results.values())[1:]
         self.say(f"\n{report.table(self.rows)}\n\nCoLD against greedy, same adapter, same problems: "
-                 f"{greedy.compare(cold).summary()}\nNo task of ours was answered better with the contrast; ask your own with "
-                 "colora-ms tune-contrast.")
+                 f"{greedy.compare(cold).summary()}\nNo task of ours was answered better with the contrast; ask your "
+                 "own with colora-ms tune-contrast.")
 
     def _warm_up(self, chosen: Choice) -> None:
         """Compile the graph of a decoder, and say how long its problems will take."""
@@ -136,14 +137,14 @@ class Tour:
             self.generator.generate(first, **options)
             seconds.append(time.perf_counter() - began)
         batches = -(-len(self.prompts) // self.batch)
-        self.say(f"     {chosen.label}: ready to decode after {in_words(max(seconds[0] - seconds[1], 0))}; {batches} batches will "
-                 f"take about {in_words(batches * seconds[1])}")
+        self.say(f"     {chosen.label}: compiled in {in_words(max(seconds[0] - seconds[1], 0))}; {batches} batches "
+                 f"will take about {in_words(batches * seconds[1])}")
 
     def mix(self) -> MixedBatch:
         """Eight requests with different adapters and contrasts, one after another and in one batch."""
         stronger = Contrast(self.contrast.alpha, 2 * self.contrast.beta)
         prompts = [self.prompts[0], self.prompts[min(1, len(self.prompts) - 1)]]
-        self.say(f"\n3/4  eight requests at once: the base, the adapter, its copy at {self.strength:g} times the strength, and "
+        self.say(f"\n3/4  eight requests: the base, the adapter, its copy at {self.strength:g} times the strength, and "
                  "contrasts,\n     one after another and then as one batch; three graphs are compiled first")
         asked = eight(prompts, ADAPTER, self.weaker, [self.contrast, stronger])
         mixed = self.mixed = answer_mixed(self.generator, asked, self.max_new_tokens)
@@ -172,11 +173,11 @@ class Tour:
         path = self.folder / "own.yaml"
         data = path.with_suffix(".jsonl")
         examples: Sequence = load_data(self.config)[0][:OWN_LINES]
-        write_text(data, "".join(json.dumps({"prompt": one.question, "completion": one.completion}, ensure_ascii=False) + "\n"
-                                 for one in examples))
-        write_text(path, OWN_RECIPE.format(
-            model=json.dumps(str(self.config.model)), output=json.dumps(str(self.folder / "own")), data=json.dumps(str(data)),
-            path=path, template=json.dumps(self.config.data.template)))
+        rows = [{"prompt": one.question, "completion": one.completion} for one in examples]
+        write_text(data, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+        texts = {"model": self.config.model, "output": self.folder / "own", "data": data,
+                 "template": self.config.data.template}
+        write_text(path, OWN_RECIPE.format(path=path, **{name: json.dumps(str(text)) for name, text in texts.items()}))
         return path
 
     def measures(self, seconds: float) -> list[dict]:

@@ -33,8 +33,8 @@ def changed_tokens(generator: Generator, prompts: Sequence[str], answers: Sequen
                    contrast: Contrast, count: int = 3, batch: int = 8) -> list[Change]:
     """The first changed token of up to ``count`` answers, with the scores of the token that it replaced.
 
-    A record holds the scores of the chosen token. Those of the adapter's favourite come from a second look: the same prompt and
-    answer up to that place, with alpha 1, which leaves the favourite alone in the cut.
+    A record holds the scores of the chosen token. Those of the adapter's favourite come from a second look: the same
+    prompt and answer up to that place, with alpha 1, which leaves the favourite alone in the cut.
 
     Args:
         generator: the one that gave the answers.
@@ -52,11 +52,13 @@ def changed_tokens(generator: Generator, prompts: Sequence[str], answers: Sequen
             found.append((item, place))
     if not found:
         return []
-    begun = [[*generator.encode(prompts[item]), *(record.token for record in answers[item][:place])] for item, place in found]
+    begun = [[*generator.encode(prompts[item]), *(record.token for record in answers[item][:place])]
+             for item, place in found]
     filled = (begun * batch)[:max(batch, len(begun))]
-    again = generator.generate(filled, adapter=adapter, contrast=dataclasses.replace(contrast, alpha=1.0), max_new_tokens=1,
-                               records=True)
-    return [Change(item, "".join(record.text for record in answers[item][:place]), answers[item][place], second.records[0])
+    again = generator.generate(filled, adapter=adapter, contrast=dataclasses.replace(contrast, alpha=1.0),
+                               max_new_tokens=1, records=True)
+    return [Change(item, "".join(record.text for record in answers[item][:place]), answers[item][place],
+                   second.records[0])
             for (item, place), second in zip(found, again)]
 
 
@@ -65,7 +67,8 @@ def explain(change: Change, prompt: str, contrast: Contrast) -> str:
     old, new, beta = change.favourite, change.chosen, contrast.beta
     lines = [f"  {prompt}{change.before}|   {old.text!r} became {new.text!r}",
              f"    {'logit of':12} {'adapter':>9} {'base':>9} {'score':>9}"]
-    lines += [f"    {record.text!r:12} {record.expert:9.2f} {record.amateur:9.2f} {record.score:9.2f}" for record in (old, new)]
+    lines += [f"    {record.text!r:12} {record.expert:9.2f} {record.amateur:9.2f} {record.score:9.2f}"
+              for record in (old, new)]
     ahead, liked = old.expert - new.expert, old.amateur - new.amateur
     return "\n".join([*lines, f"    the adapter puts {old.text!r} ahead by {ahead:.2f}, the base by {liked:.2f}; "
                               f"{1 + beta:g} x {ahead:.2f} < {beta:g} x {liked:.2f}, so {new.text!r} wins"])

@@ -14,12 +14,13 @@ MOST_TERMS = 12
 def running_totals(size: int, seed: int, terms: int = 4) -> list[Example]:
     """Sums of digits, answered by their running totals: ``7+4+6+1=`` and ``11,17,18``.
 
-    The last total is the sum. A small model cannot add four digits at once, but it can add one digit to what it has just
-    written, so that this is learned in minutes.
+    The last total is the sum. A small model cannot add four digits at once, but it can add one digit to what it has
+    just written, so that this is learned in minutes.
 
     Args:
         size: number of problems, all different; at most 9^terms.
-        seed: which ones they are, and their order. Sets of other seeds share questions: name the test as ``data.held_out``.
+        seed: which ones they are, and their order. Sets of other seeds share questions: name the test as
+            ``data.held_out``.
         terms: digits from 1 to 9 in a sum, from 2 to 12.
 
     Returns:
@@ -42,4 +43,5 @@ def running_totals(size: int, seed: int, terms: int = 4) -> list[Example]:
 
 def _check(name: str, value: int, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise DataError(f"a running_totals source has the {name} {value!r:.40}, expected a whole number from {least} to {most}")
+        raise DataError(f"a running_totals source has the {name} {value!r:.40}, expected a whole number from {least} "
+                        f"to {most}")

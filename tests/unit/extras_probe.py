@@ -9,7 +9,8 @@ import sys
 import colora_ms
 from colora_ms.extras import EXTRAS
 
-MISSING = {module for packages in EXTRAS.values() for module in packages} | {"starlette", "pydantic", "sentencepiece", "rich"}
+MISSING = {name for packages in EXTRAS.values() for name in packages}
+MISSING |= {"starlette", "pydantic", "sentencepiece", "rich"}
 
 
 class Absent(importlib.abc.MetaPathFinder):

@@ -17,8 +17,8 @@ BRIDGE = {f"colora_ms.integrations.mindformers.{name}" for name in ("cells", "co
 
 @pytest.fixture(scope="module")
 def probe():
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("extras_probe.py"))], capture_output=True, text=True,
-                          timeout=300, cwd=Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("extras_probe.py"))], capture_output=True,
+                          text=True, timeout=300, cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -38,7 +38,8 @@ def test_what_needs_an_extra_names_it(probe):
         assert given == kind and text.endswith(f"which is not installed; run pip install 'colora-ms[{extra}]'"), text
     assert found["modules"][HTTP][0] == "ConfigError"
     assert found["calls"]["command"] == 1
-    assert "serving over HTTP needs the package fastapi, which is not installed; run pip install 'colora-ms[serve]'" in errors
+    assert ("serving over HTTP needs the package fastapi, which is not installed; run pip install 'colora-ms[serve]'"
+            in errors)
 
 
 def test_another_failure_of_an_import_stays_what_it_is():

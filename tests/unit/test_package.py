@@ -41,8 +41,8 @@ def archives(tmp_path_factory):
     run(sys.executable, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(folder)!r})")
     sdist = next(folder.glob("*.tar.gz"))
     shutil.rmtree(source / "ops")  # the wheel is to come from the archive alone
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check",
-        "-w", str(folder), str(sdist))
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation",
+        "--disable-pip-version-check", "-w", str(folder), str(sdist))
     return sdist, next(folder.glob("*.whl"))
 
 
@@ -56,9 +56,9 @@ def metadata(archives):
 def test_the_source_archive_holds_packages_operators_recipes_and_pages(archives):
     with tarfile.open(archives[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {path.relative_to(ROOT).as_posix() for pattern in ("ops/cpu/*.cpp", "ops/cpu/*.h", "ops/cpu/*.py", "ops/ascend/**/*.cpp",
-                                                                "model_zoo/**/*.yaml", "model_zoo/**/*.md")
-              for path in ROOT.glob(pattern)}
+    patterns = ("ops/cpu/*.cpp", "ops/cpu/*.h", "ops/cpu/*.py", "ops/ascend/**/*.cpp", "model_zoo/**/*.yaml",
+                "model_zoo/**/*.md")
+    wanted = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     missing = (python_files() | wanted | set(TOP)) - names
     assert not missing and len(wanted) > 50
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or "/_lib/" in name]
@@ -81,7 +81,8 @@ def test_the_metadata_names_licence_pythons_and_extras(metadata):
 
     assert (metadata["License-Expression"] or metadata["License"]) == "Apache-2.0"
     assert set(metadata["Requires-Python"].split(",")) == {">=3.9", "<3.13"}
-    assert {f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 13)} <= set(metadata.get_all("Classifier"))
+    pythons = {f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 13)}
+    assert pythons <= set(metadata.get_all("Classifier"))
     assert {*EXTRAS, "quickstart", "test", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert metadata["Description-Content-Type"] == "text/markdown" and "# colora_ms" in metadata.get_payload()
 

@@ -41,9 +41,11 @@ def test_running_totals_depend_on_the_seed_alone_and_are_a_kind_of_source():
     assert [one.prompt for one in first[:2]] == ["3+6+5+2=", "1+6+4+7="]
 
 
-@pytest.mark.parametrize("changes, text", [({"size": 0}, "size 0"), ({"size": 82}, "from 1 to 81"), ({"size": 2.0}, "size 2.0"),
-                                           ({"terms": 1}, "from 2 to 12"), ({"terms": 13}, "terms 13"), ({"seed": -1}, "seed -1"),
-                                           ({"seed": True}, "seed True"), ({"digits": 2}, "has no setting 'digits'")])
+@pytest.mark.parametrize("changes, text", [
+    ({"size": 0}, "size 0"), ({"size": 82}, "from 1 to 81"), ({"size": 2.0}, "size 2.0"),
+    ({"terms": 1}, "from 2 to 12"),
+    ({"terms": 13}, "terms 13"), ({"seed": -1}, "seed -1"), ({"seed": True}, "seed True"),
+    ({"digits": 2}, "has no setting 'digits'")])
 def test_running_totals_refuse_what_they_cannot_make(changes, text):
     with pytest.raises(DataError, match=text):
         load_examples({"kind": "running_totals", "size": 4, "seed": 1, "terms": 2, **changes})
@@ -119,7 +121,7 @@ def test_forecasts_leave_compiling_out(monkeypatch):
         compiled[0] += step in (1, 3)  # a graph for each of two batch shapes
         pace.on_step(None, {"step": step, "seconds": 40.0 if step in (1, 3) else 0.5, "loss": 1.0})
     assert pace.compiling == 80 and pace.running == 49 and pace.seconds_per_update == 0.5
-    assert lines[0] == "update 1 of 100 with compiling: 40 s; the others take no more of that"
+    assert lines[0] == "update 1 of 100: 40 s with compiling; the others need none"
     assert lines[1] == "update 6 of 100: loss 1.000, 0.50 s an update, 47 s to go"
     assert [line.split(":")[0] for line in lines[2:]] == [f"update {step} of 100" for step in (25, 50, 75)]
     assert in_words(150) == "2.5 minutes" and in_words(8.4) == "8 s"
@@ -136,8 +138,9 @@ def test_the_eight_requests_are_two_prompts_on_four_answerers():
     assert [one.contrast for one in asked] == [None, None, None, weak, None, None, None, strong]
 
 
-def record(token, favourite, expert, amateur, score, best=None, text="", favourite_text=""):
-    return TokenRecord(token, favourite, 3, expert, amateur, score, expert if best is None else best, text, favourite_text)
+def record(token, favourite, expert, amateur, score, text, best=None, favourite_text=""):
+    best = expert if best is None else best
+    return TokenRecord(token, favourite, 3, expert, amateur, score, best, text, favourite_text)
 
 
 class Second:
@@ -155,15 +158,15 @@ class Second:
 
 
 def test_changed_tokens_are_looked_at_again_where_they_stand():
-    kept, new = record(5, 5, 4.0, 1.0, 5.5, text="1"), record(6, 7, 3.6, 0.4, 5.2, best=4.0, text="8", favourite_text="7")
-    old = record(7, 7, 4.0, 2.5, 4.75, text="7")
+    kept, old = record(5, 5, 4.0, 1.0, 5.5, "1"), record(7, 7, 4.0, 2.5, 4.75, "7")
+    new = record(6, 7, 3.6, 0.4, 5.2, "8", best=4.0, favourite_text="7")
     generator = Second(old)
     contrast = Contrast(0.1, 0.5)
     found = changed_tokens(generator, ["ab", "c", "d"], [[kept], [kept, new, new], []], "full", contrast, batch=4)
     assert found == [Change(1, "1", new, old)]
     (prompts, options), = generator.calls
-    assert prompts == [[ord("c"), 5]] * 4 and options == dict(adapter="full", contrast=Contrast(1.0, 0.5), max_new_tokens=1,
-                                                             records=True)
+    assert prompts == [[ord("c"), 5]] * 4
+    assert options == dict(adapter="full", contrast=Contrast(1.0, 0.5), max_new_tokens=1, records=True)
     assert changed_tokens(generator, ["ab"], [[kept]], "full", contrast) == [] and len(generator.calls) == 1
     text = explain(found[0], "7+4=", contrast)
     assert text.splitlines()[0] == "  7+4=1|   '7' became '8'"
