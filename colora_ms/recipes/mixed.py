@@ -20,7 +20,7 @@ class Asked:
     None."""
 
     label: str
-    prompt: str
+    prompt: str | list[int]
     adapter: str | None = None
     contrast: Contrast | None = None
 
@@ -45,11 +45,12 @@ class MixedBatch:
     speedup: float
 
 
-def eight(prompts: Sequence[str], adapter: str, weaker: str, contrasts: Sequence[Contrast]) -> tuple[Asked, ...]:
+def eight(prompts: Sequence[str | list[int]], adapter: str, weaker: str,
+          contrasts: Sequence[Contrast]) -> tuple[Asked, ...]:
     """Two prompts, each asked four times: the base, the adapter, its second strength, and a contrast of the adapter.
 
     Args:
-        prompts: two texts.
+        prompts: two, texts or ids.
         adapter: name of the adapter; weaker: name of its copy at another strength.
         contrasts: two, one for each prompt.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from colora_ms.decoding import Contrast, Generator
@@ -15,7 +15,7 @@ from colora_ms.evaluation.evaluate import EvaluationResult
 from colora_ms.evaluation.item_log import write_json, write_text
 from colora_ms.models.checkpoint import resolve_model
 from colora_ms.recipes import report
-from colora_ms.recipes.decoders import ADAPTER, Choice, answer, choices, decoding_options, read_items
+from colora_ms.recipes.decoders import ADAPTER, Choice, answer, choices, decoding_options
 from colora_ms.recipes.mixed import MixedBatch, answer_mixed, eight
 from colora_ms.recipes.pace import Pace, in_words
 from colora_ms.recipes.settings import evaluation_settings
@@ -23,7 +23,9 @@ from colora_ms.recipes.strength import copy_adapter
 from colora_ms.recipes.why import changed_tokens, explain
 from colora_ms.training.config import TrainingConfig
 from colora_ms.training.run import load_data, train
+from colora_ms.training.sources import load_examples
 from colora_ms.training.templates import make_template
+from colora_ms.training.trainer import TrainingResult
 from colora_ms.versions import versions
 
 #: Lines of the example of one's own data.
@@ -79,13 +81,13 @@ class Tour:
         self.settings = settings
         self.scorer = scorer or settings.scorer
         self.max_new_tokens = max_new_tokens or settings.max_new_tokens
-        self.examples = read_items(settings)[:items]
+        self.examples = load_examples(settings.data)[:settings.items][:items]
         resolve_model(config.model)
-        self.training = None
+        self.training: TrainingResult
+        self.mixed: MixedBatch
         self.results: dict[str, EvaluationResult] = {}
         self.rows: list[dict] = []
-        self.mixed: MixedBatch | None = None
-        self.seconds: dict[str, float] = {}
+        self.training_seconds = 0.0
 
     def train(self) -> None:
         """Train the adapter, and copy it to ``adapters/`` at two strengths."""
@@ -97,7 +99,7 @@ class Tour:
                  "after some of them")
         pace = Pace(steps, lambda line: self.say(f"     {line}"))
         self.training = result = train(self.config, callbacks=[pace])
-        self.seconds["training"] = time.perf_counter() - began
+        self.training_seconds = time.perf_counter() - began
         for name, strength in ((ADAPTER, 1.0), (self.weaker, self.strength)):
             copy_adapter(result.adapter, self.folder / "adapters" / name, strength)
         self.say(f"     {result.steps} updates in {in_words(pace.running)}, compiling {in_words(pace.compiling)}; loss "
@@ -149,8 +151,9 @@ class Tour:
         asked = eight(prompts, ADAPTER, self.weaker, [self.contrast, stronger])
         mixed = self.mixed = answer_mixed(self.generator, asked, self.max_new_tokens)
         width = max(len(one.label) for one in asked)
-        for one, completion in zip(asked, mixed.completions):
-            self.say(f"     {_line(one.prompt)[-40:]}  {one.label:{width}}  {_line(completion.text)[:60]}")
+        for place, (one, completion) in enumerate(zip(asked, mixed.completions)):
+            question = self.examples[min(place // 4, len(self.examples) - 1)].question
+            self.say(f"     {_line(question)[-40:]}  {one.label:{width}}  {_line(completion.text)[:60]}")
         same = "the same tokens" if not mixed.different else \
             f"OTHER TOKENS in {', '.join(mixed.asked[i].label for i in mixed.different)}"
         self.say(f"\n     one after another {mixed.alone:.2f} s, as one batch {mixed.together:.2f} s: batch8_speedup "
@@ -166,13 +169,13 @@ class Tour:
         self.say(f"\n     of the tokens of the held-out answers the contrast changed {share:.1f} %"
                  + (f"; {len(found)} of them, and why:" if found else ""))
         for change in found:
-            self.say(f"\n{explain(change, _line(self.prompts[change.item]), self.contrast)}")
+            self.say(f"\n{explain(change, _line(self.examples[change.item].question), self.contrast)}")
 
     def own_recipe(self) -> Path:
         """Write a recipe for one's own data, with some lines of this training as an example; returns its path."""
         path = self.folder / "own.yaml"
         data = path.with_suffix(".jsonl")
-        examples: Sequence = load_data(self.config)[0][:OWN_LINES]
+        examples = load_data(self.config)[0][:OWN_LINES]
         rows = [{"prompt": one.question, "completion": one.completion} for one in examples]
         write_text(data, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
         texts = {"model": self.config.model, "output": self.folder / "own", "data": data,
@@ -187,7 +190,7 @@ class Tour:
         return [{"name": name, "value": value, "unit": unit} for name, value, unit in (
             ("batch8_speedup", mixed.speedup, "ratio"), ("batch8_equal", int(not mixed.different), "1 = yes"),
             ("base_accuracy", base.accuracy, "share"), ("adapter_accuracy", greedy.accuracy, "share"),
-            ("contrast_accuracy", cold.accuracy, "share"), ("training_seconds", self.seconds["training"], "s"),
+            ("contrast_accuracy", cold.accuracy, "share"), ("training_seconds", self.training_seconds, "s"),
             ("ready_seconds", seconds, "s"))]
 
     def write(self, seconds: float, path: str | None = None) -> None:
@@ -198,7 +201,7 @@ class Tour:
         """
         measures = {"versions": versions(), "measures": self.measures(seconds)}
         write_json(self.folder / "quickstart.json", {
-            **measures, "seconds": seconds, "training_seconds": self.seconds["training"], "steps": self.training.steps,
+            **measures, "seconds": seconds, "training_seconds": self.training_seconds, "steps": self.training.steps,
             "results": {name: result.to_json() for name, result in self.results.items()}})
         if path is not None:
             write_json(path, measures)
@@ -206,4 +209,4 @@ class Tour:
 
 def _line(text: str) -> str:
     """A text on one line."""
-    return " / ".join(str(text).strip().splitlines())
+    return " / ".join(text.strip().splitlines())

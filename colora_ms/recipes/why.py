@@ -29,8 +29,8 @@ class Change:
     favourite: TokenRecord
 
 
-def changed_tokens(generator: Generator, prompts: Sequence[str], answers: Sequence[Sequence[TokenRecord]], adapter: str,
-                   contrast: Contrast, count: int = 3, batch: int = 8) -> list[Change]:
+def changed_tokens(generator: Generator, prompts: Sequence[str | list[int]], answers: Sequence[Sequence[TokenRecord]],
+                   adapter: str, contrast: Contrast, count: int = 3, batch: int = 8) -> list[Change]:
     """The first changed token of up to ``count`` answers, with the scores of the token that it replaced.
 
     A record holds the scores of the chosen token. Those of the adapter's favourite come from a second look: the same
@@ -38,7 +38,7 @@ def changed_tokens(generator: Generator, prompts: Sequence[str], answers: Sequen
 
     Args:
         generator: the one that gave the answers.
-        prompts: texts.
+        prompts: texts or ids.
         answers: the records of each prompt's answer.
         adapter: the adapter's name.
         contrast: the contrast of the answers, of the form "fixed".
