@@ -1,12 +1,16 @@
 """``colora-ms chat``: talk to a model and its adapters in the terminal."""
 
+from __future__ import annotations
+
+import argparse
 import sys
 
 from colora_ms.cli import options
 from colora_ms.decoding.options import Contrast, Sampling
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     options.add_model(parser)
     options.add_engine(parser)
     parser.add_argument("--adapter", default=None, metavar="NAME", help="adapter to begin with; needs --adapters")
@@ -15,10 +19,12 @@ def add_arguments(parser):
     options.add_record(parser, Sampling)
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--system", default=None, help="system message at the head of the conversation")
-    parser.add_argument("--plain", action="store_true", help="send each line as it is, without chat template and memory")
+    parser.add_argument("--plain", action="store_true",
+                        help="send each line as it is, without chat template and memory")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.serving.chat import Chat
 
     sampling = Sampling.asked(**options.given(arguments, Sampling))

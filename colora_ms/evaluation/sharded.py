@@ -4,8 +4,19 @@ Every worker calls with the same arguments and gets the same, whole results, so 
 all of them as it does on one.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
 from colora_ms.decoding.options import PER_PROMPT
 from colora_ms.errors import ColoraError, DataError, DecodingError
+
+if TYPE_CHECKING:
+    from colora_ms.distributed.workers import Workers
+    from colora_ms.evaluation.interfaces import TextGenerator, TokenScorer
 
 
 class ShardedGenerator:
@@ -16,10 +27,10 @@ class ShardedGenerator:
         team: ``Workers``.
     """
 
-    def __init__(self, generator, team):
+    def __init__(self, generator: TextGenerator, team: Workers) -> None:
         self.generator, self.team = generator, team
 
-    def generate(self, prompts, **options):
+    def generate(self, prompts: Sequence[Any], **options: Any) -> list:
         """Completions of all prompts, in order, on every worker.
 
         Args:
@@ -43,10 +54,10 @@ class ShardedScorer:
         team: ``Workers``.
     """
 
-    def __init__(self, scorer, team):
+    def __init__(self, scorer: TokenScorer, team: Workers) -> None:
         self.scorer, self.team = scorer, team
 
-    def token_logprobs(self, sequences):
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probabilities of all sequences, in order, on every worker.
 
         Raises:
@@ -57,7 +68,7 @@ class ShardedScorer:
         return _together(self.team, DataError, DataError, lambda: self.scorer.token_logprobs(mine) if mine else [])
 
 
-def _together(team, kind, expected, work):
+def _together(team: Workers, kind: type[ColoraError], expected: type[ColoraError], work: Callable[[], list]) -> list:
     """The joined results of ``work()`` on all workers; an ``expected`` error of one is raised by all, as a ``kind``."""
     results, refusal = [], None
     try:
