@@ -30,6 +30,7 @@ class Guard:
         self.metrics = metrics
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Refuse the request, or pass it on with a limited body and a counted response."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
