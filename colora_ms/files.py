@@ -107,7 +107,7 @@ def flush_to_disk(path: PathLike) -> None:
         os.close(handle)
 
 
-def _link_others(old, new):
+def _link_others(old: Path, new: Path) -> None:
     """Take over the entries of a folder that a new one lacks."""
     for entry in old.iterdir():
         if os.path.lexists(new / entry.name):
@@ -118,14 +118,14 @@ def _link_others(old, new):
             _link_or_copy(entry, new / entry.name)
 
 
-def _link_or_copy(source, target):
+def _link_or_copy(source: PathLike, target: PathLike) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _swap(new, path):
+def _swap(new: Path, path: Path) -> None:
     """Put the folder ``new`` in the place of ``path``; what stood there is put back if that fails, else removed."""
     if not os.path.lexists(path):
         os.rename(new, path)
@@ -145,7 +145,7 @@ def _swap(new, path):
     flush_to_disk(path.parent)
 
 
-def _umask():
+def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colora_ms.errors import ConfigError
+from colora_ms.extras import needed
 from colora_ms.files import replacing
 
 if TYPE_CHECKING:
@@ -18,11 +19,9 @@ def new_figure(size: tuple[float, float]) -> Figure:
     Raises:
         ConfigError: matplotlib is missing.
     """
-    try:
+    with needed("plots", "drawing"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib; run `pip install matplotlib`") from None
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # no global backend is touched: the caller may have its own
     return figure

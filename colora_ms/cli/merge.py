@@ -9,8 +9,6 @@ from colora_ms.cli.convert import TYPES, check_format_option, is_gguf, say
 from colora_ms.models.formats import FOLDER_TYPES
 
 
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the parser the command\'s options."""
     parser.add_argument("model", help="known name, folder or GGUF file of the base model")

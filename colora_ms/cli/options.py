@@ -7,15 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colora_ms.decoding.fields import Record
+from colora_ms.decoding.options import Contrast, Sampling
+from colora_ms.models.formats import WEIGHT_FORMATS
+
 if TYPE_CHECKING:
     from colora_ms.decoding import Generator
     from colora_ms.distributed.workers import Workers
     from colora_ms.serving import Engine
-
-from colora_ms.models.formats import WEIGHT_FORMATS
-
-from colora_ms.decoding.fields import Record
-from colora_ms.decoding.options import Contrast, Sampling
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -1,112 +1,118 @@
-"""``colora-ms quickstart``: the whole idea in minutes: train, decode greedily and contrastively, compare."""
+"""``colora-ms quickstart``: the first ten minutes: train, compare, mix requests in one batch, look at the contrast."""
 
-import json
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
 import time
 from pathlib import Path
 
-RECIPE = Path("model_zoo") / "smollm2-135m" / "quickstart.yaml"
+#: The recipe inside the model zoo; in an installed package it lies in ``colora_ms/recipes/data``.
+RECIPE = Path("smollm2-135m") / "quickstart.yaml"
+
+#: What --fast leaves: updates, and held-out problems.
+FAST_STEPS, FAST_ITEMS = 60, 48
+
+#: Requests of a batch in the evaluation, the number of the mixed batch, so that one graph does for more than one part.
+BATCH = 8
+
+#: The second strength of the adapter.
+STRENGTH = 0.5
+
+#: Name of the second copy; the first one is ``recipes.decoders.ADAPTER``.
+WEAKER = "half"
 
 
-def add_arguments(parser):
-    parser.add_argument("--recipe", default=None, help=f"training recipe; by default {RECIPE} of the checkout")
-    parser.add_argument("--output", default="runs/quickstart", help="folder of the run")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--recipe", default=None, help=f"training recipe; by default the model zoo's {RECIPE}")
+    parser.add_argument("--output", default="runs/quickstart", help="folder of the runs; each has one of its own in it")
     parser.add_argument("--items", type=int, default=200, help="held-out problems")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="longest answer; none: as the recipe says")
     parser.add_argument("--alpha", type=float, default=0.1, help="the expert's cut of the contrast")
     parser.add_argument("--beta", type=float, default=0.5, help="weight of the base model in the contrast")
-    parser.add_argument("--fast", action="store_true", help="a shorter training and fewer problems (3 minutes)")
-    parser.add_argument("--scorer", default="number", help="how an answer is scored: number, exact, normalised")
+    parser.add_argument("--fast", action="store_true", help="a shorter training and fewer problems")
+    parser.add_argument("--scorer", default=None, help="how an answer is scored: number, exact, normalised; none: as "
+                        "the recipe says")
+    parser.add_argument("--json", default=None, metavar="FILE", help="write the measures here")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """The whole tour; 0, or 1 if a batch gave other tokens than its requests alone."""
     started = time.perf_counter()
-    from colora_ms.decoding import Contrast, Generator
-    from colora_ms.recipes import report
-    from colora_ms.recipes.decoders import ADAPTER, answer, choices
-    from colora_ms.recipes.settings import FAST_ITEMS, FAST_STEPS
+    from colora_ms.recipes.tour import Tour
     from colora_ms.training.config import TrainingConfig
-    from colora_ms.training.run import train
-    from colora_ms.training.templates import make_template
 
     output = Path(arguments.output) / time.strftime("%Y%m%d-%H%M%S")
-    changes = [f"output={output}"]
-    items = arguments.items
+    changes = [f"output={output}", "loop.progress=false"]
     if arguments.fast:
         changes += [f"loop.steps={FAST_STEPS}"]
-        items = min(items, FAST_ITEMS)
     config = TrainingConfig.from_yaml(find_recipe(arguments.recipe), overrides=changes)
-    test = held_out(config, items)
-    contrast = Contrast(arguments.alpha, arguments.beta)
-    print(f"1/3  training a LoRA adapter on {config.model}; run folder {output}")
-    result = train(config)
-    trained = time.perf_counter() - started
-    print(f"     {result.steps} updates in {result.seconds:.0f} s, loss {result.losses[0]:.3f} -> "
-          f"{result.losses[-1]:.3f}")
-    print(f"     PEFT folder: {result.adapter}")
-
-    print(f"2/3  answering {len(test)} held-out problems three times")
-    generator = Generator.from_pretrained(config.model, {ADAPTER: result.adapter}, weight_format=config.weight_format)
-    template = make_template(config.data.template, generator.tokenizer, config.data.system)
-    results, rows = {}, []
-    for chosen in choices(["base", "greedy", contrast]):
-        found = results[chosen.label] = answer(
-            generator, test, chosen, template=template, scorer=arguments.scorer,
-            max_new_tokens=arguments.max_new_tokens,
-            folder=output / "evaluation", keep_records=True)
-        rows.append(report.row_of(chosen, found))
-        print(f"     {chosen.label}: {found.summary()}")
-    print("3/3  result\n")
-    print(report.table(rows))
-    greedy, cold = list(results.values())[1:]
-    print(f"\nCoLD against greedy, same adapter, same problems: {greedy.compare(cold).summary()}")
-    show_samples(generator, template, test, cold, contrast, arguments.max_new_tokens)
+    tour = Tour(config, items=min(arguments.items, FAST_ITEMS) if arguments.fast else arguments.items, batch=BATCH,
+                alpha=arguments.alpha, beta=arguments.beta, weaker=WEAKER, strength=STRENGTH,
+                max_new_tokens=arguments.max_new_tokens, scorer=arguments.scorer, say=_say)
+    tour.train()
+    tour.evaluate()
+    mixed = tour.mix()
+    tour.why()
+    _say("\n4/4  what you could do next\n")
+    _say(next_commands(output, tour.own_recipe()))
     seconds = time.perf_counter() - started
-    summary = {"seconds": seconds, "training_seconds": trained, "steps": result.steps,
-               "results": {name: r.to_json() for name, r in results.items()}}
-    (output / "quickstart.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
-    print(f"\nDone in {seconds / 60:.1f} minutes, {trained / 60:.1f} of them training. All answers: "
-          f"{output / 'evaluation'}")
-    return 0
+    tour.write(seconds, arguments.json)
+    if mixed.different:
+        _say("\nThe batch gave other tokens than its requests alone, which must not happen: please report it with "
+             f"{output}/quickstart.json")
+    _say(f"\nready after {seconds:.0f} s (without installation)")
+    return 1 if mixed.different else 0
 
 
-def find_recipe(path):
-    """The recipe's path: as given, or the checkout's."""
+def find_recipe(path: str | None) -> str | Path:
+    """The recipe's path: as given, else the installed package's, else the checkout's.
+
+    Raises:
+        ConfigError: it is in neither place.
+    """
     from colora_ms.errors import ConfigError
 
     if path is not None:
         return path
-    recipe = Path(__file__).resolve().parents[2] / RECIPE
-    if not recipe.is_file():
-        raise ConfigError(f"{RECIPE} is not beside the package; run in a checkout or give --recipe FILE")
-    return recipe
+    package = Path(__file__).resolve().parents[1]
+    for recipe in (package / "recipes" / "data" / RECIPE.name, package.parent / "model_zoo" / RECIPE):
+        if recipe.is_file():
+            return recipe
+    raise ConfigError(f"{RECIPE} is neither in the package nor beside it; give --recipe FILE")
 
 
-def held_out(config, size):
-    """The first ``size`` problems of the recipe's test, none of which is trained on."""
-    from colora_ms.errors import ConfigError
-    from colora_ms.training.sources import load_examples
+def next_commands(output: Path, recipe: Path) -> str:
+    """Three commands that work as they are printed, with a line on each."""
+    command = _command()
+    adapters = output / "adapters"
+    return "\n".join([
+        "  talk to both strengths of the adapter; /adapter NAME changes it, /contrast on and /why are the contrast:",
+        f"    {command} chat --adapters {adapters} --adapter {_adapter()} --plain --max-new-tokens 16",
+        "  serve the base model and both over HTTP, with OpenAI's API (requests pick one by `model`):",
+        f"    {command} serve --adapters {adapters}",
+        f"  train on your own data: put it into {recipe.with_suffix('.jsonl')} (it has some lines as an example) and",
+        f"    {command} train {recipe}"])
 
-    if config.data.held_out is None:
-        raise ConfigError("the recipe has no data.held_out, the problems that the decoders are compared on")
-    return load_examples(config.data.held_out, config.data.columns)[:size]
 
-
-def show_samples(generator, template, test, cold, contrast, max_new_tokens, count=3):
-    """Three problems with all three answers, and the tokens that the contrast changed; those with changes first."""
-    from colora_ms.decoding.completion import changes
+def _adapter() -> str:
     from colora_ms.recipes.decoders import ADAPTER
 
-    def changed(item):
-        return sum(r["token"] != r["favourite"] for r in item.get("records", ()))
+    return ADAPTER
 
-    order = sorted(range(len(test)), key=lambda i: -changed(cold.items[i]))[:count]
-    prompts = [template.request(test[i]) for i in order]
-    same = dict(max_new_tokens=max_new_tokens)
-    base = generator.generate(prompts, **same)
-    greedy = generator.generate(prompts, adapter=ADAPTER, **same)
-    contrasted = generator.generate(prompts, adapter=ADAPTER, contrast=contrast, records=True, **same)
-    for place, i in enumerate(order):
-        print(f"\nProblem: {test[i].question.strip()}\nExpected: {test[i].completion.strip()}")
-        for name, answer in (("base  ", base), ("greedy", greedy), ("CoLD  ", contrasted)):
-            print(f"  {name} | {' / '.join(answer[place].text.strip().splitlines())[:160]}")
-        print(changes(contrasted[place]))
+
+def _command() -> str:
+    """How this command was called, if that is not by its bare name: a virtual environment need not be active."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{sys.executable} -m colora_ms"
+    if called.name != "colora-ms":
+        return "colora-ms"
+    found = shutil.which("colora-ms")
+    return "colora-ms" if found and Path(found).resolve() == called.resolve() else str(called)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

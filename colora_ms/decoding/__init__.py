@@ -19,7 +19,7 @@ _EXPORTS = {
     "contrastive_scores": "colora_ms.decoding.contrast",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = ["Completion", "Contrast", "Generator", "Sampling", "TokenRecord", "contrastive_scores"]
 
 
 def __getattr__(name: str) -> Any:

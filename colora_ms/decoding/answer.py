@@ -53,7 +53,7 @@ class Answer:
         """The text that is certain; of an ended answer all of it."""
         return "".join(self._shown)
 
-    def take(self, token: int, favourite: Optional[int] = None, valid: int = 0, floats: Sequence[float] = ()) -> None:
+    def take(self, token: int, favourite: int = -1, valid: int = 0, floats: Sequence[float] = ()) -> None:
         """Take a token; nothing where the answer has ended.
 
         Args:
@@ -63,8 +63,9 @@ class Answer:
             return
         self.tokens.append(token)
         if self.options.records:
-            texts = [self._stream.peek(one) for one in (token, favourite)]
-            self.records.append(TokenRecord(token, favourite, valid, *floats, *texts))
+            expert, amateur, score, best = floats
+            self.records.append(TokenRecord(token, favourite, valid, expert, amateur, score, best,
+                                            self._stream.peek(token), self._stream.peek(favourite)))
         if token in self._ends:
             self._grow(self._stream.flush())
             self._finish("stop")

@@ -29,6 +29,7 @@ class StepGraph(nn.Cell):
         self.cache = cache
 
     def construct(self, ids: Tensor, slots: Tensor, cache_rows: Tensor, start: Tensor, length: Tensor) -> Tensor:
+        """Arguments and result as :meth:`colora_ms.models.decoder.Decoder.step`."""
         return self.decoder.step(ids, slots, self.cache, cache_rows, start, length)
 
 

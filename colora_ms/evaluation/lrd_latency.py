@@ -82,7 +82,8 @@ def measure(checkpoint: Checkpoint, tokenizer: Tokenizer, variants: Sequence[Var
     base = Clock(Decoder(checkpoint.config, checkpoint.tensors, max_positions=positions), tokenizer, steps)
     results = {}
     for variant in variants:
-        config, tensors = checkpoint.config, checkpoint.tensors
+        config = checkpoint.config
+        tensors: Any = checkpoint.tensors
         if variant.dropped:
             config, tensors = without_layers(config, tensors, variant.dropped)
         if variant.layers:

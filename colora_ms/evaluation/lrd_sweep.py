@@ -80,7 +80,8 @@ def variants(config: DecoderConfig, share: float = 0.09,
                 found.append(Variant(f"{kind} {placement} r{rank}", placement, one))
     if drop:
         for placement in placements:
-            count = len(plan_for(config, share, placement, "all", factors).layers)
+            layers: Any = plan_for(config, share, placement, "all", factors).layers
+            count = len(layers)
             found.append(Variant(f"drop {placement}", placement,
                                  dropped=place(config.num_hidden_layers, count, placement)))
     return found

@@ -43,7 +43,8 @@ class ShardedGenerator:
         mine = self.team.split(prompts)
         options = {key: self.team.split(value) if key in PER_PROMPT and isinstance(value, (list, tuple)) else value
                    for key, value in options.items()}
-        return _together(self.team, DecodingError, ColoraError, lambda: self.generator.generate(mine, **options) if mine else [])
+        return _together(self.team, DecodingError, ColoraError,
+                         lambda: self.generator.generate(mine, **options) if mine else [])
 
 
 class ShardedScorer:

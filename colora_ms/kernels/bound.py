@@ -7,13 +7,15 @@ the first look binds.
 
 from typing import Any
 
+from colora_ms.kernels import registry as _registry
+
+_registry.fills(globals())
+
 
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    from colora_ms.kernels import registry
-
-    registry.bind()
+    _registry.bind()
     if name not in globals():
-        raise AttributeError(f"there is no operation {name!r} on this device ({registry.backend()})")
+        raise AttributeError(f"there is no operation {name!r} on this device ({_registry.backend()})")
     return globals()[name]

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Optional
 
 import mindspore as ms
 
-from colora_ms.kernels import bound
 from colora_ms.kernels.aot import KernelError, library_path
 
 BACKENDS = ("reference", "cpu", "emulator", "ascend")
 
 _TABLE: dict[str, dict[str, Callable[[], Any]]] = {}
 _BOUND: "Optional[Choice]" = None
+_NAMES: dict[str, Any] = {}  # where the chosen forms go: the dictionary of ``bound``
 
 
 class Choice(NamedTuple):
@@ -56,6 +56,12 @@ def operation(name: str, **forms: Callable[[], Any]) -> None:
     _TABLE[name] = forms
     if _BOUND is not None:  # a row of a user's own, made when the process has taken its column
         _fill([name], _BOUND)
+
+
+def fills(names: dict[str, Any]) -> None:
+    """Take the dictionary of the module in which graphs find the chosen forms by name (``bound``)."""
+    global _NAMES
+    _NAMES = names
 
 
 def table() -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -98,7 +104,7 @@ def _fill(names: Iterable[str], choice: Choice) -> None:
         column = next((column for column in choice.columns if column in _TABLE[name]), None)
         if column is not None:
             made[name] = _TABLE[name][column]()
-    vars(bound).update(made)
+    _NAMES.update(made)
 
 
 def _describe(choice: Choice) -> str:

@@ -8,11 +8,14 @@ Threads: every method may be called from any thread, except :meth:`AdapterBank.l
 belongs to the thread that runs its graphs.
 """
 
+from __future__ import annotations
+
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Dict, List, Union
 
 from colora_ms.adapters import LoraConfig, adapter_path, check_name, inject
 from colora_ms.adapters.store import CONFIG_FILE
@@ -107,7 +110,7 @@ class AdapterBank:
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    def names(self):
+    def names(self) -> List[str]:
         """Names that a request may use, sorted."""
         found = set(self._added)
         if self.folder is not None:
@@ -119,7 +122,7 @@ class AdapterBank:
             found.update(name for name, digest in self._digests.items() if digest in self._slots or digest in self._host)
             return sorted(found - self._withdrawn)
 
-    def add(self, name, folder):
+    def add(self, name: str, folder: Union[str, Path]) -> None:
         """Give a folder outside of the bank's own a name; it is read when it is first used.
 
         Raises:
@@ -132,7 +135,7 @@ class AdapterBank:
             self._added[name] = Path(folder)
             self._withdrawn.discard(name)
 
-    def load(self, name):
+    def load(self, name: str) -> str:
         """Read and check an adapter now, so that its first request does not wait; returns its digest.
 
         A name that is loaded already gets the present content of its folder. Requests that run keep the content that
@@ -148,7 +151,7 @@ class AdapterBank:
             self._withdrawn.discard(name)
         return content.digest
 
-    def unload(self, name):
+    def unload(self, name: str) -> None:
         """Withdraw an adapter: new requests for it are refused until :meth:`load`; those that run go on to their end.
 
         Raises:
@@ -167,7 +170,7 @@ class AdapterBank:
                 if digest in self._slots and not self._slots[digest].pins:
                     del self._slots[digest]
 
-    def resolve(self, name):
+    def resolve(self, name: str) -> str:
         """The digest that a name stands for; its content is read and checked if it is not in memory.
 
         Raises:
@@ -275,7 +278,7 @@ class AdapterBank:
 
     # -- report --------------------------------------------------------------------------------------------------------
 
-    def info(self):
+    def info(self) -> Dict[str, Any]:
         """The state of the bank.
 
         Returns:

@@ -30,10 +30,11 @@ class ServingLoop(ContinueLoop):
     """A chunk of steps of the running requests, see :meth:`colora_ms.decoding.loop.ContinueLoop.construct`."""
 
     def previous(self, token: Tensor, adapt: Any) -> Tensor:
+        """As the base class; -1 in a chunk that makes a request's first token."""
         return ops.where(adapt[3], -self.one, token)
 
     def construct(self, token, position, active, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
-                  temperature, top_k, top_p, uniforms, budget, eos, steps, mode, ids, lengths, fresh):
+                  temperature, top_k, top_p, uniforms, budget, eos, steps, mode, ids, lengths, fresh) -> Any:
         """As the base class; fresh: (requests,) bool, whether a request has no token of its own yet. Chunks in which
         that matters (``Contrast.skip_copies``) have one step."""
         layout = (row_request, slots, cache_rows, expert_rows, amateur_rows)

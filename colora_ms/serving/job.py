@@ -29,6 +29,13 @@ class PromptRow:
     row: Optional[CacheRow] = None
     filled: int = 0
 
+    @property
+    def held(self) -> CacheRow:
+        """Its row of the cache, which it must have."""
+        if self.row is None:
+            raise RuntimeError("the row's prompt was not begun")
+        return self.row
+
 
 class Job(Running):
     """One request, from the queue to its end. The engine's thread owns it.

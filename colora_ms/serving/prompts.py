@@ -53,11 +53,11 @@ class Prompts:
             count = min(tokens, job.to_fill - one.filled)
             ids[i, :count] = job.request.ids[one.filled:one.filled + count]
             slots[i] = job.slots[one.number]
-            cache_rows[i], start[i], length[i] = one.row.index, one.filled, count
+            cache_rows[i], start[i], length[i] = one.held.index, one.filled, count
         self.graphs.prefill(ids, slots, cache_rows, start, length)
         for (one, job), count in zip(lacking, length.tolist()):
             one.filled += count
-            one.row.tokens = job.request.ids[:one.filled]
+            one.held.tokens = job.request.ids[:one.filled]
             self.counts["prompt_rows_tokens"] += count
         return rows * tokens
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class Rounds:
             self.starting = [job for job in self.starting if job not in gone]
             self.running = [job for job in self.running if job not in gone]
         for job in gone + self._waiting.remove_if(over):
-            self._guarded(job, lambda job=job: self._settle(job, "cancelled" if job.cancelled else "timeout"))
+            self._guarded(job, self._settle, "cancelled" if job.cancelled else "timeout")
 
     def _admit(self) -> None:
         free = self._buckets[-1] - _rows(self.starting + self.running)
@@ -97,7 +97,7 @@ class Rounds:
             self.starting.append(job)
             self._counts["prompt_tokens"] += len(job.request.ids)
         for job, error in failed:
-            self._waiting.remove_if(lambda one, job=job: one is job)
+            self._waiting.remove(job)
             self._end(job, error)
 
     def _place(self, job: Job, failed: List[Tuple[Job, ColoraError]]) -> bool:
@@ -148,11 +148,10 @@ class Rounds:
         self._counts["chunks"] += 1
         self._counts["steps"] += int(counts.max(initial=0))
         now = time.monotonic()
-        for place, job in enumerate(batch.requests):
+        for place, job in enumerate(cast(List[Job], batch.requests)):
             count = int(counts[place])
             self._counts["row_steps"] += count * len(job.rows)
-            chosen = ints[:, place], floats[:, place], count
-            self._guarded(job, lambda job=job, chosen=chosen: self._take(job, *chosen, now))
+            self._guarded(job, self._take, ints[:, place], floats[:, place], count, now)
         self.running = [job for job in self.running if not job.handle.done]
 
     def _take(self, job: Job, ints: np.ndarray, floats: np.ndarray, count: int, now: float) -> None:
@@ -175,10 +174,10 @@ class Rounds:
         if job.answer.finish_reason is not None:
             self._end(job)
 
-    def _guarded(self, job: Job, work: Any) -> None:
+    def _guarded(self, job: Job, work: Callable[..., None], *arguments: Any) -> None:
         """Do something for a request; what fails there (its logits, its text, its listener) ends it and nobody else."""
         try:
-            work()
+            work(job, *arguments)
         except ColoraError as error:
             self._end(job, error)
         except Exception as error:
@@ -217,7 +216,7 @@ class Rounds:
         jobs, self.starting, self.running = self.starting + self.running, [], []
         guilty, self._working = [job for job in self._working or jobs if not job.handle.done], []
         for job in recovery.blame(guilty, self._chunk):
-            self._waiting.remove_if(lambda one, job=job: one is job)
+            self._waiting.remove(job)
             self._end(job, recovery.failure(error))
         for job in jobs:
             if not job.handle.done:

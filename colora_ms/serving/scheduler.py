@@ -49,6 +49,10 @@ class WaitingQueue:
                 self._items = [item for item in self._items if item[1] not in numbers]
         return [job for _, _, job in found]
 
+    def remove(self, job: Job) -> None:
+        """Take out one job, if it is there."""
+        self.remove_if(lambda one: one is job)
+
     def admit(self, rows: int, place: Callable[[Job], bool]) -> List[Job]:
         """Take out the jobs that can start.
 

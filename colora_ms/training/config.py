@@ -51,7 +51,8 @@ class DataConfig(Section):
     _title = "section data"
 
     train: object = setting(REQUIRED, "Training data: a JSON lines path, a source description "
-                            "({kind: jsonl | json | reasoning_gym | datasets, ...}), or a list of these. The layout of "
+                            "({kind: jsonl | json | running_totals | datasets | "
+                            "reasoning_gym, ...}), or a list of these. The layout of "
                             "the rows is recognised from their columns, or named (layout: alpaca); see "
                             "colora_ms.training.layouts.")
     validation: object = setting(None, "Data of the evaluations during training, in the same "

@@ -50,8 +50,8 @@ class QuantizationConfig(TrainingConfig):
             if not isinstance(value, str) and (name == "train" and method != "rtn" or value is not None):
                 return [f"data.{name} is {value!r:.60}, expected the path of a text file"]
         if not weight_format(self.weight_format).is_float:
-            return [f"weight_format is {self.weight_format}: quantisation starts from float weights, expected float32 or "
-                    "bfloat16"]
+            return [f"weight_format is {self.weight_format}: quantisation starts from float weights, expected float32 "
+                    "or bfloat16"]
         if self.loop.evaluate_every is not None and self.data.validation is None:
             return ["loop.evaluate_every is given, but data.validation is not"]
         return []

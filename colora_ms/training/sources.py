@@ -1,10 +1,11 @@
-"""Where examples come from: JSON lines, JSON arrays, Hugging Face ``datasets``, reasoning-gym's generators.
+"""Where examples come from: JSON lines, JSON arrays, Hugging Face ``datasets``, generators.
 
 A source is described by a dictionary (a list entry in a recipe):
 
     {"kind": "jsonl", "path": "data/train.jsonl"}
     {"kind": "json", "path": "boolq/train.json", "columns": {"prompt": "instruction", "completion": "output"}}
     {"kind": "reasoning_gym", "task": "chain_sum", "size": 2000, "seed": 1, "options": {...}}
+    {"kind": "running_totals", "size": 2000, "seed": 1, "terms": 4}
     {"kind": "datasets", "path": "openai/gsm8k", "name": "main", "split": "train",
      "prompt_key": "question", "completion_key": "answer"}
 
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from colora_ms.errors import DataError, near
+from colora_ms.extras import needed
 from colora_ms.training.examples import Example, Preference
+from colora_ms.training.generated import running_totals
 from colora_ms.training.messages import short, strict_json, why_no_json
 from colora_ms.training.row_reader import RowReader
 
@@ -52,12 +55,9 @@ def reasoning_gym_examples(task: str, size: int, seed: int, options: dict | None
     Raises:
         DataError: reasoning-gym is not installed, unknown task or option, no usable item.
     """
-    try:
+    with needed("data", "a source of kind reasoning_gym", DataError):
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
-    except ImportError:
-        raise DataError("the task generator reasoning-gym is not installed; "
-                        "run `pip install reasoning-gym`") from None
     if task not in DATASETS:
         raise DataError(f"reasoning-gym has no task {task!r}; it has {len(DATASETS)}, for example "
                         f"chain_sum, gsm_symbolic, spell_backward.{near(task, DATASETS)}")
@@ -172,11 +172,8 @@ def hugging_face_examples(path: str | Path, name: str | None = None, split: str 
     """
     label = Path(path).name
     reader = RowReader(label, layout, columns, prompt_key, completion_key, messages_key)
-    try:
+    with needed("data", "a source of kind datasets", DataError):
         import datasets
-    except ImportError:
-        raise DataError("reading Hugging Face data needs the package datasets; "
-                        "run `pip install datasets`") from None
     try:
         folder = Path(path)
         if folder.is_dir() and (folder / "dataset_info.json").is_file():
@@ -257,6 +254,7 @@ _KINDS: dict[str, tuple[Callable[..., list], tuple[str, ...]]] = {
     "jsonl": (read_jsonl, ("path",)),
     "json": (json_examples, ("path",)),
     "reasoning_gym": (reasoning_gym_examples, ("task", "size", "seed")),
+    "running_totals": (running_totals, ("size", "seed")),
     "datasets": (hugging_face_examples, ("path",)),
 }
 _FILES = ("jsonl", "json", "datasets")

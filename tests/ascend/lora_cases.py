@@ -89,7 +89,8 @@ class LoraCase:
 def launch_lora(emulator, case, exact=False, in_place=True, cores=CORES, seed=0, **launch):
     """One multi_lora launch; returns (out, report)."""
     tokens, hidden, rank, width = case.shape
-    tiling, workspace = plan_lora(tokens, hidden, rank, width, case.dtype, cores, case.row_width, case.offset, case.bank,
+    tiling, workspace = plan_lora(tokens, hidden, rank, width, case.dtype, cores, case.row_width, case.offset,
+                                  case.bank,
                                   exact=exact)
     y = case.y.copy()
     out = y if in_place else np.full_like(y, 0x7777 if case.dtype == "bfloat16" else 99)

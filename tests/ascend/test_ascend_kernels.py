@@ -84,7 +84,8 @@ def test_rows_of_several_tokens(emulator):
     case = LoraCase(12, 576, 8, 100, "float32")
     case.slots = np.repeat(np.array([2, -1, 0], np.int32), 4)
     down, up, scale, y = operands(case)
-    out = Linear()(tensor(case.x.reshape(3, 4, 576)), ms.Tensor([2, -1, 0], ms.int32), down, up, scale, y.reshape((3, 4, 100)))
+    out = Linear()(tensor(case.x.reshape(3, 4, 576)), ms.Tensor([2, -1, 0], ms.int32), down, up, scale,
+                   y.reshape((3, 4, 100)))
     assert out.shape == (3, 4, 100)
     case.check(out.asnumpy().reshape(12, 100))
 
@@ -110,7 +111,8 @@ def test_backend_of_a_process(emulator):
     code = ("from colora_ms.kernels import ascend, backend, bound\n"
             "assert 'device_multi_lora' not in vars(bound) and not ascend.libraries_in_use()\n"
             "assert backend() == 'emulator' and all(face in vars(bound) for face in ascend._FACES)")
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "COLORA_KERNELS": "emulator"}, capture_output=True,
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "COLORA_KERNELS": "emulator"},
+                          capture_output=True,
                           text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -119,7 +121,8 @@ def test_segments_and_halves_in_a_graph(emulator):
     case = LoraCase(30, 576, 8, 100, "float16")
     case.slots = np.repeat(np.array([1, -1, 3], np.int32), (10, 5, 15))
     down, up, scale, y = operands(case, swap=False)
-    out = Segments()(tensor(case.x), ms.Tensor([0, 10, 15, 30], ms.int32), ms.Tensor([1, -1, 3], ms.int32), down, up, scale, y)
+    out = Segments()(tensor(case.x), ms.Tensor([0, 10, 15, 30], ms.int32), ms.Tensor([1, -1, 3], ms.int32), down, up,
+                     scale, y)
     case.check(out.asnumpy())
     out = Halves()(tensor(case.x), tensor(case.slots), down, up, scale, y)
     case.check(out.asnumpy())
@@ -136,7 +139,8 @@ def test_w4_lora_in_a_graph(emulator, dtype):
 
 
 def test_w4_lora_reads_what_the_exporter_packs(emulator):
-    """The packing of colora_ms.models.formats and the float reference of multi_lora_linear, against the device source."""
+    """The packing of colora_ms.models.formats and the float reference of multi_lora_linear, against the device
+    source."""
     from colora_ms.kernels.linear import multi_lora_linear_reference
     from colora_ms.models.formats import pack_int4
 
@@ -159,7 +163,8 @@ def test_w4_lora_reads_what_the_exporter_packs(emulator):
 def test_lily_mix_in_a_graph(emulator, dtype):
     for tokens, experts, rank, width in ((1, 4, 8, 192), (7, 3, 5, 100)):
         case = LilyCase(tokens, experts, rank, width, dtype)
-        out = Mixed()(*(tensor(a) for a in (case.h, case.weights, case.slots)), tensor(case.up, dtype), tensor(case.scale),
+        out = Mixed()(*(tensor(a) for a in (case.h, case.weights, case.slots)), tensor(case.up, dtype),
+                      tensor(case.scale),
                       tensor(case.y, dtype))
         case.check(stored(out, dtype))
 
@@ -247,8 +252,10 @@ def test_bad_arguments_are_python_errors(emulator):
     weight, scales = tensor(np.zeros((64, 32), np.uint8)), tensor(np.ones((64, 4), np.float32))
     good = [x, weight, scales, down, up, scale, slots]
     assert RawPacked()(*good).shape == (4, 64)
-    for place, value, message in ((1, weight[:, :31], "weight has shape"), (1, weight.astype(ms.int32), "weight has dtype"),
-                                  (2, tensor(np.ones((64, 16), np.float32)), "multiple of 8"), (4, up[:, :, :63], "up has shape")):
+    for place, value, message in ((1, weight[:, :31], "weight has shape"),
+                                  (1, weight.astype(ms.int32), "weight has dtype"),
+                                  (2, tensor(np.ones((64, 16), np.float32)), "multiple of 8"),
+                                  (4, up[:, :, :63], "up has shape")):
         with pytest.raises(KernelError, match=f"W4Lora: .*{message}"):
             RawPacked()(*good[:place], value, *good[place + 1:])
     case = LilyCase(4, 3, 8, 64, "float32")

@@ -1,5 +1,6 @@
-"""Packaging: names, order, dtypes and attributes agree between OpDef, op-info JSON, aclnn header, the kernels' arguments,
-the tiling structs and colora_ms/kernels/ascend.py, with MindSpore's own CustomInfoGenerator as the reader."""
+"""Packaging: names, order, dtypes and attributes agree between OpDef, op-info JSON, aclnn header, the kernels'
+arguments, the tiling structs and colora_ms/kernels/ascend.py, with MindSpore's own CustomInfoGenerator as the
+reader."""
 import ctypes
 import re
 import subprocess
@@ -38,7 +39,8 @@ def test_kernel_takes_the_arguments_of_its_definition(name):
 
 @pytest.mark.parametrize("name", sorted(DEFINITIONS))
 def test_kernels_that_meet_are_launched_together(name):
-    """SyncAll needs the kernel type with hardware synchronisation (and schedule mode 1: test_host.py runs the tiling)."""
+    """SyncAll needs the kernel type with hardware synchronisation (and schedule mode 1: test_host.py runs the
+    tiling)."""
     text = build.kernel_source(contract.snake(name)).read_text()
     assert ("KERNEL_TYPE_MIX_AIV_1_0" in text) == ("SyncAll()" in text)
 
@@ -64,7 +66,8 @@ def test_staged_project(tmp_path):
     for side, names in files.items():
         for file in names:
             for include in re.findall(r'#include "(.+?)"', (tmp_path / side / file).read_text()):
-                assert include in names or include == "kernel_operator.h" or include.startswith(("register/", "tiling/")), include
+                known = include in names or include == "kernel_operator.h"
+                assert known or include.startswith(("register/", "tiling/")), include
 
 
 def test_mindspore_reads_what_python_registers(tmp_path, monkeypatch):
@@ -114,31 +117,37 @@ def test_the_form_of_the_files_is_that_of_a_real_package():
     real = Path(found.origin).parent / "lib/plugin/ascend/custom_ascendc_910b" if found else Path("/nowhere")
     if not real.is_dir():
         pytest.skip("the installed mindspore ships no compiled custom operator")
-    info = json.loads((real / "op_impl/ai_core/tbe/config/ascend910b/aic-ascend910b-ops-info.json").read_text())["AllFinite"]
+    config = real / "op_impl/ai_core/tbe/config/ascend910b"
+    info = json.loads((config / "aic-ascend910b-ops-info.json").read_text())["AllFinite"]
     ours = contract.op_info(DEFINITIONS["MultiLora"])
     assert set(ours["input0"]) <= set(info["input0"]) and set(ours) - set(info) <= {
         *(f"input{i}" for i in range(9)), "attr", "attr_offset", "attr_exact"}
 
 
-# ---- tiling arithmetic, on the host -----------------------------------------------------------------------------------
+# ---- tiling arithmetic, on the host
+# -----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory):
     text = '''#include "lily_mix/op_host/lily_mix_tiling_core.h"
 #include "w4_lora/op_host/w4_lora_tiling_core.h"
 extern "C" __attribute__((visibility("default"))) int plan(const unsigned* a, unsigned* out, unsigned long long* ws) {
-    const colora::LoraPlan p = colora::plan_lora(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
+    const colora::LoraPlan p =
+        colora::plan_lora(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
     __builtin_memcpy(out, &p.data, sizeof(p.data));
     *ws = p.workspace;
     return p.error.empty() ? 0 : 1;
 }
-extern "C" __attribute__((visibility("default"))) int plan_w4(const unsigned* a, unsigned* out, unsigned long long* ws) {
+extern "C" __attribute__((visibility("default")))
+int plan_w4(const unsigned* a, unsigned* out, unsigned long long* ws) {
     const colora::W4LoraPlan p = colora::plan_w4_lora(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]);
     __builtin_memcpy(out, &p.data, sizeof(p.data));
     *ws = p.workspace;
     return p.error.empty() ? 0 : 1;
 }
-extern "C" __attribute__((visibility("default"))) int plan_mix(const unsigned* a, unsigned* out, unsigned long long* ws) {
-    const colora::LilyMixPlan p = colora::plan_lily_mix(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10]);
+extern "C" __attribute__((visibility("default")))
+int plan_mix(const unsigned* a, unsigned* out, unsigned long long* ws) {
+    const colora::LilyMixPlan p =
+        colora::plan_lily_mix(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10]);
     __builtin_memcpy(out, &p.data, sizeof(p.data));
     *ws = p.workspace;
     return p.error.empty() ? 0 : 1;
@@ -156,8 +165,10 @@ def plan(planner, *values, function="plan", fields=len(FIELDS)):
 def test_plan_is_what_the_tests_assume(planner):
     rng = np.random.default_rng(0)
     for _ in range(300):
-        tokens, hidden, rank, width, cores = (int(rng.integers(a, b)) for a, b in ((0, 500), (1, 12000), (1, 257), (1, 12000), (1, 65)))
-        segments, exact, dtype = int(rng.integers(0, 3)), bool(rng.integers(2)), ("float16", "bfloat16", "float32")[rng.integers(3)]
+        tokens, hidden, rank, width, cores = (int(rng.integers(a, b))
+                                              for a, b in ((0, 500), (1, 12000), (1, 257), (1, 12000), (1, 65)))
+        segments, exact = int(rng.integers(0, 3)), bool(rng.integers(2))
+        dtype = ("float16", "bfloat16", "float32")[rng.integers(3)]
         failed, out, workspace = plan(planner, tokens, hidden, rank, width, width + 5, 2, 4, segments, cores,
                                       4 if dtype == "float32" else 2, dtype == "float16", exact)
         want, scratch = plan_lora(tokens, hidden, rank, width, dtype, cores, width + 5, 2, 4, segments, exact)
@@ -167,11 +178,14 @@ def test_plan_is_what_the_tests_assume(planner):
 def test_plans_of_the_others_are_what_the_tests_assume(planner):
     rng = np.random.default_rng(1)
     for _ in range(300):
-        tokens, rank, width, cores, slots = (int(rng.integers(a, b)) for a, b in ((0, 90), (1, 257), (1, 12000), (1, 65), (1, 9)))
-        exact, dtype, groups = bool(rng.integers(2)), ("float16", "bfloat16", "float32")[rng.integers(3)], int(rng.integers(1, 70))
+        tokens, rank, width, cores, slots = (int(rng.integers(a, b))
+                                             for a, b in ((0, 90), (1, 257), (1, 12000), (1, 65), (1, 9)))
+        exact, dtype, groups = bool(rng.integers(2)), ("float16", "bfloat16",
+                                                       "float32")[rng.integers(3)], int(rng.integers(1, 70))
         hidden = groups * 8 * int(rng.integers(1, 40))
         form = (4 if dtype == "float32" else 2, dtype == "float16", exact)
-        failed, out, workspace = plan(planner, tokens, hidden, rank, width, slots, groups, cores, *form, function="plan_w4", fields=16)
+        failed, out, workspace = plan(planner, tokens, hidden, rank, width, slots, groups, cores, *form,
+                                      function="plan_w4", fields=16)
         want, scratch = plan_w4_lora(tokens, hidden, rank, width, dtype, groups, cores, slots, exact)
         assert not failed and np.array_equal(out, want) and workspace == scratch.nbytes
         # What the kernel's buffers hold: a tile's activations, and its scales in blocks wherever the tile begins.
@@ -179,7 +193,8 @@ def test_plans_of_the_others_are_what_the_tests_assume(planner):
         most = max((min(c + columns, hidden) - 1) // group - c // group + 1 for c in range(0, hidden, columns))
         assert columns % 64 == 0 and columns * n <= 8192 and (groups == 1 or -(-most // 8) * 8 * 16 <= 512)
         experts = int(rng.integers(1, 16))
-        failed, out, workspace = plan(planner, tokens, experts, rank, width, width + 3, 1, slots, cores, *form, function="plan_mix",
+        failed, out, workspace = plan(planner, tokens, experts, rank, width, width + 3, 1, slots, cores, *form,
+                                      function="plan_mix",
                                       fields=14)
         want, scratch = plan_lily_mix(tokens, experts, rank, width, dtype, cores, width + 3, 1, slots, exact)
         assert not failed and np.array_equal(out, want) and workspace == scratch.nbytes
@@ -210,6 +225,7 @@ def test_build_says_what_is_missing(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "ASCEND_HOME_PATH": str(tmp_path / "none")}
     for path, text in ((tmp_path / "none", "is no folder"), (tmp_path, "operator project template")):
         environment["ASCEND_HOME_PATH"] = str(path)
-        done = subprocess.run(["bash", str(ASCEND / "build.sh"), str(tmp_path / "out")], env=environment, capture_output=True, text=True)
+        done = subprocess.run(["bash", str(ASCEND / "build.sh"), str(tmp_path / "out")], env=environment,
+                              capture_output=True, text=True)
         assert done.returncode == 1 and text in done.stderr and done.stderr.count("\n") == 1
     assert sys.version_info >= (3, 9)

@@ -11,7 +11,8 @@ def plan(rows, vocab, mask_rows, cores):
     parts = max(1, min(cores // math.gcd(rows or 1, cores), -(-vocab // 1024)))
     width = -(-(-(-vocab // parts)) // 64) * 64
     parts = -(-vocab // width)
-    return np.array([rows, vocab, cores, parts, width, mask_rows], np.uint32), np.empty(max(rows, 1) * parts * 64, np.uint8)
+    return np.array([rows, vocab, cores, parts, width, mask_rows],
+                    np.uint32), np.empty(max(rows, 1) * parts * 64, np.uint8)
 
 
 def launch(emulator, expert, amateur, alpha, beta, mask, dtype, cores=48, seed=0):
@@ -21,7 +22,8 @@ def launch(emulator, expert, amateur, alpha, beta, mask, dtype, cores=48, seed=0
     mask = np.zeros(0, np.float32) if mask is None else mask.astype(np.float32)
     report = emulator.launch(f"contrastive_select_{dtype}", cores, [
         (expert, INPUT), (amateur, INPUT), (np.log(np.float32(alpha)).astype(np.float32), INPUT),
-        (np.asarray(beta, np.float32), INPUT), (mask, INPUT), (token, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], seed)
+        (np.asarray(beta, np.float32), INPUT), (mask, INPUT), (token, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)],
+                             seed)
     assert report["findings"] == []
     return token
 
@@ -50,13 +52,16 @@ def check(token, expert, amateur, alpha, beta, mask=None, slack=2e-5):
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
-@pytest.mark.parametrize("rows,vocab", [(1, 49152), (1, 262144), (3, 151936), (16, 32000), (50, 5000), (7, 1), (2, 63), (5, 1025), (0, 100)])
+@pytest.mark.parametrize("rows,vocab",
+                         [(1, 49152), (1, 262144), (3, 151936), (16, 32000), (50, 5000), (7, 1), (2, 63), (5, 1025),
+                          (0, 100)])
 def test_against_numpy(emulator, dtype, rows, vocab):
     rng = np.random.default_rng([rows, vocab])
     expert = to_dtype(rng.standard_normal((rows, vocab)) * 3, dtype)
     amateur = to_dtype(rng.standard_normal((rows, vocab)) * 3, dtype)
     alpha, beta = rng.uniform(0.01, 1, rows), rng.uniform(0, 1, rows).astype(np.float32)
-    mask = None if rows % 2 else np.where(rng.random((max(rows, 1), vocab)) < 0.3, -np.inf, 0.5).astype(np.float32)[:rows]
+    mask = None if rows % 2 else np.where(rng.random((max(rows, 1), vocab)) < 0.3, -np.inf,
+                                          0.5).astype(np.float32)[:rows]
     if mask is not None and rows:
         mask[:, vocab // 2] = 0.0
     token = launch(emulator, expert, amateur, alpha, beta, mask, dtype)

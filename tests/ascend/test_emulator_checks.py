@@ -28,38 +28,48 @@ FILES = {"multi_lora": (GROUPS, PHASES, EXPAND, LORA), "w4_lora": (GROUPS, PHASE
 PLANTED = {
     "capacity": {"ub_capacity"}, "misaligned": {"alignment"}, "cut_copy": {"alignment"}, "repeat_256": {"range"},
     "mask_65": {"range"}, "negative_count": {"range"}, "block_count": {"range"}, "compare_tail": {"range"},
-    "odd_nibbles": {"range"}, "nibble_rounding": {"range"}, "nibbles_past_buffer": {"ub_bounds"}, "nibbles_in_place": {"overlap"},
-    "one_block_written": {"range"}, "rounding_mode": {"range"}, "past_buffer": {"ub_bounds"}, "past_tensor": {"gm_bounds"}, "past_argument": {"gm_bounds"},
+    "odd_nibbles": {"range"}, "nibble_rounding": {"range"}, "nibbles_past_buffer": {"ub_bounds"},
+    "nibbles_in_place": {"overlap"},
+    "one_block_written": {"range"}, "rounding_mode": {"range"}, "past_buffer": {"ub_bounds"},
+    "past_tensor": {"gm_bounds"}, "past_argument": {"gm_bounds"},
     "write_input": {"gm_write"}, "never_written": {"uninitialised"}, "workspace_unwritten": {"gm_uninitialised"},
     "no_enqueue": {"queue", "RAW"}, "no_free": {"queue"}, "free_twice": {"queue"}, "use_after_free": {"queue"},
-    "alloc_twice": {"queue"}, "raw_v_mte2": {"RAW"}, "raw_mte3_v": {"RAW"}, "war_mte2_v": {"WAR"}, "waw_v_mte2": {"WAW"},
+    "alloc_twice": {"queue"}, "raw_v_mte2": {"RAW"}, "raw_mte3_v": {"RAW"}, "war_mte2_v": {"WAR"},
+    "waw_v_mte2": {"WAW"},
     "raw_v_v": {"RAW"}, "raw_s_v": {"RAW"}, "raw_v_s": {"RAW"}, "war_v_s": {"WAR"}, "gm_raw": {"RAW"},
     "set_without_wait": {"flag"}, "wait_without_set": {"flag"}, "set_twice": {"flag"}, "event_id": {"flag"},
     "system_event": {"flag"}, "barrier_s": {"barrier"}, "partial_overlap": {"overlap"}, "repeat_overlap": {"overlap"},
-    "race_write_read": {"race", "gm_uninitialised"}, "race_write_write": {"race"}, "race_read_write": {"race"}, "stale_scalar": {"stale"},
+    "race_write_read": {"race", "gm_uninitialised"}, "race_write_write": {"race"}, "race_read_write": {"race"},
+    "stale_scalar": {"stale"},
     "sync_missing_block": {"sync"},
 }
-CLEAN = ("clean_copy", "clean_vector", "clean_sync", "clean_atomic", "clean_double_buffer", "clean_scalar", "clean_nibbles")
+CLEAN = ("clean_copy", "clean_vector", "clean_sync", "clean_atomic", "clean_double_buffer", "clean_scalar",
+         "clean_nibbles")
 
 # The real kernel, with one edit: (file, pattern, replacement, kinds of which at least one must be reported).
 EDITS = {
-    "no_first_sync": (LORA, r"lora\.Shrink\(groups\);\s*AscendC::SyncAll\(\);", "lora.Shrink(groups);", {"race", "gm_uninitialised"}),
-    "no_second_sync": (LORA, r"lora\.Reduce\(groups\);\s*AscendC::SyncAll\(\);", "lora.Reduce(groups);", {"race", "gm_uninitialised"}),
+    "no_first_sync": (LORA, r"lora\.Shrink\(groups\);\s*AscendC::SyncAll\(\);", "lora.Shrink(groups);",
+                      {"race", "gm_uninitialised"}),
+    "no_second_sync": (LORA, r"lora\.Reduce\(groups\);\s*AscendC::SyncAll\(\);", "lora.Reduce(groups);",
+                       {"race", "gm_uninitialised"}),
     "no_barrier_in_expand": (EXPAND, r"(halves\.GetValue.*?\n\s*\})\s*PipeBarrier<PIPE_V>\(\);", r"\1", {"RAW", "WAW"}),
     "no_barrier_in_products": (PHASES, r"BlockReduceSum\(eighths, acc.*?;\s*PipeBarrier<PIPE_V>\(\);",
                                "BlockReduceSum(eighths, acc, static_cast<int32_t>(ranks), 64, 1, 1, 8);", {"RAW"}),
     "no_scalar_wait": (EXPAND, r"Order<HardEvent::MTE2_S>\(\);\s*return table;", "return table;", {"RAW"}),
     "weights_past_end": (PHASES, r"downGm_, bank \+ c,", "downGm_, bank + c + rank_ * hidden_,", {"gm_bounds"}),
-    "no_padding_value": (PHASES, r"DataCopyPad\(tile, gm\[at\],", "DataCopyPad(tile[1], gm[at],", {"alignment", "ub_bounds"}),
+    "no_padding_value": (PHASES, r"DataCopyPad\(tile, gm\[at\],", "DataCopyPad(tile[1], gm[at],",
+                         {"alignment", "ub_bounds"}),
     "rows_not_freed": (PHASES, r"inQueue_\.FreeTensor\(tile\);\s*return wide;", "return wide;", {"queue"}),
     "tile_too_large": (PHASES, r"12288;\n\s*pipe_->InitBuffer", "16384;\n pipe_->InitBuffer", {"ub_capacity"}),
-    "order_lost": (GROUPS, r"return listed \? order\[position\]", "return listed ? order[position] + 1", {"gm_bounds", "race"}),
+    "order_lost": (GROUPS, r"return listed \? order\[position\]", "return listed ? order[position] + 1",
+                   {"gm_bounds", "race"}),
 }
 EDITS_OF_THE_OTHERS = {
     "no_wait_for_coefficients": (PACKED, r"layer\.Reduce\(groups\);\s*AscendC::SyncAll\(\);", "layer.Reduce(groups);",
                                  {"race", "gm_uninitialised"}),
     "bits_not_written": (W4, r"Duplicate\(bits_\.template.*?;", ";", {"uninitialised"}),
-    "rows_past_the_weight": (W4, r"static_cast<uint64_t>\(row\) \* \(hidden_ / 2\)", "static_cast<uint64_t>(row + 1) * (hidden_ / 2)",
+    "rows_past_the_weight": (W4, r"static_cast<uint64_t>\(row\) \* \(hidden_ / 2\)",
+                             "static_cast<uint64_t>(row + 1) * (hidden_ / 2)",
                              {"gm_bounds"}),
     "no_barrier_before_sub": (W4, r"withBits\);\s*PipeBarrier<PIPE_V>\(\);\s*Sub", "withBits);\n Sub", {"RAW"}),
     "odd_nibbles_cast": (W4, r"RoundMode::CAST_NONE, pitch\);", "RoundMode::CAST_NONE, pitch - 1);", {"range"}),
@@ -67,7 +77,8 @@ EDITS_OF_THE_OTHERS = {
     "packed_not_freed": (W4, r"weightQueue_\.FreeTensor\(packed\);", "", {"queue"}),
     "no_wait_for_router": (LILY, r"Base::template Order<HardEvent::MTE2_S>\(\);", "", {"RAW"}),
     "no_wait_for_table": (LILY, r"Base::template Order<HardEvent::V_S>\(\);\s*return table;", "return table;", {"RAW"}),
-    "experts_past_end": (LILY, r"static_cast<uint64_t>\(e\) \* rank_", "static_cast<uint64_t>(e + 1) * rank_", {"gm_bounds"}),
+    "experts_past_end": (LILY, r"static_cast<uint64_t>\(e\) \* rank_", "static_cast<uint64_t>(e + 1) * rank_",
+                         {"gm_bounds"}),
     "table_too_small": (LILY, r"most = kAccBytes", "most = 2 * kAccBytes", {"ub_bounds"}),
 }
 
@@ -80,7 +91,8 @@ def mutants(emulator, tmp_path_factory):
     assert set(names) >= set(PLANTED) | set(CLEAN)
     units = {"machine.cpp": build.HERE / "src" / "machine.cpp",
              "mutants.cpp": f'#include "{MUTANTS}"\n' + "".join(build.registration(n, 4) for n in names if n != "name"),
-             "edits.cpp": f'#include "{build.ASCEND / "common/op_host/lora_tiling_core.h"}"\n#include "kernel_operator.h"\n'
+             "edits.cpp": f'#include "{build.ASCEND / "common/op_host/lora_tiling_core.h"}"\n#include '
+                          '"kernel_operator.h"\n'
                           "#define EMULATOR_TILING colora::LoraTilingData\n#define DTYPE_X half\n"
                           + "".join(edited("multi_lora", *EDITS[name][:3], name) for name in EDITS)}
     for operator, own in (("w4_lora", (W4, PACKED)), ("lily_mix", (LILY, MIX))):
@@ -88,7 +100,8 @@ def mutants(emulator, tmp_path_factory):
         units[f"{operator}.cpp"] = (
             f'#include "{build.ASCEND / header}"\n#include "kernel_operator.h"\n#define EMULATOR_TILING {struct}\n'
             "#define DTYPE_X half\n#define DTYPE_UP half\n"
-            + "".join(edited(operator, *edit[:3], name) for name, edit in EDITS_OF_THE_OTHERS.items() if edit[0] in own))
+            + "".join(edited(operator, *edit[:3], name) for name, edit in EDITS_OF_THE_OTHERS.items()
+                      if edit[0] in own))
     return Emulator(build.compile_units(units, folder / "mutants.so", "-O0"))
 
 
@@ -107,7 +120,8 @@ def edited(operator, file, pattern, replacement, name):
 def run_small(mutants, name, flags=STRICT, cores=4):
     data = np.arange(4096, dtype=np.float32)
     out, workspace, tiling = np.zeros(4096, np.float32), np.zeros(4096, np.float32), np.zeros(16, np.uint32)
-    report = mutants.launch(name, cores, [(data, INPUT), (out, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], 3, flags)
+    report = mutants.launch(name, cores, [(data, INPUT), (out, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], 3,
+                            flags)
     return report["findings"], out
 
 
@@ -133,7 +147,8 @@ def test_nibbles_are_signed_and_the_low_one_is_first(mutants):
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean_kernel_has_no_findings(mutants, name):
-    findings, out = run_small(mutants, name, cores=1 if name in ("clean_copy", "clean_vector", "clean_scalar", "clean_nibbles") else 4)
+    findings, out = run_small(mutants, name,
+                              cores=1 if name in ("clean_copy", "clean_vector", "clean_scalar", "clean_nibbles") else 4)
     assert findings == []
     assert out[0] != 0 or out[1] != 0
 
@@ -149,7 +164,8 @@ def test_missing_synchronisation_shows_in_results(mutants):
     for seed in range(12):
         data, out = np.ones(4096, np.float32), np.zeros(4096, np.float32)
         workspace, tiling = np.zeros(4096, np.float32), np.zeros(16, np.uint32)
-        mutants.launch("race_write_read", 4, [(data, INPUT), (out, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], seed, 3)
+        mutants.launch("race_write_read", 4, [(data, INPUT), (out, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)],
+                       seed, 3)
         results.add(float(out[:32].sum()))
     assert len(results) > 1
 
@@ -189,7 +205,8 @@ def test_edit_of_another_kernel_is_found(mutants, name):
 
 
 def test_bitwise_instructions_take_16_bit_integers_only(emulator, tmp_path):
-    text = '#include "kernel_operator.h"\nvoid f(AscendC::LocalTensor<float> t) { AscendC::And(t, t, t, 64, 1, {1, 1, 1, 8, 8, 8}); }\n'
+    text = ('#include "kernel_operator.h"\n'
+            "void f(AscendC::LocalTensor<float> t) { AscendC::And(t, t, t, 64, 1, {1, 1, 1, 8, 8, 8}); }\n")
     with pytest.raises(RuntimeError, match="And: int16_t or uint16_t"):
         build.compile_units({"f.cpp": text}, tmp_path / "f.so", "-O0")
 

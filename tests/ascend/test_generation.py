@@ -67,7 +67,8 @@ def run(text, kernels, tmp_path, *arguments):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "goldens"), os.environ.get("PYTHONPATH", "")])
     # No graph cache: it does not know the replaced low_rank.
     environment = {"COLORA_KERNELS": kernels, "COLORA_COMPILE_CACHE": "0", "GLOG_v": "3", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=900,
+    done = subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True,
+                          timeout=900,
                           env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -98,7 +99,8 @@ def cpu_logits(compiled, tmp_path_factory):
 
 # The error allowed as a share of what the adapters change; a 16-bit run must also show that it is one.
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, least, most", [("float32", 0, 1e-4), ("float16", 1e-4, 4e-3), ("bfloat16", 1e-3, 2e-2)])
+@pytest.mark.parametrize("dtype, least, most",
+                         [("float32", 0, 1e-4), ("float16", 1e-4, 4e-3), ("bfloat16", 1e-3, 2e-2)])
 def test_logits_of_the_real_model(cpu_logits, emulator, tmp_path, dtype, least, most):
     assert run(LOGITS, "emulator", tmp_path, dtype, tmp_path / "logits.npy") == "emulator"
     logits = np.load(tmp_path / "logits.npy")

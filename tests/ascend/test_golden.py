@@ -13,7 +13,8 @@ golden = load_module(ROOT / "ops" / "ascend" / "golden.py", "ascend_golden")
 
 
 def test_the_command_ends_with_zero(emulator):
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "verify_on_npu.sh"), "--emulated"], capture_output=True, text=True,
+    done = subprocess.run(["bash", str(ROOT / "scripts" / "verify_on_npu.sh"), "--emulated"], capture_output=True,
+                          text=True,
                           env={**os.environ, "PYTHON": sys.executable}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     count = len(golden.LORA) + len(golden.PACKED) + len(golden.MIX) + len(golden.SELECT)
@@ -25,7 +26,8 @@ def test_a_wrong_result_is_told(emulator, tmp_path):
     bad["want"][0, 5] += 1e-2
     np.savez(tmp_path / "good.npz", **good)
     np.savez(tmp_path / "wrong.npz", **bad)
-    done = subprocess.run([sys.executable, str(ROOT / "ops" / "ascend" / "golden.py"), "run", str(tmp_path), "--target", "CPU"],
+    done = subprocess.run([sys.executable, str(ROOT / "ops" / "ascend" / "golden.py"), "run", str(tmp_path), "--target",
+                           "CPU"],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "WRONG" in done.stdout and "1 of 2 cases right" in done.stdout
 
@@ -33,5 +35,6 @@ def test_a_wrong_result_is_told(emulator, tmp_path):
 def test_without_toolkit_it_says_so():
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ASCEND")}
     environment["ASCEND_HOME_PATH"] = "/nowhere"
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "verify_on_npu.sh")], capture_output=True, text=True, env=environment)
+    done = subprocess.run(["bash", str(ROOT / "scripts" / "verify_on_npu.sh")], capture_output=True, text=True,
+                          env=environment)
     assert done.returncode == 1 and "ASCEND_HOME_PATH=/nowhere is no folder" in done.stderr

@@ -34,7 +34,8 @@ def start(folder, library):
     script.write_text(SCRIPT)
     environment = {"COLORA_CACHE": str(folder / "cache"), "COLORA_EMULATOR_LIBRARY": str(library), "GLOG_v": "3",
                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, str(script)], env={**os.environ, **environment}, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(script)], env={**os.environ, **environment}, capture_output=True,
+                          text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

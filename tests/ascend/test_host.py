@@ -28,8 +28,10 @@ def host(tmp_path_factory):
     library = folder / "host.so"
     everything = folder / "everything.cpp"  # one unit: the stand-in's headers are read once
     everything.write_text("".join(f'#include "{source}"\n' for source in [*sources, HERE / "cann_host.cpp"]))
-    done = subprocess.run([build.compiler(), "-std=c++11", "-O0", "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers",
-                           "-fPIC", "-shared", f"-I{folder}", f"-I{folder / 'op_host'}", f"-I{HERE}", str(everything), "-o",
+    done = subprocess.run([build.compiler(), "-std=c++11", "-O0", "-Wall", "-Wextra", "-Werror",
+                           "-Wno-missing-field-initializers",
+                           "-fPIC", "-shared", f"-I{folder}", f"-I{folder / 'op_host'}", f"-I{HERE}", str(everything),
+                           "-o",
                            str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = ctypes.CDLL(str(library))
@@ -42,14 +44,16 @@ def operands(tensors):
     ranks = np.array([len(shape) for shape, _ in tensors], np.int64)
     dims = np.array([d for shape, _ in tensors for d in shape], np.int64)
     types = np.array([CODES[dtype] for _, dtype in tensors], np.int32)
-    return [ctypes.c_int(len(tensors))] + [a.ctypes.data_as(ctypes.c_void_p) for a in (ranks, dims, types)], (ranks, dims, types)
+    return [ctypes.c_int(len(tensors))] + [a.ctypes.data_as(ctypes.c_void_p)
+                                           for a in (ranks, dims, types)], (ranks, dims, types)
 
 
 def tile(host, name, tensors, offset=0, exact=False, cores=48):
     """None where the tiling function refuses, else (tiling data, {blocks, schedule, workspace})."""
     arguments, alive = operands(tensors)
     data, facts = np.zeros(64, np.uint32), np.zeros(5, np.uint64)
-    failed = host.host_tiling(name.encode(), *arguments, ctypes.c_int64(offset), ctypes.c_int(exact), ctypes.c_uint32(cores),
+    failed = host.host_tiling(name.encode(), *arguments, ctypes.c_int64(offset), ctypes.c_int(exact),
+                              ctypes.c_uint32(cores),
                               data.ctypes.data_as(ctypes.c_void_p), facts.ctypes.data_as(ctypes.c_void_p))
     del alive
     if failed:
@@ -92,7 +96,8 @@ def test_lora_tiling(host, name):
     rng = np.random.default_rng(1)
     meets = "SyncAll()" in build.kernel_source(contract.snake(name)).read_text()
     for dtype in ("float16", "bfloat16", "float32"):
-        for tokens, hidden, rank, width, exact in ((0, 64, 1, 8, False), (1, 4096, 16, 11008, True), (7, 1000, 24, 576, False)):
+        for tokens, hidden, rank, width, exact in ((0, 64, 1, 8, False), (1, 4096, 16, 11008, True),
+                                                   (7, 1000, 24, 576, False)):
             row, offset, slots, segments, cores = width + 30, 11, 5, 3, int(rng.integers(1, 65))
             tensors = lora_operands(name, tokens, hidden, rank, width, row, slots, segments, dtype)
             got, facts = tile(host, name, tensors, offset, exact, cores)
@@ -108,7 +113,8 @@ def test_lora_tiling(host, name):
 
 def w4_operands(tokens, hidden, rank, width, slots, groups, dtype):
     scales = (width,) if groups == 0 else (width, groups)
-    return [((tokens, hidden), dtype), ((width, hidden // 2), "uint8"), (scales, "float32"), ((slots, rank, hidden), dtype),
+    return [((tokens, hidden), dtype), ((width, hidden // 2), "uint8"), (scales, "float32"),
+            ((slots, rank, hidden), dtype),
             ((slots, rank, width), dtype), ((slots,), "float32"), ((tokens,), "int32")]
 
 
@@ -119,8 +125,10 @@ def mix_operands(tokens, experts, rank, width, row, slots, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_tiling_of_w4_lora_and_lily_mix(host, dtype):
-    for tokens, hidden, rank, width, slots, groups, exact in ((0, 64, 1, 8, 2, 0, False), (33, 4096, 16, 1100, 3, 32, True)):
-        got, facts = tile(host, "W4Lora", w4_operands(tokens, hidden, rank, width, slots, groups, dtype), exact=exact, cores=40)
+    for tokens, hidden, rank, width, slots, groups, exact in ((0, 64, 1, 8, 2, 0, False),
+                                                              (33, 4096, 16, 1100, 3, 32, True)):
+        got, facts = tile(host, "W4Lora", w4_operands(tokens, hidden, rank, width, slots, groups, dtype), exact=exact,
+                          cores=40)
         want, scratch = plan_w4_lora(tokens, hidden, rank, width, dtype, groups or 1, 40, slots, exact)
         assert np.array_equal(got, want) and facts == {"blocks": 40, "schedule": 1, "workspace": scratch.nbytes}
         got, facts = tile(host, "LilyMix", mix_operands(tokens, 5, rank, width, width + 9, slots, dtype), 7, exact, 40)
@@ -142,13 +150,16 @@ def test_refusals_reach_cann(host, capfd):
     for name, change, message in (("MultiLora", {"rank": 257}, "rank 257 is outside 1..256"),
                                   ("LoraExpand", {"row": 63}, "do not fit rows of 63"),
                                   ("LoraShrink", {"slots": 0}, "slots must be at least 1")):
-        sizes = {"tokens": 2, "hidden": 64, "rank": 8, "width": 64, "row": 64, "slots": 2, "segments": 1, "dtype": "float16"}
+        sizes = {"tokens": 2, "hidden": 64, "rank": 8, "width": 64, "row": 64, "slots": 2, "segments": 1,
+                 "dtype": "float16"}
         assert tile(host, name, lora_operands(name, **sizes)) is not None
         assert tile(host, name, lora_operands(name, **{**sizes, **change})) is None
         error = capfd.readouterr().err
         assert error.startswith(f"{name}: ") and message in error
-    for operands_of_it, name, message in ((w4_operands(2, 96, 8, 64, 2, 8, "float16"), "W4Lora", "8 scales a row of 96"),
-                                          (mix_operands(2, 65, 128, 8, 8, 1, "bfloat16"), "LilyMix", "65 experts of rank 128")):
+    for operands_of_it, name, message in ((w4_operands(2, 96, 8, 64, 2, 8, "float16"), "W4Lora",
+                                           "8 scales a row of 96"),
+                                          (mix_operands(2, 65, 128, 8, 8, 1, "bfloat16"), "LilyMix",
+                                           "65 experts of rank 128")):
         assert tile(host, name, operands_of_it) is None
         error = capfd.readouterr().err
         assert error.startswith(f"{name}: ") and message in error

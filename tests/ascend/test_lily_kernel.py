@@ -1,4 +1,5 @@
-"""lily_mix under the strict emulator against float64 (Lily, arXiv 2407.09946): the mixed up factor, formed in full here."""
+"""lily_mix under the strict emulator against float64 (Lily, arXiv 2407.09946): the mixed up factor, formed in full
+here."""
 import itertools
 
 import numpy as np
@@ -43,25 +44,29 @@ class LilyCase:
             allowed[t, columns] = error * (1 + unit) + unit * np.abs(want[t, columns]) + 2.0 ** -25
         got = to_float64(out, self.dtype)
         excess = np.abs(got - want) - allowed
-        assert np.isfinite(got).all() and (excess <= 0).all(), f"worst excess {excess.max()} of {self.shape} {self.dtype}"
+        worst = f"worst excess {excess.max()} of {self.shape} {self.dtype}"
+        assert np.isfinite(got).all() and (excess <= 0).all(), worst
         assert np.array_equal(got[allowed == 0], want[allowed == 0]), "columns or rows outside the slice changed"
 
 
 def launch(emulator, case, exact=False, in_place=True, cores=CORES, seed=0, **options):
     tokens, experts, rank, width = case.shape
-    tiling, workspace = plan_lily_mix(tokens, experts, rank, width, case.dtype, cores, case.row_width, case.offset, case.bank, exact)
+    tiling, workspace = plan_lily_mix(tokens, experts, rank, width, case.dtype, cores, case.row_width, case.offset,
+                                      case.bank, exact)
     y = case.y.copy()
     out = y if in_place else np.full_like(y, 0x7777 if case.dtype == "bfloat16" else 99)
     kinds = (INOUT, INOUT) if in_place else (INPUT, OUTPUT)
     report = emulator.launch(f"lily_mix_{case.dtype}", cores, [
-        (case.h, INPUT), (case.weights, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT), (y, kinds[0]),
+        (case.h, INPUT), (case.weights, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT),
+        (y, kinds[0]),
         (out, kinds[1]), (workspace, WORKSPACE), (tiling, INPUT)], seed, **options)
     assert report["findings"] == []
     return out, report
 
 
 # experts, rank, width
-SHAPES = [(4, 8, 576), (4, 16, 1000), (2, 3, 64), (5, 1, 77), (1, 24, 192), (8, 64, 130), (3, 128, 300), (4, 256, 200), (16, 32, 33)]
+SHAPES = [(4, 8, 576), (4, 16, 1000), (2, 3, 64), (5, 1, 77), (1, 24, 192), (8, 64, 130), (3, 128, 300), (4, 256, 200),
+          (16, 32, 33)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,12 +77,14 @@ def test_matrix(emulator, tokens, dtype):
     for number, (experts, rank, width) in enumerate(SHAPES):
         case = LilyCase(tokens, experts, rank, width, dtype, next(patterns), row_width=width + 30 * (number % 2),
                         offset=9 * (number % 2), seed=number + tokens)
-        out, _ = launch(emulator, case, exact=dtype == "float16" and number % 3 == 0, in_place=number % 4 < 2, counters=False)
+        out, _ = launch(emulator, case, exact=dtype == "float16" and number % 3 == 0, in_place=number % 4 < 2,
+                        counters=False)
         case.check(out, exact=dtype == "float16" and number % 3 == 0)
 
 
 @pytest.mark.parametrize("tokens,experts,rank,width,dtype", [
-    (1, 4, 16, 4096, "float16"), (1, 4, 16, 4096, "bfloat16"), (70, 4, 8, 1536, "float16"), (2, 2, 16, 11008, "float32")])
+    (1, 4, 16, 4096, "float16"), (1, 4, 16, 4096, "bfloat16"), (70, 4, 8, 1536, "float16"),
+    (2, 2, 16, 11008, "float32")])
 def test_sizes_of_models(emulator, tokens, experts, rank, width, dtype):
     """All cores are busy at one token; more tokens than a pass."""
     case = LilyCase(tokens, experts, rank, width, dtype, "one")

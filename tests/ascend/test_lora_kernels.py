@@ -48,7 +48,8 @@ def test_matrix_in_full(emulator, rank, pattern):
 
 @pytest.mark.parametrize("dtype", DTYPES + ("float32",))
 @pytest.mark.parametrize("hidden,width,row_width,offset", [
-    (576, 192, 960, 576), (576, 192, 960, 768), (100, 7, 7, 0), (33, 1, 50, 49), (4096, 1024, 6144, 4096), (16, 5000, 5003, 2)])
+    (576, 192, 960, 576), (576, 192, 960, 768), (100, 7, 7, 0), (33, 1, 50, 49), (4096, 1024, 6144, 4096),
+    (16, 5000, 5003, 2)])
 def test_narrow_slices(emulator, dtype, hidden, width, row_width, offset):
     """Fused q/k/v and tensor-parallel shards: in not equal to out, an output offset, unaligned everything."""
     for tokens, rank, in_place in ((1, 8, True), (9, 5, False), (65, 16, True), (70, 3, False)):
@@ -113,7 +114,8 @@ def test_coefficients_of_any_size(emulator, size):
 def launch_segments(emulator, case, starts, slots, in_place=True, seed=0, cores=CORES):
     tokens, hidden, rank, width = case.shape
     starts, slots = np.array(starts, np.int32), np.array(slots, np.int32)
-    tiling, workspace = plan_lora(tokens, hidden, rank, width, case.dtype, cores, case.row_width, case.offset, case.bank,
+    tiling, workspace = plan_lora(tokens, hidden, rank, width, case.dtype, cores, case.row_width, case.offset,
+                                  case.bank,
                                   segments=max(len(slots), 1))
     tiling[7] = len(slots)
     y = case.y.copy()
@@ -160,14 +162,16 @@ def test_segments_equal_tokens(emulator):
 
 # ---- the two halves alone ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES + ("float32",))
-@pytest.mark.parametrize("tokens,hidden,rank,width", [(1, 4096, 16, 4096), (7, 1000, 3, 64), (70, 576, 24, 100), (2, 64, 256, 576),
+@pytest.mark.parametrize("tokens,hidden,rank,width",
+                         [(1, 4096, 16, 4096), (7, 1000, 3, 64), (70, 576, 24, 100), (2, 64, 256, 576),
                                                        (0, 64, 8, 64)])
 def test_shrink_then_expand(emulator, dtype, tokens, hidden, rank, width):
     case = LoraCase(tokens, hidden, rank, width, dtype)
     tiling, workspace = plan_lora(tokens, hidden, rank, width, dtype, slots=case.bank)
     h = np.full((tokens, rank), np.nan, np.float32)
     report = emulator.launch(f"lora_shrink_{dtype}", CORES, [
-        (case.x, INPUT), (case.down, INPUT), (case.scale, INPUT), (case.slots, INPUT), (h, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)])
+        (case.x, INPUT), (case.down, INPUT), (case.scale, INPUT), (case.slots, INPUT), (h, OUTPUT),
+        (workspace, WORKSPACE), (tiling, INPUT)])
     assert report["findings"] == []
     want, size = case.products()
     factor = np.where(case.slots >= 0, case.scale[np.maximum(case.slots, 0)], 0.0)[:, None]

@@ -1,4 +1,5 @@
-"""w4_lora under the strict emulator against float64: the int4 weight of LR-QAT's export (arXiv 2406.06385), and an adapter."""
+"""w4_lora under the strict emulator against float64: the int4 weight of LR-QAT's export (arXiv 2406.06385), and an
+adapter."""
 import itertools
 
 import numpy as np
@@ -36,7 +37,8 @@ class W4Case(LoraCase):
             + unit * np.abs(want) + 2.0 ** -25
         got = to_float64(out, self.dtype)
         excess = np.abs(got - want) - allowed
-        assert np.isfinite(got).all() and (excess <= 0).all(), f"worst excess {excess.max()} of {self.shape} {self.dtype}"
+        worst = f"worst excess {excess.max()} of {self.shape} {self.dtype}"
+        assert np.isfinite(got).all() and (excess <= 0).all(), worst
 
 
 def launch(emulator, case, exact=False, cores=CORES, seed=0, **options):
@@ -45,7 +47,8 @@ def launch(emulator, case, exact=False, cores=CORES, seed=0, **options):
     out = np.full_like(case.y, 0x7777 if case.dtype == "bfloat16" else 99)
     report = emulator.launch(f"w4_lora_{case.dtype}", cores, [
         (case.x, INPUT), (case.weight, INPUT), (case.weight_scale, INPUT), (case.down, INPUT), (case.up, INPUT),
-        (case.scale, INPUT), (case.slots, INPUT), (out, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], seed, **options)
+        (case.scale, INPUT), (case.slots, INPUT), (out, OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], seed,
+                             **options)
     assert report["findings"] == []
     return out, report
 
@@ -57,7 +60,8 @@ def run(emulator, case, **options):
 
 
 # in, groups of a row, out: one scale a row, groups of 8 to 256 columns, groups that no tile ends with, odd widths.
-SHAPES = [(64, 1, 64), (64, 8, 40), (576, 1, 192), (576, 8, 100), (576, 18, 7), (1000, 1, 1000), (1000, 5, 333), (1000, 25, 64),
+SHAPES = [(64, 1, 64), (64, 8, 40), (576, 1, 192), (576, 8, 100), (576, 18, 7), (1000, 1, 1000), (1000, 5, 333),
+          (1000, 25, 64),
           (30, 1, 1), (2, 1, 5), (704, 11, 257), (2080, 26, 130)]
 
 
@@ -73,7 +77,8 @@ def test_matrix(emulator, tokens, dtype):
 
 
 @pytest.mark.parametrize("tokens,hidden,groups,width,dtype", [
-    (1, 4096, 32, 4096, "float16"), (2, 4096, 128, 512, "bfloat16"), (33, 576, 18, 576, "float16"), (70, 128, 1, 96, "bfloat16"),
+    (1, 4096, 32, 4096, "float16"), (2, 4096, 128, 512, "bfloat16"), (33, 576, 18, 576, "float16"),
+    (70, 128, 1, 96, "bfloat16"),
     (5, 11008, 86, 96, "float16"), (32, 256, 2, 11008, "float16")])
 def test_sizes_of_models(emulator, tokens, hidden, groups, width, dtype):
     """Rows longer than a tile, more tokens than a pass, more rows than a core's sums hold."""
@@ -88,7 +93,8 @@ def test_any_number_of_cores(emulator, cores):
 
 
 def test_order_of_blocks_and_the_batch_do_not_matter(emulator):
-    """Equal inputs give equal bits: whatever the order of the cores, and for rows without an adapter whatever the others do."""
+    """Equal inputs give equal bits: whatever the order of the cores, and for rows without an adapter whatever the
+    others do."""
     case = W4Case(9, 576, 16, 300, "float16", 18)
     first, _ = launch(emulator, case)
     for seed in (1, 2, 3):
@@ -104,7 +110,8 @@ def test_every_nibble_has_its_value(emulator):
     hidden, width = 32, 16
     case = W4Case(hidden, hidden, 1, width, "float32", groups=4, pattern="none")
     case.x = np.eye(hidden, dtype=np.float32)
-    case.weight = (np.arange(width, dtype=np.uint8)[:, None] + 16 * ((np.arange(width, dtype=np.uint8)[:, None] + 5) % 16)
+    case.weight = (np.arange(width, dtype=np.uint8)[:, None] + 16
+                   * ((np.arange(width, dtype=np.uint8)[:, None] + 5) % 16)
                    ).repeat(hidden // 2, 1)
     case.weight_scale = (np.arange(1, 5, dtype=np.float32) * 0.25)[None].repeat(width, 0).copy()
     out, _ = launch(emulator, case)

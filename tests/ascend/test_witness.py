@@ -40,7 +40,8 @@ def tiling_for(count, dtype, cores, tile=2048):
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
-@pytest.mark.parametrize("count,cores", [(4096, 1), (4096, 2), (5000, 1), (10007, 3), (100, 1), (40000, 8), (2048 * 5, 5), (77777, 4)])
+@pytest.mark.parametrize("count,cores",
+                         [(4096, 1), (4096, 2), (5000, 1), (10007, 3), (100, 1), (40000, 8), (2048 * 5, 5), (77777, 4)])
 def test_all_finite(witness, dtype, count, cores):
     rng = np.random.default_rng([count, cores])
     for bad in (None, np.inf, -np.inf, np.nan, "largest"):
@@ -56,7 +57,8 @@ def test_all_finite(witness, dtype, count, cores):
                                                       (tiling_for(count, dtype, cores), INPUT)], place, flags=0)
         found_bad = flag.view(np.uint16)[0] != 0
         assert found_bad == (bad is not None and bad != "largest"), (bad, place)
-        assert not {f["kind"] for f in report["findings"]} & {"ub_bounds", "gm_bounds", "alignment", "uninitialised", "range"}, \
+        assert not {f["kind"] for f in report["findings"]} & {"ub_bounds", "gm_bounds", "alignment", "uninitialised",
+                                                              "range"}, \
             report["findings"]
 
 

@@ -32,7 +32,8 @@ def tiny_folder(tmp_path_factory):
     from colora_ms.models.hf_folder import write_hf_folder
     from test_tokenizer import small_byte_level
 
-    config = DecoderConfig(model_type="llama", vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    config = DecoderConfig(model_type="llama", vocab_size=264, hidden_size=32, intermediate_size=48,
+                           num_hidden_layers=2,
                            num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
                            eos_token_ids=(262,))
     random = np.random.default_rng(7)
@@ -48,7 +49,8 @@ class Running:
 
     def __init__(self, script, *arguments, stdin=None):
         self.process = subprocess.Popen(
-            ["bash", str(ROOT / "scripts" / script), *map(str, arguments)], text=True, stdin=stdin or subprocess.DEVNULL,
+            ["bash", str(ROOT / "scripts" / script), *map(str, arguments)], text=True,
+            stdin=stdin or subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHON": sys.executable})
         self.deadline = time.monotonic() + LIMIT
 

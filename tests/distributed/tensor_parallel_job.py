@@ -1,4 +1,5 @@
-"""Run by test_tensor_parallel under msrun: logits, greedy tokens and training of a split model, written by every worker.
+"""Run by test_tensor_parallel under msrun: logits, greedy tokens and training of a split model, written by every
+worker.
 
     msrun ... tensor_parallel_job.py MODEL_FOLDER ADAPTER_FOLDER OUTPUT_FOLDER
 """
@@ -14,14 +15,13 @@ import mindspore as ms
 from mindspore import Tensor
 
 from colora_ms import Contrast, Generator, runtime
-from colora_ms.distributed import workers
-from colora_ms.distributed import save_whole, shard_decoder
+from colora_ms.distributed import save_whole, shard_decoder, workers
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.tokenizer import load_tokenizer
 from colora_ms.training.batching import Batch
 from colora_ms.training.config import OptimizerConfig
-from colora_ms.training.step import Stepper
 from colora_ms.training.split import SplitAdamW
+from colora_ms.training.step import Stepper
 
 PROMPTS = ["one and two", "f", "five five five"]
 IDS = np.array([[5, 9, 200, 31, 7], [8, 100, 3, 0, 0], [77, 0, 0, 0, 0]], np.int32)

@@ -12,7 +12,8 @@ PROMPTS = ["one", "two and two", "three", "f", "five five five five", "six", "7"
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text, "completion": str(k)}) + "\n" for k, text in enumerate(PROMPTS)))
+    path.write_text("".join(json.dumps({"prompt": text, "completion": str(k)}) + "\n"
+                            for k, text in enumerate(PROMPTS)))
     return path
 
 
@@ -24,7 +25,8 @@ def answers(path):
 
 def test_evaluation_on_two_workers_gives_the_items_of_one_in_order(start, tiny_folder, problems, tmp_path):
     options = ["--model", str(tiny_folder), "--data", str(problems), "--max-new-tokens", "6", "--batch-size", "2"]
-    job = start("msrun_evaluate.sh", "-n", 2, "--log-dir", tmp_path / "logs", *options, "--output", tmp_path / "two.jsonl")
+    job = start("msrun_evaluate.sh", "-n", 2, "--log-dir", tmp_path / "logs", *options, "--output",
+                tmp_path / "two.jsonl")
     assert main(["evaluate", *options, "--output", str(tmp_path / "one.jsonl")]) == 0
     code, output = job.wait()
     assert code == 0, output
@@ -33,7 +35,8 @@ def test_evaluation_on_two_workers_gives_the_items_of_one_in_order(start, tiny_f
     assert len(one) == len(PROMPTS) and len({text for _, text, _, _ in one}) > 1
     assert answers(tmp_path / "two.jsonl") == one
     one, two = (json.loads((tmp_path / f"{name}.summary.json").read_text()) for name in ("one", "two"))
-    assert one["setup"] == two["setup"] and one["correct"] == two["correct"] and one["mean_tokens"] == two["mean_tokens"]
+    assert one["setup"] == two["setup"] and one["correct"] == two["correct"]
+    assert one["mean_tokens"] == two["mean_tokens"]
 
 
 def test_generation_on_two_workers_reads_standard_input_once(start, tiny_folder, tmp_path, capsys):
@@ -54,7 +57,8 @@ def test_generation_on_two_workers_reads_standard_input_once(start, tiny_folder,
 @pytest.mark.slow  # a job of its own; a killed worker takes the same way
 def test_a_failure_ends_the_job_with_the_reason(start, tiny_folder, problems, tmp_path):
     (tmp_path / "results.jsonl").write_text("something else\n")
-    code, output = start("msrun_evaluate.sh", "--log-dir", tmp_path / "logs", "--model", tiny_folder, "--data", problems,
+    code, output = start("msrun_evaluate.sh", "--log-dir", tmp_path / "logs", "--model", tiny_folder, "--data",
+                         problems,
                          "--max-new-tokens", 2, "--output", tmp_path / "results.jsonl").wait()
     assert code == 1
     assert "worker 0" in output and "ended with code 1" in output and "is not an evaluation of this package" in output

@@ -87,7 +87,8 @@ def test_two_workers_equal_one_process_survive_a_kill_and_resume(start, alone, t
         np.testing.assert_allclose(have[name], value, atol=2e-4, err_msg=name)
     tokens = [row["tokens"] for row in read_log(folder / "run" / "log.jsonl") if row["kind"] == "step"]
     assert tokens == [row["tokens"] for row in read_log(alone / "run" / "log.jsonl") if row["kind"] == "step"]
-    assert sorted(item.name for item in logs.iterdir() if item.name.startswith("worker")) == ["worker_0.log", "worker_1.log"]
+    assert sorted(item.name for item in logs.iterdir()
+                  if item.name.startswith("worker")) == ["worker_0.log", "worker_1.log"]
 
 
 def test_two_workers_prefer_what_one_process_prefers(start, tiny_folder, tmp_path):

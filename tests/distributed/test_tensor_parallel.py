@@ -12,14 +12,14 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from colora_ms.cli import main
 from colora_ms.distributed import loading
 from colora_ms.distributed.adapter_files import shard_adapter
 from colora_ms.distributed.loading import load_sharded, shard_decoder
 from colora_ms.distributed.shares import joined, local_config, share_of
-from colora_ms.cli import main
+from colora_ms.distributed.workers import Workers
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.models.config import DecoderConfig
-from colora_ms.distributed.workers import Workers
 
 HERE = Path(__file__).resolve().parent
 SIZES = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32), "gate_proj": (48, 32),
@@ -92,8 +92,10 @@ def test_two_workers_give_the_logits_tokens_and_training_of_the_whole_model(tiny
 
 def test_generate_splits_the_model_over_two_workers(start, tiny_folder, tmp_path, capsys):
     adapter, prompts = write_adapter(tmp_path / "adapter"), ["one and two", "f", "five five five"]
-    options = ["--model", str(tiny_folder), "--adapter", str(adapter), "--contrast", "--max-new-tokens", "6", "--json", *prompts]
-    job = start("msrun_evaluate.sh", "generate", "-n", 2, "--log-dir", tmp_path / "logs", "--tensor-parallel", "--output",
+    options = ["--model", str(tiny_folder), "--adapter", str(adapter), "--contrast", "--max-new-tokens", "6", "--json",
+               *prompts]
+    job = start("msrun_evaluate.sh", "generate", "-n", 2, "--log-dir", tmp_path / "logs", "--tensor-parallel",
+                "--output",
                 tmp_path / "two.jsonl", *options)
     assert main(["generate", *options]) == 0
     one = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]

@@ -46,6 +46,7 @@ def main():
 def make_adapter(name):
     """A folder as make_goldens.py makes them; start.npz holds what initialisations did, gradients.npz gradients."""
     import torch
+
     from peft import LoraConfig, PeftModel, get_peft_model
     base, settings = PEFT[name]
     folder, base_folder = os.path.join(HERE, "peft", name), os.path.join(HERE, "tiny", base)
@@ -97,6 +98,7 @@ def store_gradients(model, path):
 def make_combinations():
     """For each case of rules.COMBINATIONS the change of some weights by peft's combined adapter."""
     import torch
+
     from peft import LoraConfig, get_peft_model
     arrays = {}
     model = None

@@ -93,8 +93,7 @@ def main():
     parser.add_argument("--stories", metavar="DIR", help="the stories260k model's folder")
     arguments = parser.parse_args()
     if arguments.write_smollm2:
-        from colora_ms.models.checkpoint import default_model_path, open_checkpoint, \
-            write_hf_folder
+        from colora_ms.models.checkpoint import default_model_path, open_checkpoint, write_hf_folder
         source = open_checkpoint(default_model_path("smollm2-135m"))
         print(write_hf_folder(arguments.write_smollm2, source.config, source.tensors,
                               source.tokenizer_source, overwrite=True))
@@ -115,9 +114,9 @@ def main():
 
 
 def make_rope():
+    import torch
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-    import torch
     arrays, cases = {}, {}
     for name, settings in ROPE_CASES.items():
         settings = dict(dict(SIZES, max_position_embeddings=4096, head_dim=64), **settings)
@@ -167,6 +166,7 @@ def make_tiny(name):
 
 def make_tiny_adapter(name):
     import torch
+
     from peft import LoraConfig, PeftModel, get_peft_model
     base, settings = PEFT[name]
     folder = os.path.join(HERE, "peft", name)
@@ -218,9 +218,9 @@ def store_adapter_logits(path, model, base_folder):
 
 def make_smollm2(folder):
     import torch
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, \
-        set_peft_model_state_dict
     from transformers import AutoTokenizer
+
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load(folder)
     check_against_own_gguf_reader(model)
@@ -297,8 +297,9 @@ def slow_byte_level(path):
     Only vocabulary and merges are taken from the file.  Digits are cut off one by one before, and
     special tokens are looked up, as the model's authors define it.
     """
-    import regex
     import tempfile
+
+    import regex
     from transformers import GPT2Tokenizer
     data = json.load(open(path, encoding="utf-8"))
     special = {item["content"]: item["id"] for item in data["added_tokens"]}

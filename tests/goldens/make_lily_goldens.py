@@ -36,6 +36,7 @@ def base():
 
 def make(name, settings):
     import torch
+
     from peft import LilyConfig, get_peft_model
     torch.manual_seed(0)
     model = get_peft_model(base(), LilyConfig(task_type="CAUSAL_LM", init_weights=False, **settings)).eval()

@@ -1,4 +1,5 @@
-"""Writes tests/goldens/pickle: the adapter of tests/goldens/peft/qv_r8 as torch.save writes it, in float32 and bfloat16.
+"""Writes tests/goldens/pickle: the adapter of tests/goldens/peft/qv_r8 as torch.save writes it, in float32 and
+bfloat16.
 
     .venv-peers/bin/python tests/goldens/make_pickle.py
 """

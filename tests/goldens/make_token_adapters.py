@@ -24,7 +24,8 @@ PEFT = {
     "tokens": ("llama", dict(LORA, trainable_token_indices=ROWS)),
     "tokens_tied": ("llama_linear", dict(LORA, trainable_token_indices=ROWS)),
     "tokens_both": ("llama", dict(LORA, trainable_token_indices={"embed_tokens": ROWS, "lm_head": [5, 7]})),
-    "tokens_tied_apart": ("llama_linear", dict(LORA, trainable_token_indices={"embed_tokens": ROWS, "lm_head": [5, 7]})),
+    "tokens_tied_apart": ("llama_linear",
+                          dict(LORA, trainable_token_indices={"embed_tokens": ROWS, "lm_head": [5, 7]})),
     "tokens_tied_head": ("qwen2", dict(LORA, trainable_token_indices={"lm_head": ROWS})),
     "tokens_tied_ensured": ("qwen2", dict(LORA, ensure_weight_tying=True,
                                           trainable_token_indices={"embed_tokens": ROWS, "lm_head": ROWS})),
@@ -38,7 +39,8 @@ LARGER = {
     "larger": ("llama", dict(LORA, modules_to_save=["embed_tokens", "lm_head"]), False),
     "larger_stored": ("llama", dict(LORA, modules_to_save=["embed_tokens", "lm_head"]), True),
     "larger_tied": ("llama_linear", dict(LORA, modules_to_save=["embed_tokens"], ensure_weight_tying=True), False),
-    "larger_tied_stored": ("llama_linear", dict(LORA, modules_to_save=["embed_tokens"], ensure_weight_tying=True), True),
+    "larger_tied_stored": ("llama_linear", dict(LORA, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+                           True),
     "larger_untrained": ("llama", LORA, True),
     "larger_untrained_tied": ("llama_linear", LORA, True),
 }
@@ -84,8 +86,9 @@ def make(name, base, settings):
 
 
 def make_larger(name, base, settings, stored):
-    from peft import LoraConfig, get_peft_model
     import torch
+
+    from peft import LoraConfig, get_peft_model
     folder, base_folder = os.path.join(HERE, "peft", name), os.path.join(HERE, "tiny", base)
     torch.manual_seed(sum(map(ord, name)))
     model = load(base_folder)

@@ -144,8 +144,9 @@ SIZES = {"bytes": 320, "bytes_bos": 320, "metaspace": 420, "spm": 400}
 
 def make_bases():
     sys.path.insert(0, os.path.join(HERE, "..", "unit"))
-    import tokenizer_kinds as kinds
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    import tokenizer_kinds as kinds
     for name in ("bytes", "bytes_bos"):
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

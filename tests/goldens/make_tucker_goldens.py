@@ -1,4 +1,5 @@
-"""Make tucker.npz: what TensorLy's ``tucker`` gives for a few tensors. Needs ``pip install tensorly`` (made with 0.10.0).
+"""Make tucker.npz: what TensorLy's ``tucker`` gives for a few tensors. Needs ``pip install tensorly`` (made with
+0.10.0).
 
     python tests/goldens/make_tucker_goldens.py
 """

@@ -72,7 +72,8 @@ def test_beta_zero_is_greedy_of_the_expert(generator):
 def test_alpha_one_is_greedy_of_the_expert_for_any_beta(generator):
     greedy = tokens(generator.generate(PROMPTS, adapter="b", max_new_tokens=12))
     for beta in (0.3, 7.0):
-        assert tokens(generator.generate(PROMPTS, adapter="b", contrast=Contrast(1.0, beta), max_new_tokens=12)) == greedy
+        assert tokens(generator.generate(PROMPTS, adapter="b", contrast=Contrast(1.0, beta),
+                                         max_new_tokens=12)) == greedy
 
 
 def test_zero_adapter_is_the_base_for_any_beta(generator):
@@ -144,7 +145,8 @@ def test_records_hold_the_rule(generator):
 
 def test_guidance_identity_without_the_mask(generator):
     # With the mask off, (1 + beta) e - beta a is classifier-free guidance a + gamma (e - a) with gamma = 1 + beta.
-    answer = generator.generate(PROMPTS[0], adapter="a", contrast=Contrast(1e-30, 0.75), max_new_tokens=12, records=True)[0]
+    answer = generator.generate(PROMPTS[0], adapter="a", contrast=Contrast(1e-30, 0.75), max_new_tokens=12,
+                                records=True)[0]
     for record in answer.records:
         assert record.valid == 97
         assert record.score == pytest.approx(record.amateur + 1.75 * (record.expert - record.amateur), abs=1e-4)
@@ -174,7 +176,8 @@ def test_changing_adapters_and_options_compiles_nothing(generator):
 def test_sampling_depends_on_the_seed_alone(generator):
     sampling = [Sampling(1.0, seed=s) for s in (1, 2, 3, 1)]
     prompts = [PROMPTS[0]] * 4
-    answers = tokens(generator.generate(prompts, adapter="a", contrast=Contrast(), sampling=sampling, max_new_tokens=20))
+    answers = tokens(generator.generate(prompts, adapter="a", contrast=Contrast(), sampling=sampling,
+                                        max_new_tokens=20))
     assert answers[0] == answers[3] and len(set(answers)) > 1
     assert tokens(generator.generate(PROMPTS[0], adapter="a", contrast=Contrast(), sampling=sampling[1],
                                      max_new_tokens=20)) == [answers[1]]

@@ -73,7 +73,8 @@ def test_greedy_equals_transformers(tiny, word_tokenizer, agree):
     decoder, golden = tiny
     generator = Generator(decoder, word_tokenizer)
     count = golden["greedy_ids"].shape[1]
-    answers = generator.generate([list(map(int, row)) for row in golden["ids"][:, :8]], max_new_tokens=count, ignore_eos=True)
+    answers = generator.generate([list(map(int, row)) for row in golden["ids"][:, :8]], max_new_tokens=count,
+                                 ignore_eos=True)
     for answer, ids, margins in zip(answers, golden["greedy_ids"], golden["greedy_margin"]):
         assert agree(answer.tokens, ids, margins) >= 4
 

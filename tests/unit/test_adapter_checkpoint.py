@@ -1,4 +1,5 @@
-"""AdapterCheckpoint and adapters inside mindspore.train.Model: callbacks, mixed precision, accumulation, exact resuming."""
+"""AdapterCheckpoint and adapters inside mindspore.train.Model: callbacks, mixed precision, accumulation, exact
+resuming."""
 
 import json
 import os
@@ -64,7 +65,8 @@ def test_killed_and_resumed_gives_the_same_losses(mindspore, tmp_path, options):
     ends = [json.loads((tmp_path / name / "checkpoint-000021/adapter/adapter_config.json").read_text())
             for name in ("whole", "broken")]
     assert ends[0] == ends[1]
-    assert sorted(p.name for p in (tmp_path / "broken").glob("checkpoint-*")) == ["checkpoint-000020", "checkpoint-000021"]
+    assert sorted(p.name for p in (tmp_path / "broken").glob("checkpoint-*")) == \
+        ["checkpoint-000020", "checkpoint-000021"]
 
 
 @pytest.fixture
@@ -145,7 +147,8 @@ def test_with_the_usual_callbacks(pipeline, mindspore, tmp_path, capfd):
     keeper = AdapterCheckpoint(handle, tmp_path / "run", every=4)
     own = ModelCheckpoint("all", str(tmp_path / "own"), CheckpointConfig(save_checkpoint_steps=7))
     model.train(1, pipeline.dataset(), callbacks=[LossMonitor(), TimeMonitor(), own, keeper])
-    assert "loss is" in capfd.readouterr().out and names <= set(ms.load_checkpoint(str(tmp_path / "own" / "all-1_7.ckpt")))
+    assert "loss is" in capfd.readouterr().out
+    assert names <= set(ms.load_checkpoint(str(tmp_path / "own" / "all-1_7.ckpt")))
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-000004", "checkpoint-000007"]
     model, _, keeper = pipeline.model(tmp_path / "run", every=4)
     data = pipeline.dataset()

@@ -23,12 +23,13 @@ def page():
 
 def test_it_is_written_on_demand_and_needs_no_mindspore(tmp_path):
     out = tmp_path / "new" / "API.md"
-    code = (f"import runpy, sys; sys.argv = ['make_api_reference.py', '--out', {str(out)!r}]; sys.path.insert(0, 'scripts')\n"
-            "runpy.run_path('scripts/make_api_reference.py', run_name='__main__')\n"
+    code = (f"import runpy, sys; sys.argv = ['make_api_reference.py', '--out', {str(out)!r}]; sys.path.insert(0, "
+            "'scripts')\nrunpy.run_path('scripts/make_api_reference.py', run_name='__main__')\n"
             "assert not {'mindspore', 'mindformers'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(out) and out.read_text(encoding="utf-8").startswith("# API reference of colora_ms")
+    assert done.stdout.strip() == str(out)
+    assert out.read_text(encoding="utf-8").startswith("# API reference of colora_ms")
 
 
 def test_every_public_name_and_method_has_a_docstring(page):
@@ -39,7 +40,8 @@ def test_every_public_name_and_method_has_a_docstring(page):
                                   "colora_ms.kernels", "colora_ms.serving", "colora_ms.integrations.mindformers"])
 def test_the_names_found_in_the_sources_are_those_of_the_imported_package(page, name):
     package = importlib.import_module(name)
-    found = [entry.name.rsplit(".", 1)[-1] for part, entries in page.sections[name] for entry in entries if part == name]
+    found = [entry.name.rsplit(".", 1)[-1] for part, entries in page.sections[name] for entry in entries
+             if part == name]
     assert sorted(found) == sorted(package.__all__)
 
 

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from colora_ms.errors import CheckpointError, ConfigError, DataError
 from colora_ms.training import data, packing
@@ -414,7 +415,8 @@ def test_buckets_respect_the_limit():
 @settings(max_examples=60, deadline=None)
 @given(lengths_lists, st.integers(1, 5), st.lists(st.integers(40, 90), min_size=1, max_size=3), st.integers(0, 9))
 def test_packed_examples_stand_whole_and_apart(lengths, rows, buckets, seed):
-    """Each segment is one example without its last token; its labels are its own next tokens; batches have one width."""
+    """Each segment is one example without its last token; its labels are its own next tokens; batches have one
+    width."""
     items = items_of(lengths)
     loader = BatchLoader(items, rows, seed=seed, buckets=buckets, packing=True)
     seen = []

@@ -7,7 +7,8 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from colora_ms.errors import ConfigError, DataError, DecodingError
 from colora_ms.evaluation import scoring
@@ -319,11 +320,13 @@ def test_refused_items_are_told_and_do_not_shorten_the_answers(tmp_path, capsys)
 
 
 def test_tokens_and_changes_are_counted_as_the_generator_gives_them():
-    """What a stop string cuts off is not there any more: tokens and records are taken as they come, the text is not counted."""
+    """What a stop string cuts off is not there any more: tokens and records are taken as they come, the text is not
+    counted."""
     def record(changed):
         return SimpleNamespace(changed=changed)
 
-    answers = {"Q 0": ("1", [5, 6], [record(True), record(False)]), "Q 1": ("a long text of many words", [7], [record(True)]),
+    answers = {"Q 0": ("1", [5, 6], [record(True), record(False)]),
+               "Q 1": ("a long text of many words", [7], [record(True)]),
                "Q 2": ("", [], []), "Q 3": ("4", [1, 2, 3, 4, 2], [record(False)] * 5)}
 
     class Cut:
@@ -331,7 +334,8 @@ def test_tokens_and_changes_are_counted_as_the_generator_gives_them():
             assert options["stop"] == ["."]
             return [SimpleNamespace(text=answers[p][0], tokens=answers[p][1], records=answers[p][2]) for p in prompts]
 
-    result = evaluate(Cut(), examples_of(4), template=Template(), batch_size=3, options={"stop": ["."], "records": True},
+    result = evaluate(Cut(), examples_of(4), template=Template(), batch_size=3,
+                      options={"stop": ["."], "records": True},
                       keep_records=True)
     assert [item["tokens"] for item in result.items] == [2, 1, 0, 5] and result.mean_tokens == 2
     assert [item.get("changed") for item in result.items] == [1, 1, None, 0] and result.changed_share == 2 / 8

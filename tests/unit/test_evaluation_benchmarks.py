@@ -4,13 +4,13 @@ import json
 import math
 
 import pytest
-from test_evaluation_likelihood import VOCAB, Chain
 
 from colora_ms.errors import ConfigError, DataError
 from colora_ms.evaluation import benchmarks
 from colora_ms.evaluation.likelihood import multiple_choice, perplexity
 from colora_ms.evaluation.scoring import score_number
 from colora_ms.training.templates import ChatTemplate, TextTemplate
+from test_evaluation_likelihood import VOCAB, Chain
 
 GSM8K = [
     {"question": "48 clips in April, half in May. Together?",
@@ -28,7 +28,8 @@ def gsm8k(tmp_path):
 
 def test_gsm8k_problems(gsm8k):
     first, second = benchmarks.read_gsm8k(gsm8k)
-    assert first.completion == "May: 48/2 = 24 clips.\nTogether 48+24 = 72.\n#### 72" and first.question == GSM8K[0]["question"]
+    assert first.completion == "May: 48/2 = 24 clips.\nTogether 48+24 = 72.\n#### 72"
+    assert first.question == GSM8K[0]["question"]
     assert len(benchmarks.read_gsm8k(gsm8k, limit=1)) == 1
     assert "<<48/2=24>>" in benchmarks.read_gsm8k(gsm8k, calculator=True)[0].completion
     assert score_number("It is 600 + 600 = 1200 in all.", second).correct
@@ -51,8 +52,8 @@ def test_few_shot_prompt(gsm8k):
     plain = TextTemplate("Question: {prompt}\nAnswer: {completion}")
     template = benchmarks.FewShotTemplate(plain, shots[:1])
     prompt = template.request(shots[1])
-    assert prompt == ("Question: 48 clips in April, half in May. Together?\nAnswer: May: 48/2 = 24 clips.\nTogether 48+24 = "
-                      "72.\n#### 72\n\nQuestion: What is 2 times 600?\nAnswer:")
+    assert prompt == ("Question: 48 clips in April, half in May. Together?\nAnswer: May: 48/2 = 24 clips.\nTogether "
+                      "48+24 = 72.\n#### 72\n\nQuestion: What is 2 times 600?\nAnswer:")
     assert template.answer(shots[1]) == plain.answer(shots[1])
     assert len({template.digest, plain.digest, benchmarks.FewShotTemplate(plain, shots).digest}) == 3
     assert any(stop in prompt for stop in benchmarks.FEW_SHOT_STOP)
@@ -70,7 +71,8 @@ def test_few_shot_prompts_are_plain_text(gsm8k):
 
 
 COMMONSENSE = [
-    {"instruction": "Please choose the correct answer to the question: Which unit is a mass?\n\nAnswer1: meters Answer2: "
+    {"instruction": "Please choose the correct answer to the question: Which unit is a mass?\n\nAnswer1: meters "
+                    "Answer2: "
      "grams Answer3: Answer1: twice\n\nAnswer format: answer1/answer2/answer3", "input": "",
      "output": "the correct answer is answer2", "answer": "answer2"},
     {"instruction": "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: "
@@ -90,7 +92,8 @@ def test_commonsense_items(commonsense):
     arc, boolq = benchmarks.read_commonsense(commonsense)
     assert arc.context == "Question: Which unit is a mass?\nAnswer:" and arc.id == "arc-1"
     assert arc.choices == (" meters", " grams", " Answer1: twice") and arc.answer == 1
-    assert boolq.context == "Question: is ice cold?\nAnswer:" and boolq.choices == (" true", " false") and boolq.answer == 0
+    assert boolq.context == "Question: is ice cold?\nAnswer:"
+    assert boolq.choices == (" true", " false") and boolq.answer == 0
     arc, boolq = benchmarks.read_commonsense(commonsense, "label")
     assert arc.choices[1] == " the correct answer is answer2" and arc.context == COMMONSENSE[0]["instruction"] + "\n"
     assert len(benchmarks.read_commonsense(commonsense, limit=1)) == 1

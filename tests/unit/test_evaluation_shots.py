@@ -4,7 +4,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from colora_ms import cli
 from colora_ms.cli import options
@@ -37,7 +38,8 @@ def test_a_question_is_shown_others_in_place_of_itself():
 
 
 @pytest.mark.parametrize("copy", [
-    "how many are 1 and 1?", "  How many\nare  1 and\u00a01 ?", "HOW MANY ARE 1 AND 1", "How many are \uff11 and \uff11\uff1f",
+    "how many are 1 and 1?", "  How many\nare  1 and\u00a01 ?", "HOW MANY ARE 1 AND 1",
+    "How many are \uff11 and \uff11\uff1f",
     "How many are 1 and\u200b 1?..", "How many are 1 and 1 ?",
 ])
 def test_near_copies_are_the_question_itself(copy):
@@ -50,7 +52,8 @@ def test_near_copies_are_the_question_itself(copy):
 
 
 def test_other_questions_are_no_copies():
-    keys = {question_key(text) for text in ("2 + 3 =", "2 - 3 =", "2 + 3", "23 +", "is it 2.3?", "is it 23?", "Is it\u00b2?")}
+    keys = {question_key(text) for text in ("2 + 3 =", "2 - 3 =", "2 + 3", "23 +", "is it 2.3?", "is it 23?",
+                                            "Is it\u00b2?")}
     assert len(keys) == 7
     assert question_key("Stra\u00dfe") == question_key("STRASSE") and question_key(" ?") == ""
 
@@ -124,7 +127,8 @@ def test_multiple_choice_with_shots():
                                 "Question: number 0?\nAnswer:")
     assert [item.choices for item in items] == [item.choices for item in choices(3)]
     assert few_shot_choices(choices(1), choices(9)[5:], 3)[1] == 0
-    with pytest.raises(DataError, match="item c0 stands itself among the 2 worked examples, 2 are to be shown, and 1 are"):
+    with pytest.raises(DataError, match="item c0 stands itself among the 2 worked examples, 2 are to be shown, and 1 "
+                                        "are"):
         few_shot_choices(choices(2), choices(2), 2)
 
 
@@ -172,9 +176,12 @@ def test_few_shot_mistakes_are_sentences(told, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a b c")
     for arguments, words in [
-            (["gsm8k", "--data", data, "--shots", "2", "--shots-data", data], "example gsm8k-1 stands itself among the 2"),
-            (["gsm8k", "--data", data, "--shots", "3", "--shots-data", data], "3 worked examples are to be shown, there"),
-            (["gsm8k", "--data", data, "--shots", "1", "--shots-data", data, "--template", "chat"], "not from the chat"),
+            (["gsm8k", "--data", data, "--shots", "2", "--shots-data", data],
+             "example gsm8k-1 stands itself among the 2"),
+            (["gsm8k", "--data", data, "--shots", "3", "--shots-data", data],
+             "3 worked examples are to be shown, there"),
+            (["gsm8k", "--data", data, "--shots", "1", "--shots-data", data, "--template", "chat"],
+             "not from the chat"),
             (["perplexity", "--data", str(text), "--shots", "1", "--shots-data", data], "not for perplexity"),
             (["problems", "--data", data, "--shots", "1", "--shots-data", data], "not for problems"),
             (["choice", "--data", data, "--shots", "1"], "belong together")]:
@@ -197,7 +204,8 @@ def test_choice_with_the_test_file_as_shots(told, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("colora_ms.evaluation.decoder_scorer.DecoderScorer", lambda decoder, slot, rows: None)
     generator = SimpleNamespace(decoder=None, tokenizer=None)
     monkeypatch.setattr(options, "generator", lambda arguments, team=None: (generator, None))
-    assert cli.main(["evaluate", "--task", "choice", "--data", str(data), "--shots", "3", "--shots-data", str(data)]) == 0
+    assert cli.main(["evaluate", "--task", "choice", "--data", str(data), "--shots", "3", "--shots-data",
+                     str(data)]) == 0
     assert "4 of 4 questions stand among the worked examples" in capsys.readouterr().out
     for number, item in enumerate(seen):
         assert item.context.count(f"is {number} odd?") == 1 and item.context.endswith(f"is {number} odd?\nAnswer:")

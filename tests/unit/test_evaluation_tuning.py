@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from colora_ms.decoding import Contrast
 from colora_ms.decoding.completion import TokenRecord
@@ -156,7 +157,8 @@ def test_the_command_line_grid():
 
     assert grid() == list(DEFAULT_GRID)
     assert grid([0.1, 0.3], [0.5], ["fixed", "copies"]) == [
-        Contrast(0.1, 0.5), Contrast(0.3, 0.5), Contrast(0.1, 0.5, skip_copies=True), Contrast(0.3, 0.5, skip_copies=True)]
+        Contrast(0.1, 0.5), Contrast(0.3, 0.5), Contrast(0.1, 0.5, skip_copies=True),
+        Contrast(0.3, 0.5, skip_copies=True)]
     assert len(grid(betas=[1.0])) == 5
     with pytest.raises(DecodingError, match="beta=-1"):
         grid(betas=[-1.0])

@@ -1,4 +1,5 @@
-"""The plan of the house, held by reading its sources: who imports whom, how long files and lines are, what is annotated."""
+"""The plan of the house, held by reading its sources: who imports whom, how long files and lines are, what is
+annotated."""
 
 import ast
 import collections
@@ -10,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "colora_ms"
 
-#: From the ground up. A room imports from rooms below it, and from those beside it as long as no circle of rooms arises.
-#: A name that is no folder is a file of the package: the base of the house, and what stands on the kernels.
+#: From the ground up. A room imports from rooms below it, and from those beside it as long as no circle of rooms
+#: arises. A name that is no folder is a file of the package: the base of the house, and what stands on the kernels.
 FLOORS = (
     ("errors", "files", "versions", "extras", "pictures", ""),
     ("kernels",),
@@ -157,7 +158,8 @@ def width(line):
 @pytest.mark.parametrize("folder", ["colora_ms", "scripts", "tests", "ops"])
 def test_lines_end_in_time(folder):
     long = [f"{path.relative_to(ROOT)}:{number}" for path in source_files(ROOT / folder)
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if width(line) > LONGEST_LINE]
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            if width(line) > LONGEST_LINE]
     assert long == [], f"{len(long)} lines of more than {LONGEST_LINE} columns; the first: {long[:20]}"
 
 

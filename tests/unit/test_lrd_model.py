@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+
 from mindspore import Tensor
 
 from colora_ms.adapters import LoraConfig, inject, load_adapter
-from colora_ms.decomposition import LrdPlan, decompose, decompose_checkpoint, recompose, save_decomposed
 from colora_ms.decoding import Contrast, Generator
+from colora_ms.decomposition import LrdPlan, decompose, decompose_checkpoint, recompose, save_decomposed
 from colora_ms.errors import AdapterError, CheckpointError, ColoraError, ConfigError
 from colora_ms.kernels import fuses_steps
 from colora_ms.models import build_decoder
@@ -35,7 +36,8 @@ def weights_of(net):
 
 
 def numpy_product(values):
-    parts = [values[name].astype(np.float64) for name in ("outer.weight", "core.weight", "inner.weight") if name in values]
+    parts = [values[name].astype(np.float64) for name in ("outer.weight", "core.weight", "inner.weight")
+             if name in values]
     return np.linalg.multi_dot(parts) if len(parts) == 3 else parts[0] @ parts[1]
 
 
@@ -44,7 +46,8 @@ def numpy_product(values):
 @pytest.mark.parametrize("weight_format", ["float32", "bfloat16"])
 def test_the_cell_against_numpy(mindspore, out, inner, rank, factors, shape, weight_format):
     random = np.random.default_rng(rank)
-    values = {"inner.weight": random.standard_normal((rank, inner)), "core.weight": random.standard_normal((rank, rank)),
+    values = {"inner.weight": random.standard_normal((rank, inner)),
+              "core.weight": random.standard_normal((rank, rank)),
               "outer.weight": random.standard_normal((out, rank))}
     if factors == 2:
         del values["core.weight"]
@@ -104,7 +107,8 @@ def test_other_weight_formats(tiny_decoder, goldens, weight_format):
 
 
 @pytest.mark.parametrize("plan, words", [
-    (LrdPlan([2]), "blocks 0 to 1"), (LrdPlan([0], "all", 14), "past break-even"), (LrdPlan([0], modules={"qproj": 2}), "q_proj")])
+    (LrdPlan([2]), "blocks 0 to 1"), (LrdPlan([0], "all", 14), "past break-even"),
+    (LrdPlan([0], modules={"qproj": 2}), "q_proj")])
 def test_bad_plans_leave_the_model_alone(tiny_decoder, plan, words):
     net = tiny_decoder()
     before = weights_of(net)
@@ -131,7 +135,8 @@ def test_states_that_are_refused(tiny_decoder, tmp_path):
     with pytest.raises(AdapterError, match="decomposed already"):
         decompose(net, LrdPlan([0, 1]))
     handle = inject(net, LoraConfig(r=2))
-    for call in (lambda: decompose(net, LrdPlan([0])), lambda: recompose(net), lambda: save_decomposed(net, tmp_path / "m")):
+    for call in (lambda: decompose(net, LrdPlan([0])), lambda: recompose(net),
+                 lambda: save_decomposed(net, tmp_path / "m")):
         with pytest.raises(AdapterError, match="unload"):
             call()
     handle.unload()
@@ -246,7 +251,8 @@ def test_lora_over_a_chain_equals_lora_over_its_product(tiny_decoder, tmp_path):
     decompose(served, PLAN)
     handle = load_adapter(served, tmp_path / "lora")
     assert not served.model.layers[1].mlp.up_proj.differentiable
-    assert np.abs(logits(served, handle.slots(4)) - logits(net, handles[0].slots(4, "default"))).max() < 2e-4 * np.abs(want).max()
+    assert np.abs(logits(served, handle.slots(4))
+                  - logits(net, handles[0].slots(4, "default"))).max() < 2e-4 * np.abs(want).max()
 
 
 def test_gradients_over_a_chain_are_those_over_its_product(tiny_decoder):

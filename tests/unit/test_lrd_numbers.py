@@ -5,8 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colora_ms.decomposition import LrdPlan, break_even, factor_parameters, factorise, hooi, linear_shapes, place, \
-    plan_for, preset, reconstruct, reduction
+from colora_ms.decomposition import (
+    LrdPlan,
+    break_even,
+    factor_parameters,
+    factorise,
+    hooi,
+    linear_shapes,
+    place,
+    plan_for,
+    preset,
+    reconstruct,
+    reduction,
+)
 from colora_ms.errors import ConfigError
 from colora_ms.models.config import DecoderConfig
 from make_tucker_goldens import CASES, tensor_of
@@ -22,11 +33,13 @@ def best_error(weight, rank):
 
 
 @pytest.mark.parametrize("method", ["svd", "hooi"])
-@pytest.mark.parametrize("shape, rank", [((9, 7), 1), ((9, 7), 4), ((7, 9), 7), ((1, 5), 1), ((5, 1), 1), ((33, 20), 19)])
+@pytest.mark.parametrize("shape, rank",
+                         [((9, 7), 1), ((9, 7), 4), ((7, 9), 7), ((1, 5), 1), ((5, 1), 1), ((33, 20), 19)])
 def test_factors_are_the_best_of_their_rank(method, shape, rank):
     weight = np.random.default_rng(rank).standard_normal(shape)
     found = factorise(weight, rank, 3, method)
-    assert found.inner.shape == (rank, shape[1]) and found.core.shape == (rank, rank) and found.outer.shape == (shape[0], rank)
+    assert found.inner.shape == (rank, shape[1]) and found.core.shape == (rank, rank)
+    assert found.outer.shape == (shape[0], rank)
     assert np.allclose(found.outer.T @ found.outer, np.eye(rank), atol=1e-10)
     assert np.allclose(found.inner @ found.inner.T, np.eye(rank), atol=1e-10)
     error = np.linalg.norm(weight - found.outer @ found.core @ found.inner) / np.linalg.norm(weight)
@@ -74,7 +87,8 @@ def test_hooi_from_random_bases_finds_the_svd():
 
 @pytest.mark.parametrize("change, word", [
     (dict(rank=0), "rank is 0"), (dict(rank=4), "from 1 to 3"), (dict(rank=True), "True"), (dict(factors=4), "2 or 3"),
-    (dict(method="svg"), "svd"), (dict(weight=np.full((4, 3), np.nan)), "not finite"), (dict(weight=np.ones(3)), "matrix")])
+    (dict(method="svg"), "svd"), (dict(weight=np.full((4, 3), np.nan)), "not finite"),
+    (dict(weight=np.ones(3)), "matrix")])
 def test_bad_arguments(change, word):
     with pytest.raises(ConfigError, match=word):
         factorise(**{**dict(weight=np.ones((4, 3)), rank=1), **change})
@@ -89,7 +103,8 @@ def test_break_even_ranks_of_the_reference():
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([2, 3]))
 def test_break_even_is_the_last_rank_that_saves(out, inner, factors):
     rank = break_even(out, inner, factors)
-    assert factor_parameters(out, inner, rank, factors) <= out * inner < factor_parameters(out, inner, rank + 1, factors)
+    assert factor_parameters(out, inner, rank,
+                             factors) <= out * inner < factor_parameters(out, inner, rank + 1, factors)
 
 
 @pytest.mark.parametrize("rank, percent", [(1, 9.006), (8, 8.98), (64, 8.79), (250, 8.12), (500, 7.19)])

@@ -1,13 +1,15 @@
-"""The sweep: its variants and costs, weights that stand in for factors, Pareto front, recommendation, files, command."""
+"""The sweep: its variants and costs, weights that stand in for factors, Pareto front, recommendation, files,
+command."""
 
 import json
 
 import numpy as np
 import pytest
+
 from mindspore import Tensor
 
-from colora_ms.decomposition import LrdPlan, decompose
 from colora_ms.cli import main
+from colora_ms.decomposition import LrdPlan, decompose
 from colora_ms.errors import ColoraError, DataError
 from colora_ms.evaluation.choices import load_choices
 from colora_ms.evaluation.lrd_latency import without_layers
@@ -32,7 +34,8 @@ def arrays(net):
 def test_written_weights_stand_for_factors_and_dropped_blocks(tiny_decoder):
     net = tiny_decoder(num_hidden_layers=3)
     weights, before = arrays(net), logits(net)
-    plans = [Variant("a", plan=LrdPlan([1], "all", 3)), Variant("b", plan=LrdPlan([0, 2], "mlp", 1)), Variant("c", dropped=(1,))]
+    plans = [Variant("a", plan=LrdPlan([1], "all", 3)), Variant("b", plan=LrdPlan([0, 2], "mlp", 1)),
+             Variant("c", dropped=(1,))]
     switch = Switch(net, plans)
     seen = []
     for variant in plans:
@@ -68,7 +71,8 @@ def test_variants_and_costs_of_smollm2():
 
 
 def row(name, parameters, perplexity=None, accuracy=None, step=None):
-    return {**describe(Variant(name), SMOLLM2), "parameters": parameters, "perplexity": perplexity, "accuracy": accuracy,
+    return {**describe(Variant(name), SMOLLM2), "parameters": parameters, "perplexity": perplexity,
+            "accuracy": accuracy,
             "step_ratio": step, "step_ms": step}
 
 
@@ -94,10 +98,10 @@ def test_the_plot(tmp_path):
 
 
 def test_reading_choices(tmp_path):
-    arc = {"instruction": "Please choose the correct answer to the question: What is two?\n\nAnswer1: one more than one "
-                          "Answer2: a tree\n\nAnswer format: answer1/answer2", "answer": "answer2"}
-    boolq = {"instruction": "Please answer the following question with true or false, question: is it?\n\nAnswer format: "
-                            "true/false", "answer": "false"}
+    arc = {"instruction": "Please choose the correct answer to the question: What is two?\n\nAnswer1: one more than "
+                          "one Answer2: a tree\n\nAnswer format: answer1/answer2", "answer": "answer2"}
+    boolq = {"instruction": "Please answer the following question with true or false, question: is it?\n\nAnswer "
+                            "format: true/false", "answer": "false"}
     own = {"question": "Which?", "choices": ["x", "y", "z"], "answer": 2}
     (tmp_path / "a.json").write_text(json.dumps([arc, boolq]))
     (tmp_path / "b.jsonl").write_text(json.dumps(own) + "\n" + json.dumps(own))
@@ -165,7 +169,8 @@ def sweep(shared, tmp_path):
     """Arguments of a small sweep on a tiny trained model."""
     (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl named Lily. She loved to play. " * 3)
     (tmp_path / "set.json").write_text(json.dumps([
-        {"question": "Who?", "choices": ["Lily", "qxz"], "answer": 0}, {"question": "What?", "choices": ["zq", "a ball"],
+        {"question": "Who?", "choices": ["Lily", "qxz"], "answer": 0},
+        {"question": "What?", "choices": ["zq", "a ball"],
                                                                         "answer": 1}]))
     return ["decompose", str(shared / "data" / "stories260k"), "--groups", "all", "--placements", "late", "--json",
             str(tmp_path / "s.json")]
@@ -202,7 +207,8 @@ def test_sweep_command(capsys, sweep, tmp_path):
 
 @pytest.mark.slow
 def test_latencies_are_added_to_a_sweep(capsys, sweep, tmp_path):
-    assert main([*sweep, "--sweep", "--reduction", "0.15", "--text", str(tmp_path / "text.txt"), "--text-tokens", "33"]) == 0
+    assert main([*sweep, "--sweep", "--reduction", "0.15", "--text", str(tmp_path / "text.txt"), "--text-tokens",
+                 "33"]) == 0
     rows = rows_of(tmp_path)
     assert main([*sweep, "--latency-only", "--reduction", "0.15", "--steps", "2", "--repeats", "1"]) == 0
     timed = rows_of(tmp_path)

@@ -7,12 +7,12 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
-from colora_ms.quantization.cells import QuantizedMatmul, round_to_nearest
-from colora_ms.quantization.config import LrQatConfig
-from colora_ms.quantization import quantize
-from colora_ms.quantization.grids import downcast, search_range
 from colora_ms.kernels import ABSENT
 from colora_ms.models import load_model
+from colora_ms.quantization import quantize
+from colora_ms.quantization.cells import QuantizedMatmul, round_to_nearest
+from colora_ms.quantization.config import LrQatConfig
+from colora_ms.quantization.grids import downcast, search_range
 
 ms.set_context(mode=ms.GRAPH_MODE)
 

@@ -1,4 +1,5 @@
-"""Quantisation recipes on a tiny decoder: learns, resumes exactly, saves and loads, refuses bad input without leftovers."""
+"""Quantisation recipes on a tiny decoder: learns, resumes exactly, saves and loads, refuses bad input without
+leftovers."""
 
 import numpy as np
 import pytest
@@ -7,10 +8,10 @@ import mindspore as ms
 from mindspore import Tensor
 
 from colora_ms import runtime
-from colora_ms.quantization.config import LrQatConfig
-from colora_ms.quantization import quantize
 from colora_ms.errors import AdapterError, CheckpointError, ConfigError, DataError
 from colora_ms.models import load_model
+from colora_ms.quantization import quantize
+from colora_ms.quantization.config import LrQatConfig
 from colora_ms.training.config import OptimizerConfig
 from colora_ms.training.optimizer import AdamW
 from colora_ms.training.quantize import QuantizationConfig, quantize_model
@@ -107,7 +108,8 @@ def test_the_optimizer_gives_scales_their_own_rate_and_no_decay(tiny_decoder):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"bits": 5}, "bits is 5, expected one of 8, 4, 3, 2"), ({"bits": 4, "symmetric": False}, "asymmetric grid of 4 bits"),
+    ({"bits": 5}, "bits is 5, expected one of 8, 4, 3, 2"),
+    ({"bits": 4, "symmetric": False}, "asymmetric grid of 4 bits"),
     ({"group": 0}, "group is 0"), ({"bits": 8, "downcast": "fixed"}, "no fractional bits|fractional"),
     ({"downcast": "fixd"}, "Did you mean 'fixed'"), ({"activations": "a9"}, "a8, a8kv4, a4"),
     ({"method": "lrqt", "r": 0, "lora_alpha": -1.0}, "method.*r is 0.*lora_alpha is -1.0"),

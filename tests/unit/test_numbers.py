@@ -6,11 +6,11 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from colora_ms.evaluation import number_markup, number_scan, numbers, scoring
 from colora_ms.evaluation.numbers import extract_number, format_number
-
 
 # -- what a number is ------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training_decoder import LetterTokenizer, Stop, tiny_decoder
 
 from colora_ms.adapters import adapters_of, load_adapter
 from colora_ms.errors import CheckpointError, ConfigError, DataError
@@ -15,11 +14,12 @@ from colora_ms.training import run as module
 from colora_ms.training.config import PreferenceConfig, TrainingConfig
 from colora_ms.training.data import encode_examples, make_template
 from colora_ms.training.encoding import IGNORE, EncodedExample
-from colora_ms.training.row_reader import example_from_record
 from colora_ms.training.preference_data import EncodedPair, PairLoader, encode_preferences
 from colora_ms.training.quantize import QuantizationConfig
 from colora_ms.training.report import read_log
+from colora_ms.training.row_reader import example_from_record
 from colora_ms.training.trainer import Callback
+from test_training_decoder import LetterTokenizer, Stop, tiny_decoder
 
 USER, GOOD, BAD = ({"role": "user", "content": "2 + 2 ="}, {"role": "assistant", "content": "4"},
                    {"role": "assistant", "content": "5"})
@@ -73,8 +73,8 @@ def test_a_pair_with_an_answer_that_is_too_long_is_left_out_and_said():
     assert "skipped 2 longer than 20 tokens (longest 34)" in encoded.summary()
     with pytest.raises(DataError, match="example 30-4#chosen has 33 tokens"):
         encode(records, max_length=20, on_long="error")
-    with pytest.raises(DataError, match="none of the 2 pairs can be used: in 2 an answer with its prompt is longer than "
-                                        "max_length=20"):
+    with pytest.raises(DataError, match="none of the 2 pairs can be used: in 2 an answer with its prompt is longer "
+                                        "than max_length=20"):
         encode(records[1:], max_length=20)
 
 
@@ -164,13 +164,15 @@ def test_the_section_is_read_with_its_defaults():
     ({"train": "dpo", "dpo": {"beta": 0}}, "beta is 0.0, expected a number above 0"),
     ({"train": "dpo", "dpo": {"loss": "kto"}}, "loss is 'kto', expected one of sigmoid, ipo"),
     ({"train": "dpo", "dpo": {"label_smoothing": 0.5}}, "label_smoothing is 0.5, expected a number from 0 to"),
-    ({"train": "dpo", "dpo": {"label_smoothing": 0.1, "loss": "ipo"}}, "label_smoothing is 0.1, which loss ipo does not"),
+    ({"train": "dpo", "dpo": {"label_smoothing": 0.1, "loss": "ipo"}},
+     "label_smoothing is 0.1, which loss ipo does not"),
     ({"train": "dpo", "dpo": {"length_normalised": "yes"}}, "length_normalised is 'yes'"),
     ({"train": "dpo", "dpo": 5}, "section dpo is 5, expected settings"),
     ({"dpo": {"beta": 0.1}}, "section dpo is given, but train is sft"),
     ({"train": "dpo", "data": {"train": "t.jsonl", "packing": True}}, "data.packing joins examples"),
     ({"train": "dpo", "data": {"train": "t.jsonl", "loss": "all"}}, "data.loss is all, but with train: dpo only"),
-    ({"train": "dpo", "adapter": {"r": 4, "init_lora_weights": "pissa"}}, "init_lora_weights is 'pissa', which changes"),
+    ({"train": "dpo", "adapter": {"r": 4, "init_lora_weights": "pissa"}},
+     "init_lora_weights is 'pissa', which changes"),
 ])
 def test_mistakes_are_named(changes, words):
     with pytest.raises(ConfigError, match=words):
@@ -248,7 +250,8 @@ def test_the_reference_of_an_adapter_that_goes_on_is_the_base_alone(recipe, caps
     config.adapter = {"start_from": str(first.adapter)}
     config.loop.progress = True
     module.train(config)
-    assert "the reference is the base model alone, not the adapter that the training starts from" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the reference is the base model alone, not the adapter that the training starts from" in said
     steps = [row for row in read_log(first.adapter.parents[1] / "second" / "log.jsonl") if row["kind"] == "step"]
     assert steps[0]["margin"] > 0.05 and steps[0]["loss"] < np.log(2)
 

@@ -1,6 +1,9 @@
 """``colora-ms run``: from a recipe to the table on a tiny model; nothing is done twice; bad input stops before the training."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -106,18 +109,47 @@ def test_train_evaluate_table_and_nothing_twice(recipe, tmp_path, monkeypatch):
         runner.run(TrainingConfig.from_dict(recipe({"data": str(other)})), say=lines.append)
 
 
-def test_the_quick_start(recipe, tmp_path, capsys):
+def test_the_quick_start(recipe, tmp_path, capsys, monkeypatch):
     from colora_ms.cli import main
 
+    monkeypatch.setattr("sys.argv", ["colora-ms"])
     values = recipe()
     values["data"]["held_out"] = values["evaluate"]["data"]
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     assert main(["quickstart", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "quick"),
-                 "--max-new-tokens", "4", "--scorer", "exact"]) == 0
+                 "--max-new-tokens", "4", "--scorer", "exact", "--json", str(tmp_path / "measures.json")]) == 0
     text = capsys.readouterr().out
     assert "| LoRA + CoLD (alpha 0.1, beta 0.5) |" in text and "exact McNemar" in text and "greedy |" in text
-    written = json.loads(next((tmp_path / "quick").glob("*/quickstart.json")).read_text())
+    run = next((tmp_path / "quick").glob("*"))
+    written = json.loads((run / "quickstart.json").read_text())
     assert written["steps"] == 3 and len(written["results"]) == 3
+
+    # Eight requests one after another and as one batch: the same tokens, and the ratio of the times.
+    measures = {one["name"]: one["value"] for one in json.loads((tmp_path / "measures.json").read_text())["measures"]}
+    assert measures["batch8_equal"] == 1 and f"batch8_speedup {measures['batch8_speedup']:.2f}, the same tokens" in text
+    greedy = written["results"]["LoRA, greedy"]
+    assert measures["batch8_speedup"] > 0 and measures["adapter_accuracy"] == greedy["accuracy"]
+
+    lines = text.splitlines()
+    assert re.fullmatch(r"ready after \d+ s \(without installation\)", lines[-1])
+    commands = [shlex.split(line) for line in lines if line.startswith("    colora-ms ")]
+    assert [words[1] for words in commands] == ["chat", "serve", "train"]
+    check_next_commands([words[1:] for words in commands], run)
+    assert main(commands[2][1:]) == 0
+    assert (run / "own" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def check_next_commands(commands, run):
+    """The first two commands are complete and find the adapters that the run has left."""
+    from colora_ms.adapters.peft_format import StoredAdapter
+    from colora_ms.cli import build_parser
+
+    for words in commands[:2]:
+        parsed = build_parser().parse_args(words)
+        assert Path(parsed.adapters) == run / "adapters"
+        full, half = (StoredAdapter(Path(parsed.adapters) / name) for name in ("trained", "half"))
+        assert (full.problems, half.problems) == ([], []) and half.config.lora_alpha == full.config.lora_alpha / 2
+    assert build_parser().parse_args(commands[0]).adapter == "trained"
 
 
 def test_the_tests_questions_leave_the_training_data(recipe, tmp_path):

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_training_decoder import Stop, logits_of, recipe, tiny_decoder  # noqa: F401
 
 from colora_ms.adapters import LilyConfig, LoraConfig, adapters_of, inject, load_adapter
 from colora_ms.adapters.store import CONFIG_FILE, WEIGHTS_FILE
@@ -15,6 +14,7 @@ from colora_ms.recipes.training import finished
 from colora_ms.training import run as module
 from colora_ms.training.config import TrainingConfig
 from colora_ms.training.trainer import Callback
+from test_training_decoder import Stop, logits_of, recipe, tiny_decoder  # noqa: F401
 
 
 class Keep(Callback):

@@ -6,8 +6,7 @@ import textwrap
 import pytest
 
 from colora_ms.errors import ConfigError
-from colora_ms.training.config import (DataConfig, LoopConfig, OptimizerConfig, TrainingConfig,
-                                       read_yaml)
+from colora_ms.training.config import DataConfig, LoopConfig, OptimizerConfig, TrainingConfig, read_yaml
 
 RECIPE = """
     model: smollm2-135m

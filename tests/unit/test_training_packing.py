@@ -1,4 +1,5 @@
-"""Packed training: losses, gradients and hidden states are those of each example alone; the loop over packed batches."""
+"""Packed training: losses, gradients and hidden states are those of each example alone; the loop over packed
+batches."""
 
 import json
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mindspore import Tensor, nn
 
 from colora_ms import runtime
@@ -93,7 +95,8 @@ class Sums:
 
 CASES = {
     "lora": {}, "qwen3, norms of heads": dict(model_type="qwen3", qk_norm=True),
-    "dora": dict(config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, use_dora=True)),
+    "dora": dict(config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False,
+                                   use_dora=True)),
     "int4 base": dict(weight_format="int4"),
     "lily by token": dict(config=LilyConfig(r=4, stride_A=1, num_B=3, scaling=1.0, init_weights=False,
                                             target_modules=["q_proj", "v_proj", "down_proj"])),

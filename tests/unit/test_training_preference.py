@@ -12,9 +12,6 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 sys.path.insert(0, os.path.dirname(__file__))
-from test_forward_float64 import forward  # noqa: E402
-from training_stand_in import TinyDecoder  # noqa: E402
-
 from colora_ms.adapters import LilyConfig, LoraConfig, inject  # noqa: E402
 from colora_ms.errors import ConfigError  # noqa: E402
 from colora_ms.evaluation.decoder_scorer import TokenLosses  # noqa: E402
@@ -26,6 +23,8 @@ from colora_ms.training.encoding import IGNORE, EncodedExample  # noqa: E402
 from colora_ms.training.preference import PreferenceLossCell, check_reference  # noqa: E402
 from colora_ms.training.preference_data import EncodedPair, PairLoader  # noqa: E402
 from colora_ms.training.step import CausalLossCell, EvaluationStep, Stepper  # noqa: E402
+from test_forward_float64 import forward  # noqa: E402
+from training_stand_in import TinyDecoder  # noqa: E402
 
 ms.set_context(mode=ms.GRAPH_MODE)
 
@@ -42,7 +41,8 @@ def weights(seed=0):
 
 
 def adapted(start=None, seed=0, **options):
-    """(decoder with a LoRA of rank 3, its handle); ``start``: scale of random values for both factors, None leaves up 0."""
+    """(decoder with a LoRA of rank 3, its handle); ``start``: scale of random values for both factors, None leaves up
+    0."""
     decoder = Decoder(CONFIG, weights(seed))
     handle = inject(decoder, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", **options), seed=1)
     if start is not None:
@@ -230,7 +230,8 @@ ADAPTERS = {
     "head": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "lm_head"]),
     "saved head": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "embedding": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "embed_tokens"]),
-    "tokens": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], trainable_token_indices=[1, 2, 5, 8, 13, 21]),
+    "tokens": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"],
+                         trainable_token_indices=[1, 2, 5, 8, 13, 21]),
     "lily": LilyConfig(r=RANK, target_modules=["q_proj", "v_proj"], num_B=2),
 }
 

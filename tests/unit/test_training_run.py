@@ -12,14 +12,13 @@ import pytest
 import mindspore as ms
 
 sys.path.insert(0, os.path.dirname(__file__))
-from training_stand_in import TinyDecoder, counting_items, values_of  # noqa: E402
-
 from colora_ms.errors import CheckpointError, ConfigError  # noqa: E402
 from colora_ms.training import checkpoint as checkpoints  # noqa: E402
 from colora_ms.training.config import TrainingConfig  # noqa: E402
 from colora_ms.training.encoding import EncodedSet  # noqa: E402
 from colora_ms.training.report import RunLog, draw_loss_curve, read_log, smooth  # noqa: E402
 from colora_ms.training.trainer import Callback, Trainer, TrainingError  # noqa: E402
+from training_stand_in import TinyDecoder, counting_items, values_of  # noqa: E402
 
 ms.set_context(mode=ms.GRAPH_MODE)
 

@@ -1,4 +1,5 @@
-"""Nothing of the training data goes in silence: messages that a template leaves out, turns without a loss, doubled keys."""
+"""Nothing of the training data goes in silence: messages that a template leaves out, turns without a loss, doubled
+keys."""
 
 import json
 
@@ -11,7 +12,8 @@ from test_training_layouts import quiet, tokenizer_of, write
 from test_training_turns import learned
 
 ONLY_TWO = ("{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n{% elif m.role == 'assistant' %}"
-            "Assistant: {{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
+            "Assistant: {{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% "
+            "endif %}")
 CALL_OR_TEXT = ("{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}"
                 "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
                 "{% if add_generation_prompt %}<assistant>{% endif %}")
@@ -53,7 +55,8 @@ def test_a_text_beside_calls_that_the_template_leaves_out_is_named():
 def test_turns_that_carry_no_loss_unasked_are_named():
     opening = conversation(("assistant", "Hi!"), ("user", "q"), ("assistant", "a"))
     assert warnings_of("chatml", opening) == []
-    assert warnings_of("chatml", opening, loss="all") == ["an assistant's message that opens a conversation is not learned"]
+    assert warnings_of("chatml", opening, loss="all") == ["an assistant's message that opens a conversation is not "
+                                                          "learned"]
     silent = conversation(("user", "q"), ("assistant", " "), ("user", "r"), ("assistant", "a"))
     tokenizer = tokenizer_of("byte_level", "chatml")
     assert learned(silent, tokenizer, "all") == [["a<|im_end|>"]]
@@ -109,7 +112,8 @@ def test_options_of_a_source_of_a_wrong_kind(tmp_path, option, words):
 def test_pairs_that_repeat_their_prompt_do_not_double_it(tmp_path):
     path = write(tmp_path / "d.jsonl", {"prompt": "Q: hi\nA:", "chosen": "Q: hi\nA: yes", "rejected": "Q: hi\nA: no"})
     (pair,), _ = quiet(data.read_jsonl, path)
-    assert (pair.prompt, pair.chosen_example.completion, pair.rejected_example.completion) == ("Q: hi\nA:", " yes", " no")
+    assert (pair.prompt, pair.chosen_example.completion,
+            pair.rejected_example.completion) == ("Q: hi\nA:", " yes", " no")
 
 
 def test_a_text_that_cannot_be_encoded_is_named_by_its_example(tmp_path):

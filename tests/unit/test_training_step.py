@@ -11,14 +11,12 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 
 sys.path.insert(0, os.path.dirname(__file__))
-from training_stand_in import (TinyDecoder, counting_items, numpy_gradients, numpy_loss,  # noqa: E402
-                               values_of)
-
 from colora_ms.errors import ConfigError  # noqa: E402
 from colora_ms.training.config import OptimizerConfig  # noqa: E402
 from colora_ms.training.data import Batch, BatchLoader  # noqa: E402
 from colora_ms.training.optimizer import AdamW, is_up_factor, learning_rate  # noqa: E402
 from colora_ms.training.step import CausalLossCell, EvaluationStep, Stepper  # noqa: E402
+from training_stand_in import TinyDecoder, counting_items, numpy_gradients, numpy_loss, values_of  # noqa: E402
 
 ms.set_context(mode=ms.GRAPH_MODE)
 

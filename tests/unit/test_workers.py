@@ -5,15 +5,15 @@ import threading
 import numpy as np
 import pytest
 
+from colora_ms.decoding.completion import Completion
+from colora_ms.distributed.workers import Workers
 from colora_ms.errors import DataError, DecodingError
+from colora_ms.evaluation.benchmarks import Problem
 from colora_ms.evaluation.evaluate import evaluate
 from colora_ms.evaluation.sharded import ShardedGenerator, ShardedScorer
 from colora_ms.training.batching import BatchLoader
 from colora_ms.training.encoding import EncodedExample
 from colora_ms.training.templates import make_template
-from colora_ms.evaluation.benchmarks import Problem
-from colora_ms.decoding.completion import Completion
-from colora_ms.distributed.workers import Workers
 
 
 class Threads(Workers):
@@ -119,7 +119,8 @@ def test_ranks_together_see_each_example_once_an_epoch(world, count, packing):
     # Example k is made of the token k + 1 alone.
     items = [EncodedExample(np.full(3 + k % 4, k + 1, np.int32), np.full(3 + k % 4, k + 1, np.int32), k)
              for k in range(count)]
-    loaders = [BatchLoader(items, 2, seed=3, buckets=[8], packing=packing, rank=rank, world=world) for rank in range(world)]
+    loaders = [BatchLoader(items, 2, seed=3, buckets=[8], packing=packing, rank=rank, world=world)
+               for rank in range(world)]
     whole = BatchLoader(items, 2 * world, seed=3, buckets=[8], packing=packing)
     for epoch in range(2):
         seen, alone = [], []

@@ -5,7 +5,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.adapters.dropout import Dropout
-from colora_ms.training.data import EncodedExample, IGNORE
+from colora_ms.training.data import IGNORE, EncodedExample
 
 VOCAB, HIDDEN, RANK = 20, 8, 4
 

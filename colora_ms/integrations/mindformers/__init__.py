@@ -33,9 +33,9 @@ __all__ = sorted(_EXPORTS)
 def __getattr__(name: str) -> Any:
     # mindformers takes seconds to import, and not every part of this package needs it.
     if name in _EXPORTS:
-        import importlib
+        from colora_ms.extras import load
 
-        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+        return getattr(load(f"{__name__}.{_EXPORTS[name]}", "mindformers", "the integration of mindformers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -16,8 +16,11 @@ Fields beyond OpenAI's: ``contrast: {alpha, beta, adapt, skip_copies}``, ``top_k
 and is not implemented is refused, never ignored.
 """
 
-from colora_ms.serving.http.app import create_app
-from colora_ms.serving.http.server import Server
-from colora_ms.serving.http.settings import Settings
+from colora_ms.extras import needed
+
+with needed("serve", "serving over HTTP"):
+    from colora_ms.serving.http.app import create_app
+    from colora_ms.serving.http.server import Server
+    from colora_ms.serving.http.settings import Settings
 
 __all__ = ["Server", "Settings", "create_app"]

@@ -57,7 +57,7 @@ class Answers:
 
     def ending(self, index: int, completion: Completion) -> bytes:
         """The event that says why a choice ended."""
-        text = {"delta": {}} if self.chat else {"text": ""}
+        text: Dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         return self._event([self._choice(index, text, completion.finish_reason)])
 
     def counts(self, completions: Iterable[Completion]) -> bytes:

@@ -67,11 +67,13 @@ class Front:
         self.metrics = Metrics(engine)
 
     async def failed(self, request: HttpRequest, error: Exception) -> JSONResponse:
+        """Any exception as OpenAI's clients expect it."""
         return respond(error, self.folder)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
     async def complete(self, body: CompletionBody, request: HttpRequest) -> Response:
+        """POST /v1/completions."""
         prompts = body.prompts()
         if len(prompts) > self.settings.most_prompts:
             raise RequestError(f"{len(prompts)} prompts in one request; this server takes {self.settings.most_prompts}",
@@ -79,6 +81,7 @@ class Front:
         return await self._answer(body, prompts, request, chat=False)
 
     async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
+        """POST /v1/chat/completions."""
         return await self._answer(body, [body.conversation()], request, chat=True)
 
     async def _answer(self, body: GenerationBody, prompts: List[Any], request: HttpRequest, chat: bool) -> Response:
@@ -129,9 +132,11 @@ class Front:
     # -- models and adapters -----------------------------------------------------------------------------------------
 
     def models(self) -> Dict[str, Any]:
+        """GET /v1/models."""
         return {"object": "list", "data": [self._model(name) for name in [self.settings.base_model, *self._names()]]}
 
     def model(self, name: str) -> Dict[str, Any]:
+        """GET /v1/models/NAME."""
         if name != self.settings.base_model and name not in self._names():
             raise UnknownAdapterError(f"there is no model {name!r:.80}; GET /v1/models lists them")
         return self._model(name)
@@ -145,12 +150,14 @@ class Front:
                 "parent": None if name == base else base}
 
     def adapters(self) -> Dict[str, Any]:
+        """GET /v1/adapters."""
         info = self._bank().info()
         return {"object": "list", "data": info["adapters"], "slots": info["max_loaded"], "max_rank": info["max_rank"],
                 "adapter_format": info["adapter_format"], "slot_bytes": info["slot_bytes"],
                 "host_bytes": info["host_bytes"], "host_limit": info["host_limit"]}
 
     def load(self, body: dict) -> Dict[str, Any]:
+        """POST /v1/adapters: read and check one, or read it anew."""
         if set(body) != {"name"} or not isinstance(body["name"], str):
             raise RequestError(f"expected {{\"name\": \"an adapter's folder name\"}}, got {body!r:.80}", "name")
         name = body["name"]
@@ -164,6 +171,7 @@ class Front:
         return entry
 
     def unload(self, name: str) -> Dict[str, Any]:
+        """DELETE /v1/adapters/NAME."""
         self._bank().unload(name)
         return {"id": name, "object": "adapter", "deleted": True}
 
@@ -175,10 +183,12 @@ class Front:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def health(self) -> Dict[str, Any]:
+        """GET /healthz."""
         stats = self.engine.stats()
         return {"status": "ok", **{key: stats[key] for key in ("waiting", "running", "rows", "rows_used", "failures")}}
 
     def measure(self) -> Response:
+        """GET /metrics."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -196,6 +206,7 @@ class EventStream(Response):
         self.counts = counts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the stream until it ends or the client leaves."""
         try:
             await unless_gone(receive, self._send(send))
         finally:

@@ -30,10 +30,11 @@ class Guard:
         self.metrics = metrics
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Refuse the request, or pass it on with a limited body and a counted response."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
-        async def counted(message: Dict[str, Any]) -> None:
+        async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 # The route's pattern: names in paths would make a series each.
                 route = getattr(scope.get("route"), "path", "other")

@@ -78,7 +78,7 @@ class Metrics:
                                (self._total, timing.finished)):
             if end is not None:
                 histogram.observe(end - timing.submitted)
-        if count > 1 and timing.finished is not None:
+        if count > 1 and timing.finished is not None and timing.first_token is not None:
             self._token.observe((timing.finished - timing.first_token) / (count - 1))
 
     def text(self) -> bytes:

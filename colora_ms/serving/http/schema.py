@@ -142,6 +142,7 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Optional[int] = None
 
     def wanted_tokens(self) -> Tuple[Optional[int], str]:
+        """As the base class; ``max_completion_tokens`` counts first."""
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens, "max_completion_tokens"
         return self.max_tokens, "max_tokens"

@@ -68,13 +68,14 @@ class Server:
         self._server.run([self._socket])
 
     def __enter__(self) -> Server:
-        self._thread = threading.Thread(target=self.run, name="colora-http", daemon=True)
-        self._thread.start()
-        while not self._server.started and self._thread.is_alive():
-            self._thread.join(0.01)
+        self._thread = thread = threading.Thread(target=self.run, name="colora-http", daemon=True)
+        thread.start()
+        while not self._server.started and thread.is_alive():
+            thread.join(0.01)
         return self
 
     def __exit__(self, *reason: Any) -> None:
         self._server.should_exit = True
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         self._socket.close()
