@@ -279,8 +279,8 @@ def _loss(logits, batch):
 
 def _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf):
     """Write the merged model; returns notes."""
-    from colora_ms.models.checkpoint import LazyTensors
     from colora_ms.models.hf_folder import travelling_files, write_hf_folder
+    from colora_ms.models.tensors import LazyTensors
 
     config = decoder.config
     parameters = {parameter.name: parameter for parameter in decoder.get_parameters()}

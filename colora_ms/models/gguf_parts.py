@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Optional
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError
+from colora_ms.files import PathLike
 from colora_ms.models.gguf_reader import GgufFile
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
-def open_gguf(path: str | os.PathLike[str]) -> GgufFile | GgufParts:
+def open_gguf(path: PathLike) -> Union[GgufFile, GgufParts]:
     """A GGUF file, or the whole model that it is a part of.
 
     Args:
@@ -37,7 +39,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile | GgufParts:
     return file if count <= 1 else GgufParts(file, count)
 
 
-def only_model(folder: str, names: list[str]) -> str:
+def only_model(folder: str, names: Sequence[str]) -> str:
     """The one GGUF model among the files of a folder: its path.
 
     Args:

@@ -14,9 +14,11 @@ import os
 from typing import Union
 
 from colora_ms.errors import CheckpointError, near
-from colora_ms.models.config import ARCHITECTURES, DecoderConfig
+from colora_ms.files import read_json
+from colora_ms.models.config import DecoderConfig
+from colora_ms.models.families import find_family
 from colora_ms.models.formats import StoredFactors, StoredWeight
-from colora_ms.models.hf_folder import SafetensorsFolder, parse_config, read_json
+from colora_ms.models.hf_folder import SafetensorsFolder, parse_config
 
 MODEL_TYPE = "colora_low_rank"
 ARCHITECTURE = "ColoraLowRankForCausalLM"
@@ -66,8 +68,9 @@ def read_low_rank_config(folder: str) -> tuple[DecoderConfig, dict[str, tuple[in
     file = os.path.join(folder, "config.json")
     values = read_json(file)
     base = values.get("base_model_type")
-    known = ARCHITECTURES.get(base) if isinstance(base, str) else None
-    config = parse_config(folder, file, dict(values, model_type=base, architectures=[known] if known else None))
+    known = find_family(base)
+    config = parse_config(folder, file, dict(values, model_type=base,
+                                             architectures=[known.architecture] if known else None))
     return config, _modules(file, values.get("low_rank"), config)
 
 

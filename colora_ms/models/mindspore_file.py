@@ -11,6 +11,7 @@ import os
 import numpy as np
 
 from colora_ms.errors import CheckpointError
+from colora_ms.files import PathLike
 
 # What MindSpore's optimizers and training loops save beside the weights.
 STATE_PREFIXES = ("adam_m.", "adam_v.", "moment1.", "moment2.", "moments.", "accum.", "exp_avg.",
@@ -31,7 +32,7 @@ class MindSporeFile:
         CheckpointError: MindSpore cannot read the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: PathLike) -> None:
         path = os.fspath(path)
         if not os.path.isfile(path) or os.path.getsize(path) == 0:
             raise CheckpointError(f"{path} is missing or empty")
