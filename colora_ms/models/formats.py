@@ -15,6 +15,7 @@ kernel tag it can be read from files, and a decoder that is built from it packs 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
@@ -200,8 +201,7 @@ class StoredWeight:
         """(weight, scale or None) as a Cell takes them."""
         import mindspore as ms
 
-        dtype = ms.dtype_to_nptype(getattr(ms, self.format.element))
-        data = self.data if self.data.dtype == dtype else self.data.view(dtype)
+        data = self.data.view(_bfloat16()) if self.format.element == "bfloat16" else self.data
         return ms.Tensor(data), None if self.scale is None else ms.Tensor(self.scale)
 
 
@@ -282,6 +282,14 @@ def is_float_matrix(cell: Any) -> bool:
     """Whether a linear is one matrix of floats and nothing else: no factors, no integers, no bias, no adapter on it."""
     weight = getattr(cell, "weight", None)
     return weight is not None and holds_floats(cell, weight) and not getattr(cell, "has_bias", False)
+
+
+@functools.lru_cache(maxsize=None)
+def _bfloat16() -> np.dtype:
+    """The dtype that bfloat16 tensors have as arrays: NumPy has none, and MindSpore's is found on its arrays only."""
+    import mindspore as ms
+
+    return ms.Tensor(np.zeros(1, np.float32)).astype(ms.bfloat16).asnumpy().dtype
 
 
 # -- the arithmetic of each format ------------------------------------------------------------------------------------

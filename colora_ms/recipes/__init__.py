@@ -6,6 +6,7 @@
     report     result.json and table.md
     tour       the quick start; its parts are pace (forecasts), strength (an adapter's copy at another scale), mixed
                (eight requests in one batch) and why (the scores behind a changed token)
+    merge_model  a model with adapters merged in, as files; both steps measured (``colora-ms merge``)
 
 ``colora-ms run`` and ``colora-ms quickstart`` are made of these. The recipes themselves live in ``model_zoo/``; the
 quick start's is copied into ``data/`` of an installed package (setup.py).

@@ -58,7 +58,7 @@ def test_every_kind_of_lora(name, mindspore, goldens, tmp_path):
     logits on torch."""
     from mindspore import Tensor
 
-    from colora_ms.adapters.merge_model import merge_model
+    from colora_ms.recipes.merge_model import merge_model
     from colora_ms.models import build_decoder
 
     folder = goldens / "peft" / name
@@ -80,7 +80,7 @@ def test_every_kind_of_lora(name, mindspore, goldens, tmp_path):
     ("m", {"dtype": "int4", "group": 8}), ("m.gguf", {"kind": "F16"}), ("m.gguf", {"kind": "BF16"}),
     ("m.gguf", {"kind": "Q8_0"}), ("m.gguf", {"kind": "Q4_0"})])
 def test_rounding_is_measured(out, option, mindspore, small, tmp_path):
-    from colora_ms.adapters.merge_model import merge_model
+    from colora_ms.recipes.merge_model import merge_model
 
     report = merge_model(tiny("llama"), [small], tmp_path / out, **option)
     merge_model(tiny("llama"), [small], tmp_path / "plain")
@@ -93,7 +93,7 @@ def test_rounding_is_measured(out, option, mindspore, small, tmp_path):
 
 def test_several_adapters(mindspore, tmp_path):
     from colora_ms.adapters import load_adapters
-    from colora_ms.adapters.merge_model import merge_model
+    from colora_ms.recipes.merge_model import merge_model
 
     adapter(tmp_path / "a", r=2, lora_alpha=1)
     adapter(tmp_path / "b", r=5, lora_alpha=2, target_modules=["q_proj", "up_proj"])
@@ -118,7 +118,7 @@ def test_several_adapters(mindspore, tmp_path):
 
 def test_a_lora_gguf_is_merged_too(mindspore, small, tmp_path):
     from colora_ms.adapters.gguf_lora import convert_adapter
-    from colora_ms.adapters.merge_model import merge_model
+    from colora_ms.recipes.merge_model import merge_model
 
     convert_adapter(small, tmp_path / "lora.gguf")
     merge_model(tiny("llama"), [tmp_path / "lora.gguf"], tmp_path / "one.gguf")
@@ -130,7 +130,7 @@ def test_a_lora_gguf_is_merged_too(mindspore, small, tmp_path):
 
 def test_packed_bases(mindspore, small, tmp_path):
     """Into a dequantised copy of integers, of GGUF blocks, of factors; and it is said."""
-    from colora_ms.adapters.merge_model import merge_model
+    from colora_ms.recipes.merge_model import merge_model
     from colora_ms.quantization.config import LrQatConfig
     from colora_ms.quantization import quantize
     from colora_ms.models.gguf_writer import write_gguf
@@ -153,7 +153,7 @@ def test_a_tied_model_gets_a_head_of_its_own_where_it_has_to(mindspore, tmp_path
     import dataclasses
 
     from colora_ms.adapters import load_adapter
-    from colora_ms.adapters.merge_model import merge_model
+    from colora_ms.recipes.merge_model import merge_model
     from colora_ms.models import build_decoder
     from colora_ms.models.hf_folder import write_hf_folder
 
@@ -173,7 +173,7 @@ def test_a_tied_model_gets_a_head_of_its_own_where_it_has_to(mindspore, tmp_path
 
 
 def test_nothing_is_overwritten_or_half_written(mindspore, small, tmp_path, monkeypatch):
-    from colora_ms.adapters import merge_model as module
+    from colora_ms.recipes import merge_model as module
 
     before = sorted(tmp_path.iterdir())
     (tmp_path / "there").mkdir()
@@ -205,7 +205,7 @@ def test_nothing_is_overwritten_or_half_written(mindspore, small, tmp_path, monk
 
 
 def test_a_lily_adapter_with_a_router_cannot_be_merged(mindspore, goldens, tmp_path):
-    from colora_ms.adapters.merge_model import merge_model
+    from colora_ms.recipes.merge_model import merge_model
 
     folder = next(one for one in sorted((goldens / "peft_lily").iterdir()) if (one / "adapter_config.json").is_file())
     base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "tiny/llama"

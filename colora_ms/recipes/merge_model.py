@@ -4,8 +4,12 @@ The merge is done in float32 by the adapters' own ``merge``; what is written is 
 for. Both steps are measured: logits of some texts before and after the merge, and of the rounded model read back.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import numpy as np
 
@@ -54,7 +58,7 @@ class MergeReport:
     notes: list = dataclasses.field(default_factory=list)
 
     @property
-    def share(self):
+    def share(self) -> float:
         """The difference as a share of the logits' range."""
         return self.difference / self.span if self.span else 0.0
 
@@ -67,8 +71,11 @@ class _Source:
     folder: object
 
 
-def merge_model(model, adapters, target, weights=None, combine=None, dtype=None, kind=None, group=None, texts=None,
-                **options):
+def merge_model(model: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]],
+                target: str | os.PathLike[str], weights: Optional[Sequence[float]] = None, combine: Optional[str] = None,
+                dtype: Optional[str] = None, kind: Optional[str] = None, group: Optional[int] = None,
+                texts: Optional[Sequence[str]] = None,
+                **options: Any) -> MergeReport:
     """Merge adapters into a model and write it.
 
     Args:
