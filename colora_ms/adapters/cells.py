@@ -5,7 +5,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from colora_ms.adapters.slots import get, put, stacked, to_float32
-from colora_ms.adapters.tree import leaf_parameters
+from colora_ms.adapters.outside import leaf
 from colora_ms.kernels import bind
 
 
@@ -144,7 +144,7 @@ class LowRankCell(AdapterCell):
 
     def merged_weight(self, slot):
         """The base weight with a slot's adapter in it, float32."""
-        return to_float32(leaf_parameters(self.base_layer)["weight"]) + self.delta(slot)
+        return to_float32(leaf(self.base_layer).leaf_parameters()["weight"]) + self.delta(slot)
 
     def switches(self, slot):
         """Parameters with an entry a slot that are set to 0 while the slot is merged: its rows get no change twice."""
@@ -152,12 +152,12 @@ class LowRankCell(AdapterCell):
 
     def why_not_merge(self, slot):
         adds = self.has_up_bias and np.any(get(self.up_bias, slot)) and get(self.scale, slot) != 0
-        if adds and leaf_parameters(self.base_layer).get("bias") is None:
+        if adds and leaf(self.base_layer).leaf_parameters().get("bias") is None:
             return f"it adds a bias (lora_bias) to {self.path}, whose base layer has none to merge it into"
         return ""
 
     def merge(self, slot):
-        base = leaf_parameters(self.base_layer)
+        base = leaf(self.base_layer).leaf_parameters()
         own_bias = self.has_bias and get(self.bias_owned, slot) > 0
         up_bias = get(self.scale, slot) * get(self.up_bias, slot) if self.has_up_bias else np.float32(0)
         changed_bias = bool(own_bias or np.any(up_bias))
@@ -192,7 +192,7 @@ class SavedBase(AdapterCell):
 
     def values_of(self, slot):
         """{field: Parameter} of one slot."""
-        return leaf_parameters(self.copies[slot])
+        return leaf(self.copies[slot]).leaf_parameters()
 
     def write(self, slot, values, scaling):
         self.clear(slot)
@@ -213,7 +213,7 @@ class SavedBase(AdapterCell):
 
     def merge(self, slot):
         if get(self.owned, slot) > 0:
-            base = leaf_parameters(self.inner)
+            base = leaf(self.inner).leaf_parameters()
             self.keep(list(base.values()))
             for name, parameter in self.values_of(slot).items():
                 base[name].set_data(Tensor(parameter.asnumpy().copy()).astype(base[name].dtype))

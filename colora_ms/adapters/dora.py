@@ -18,8 +18,9 @@ from mindspore import ops
 from colora_ms.adapters.foreign import LoraDense, chosen, low_rank
 from colora_ms.adapters.lora import LoraLinear
 from colora_ms.adapters.slots import get, owned_slots, put, rows_where, stacked
-from colora_ms.adapters.tree import base_values
+from colora_ms.adapters.outside import leaf
 from colora_ms.kernels import ABSENT, lora_expand_reference, lora_shrink_reference, multi_lora_linear
+from colora_ms.models.rows import slots_of
 
 
 def row_lengths(weight, change=None):
@@ -61,7 +62,7 @@ class Dora:
         if self.stored:
             put(self.factor, slot, self._factor(slot) if owned else np.float32(0))
         else:
-            squares = np.square(base_values(self.base_layer)["weight"].astype(np.float64)).sum(1)
+            squares = np.square(leaf(self.base_layer).base_values()["weight"].astype(np.float64)).sum(1)
             self.base_squares.set_data(ms.Tensor(squares.astype(np.float32)))
 
     def clear(self, slot):
@@ -74,16 +75,16 @@ class Dora:
 
     def _factor(self, slot):
         """g of a slot, (out,) float32; 0 where the row of the weight has no length."""
-        lengths = row_lengths(base_values(self.base_layer)["weight"], self.change(slot))
+        lengths = row_lengths(leaf(self.base_layer).base_values()["weight"], self.change(slot))
         there = lengths > 0
         return np.where(there, get(self.magnitude, slot) / np.where(there, lengths, 1), 0).astype(np.float32)
 
     def merged_weight(self, slot):
-        plain = base_values(self.base_layer)["weight"] + self.change(slot)
+        plain = leaf(self.base_layer).base_values()["weight"] + self.change(slot)
         return plain * self._factor(slot)[:, None] if get(self.magnitude_owned, slot) > 0 else plain
 
     def delta(self, slot):
-        return self.merged_weight(slot) - base_values(self.base_layer)["weight"]
+        return self.merged_weight(slot) - leaf(self.base_layer).base_values()["weight"]
 
     def switches(self, slot):
         return super().switches(slot) + [self.magnitude_owned]
@@ -99,8 +100,9 @@ class DoraLinear(Dora, LoraLinear):
         self.make_magnitude(slots, self.out_features, trainable)
         self.base_bias = base_layer.has_bias
 
-    def product(self, x, slots):
-        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> (..., out) float32."""
+    def product(self, x, rows):
+        """x: (rows, tokens, in) or (rows, in) float32 -> (..., out) float32."""
+        slots = slots_of(rows)
         own = owned_slots(slots, self.magnitude_owned)
         if self.stored:
             all_factors = self.factor
@@ -114,7 +116,7 @@ class DoraLinear(Dora, LoraLinear):
         if self.drops:
             # As in PEFT: the base sees x, the factor's correction and the pair see what dropout leaves of it.
             dropped = self.dropout(x)
-            y = self.base_layer(x, slots)
+            y = self.base_layer(x, rows)
             weight, weight_scale = self.base_layer.operands()[:2]
             z = multi_lora_linear(dropped, slots, weight, weight_scale, ABSENT, ABSENT, ABSENT, ABSENT)
             v = lora_shrink_reference(dropped, slots, self.down, self.scale)

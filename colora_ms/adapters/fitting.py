@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from colora_ms.adapters import tree, vocabulary
+from colora_ms.adapters import vocabulary
+from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.principal import as_plain_lora, check_splittable, starts_on
 from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.starting import base_weight
@@ -67,7 +68,7 @@ def stage(handle, stored, check=None):
         stored.refuse(stored.problems + [str(error)], handle.base_model)
     if check is not None:
         check(stored.config, plan)
-    values = stored.read(plan, handle.modules, lambda path: tree.base_values(handle.cells[path]), handle.base_model)
+    values = stored.read(plan, handle.modules, lambda path: leaf(handle.cells[path]).base_values(), handle.base_model)
     if getattr(stored.config, "changes_base", False):
         try:
             check_splittable(stored.config, plan, handle.modules, handle.cells)

@@ -13,7 +13,7 @@ from mindspore import nn, ops
 
 from colora_ms.adapters.cells import LateActivation, LowRankCell, SavedBase
 from colora_ms.adapters.slots import get, stacked
-from colora_ms.adapters.tree import leaf_parameters, sizes_of
+from colora_ms.adapters.outside import leaf
 
 
 class LoraDense(LateActivation, LowRankCell):
@@ -34,7 +34,7 @@ class LoraDense(LateActivation, LowRankCell):
         super().__init__(base_layer, path)
         self.active_slot = active_slot
         self.max_rank = max_rank
-        in_features, out_features = sizes_of(base_layer)
+        in_features, out_features = leaf(base_layer).sizes()
         if max_rank:
             self.make_pair(("lora_A", "lora_B"), (slots, max_rank, in_features), (slots, out_features, max_rank),
                            trainable)
@@ -82,7 +82,7 @@ class LoraLookup(LowRankCell):
         super().__init__(base_layer, path)
         self.active_slot = active_slot
         self.max_rank = max_rank
-        vocab, hidden = sizes_of(base_layer)
+        vocab, hidden = leaf(base_layer).sizes()
         self.make_pair(("lora_embedding_A", "lora_embedding_B"), (slots, vocab, max_rank), (slots, hidden, max_rank),
                        trainable)
 
@@ -112,7 +112,7 @@ class SavedCell(SavedBase):
         copies = []
         for slot in range(slots):
             twin = copy.deepcopy(inner)
-            for name, parameter in leaf_parameters(twin).items():
+            for name, parameter in leaf(twin).leaf_parameters().items():
                 parameter.name = f"{path}.saved_{slot}.{name}"
                 parameter.requires_grad = trainable
             copies.append(twin)

@@ -19,6 +19,7 @@ from colora_ms.adapters.registry import plan as make_plan
 from colora_ms.adapters.starting import ChangedBase, check_start, first_values
 from colora_ms.adapters.store import check_name
 from colora_ms.errors import AdapterError, near
+from colora_ms.models.replacing import replace_cells
 
 #: Attribute of a model that holds its handle.
 HANDLE = "colora_adapters"
@@ -219,21 +220,16 @@ class Adapters:
         """Take all adapter Cells out of the model; a merged adapter stays in its weights. The handle ends with it."""
         if self._merged is None:
             self._restore_base()
-        names = tree.ParameterNames(self.net)
-        method(self.peft_type).remove(self.net)
         for path in {path: None for path, _ in self.sites}:
-            cell = self.cells[path]
             for role in ("lora", "saved"):
                 release = getattr(self.sites.get((path, role)), "release", None)
                 if release is not None:
                     release()
-            tree.replace(self.net, path, cell)
-        names.restore()
+        replace_cells(self.net, {path: self.cells[path] for path, _ in self.sites})
         for parameter, flag in self.frozen:
             parameter.requires_grad = flag
         self.sites, self._entries, self._active = {}, {}, None
         object.__setattr__(self.net, HANDLE, None)
-        tree.forget_graphs()
 
     # -- merging ------------------------------------------------------------------------------------------------------
 

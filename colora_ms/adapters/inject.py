@@ -19,6 +19,7 @@ from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
 from colora_ms.adapters.lora_over_low_rank import LoraOverLowRank
 from colora_ms.adapters.matching import widest
+from colora_ms.adapters.outside import leaf, load_integrations
 from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.adapters.registry import METHODS, Site, method
 from colora_ms.adapters.registry import plan as make_plan
@@ -27,8 +28,8 @@ from colora_ms.adapters.starting import check_start
 from colora_ms.adapters.store import check_name
 from colora_ms.adapters.tokens import TokenEmbedding, TokenHead
 from colora_ms.errors import AdapterError, near
-from colora_ms.models.layers import Embedding, Linear
 from colora_ms.models.low_rank import LowRankLinear
+from colora_ms.models.replacing import check_names, replace_cells
 
 
 def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, reserve=None, trainable=True, seed=None,
@@ -168,7 +169,7 @@ def adapters_of(net):
 
 def modules_of(net):
     """{name: Module} of a model without adapters."""
-    tree.load_integrations(net)
+    load_integrations(net)
     cells = tree.cells_by_name(net)
     ties = tree.tied_to(cells)
     return {name: dataclasses.replace(tree.module_of(name, cell), tied_to=ties.get(name, ""))
@@ -227,9 +228,8 @@ def _pair_dtype(adapter_format, trainable):
 def _replace(net, handle, plans, peft_type, max_rank, dtype):
     """Freeze the model and put the adapter Cells of all plans into it; checks come before the first change."""
     check_plans(plans, handle, max_rank)
-    names = tree.ParameterNames(net)
     cells = tree.cells_by_name(net)
-    wrap, shared = method(peft_type).wrap, {}
+    wrap, shared, made = method(peft_type).wrap, {}, {}
     handle.peft_type = peft_type
     for parameter in net.get_parameters():
         parameter.requires_grad = False
@@ -250,16 +250,9 @@ def _replace(net, handle, plans, peft_type, max_rank, dtype):
         if count:
             cell = handle.sites[path, "tokens"] = _wrap_tokens(cell, path, module, handle, plans, count)
         if cell is not cells[path]:
-            fresh = [(parameter, parameter.name) for parameter in cell.get_parameters()
-                     if not any(parameter is old for old in cells[path].get_parameters())]
-            tree.replace(net, path, cell)
-            for parameter, name in fresh:
-                parameter.name = name
-    method(peft_type).install(net, shared)
-    names.restore()
-    handle.active_slot.name = "adapters.active_slot"
+            made[path] = cell
+    replace_cells(net, made)
     object.__setattr__(net, HANDLE, handle)
-    tree.forget_graphs()
 
 
 def check_plans(plans, handle, max_rank):
@@ -271,13 +264,13 @@ def check_plans(plans, handle, max_rank):
     _check_tokens(plans, handle.cells)
     if handle.trainable:
         _check_ties(plans)
-    tree.ParameterNames(handle.net)
+    check_names(handle.net)
 
 
 def check_plain(plans, cells):
     """Refuse DoRA and a bias on lora_B on linears that are not plain ones (decomposed, or of other libraries)."""
     odd = [path for plan in plans for path, target in plan.targets.items()
-           if (getattr(target, "dora", False) or getattr(target, "up_bias", False)) and not tree.is_plain_linear(cells[path])]
+           if (getattr(target, "dora", False) or getattr(target, "up_bias", False)) and not leaf(cells[path]).plain]
     if odd:
         raise AdapterError(f"use_dora and lora_bias are for plain linears; {odd[0]} is a {type(cells[odd[0]]).__name__} "
                            f"({len(odd)} such modules)")
@@ -285,8 +278,9 @@ def check_plain(plans, cells):
 
 def wrap_lora(cell, path, site):
     """The LoRA Cell for a base Cell (``Method.wrap``); see :class:`colora_ms.adapters.registry.Site`."""
-    if tree.kind_of(cell) == "embedding":
-        if tree.takes_slots(cell):
+    face = leaf(cell)
+    if face.kind == "embedding":
+        if face.takes_rows:
             return LoraEmbedding(cell, path, site.slots, site.max_rank, site.trainable)
         return LoraLookup(cell, path, site.active_slot, site.slots, site.max_rank, site.trainable)
     dropout = Dropout(site.dropout, site.seed, path) if site.dropout and site.max_rank else None
@@ -294,11 +288,11 @@ def wrap_lora(cell, path, site):
     if isinstance(cell, LowRankLinear):
         return LoraOverLowRank(cell, path, *rest)
     dora, up_bias = (site.target.dora, site.target.up_bias) if site.target else (False, False)
-    if tree.takes_slots(cell):
+    if face.takes_rows:
         if dora:
             return DoraLinear(cell, path, *rest, up_bias)
         return LoraLinear(cell, path, *rest, up_bias, site.dtype)
-    kind = tree.traits_of(cell).adapted(DoraDense if dora else LoraDense, cell)
+    kind = face.adapted(DoraDense if dora else LoraDense)
     return kind(cell, path, site.active_slot, *rest, up_bias)
 
 
@@ -329,7 +323,7 @@ def _growth(net, modules, opened, base_model):
 
 def _check_tokens(plans, cells):
     """Refuse rows of single tokens on Cells that are not the decoder's own."""
-    odd = [path for plan in plans for path in plan.tokens if not isinstance(cells[path], (Linear, Embedding))]
+    odd = [path for plan in plans for path in plan.tokens if not (leaf(cells[path]).takes_rows and leaf(cells[path]).plain)]
     if odd:
         raise AdapterError("trainable_token_indices is for the embedding and the head of colora_ms's decoder; "
                            f"{odd[0]} is a {type(cells[odd[0]]).__name__}")
@@ -354,7 +348,7 @@ def _source_of(path, role, handle, plans):
 def _wrap_saved(cell, path, module, handle, plans):
     inner = cell.base_layer if isinstance(cell, AdapterCell) else cell
     source = _source_of(path, "saved", handle, plans)
-    if tree.takes_slots(inner):
+    if leaf(inner).takes_rows:
         return SavedModule(cell, path, handle.capacity, module.parameters, handle.trainable, source)
     if source is not None:
         raise AdapterError(f"ensure_weight_tying is for colora_ms's decoder; {path} is a {type(inner).__name__}")

@@ -10,22 +10,51 @@ import numpy as np
 
 import mindspore as ms
 from mindspore import Tensor, ops
+from mindspore.ops import constexpr
 
 from colora_ms.adapters.cells import AdapterCell, LateActivation
-from colora_ms.adapters.lily_lengths import length_mask, row_lengths
 from colora_ms.adapters.slots import add_in_float32, get, put, stacked
-from colora_ms.adapters.tree import leaf_parameters, sizes_of, takes_slots, traits_of
-from colora_ms.kernels import (lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference, multi_lora_linear)
+from colora_ms.adapters.outside import leaf
+from colora_ms.errors import AdapterError
+from colora_ms.kernels import (ABSENT, lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference, multi_lora_linear)
+from colora_ms.models.rows import slots_of
+
+#: Why a row of several sequences is refused.
+PACKED = ("this adapter's routers pool over the tokens of a row (router_pool \"sequence\" or \"batch\"), so that packed examples "
+          "would see each other; set data.packing to false, or train with router_pool \"token\" or \"static\"")
+
+
+def pools_rows(net):
+    """Whether Cells of a decoder pool over the tokens of a row, which must then hold a single sequence."""
+    return any(isinstance(cell, LilyLinear) and cell.pooled for _, cell in net.cells_and_names())
+
+
+@constexpr
+def _refuse_packed():
+    raise AdapterError(PACKED)
+
+
+def length_mask(lengths, x):
+    """(rows, tokens) float32: 1 for the real tokens of x (rows, tokens, ...), which stand on the left.
+
+    Args:
+        lengths: (rows,) int32, or ``ABSENT``: all tokens are real.
+    """
+    rows, tokens = x.shape[:2]
+    if lengths.ndim == 0:
+        return ops.ones((rows, tokens), ms.float32)
+    index = ops.arange(tokens).astype(ms.int32).reshape((1, -1))
+    return (index < lengths.reshape((-1, 1))).astype(ms.float32)
 
 
 def wrap_lily(cell, path, site):
     """The Lily Cell for a base Cell (``Method.wrap``); see :class:`colora_ms.adapters.registry.Site`."""
-    if takes_slots(cell):
-        in_features, out_features = cell.in_features, cell.out_features
+    face = leaf(cell)
+    if face.takes_rows:
         kind = StaticLilyLinear if site.target.pool == "static" else LilyLinear
-        return kind(cell, path, in_features, out_features, site)
-    in_features, out_features = sizes_of(cell)
-    return traits_of(cell).adapted(LilyDense, cell)(cell, path, in_features, out_features, site)
+    else:
+        kind = face.adapted(LilyDense)
+    return kind(cell, path, *face.sizes(), site)
 
 
 class LilyCell(AdapterCell):
@@ -115,7 +144,7 @@ class LilyCell(AdapterCell):
         return np.einsum("e,oer->or", self.static_weights(slot), get(self.up, slot)).astype(np.float32)
 
     def merge(self, slot):
-        weight = leaf_parameters(self.base_layer)["weight"]
+        weight = leaf(self.base_layer).leaf_parameters()["weight"]
         self.keep([weight])
         add_in_float32(weight, get(self.scale, slot) * (self.mixed_up(slot) @ get(self.down, slot)))
         # The slot's own rows must not get the same change twice.
@@ -134,7 +163,7 @@ class LilyCell(AdapterCell):
 
 
 class LilyRouted(LilyCell):
-    """A Lily Cell that computes the experts' weights for each input; for lengths see ``adapters/lily_lengths.py``."""
+    """A Lily Cell that computes the experts' weights for each input."""
 
     fusible = False
     #: Whether the weights are summed up in ``counts``, for :func:`colora_ms.adapters.lily_usage.expert_use`.
@@ -146,8 +175,6 @@ class LilyRouted(LilyCell):
         self.fast = not site.trainable
         self.pooled = self.pool in ("sequence", "batch")
         self.one = Tensor(np.ones(site.slots, np.float32))
-        if self.pooled:
-            self.lengths = row_lengths(site.shared)
 
     def shrink(self, x, slots, matrices):
         """x[row] @ matrices[slot].T, zeros where the slot is -1."""
@@ -155,15 +182,17 @@ class LilyRouted(LilyCell):
             return lora_shrink(x, slots, matrices, self.one)
         return lora_shrink_reference(x, slots, matrices, self.one)
 
-    def weights(self, hidden, slots):
+    def weights(self, hidden, rows):
         """The experts' weights: hidden (rows, tokens, r) -> (rows, tokens, experts), or (rows, 1, experts) if pooled."""
+        slots, lengths = rows
         if self.pool == "static":
             return ops.expand_dims(ops.gather(ops.softmax(self.router, -1), ops.maximum(slots, 0), 0), 1)
         logits = self.shrink(hidden, slots, self.router)
         if not self.pooled:
             return ops.softmax(logits, -1)
-        # Only what follows the slots follows the note of the lengths: without depend, the graph may read them before.
-        counted = ops.expand_dims(length_mask(ops.depend(self.lengths, slots), hidden), -1)
+        if lengths.ndim == 2:
+            _refuse_packed()
+        counted = ops.expand_dims(length_mask(lengths, hidden), -1)
         tokens = counted.sum(axis=1)  # (rows, 1)
         values = ops.softmax(logits, -1) if self.form == "code" else logits
         # where, not a product: what a padding token holds, NaN included, must not reach the sum.
@@ -178,21 +207,23 @@ class LilyRouted(LilyCell):
             mixed = ops.softmax(total, -1)
         return ops.expand_dims(mixed, 1)
 
-    def count(self, weights, hidden, slots):
+    def count(self, weights, hidden, rows):
         """Add the weights of all real tokens of rows with an adapter to ``counts``, and who has the largest."""
-        counted = length_mask(ops.depend(self.lengths, slots), hidden) * (slots >= 0).astype(ms.float32).reshape((-1, 1))
+        slots, lengths = rows
+        counted = length_mask(lengths, hidden) * (slots >= 0).astype(ms.float32).reshape((-1, 1))
         weights = ops.broadcast_to(weights, hidden.shape[:2] + (self.experts,)).reshape((-1, self.experts))
         first = ops.one_hot(ops.argmax(weights, 1), self.experts, 1.0, 0.0)
         counted = counted.reshape((1, -1))
         new = ops.concat((ops.matmul(counted, weights), ops.matmul(counted, first.astype(ms.float32))))
         return ops.assign_add(self.counts, new)
 
-    def low_rank(self, x, slots, y):
-        """y plus the adapter's part: x (rows, tokens, in), slots (rows,), y (rows, tokens, out)."""
+    def low_rank(self, x, rows, y):
+        """y plus the adapter's part: x (rows, tokens, in), y (rows, tokens, out)."""
+        slots = slots_of(rows)
         hidden = self.shrink(x, slots, self.down)
-        weights = self.weights(hidden, slots)
+        weights = self.weights(hidden, rows)
         if self.counting:
-            weights = ops.depend(weights, self.count(weights, hidden, slots))
+            weights = ops.depend(weights, self.count(weights, hidden, rows))
         weights = weights * ops.gather(self.scale, ops.maximum(slots, 0), 0).reshape((-1, 1, 1))
         columns = self.experts * self.max_rank
         v = (ops.expand_dims(weights, -1) * ops.expand_dims(hidden, 2)).reshape(hidden.shape[:2] + (columns,))
@@ -205,12 +236,12 @@ class LilyRouted(LilyCell):
 class LilyLinear(LilyRouted):
     """A decoder's linear with a Lily adapter for each slot, routed by the input."""
 
-    def construct(self, x, slots):
-        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
-        y = self.base_layer(x, slots)
+    def construct(self, x, rows):
+        """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
+        y = self.base_layer(x, rows)
         if x.ndim == 3:
-            return self.low_rank(x, slots, y)
-        return self.low_rank(ops.expand_dims(x, 1), slots, ops.expand_dims(y, 1)).reshape(y.shape)
+            return self.low_rank(x, rows, y)
+        return self.low_rank(ops.expand_dims(x, 1), rows, ops.expand_dims(y, 1)).reshape(y.shape)
 
 
 class StaticLilyLinear(LilyCell):
@@ -227,9 +258,9 @@ class StaticLilyLinear(LilyCell):
         up = (self.up * weights.reshape((-1, 1, self.experts, 1))).sum(axis=2)
         return self.base_layer.operands()[:3] + (self.down, up, self.scale)
 
-    def construct(self, x, slots):
-        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
-        return multi_lora_linear(x, slots, *self.operands())
+    def construct(self, x, rows):
+        """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
+        return multi_lora_linear(x, slots_of(rows), *self.operands())
 
 
 class LilyDense(LateActivation, LilyRouted):
@@ -252,7 +283,7 @@ class LilyDense(LateActivation, LilyRouted):
     def adapt(self, x, y):
         """What becomes of the base's result y (..., out) for x (..., in); of y's dtype."""
         flat = x.reshape((1, -1, self.in_features)).astype(ms.float32)
-        slots = self.active_slot.reshape((1,))
-        total = self.low_rank(flat, slots, y.reshape((1, -1, self.out_features)).astype(ms.float32))
+        rows = (self.active_slot.reshape((1,)), ABSENT)
+        total = self.low_rank(flat, rows, y.reshape((1, -1, self.out_features)).astype(ms.float32))
         y = ops.where(self.active_slot >= 0, total.reshape(y.shape).astype(y.dtype), y)
         return self.activate(y) if self.late_activation else y

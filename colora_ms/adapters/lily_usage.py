@@ -7,8 +7,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from colora_ms import runtime
-from colora_ms.adapters import lily_lengths, tree
 from colora_ms.errors import AdapterError
+from colora_ms.models.replacing import forget_graphs
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def expert_use(handle, sequences, name=None, rows=8, multiple=16):
     if longest > limit:
         raise AdapterError(f"a text has {longest} tokens, the model's context is {limit}")
     width = min(-(-longest // multiple) * multiple, limit)
-    counts = _begin(handle, cells)
+    counts = _begin(cells)
     try:
         net = _Hidden(handle.net).set_train(False)
         for begin in range(0, len(sequences), rows):
@@ -93,7 +93,7 @@ def expert_use(handle, sequences, name=None, rows=8, multiple=16):
             # A row of no tokens has no meaning for attention; its slot of -1 keeps it out of the count.
             runtime.run(net, Tensor(ids), Tensor(np.maximum(lengths, 1)), Tensor(slots))
     finally:
-        _end(handle, cells, counts)
+        _end(cells)
     result = []
     for path, target in plan.targets.items():
         mean, top = counts[path].asnumpy().astype(np.float64)
@@ -106,38 +106,25 @@ def _one_hot(weights):
     return (np.arange(len(weights)) == weights.argmax()).astype(np.float64)
 
 
-def _begin(handle, cells):
+def _begin(cells):
     """Let the Cells count; returns {path: Parameter (2, experts)} with the sums of weights and of first places."""
-    shared, counts = {}, {}
+    counts = {}
     for path, cell in cells.items():
-        if cell.pooled:
-            shared["lengths"] = cell.lengths
-    lengths = lily_lengths.row_lengths(shared)
-    for path, cell in cells.items():
-        if not cell.pooled:
-            cell.lengths = lengths
         counts[path] = Parameter(Tensor(np.zeros((2, cell.experts), np.float32)), name=f"{path}.lily_use",
                                  requires_grad=False)
         cell.counts = counts[path]
         counts[path].name = f"{path}.lily_use"
         cell.counting = True
-    lily_lengths.install(handle.net, shared)
-    lengths.name = lily_lengths.NAME
-    tree.forget_graphs()
+    forget_graphs()
     return counts
 
 
-def _end(handle, cells, counts):
+def _end(cells):
     """Undo :func:`_begin`."""
-    pooled = any(cell.pooled for cell in cells.values())
     for cell in cells.values():
         cell.counting = False
         del cell.counts
-        if not cell.pooled:
-            del cell.lengths
-    if not pooled:
-        lily_lengths.remove(handle.net)
-    tree.forget_graphs()
+    forget_graphs()
 
 
 def table(uses):

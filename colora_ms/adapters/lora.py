@@ -12,6 +12,7 @@ from mindspore import ops
 from colora_ms.adapters.cells import LowRankCell
 from colora_ms.adapters.slots import get, owned_slots, rows_where
 from colora_ms.kernels import ABSENT, lora_expand_reference, lora_shrink_reference, multi_lora_linear
+from colora_ms.models.rows import slots_of
 
 
 class LoraLinear(LowRankCell):
@@ -67,9 +68,9 @@ class LoraLinear(LowRankCell):
         """The six tensors of :func:`colora_ms.kernels.multi_lora_linear`."""
         return self.base_layer.operands()[:3] + (self.down, self.up, self.scale)
 
-    def construct(self, x, slots):
-        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
-        y = self.product(x, slots)
+    def construct(self, x, rows):
+        """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
+        y, slots = self.product(x, rows), slots_of(rows)
         if self.has_up_bias:
             slot = ops.maximum(slots, 0)
             change = ops.gather(self.up_bias, slot, 0) * ops.gather(self.scale, slot, 0).reshape((-1, 1))
@@ -84,11 +85,12 @@ class LoraLinear(LowRankCell):
             y = rows_where(own >= 0, y + change, y)
         return y
 
-    def product(self, x, slots):
-        """The base linear and the low-rank pair; x, slots and the result as in :meth:`construct`."""
+    def product(self, x, rows):
+        """The base linear and the low-rank pair; x, rows and the result as in :meth:`construct`."""
+        slots = slots_of(rows)
         if self.drops:
             v = lora_shrink_reference(self.dropout(x), slots, self.down, self.scale)
-            return lora_expand_reference(v, slots, self.up, self.base_layer(x, slots))
+            return lora_expand_reference(v, slots, self.up, self.base_layer(x, rows))
         return multi_lora_linear(x, slots, *self.operands())
 
     def extend_repr(self):
@@ -117,15 +119,14 @@ class LoraEmbedding(LowRankCell):
         self.make_pair(("lora_embedding_A", "lora_embedding_B"), (slots, vocab, max_rank),
                        (slots, base_layer.hidden_size, max_rank), trainable)
 
-    def construct(self, ids, slots):
-        """ids: (rows, tokens) int32; slots: (rows,) int32 -> (rows, tokens, hidden) float32."""
-        y = self.base_layer(ids, slots)
-        rows, tokens = ids.shape
+    def construct(self, ids, rows):
+        """ids: (rows, tokens) int32 -> (rows, tokens, hidden) float32."""
+        y, slots = self.base_layer(ids, rows), slots_of(rows)
         used = slots >= 0
         slot = ops.maximum(slots, 0)
         index = ids + (slot * self.vocab).reshape((-1, 1))
         table = self.down.reshape((-1, self.max_rank))
-        v = ops.gather(table, index.reshape((-1,)), 0).reshape((rows, tokens, self.max_rank))
+        v = ops.gather(table, index.reshape((-1,)), 0).reshape(ids.shape + (self.max_rank,))
         v = v * ops.gather(self.scale, slot, 0).reshape((-1, 1, 1))
         up = ops.gather(self.up, slot, 0)
         # Zeros in place of a foreign slot's values: where() alone would let its NaN into the gradient.

@@ -2,6 +2,7 @@
 
 from colora_ms.adapters.lora import LoraLinear
 from colora_ms.kernels import lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference
+from colora_ms.models.rows import slots_of
 
 
 class LoraOverLowRank(LoraLinear):
@@ -20,9 +21,9 @@ class LoraOverLowRank(LoraLinear):
     def operands(self):
         raise NotImplementedError("a decomposed linear is a chain of products; call the Cell itself")
 
-    def product(self, x, slots):
-        """The chain and the low-rank pair; x, slots and the result as in ``construct``."""
-        y = self.base_layer(x, slots)
+    def product(self, x, rows):
+        """The chain and the low-rank pair; x, rows and the result as in ``construct``."""
+        y, slots = self.base_layer(x, rows), slots_of(rows)
         if not self.max_rank:
             return y
         if self.differentiable:

@@ -171,7 +171,7 @@ def _untie(decoder, plan, handle):
     """Give a tied head a matrix of its own where the adapter changes it or the embedding apart; returns notes."""
     from mindspore import Parameter, Tensor
 
-    from colora_ms.adapters import tree
+    from colora_ms.models.replacing import forget_graphs
 
     embedding, head = "model.embed_tokens", "lm_head"
     changed = {embedding, head} & {*plan.targets, *plan.saved, *plan.tokens}
@@ -180,7 +180,7 @@ def _untie(decoder, plan, handle):
     own = Tensor(handle.cells[embedding].weight.asnumpy().copy())
     handle.cells[head].weight = Parameter(own, name=f"{head}.weight", requires_grad=False)
     decoder.config = dataclasses.replace(decoder.config, tie_word_embeddings=False)
-    tree.forget_graphs()
+    forget_graphs()
     return [f"the head is written as a matrix of its own, because the adapter changes {' and '.join(sorted(changed))}"
             f"{' apart' if len(changed) > 1 else ' alone'} of the two that were tied"]
 

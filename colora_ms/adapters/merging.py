@@ -5,9 +5,9 @@ import numpy as np
 import mindspore as ms
 
 from colora_ms.adapters import tree
+from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.slots import to_float32
 from colora_ms.errors import AdapterError
-from colora_ms.models.low_rank import LowRankLinear
 
 
 def check_mergeable(net, cells, name, places, ties=None):
@@ -28,15 +28,15 @@ def check_changeable(net, cells, places, what, instead, ties=None):
     tied = tree.tied_to(cells)
     for source in set((ties or {}).values()):
         if all(ties.get(head) == source for head in tied if tied[head] == source):
-            shared.discard(id(tree.leaf_parameters(cells[source])["weight"]))
+            shared.discard(id(leaf(cells[source]).leaf_parameters()["weight"]))
     for path, role in places:
-        if isinstance(cells[path], LowRankLinear):
-            raise AdapterError(f"{what}: {path} is decomposed into factors, whose product has too "
-                               "low a rank for it; use the adapter unmerged, or recompose(model) before you load it")
-        if role == "lora" and "weight" not in tree.leaf_parameters(cells[path]):
+        face = leaf(cells[path])
+        if face.fixed:
+            raise AdapterError(f"{what}: {path} {face.fixed}")
+        if role == "lora" and "weight" not in face.leaf_parameters():
             raise AdapterError(f"{what}: {path} has no weight of its own, it is called with "
                                "another module's; use the adapter unmerged")
-        for field, parameter in tree.leaf_parameters(cells[path]).items():
+        for field, parameter in face.leaf_parameters().items():
             if parameter.dtype in (ms.int8, ms.uint8):
                 raise AdapterError(f"{what}: {path}.{field} is stored as integers, which would round the change away; load "
                                    "the model as float32 or bfloat16")
@@ -47,4 +47,4 @@ def check_changeable(net, cells, places, what, instead, ties=None):
 def not_finite(cells, places):
     """Names of the modules whose weights hold a value that is not finite."""
     return [path for path, _ in places
-            if not all(np.isfinite(to_float32(one)).all() for one in tree.leaf_parameters(cells[path]).values())]
+            if not all(np.isfinite(to_float32(one)).all() for one in leaf(cells[path]).leaf_parameters().values())]

@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 from colora_ms.adapters.dora import row_lengths
-from colora_ms.adapters.tree import is_plain_linear
+from colora_ms.adapters.outside import leaf
 from colora_ms.errors import AdapterError
 
 
@@ -50,7 +50,7 @@ def check_splittable(config, plan, modules, cells):
         most = min(modules[path].in_features, modules[path].out_features)
         if target.kind != "linear":
             problems.append(f"{path} is an {target.kind}")
-        elif not is_plain_linear(cells[path]):
+        elif not leaf(cells[path]).plain:
             problems.append(f"{path} is a {type(cells[path]).__name__}, not a plain linear")
         elif target.r > most:
             problems.append(f"{path} has rank {target.r}, but its weight has only {most} directions (use rank_pattern)")

@@ -28,7 +28,6 @@ class Method:
             or None: the part of the initial values that depends on the base weight, which ``weight()`` returns.
         why_not_merge: function (config) that says why such an adapter cannot be merged, or "".
         peft_config: function (config, plan, modules) that gives the config to write in PEFT's own layout.
-        install, remove: functions called with (net, shared) after the Cells were put in, and (net) before they go.
     """
 
     config: Any
@@ -39,8 +38,6 @@ class Method:
     value_shapes: Callable = matching.value_shapes
     why_not_merge: Callable = lambda config: ""
     peft_config: Callable = lambda config, plan, modules: config
-    install: Callable = lambda net, shared: None
-    remove: Callable = lambda net: None
     start_from_base: Optional[Callable] = None
 
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from mindspore import Tensor
 
-from colora_ms.adapters import tree
 from colora_ms.adapters.config import INITIALISATIONS
 from colora_ms.adapters.matching import places_of
 from colora_ms.adapters.merging import check_changeable
+from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.principal import check_splittable
 from colora_ms.adapters.registry import method
 from colora_ms.adapters.slots import add_in_float32
@@ -46,9 +46,9 @@ def first_values(handle, config, plan):
                 changes[path] = change
         values[path, "lora"] = own
     for path in plan.biases:
-        values.setdefault((path, "lora"), {})["bias"] = tree.base_values(handle.cells[path])["bias"]
+        values.setdefault((path, "lora"), {})["bias"] = leaf(handle.cells[path]).base_values()["bias"]
     for path in plan.saved:
-        values[path, "saved"] = tree.base_values(handle.cells[path])
+        values[path, "saved"] = leaf(handle.cells[path]).base_values()
     for path, ids in plan.tokens.items():
         values[path, "tokens"] = {"rows": base_weight(handle, path)[list(ids)]}
     return values, changes
@@ -56,7 +56,7 @@ def first_values(handle, config, plan):
 
 def base_weight(handle, path):
     """The weight that a module had before injection, as a float32 array."""
-    return tree.base_values(handle.cells[path])["weight"]
+    return leaf(handle.cells[path]).base_values()["weight"]
 
 
 class ChangedBase:
@@ -71,7 +71,7 @@ class ChangedBase:
         self.starts = {path: values[path, "lora"] for path in changes}
         self._kept = []
         for path, change in changes.items():
-            parameter = tree.leaf_parameters(handle.cells[path])["weight"]
+            parameter = leaf(handle.cells[path]).leaf_parameters()["weight"]
             self._kept.append((parameter, parameter.asnumpy().copy()))
             add_in_float32(parameter, change)
 

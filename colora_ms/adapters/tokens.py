@@ -11,8 +11,9 @@ from mindspore import Tensor, ops
 
 from colora_ms.adapters.cells import AdapterCell
 from colora_ms.adapters.slots import get, put, rows_where, stacked, to_float32
-from colora_ms.adapters.tree import leaf_parameters
+from colora_ms.adapters.outside import leaf
 from colora_ms.kernels import lora_shrink, lora_shrink_reference
+from colora_ms.models.rows import slots_of
 
 
 class TokenRows(AdapterCell):
@@ -77,7 +78,7 @@ class TokenRows(AdapterCell):
     def merge(self, slot):
         ids = self.ids_of(slot)
         if len(ids):
-            weight = leaf_parameters(self.inner)["weight"]
+            weight = leaf(self.inner).leaf_parameters()["weight"]
             self.keep([weight])
             merged = to_float32(weight)
             merged[ids] = get(self.rows, slot, (len(ids), self.hidden_size))
@@ -108,17 +109,17 @@ class TokenEmbedding(TokenRows):
         ids = np.flatnonzero(index >= 0)
         return ids[np.argsort(index[ids])]
 
-    def construct(self, ids, slots):
-        """ids: (rows, tokens) int32; slots: (rows,) int32 -> (rows, tokens, hidden) float32."""
-        y = self.base_layer(ids, slots)
+    def construct(self, ids, rows):
+        """ids: (rows, tokens) int32 -> (rows, tokens, hidden) float32."""
+        y, slots = self.base_layer(ids, rows), slots_of(rows)
         slot = ops.maximum(slots, 0).reshape((-1, 1))
         number = ops.gather(self.index.reshape((-1,)), (slot * self.vocabulary + ids).reshape((-1,)), 0).reshape(ids.shape)
         own = ops.logical_and(number >= 0, slots.reshape((-1, 1)) >= 0)
         place = (slot * self.count + ops.maximum(number, 0)).reshape((-1,))
-        rows = ops.gather(self.rows.reshape((-1, self.hidden_size)), place, 0).reshape(y.shape)
+        values = ops.gather(self.rows.reshape((-1, self.hidden_size)), place, 0).reshape(y.shape)
         own = ops.expand_dims(own, 2)
         # Zeros in place of a foreign slot's rows: where() alone would let their NaN into the gradient.
-        return ops.where(own, ops.where(own, rows, ops.zeros_like(rows)), y)
+        return ops.where(own, ops.where(own, values, ops.zeros_like(values)), y)
 
 
 class TokenHead(TokenRows):
@@ -148,9 +149,9 @@ class TokenHead(TokenRows):
         """The ids (n,) that a slot replaces, in the order of its rows."""
         return get(self.ids, slot, (int(get(self.counts, slot)),))
 
-    def construct(self, x, slots):
-        """x: (rows, tokens, hidden) or (rows, hidden) float32; slots: (rows,) int32 -> (..., vocabulary) float32."""
-        y = self.base_layer(x, slots)
+    def construct(self, x, rows):
+        """x: (rows, tokens, hidden) or (rows, hidden) float32 -> (..., vocabulary) float32."""
+        y, slots = self.base_layer(x, rows), slots_of(rows)
         slot = ops.maximum(slots, 0)
         count = ops.gather(self.counts, slot, 0)
         owned = ops.logical_and(slots >= 0, count > 0)

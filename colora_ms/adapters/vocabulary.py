@@ -20,11 +20,12 @@ from mindspore import Parameter, Tensor
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.key_names import PREFIX
+from colora_ms.adapters.outside import leaf
 from colora_ms.errors import AdapterError, AdapterWarning, TokenizerError
 from colora_ms.files import replacing
 from colora_ms.models.decoder import Decoder
-from colora_ms.models.layers import Linear
 from colora_ms.models.quantize import to_format
+from colora_ms.models.replacing import forget_graphs
 
 #: Trainers round the number of rows up to a multiple of one of these.
 _MULTIPLES = (8, 16, 32, 64, 128, 256, 512)
@@ -187,7 +188,7 @@ class Growth:
     def _check_net(self):
         cells = tree.cells_by_name(self.net)
         head = cells[self.tables.head]
-        if not isinstance(self.net, Decoder) or head.__class__ is not Linear or head.has_bias:
+        if not isinstance(self.net, Decoder) or not leaf(head).plain or head.has_bias:
             raise AdapterError(f"the adapter has {self.rows} rows for tokens, the model {self.tables.rows}, and this model "
                                f"cannot get more: its head is a {type(head).__name__} of a {type(self.net).__name__}; use a "
                                "plain decoder (recompose a decomposed one), or a base model that was resized and saved")
@@ -195,7 +196,7 @@ class Growth:
 
     def _new_rows(self, path, needs):
         """(new rows, hidden) float32 of one table of the base."""
-        base = tree.base_values(self.cells[path])["weight"]
+        base = self.cells[path].base_values()["weight"]
         kept = []
         for stored, found in needs.values():
             key = found.originals.get(path) or found.tables.tied and found.originals.get(found.tables.embedding)
@@ -227,7 +228,7 @@ class Growth:
             self._enlarge(head, self.new[self.tables.head])
         head.out_features = self.rows
         self.net.config = dataclasses.replace(self.net.config, vocab_size=self.rows)
-        tree.forget_graphs()
+        forget_graphs()
 
     @staticmethod
     def _enlarge(cell, rows):

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from colora_ms.decomposition.plan import linear_shapes
 from colora_ms.decomposition.tucker import factorise
 from colora_ms.errors import AdapterError, CheckpointError, ConfigError
-from colora_ms.models.low_rank import CORE, INNER, OUTER, LowRankLinear, low_rank_linear, replace_linears
+from colora_ms.models.leaf import Leaf
+from colora_ms.models.low_rank import CORE, INNER, OUTER, low_rank_linear
+from colora_ms.models.replacing import replace_cells
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,19 @@ def decompose(model, plan):
 
     Source: arXiv 2405.06626.
     """
-    from colora_ms.adapters import tree
-
     cells = _plain_cells(model)
     pieces = plan.resolve(_model_shapes(model))
-    twice = [path for path in pieces if isinstance(cells[path], LowRankLinear)]
+    twice = [path for path in pieces if _is_decomposed(cells[path])]
     if twice:
         raise AdapterError(f"{twice[0]} is decomposed already ({len(twice)} such linears in the plan); recompose(model) "
                            "first, or load the original model")
     made, report = {}, []
     for path, piece in pieces.items():
         cell = cells[path]
-        found = _factorise(path, tree.base_values(cell)["weight"], piece)
+        found = _factorise(path, cell.base_values()["weight"], piece)
         made[path] = low_rank_linear(path, named(found), model.weight_format, cell.bias if cell.has_bias else None)
         report.append(_row(path, piece, found))
-    replace_linears(model, made)
-    tree.forget_graphs()
+    replace_cells(model, made)
     return report
 
 
@@ -71,21 +70,19 @@ def recompose(model):
     """
     from mindspore import Parameter
 
-    from colora_ms.adapters import tree
     from colora_ms.models.layers import Linear
     from colora_ms.models.quantize import to_format
 
     made = {}
     for path, cell in _plain_cells(model).items():
-        if isinstance(cell, LowRankLinear):
+        if _is_decomposed(cell):
             tensor, scale = to_format(cell.product(), model.weight_format)
             weight = Parameter(tensor, name=f"{path}.weight", requires_grad=False)
             if scale is not None:
                 scale = Parameter(scale, name=f"{path}.weight_scale", requires_grad=False)
             made[path] = Linear(weight, cell.in_features, cell.out_features, scale, cell.bias if cell.has_bias else None)
             weight.name = f"{path}.weight"
-    replace_linears(model, made)
-    tree.forget_graphs()
+    replace_cells(model, made)
     return list(made)
 
 
@@ -106,7 +103,7 @@ def save_decomposed(model, folder, tokenizer=None, dtype="float32", overwrite=Fa
     from colora_ms.adapters.slots import to_float32
     from colora_ms.models.low_rank_folder import low_rank_shapes, write_low_rank_folder
 
-    chains = {path: cell for path, cell in _plain_cells(model).items() if isinstance(cell, LowRankLinear)}
+    chains = {path: cell for path, cell in _plain_cells(model).items() if _is_decomposed(cell)}
     if not chains:
         raise CheckpointError("nothing is decomposed in this model; call decompose(model, plan) first")
     if model.weight_format not in ("float32", "bfloat16"):
@@ -205,6 +202,10 @@ def _plain_cells(model):
         raise AdapterError("this model has adapters; unload() them first, and inject again afterwards: LoRA goes on top of a "
                            "decomposed model")
     return tree.cells_by_name(model)
+
+
+def _is_decomposed(cell):
+    return isinstance(cell, Leaf) and cell.decomposed
 
 
 def _model_shapes(model):

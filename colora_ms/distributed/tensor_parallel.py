@@ -26,6 +26,7 @@ from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.files import flush_to_disk
 from colora_ms.models.checkpoint import open_checkpoint, resolve_model
 from colora_ms.models.decoder import Decoder
+from colora_ms.models.replacing import replace_cells
 from colora_ms.models.tokenizer import load_tokenizer
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -269,13 +270,13 @@ class SplitInput(nn.Cell):
         self.norm = norm
         self.split = SumOfGradients()
 
-    def construct(self, x, slots):
+    def construct(self, x, rows):
         """As of the norm."""
-        return self.split(self.norm(x, slots))
+        return self.split(self.norm(x, rows))
 
-    def add(self, x, residual, slots):
+    def add(self, x, residual, rows):
         """As of the norm; the residual goes on whole."""
-        y, residual = self.norm.add(x, residual, slots)
+        y, residual = self.norm.add(x, residual, rows)
         return self.split(y), residual
 
 
@@ -294,17 +295,17 @@ class SummedLinear(nn.Cell):
         self.linear = linear
         self.sum = SumOfParts()
 
-    def construct(self, x, slots):
-        """x: (..., in / workers); slots: (rows,) int32 -> (..., out) float32, equal on all workers."""
-        return self.sum(self.linear(x, slots))
+    def construct(self, x, rows):
+        """x: (..., in / workers) -> (..., out) float32, equal on all workers."""
+        return self.sum(self.linear(x, rows))
 
 
 def _join(decoder):
-    names = [(parameter, parameter.name) for parameter in decoder.get_parameters()]
-    for layer in decoder.model.layers:
-        layer.input_layernorm = SplitInput(layer.input_layernorm)
-        layer.post_attention_layernorm = SplitInput(layer.post_attention_layernorm)
-        layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj)
-        layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj)
-    for parameter, name in names:
-        parameter.name = name
+    cells = {}
+    for number, layer in enumerate(decoder.model.layers):
+        place = f"model.layers.{number}"
+        cells[f"{place}.input_layernorm"] = SplitInput(layer.input_layernorm)
+        cells[f"{place}.post_attention_layernorm"] = SplitInput(layer.post_attention_layernorm)
+        cells[f"{place}.self_attn.o_proj"] = SummedLinear(layer.self_attn.o_proj)
+        cells[f"{place}.mlp.down_proj"] = SummedLinear(layer.mlp.down_proj)
+    replace_cells(decoder, cells)

@@ -121,12 +121,13 @@ def put_factors(decoder, readers):
     Args:
         decoder: built from the products; readers: ``Checkpoint.low_rank``.
     """
-    from colora_ms.models.low_rank import low_rank_linear, replace_linears
+    from colora_ms.models.low_rank import low_rank_linear
+    from colora_ms.models.replacing import replace_cells
 
     linears = {name: cell for name, cell in decoder.cells_and_names() if name in readers}
-    replace_linears(decoder, {path: low_rank_linear(path, read(), decoder.weight_format,
-                                                    linears[path].bias if linears[path].has_bias else None)
-                              for path, read in readers.items()})
+    replace_cells(decoder, {path: low_rank_linear(path, read(), decoder.weight_format,
+                                                  linears[path].bias if linears[path].has_bias else None)
+                            for path, read in readers.items()})
 
 
 def parameter_count(checkpoint):

@@ -21,6 +21,7 @@ from colora_ms.models.activation_quant import ACTIVATIONS, ActivationQuantizedLi
     activation_bits
 from colora_ms.models.hf_folder import SINGLE, new_folder, write_description
 from colora_ms.models.quantize import dequantize, unpack_int4
+from colora_ms.models.replacing import replace_cells
 
 METHOD = "colora_int"
 _DTYPES = {"U8": np.uint8, "I8": np.int8}
@@ -105,20 +106,9 @@ class QuantizedTensors:
             cell.weight = Parameter(Tensor(weight.copy()), name=f"{module}.weight", requires_grad=False)
             cell.weight_scale = Parameter(Tensor(scale.copy()), name=f"{module}.weight_scale", requires_grad=False)
             cell.weight.name, cell.weight_scale.name = f"{module}.weight", f"{module}.weight_scale"
-            self._with_activations(decoder, module, cell)
-
-    def _with_activations(self, decoder, module, cell):
-        inputs, outputs = activation_bits(self.settings.get("activations"), module)
-        if not inputs and not outputs:
-            return
-        parent = decoder
-        *path, last = module.split(".")
-        for part in path:
-            parent = parent._cells[part]  # pylint: disable=protected-access
-        names = [(parameter, parameter.name) for parameter in cell.get_parameters()]
-        setattr(parent, last, ActivationQuantizedLinear(cell, inputs, outputs))
-        for parameter, name in names:
-            parameter.name = name
+        rounding = {module: activation_bits(self.settings.get("activations"), module) for module in self.modules}
+        replace_cells(decoder, {module: ActivationQuantizedLinear(cells[module], *bits)
+                                for module, bits in rounding.items() if any(bits)})
 
 
 def write_quantized_folder(path, config, tensors, quantized, settings, tokenizer_source=None, overwrite=False,

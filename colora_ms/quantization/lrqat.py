@@ -20,6 +20,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from colora_ms.quantization.grids import (SMALLEST_SCALE, downcast, round_to_grid, search_range, to_container)
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 from colora_ms.models.activation_quant import ActivationQuantizer
+from colora_ms.models.rows import slots_of
 
 
 class QuantizedMatmul(nn.Cell):
@@ -173,11 +174,11 @@ class LrQatLinear(nn.Cell):
         self.quantize_input = ActivationQuantizer(inputs) if inputs else None
         self.quantize_output = ActivationQuantizer(outputs) if outputs else None
 
-    def construct(self, x, slots):
-        """x: (rows, tokens, in) or (rows, in); slots: (rows,) int32 -> y: (..., out) float32."""
+    def construct(self, x, rows):
+        """x: (rows, tokens, in) or (rows, in) -> y: (..., out) float32."""
         if self.quantize_input is not None:
             x = self.quantize_input(x)
-        y = self.matmul(x, slots, self.phi, self.low, self.up, self.down, self.scale, self.bias)
+        y = self.matmul(x, slots_of(rows), self.phi, self.low, self.up, self.down, self.scale, self.bias)
         return y if self.quantize_output is None else self.quantize_output(y)
 
     def trained(self):

@@ -9,6 +9,7 @@ from model_gradients import gradients
 from colora_ms.adapters import LoraConfig, adapters_of, inject, load_adapter
 from colora_ms.adapters.matching import value_shapes
 from colora_ms.errors import AdapterError
+from colora_ms.kernels import ABSENT
 
 RANDOM = {"init_lora_weights": False}
 BIASED = {"attention_bias": True, "attention_out_bias": True}
@@ -67,7 +68,7 @@ def test_low_rank_product_is_what_the_formula_says(bank):
     net, _, handle = bank
     cell = handle.sites["model.layers.1.self_attn.q_proj", "lora"]
     x = np.random.default_rng(0).standard_normal((3, 5, 32)).astype(np.float32)
-    got = cell(Tensor(x), Tensor(np.array([1, -1, 0], np.int32))).asnumpy()
+    got = cell(Tensor(x), (Tensor(np.array([1, -1, 0], np.int32)), ABSENT)).asnumpy()
     weight = cell.base_layer.weight.asnumpy().astype(np.float64)
     for row, (name, r, scaling) in enumerate([("b", 6, 20 / 6), (None, 0, 0), ("a", 4, 2)]):
         expected = x[row] @ weight.T

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from colora_ms.adapters import LoraConfig, adapters_of, digest, inject, load_adapter, load_adapters
 from colora_ms.adapters.store import WEIGHTS_FILE
 from colora_ms.errors import AdapterError, DecodingError
+from colora_ms.kernels import ABSENT
 
 GOLDENS = {"dora": "llama", "dora_bias": "llama_bias", "lora_bias": "llama_bias", "pissa": "llama", "olora": "llama",
            "dora_pissa": "llama"}
@@ -161,14 +162,15 @@ def test_mixed_batch_equals_each_adapter_alone(mixed):
 def test_formula_in_float64(mixed):
     """One linear with a base bias against magnitude * (W + s up down) / length."""
     from mindspore import Tensor
-    from colora_ms.adapters.tree import base_values
+    from colora_ms.adapters.outside import leaf
 
     _, _, handle = mixed
     cell = handle.sites["model.layers.1.self_attn.q_proj", "lora"]
     x = np.random.default_rng(0).standard_normal((4, 5, 32)).astype(np.float32)
     names = ["dora_qv", "plain", None, "dora"]
-    got = cell(Tensor(x), Tensor(np.array([-1 if n is None else handle.slot(n) for n in names], np.int32))).asnumpy()
-    base = {key: value.astype(np.float64) for key, value in base_values(cell.base_layer).items()}
+    slots = Tensor(np.array([-1 if n is None else handle.slot(n) for n in names], np.int32))
+    got = cell(Tensor(x), (slots, ABSENT)).asnumpy()
+    base = {key: value.astype(np.float64) for key, value in leaf(cell.base_layer).base_values().items()}
     for row, name in enumerate(names):
         weight = base["weight"]
         if name:

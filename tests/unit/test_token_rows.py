@@ -14,6 +14,7 @@ from colora_ms.adapters.matching import plan
 from colora_ms.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from colora_ms.adapters.inject import modules_of
 from colora_ms.errors import AdapterError, AdapterWarning
+from colora_ms.kernels import ABSENT
 
 GOLDENS = {"tokens": "llama", "tokens_tied": "llama_linear", "tokens_both": "llama", "tokens_tied_apart": "llama_linear",
            "tokens_tied_head": "qwen2", "tokens_tied_ensured": "qwen2", "save_tied": "llama_linear",
@@ -153,12 +154,12 @@ def test_each_slot_sees_its_own_rows(mixed):
             tables[path][list(own)] = handle.values(name)[path, "tokens"]["rows"]
         from mindspore import Tensor
         slots = handle.slots(4, name)
-        seen = net.model.embed_tokens(Tensor(ids.astype(np.int32)), slots).asnumpy()
+        seen = net.model.embed_tokens(Tensor(ids.astype(np.int32)), (slots, ABSENT)).asnumpy()
         assert np.array_equal(seen, tables["model.embed_tokens"][ids].astype(np.float32))
         hidden = np.random.default_rng(3).standard_normal((4, 6, 32)).astype(np.float32)
-        got = net.lm_head(Tensor(hidden), slots).asnumpy()
+        got = net.lm_head(Tensor(hidden), (slots, ABSENT)).asnumpy()
         assert np.abs(got - hidden @ tables["lm_head"].T).max() < 1e-4
-        one = net.lm_head(Tensor(hidden[:, 0]), slots).asnumpy()
+        one = net.lm_head(Tensor(hidden[:, 0]), (slots, ABSENT)).asnumpy()
         assert np.abs(one - got[:, 0]).max() < 1e-5
 
 

@@ -22,8 +22,7 @@ from mindformers.parallel_core.training_graph.transformer.multi_token_prediction
 from mindformers.pynative.base_models.common.embeddings.vocab_embedding import VocabEmbedding
 from mindformers.pynative.layers import linear as pynative
 
-from colora_ms.adapters import tree
-from colora_ms.adapters.tree import Traits
+from colora_ms.adapters.outside import KINDS, TRAITS, Traits
 
 
 class ActivatedCall:
@@ -92,8 +91,8 @@ def _is_split(cell):
 
 def _add(cls, kind, traits):
     # In front of the table: a class here may be a subclass of one of MindSpore's.
-    tree.KINDS.insert(0, (cls, kind))
-    tree.TRAITS[cls] = traits
+    KINDS.insert(0, (cls, kind))
+    TRAITS[cls] = traits
 
 
 def _inference_sizes(cell):
