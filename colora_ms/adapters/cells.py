@@ -59,6 +59,9 @@ class AdapterCell(nn.Cell):
         """Why an adapter with this Target cannot live in this Cell beside its rank, as a list of sentences."""
         return []
 
+    def release(self):
+        """Undo what this Cell changed in its base, before the base is used alone again."""
+
     def keep(self, parameters):
         """Copy base Parameters aside before they change."""
         self._kept = [(parameter, parameter.asnumpy().copy()) for parameter in parameters]

@@ -44,7 +44,16 @@ def combine(handle, names, weights, combination_type="svd", svd_rank=None, svd_c
     """The adapter that several others make together; nothing of ``handle`` changes.
 
     Args:
-        handle: :class:`colora_ms.adapters.Adapters`; the rest as in its ``add_weighted_adapter``.
+        handle: :class:`colora_ms.adapters.Adapters`.
+        names: of the adapters, all LoRA without DoRA, biases or modules saved whole.
+        weights: a number for each; negative ones subtract.
+        combination_type: svd, cat, linear, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four
+            with ``_svd``, as in PEFT. With one adapter always linear.
+        svd_rank: rank of the new adapter where the type ends in svd; by default the largest of the adapters'.
+        svd_clamp: quantile at which the factors of a decomposition are cut off, or None.
+        density: share of the values to keep, for the types with ties, dare or prune.
+        majority_sign_method: how ties elects a sign: by the "total" of the values or their "frequency".
+        seed: of the random choices of dare.
 
     Returns:
         (LoraConfig, Plan, {(module name, "lora"): {"down", "up"}} float32).

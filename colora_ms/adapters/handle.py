@@ -11,14 +11,15 @@ from colora_ms.adapters import tree
 from colora_ms.adapters.combine import combine
 from colora_ms.adapters.fitting import check_fits, stage
 from colora_ms.adapters.matching import places_of
-from colora_ms.adapters.merging import check_mergeable, not_finite
-from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
-from colora_ms.adapters.principal import as_plain_lora
-from colora_ms.adapters.registry import method, value_shapes
+from colora_ms.adapters.merging import mergeable_places, not_finite
+from colora_ms.adapters.peft_format import StoredAdapter
+from colora_ms.adapters.registry import value_shapes
 from colora_ms.adapters.registry import plan as make_plan
+from colora_ms.adapters.saving import save_adapter
+from colora_ms.adapters.slot_table import SlotTable
 from colora_ms.adapters.starting import ChangedBase, check_start, first_values
 from colora_ms.adapters.store import check_name
-from colora_ms.errors import AdapterError, near
+from colora_ms.errors import AdapterError
 from colora_ms.models.replacing import replace_cells
 
 #: Attribute of a model that holds its handle.
@@ -54,7 +55,8 @@ class Adapters:
         self._seed = seed
         self.cells = tree.cells_by_name(net)
         self.frozen = [(parameter, parameter.requires_grad) for parameter in net.get_parameters()]
-        self._entries = {}  # name -> (slot, config, plan)
+        self.slot_table = SlotTable(capacity)
+        self._entries = {}  # name -> (config, plan)
         self._active = None
         self._enabled = True
         self._merged = None
@@ -65,7 +67,7 @@ class Adapters:
     @property
     def names(self):
         """Names of the adapters, in the order of their slots."""
-        return tuple(sorted(self._entries, key=lambda name: self._entries[name][0]))
+        return self.slot_table.names
 
     @property
     def active(self):
@@ -90,11 +92,11 @@ class Adapters:
     @property
     def free_slots(self):
         """How many more adapters fit."""
-        return self.capacity - len(self._entries)
+        return len(self.slot_table.free)
 
     def slot(self, name):
         """Slot number of an adapter."""
-        return self._entry(name)[0]
+        return self.slot_table.number(name)
 
     def config(self, name=None):
         """LoraConfig of an adapter, by default the active one."""
@@ -120,7 +122,7 @@ class Adapters:
                 raise AdapterError(f"{len(name)} adapter names for {rows} rows; give one for each row")
             return Tensor(np.array([self._row_slot(one) for one in name], np.int32))
         one = self.active if name is None else name
-        return Tensor(np.full(rows, self._row_slot(one if one is not None else self._merged_or_base()), np.int32))
+        return Tensor(np.full(rows, self._row_slot(self._merged if one is None else one), np.int32))
 
     def trainable_params(self, name=None):
         """The Parameters that training an adapter (by default the active one) changes, in the order of the model.
@@ -161,16 +163,8 @@ class Adapters:
         """Combine adapters into a new one in a free slot; see :mod:`colora_ms.adapters.combine` for the ways to do it.
 
         Args:
-            names: of the adapters, all LoRA without DoRA, biases or modules saved whole.
-            weights: a number for each; negative ones subtract.
             new_name: of the new adapter; its scaling is 1.
-            combination_type: svd, cat, linear, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four
-                with ``_svd``, as in PEFT. With one adapter always linear.
-            svd_rank: rank of the new adapter where the type ends in svd; by default the largest of the adapters'.
-            svd_clamp: quantile at which the factors of a decomposition are cut off, or None.
-            density: share of the values to keep, for the types with ties, dare or prune.
-            majority_sign_method: how ties elects a sign: by the "total" of the values or their "frequency".
-            seed: of the random choices of dare.
+            The others as for :func:`colora_ms.adapters.combine.combine`.
 
         Raises:
             AdapterError: all that is wrong with the arguments, or the new adapter does not fit the Cells (``cat`` needs
@@ -194,6 +188,7 @@ class Adapters:
         self._show_active()
         for cell in self.sites.values():
             cell.clear(slot)
+        self.slot_table.drop(name)
 
     def set_adapter(self, name):
         """Make an adapter the active one (and enable adapters again)."""
@@ -218,17 +213,16 @@ class Adapters:
 
     def unload(self):
         """Take all adapter Cells out of the model; a merged adapter stays in its weights. The handle ends with it."""
+        self.slot_table.check_unleased("unload the adapters")
         if self._merged is None:
             self._restore_base()
-        for path in {path: None for path, _ in self.sites}:
-            for role in ("lora", "saved"):
-                release = getattr(self.sites.get((path, role)), "release", None)
-                if release is not None:
-                    release()
+        for cell in self.sites.values():
+            cell.release()
         replace_cells(self.net, {path: self.cells[path] for path, _ in self.sites})
         for parameter, flag in self.frozen:
             parameter.requires_grad = flag
         self.sites, self._entries, self._active = {}, {}, None
+        self.slot_table.clear()
         object.__setattr__(self.net, HANDLE, None)
 
     # -- merging ------------------------------------------------------------------------------------------------------
@@ -247,16 +241,8 @@ class Adapters:
         name = self._default(name)
         slot, config, plan = self._entry(name)
         self._check_not_merged("merge another")
-        reason = method(config.peft_type).why_not_merge(config)
-        if reason:
-            raise AdapterError(f"adapter {name!r} cannot be merged: {reason}")
-        # A tied module's weight is that of the module that it is tied to, which is merged once.
-        places = [place for place in self.sites if place in set(places_of(plan)) and not
-                  (place[0] in plan.ties and place[1] in ("saved", "tokens"))]
-        check_mergeable(self.net, self.cells, name, places, plan.ties)
-        reason = next(filter(None, (self.sites[place].why_not_merge(slot) for place in places)), "")
-        if reason:
-            raise AdapterError(f"adapter {name!r} cannot be merged: {reason}; use it unmerged")
+        self.slot_table.check_unleased("merge an adapter")
+        places = mergeable_places(self, name, slot, config, plan)
         for place in places:
             self.sites[place].merge(slot)
         self._merged = name
@@ -292,20 +278,8 @@ class Adapters:
         Raises:
             AdapterError: a value is not finite, or the folder cannot be written.
         """
-        if layout not in (None, "peft"):
-            raise AdapterError(f"layout is {layout!r}, expected None or 'peft'")
         _, config, plan = self._entry(self._default(name))
-        if self.base_model and not config.base_model_name_or_path:
-            config.base_model_name_or_path = str(self.base_model)
-        values = self.values(name)
-        if self._changed and as_lora:
-            config, plan, values = as_plain_lora(config, plan, values, self._changed.starts)
-        elif self._changed and config.pissa_iterations is not None:
-            raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} starts from random numbers that a PEFT folder "
-                               "does not hold; save it with as_lora=True")
-        if layout == "peft":
-            config = method(config.peft_type).peft_config(config, plan, self.modules)
-        write_adapter(folder, config, plan, self.modules, values, copies=layout == "peft")
+        save_adapter(folder, self, config, plan, self.values(name), self._changed, layout, as_lora)
 
     def values(self, name=None):
         """{(module name, role): {field: float32 array}} of an adapter, by default the active one."""
@@ -333,12 +307,19 @@ class Adapters:
 
     def publish(self, name, config, plan, values):
         """Put checked values into a slot and give them a name; cannot fail any more."""
-        slot = self._entries[name][0] if name in self._entries else self._free_slot()
-        self.write_slot(slot, plan, values)
-        self._entries[name] = (slot, copy.deepcopy(config), plan)
+        self._write(self.slot_table.take(name), plan, values)
+        self._entries[name] = (copy.deepcopy(config), plan)
 
     def write_slot(self, slot, plan, values):
-        """Put checked values into a slot, whatever it holds, without a name: for those who keep account of slots."""
+        """Put checked values into a slot that ``slot_table.place`` gave away and nobody leases yet.
+
+        Raises:
+            AdapterError: the slot is free, has a name, or is leased.
+        """
+        self.slot_table.check_placed(slot)
+        self._write(slot, plan, values)
+
+    def _write(self, slot, plan, values):
         for (path, role), cell in self.sites.items():
             target = plan.targets.get(path)
             own = values.get((path, role), {})
@@ -354,7 +335,7 @@ class Adapters:
             raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
         self._check_not_merged("add one")
         self._check_base_unchanged("add another")
-        self._free_slot()
+        self.slot_table.check_free()
 
     def _check_base_unchanged(self, what):
         if self._changed:
@@ -369,27 +350,13 @@ class Adapters:
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def _entry(self, name):
-        if name not in self._entries:
-            have = f"there are: {', '.join(self.names)}" if self._entries else "there is none"
-            raise AdapterError(f"there is no adapter {name!r:.80}; {have}." + near(name, self._entries))
-        return self._entries[name]
+        return (self.slot_table.number(name), *self._entries[name])
 
     def _default(self, name):
         name = self._active if name is None else name
         if name is None:
             raise AdapterError("no adapter is active; name one")
         return name
-
-    def _free_slot(self):
-        taken = {slot for slot, _, _ in self._entries.values()}
-        free = [slot for slot in range(self.capacity) if slot not in taken]
-        if not free:
-            raise AdapterError(f"no slot is free: the model has {self.capacity} and holds {', '.join(self.names)}; delete "
-                               "an adapter, or inject with slots=... large enough")
-        return free[0]
-
-    def _merged_or_base(self):
-        return self._merged if self._merged is not None else BASE
 
     def _row_slot(self, name):
         if name is None or name == BASE:

@@ -5,20 +5,35 @@ import numpy as np
 import mindspore as ms
 
 from colora_ms.adapters import tree
+from colora_ms.adapters.matching import places_of
 from colora_ms.adapters.outside import leaf
+from colora_ms.adapters.registry import method
 from colora_ms.adapters.slots import to_float32
 from colora_ms.errors import AdapterError
 
 
-def check_mergeable(net, cells, name, places, ties=None):
-    """Refuse to merge into integer weights, into factors, and into weights that another module uses too.
+def mergeable_places(handle, name, slot, config, plan):
+    """The (module name, role) of a handle that merging an adapter changes.
 
     Args:
-        net: the model; cells: {module name: base Cell}.
-        name: the adapter's name, for the message; places: [(module name, role)] that it changes.
-        ties: {module name: module whose values it shares in the adapter as it does in the base}.
+        handle: :class:`colora_ms.adapters.Adapters`; name, slot, config, plan: of the adapter.
+
+    Raises:
+        AdapterError: its method, or what it changes (integer weights, factors, weights that another module uses too),
+            allows no merge.
     """
-    check_changeable(net, cells, places, f"adapter {name!r} cannot be merged", "use the adapter unmerged", ties)
+    what = f"adapter {name!r} cannot be merged"
+    reason = method(config.peft_type).why_not_merge(config)
+    if reason:
+        raise AdapterError(f"{what}: {reason}")
+    # A tied module's weight is that of the module that it is tied to, which is merged once.
+    places = [place for place in handle.sites if place in set(places_of(plan)) and not
+              (place[0] in plan.ties and place[1] in ("saved", "tokens"))]
+    check_changeable(handle.net, handle.cells, places, what, "use the adapter unmerged", plan.ties)
+    reason = next(filter(None, (handle.sites[place].why_not_merge(slot) for place in places)), "")
+    if reason:
+        raise AdapterError(f"{what}: {reason}; use it unmerged")
+    return places
 
 
 def check_changeable(net, cells, places, what, instead, ties=None):
