@@ -24,7 +24,7 @@ import zlib
 import numpy as np
 
 from colora_ms.adapters.config import LoraConfig
-from colora_ms.adapters.matching import plan as make_plan
+from colora_ms.adapters.matching import match
 from colora_ms.adapters.matching import shortest_names, value_shapes
 from colora_ms.errors import AdapterError, near
 
@@ -56,17 +56,17 @@ def combine(handle, names, weights, combination_type="svd", svd_rank=None, svd_c
         seed: of the random choices of dare.
 
     Returns:
-        (LoraConfig, Plan, {(module name, "lora"): {"down", "up"}} float32).
+        (LoraConfig, Matched, {(module name, "lora"): {"down", "up"}} float32).
     """
     names, weights = list(names), list(weights)
     kind = _checked(handle, names, weights, combination_type, svd_rank, svd_clamp, density, majority_sign_method)
     adapters = []
     for name, weight in zip(names, weights):
-        pairs, plan = {}, handle.plan(name)
-        for place, shapes in value_shapes(plan, handle.modules).items():
+        pairs, matched = {}, handle.matched(name)
+        for place, shapes in value_shapes(matched, handle.modules).items():
             # PEFT's orientation: A (r, in), B (out, r), also for embeddings.
             values = handle.sites[place].read(handle.slot(name), shapes)
-            target = plan.targets[place[0]]
+            target = matched.targets[place[0]]
             down = values["down"] if target.kind == "linear" else values["down"].T
             pairs[place[0]] = (down, values["up"], target.scaling)
         adapters.append((float(weight), pairs))
@@ -78,13 +78,13 @@ def combine(handle, names, weights, combination_type="svd", svd_rank=None, svd_c
         random = [np.random.default_rng([seed, zlib.crc32(path.encode()), i]) for i in range(2 * len(own))]
         made[path] = _pair(kind, own, rank, path, density, majority_sign_method, svd_clamp, random)
     config = _config(handle, names, rank, changed)
-    plan = make_plan(config, handle.modules)
+    matched = match(config, handle.modules)
     values = {}
     for path, (down, up) in made.items():
-        down = down if plan.targets[path].kind == "linear" else down.T
+        down = down if matched.targets[path].kind == "linear" else down.T
         values[path, "lora"] = {"down": np.ascontiguousarray(down, np.float32),
                                 "up": np.ascontiguousarray(up, np.float32)}
-    return config, plan, values
+    return config, matched, values
 
 
 def _checked(handle, names, weights, kind, svd_rank, svd_clamp, density, majority_sign_method):
@@ -109,12 +109,12 @@ def _checked(handle, names, weights, kind, svd_rank, svd_clamp, density, majorit
     if majority_sign_method not in MAJORITY_SIGNS:
         problems.append(f"majority_sign_method is {majority_sign_method!r}, expected total or frequency")
     for name in names:
-        config, plan = handle.config(name), handle.plan(name)
+        config, matched = handle.config(name), handle.matched(name)
         if not isinstance(config, LoraConfig):
             problems.append(f"{name!r} is a {config.peft_type} adapter; only LoRA adapters can be combined")
             continue
-        if plan.saved or plan.biases or plan.tokens:
-            more = ", ".join([*plan.saved, *plan.biases, *plan.tokens][:3])
+        if matched.saved or matched.biases or matched.tokens:
+            more = ", ".join([*matched.saved, *matched.biases, *matched.tokens][:3])
             problems.append(f"{name!r} also trains {more}, of which no sum is defined")
         for field, what in (("use_dora", "DoRA, whose change is not a low-rank product"),
                             ("lora_bias", "a bias on lora_B")):
@@ -126,7 +126,7 @@ def _checked(handle, names, weights, kind, svd_rank, svd_clamp, density, majorit
 
 
 def _rank(handle, names, kind, svd_rank):
-    ranks = [max((target.r for target in handle.plan(name).targets.values()), default=0) for name in names]
+    ranks = [max((target.r for target in handle.matched(name).targets.values()), default=0) for name in names]
     if kind == "cat":
         return sum(ranks)
     if kind in ON_PRODUCTS:

@@ -6,7 +6,7 @@ from colora_ms.adapters import tree
 from colora_ms.adapters.inject import load_adapter, modules_of
 from colora_ms.adapters.patterns import ORDERED
 from colora_ms.adapters.peft_format import StoredAdapter
-from colora_ms.adapters.registry import plan as make_plan
+from colora_ms.adapters.registry import match
 from colora_ms.errors import AdapterError, near
 
 #: Settings that choose modules; two notations of the same choice agree.
@@ -70,7 +70,7 @@ def continue_adapter(net, folder, given=None, name="default", seed=None, base_mo
         problems = disagreements(given, stored.config, folder)
         if not problems and any(setting in given for setting in _CHOOSING):
             modules, defaults = modules_of(net), tree.default_targets(net)
-            own, asked = (make_plan(one, modules, defaults).targets
+            own, asked = (match(one, modules, defaults).targets
                           for one in (stored.config, replace(stored.config, **given)))
             if list(own) != list(asked):
                 odd = sorted(set(own) ^ set(asked))

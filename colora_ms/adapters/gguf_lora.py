@@ -18,7 +18,7 @@ import numpy as np
 from colora_ms.adapters.config_modules import modules_of_config
 from colora_ms.adapters.key_names import PREFIX
 from colora_ms.adapters.matching import DEFAULT_TARGETS
-from colora_ms.adapters.matching import plan as make_plan
+from colora_ms.adapters.matching import match
 from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError
 from colora_ms.files import replacing
 from colora_ms.models.config import DecoderConfig
@@ -153,13 +153,13 @@ def _type_name(tensor):
     return GGMLQuantizationType(tensor.type).name
 
 
-def write_gguf_lora(path, config, plan, values, kind="F32", name=None):
+def write_gguf_lora(path, config, matched, values, kind="F32", name=None):
     """Write a LoRA as llama.cpp reads it; the file appears complete or not at all.
 
     Args:
         path: the file to make; it must not exist.
         config: ``DecoderConfig`` of the base model.
-        plan: the adapter's Plan on it; values: {(module name, "lora"): {"down", "up"}} float32, as ``handle.values()``.
+        matched: the adapter's Matched on it; values: {(module name, "lora"): {"down", "up"}} float32, as ``handle.values()``.
         kind: type of the tensors, F32, F16, BF16, Q8_0 or Q4_0.
         name: ``general.name``; by default the file's name.
 
@@ -175,12 +175,12 @@ def write_gguf_lora(path, config, plan, values, kind="F32", name=None):
 
     path = os.path.abspath(os.fspath(path))
     check_type(kind)
-    _check_expressible(config, plan, values)
+    _check_expressible(config, matched, values)
     if os.path.lexists(path):
         raise AdapterError(f"{path} exists already; choose another name")
-    alpha, factors, notes = _one_alpha(plan)
+    alpha, factors, notes = _one_alpha(matched)
     tensors = {}
-    for module, target in plan.targets.items():
+    for module, target in matched.targets.items():
         down, up = values[module, "lora"]["down"], values[module, "lora"]["up"]
         if factors[module] != 1:
             with np.errstate(all="ignore"):
@@ -271,7 +271,7 @@ def convert_adapter(folder, path, base=None, kind="F32"):
                            "llama.cpp cannot add; merge it into the model instead: colora-ms merge MODEL ADAPTER "
                            "OUT.gguf")
     try:
-        plan = make_plan(stored.config, modules, list(DEFAULT_TARGETS))
+        matched = match(stored.config, modules, list(DEFAULT_TARGETS))
     except AdapterError as error:
         stored.refuse(stored.problems + problems + [str(error)], base)
 
@@ -280,24 +280,24 @@ def convert_adapter(folder, path, base=None, kind="F32"):
         return {key: checkpoint.tensors[f"{source}.{key}"] for key in modules[module].parameters}
 
     stored.problems += problems
-    values = stored.read(plan, modules, base_values, base)
+    values = stored.read(matched, modules, base_values, base)
     config = stored.config
     if getattr(config, "changes_base", False):
-        config, plan, values = as_plain_lora(config, plan, values,
-                                             starts_on(config, plan, lambda module: base_values(module)["weight"]))
+        config, matched, values = as_plain_lora(config, matched, values,
+                                             starts_on(config, matched, lambda module: base_values(module)["weight"]))
     if str(path).lower().endswith(".gguf"):
-        return write_gguf_lora(path, checkpoint.config, plan, values, kind, Path(folder).resolve().name)
+        return write_gguf_lora(path, checkpoint.config, matched, values, kind, Path(folder).resolve().name)
     if os.path.lexists(path):
         raise AdapterError(f"{path} exists already; choose another name")
     config.base_model_name_or_path = str(base)
-    write_adapter(path, config, plan, modules, values)
+    write_adapter(path, config, matched, modules, values)
     return []
 
 
-def _check_expressible(config, plan, values):
+def _check_expressible(config, matched, values):
     """Refuse what llama.cpp's LoRA has no tensors for; all reasons in one error."""
-    problems = [f"it trains {name} whole" for name in plan.saved[:3]]
-    problems += [f"it trains the bias of {name}" for name in plan.biases[:1]]
+    problems = [f"it trains {name} whole" for name in matched.saved[:3]]
+    problems += [f"it trains the bias of {name}" for name in matched.biases[:1]]
     fields = {field: path for (path, role), own in values.items() for field in own if role == "lora"}
     named = {"magnitude": "DoRA's magnitudes", "up_bias": "a bias on lora_B"}
     problems += [f"{fields[field]} has {what}" for field, what in named.items() if field in fields]
@@ -307,16 +307,16 @@ def _check_expressible(config, plan, values):
     if config.tie_word_embeddings:
         problems += [f"{name} is adapted, but the model's head is tied to its embedding, which llama.cpp keeps as "
                      "one matrix"
-                     for name in (_EMBEDDING, "lm_head") if name in plan.targets]
-    problems += [f"{name} has no name in llama.cpp" for name in plan.targets if gguf_module(name) is None][:1]
+                     for name in (_EMBEDDING, "lm_head") if name in matched.targets]
+    problems += [f"{name} has no name in llama.cpp" for name in matched.targets if gguf_module(name) is None][:1]
     if problems:
         raise AdapterError("the adapter cannot be written as a LoRA of llama.cpp: " + "; ".join(problems)
                            + ". Merge it into the model instead: colora-ms merge MODEL ADAPTER OUT.gguf")
 
 
-def _one_alpha(plan):
+def _one_alpha(matched):
     """(the file's alpha, {module: factor of lora_b}, notes): llama.cpp has one alpha, divided by each tensor's rank."""
-    targets = plan.targets
+    targets = matched.targets
     alphas = [target.alpha for target in targets.values() if target.alpha]
     alpha = np.float32(max(sorted(set(alphas)), key=alphas.count) if alphas else 1)
     factors = {name: np.float32(target.scaling * target.r / float(alpha)) for name, target in targets.items()}

@@ -14,7 +14,7 @@ from colora_ms.adapters.matching import places_of
 from colora_ms.adapters.merging import mergeable_places, not_finite
 from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.adapters.registry import value_shapes
-from colora_ms.adapters.registry import plan as make_plan
+from colora_ms.adapters.registry import match
 from colora_ms.adapters.saving import save_adapter
 from colora_ms.adapters.slot_table import SlotTable
 from colora_ms.adapters.starting import ChangedBase, check_start, first_values
@@ -56,7 +56,7 @@ class Adapters:
         self.cells = tree.cells_by_name(net)
         self.frozen = [(parameter, parameter.requires_grad) for parameter in net.get_parameters()]
         self.slot_table = SlotTable(capacity)
-        self._entries = {}  # name -> (config, plan)
+        self._entries = {}  # name -> (config, matched)
         self._active = None
         self._enabled = True
         self._merged = None
@@ -102,8 +102,8 @@ class Adapters:
         """LoraConfig of an adapter, by default the active one."""
         return self._entry(self._default(name))[1]
 
-    def plan(self, name=None):
-        """What an adapter changes in the model: :class:`colora_ms.adapters.matching.Plan`."""
+    def matched(self, name=None):
+        """What an adapter changes in the model: :class:`colora_ms.adapters.matching.Matched`."""
         return self._entry(self._default(name))[2]
 
     def slots(self, rows, name=None):
@@ -134,8 +134,8 @@ class Adapters:
             raise AdapterError("these adapters were loaded for inference; use trainable=True to train them")
         name = self._default(name)
         self._check_not_merged("train")
-        slot, _, plan = self._entry(name)
-        wanted = set(places_of(plan))
+        slot, _, matched = self._entry(name)
+        wanted = set(places_of(matched))
         found = [parameter for place, cell in self.sites.items() if place in wanted
                  for parameter in cell.parameters_of(slot)]
         return list({id(parameter): parameter for parameter in found}.values())
@@ -150,13 +150,13 @@ class Adapters:
                 ``inject`` made; nothing is changed.
         """
         self._check_new_name(name)
-        plan = make_plan(config, self.modules, self.defaults)
-        check_start(self, config, plan)
-        check_fits(self, config, plan)
-        values, changes = first_values(self, config, plan)
+        matched = match(config, self.modules, self.defaults)
+        check_start(self, config, matched)
+        check_fits(self, config, matched)
+        values, changes = first_values(self, config, matched)
         if changes:
             self._changed = ChangedBase(self, name, changes, values)
-        self.publish(name, config, plan, values)
+        self.publish(name, config, matched, values)
 
     def add_weighted_adapter(self, names, weights, new_name, combination_type="svd", svd_rank=None, svd_clamp=None,
                              density=None, majority_sign_method="total", seed=0):
@@ -171,10 +171,10 @@ class Adapters:
                 ``max_rank`` as large as the sum of the ranks); nothing is changed.
         """
         self._check_new_name(new_name)
-        config, plan, values = combine(self, names, weights, combination_type, svd_rank, svd_clamp, density,
+        config, matched, values = combine(self, names, weights, combination_type, svd_rank, svd_clamp, density,
                                        majority_sign_method, seed)
-        check_fits(self, config, plan)
-        self.publish(new_name, config, plan, values)
+        check_fits(self, config, matched)
+        self.publish(new_name, config, matched, values)
 
     def delete_adapter(self, name):
         """Remove an adapter; its slot is free afterwards, and base weights that its start changed are restored."""
@@ -239,10 +239,10 @@ class Adapters:
                 (safe_merge) a value is not finite; the weights are as before.
         """
         name = self._default(name)
-        slot, config, plan = self._entry(name)
+        slot, config, matched = self._entry(name)
         self._check_not_merged("merge another")
         self.slot_table.check_unleased("merge an adapter")
-        places = mergeable_places(self, name, slot, config, plan)
+        places = mergeable_places(self, name, slot, config, matched)
         for place in places:
             self.sites[place].merge(slot)
         self._merged = name
@@ -278,14 +278,14 @@ class Adapters:
         Raises:
             AdapterError: a value is not finite, or the folder cannot be written.
         """
-        _, config, plan = self._entry(self._default(name))
-        save_adapter(folder, self, config, plan, self.values(name), self._changed, layout, as_lora)
+        _, config, matched = self._entry(self._default(name))
+        save_adapter(folder, self, config, matched, self.values(name), self._changed, layout, as_lora)
 
     def values(self, name=None):
         """{(module name, role): {field: float32 array}} of an adapter, by default the active one."""
-        slot, config, plan = self._entry(self._default(name))
+        slot, config, matched = self._entry(self._default(name))
         return {place: self.sites[place].read(slot, shapes)
-                for place, shapes in value_shapes(config, plan, self.modules).items()}
+                for place, shapes in value_shapes(config, matched, self.modules).items()}
 
     def load(self, folder, name, replace=False):
         """Load a PEFT folder into a free slot (or, with ``replace``, into the slot of the adapter of that name).
@@ -301,30 +301,30 @@ class Adapters:
         else:
             self._check_not_merged("replace one")
         stored = StoredAdapter(folder)
-        plan, values = stage(self, stored)
-        check_fits(self, stored.config, plan)
-        self.publish(name, stored.config, plan, values)
+        matched, values = stage(self, stored)
+        check_fits(self, stored.config, matched)
+        self.publish(name, stored.config, matched, values)
 
-    def publish(self, name, config, plan, values):
+    def publish(self, name, config, matched, values):
         """Put checked values into a slot and give them a name; cannot fail any more."""
-        self._write(self.slot_table.take(name), plan, values)
-        self._entries[name] = (copy.deepcopy(config), plan)
+        self._write(self.slot_table.take(name), matched, values)
+        self._entries[name] = (copy.deepcopy(config), matched)
 
-    def write_slot(self, slot, plan, values):
+    def write_slot(self, slot, matched, values):
         """Put checked values into a slot that ``slot_table.place`` gave away and nobody leases yet.
 
         Raises:
             AdapterError: the slot is free, has a name, or is leased.
         """
         self.slot_table.check_placed(slot)
-        self._write(slot, plan, values)
+        self._write(slot, matched, values)
 
-    def _write(self, slot, plan, values):
+    def _write(self, slot, matched, values):
         for (path, role), cell in self.sites.items():
-            target = plan.targets.get(path)
+            target = matched.targets.get(path)
             own = values.get((path, role), {})
             if role == "tokens" and own:
-                own = {**own, "ids": plan.tokens[path]}
+                own = {**own, "ids": matched.tokens[path]}
             cell.write(slot, own, target.scaling if target else 0.0)
 
     # -- checks -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from colora_ms.adapters.matching import widest
 from colora_ms.adapters.outside import leaf, load_integrations
 from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.adapters.registry import METHODS, Site, method
-from colora_ms.adapters.registry import plan as make_plan
+from colora_ms.adapters.registry import match
 from colora_ms.adapters.saved import SavedModule
 from colora_ms.adapters.starting import check_start
 from colora_ms.adapters.store import check_name
@@ -74,14 +74,14 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     _check_slots(slots, 1)
     dtype = _pair_dtype(adapter_format, trainable)
     modules, defaults = modules_of(net), tree.default_targets(net)
-    plans = [make_plan(config, modules, defaults)] if config is not None else []
-    plans += _reserved(reserve, [] if config is None else [config], max_rank, modules, defaults)
+    matches = [match(config, modules, defaults)] if config is not None else []
+    matches += _reserved(reserve, [] if config is None else [config], max_rank, modules, defaults)
     handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
     handle.dropout = config.lora_dropout if config is not None else getattr(reserve, "lora_dropout", 0.0)
     if config is not None:
-        check_start(handle, config, plans[0])
+        check_start(handle, config, matches[0])
     first = config if config is not None else reserve
-    _replace(net, handle, plans, getattr(first, "peft_type", "LORA"), max_rank, dtype)
+    _replace(net, handle, matches, getattr(first, "peft_type", "LORA"), max_rank, dtype)
     if config is not None:
         handle.add_adapter(adapter_name, config)
         handle.set_adapter(adapter_name)
@@ -145,20 +145,20 @@ def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainab
     loaded = []
     for name, stored in opened.items():
         is_larger = growth is not None and name in growth.names
-        plan, values = stage(handle if is_larger else plain, stored)
-        loaded.append((name, stored.config, plan, values if is_larger or not growth else growth.widen(values)))
+        matched, values = stage(handle if is_larger else plain, stored)
+        loaded.append((name, stored.config, matched, values if is_larger or not growth else growth.widen(values)))
     configs = [config for _, config, _, _ in loaded]
     _check_together(configs, trainable)
     handle.dropout = configs[0].lora_dropout if trainable else 0.0
-    plans = [plan for _, _, plan, _ in loaded] + _reserved(reserve, configs, max_rank, modules, defaults)
+    matches = [matched for _, _, matched, _ in loaded] + _reserved(reserve, configs, max_rank, modules, defaults)
     if growth:
-        check_plans(plans, handle, max_rank)
+        check_matches(matches, handle, max_rank)
         growth.apply()
         handle = Adapters(net, growth.modules, defaults, slots, trainable, seed, base_model)
         handle.dropout = configs[0].lora_dropout if trainable else 0.0
-    _replace(net, handle, plans, configs[0].peft_type, max_rank, dtype)
-    for name, config, plan, values in loaded:
-        handle.publish(name, config, plan, values)
+    _replace(net, handle, matches, configs[0].peft_type, max_rank, dtype)
+    for name, config, matched, values in loaded:
+        handle.publish(name, config, matched, values)
     return handle
 
 
@@ -197,7 +197,7 @@ def _check_together(configs, trainable):
 
 
 def _reserved(reserve, configs, max_rank, modules, defaults):
-    """The plan of the modules that later adapters may use, in a list (empty without ``reserve``)."""
+    """What is matched of the modules that later adapters may use, in a list (empty without ``reserve``)."""
     if reserve is None:
         return []
     if not isinstance(reserve, tuple(method_.config for method_ in METHODS.values())):
@@ -210,7 +210,7 @@ def _reserved(reserve, configs, max_rank, modules, defaults):
     if configs and reserve.peft_type != configs[0].peft_type:
         raise AdapterError(f"reserve is for {reserve.peft_type} adapters, the adapter is of the method "
                            f"{configs[0].peft_type}; the Cells of a model are of one method")
-    return [make_plan(reserve, modules, defaults)]
+    return [match(reserve, modules, defaults)]
 
 
 def _pair_dtype(adapter_format, trainable):
@@ -225,51 +225,51 @@ def _pair_dtype(adapter_format, trainable):
     return formats[adapter_format]
 
 
-def _replace(net, handle, plans, peft_type, max_rank, dtype):
-    """Freeze the model and put the adapter Cells of all plans into it; checks come before the first change."""
-    check_plans(plans, handle, max_rank)
+def _replace(net, handle, matches, peft_type, max_rank, dtype):
+    """Freeze the model and put the adapter Cells of all matches into it; checks come before the first change."""
+    check_matches(matches, handle, max_rank)
     cells = tree.cells_by_name(net)
     wrap, shared, made = method(peft_type).wrap, {}, {}
     handle.peft_type = peft_type
     for parameter in net.get_parameters():
         parameter.requires_grad = False
     for path, module in handle.modules.items():
-        targets = [plan.targets[path] for plan in plans if path in plan.targets]
+        targets = [matched.targets[path] for matched in matches if path in matched.targets]
         target = widest(targets)
         rank = target.r if target else 0
-        bias = any(path in plan.biases for plan in plans)
+        bias = any(path in matched.biases for matched in matches)
         cell = cells[path]
         if rank or bias:
             rank = max_rank if rank and max_rank else rank
             site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot, target, shared,
                         handle.seed, dtype)
             cell = handle.sites[path, "lora"] = wrap(cell, path, site)
-        if any(path in plan.saved for plan in plans):
-            cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle, plans)
-        count = max((len(plan.tokens[path]) for plan in plans if path in plan.tokens), default=0)
+        if any(path in matched.saved for matched in matches):
+            cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle, matches)
+        count = max((len(matched.tokens[path]) for matched in matches if path in matched.tokens), default=0)
         if count:
-            cell = handle.sites[path, "tokens"] = _wrap_tokens(cell, path, module, handle, plans, count)
+            cell = handle.sites[path, "tokens"] = _wrap_tokens(cell, path, module, handle, matches, count)
         if cell is not cells[path]:
             made[path] = cell
     replace_cells(net, made)
     object.__setattr__(net, HANDLE, handle)
 
 
-def check_plans(plans, handle, max_rank):
-    """Refuse plans that cannot become Cells of the model; changes nothing."""
-    needed = max((target.r for plan in plans for target in plan.targets.values()), default=0)
+def check_matches(matches, handle, max_rank):
+    """Refuse matches that cannot become Cells of the model; changes nothing."""
+    needed = max((target.r for matched in matches for target in matched.targets.values()), default=0)
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < needed):
         raise AdapterError(f"max_rank is {max_rank!r}, but an adapter here has rank {needed}")
-    check_plain(plans, handle.cells)
-    _check_tokens(plans, handle.cells)
+    check_plain(matches, handle.cells)
+    _check_tokens(matches, handle.cells)
     if handle.trainable:
-        _check_ties(plans)
+        _check_ties(matches)
     check_names(handle.net)
 
 
-def check_plain(plans, cells):
+def check_plain(matches, cells):
     """Refuse DoRA and a bias on lora_B on linears that are not plain ones (decomposed, or of other libraries)."""
-    odd = [path for plan in plans for path, target in plan.targets.items()
+    odd = [path for matched in matches for path, target in matched.targets.items()
            if (getattr(target, "dora", False) or getattr(target, "up_bias", False)) and not leaf(cells[path]).plain]
     if odd:
         raise AdapterError(f"use_dora and lora_bias are for plain linears; {odd[0]} is a {type(cells[odd[0]]).__name__} "
@@ -321,33 +321,33 @@ def _growth(net, modules, opened, base_model):
     return growth
 
 
-def _check_tokens(plans, cells):
+def _check_tokens(matches, cells):
     """Refuse rows of single tokens on Cells that are not the decoder's own."""
-    odd = [path for plan in plans for path in plan.tokens if not (leaf(cells[path]).takes_rows and leaf(cells[path]).plain)]
+    odd = [path for matched in matches for path in matched.tokens if not (leaf(cells[path]).takes_rows and leaf(cells[path]).plain)]
     if odd:
         raise AdapterError("trainable_token_indices is for the embedding and the head of colora_ms's decoder; "
                            f"{odd[0]} is a {type(cells[odd[0]]).__name__}")
 
 
-def _check_ties(plans):
+def _check_ties(matches):
     """Refuse to train adapters together of which one ties a head to its embedding's copy and another does not."""
     for role in ("saved", "tokens"):
-        for path in {path for plan in plans for path in getattr(plan, role)}:
-            if len({plan.ties.get(path) for plan in plans if path in getattr(plan, role)}) > 1:
+        for path in {path for matched in matches for path in getattr(matched, role)}:
+            if len({matched.ties.get(path) for matched in matches if path in getattr(matched, role)}) > 1:
                 raise AdapterError(f"{path} is tied in some of these adapters and not in others, so that they cannot be "
                                    "trained in one model; load them one at a time")
 
 
-def _source_of(path, role, handle, plans):
+def _source_of(path, role, handle, matches):
     """The Cell whose Parameters a tied one shares: in training, where both must stay equal; otherwise None, each slot has
     values of its own, and adapters that are tied and others can be mixed."""
-    ties = {plan.ties[path] for plan in plans if path in plan.ties and path in getattr(plan, role)}
+    ties = {matched.ties[path] for matched in matches if path in matched.ties and path in getattr(matched, role)}
     return handle.sites[ties.pop(), role] if handle.trainable and ties else None
 
 
-def _wrap_saved(cell, path, module, handle, plans):
+def _wrap_saved(cell, path, module, handle, matches):
     inner = cell.base_layer if isinstance(cell, AdapterCell) else cell
-    source = _source_of(path, "saved", handle, plans)
+    source = _source_of(path, "saved", handle, matches)
     if leaf(inner).takes_rows:
         return SavedModule(cell, path, handle.capacity, module.parameters, handle.trainable, source)
     if source is not None:
@@ -355,7 +355,7 @@ def _wrap_saved(cell, path, module, handle, plans):
     return SavedCell(cell, path, handle.active_slot, handle.capacity, handle.trainable)
 
 
-def _wrap_tokens(cell, path, module, handle, plans, count):
+def _wrap_tokens(cell, path, module, handle, matches, count):
     kind = TokenEmbedding if module.kind == "embedding" else TokenHead
     return kind(cell, path, handle.capacity, count, module.parameters["weight"], handle.trainable,
-                _source_of(path, "tokens", handle, plans))
+                _source_of(path, "tokens", handle, matches))

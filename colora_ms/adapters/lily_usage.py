@@ -61,15 +61,15 @@ def expert_use(handle, sequences, name=None, rows=8, multiple=16):
     Raises:
         AdapterError: no Lily adapter, another model's Cells, no token, or a sequence longer than the model's context.
     """
-    config, plan = handle.config(name), handle.plan(name)
+    config, matched = handle.config(name), handle.matched(name)
     slot = handle.slot(name if name is not None else handle.active)
     if config.peft_type != "LILY":
         raise AdapterError(f"an adapter of the method {config.peft_type} has no router; expert use is Lily's")
-    cells = {path: handle.sites[path, "lora"] for path in plan.targets}
+    cells = {path: handle.sites[path, "lora"] for path in matched.targets}
     if config.router_pool == "static":
         weights = {path: cell.static_weights(slot) for path, cell in cells.items()}
         return [ExpertUse(path, target.group, target.block, weights[path], _one_hot(weights[path]), 0)
-                for path, target in plan.targets.items()]
+                for path, target in matched.targets.items()]
     limit = getattr(handle.net, "max_positions", None)
     if limit is None:
         raise AdapterError("expert use is counted on this package's decoders only")
@@ -95,7 +95,7 @@ def expert_use(handle, sequences, name=None, rows=8, multiple=16):
     finally:
         _end(cells)
     result = []
-    for path, target in plan.targets.items():
+    for path, target in matched.targets.items():
         mean, top = counts[path].asnumpy().astype(np.float64)
         total = int(round(top.sum()))
         result.append(ExpertUse(path, target.group, target.block, mean / mean.sum(), top / max(total, 1), total))

@@ -69,7 +69,7 @@ class LoraTarget(Target):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Matched:
     """What a config does to a model.
 
     Attributes:
@@ -87,7 +87,7 @@ class Plan:
     ties: dict = field(default_factory=dict)
 
 
-def plan(config, modules, defaults=None):
+def match(config, modules, defaults=None):
     """Match a config against a model.
 
     Args:
@@ -96,7 +96,7 @@ def plan(config, modules, defaults=None):
         defaults: what ``target_modules=None`` means here, or None where it means nothing.
 
     Returns:
-        Plan.
+        Matched.
 
     Raises:
         AdapterError: nothing matches, everything that matches is excluded, or a matched module is of a kind that cannot
@@ -149,22 +149,22 @@ def plan(config, modules, defaults=None):
         raise AdapterError("the adapter's config does not fit the model: " + "; ".join(problems + remarks))
     for remark in remarks:
         warnings.warn(f"the adapter's config has more than the model: {remark}", AdapterWarning, stacklevel=3)
-    return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved), tokens=tokens,
+    return Matched(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved), tokens=tokens,
                 ties=ties)
 
 
-def places_of(plan_):
-    """The (module name, "lora", "saved" or "tokens") that a plan uses."""
-    low_rank = dict.fromkeys([*plan_.targets, *plan_.biases])
-    return ([(path, "lora") for path in low_rank] + [(path, "saved") for path in plan_.saved]
-            + [(path, "tokens") for path in plan_.tokens])
+def places_of(matched):
+    """The (module name, "lora", "saved" or "tokens") that an adapter uses."""
+    low_rank = dict.fromkeys([*matched.targets, *matched.biases])
+    return ([(path, "lora") for path in low_rank] + [(path, "saved") for path in matched.saved]
+            + [(path, "tokens") for path in matched.tokens])
 
 
-def value_shapes(plan_, modules):
+def value_shapes(matched, modules):
     """{(module name, role): {field: shape}} of an adapter's values in the Cells' orientation: down (r, in), for an
     embedding (vocab, r); up (out, r); a bias; the parameters of modules saved whole; rows (ids, hidden)."""
     shapes = {}
-    for path, target in plan_.targets.items():
+    for path, target in matched.targets.items():
         module = modules[path]
         down = (target.r, module.in_features) if target.kind == "linear" else (module.in_features, target.r)
         shapes[path, "lora"] = {"down": down, "up": (module.out_features, target.r)}
@@ -172,11 +172,11 @@ def value_shapes(plan_, modules):
             shapes[path, "lora"]["magnitude"] = (module.out_features,)
         if target.up_bias:
             shapes[path, "lora"]["up_bias"] = (module.out_features,)
-    for path in plan_.biases:
+    for path in matched.biases:
         shapes.setdefault((path, "lora"), {})["bias"] = modules[path].parameters["bias"]
-    for path in plan_.saved:
+    for path in matched.saved:
         shapes[path, "saved"] = modules[path].parameters
-    for path, ids in plan_.tokens.items():
+    for path, ids in matched.tokens.items():
         shapes[path, "tokens"] = {"rows": (len(ids), modules[path].parameters["weight"][1])}
     return shapes
 

@@ -108,7 +108,7 @@ def merge_model(model, adapters, target, weights=None, combine=None, dtype=None,
     config = checkpoint.config
     decoder = Decoder(config, checkpoint.tensors, max_positions=min(config.max_position_embeddings, 4 * _LONGEST))
     name, handle = _loaded(decoder, adapters, weights, combine, options)
-    notes += _untie(decoder, handle.plan(name), handle)
+    notes += _untie(decoder, handle.matched(name), handle)
     source = _tokenizer_source(tokenizer, adapters, handle)
     if source.folder is not None:
         notes.append(f"the adapter in {source.folder} brings tokens of its own: its tokenizer goes into the model")
@@ -167,15 +167,15 @@ def _packed_notes(checkpoint):
     return []
 
 
-def _untie(decoder, plan, handle):
+def _untie(decoder, matched, handle):
     """Give a tied head a matrix of its own where the adapter changes it or the embedding apart; returns notes."""
     from mindspore import Parameter, Tensor
 
     from colora_ms.models.replacing import forget_graphs
 
     embedding, head = "model.embed_tokens", "lm_head"
-    changed = {embedding, head} & {*plan.targets, *plan.saved, *plan.tokens}
-    if not decoder.config.tie_word_embeddings or not changed or head in plan.ties:
+    changed = {embedding, head} & {*matched.targets, *matched.saved, *matched.tokens}
+    if not decoder.config.tie_word_embeddings or not changed or head in matched.ties:
         return []
     own = Tensor(handle.cells[embedding].weight.asnumpy().copy())
     handle.cells[head].weight = Parameter(own, name=f"{head}.weight", requires_grad=False)

@@ -12,11 +12,11 @@ from colora_ms.adapters.slots import to_float32
 from colora_ms.errors import AdapterError
 
 
-def mergeable_places(handle, name, slot, config, plan):
+def mergeable_places(handle, name, slot, config, matched):
     """The (module name, role) of a handle that merging an adapter changes.
 
     Args:
-        handle: :class:`colora_ms.adapters.Adapters`; name, slot, config, plan: of the adapter.
+        handle: :class:`colora_ms.adapters.Adapters`; name, slot, config, matched: of the adapter.
 
     Raises:
         AdapterError: its method, or what it changes (integer weights, factors, weights that another module uses too),
@@ -27,9 +27,9 @@ def mergeable_places(handle, name, slot, config, plan):
     if reason:
         raise AdapterError(f"{what}: {reason}")
     # A tied module's weight is that of the module that it is tied to, which is merged once.
-    places = [place for place in handle.sites if place in set(places_of(plan)) and not
-              (place[0] in plan.ties and place[1] in ("saved", "tokens"))]
-    check_changeable(handle.net, handle.cells, places, what, "use the adapter unmerged", plan.ties)
+    places = [place for place in handle.sites if place in set(places_of(matched)) and not
+              (place[0] in matched.ties and place[1] in ("saved", "tokens"))]
+    check_changeable(handle.net, handle.cells, places, what, "use the adapter unmerged", matched.ties)
     reason = next(filter(None, (handle.sites[place].why_not_merge(slot) for place in places)), "")
     if reason:
         raise AdapterError(f"{what}: {reason}; use it unmerged")

@@ -91,11 +91,11 @@ class StoredAdapter:
         raise AdapterError(f"the adapter in {self.folder} cannot be loaded, and nothing was changed. "
                            f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:\n  - " + "\n  - ".join(shown) + hint)
 
-    def read(self, plan, modules, base, base_model=None):
+    def read(self, matched, modules, base, base_model=None):
         """Read and check all tensors.
 
         Args:
-            plan: Plan of the config on the model; modules: {name: Module}.
+            matched: Matched of the config on the model; modules: {name: Module}.
             base: function (module name) -> {name on disk: float32 array} of the base model, for tensors of the base
                 that PEFT stores beside an adapter: they must be equal to it.
             base_model: name of the base model, for the hint.
@@ -106,7 +106,7 @@ class StoredAdapter:
         Raises:
             AdapterError: everything that is missing, unexpected, mis-shaped, not finite or not implemented, at once.
         """
-        wanted = (method(self.config.peft_type).entries or entries)(plan, modules)
+        wanted = (method(self.config.peft_type).entries or entries)(matched, modules)
         problems = list(self.problems)
         found, used = {}, set()
         for key, entry in wanted.items():
@@ -125,7 +125,7 @@ class StoredAdapter:
                 problems.append(f"tensor {name!r:.300} of shape {self.file.shape(name)} is not part of the adapter that "
                                 "the config describes." + near(name, [key for key in wanted if key not in used], 1))
         self.refuse(problems, base_model)
-        for path, source in plan.ties.items():
+        for path, source in matched.ties.items():
             for role in ("saved", "tokens"):
                 if (source, role) in found:
                     found[path, role] = found[source, role]
@@ -182,10 +182,10 @@ class StoredAdapter:
         return True
 
 
-def entries(plan, modules):
-    """{key on disk: Entry} of all tensors of an adapter; plan and modules as in :meth:`StoredAdapter.read`."""
+def entries(matched, modules):
+    """{key on disk: Entry} of all tensors of an adapter; matched and modules as in :meth:`StoredAdapter.read`."""
     found = {}
-    for name, target in plan.targets.items():
+    for name, target in matched.targets.items():
         module, r, key = modules[name], target.r, PREFIX + name
         if target.kind == "linear":
             found[f"{key}.lora_A.weight"] = Entry(name, "lora", "down", (r, module.in_features))
@@ -197,31 +197,31 @@ def entries(plan, modules):
         else:
             found[f"{key}.lora_embedding_A"] = Entry(name, "lora", "down", (r, module.in_features), transposed=True)
             found[f"{key}.lora_embedding_B"] = Entry(name, "lora", "up", (module.out_features, r))
-    for name in plan.biases:
+    for name in matched.biases:
         shape = modules[name].parameters["bias"]
-        if name in plan.targets:
+        if name in matched.targets:
             found[f"{PREFIX}{name}.base_layer.bias"] = Entry(name, "lora", "bias", shape, alias=f"{PREFIX}{name}.bias")
         else:
             found[f"{PREFIX}{name}.bias"] = Entry(name, "lora", "bias", shape)
-    for name in plan.saved:
-        if name in plan.ties:
+    for name in matched.saved:
+        if name in matched.ties:
             continue
         for field, shape in modules[name].parameters.items():
-            copies = tuple(f"{PREFIX}{path}.{field}" for path, source in plan.ties.items() if source == name)
+            copies = tuple(f"{PREFIX}{path}.{field}" for path, source in matched.ties.items() if source == name)
             found[f"{PREFIX}{name}.{field}"] = Entry(name, "saved", field, shape, tied=copies)
-    for name, ids in plan.tokens.items():
-        if name not in plan.ties:
+    for name, ids in matched.tokens.items():
+        if name not in matched.ties:
             found[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = Entry(
                 name, "tokens", "rows", (len(ids), modules[name].parameters["weight"][1]))
     return found
 
 
-def write_adapter(folder, config, plan, modules, values, copies=False):
+def write_adapter(folder, config, matched, modules, values, copies=False):
     """Write an adapter as PEFT does, whole or not at all.
 
     Args:
         folder: created, or replaced while its other files are kept.
-        config: the adapter's config; plan and modules: what it means on the model.
+        config: the adapter's config; matched and modules: what it means on the model.
         values: {(module name, role): {field: float32 array}}, as :meth:`StoredAdapter.read` returns.
         copies: write a tensor that modules share once for each of them, as PEFT does, not once.
 
@@ -229,7 +229,7 @@ def write_adapter(folder, config, plan, modules, values, copies=False):
         AdapterError: a value is not finite, or the folder cannot be written.
     """
     tensors, broken = {}, []
-    for key, entry in (method(config.peft_type).entries or entries)(plan, modules).items():
+    for key, entry in (method(config.peft_type).entries or entries)(matched, modules).items():
         value = values[entry.path, entry.role][entry.field]
         tensors[key] = np.ascontiguousarray(value.T) if entry.transposed else value
         if not np.isfinite(value).all():
@@ -238,7 +238,7 @@ def write_adapter(folder, config, plan, modules, values, copies=False):
     if broken:
         raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values that "
                            f"are not finite, {broken[0]!r} first: its training diverged; load an earlier checkpoint")
-    text = store.config_text(config.to_peft(_explicit_targets(config, plan, modules)))
+    text = store.config_text(config.to_peft(_explicit_targets(config, matched, modules)))
 
     def write(temporary):
         write_safetensors(os.fspath(temporary / store.WEIGHTS_FILE), {key: value.shape for key, value in tensors.items()},
@@ -256,12 +256,12 @@ def digest(folder):
     return StoredAdapter(folder).digest()
 
 
-def _explicit_targets(config, plan, modules):
+def _explicit_targets(config, matched, modules):
     """What "all-linear" or no target_modules stood for, since other readers of the format know lists only."""
-    if not (config.target_modules is None and plan.targets or
+    if not (config.target_modules is None and matched.targets or
             isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return None
-    return shortest_names(plan.targets, modules)
+    return shortest_names(matched.targets, modules)
 
 
 def _plain(file, folder):

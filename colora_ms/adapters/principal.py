@@ -43,10 +43,10 @@ def start_from_base(config, target, values, weight, random):
     return values, change
 
 
-def check_splittable(config, plan, modules, cells):
+def check_splittable(config, matched, modules, cells):
     """Refuse PiSSA and OLoRA on anything but plain linears, and at ranks above the number of a weight's directions."""
     problems = []
-    for path, target in plan.targets.items():
+    for path, target in matched.targets.items():
         most = min(modules[path].in_features, modules[path].out_features)
         if target.kind != "linear":
             problems.append(f"{path} is an {target.kind}")
@@ -86,35 +86,35 @@ def truncated_svd(weight, rank, iterations, random):
     return basis @ u, s, v
 
 
-def as_plain_lora(config, plan, values, starts):
+def as_plain_lora(config, matched, values, starts):
     """An adapter with PiSSA's or OLoRA's start as plain LoRA for the untouched base.
 
     Args:
-        config: LoraConfig; plan: its Plan; values: {(module name, role): {field: array}}.
+        config: LoraConfig; matched: its Matched; values: {(module name, role): {field: array}}.
         starts: {module name: {"down", "up"}} of the pair that was taken from each base weight.
 
     Returns:
-        (config, plan, values) of the same change at twice the rank; the arguments are left alone.
+        (config, matched, values) of the same change at twice the rank; the arguments are left alone.
     """
     config = copy.deepcopy(config)
     alpha = math.sqrt(2) if config.use_rslora else 2
     config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, alpha * config.lora_alpha, True
     config.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
     config.alpha_pattern = {key: alpha * one for key, one in config.alpha_pattern.items()}
-    targets = {path: dataclasses.replace(one, r=2 * one.r, alpha=alpha * one.alpha) for path, one in plan.targets.items()}
+    targets = {path: dataclasses.replace(one, r=2 * one.r, alpha=alpha * one.alpha) for path, one in matched.targets.items()}
     joined = dict(values)
     for path, start in starts.items():
         own = values[path, "lora"]
         joined[path, "lora"] = {**own, "down": np.concatenate([own["down"], start["down"]]),
                                 "up": np.concatenate([own["up"], -start["up"]], 1)}
-    return config, dataclasses.replace(plan, targets=targets), joined
+    return config, dataclasses.replace(matched, targets=targets), joined
 
 
-def starts_on(config, plan, weight):
+def starts_on(config, matched, weight):
     """The pairs that PiSSA or OLoRA took from the base, found again: {module name: {"down", "up"}}.
 
     Args:
-        config: LoraConfig of an adapter on disk; plan: its Plan.
+        config: LoraConfig of an adapter on disk; matched: its Matched.
         weight: function (module name) -> the untouched base weight, float32.
 
     Raises:
@@ -125,4 +125,4 @@ def starts_on(config, plan, weight):
                            "not hold, so the base weight that the adapter belongs to cannot be found again; save it as plain "
                            "LoRA (here: save(..., as_lora=True); PEFT: path_initial_model_for_weight_conversion)")
     # The pair itself is unique up to signs, its product is unique; only the product counts.
-    return {path: principal_pair(config, target, weight(path), None) for path, target in plan.targets.items()}
+    return {path: principal_pair(config, target, weight(path), None) for path, target in matched.targets.items()}

@@ -20,24 +20,24 @@ class Method:
         wrap: function (base Cell, name, :class:`Site`) that returns the adapter Cell to put in its place.
         initial_values: function (config, target, module, random) that gives the values a new adapter starts from: those
             fields that this module owns (a tensor that modules share is owned by one of them).
-        entries: function (plan, modules) that lists its tensors on disk; None for PEFT's LoRA names.
-        plan: function (config, modules, defaults) -> Plan; by default :func:`colora_ms.adapters.matching.plan`.
-        value_shapes: function (plan, modules) that gives the shapes of its values as the Cells read and write them; by
+        entries: function (matched, modules) that lists its tensors on disk; None for PEFT's LoRA names.
+        match: function (config, modules, defaults) -> Matched; by default :func:`colora_ms.adapters.matching.match`.
+        value_shapes: function (matched, modules) that gives the shapes of its values as the Cells read and write them; by
             default :func:`colora_ms.adapters.matching.value_shapes`.
         start_from_base: function (config, target, values, weight, random) -> (values, change of the base weight or None),
             or None: the part of the initial values that depends on the base weight, which ``weight()`` returns.
         why_not_merge: function (config) that says why such an adapter cannot be merged, or "".
-        peft_config: function (config, plan, modules) that gives the config to write in PEFT's own layout.
+        peft_config: function (config, matched, modules) that gives the config to write in PEFT's own layout.
     """
 
     config: Any
     wrap: Callable
     initial_values: Callable
     entries: Optional[Callable] = None
-    plan: Callable = matching.plan
+    match: Callable = matching.match
     value_shapes: Callable = matching.value_shapes
     why_not_merge: Callable = lambda config: ""
-    peft_config: Callable = lambda config, plan, modules: config
+    peft_config: Callable = lambda config, matched, modules: config
     start_from_base: Optional[Callable] = None
 
 
@@ -86,11 +86,11 @@ def named(name, where=""):
     return method(name.upper() if isinstance(name, str) else name, where)
 
 
-def plan(config, modules, defaults=None):
-    """The Plan of any method's config on a model; see :func:`colora_ms.adapters.matching.plan`."""
-    return method(config.peft_type).plan(config, modules, defaults)
+def match(config, modules, defaults=None):
+    """The Matched of any method's config on a model; see :func:`colora_ms.adapters.matching.match`."""
+    return method(config.peft_type).match(config, modules, defaults)
 
 
-def value_shapes(config, plan_, modules):
+def value_shapes(config, matched, modules):
     """Shapes of an adapter's values, see :func:`colora_ms.adapters.matching.value_shapes`."""
-    return method(config.peft_type).value_shapes(plan_, modules)
+    return method(config.peft_type).value_shapes(matched, modules)

@@ -17,7 +17,7 @@ from colora_ms.adapters.slots import add_in_float32
 from colora_ms.errors import AdapterError
 
 
-def check_start(handle, config, plan):
+def check_start(handle, config, matched):
     """Refuse a config that a new adapter cannot begin with on this model."""
     start = getattr(config, "init_lora_weights", True)
     changes_base = getattr(config, "changes_base", False)
@@ -26,17 +26,17 @@ def check_start(handle, config, plan):
                            "use one of " + ", ".join(map(repr, INITIALISATIONS)))
     if changes_base:
         what = f"an adapter with init_lora_weights={config.init_lora_weights!r} cannot start"
-        check_splittable(config, plan, handle.modules, handle.cells)
-        check_changeable(handle.net, handle.cells, places_of(plan), what, "leave that module out")
+        check_splittable(config, matched, handle.modules, handle.cells)
+        check_changeable(handle.net, handle.cells, places_of(matched), what, "leave that module out")
         if handle.names:
             raise AdapterError(f"{what}: it changes the base weights, on which {', '.join(handle.names)} rely; delete "
                                "those first")
 
 
-def first_values(handle, config, plan):
+def first_values(handle, config, matched):
     """(values of a new adapter, {module name: what its start adds to the base weight})."""
     method_, values, changes = method(config.peft_type), {}, {}
-    for path, target in plan.targets.items():
+    for path, target in matched.targets.items():
         # A stream for each module: the values do not depend on which other modules are adapted.
         random = np.random.default_rng([handle.seed, zlib.crc32(path.encode())])
         own = method_.initial_values(config, target, handle.modules[path], random)
@@ -45,11 +45,11 @@ def first_values(handle, config, plan):
             if change is not None:
                 changes[path] = change
         values[path, "lora"] = own
-    for path in plan.biases:
+    for path in matched.biases:
         values.setdefault((path, "lora"), {})["bias"] = leaf(handle.cells[path]).base_values()["bias"]
-    for path in plan.saved:
+    for path in matched.saved:
         values[path, "saved"] = leaf(handle.cells[path]).base_values()
-    for path, ids in plan.tokens.items():
+    for path, ids in matched.tokens.items():
         values[path, "tokens"] = {"rows": base_weight(handle, path)[list(ids)]}
     return values, changes
 

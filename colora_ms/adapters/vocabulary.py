@@ -296,8 +296,8 @@ def tokenizer_for(tokenizer, folders, handle):
     chosen, owner = tokenizer, None
     tables = tables_of(handle.modules)
     for name, folder in folders.items() if tables else ():
-        plan = handle.plan(name)
-        if tables.embedding not in {*plan.saved, *plan.tokens, *plan.targets} or not has_tokenizer(folder):
+        matched = handle.matched(name)
+        if tables.embedding not in {*matched.saved, *matched.tokens, *matched.targets} or not has_tokenizer(folder):
             continue
         own = _read_tokenizer(folder)
         if own.vocab_size <= getattr(tokenizer, "vocab_size", 0):

@@ -210,7 +210,7 @@ class AdapterBank:
         self._counters.evictions += evicted
         started = time.perf_counter()
         try:
-            self.adapters.write_slot(number, content.plan, content.values)
+            self.adapters.write_slot(number, content.matched, content.values)
         except BaseException:
             self._slots.forget(content.digest)
             raise

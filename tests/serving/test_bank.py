@@ -278,7 +278,7 @@ def test_the_handle_and_the_bank_share_one_account_of_slots(bank, folder):
     content = bank._host[lease.digest]
     for slot, reason in ((lease.slot, "is leased"), (handle.slot("own"), "holds the adapter 'own'")):
         with pytest.raises(AdapterError, match=f"slot {slot} {reason}"):
-            handle.write_slot(slot, content.plan, content.values)
+            handle.write_slot(slot, content.matched, content.values)
     for slot, former in ((lease.slot, before), (handle.slot("own"), own)):
         now = held(bank, type(lease)(slot, ""))
         assert all(np.array_equal(x, y) for path, values in now.items() for x, y in zip(values, former[path]))
@@ -290,7 +290,7 @@ def test_the_handle_and_the_bank_share_one_account_of_slots(bank, folder):
     for one in (lease, second):
         bank.release(one)
     with pytest.raises(AdapterError, match="slot 7 was given to nobody"):
-        handle.write_slot(7, content.plan, content.values)
+        handle.write_slot(7, content.matched, content.values)
     with pytest.raises(AdapterError, match="not leased"):  # the bank's as long as it wants to keep them
         handle.load(folder / "a3", "more")
     bank.unload("a2")

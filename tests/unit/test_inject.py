@@ -280,7 +280,7 @@ def test_everything_that_an_adapter_can_hold_is_chosen_by_row(mindspore, tiny_de
     handle.add_adapter("b", LoraConfig(r=2, **RANDOM, **values))
     random = np.random.default_rng(3)
     for name in "ab":
-        for place, shapes in value_shapes(handle.plan(name), handle.modules).items():
+        for place, shapes in value_shapes(handle.matched(name), handle.modules).items():
             cell = handle.sites[place]
             new = {key: value + random.standard_normal(value.shape).astype(np.float32) * 0.2
                    for key, value in cell.read(handle.slot(name), shapes).items()}

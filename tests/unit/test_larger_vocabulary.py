@@ -278,7 +278,7 @@ def test_a_tied_head_that_the_adapter_lacks_is_said(mindspore, goldens, adapter)
     net = build(goldens, "llama_linear")
     with pytest.warns(AdapterWarning, match="not the head"):
         handle = load_adapter(net, folder)
-    assert handle.plan().saved == ("model.embed_tokens",) and handle.plan().ties == {}
+    assert handle.matched().saved == ("model.embed_tokens",) and handle.matched().ties == {}
 
 
 def test_two_larger_vocabularies_are_refused(mindspore, goldens, adapter, tmp_path):

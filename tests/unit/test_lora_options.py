@@ -95,7 +95,7 @@ def test_starts_equal_pefts(mindspore, goldens, name):
     cell = handle.sites["model.layers.0.mlp.down_proj", "lora"]
     residual = cell.base_layer.weight.asnumpy()
     assert np.abs(residual - stored["residual"]).max() < 1e-5
-    product = cell.change(0) / handle.plan().targets[cell.path].scaling
+    product = cell.change(0) / handle.matched().targets[cell.path].scaling
     assert np.abs(product - stored["up"] @ stored["down"]).max() < 1e-5
     for ours, theirs in ((cell.down, stored["down"]), (cell.up.asnumpy().transpose(0, 2, 1), stored["up"].T)):
         ours = np.asarray(ours.asnumpy() if hasattr(ours, "asnumpy") else ours)[0]
@@ -174,7 +174,7 @@ def test_formula_in_float64(mixed):
     for row, name in enumerate(names):
         weight = base["weight"]
         if name:
-            target = handle.plan(name).targets[cell.path]
+            target = handle.matched(name).targets[cell.path]
             shapes = {"down": (target.r, 32), "up": (32, target.r), "magnitude": (32,)}
             values = cell.read(handle.slot(name), shapes)
             weight = weight + target.scaling * values["up"].astype(np.float64) @ values["down"]
@@ -193,17 +193,17 @@ def test_freed_slots_and_plain_adapters_get_no_magnitude(mixed):
     assert np.array_equal(run(net, handle.slots(3, "plain")), before) and np.abs(late - base).max() > 1e-3
     graphs = len(net.compile_cache)
     values = {}
-    for path, target in handle.plan("dora_qv").targets.items():
+    for path, target in handle.matched("dora_qv").targets.items():
         cell = handle.sites[path, "lora"]
         values[path] = cell.read(slot, {"down": cell.down.shape[1:], "up": cell.up.shape[1:], "magnitude": (cell.out_features,)})
         cell.clear(slot)
     assert np.array_equal(run(net, [slot] * 3), base)
     for path, one in values.items():
         handle.sites[path, "lora"].write(slot, {**one, "magnitude": one["magnitude"] * np.nan},
-                                         handle.plan("dora_qv").targets[path].scaling)
+                                         handle.matched("dora_qv").targets[path].scaling)
     assert np.isnan(run(net, [slot] * 3)).any() and np.array_equal(run(net, [-1] * 3), base)
     for path, one in values.items():
-        handle.sites[path, "lora"].write(slot, one, handle.plan("dora_qv").targets[path].scaling)
+        handle.sites[path, "lora"].write(slot, one, handle.matched("dora_qv").targets[path].scaling)
     assert len(net.compile_cache) == graphs
 
 
@@ -295,7 +295,7 @@ def test_dora_and_lora_bias_on_dense_cells(mindspore, tmp_path):
             handle = inject(net, LoraConfig(**{"r": 2, "target_modules": ["0", "1"], **RANDOM, **settings}), trainable=trainable)
             random = np.random.default_rng(5)
             for (path, _), cell in handle.sites.items():
-                target = handle.plan().targets[path]
+                target = handle.matched().targets[path]
                 values = {"down": random.standard_normal((2, cell.base_layer.weight.shape[1])).astype(np.float32),
                           "up": random.standard_normal((cell.base_layer.weight.shape[0], 2)).astype(np.float32)}
                 own = random.uniform(0.5, 2, cell.base_layer.weight.shape[0]).astype(np.float32)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from colora_ms.adapters import matching
-from colora_ms.adapters.matching import Plan, Target
+from colora_ms.adapters.matching import Matched, Target
 from colora_ms.adapters.peft_format import PREFIX, Entry, entries as lora_entries
 from colora_ms.errors import AdapterError
 
@@ -34,14 +34,14 @@ class LilyTarget(Target):
     up_owner: str = ""
 
 
-def plan(config, modules, defaults=None):
-    """The Plan of a LilyConfig, whose targets are :class:`LilyTarget`; arguments as ``matching.plan``.
+def match(config, modules, defaults=None):
+    """The Matched of a LilyConfig, whose targets are :class:`LilyTarget`; arguments as ``matching.match``.
 
     Raises:
-        AdapterError: what ``matching.plan`` refuses; a matched module that is no linear; modules of one type whose shapes
+        AdapterError: what ``matching.match`` refuses; a matched module that is no linear; modules of one type whose shapes
             differ, so that they cannot share.
     """
-    matched = matching.plan(config.targets_of(), modules, defaults)
+    matched = matching.match(config.targets_of(), modules, defaults)
     wrong = [name for name, target in matched.targets.items() if target.kind != "linear"]
     if wrong:
         raise AdapterError(f"Lily adapts linears, but target_modules also matches {wrong[0]!r}, which is an embedding; "
@@ -54,7 +54,7 @@ def plan(config, modules, defaults=None):
                 name=name, kind="linear", r=config.r, alpha=config.scaling, scaling=config.scaling, experts=config.num_B,
                 pool=config.router_pool, form=config.router_form, group=label, block=block,
                 down_owner=names[block * config.stride_A], up_owner=names[0])
-    return Plan({name: targets[name] for name in matched.targets}, matched.saved, matched.biases)
+    return Matched({name: targets[name] for name in matched.targets}, matched.saved, matched.biases)
 
 
 def groups(config, names, modules, defaults=None):
@@ -62,7 +62,7 @@ def groups(config, names, modules, defaults=None):
 
     Args:
         config: LilyConfig; names: the adapted modules in the order of the model; modules: {name: Module}; defaults: as
-            for ``matching.plan``.
+            for ``matching.match``.
     """
     found = {}
     for name in names:
@@ -92,13 +92,13 @@ def _entry(config, name, defaults):
     return max((entry for entry in entries if name == entry or name.endswith("." + entry)), key=len, default="")
 
 
-def value_shapes(plan_, modules):
+def value_shapes(matched, modules):
     """{(module name, role): {field: shape}} of the values that each module owns.
 
     "down" (r, in); "up" (out, experts * r): the experts side by side; "router" (experts, r), or (experts,) if static.
     """
-    shapes = matching.value_shapes(Plan({}, plan_.saved, plan_.biases), modules)
-    for name, target in plan_.targets.items():
+    shapes = matching.value_shapes(Matched({}, matched.saved, matched.biases), modules)
+    for name, target in matched.targets.items():
         module, own = modules[name], {}
         if target.down_owner == name:
             own["down"] = (target.r, module.in_features)
@@ -109,27 +109,27 @@ def value_shapes(plan_, modules):
     return shapes
 
 
-def parameter_count(plan_, modules, shapes=None):
-    """Numbers that an adapter with this plan has (trains and stores); from shapes alone.
+def parameter_count(matched, modules, shapes=None):
+    """Numbers that an adapter of these targets has (trains and stores); from shapes alone.
 
     Args:
-        plan_, modules: as :func:`value_shapes`; shapes: another method's ``value_shapes``, by default Lily's.
+        matched, modules: as :func:`value_shapes`; shapes: another method's ``value_shapes``, by default Lily's.
     """
-    return sum(int(np.prod(shape)) for own in (shapes or value_shapes)(plan_, modules).values() for shape in own.values())
+    return sum(int(np.prod(shape)) for own in (shapes or value_shapes)(matched, modules).values() for shape in own.values())
 
 
-def entries(plan_, modules):
+def entries(matched, modules):
     """{key on disk: Entry}: PEFT's names, where a shared tensor's copies are those of the modules that do not own it.
 
     On disk ``lily_A.weight`` (r, in), ``lily_B.weight`` (experts * r, out), ``lily_router.weight`` (experts, r).
     """
     copies = {}
-    for name, target in plan_.targets.items():
+    for name, target in matched.targets.items():
         for owner, tensor in ((target.down_owner, "lily_A"), (target.up_owner, "lily_B")):
             if owner != name:
                 copies.setdefault((owner, tensor), []).append(f"{PREFIX}{name}.{tensor}.weight")
     found = {}
-    for (name, role), own in value_shapes(plan_, modules).items():
+    for (name, role), own in value_shapes(matched, modules).items():
         if role != "lora":
             continue
         for field, tensor in (("down", "lily_A"), ("up", "lily_B"), ("router", "lily_router")):
@@ -137,7 +137,7 @@ def entries(plan_, modules):
                 shape = own[field][::-1] if field == "up" else own[field]
                 found[f"{PREFIX}{name}.{tensor}.weight"] = Entry(
                     name, "lora", field, shape, transposed=field == "up", copies=tuple(copies.get((name, tensor), ())))
-    return {**found, **lora_entries(Plan({}, plan_.saved, plan_.biases), modules)}
+    return {**found, **lora_entries(Matched({}, matched.saved, matched.biases), modules)}
 
 
 def initial_values(config, target, module, random):
