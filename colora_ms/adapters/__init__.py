@@ -8,9 +8,9 @@ The adapter of a row is a tensor: ``net(ids, lengths, adapters.slots(rows))``. A
 adapters compiles nothing anew.
 """
 
+from colora_ms.adapters import lily_matching
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.handle import Adapters
-from colora_ms.adapters import lily_matching
 from colora_ms.adapters.inject import adapters_of, inject, load_adapter, load_adapters, wrap_lora
 from colora_ms.adapters.lily import LilyDense, LilyLinear, StaticLilyLinear, wrap_lily
 from colora_ms.adapters.lily_config import LilyConfig

@@ -20,13 +20,16 @@ sqrt(r) in place of 1) is not repeated.
 import copy
 import math
 import zlib
+from typing import TYPE_CHECKING, Iterable, Optional
 
 import numpy as np
 
 from colora_ms.adapters.config import LoraConfig
-from colora_ms.adapters.matching import match
-from colora_ms.adapters.matching import shortest_names, value_shapes
+from colora_ms.adapters.matching import Matched, match, shortest_names, value_shapes
 from colora_ms.errors import AdapterError, near
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
 #: Arithmetic on the factors themselves, which must have equal ranks.
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -39,8 +42,9 @@ COMBINATIONS = ("cat", *ON_FACTORS, *ON_PRODUCTS)
 MAJORITY_SIGNS = ("total", "frequency")
 
 
-def combine(handle, names, weights, combination_type="svd", svd_rank=None, svd_clamp=None, density=None,
-            majority_sign_method="total", seed=0):
+def combine(handle: 'Adapters', names: Iterable[str], weights: Iterable[float], combination_type: str = "svd",
+            svd_rank: Optional[int] = None, svd_clamp: Optional[float] = None, density: Optional[float] = None,
+            majority_sign_method: str = "total", seed: int = 0) -> tuple[LoraConfig, Matched, dict]:
     """The adapter that several others make together; nothing of ``handle`` changes.
 
     Args:

@@ -8,7 +8,7 @@ that changes what the adapter computes and is not implemented is refused, and al
 import math
 import re
 from dataclasses import dataclass, field, fields
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from colora_ms.adapters.peft_config import PeftConfig
 from colora_ms.errors import AdapterError, near
@@ -113,7 +113,7 @@ class LoraConfig(PeftConfig):
     #: Written as ``peft_type``.
     peft_type = "LORA"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.make_lists()
         if isinstance(self.trainable_token_indices, tuple):
             self.trainable_token_indices = list(self.trainable_token_indices)
@@ -124,7 +124,7 @@ class LoraConfig(PeftConfig):
         if problems:
             raise AdapterError("this LoRA config cannot be used: " + "; ".join(problems))
 
-    def problems(self):
+    def problems(self) -> list[str]:
         """All that is wrong with the values, as a list of sentences (empty when the config can be used)."""
         found = []
         if not _is_rank(self.r):
@@ -214,7 +214,7 @@ class LoraConfig(PeftConfig):
         return found
 
     @classmethod
-    def parse_peft(cls, values):
+    def parse_peft(cls, values: Any) -> tuple[Optional['LoraConfig'], list[str]]:
         """Read an ``adapter_config.json`` without raising.
 
         Args:
@@ -243,18 +243,18 @@ class LoraConfig(PeftConfig):
             return None, found + [str(error)]
 
     @property
-    def pissa_iterations(self):
+    def pissa_iterations(self) -> Optional[int]:
         """N of "pissa_niter_N", or None."""
         start = self.init_lora_weights
         match = _PISSA_NITER.fullmatch(start) if isinstance(start, str) else None
         return int(match[1]) if match else None
 
     @property
-    def changes_base(self):
+    def changes_base(self) -> bool:
         """Whether a new adapter takes what it starts from away from the base weights."""
         return self.init_lora_weights in ("pissa", "olora") or self.pissa_iterations is not None
 
-    def scaling(self, r, alpha):
+    def scaling(self, r: int, alpha: float) -> float:
         """The factor of the low-rank branch for rank r and this alpha."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 

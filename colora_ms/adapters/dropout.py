@@ -34,7 +34,7 @@ class Dropout(nn.Cell):
             communication must be initialised before the Cell is made for their masks to differ.
     """
 
-    def __init__(self, rate, seed, path):
+    def __init__(self, rate: float, seed: int, path: str) -> None:
         super().__init__(auto_prefix=False)
         bind()
         self.rate = rate
@@ -45,7 +45,7 @@ class Dropout(nn.Cell):
         # The key is not recomputed: it would be the next one.
         self.count, self.mix = ops.AssignAdd().recompute(False), ops.BitwiseXor().recompute(False)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         """x: (..., columns), any float dtype -> the same shape and dtype."""
         if not self.training:
             return x
@@ -55,11 +55,11 @@ class Dropout(nn.Cell):
             place = self.stream + default_generator._step(self.step)[1].astype(ms.int32)
         return dropout(x, self.mix(place, self.worker), self.least, self.scale)
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"rate={self.rate}"
 
 
-def dropout_streams(net):
+def dropout_streams(net: nn.Cell) -> list[Parameter]:
     """[Parameter]: what the masks of all :class:`Dropout` Cells in a model depend on beside the model itself."""
     return [cell.stream for _, cell in net.cells_and_names() if isinstance(cell, Dropout)]
 

@@ -1,16 +1,22 @@
 """Does an adapter fit the model, and the Cells that ``inject`` made?"""
 
 from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from colora_ms.adapters import vocabulary
+from colora_ms.adapters.matching import Matched
 from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.principal import as_plain_lora, check_splittable, starts_on
 from colora_ms.adapters.registry import match
 from colora_ms.adapters.starting import base_weight
 from colora_ms.errors import AdapterError
 
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
+    from colora_ms.adapters.peft_format import StoredAdapter
 
-def check_fits(handle, config, matched):
+
+def check_fits(handle: 'Adapters', config: Any, matched: Matched) -> None:
     """Refuse what needs Cells which ``inject`` did not make; all reasons in one error."""
     if config.peft_type != handle.peft_type:
         raise AdapterError(f"the adapter is of the method {config.peft_type}, the model was prepared for "
@@ -45,7 +51,7 @@ def check_fits(handle, config, matched):
                            "adapters to come, so that adding one compiles nothing")
 
 
-def stage(handle, stored, check=None):
+def stage(handle: 'Adapters', stored: 'StoredAdapter', check: Optional[Callable] = None) -> tuple[Matched, dict]:
     """Check an opened folder against the model and read it: (Matched, values). Changes nothing in the model; an adapter
     that started from the base weights is made into plain LoRA, its config too.
 

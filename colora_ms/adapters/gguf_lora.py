@@ -12,13 +12,15 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any, Optional, Union
 
 import numpy as np
 
+from mindspore import nn
+
 from colora_ms.adapters.config_modules import modules_of_config
 from colora_ms.adapters.key_names import PREFIX
-from colora_ms.adapters.matching import DEFAULT_TARGETS
-from colora_ms.adapters.matching import match
+from colora_ms.adapters.matching import DEFAULT_TARGETS, Matched, match
 from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError
 from colora_ms.files import replacing
 from colora_ms.models.config import DecoderConfig
@@ -40,7 +42,7 @@ class GgufLoraFile:
         problems: sentences about what cannot be used.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Union[str, os.PathLike]) -> None:
         """
         Raises:
             AdapterError: not a GGUF file, damaged, or not a LoRA.
@@ -118,7 +120,7 @@ class GgufLoraFile:
                 # alpha 0: the factor is 1, whatever the rank
                 "alpha_pattern": {} if alpha else {re.escape(name): r for name, r in others.items()}}
 
-    def fit(self, net):
+    def fit(self, net: nn.Cell) -> list[str]:
         """Prepare for a model: rows are put into its order. Returns what is wrong, as a list of sentences."""
         config = getattr(net, "config", None)
         if not isinstance(config, DecoderConfig):
@@ -130,11 +132,11 @@ class GgufLoraFile:
                        for _, module, _, _ in self._source.values()}
         return []
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor as PEFT stores it."""
         return self.entries[name][1]
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """One tensor, float32, as PEFT stores it; the rows in llama.cpp's order before :meth:`fit`."""
         source, module, turned, is_up = self._source[name]
         value = self._file.read(source)
@@ -142,7 +144,7 @@ class GgufLoraFile:
             return np.ascontiguousarray(value.T)
         return restore_rows(value, self._heads[module]) if is_up and self._heads else value
 
-    def raw(self, name):
+    def raw(self, name: str) -> Any:
         """The stored bytes of a tensor, uint8."""
         return self._file.raw(self._source[name][0])
 
@@ -153,7 +155,9 @@ def _type_name(tensor):
     return GGMLQuantizationType(tensor.type).name
 
 
-def write_gguf_lora(path, config, matched, values, kind="F32", name=None):
+def write_gguf_lora(path: Union[str, os.PathLike], config: Any, matched: Matched,
+                    values: dict[tuple[str, str], dict[str, np.ndarray]], kind: str = "F32",
+                    name: Optional[str] = None) -> list[str]:
     """Write a LoRA as llama.cpp reads it; the file appears complete or not at all.
 
     Args:
@@ -224,7 +228,8 @@ def write_gguf_lora(path, config, matched, values, kind="F32", name=None):
     return notes
 
 
-def convert_adapter(folder, path, base=None, kind="F32"):
+def convert_adapter(folder: Union[str, os.PathLike], path: Union[str, os.PathLike], base: Any = None,
+                    kind: str = "F32") -> list[str]:
     """Write an adapter folder as llama.cpp's LoRA file, or the reverse; no model is built.
 
     Args:

@@ -1,20 +1,21 @@
 """``Adapters``: the handle of a model's adapters. It keeps names and configs; what a graph sees are tensors only."""
 
 import copy
+import os
+from typing import Any, Iterable, Optional, Union
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.combine import combine
 from colora_ms.adapters.fitting import check_fits, stage
-from colora_ms.adapters.matching import places_of
+from colora_ms.adapters.matching import Matched, Module, places_of
 from colora_ms.adapters.merging import mergeable_places, not_finite
 from colora_ms.adapters.peft_format import StoredAdapter
-from colora_ms.adapters.registry import value_shapes
-from colora_ms.adapters.registry import match
+from colora_ms.adapters.registry import match, value_shapes
 from colora_ms.adapters.saving import save_adapter
 from colora_ms.adapters.slot_table import SlotTable
 from colora_ms.adapters.starting import ChangedBase, check_start, first_values
@@ -41,7 +42,8 @@ class Adapters:
         frozen: [(Parameter of the model before injection, its requires_grad then)].
     """
 
-    def __init__(self, net, modules, defaults, capacity, trainable, seed, base_model):
+    def __init__(self, net: nn.Cell, modules: dict[str, Module], defaults: Optional[list], capacity: int,
+                 trainable: bool, seed: Optional[int], base_model: Optional[str]) -> None:
         self.net = net
         self.modules = modules
         self.capacity = capacity
@@ -65,48 +67,48 @@ class Adapters:
     # -- what there is ------------------------------------------------------------------------------------------------
 
     @property
-    def names(self):
+    def names(self) -> tuple[str, ...]:
         """Names of the adapters, in the order of their slots."""
         return self.slot_table.names
 
     @property
-    def active(self):
+    def active(self) -> Optional[str]:
         """Name of the active adapter, or None (no adapter, or disabled)."""
         return self._active if self._enabled else None
 
     @property
-    def merged(self):
+    def merged(self) -> Optional[str]:
         """Name of the adapter that is merged into the base weights, or None."""
         return self._merged
 
     @property
-    def changed_base(self):
+    def changed_base(self) -> Optional[str]:
         """Name of the adapter that started from the base weights and changed them (PiSSA, OLoRA), or None."""
         return self._changed.name if self._changed else None
 
     @property
-    def seed(self):
+    def seed(self) -> int:
         """Seed of new adapters' initial values and of the masks of dropout."""
         return self._seed if self._seed is not None else ms.get_seed() or 0
 
     @property
-    def free_slots(self):
+    def free_slots(self) -> int:
         """How many more adapters fit."""
         return len(self.slot_table.free)
 
-    def slot(self, name):
+    def slot(self, name: str) -> int:
         """Slot number of an adapter."""
         return self.slot_table.number(name)
 
-    def config(self, name=None):
+    def config(self, name: Optional[str] = None) -> Any:
         """LoraConfig of an adapter, by default the active one."""
         return self._entry(self._default(name))[1]
 
-    def matched(self, name=None):
+    def matched(self, name: Optional[str] = None) -> Matched:
         """What an adapter changes in the model: :class:`colora_ms.adapters.matching.Matched`."""
         return self._entry(self._default(name))[2]
 
-    def slots(self, rows, name=None):
+    def slots(self, rows: int, name: Union[str, list, tuple, None] = None) -> Tensor:
         """The slot of each row, as the decoder takes it.
 
         Args:
@@ -124,7 +126,7 @@ class Adapters:
         one = self.active if name is None else name
         return Tensor(np.full(rows, self._row_slot(self._merged if one is None else one), np.int32))
 
-    def trainable_params(self, name=None):
+    def trainable_params(self, name: Optional[str] = None) -> list[Parameter]:
         """The Parameters that training an adapter (by default the active one) changes, in the order of the model.
 
         With more than one slot these are stacked Parameters, of which the other adapters' slots get zero gradients;
@@ -142,7 +144,7 @@ class Adapters:
 
     # -- adding, choosing, removing -----------------------------------------------------------------------------------
 
-    def add_adapter(self, name, config):
+    def add_adapter(self, name: str, config: Any) -> None:
         """Start a new adapter in a free slot, with the config's initial values.
 
         Raises:
@@ -158,8 +160,10 @@ class Adapters:
             self._changed = ChangedBase(self, name, changes, values)
         self.publish(name, config, matched, values)
 
-    def add_weighted_adapter(self, names, weights, new_name, combination_type="svd", svd_rank=None, svd_clamp=None,
-                             density=None, majority_sign_method="total", seed=0):
+    def add_weighted_adapter(self, names: Iterable[str], weights: Iterable[float], new_name: str,
+                             combination_type: str = "svd", svd_rank: Optional[int] = None,
+                             svd_clamp: Optional[float] = None, density: Optional[float] = None,
+                             majority_sign_method: str = "total", seed: int = 0) -> None:
         """Combine adapters into a new one in a free slot; see :mod:`colora_ms.adapters.combine` for the ways to do it.
 
         Args:
@@ -176,7 +180,7 @@ class Adapters:
         check_fits(self, config, matched)
         self.publish(new_name, config, matched, values)
 
-    def delete_adapter(self, name):
+    def delete_adapter(self, name: str) -> None:
         """Remove an adapter; its slot is free afterwards, and base weights that its start changed are restored."""
         slot = self.slot(name)
         self._check_not_merged("delete an adapter")
@@ -190,7 +194,7 @@ class Adapters:
             cell.clear(slot)
         self.slot_table.drop(name)
 
-    def set_adapter(self, name):
+    def set_adapter(self, name: str) -> None:
         """Make an adapter the active one (and enable adapters again)."""
         self._entry(name)
         if self._merged not in (None, name):
@@ -198,7 +202,7 @@ class Adapters:
         self._active, self._enabled = name, True
         self._show_active()
 
-    def disable_adapter(self):
+    def disable_adapter(self) -> '_Disabled':
         """Use the base model alone, until ``enable_adapter()``, or as a context manager until its end."""
         self._check_not_merged("disable it")
         self._check_base_unchanged("use the base model")
@@ -206,12 +210,12 @@ class Adapters:
         self._show_active()
         return _Disabled(self, before)
 
-    def enable_adapter(self):
+    def enable_adapter(self) -> None:
         """Use the active adapter again."""
         self._enabled = True
         self._show_active()
 
-    def unload(self):
+    def unload(self) -> None:
         """Take all adapter Cells out of the model; a merged adapter stays in its weights. The handle ends with it."""
         self.slot_table.check_unleased("unload the adapters")
         if self._merged is None:
@@ -227,7 +231,7 @@ class Adapters:
 
     # -- merging ------------------------------------------------------------------------------------------------------
 
-    def merge(self, name=None, safe_merge=False):
+    def merge(self, name: Optional[str] = None, safe_merge: bool = False) -> None:
         """Add an adapter to the base weights: in float32, rounded once to the weights' dtype.
 
         Args:
@@ -255,7 +259,7 @@ class Adapters:
                 raise AdapterError(f"merging adapter {name!r} gives values that are not finite in {len(bad)} modules, "
                                    f"{bad[0]!r} first; the weights are as before")
 
-    def unmerge(self):
+    def unmerge(self) -> None:
         """Restore the base weights from the kept copies, bit for bit."""
         if self._merged is None:
             raise AdapterError("no adapter is merged")
@@ -266,7 +270,8 @@ class Adapters:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save(self, folder, name=None, layout=None, as_lora=False):
+    def save(self, folder: Union[str, os.PathLike], name: Optional[str] = None, layout: Optional[str] = None,
+             as_lora: bool = False) -> None:
         """Write an adapter (by default the active one) as a PEFT folder, whole or not at all.
 
         Args:
@@ -281,13 +286,13 @@ class Adapters:
         _, config, matched = self._entry(self._default(name))
         save_adapter(folder, self, config, matched, self.values(name), self._changed, layout, as_lora)
 
-    def values(self, name=None):
+    def values(self, name: Optional[str] = None) -> dict[tuple[str, str], dict[str, np.ndarray]]:
         """{(module name, role): {field: float32 array}} of an adapter, by default the active one."""
         slot, config, matched = self._entry(self._default(name))
         return {place: self.sites[place].read(slot, shapes)
                 for place, shapes in value_shapes(config, matched, self.modules).items()}
 
-    def load(self, folder, name, replace=False):
+    def load(self, folder: Union[str, os.PathLike], name: str, replace: bool = False) -> None:
         """Load a PEFT folder into a free slot (or, with ``replace``, into the slot of the adapter of that name).
 
         The folder is read and checked in full before anything changes.
@@ -305,12 +310,13 @@ class Adapters:
         check_fits(self, stored.config, matched)
         self.publish(name, stored.config, matched, values)
 
-    def publish(self, name, config, matched, values):
+    def publish(self, name: str, config: Any, matched: Matched,
+                values: dict[tuple[str, str], dict[str, np.ndarray]]) -> None:
         """Put checked values into a slot and give them a name; cannot fail any more."""
         self._write(self.slot_table.take(name), matched, values)
         self._entries[name] = (copy.deepcopy(config), matched)
 
-    def write_slot(self, slot, matched, values):
+    def write_slot(self, slot: int, matched: Matched, values: dict[tuple[str, str], dict[str, np.ndarray]]) -> None:
         """Put checked values into a slot that ``slot_table.place`` gave away and nobody leases yet.
 
         Raises:

@@ -1,12 +1,15 @@
 """Putting adapters into a model: ``inject`` replaces Cells in place, ``load_adapter`` does it from a folder."""
 
 import dataclasses
+import os
 import warnings
 from pathlib import Path
+from typing import Any, Optional, Union
 
 import numpy as np
 
 import mindspore as ms
+from mindspore import nn
 
 from colora_ms.adapters import tree, vocabulary
 from colora_ms.adapters.cells import AdapterCell
@@ -18,11 +21,10 @@ from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
 from colora_ms.adapters.lora_over_low_rank import LoraOverLowRank
-from colora_ms.adapters.matching import widest
+from colora_ms.adapters.matching import Matched, Module, widest
 from colora_ms.adapters.outside import leaf, load_integrations
 from colora_ms.adapters.peft_format import StoredAdapter
-from colora_ms.adapters.registry import METHODS, Site, method
-from colora_ms.adapters.registry import match
+from colora_ms.adapters.registry import METHODS, Site, match, method
 from colora_ms.adapters.saved import SavedModule
 from colora_ms.adapters.starting import check_start
 from colora_ms.adapters.store import check_name
@@ -32,8 +34,9 @@ from colora_ms.models.low_rank import LowRankLinear
 from colora_ms.models.replacing import check_names, replace_cells
 
 
-def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, reserve=None, trainable=True, seed=None,
-           base_model=None, adapter_format="float32"):
+def inject(net: nn.Cell, config: Any = None, adapter_name: str = "default", slots: int = 1,
+           max_rank: Optional[int] = None, reserve: Any = None, trainable: bool = True, seed: Optional[int] = None,
+           base_model: Optional[str] = None, adapter_format: str = "float32") -> Adapters:
     """Put adapters into a model, in place. All parameters of the model are frozen and keep their names.
 
     New Parameters are called as on disk, without the prefix: ``<module>.lora_A`` (slots, r, in), ``<module>.lora_B``
@@ -88,8 +91,10 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     return handle
 
 
-def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None,
-                 adapter_format="float32", seed=None):
+def load_adapter(net: nn.Cell, folder: Union[str, os.PathLike], name: Optional[str] = None, slots: Optional[int] = None,
+                 max_rank: Optional[int] = None, reserve: Any = None, trainable: bool = False,
+                 base_model: Optional[str] = None, adapter_format: str = "float32",
+                 seed: Optional[int] = None) -> Adapters:
     """Load a PEFT adapter folder into a model, which gets its adapter Cells first if it has none.
 
     Args:
@@ -111,8 +116,10 @@ def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None
     return handle
 
 
-def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None,
-                  adapter_format="float32", seed=None):
+def load_adapters(net: nn.Cell, folders: dict[str, Union[str, os.PathLike]], slots: Optional[int] = None,
+                  max_rank: Optional[int] = None, reserve: Any = None, trainable: bool = False,
+                  base_model: Optional[str] = None, adapter_format: str = "float32",
+                  seed: Optional[int] = None) -> Adapters:
     """Load several PEFT adapter folders into a model; its Cells get room for all of them.
 
     Args:
@@ -162,12 +169,12 @@ def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainab
     return handle
 
 
-def adapters_of(net):
+def adapters_of(net: nn.Cell) -> Optional[Adapters]:
     """The handle of a model's adapters, or None."""
     return getattr(net, HANDLE, None)
 
 
-def modules_of(net):
+def modules_of(net: nn.Cell) -> dict[str, Module]:
     """{name: Module} of a model without adapters."""
     load_integrations(net)
     cells = tree.cells_by_name(net)
@@ -255,7 +262,7 @@ def _replace(net, handle, matches, peft_type, max_rank, dtype):
     object.__setattr__(net, HANDLE, handle)
 
 
-def check_matches(matches, handle, max_rank):
+def check_matches(matches: list[Matched], handle: Adapters, max_rank: Optional[int]) -> None:
     """Refuse matches that cannot become Cells of the model; changes nothing."""
     needed = max((target.r for matched in matches for target in matched.targets.values()), default=0)
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < needed):
@@ -267,7 +274,7 @@ def check_matches(matches, handle, max_rank):
     check_names(handle.net)
 
 
-def check_plain(matches, cells):
+def check_plain(matches: list[Matched], cells: dict[str, nn.Cell]) -> None:
     """Refuse DoRA and a bias on lora_B on linears that are not plain ones (decomposed, or of other libraries)."""
     odd = [path for matched in matches for path, target in matched.targets.items()
            if (getattr(target, "dora", False) or getattr(target, "up_bias", False)) and not leaf(cells[path]).plain]
@@ -276,7 +283,7 @@ def check_plain(matches, cells):
                            f"({len(odd)} such modules)")
 
 
-def wrap_lora(cell, path, site):
+def wrap_lora(cell: nn.Cell, path: str, site: Site) -> nn.Cell:
     """The LoRA Cell for a base Cell (``Method.wrap``); see :class:`colora_ms.adapters.registry.Site`."""
     face = leaf(cell)
     if face.kind == "embedding":

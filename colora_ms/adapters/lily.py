@@ -6,17 +6,20 @@ then multiplying, as in the paper, equals multiplying each expert by its weighte
 ``sum_e p_e B_e h = [B_1 ... B_E] (p (x) h)``, so that the second half is a ``lora_expand`` of rank experts * r.
 """
 
+from typing import Any
+
 import numpy as np
 
 import mindspore as ms
-from mindspore import Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from colora_ms.adapters.cells import AdapterCell, LateActivation
-from colora_ms.adapters.slots import add_in_float32, get, put, stacked
 from colora_ms.adapters.outside import leaf
+from colora_ms.adapters.registry import Site
+from colora_ms.adapters.slots import add_in_float32, get, put, stacked
 from colora_ms.errors import AdapterError
-from colora_ms.kernels import (ABSENT, lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference, multi_lora_linear)
+from colora_ms.kernels import ABSENT, lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference, multi_lora_linear
 from colora_ms.models.rows import slots_of
 
 #: Why a row of several sequences is refused.
@@ -24,7 +27,7 @@ PACKED = ("this adapter's routers pool over the tokens of a row (router_pool \"s
           "would see each other; set data.packing to false, or train with router_pool \"token\" or \"static\"")
 
 
-def pools_rows(net):
+def pools_rows(net: nn.Cell) -> bool:
     """Whether Cells of a decoder pool over the tokens of a row, which must then hold a single sequence."""
     return any(isinstance(cell, LilyLinear) and cell.pooled for _, cell in net.cells_and_names())
 
@@ -34,7 +37,7 @@ def _refuse_packed():
     raise AdapterError(PACKED)
 
 
-def length_mask(lengths, x):
+def length_mask(lengths: Tensor, x: Tensor) -> Tensor:
     """(rows, tokens) float32: 1 for the real tokens of x (rows, tokens, ...), which stand on the left.
 
     Args:
@@ -47,7 +50,7 @@ def length_mask(lengths, x):
     return (index < lengths.reshape((-1, 1))).astype(ms.float32)
 
 
-def wrap_lily(cell, path, site):
+def wrap_lily(cell: nn.Cell, path: str, site: Site) -> nn.Cell:
     """The Lily Cell for a base Cell (``Method.wrap``); see :class:`colora_ms.adapters.registry.Site`."""
     face = leaf(cell)
     if face.takes_rows:
@@ -75,7 +78,7 @@ class LilyCell(AdapterCell):
     has_bias = False
     _kept_scale = None
 
-    def __init__(self, base_layer, path, in_features, out_features, site):
+    def __init__(self, base_layer: nn.Cell, path: str, in_features: int, out_features: int, site: Site) -> None:
         super().__init__(base_layer, path)
         target = site.target
         self.in_features, self.out_features = in_features, out_features
@@ -97,7 +100,7 @@ class LilyCell(AdapterCell):
         self.owned = (("down",) if target.down_owner == path else ()) + (("up",) if target.up_owner == path else ()) \
             + ("router",)
 
-    def problems_with(self, target):
+    def problems_with(self, target: Any) -> list[str]:
         mine = self.target
         found = []
         for name, own, other in (("experts", mine.experts, target.experts), ("router_pool", mine.pool, target.pool),
@@ -107,7 +110,7 @@ class LilyCell(AdapterCell):
                 found.append(f"{self.path} was prepared for {name} {own}, the adapter has {other}")
         return found
 
-    def write(self, slot, values, scaling):
+    def write(self, slot: int, values: dict[str, np.ndarray], scaling: float) -> None:
         for name in self.owned:
             value = values.get(name, np.float32(0))
             if name == "up" and name in values:
@@ -115,7 +118,7 @@ class LilyCell(AdapterCell):
             put(getattr(self, name), slot, value)
         put(self.scale, slot, np.float32(scaling if "router" in values else 0))
 
-    def read(self, slot, shapes):
+    def read(self, slot: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         values = {}
         for name, shape in shapes.items():
             if name == "up":
@@ -125,25 +128,25 @@ class LilyCell(AdapterCell):
                 values[name] = get(getattr(self, name), slot, shape)
         return values
 
-    def clear(self, slot):
+    def clear(self, slot: int) -> None:
         for name in self.owned:
             put(getattr(self, name), slot, np.float32(0))
         put(self.scale, slot, np.float32(0))
 
-    def parameters_of(self, slot):
+    def parameters_of(self, slot: int) -> list[Parameter]:
         return [self.down, self.up, self.router]
 
-    def static_weights(self, slot):
+    def static_weights(self, slot: int) -> np.ndarray:
         """The experts' fixed weights of one slot, (experts,) float64 (static only)."""
         logits = get(self.router, slot).astype(np.float64)
         weights = np.exp(logits - logits.max())
         return weights / weights.sum()
 
-    def mixed_up(self, slot):
+    def mixed_up(self, slot: int) -> np.ndarray:
         """The up factor of one slot, (out, r) float32: the experts in the router's fixed proportions (static only)."""
         return np.einsum("e,oer->or", self.static_weights(slot), get(self.up, slot)).astype(np.float32)
 
-    def merge(self, slot):
+    def merge(self, slot: int) -> None:
         weight = leaf(self.base_layer).leaf_parameters()["weight"]
         self.keep([weight])
         add_in_float32(weight, get(self.scale, slot) * (self.mixed_up(slot) @ get(self.down, slot)))
@@ -151,13 +154,13 @@ class LilyCell(AdapterCell):
         self._kept_scale = (slot, get(self.scale, slot))
         put(self.scale, slot, np.float32(0))
 
-    def unmerge(self):
+    def unmerge(self) -> None:
         super().unmerge()
         if self._kept_scale is not None:
             put(self.scale, *self._kept_scale)
         self._kept_scale = None
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (f"max_rank={self.max_rank}, experts={self.experts}, block={self.target.block}, pool={self.pool}, "
                 f"form={self.form}")
 
@@ -169,20 +172,20 @@ class LilyRouted(LilyCell):
     #: Whether the weights are summed up in ``counts``, for :func:`colora_ms.adapters.lily_usage.expert_use`.
     counting = False
 
-    def __init__(self, base_layer, path, in_features, out_features, site):
+    def __init__(self, base_layer: nn.Cell, path: str, in_features: int, out_features: int, site: Site) -> None:
         super().__init__(base_layer, path, in_features, out_features, site)
         # The kernels have no gradient; whoever trains takes the built-in operators, in evaluation too.
         self.fast = not site.trainable
         self.pooled = self.pool in ("sequence", "batch")
         self.one = Tensor(np.ones(site.slots, np.float32))
 
-    def shrink(self, x, slots, matrices):
+    def shrink(self, x: Tensor, slots: Tensor, matrices: Tensor) -> Tensor:
         """x[row] @ matrices[slot].T, zeros where the slot is -1."""
         if self.fast:
             return lora_shrink(x, slots, matrices, self.one)
         return lora_shrink_reference(x, slots, matrices, self.one)
 
-    def weights(self, hidden, rows):
+    def weights(self, hidden: Tensor, rows: tuple) -> Tensor:
         """The experts' weights: hidden (rows, tokens, r) -> (rows, tokens, experts), or (rows, 1, experts) if pooled."""
         slots, lengths = rows
         if self.pool == "static":
@@ -207,7 +210,7 @@ class LilyRouted(LilyCell):
             mixed = ops.softmax(total, -1)
         return ops.expand_dims(mixed, 1)
 
-    def count(self, weights, hidden, rows):
+    def count(self, weights: Tensor, hidden: Tensor, rows: tuple) -> Tensor:
         """Add the weights of all real tokens of rows with an adapter to ``counts``, and who has the largest."""
         slots, lengths = rows
         counted = length_mask(lengths, hidden) * (slots >= 0).astype(ms.float32).reshape((-1, 1))
@@ -217,7 +220,7 @@ class LilyRouted(LilyCell):
         new = ops.concat((ops.matmul(counted, weights), ops.matmul(counted, first.astype(ms.float32))))
         return ops.assign_add(self.counts, new)
 
-    def low_rank(self, x, rows, y):
+    def low_rank(self, x: Tensor, rows: tuple, y: Tensor) -> Tensor:
         """y plus the adapter's part: x (rows, tokens, in), y (rows, tokens, out)."""
         slots = slots_of(rows)
         hidden = self.shrink(x, slots, self.down)
@@ -236,7 +239,7 @@ class LilyRouted(LilyCell):
 class LilyLinear(LilyRouted):
     """A decoder's linear with a Lily adapter for each slot, routed by the input."""
 
-    def construct(self, x, rows):
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
         y = self.base_layer(x, rows)
         if x.ndim == 3:
@@ -252,13 +255,13 @@ class StaticLilyLinear(LilyCell):
 
     fusible = True
 
-    def operands(self):
+    def operands(self) -> tuple:
         """The six tensors of :func:`colora_ms.kernels.multi_lora_linear`."""
         weights = ops.softmax(self.router, -1)
         up = (self.up * weights.reshape((-1, 1, self.experts, 1))).sum(axis=2)
         return self.base_layer.operands()[:3] + (self.down, up, self.scale)
 
-    def construct(self, x, rows):
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
         return multi_lora_linear(x, slots_of(rows), *self.operands())
 
@@ -270,17 +273,17 @@ class LilyDense(LateActivation, LilyRouted):
     pool over everything that one call gets, padding included.
     """
 
-    def __init__(self, base_layer, path, in_features, out_features, site):
+    def __init__(self, base_layer: nn.Cell, path: str, in_features: int, out_features: int, site: Site) -> None:
         super().__init__(base_layer, path, in_features, out_features, site)
         self.fast = False
         self.active_slot = site.active_slot
         self.take_activation()
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
         return self.adapt(x, self.base_layer(x))
 
-    def adapt(self, x, y):
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """What becomes of the base's result y (..., out) for x (..., in); of y's dtype."""
         flat = x.reshape((1, -1, self.in_features)).astype(ms.float32)
         rows = (self.active_slot.reshape((1,)), ABSENT)

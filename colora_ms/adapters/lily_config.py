@@ -6,7 +6,7 @@ shares by the entry of ``target_modules``.
 """
 
 from dataclasses import dataclass, fields
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from colora_ms.adapters.config import MAX_RANK, LoraConfig
 from colora_ms.adapters.peft_config import PeftConfig
@@ -87,13 +87,13 @@ class LilyConfig(PeftConfig):
     #: The authors' code defines a dropout and never calls it; PEFT dropped the option, and so do we.
     lora_dropout = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.make_lists()
         problems = self.problems()
         if problems:
             raise AdapterError("this Lily config cannot be used: " + "; ".join(problems))
 
-    def problems(self):
+    def problems(self) -> list[str]:
         """All that is wrong with the values, as a list of sentences (empty when the config can be used)."""
         found = []
         for name, least, most in (("r", 1, MAX_RANK), ("stride_A", 1, MAX_RANK), ("num_B", 2, MAX_EXPERTS)):
@@ -118,14 +118,14 @@ class LilyConfig(PeftConfig):
             found.append(str(error).removeprefix("this LoRA config cannot be used: "))
         return found
 
-    def targets_of(self):
+    def targets_of(self) -> LoraConfig:
         """A LoraConfig with the same modules, which is how they are matched."""
         return LoraConfig(r=1, target_modules=self.target_modules, exclude_modules=self.exclude_modules,
                           modules_to_save=self.modules_to_save, layers_to_transform=self.layers_to_transform,
                           layers_pattern=self.layers_pattern)
 
     @classmethod
-    def parse_peft(cls, values):
+    def parse_peft(cls, values: Any) -> tuple[Optional['LilyConfig'], list[str]]:
         """Read an ``adapter_config.json`` without raising.
 
         A file without ``router_pool`` and ``share`` is PEFT's, and means what PEFT computes: "batch" and "entry".

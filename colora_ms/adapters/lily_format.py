@@ -1,16 +1,22 @@
 """A Lily adapter in other forms: PEFT's layout of it, and a plain LoRA for static router weights."""
 
 import dataclasses
+import os
+from typing import TYPE_CHECKING, Optional, Union
 
 from colora_ms.adapters import matching
 from colora_ms.adapters.config import LoraConfig
+from colora_ms.adapters.lily_config import LilyConfig
 from colora_ms.adapters.lily_matching import match, why_not_merge
-from colora_ms.adapters.matching import LoraTarget, Matched
+from colora_ms.adapters.matching import LoraTarget, Matched, Module
 from colora_ms.adapters.peft_format import write_adapter
 from colora_ms.errors import AdapterError
 
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
-def peft_config(config, matched, modules):
+
+def peft_config(config: LilyConfig, matched: Matched, modules: dict[str, Module]) -> LilyConfig:
     """The config with which PEFT shares, and computes, what this adapter does.
 
     PEFT always pools over the batch: an adapter trained with "token" or "sequence" gives other logits there than here,
@@ -44,7 +50,7 @@ def peft_config(config, matched, modules):
                        "adapt all modules of a type, or choose among them with layers_to_transform")
 
 
-def export_lora(handle, folder, name=None):
+def export_lora(handle: 'Adapters', folder: Union[str, os.PathLike], name: Optional[str] = None) -> None:
     """Write a Lily adapter with static router weights as a plain LoRA folder, which any reader of PEFT's format serves.
 
     The factors are A and the experts in the router's proportions; shared tensors are written out for each module.

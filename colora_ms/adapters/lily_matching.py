@@ -6,11 +6,12 @@ first module that uses it, under whose name it is stored. Pure Python and NumPy:
 """
 
 from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Optional
 
 import numpy as np
 
 from colora_ms.adapters import matching
-from colora_ms.adapters.matching import Matched, Target
+from colora_ms.adapters.matching import Matched, Module, Target
 from colora_ms.adapters.peft_format import PREFIX, Entry, entries as lora_entries
 from colora_ms.errors import AdapterError
 
@@ -34,7 +35,7 @@ class LilyTarget(Target):
     up_owner: str = ""
 
 
-def match(config, modules, defaults=None):
+def match(config: Any, modules: dict[str, Module], defaults: Optional[list] = None) -> Matched:
     """The Matched of a LilyConfig, whose targets are :class:`LilyTarget`; arguments as ``matching.match``.
 
     Raises:
@@ -57,7 +58,8 @@ def match(config, modules, defaults=None):
     return Matched({name: targets[name] for name in matched.targets}, matched.saved, matched.biases)
 
 
-def groups(config, names, modules, defaults=None):
+def groups(config: Any, names: Iterable[str], modules: dict[str, Module],
+           defaults: Optional[list] = None) -> dict[str, list[str]]:
     """{label: module names, in the order of the model} of the modules that share experts.
 
     Args:
@@ -92,7 +94,7 @@ def _entry(config, name, defaults):
     return max((entry for entry in entries if name == entry or name.endswith("." + entry)), key=len, default="")
 
 
-def value_shapes(matched, modules):
+def value_shapes(matched: Matched, modules: dict[str, Module]) -> dict[tuple[str, str], dict]:
     """{(module name, role): {field: shape}} of the values that each module owns.
 
     "down" (r, in); "up" (out, experts * r): the experts side by side; "router" (experts, r), or (experts,) if static.
@@ -109,7 +111,7 @@ def value_shapes(matched, modules):
     return shapes
 
 
-def parameter_count(matched, modules, shapes=None):
+def parameter_count(matched: Matched, modules: dict[str, Module], shapes: Optional[Callable] = None) -> int:
     """Numbers that an adapter of these targets has (trains and stores); from shapes alone.
 
     Args:
@@ -118,7 +120,7 @@ def parameter_count(matched, modules, shapes=None):
     return sum(int(np.prod(shape)) for own in (shapes or value_shapes)(matched, modules).values() for shape in own.values())
 
 
-def entries(matched, modules):
+def entries(matched: Matched, modules: dict[str, Module]) -> dict[str, Entry]:
     """{key on disk: Entry}: PEFT's names, where a shared tensor's copies are those of the modules that do not own it.
 
     On disk ``lily_A.weight`` (r, in), ``lily_B.weight`` (experts * r, out), ``lily_router.weight`` (experts, r).
@@ -140,7 +142,7 @@ def entries(matched, modules):
     return {**found, **lora_entries(Matched({}, matched.saved, matched.biases), modules)}
 
 
-def initial_values(config, target, module, random):
+def initial_values(config: Any, target: Target, module: Module, random: np.random.Generator) -> dict[str, np.ndarray]:
     """The values that a module owns at the start, float32: A and router uniform as in PEFT, experts zero.
 
     Static weights start from a normal distribution, since experts with equal weights everywhere would stay equal.
@@ -163,7 +165,7 @@ def initial_values(config, target, module, random):
     return values
 
 
-def why_not_merge(config):
+def why_not_merge(config: Any) -> str:
     """Why such an adapter cannot be merged, or ""."""
     if config.router_pool == "static":
         return ""

@@ -1,6 +1,7 @@
 """Which expert of a Lily adapter serves what: the router's weights, counted while a model reads texts."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Iterable, Optional
 
 import numpy as np
 
@@ -9,6 +10,9 @@ from mindspore import Parameter, Tensor, nn
 from colora_ms import runtime
 from colora_ms.errors import AdapterError
 from colora_ms.models.replacing import forget_graphs
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ExpertUse:
     tokens: int
 
     @property
-    def effective(self):
+    def effective(self) -> float:
         """exp of the mean weights' entropy: from 1 (one expert serves all) to the number of experts (all alike)."""
         return float(np.exp(-(self.mean * np.log(np.maximum(self.mean, 1e-30))).sum()))
 
@@ -46,7 +50,8 @@ class _Hidden(nn.Cell):
         return self.decoder.hidden(ids, lengths, slots)
 
 
-def expert_use(handle, sequences, name=None, rows=8, multiple=16):
+def expert_use(handle: 'Adapters', sequences: Iterable, name: Optional[str] = None, rows: int = 8,
+               multiple: int = 16) -> list[ExpertUse]:
     """How a Lily adapter's routers weigh the experts, module by module.
 
     Args:
@@ -127,7 +132,7 @@ def _end(cells):
     forget_graphs()
 
 
-def table(uses):
+def table(uses: list[ExpertUse]) -> list[str]:
     """The uses as lines of text: a row for each module, the weight of each expert, and the effective number of experts."""
     wide = max(len(use.path) for use in uses)
     experts = len(uses[0].mean)

@@ -5,11 +5,15 @@ down (r, in), up (out, r), ``y = W x + scale * up (down x)``. A rank below the w
 changes nothing.
 """
 
+from typing import Any, Optional
+
 import numpy as np
 
-from mindspore import ops
+from mindspore import Tensor, nn, ops
 
 from colora_ms.adapters.cells import LowRankCell
+from colora_ms.adapters.dropout import Dropout
+from colora_ms.adapters.matching import Module, Target
 from colora_ms.adapters.slots import get, owned_slots, rows_where
 from colora_ms.kernels import ABSENT, lora_expand_reference, lora_shrink_reference, multi_lora_linear
 from colora_ms.models.rows import slots_of
@@ -36,8 +40,8 @@ class LoraLinear(LowRankCell):
 
     kind = "linear"
 
-    def __init__(self, base_layer, path, slots, max_rank, dropout=None, bias=False, trainable=True, up_bias=False,
-                 dtype=np.float32):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, max_rank: int, dropout: Optional[Dropout] = None,
+                 bias: bool = False, trainable: bool = True, up_bias: bool = False, dtype: Any = np.float32) -> None:
         super().__init__(base_layer, path)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.max_rank = max_rank
@@ -55,20 +59,20 @@ class LoraLinear(LowRankCell):
         self.dropout = dropout
 
     @property
-    def fusible(self):
+    def fusible(self) -> bool:
         """Whether ``operands()`` tells all that the Cell computes (no dropout now, no bias of a slot)."""
         return not (self.has_bias or self.has_up_bias or self.drops)
 
     @property
-    def drops(self):
+    def drops(self) -> bool:
         """Whether inputs of the low-rank branch are dropped: with dropout, in training."""
         return self.dropout is not None and self.training
 
-    def operands(self):
+    def operands(self) -> tuple:
         """The six tensors of :func:`colora_ms.kernels.multi_lora_linear`."""
         return self.base_layer.operands()[:3] + (self.down, self.up, self.scale)
 
-    def construct(self, x, rows):
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
         y, slots = self.product(x, rows), slots_of(rows)
         if self.has_up_bias:
@@ -85,7 +89,7 @@ class LoraLinear(LowRankCell):
             y = rows_where(own >= 0, y + change, y)
         return y
 
-    def product(self, x, rows):
+    def product(self, x: Tensor, rows: tuple) -> Tensor:
         """The base linear and the low-rank pair; x, rows and the result as in :meth:`construct`."""
         slots = slots_of(rows)
         if self.drops:
@@ -93,7 +97,7 @@ class LoraLinear(LowRankCell):
             return lora_expand_reference(v, slots, self.up, self.base_layer(x, rows))
         return multi_lora_linear(x, slots, *self.operands())
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"max_rank={self.max_rank}, dropout={self.dropout.rate if self.dropout else 0.0}, bias={self.has_bias}"
 
 
@@ -111,7 +115,7 @@ class LoraEmbedding(LowRankCell):
 
     kind = "embedding"
 
-    def __init__(self, base_layer, path, slots, max_rank, trainable=True):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, max_rank: int, trainable: bool = True) -> None:
         super().__init__(base_layer, path)
         vocab = base_layer.weight.shape[0]
         self.max_rank = max_rank
@@ -119,7 +123,7 @@ class LoraEmbedding(LowRankCell):
         self.make_pair(("lora_embedding_A", "lora_embedding_B"), (slots, vocab, max_rank),
                        (slots, base_layer.hidden_size, max_rank), trainable)
 
-    def construct(self, ids, rows):
+    def construct(self, ids: Tensor, rows: tuple) -> Tensor:
         """ids: (rows, tokens) int32 -> (rows, tokens, hidden) float32."""
         y, slots = self.base_layer(ids, rows), slots_of(rows)
         used = slots >= 0
@@ -134,13 +138,13 @@ class LoraEmbedding(LowRankCell):
         up = rows_where(used, up, ops.zeros_like(up))
         return rows_where(used, y + ops.bmm(v, ops.transpose(up, (0, 2, 1))), y)
 
-    def change(self, slot):
+    def change(self, slot: int) -> np.ndarray:
         """What a slot adds to the base weight, (vocab, hidden) float32."""
         return get(self.scale, slot) * (get(self.down, slot) @ get(self.up, slot).T)
 
 
 
-def initial_values(config, target, module, random):
+def initial_values(config: Any, target: Target, module: Module, random: np.random.Generator) -> dict[str, np.ndarray]:
     """The values that a new adapter starts from.
 
     Args:

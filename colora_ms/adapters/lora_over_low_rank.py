@@ -1,5 +1,10 @@
 """LoRA over a decomposed linear: the pair goes around the whole chain of factors, from its input to its output."""
 
+from typing import Optional
+
+from mindspore import Tensor, nn
+
+from colora_ms.adapters.dropout import Dropout
 from colora_ms.adapters.lora import LoraLinear
 from colora_ms.kernels import lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference
 from colora_ms.models.rows import slots_of
@@ -14,14 +19,15 @@ class LoraOverLowRank(LoraLinear):
 
     fusible = False
 
-    def __init__(self, base_layer, path, slots, max_rank, dropout=None, bias=False, trainable=True):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, max_rank: int, dropout: Optional[Dropout] = None,
+                 bias: bool = False, trainable: bool = True) -> None:
         super().__init__(base_layer, path, slots, max_rank, dropout, bias, trainable)
         self.differentiable = trainable
 
-    def operands(self):
+    def operands(self) -> tuple:
         raise NotImplementedError("a decomposed linear is a chain of products; call the Cell itself")
 
-    def product(self, x, rows):
+    def product(self, x: Tensor, rows: tuple) -> Tensor:
         """The chain and the low-rank pair; x, rows and the result as in ``construct``."""
         y, slots = self.base_layer(x, rows), slots_of(rows)
         if not self.max_rank:

@@ -7,6 +7,7 @@ a model is touched.
 import re
 import warnings
 from dataclasses import dataclass, field, replace
+from typing import Any, Iterable, Optional
 
 from colora_ms.adapters import tied
 from colora_ms.adapters.patterns import match_all
@@ -87,7 +88,7 @@ class Matched:
     ties: dict = field(default_factory=dict)
 
 
-def match(config, modules, defaults=None):
+def match(config: Any, modules: dict[str, Module], defaults: Optional[list] = None) -> Matched:
     """Match a config against a model.
 
     Args:
@@ -153,14 +154,14 @@ def match(config, modules, defaults=None):
                 ties=ties)
 
 
-def places_of(matched):
+def places_of(matched: Matched) -> list[tuple[str, str]]:
     """The (module name, "lora", "saved" or "tokens") that an adapter uses."""
     low_rank = dict.fromkeys([*matched.targets, *matched.biases])
     return ([(path, "lora") for path in low_rank] + [(path, "saved") for path in matched.saved]
             + [(path, "tokens") for path in matched.tokens])
 
 
-def value_shapes(matched, modules):
+def value_shapes(matched: Matched, modules: dict[str, Module]) -> dict[tuple[str, str], dict]:
     """{(module name, role): {field: shape}} of an adapter's values in the Cells' orientation: down (r, in), for an
     embedding (vocab, r); up (out, r); a bias; the parameters of modules saved whole; rows (ids, hidden)."""
     shapes = {}
@@ -181,7 +182,7 @@ def value_shapes(matched, modules):
     return shapes
 
 
-def widest(targets):
+def widest(targets: list[Target]) -> Optional[Target]:
     """The Target of the largest rank, with the options that any of them has; None of an empty list."""
     if not targets:
         return None
@@ -189,7 +190,7 @@ def widest(targets):
     return replace(max(targets, key=lambda one: one.r), **options)
 
 
-def shortest_names(names, modules):
+def shortest_names(names: Iterable[str], modules: dict[str, Module]) -> list[str]:
     """A list for ``target_modules`` that means exactly ``names``: their last parts if those suffice, else whole names."""
     short = {name.rsplit(".", 1)[-1] for name in names}
     meant = {name for name in modules if not short.isdisjoint(_endings(name))}

@@ -6,6 +6,7 @@ for. Both steps are measured: logits of some texts before and after the merge, a
 
 import dataclasses
 import os
+from typing import Any, Iterable, Optional, Union
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class MergeReport:
     notes: list = dataclasses.field(default_factory=list)
 
     @property
-    def share(self):
+    def share(self) -> float:
         """The difference as a share of the logits' range."""
         return self.difference / self.span if self.span else 0.0
 
@@ -69,8 +70,10 @@ class _Source:
     folder: object
 
 
-def merge_model(model, adapters, target, weights=None, combine=None, dtype=None, kind=None, group=None, texts=None,
-                **options):
+def merge_model(model: Any, adapters: Iterable, target: Union[str, os.PathLike],
+                weights: Optional[Iterable[float]] = None, combine: Optional[str] = None, dtype: Optional[str] = None,
+                kind: Optional[str] = None, group: Optional[int] = None, texts: Optional[Iterable[str]] = None,
+                **options: Any) -> MergeReport:
     """Merge adapters into a model and write it.
 
     Args:

@@ -1,18 +1,24 @@
 """When an adapter can be merged into the base weights, and whether the result can be used."""
 
+from typing import TYPE_CHECKING, Any, Optional
+
 import numpy as np
 
 import mindspore as ms
+from mindspore import nn
 
 from colora_ms.adapters import tree
-from colora_ms.adapters.matching import places_of
+from colora_ms.adapters.matching import Matched, places_of
 from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.registry import method
 from colora_ms.adapters.slots import to_float32
 from colora_ms.errors import AdapterError
 
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
-def mergeable_places(handle, name, slot, config, matched):
+
+def mergeable_places(handle: 'Adapters', name: str, slot: int, config: Any, matched: Matched) -> list[tuple[str, str]]:
     """The (module name, role) of a handle that merging an adapter changes.
 
     Args:
@@ -36,7 +42,8 @@ def mergeable_places(handle, name, slot, config, matched):
     return places
 
 
-def check_changeable(net, cells, places, what, instead, ties=None):
+def check_changeable(net: nn.Cell, cells: dict[str, nn.Cell], places: list, what: str, instead: str,
+                     ties: Optional[dict[str, str]] = None) -> None:
     """Refuse to change base weights that are integers, factors or tied; ``what`` begins the message, ``instead`` ends it.
     A weight may change if all that are tied to it are so in ``ties``, too."""
     shared = tree.shared_parameters(net)
@@ -59,7 +66,7 @@ def check_changeable(net, cells, places, what, instead, ties=None):
                 raise AdapterError(f"{what}: {path}.{field} is tied to another module, which would change too; {instead}")
 
 
-def not_finite(cells, places):
+def not_finite(cells: dict[str, nn.Cell], places: list) -> list[str]:
     """Names of the modules whose weights hold a value that is not finite."""
     return [path for path, _ in places
             if not all(np.isfinite(to_float32(one)).all() for one in leaf(cells[path]).leaf_parameters().values())]

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from typing import Any
 
 from colora_ms.errors import AdapterError
 
@@ -31,13 +32,13 @@ json.dump([[bool(getattr(re, how)(p, n)) for n in table["names"]] for how, p in 
 ORDERED = ("rank_pattern", "alpha_pattern")
 
 
-def in_order(settings):
+def in_order(settings: dict[str, Any]) -> dict[str, Any]:
     """A config's settings with its patterns as lists of pairs, for comparing and hashing: dicts forget the order then."""
     return {name: [list(pair) for pair in value.items()] if name in ORDERED and isinstance(value, dict) else value
             for name, value in settings.items()}
 
 
-def match_all(patterns, names):
+def match_all(patterns: list, names: list[str]) -> dict:
     """Which names each expression matches.
 
     Args:

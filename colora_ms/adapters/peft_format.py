@@ -13,13 +13,16 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Callable, Optional, Union
 
 import numpy as np
+
+from mindspore import nn
 
 from colora_ms.adapters import pickle_file, store
 from colora_ms.adapters.gguf_lora import GgufLoraFile
 from colora_ms.adapters.key_names import PREFIX, PlainFile, plain_names
-from colora_ms.adapters.matching import shortest_names
+from colora_ms.adapters.matching import Matched, Module, shortest_names
 from colora_ms.adapters.registry import method
 from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError, near
 from colora_ms.models.recognise import is_gguf
@@ -55,7 +58,7 @@ class StoredAdapter:
     ``allow_pickle``: read an adapter_model.bin where there is no safetensors file, by a reader that runs nothing of it.
     """
 
-    def __init__(self, folder, allow_pickle=False):
+    def __init__(self, folder: Union[str, os.PathLike], allow_pickle: bool = False) -> None:
         self.folder = Path(folder)
         if self.folder.is_file() and is_gguf(self.folder):
             self.file = GgufLoraFile(self.folder)
@@ -67,16 +70,16 @@ class StoredAdapter:
         self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
         self.problems = [*getattr(self.file, "problems", ()), *self.problems]
 
-    def fit(self, net):
+    def fit(self, net: nn.Cell) -> list[str]:
         """Prepare for a model (anything with its ``config``); returns what is wrong, as a list of sentences."""
         fit = getattr(self.file, "fit", None)
         return fit(net) if fit else []
 
-    def digest(self):
+    def digest(self) -> str:
         """Digest of the content; see :func:`colora_ms.adapters.store.digest`."""
         return store.digest(self.values, self.file)
 
-    def refuse(self, problems, base_model=None):
+    def refuse(self, problems: list[str], base_model: Optional[str] = None) -> None:
         """Raise AdapterError with all problems, if there are any."""
         if not problems:
             return
@@ -91,7 +94,8 @@ class StoredAdapter:
         raise AdapterError(f"the adapter in {self.folder} cannot be loaded, and nothing was changed. "
                            f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:\n  - " + "\n  - ".join(shown) + hint)
 
-    def read(self, matched, modules, base, base_model=None):
+    def read(self, matched: Matched, modules: dict[str, Module], base: Callable,
+             base_model: Optional[str] = None) -> dict[tuple[str, str], dict[str, np.ndarray]]:
         """Read and check all tensors.
 
         Args:
@@ -182,7 +186,7 @@ class StoredAdapter:
         return True
 
 
-def entries(matched, modules):
+def entries(matched: Matched, modules: dict[str, Module]) -> dict[str, Entry]:
     """{key on disk: Entry} of all tensors of an adapter; matched and modules as in :meth:`StoredAdapter.read`."""
     found = {}
     for name, target in matched.targets.items():
@@ -216,7 +220,8 @@ def entries(matched, modules):
     return found
 
 
-def write_adapter(folder, config, matched, modules, values, copies=False):
+def write_adapter(folder: Union[str, os.PathLike], config: Any, matched: Matched, modules: dict[str, Module],
+                  values: dict[tuple[str, str], dict[str, np.ndarray]], copies: bool = False) -> None:
     """Write an adapter as PEFT does, whole or not at all.
 
     Args:
@@ -251,7 +256,7 @@ def write_adapter(folder, config, matched, modules, values, copies=False):
     store.write_folder(folder, write)
 
 
-def digest(folder):
+def digest(folder: Union[str, os.PathLike]) -> str:
     """Digest of an adapter folder's content, 64 hexadecimal digits; the same for any order of tensors and any name."""
     return StoredAdapter(folder).digest()
 

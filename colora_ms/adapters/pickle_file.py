@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import zipfile
+from typing import Union
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class PickleFile:
         AdapterError: it is no such file, is damaged, or holds anything but a dictionary of floating-point tensors.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Union[str, os.PathLike]) -> None:
         self.path = os.fspath(path)
         try:
             with zipfile.ZipFile(self.path) as archive:
@@ -46,11 +47,11 @@ class PickleFile:
             raise self._refused(str(error) or type(error).__name__) from None
         self.entries = {name: (dtype, array.shape, 0, array.nbytes) for name, (dtype, array) in self._tensors.items()}
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, a tuple of ints."""
         return self.entries[name][1]
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """One tensor as float32."""
         dtype, array = self._tensors[name]
         if dtype == "BF16":
@@ -58,7 +59,7 @@ class PickleFile:
         with np.errstate(over="ignore"):
             return array.astype(np.float32)
 
-    def raw(self, name):
+    def raw(self, name: str) -> bytes:
         """The bytes of a tensor, as a safetensors file would hold them."""
         return np.ascontiguousarray(self._tensors[name][1]).tobytes()
 

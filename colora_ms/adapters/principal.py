@@ -12,15 +12,20 @@ nothing on the untouched base. As plain LoRA of twice the rank it does (PEFT's c
 import copy
 import dataclasses
 import math
+from typing import Any, Callable, Optional
 
 import numpy as np
 
+from mindspore import nn
+
 from colora_ms.adapters.dora import row_lengths
+from colora_ms.adapters.matching import Matched, Module, Target
 from colora_ms.adapters.outside import leaf
 from colora_ms.errors import AdapterError
 
 
-def start_from_base(config, target, values, weight, random):
+def start_from_base(config: Any, target: Target, values: dict[str, np.ndarray], weight: Callable,
+                    random: np.random.Generator) -> tuple[dict, Optional[np.ndarray]]:
     """The parts of a new LoRA adapter that depend on the base weight of its module.
 
     Args:
@@ -43,7 +48,7 @@ def start_from_base(config, target, values, weight, random):
     return values, change
 
 
-def check_splittable(config, matched, modules, cells):
+def check_splittable(config: Any, matched: Matched, modules: dict[str, Module], cells: dict[str, nn.Cell]) -> None:
     """Refuse PiSSA and OLoRA on anything but plain linears, and at ranks above the number of a weight's directions."""
     problems = []
     for path, target in matched.targets.items():
@@ -59,7 +64,8 @@ def check_splittable(config, matched, modules, cells):
                            + "; ".join(problems[:8]))
 
 
-def principal_pair(config, target, weight, random):
+def principal_pair(config: Any, target: Target, weight: np.ndarray,
+                   random: Optional[np.random.Generator]) -> dict[str, np.ndarray]:
     """{"down", "up"} float32 of PiSSA or OLoRA for a weight (out, in)."""
     if config.init_lora_weights == "olora":
         q, r = np.linalg.qr(weight)
@@ -72,7 +78,8 @@ def principal_pair(config, target, weight, random):
     return {"down": root[:, None] * v[:target.r], "up": np.ascontiguousarray(u[:, :target.r] * root)}
 
 
-def truncated_svd(weight, rank, iterations, random):
+def truncated_svd(weight: np.ndarray, rank: int, iterations: int,
+                  random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The largest singular values of a matrix by subspace iteration (Halko et al., arXiv 0909.4061, algorithm 5.1).
 
     Returns:
@@ -86,7 +93,8 @@ def truncated_svd(weight, rank, iterations, random):
     return basis @ u, s, v
 
 
-def as_plain_lora(config, matched, values, starts):
+def as_plain_lora(config: Any, matched: Matched, values: dict[tuple[str, str], dict[str, np.ndarray]],
+                  starts: dict) -> tuple[Any, Matched, dict]:
     """An adapter with PiSSA's or OLoRA's start as plain LoRA for the untouched base.
 
     Args:
@@ -110,7 +118,7 @@ def as_plain_lora(config, matched, values, starts):
     return config, dataclasses.replace(matched, targets=targets), joined
 
 
-def starts_on(config, matched, weight):
+def starts_on(config: Any, matched: Matched, weight: Callable) -> dict:
     """The pairs that PiSSA or OLoRA took from the base, found again: {module name: {"down", "up"}}.
 
     Args:

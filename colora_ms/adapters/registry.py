@@ -6,6 +6,7 @@ from typing import Any, Callable, Optional
 import numpy as np
 
 from colora_ms.adapters import matching
+from colora_ms.adapters.matching import Module
 from colora_ms.errors import AdapterError, near
 
 METHODS = {}
@@ -67,12 +68,12 @@ class Site:
     dtype: Any = np.float32
 
 
-def register(method_):
+def register(method_: Method) -> None:
     """Add a method to the table."""
     METHODS[method_.config.peft_type] = method_
 
 
-def method(peft_type, where=""):
+def method(peft_type: Any, where: str = "") -> Method:
     """The Method called ``peft_type``; AdapterError lists the known ones."""
     if not isinstance(peft_type, str) or peft_type not in METHODS:
         place = f" in {where}" if where else ""
@@ -81,16 +82,16 @@ def method(peft_type, where=""):
     return METHODS[peft_type]
 
 
-def named(name, where=""):
+def named(name: Any, where: str = "") -> Method:
     """The Method called ``name`` in a recipe, in any case: "lora" for "LORA"."""
     return method(name.upper() if isinstance(name, str) else name, where)
 
 
-def match(config, modules, defaults=None):
+def match(config: Any, modules: dict[str, Module], defaults: Optional[list] = None) -> matching.Matched:
     """The Matched of any method's config on a model; see :func:`colora_ms.adapters.matching.match`."""
     return method(config.peft_type).match(config, modules, defaults)
 
 
-def value_shapes(config, matched, modules):
+def value_shapes(config: Any, matched: matching.Matched, modules: dict[str, Module]) -> dict[tuple[str, str], dict]:
     """Shapes of an adapter's values, see :func:`colora_ms.adapters.matching.value_shapes`."""
     return method(config.peft_type).value_shapes(matched, modules)

@@ -3,6 +3,8 @@
 Rows without such an adapter use the base module, so that mixed batches stay right.
 """
 
+from typing import Optional
+
 import numpy as np
 
 from mindspore import Parameter, Tensor, nn
@@ -26,7 +28,8 @@ class SavedModule(SavedBase):
 
     fusible = False
 
-    def __init__(self, base_layer, path, slots, shapes, trainable=True, source=None):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, shapes: dict[str, tuple[int, ...]],
+                 trainable: bool = True, source: Optional['SavedModule'] = None) -> None:
         super().__init__(base_layer, path)
         self.tied_to = source.path if source is not None else ""
         self.owned = stacked(f"{path}.saved_owned", (slots,), False, np.int32)
@@ -38,7 +41,7 @@ class SavedModule(SavedBase):
             copies.append(self.inner.float_copy(values, trainable))
         self.copies = nn.CellList(copies, auto_prefix=False)
 
-    def construct(self, x, rows):
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x and rows as the base Cell takes them."""
         own = owned_slots(slots_of(rows), self.owned)
         y = self.base_layer(x, rows)
@@ -46,7 +49,7 @@ class SavedModule(SavedBase):
             y = rows_where(own == slot, copy(x, rows), y)
         return y
 
-    def add(self, x, residual, rows):
+    def add(self, x: Tensor, residual: Tensor, rows: tuple) -> tuple:
         """The norm of x + residual, and that sum (norms only)."""
         own = owned_slots(slots_of(rows), self.owned)
         y, total = self.base_layer.add(x, residual, rows)

@@ -2,13 +2,14 @@
 
 import zlib
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mindspore import Tensor
 
 from colora_ms.adapters.config import INITIALISATIONS
-from colora_ms.adapters.matching import places_of
+from colora_ms.adapters.matching import Matched, places_of
 from colora_ms.adapters.merging import check_changeable
 from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.principal import check_splittable
@@ -16,8 +17,11 @@ from colora_ms.adapters.registry import method
 from colora_ms.adapters.slots import add_in_float32
 from colora_ms.errors import AdapterError
 
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
-def check_start(handle, config, matched):
+
+def check_start(handle: 'Adapters', config: Any, matched: Matched) -> None:
     """Refuse a config that a new adapter cannot begin with on this model."""
     start = getattr(config, "init_lora_weights", True)
     changes_base = getattr(config, "changes_base", False)
@@ -33,7 +37,7 @@ def check_start(handle, config, matched):
                                "those first")
 
 
-def first_values(handle, config, matched):
+def first_values(handle: 'Adapters', config: Any, matched: Matched) -> tuple[dict, dict]:
     """(values of a new adapter, {module name: what its start adds to the base weight})."""
     method_, values, changes = method(config.peft_type), {}, {}
     for path, target in matched.targets.items():
@@ -54,7 +58,7 @@ def first_values(handle, config, matched):
     return values, changes
 
 
-def base_weight(handle, path):
+def base_weight(handle: 'Adapters', path: str) -> np.ndarray:
     """The weight that a module had before injection, as a float32 array."""
     return leaf(handle.cells[path]).base_values()["weight"]
 
@@ -66,7 +70,8 @@ class ChangedBase:
         name: of the adapter; starts: {module name: its first values}.
     """
 
-    def __init__(self, handle, name, changes, values):
+    def __init__(self, handle: 'Adapters', name: str, changes: dict[str, np.ndarray],
+                 values: dict[tuple[str, str], dict[str, np.ndarray]]) -> None:
         self.name = name
         self.starts = {path: values[path, "lora"] for path in changes}
         self._kept = []
@@ -75,7 +80,7 @@ class ChangedBase:
             self._kept.append((parameter, parameter.asnumpy().copy()))
             add_in_float32(parameter, change)
 
-    def undo(self):
+    def undo(self) -> None:
         """Restore the weights, bit for bit."""
         for parameter, value in self._kept:
             parameter.set_data(Tensor(value))

@@ -4,14 +4,16 @@ Each slot has its own ids and rows; a row of the batch sees those of its slot, a
 PEFT stores the rows themselves (``token_adapter.trainable_tokens_delta``), not their difference to the base.
 """
 
+from typing import Iterable, Optional
+
 import numpy as np
 
 import mindspore as ms
-from mindspore import Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.adapters.cells import AdapterCell
-from colora_ms.adapters.slots import get, put, rows_where, stacked, to_float32
 from colora_ms.adapters.outside import leaf
+from colora_ms.adapters.slots import get, put, rows_where, stacked, to_float32
 from colora_ms.kernels import lora_shrink, lora_shrink_reference
 from colora_ms.models.rows import slots_of
 
@@ -34,7 +36,8 @@ class TokenRows(AdapterCell):
     role = "tokens"
     kind = "tokens"
 
-    def __init__(self, base_layer, path, slots, count, size, trainable=True, source=None):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, count: int, size: tuple[int, int],
+                 trainable: bool = True, source: Optional['TokenRows'] = None) -> None:
         super().__init__(base_layer, path)
         self.slots, self.count, (self.vocabulary, self.hidden_size) = slots, count, size
         self.tied_to = source.path if source is not None else ""
@@ -43,39 +46,39 @@ class TokenRows(AdapterCell):
         self.trained = trainable
 
     @property
-    def inner(self):
+    def inner(self) -> nn.Cell:
         """The base module itself, inside the other adapter Cells."""
         base = self.base_layer
         while isinstance(base, AdapterCell):
             base = base.base_layer
         return base
 
-    def problems_with(self, ids):
+    def problems_with(self, ids: Iterable[int]) -> list[str]:
         """Why an adapter with these ids cannot live in this Cell, as a list of sentences."""
         return [f"{self.path} has room for {self.count} trained token rows, the adapter has {len(ids)}"] \
             if len(ids) > self.count else []
 
-    def write(self, slot, values, scaling):
+    def write(self, slot: int, values: dict[str, np.ndarray], scaling: float) -> None:
         """values: {"rows": (n, hidden) float32, "ids": n ids}, or {} to clear the slot."""
         ids = np.asarray(values.get("ids", ()), np.int32)
         put(self.rows, slot, values.get("rows", np.float32(0)))
         put(self.counts, slot, len(ids))
         self.place(slot, ids)
 
-    def place(self, slot, ids):
+    def place(self, slot: int, ids: np.ndarray) -> None:
         """Note which ids (n,) int32 a slot's rows belong to."""
         raise NotImplementedError
 
-    def read(self, slot, shapes):
+    def read(self, slot: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         return {name: get(self.rows, slot, shape) for name, shape in shapes.items()}
 
-    def clear(self, slot):
+    def clear(self, slot: int) -> None:
         self.write(slot, {}, 0.0)
 
-    def parameters_of(self, slot):
+    def parameters_of(self, slot: int) -> list[Parameter]:
         return [self.rows] if get(self.counts, slot) > 0 else []
 
-    def merge(self, slot):
+    def merge(self, slot: int) -> None:
         ids = self.ids_of(slot)
         if len(ids):
             weight = leaf(self.inner).leaf_parameters()["weight"]
@@ -92,24 +95,25 @@ class TokenEmbedding(TokenRows):
         index: (slots, vocabulary) int32, the number of an id's row in its slot, -1 for the base's row.
     """
 
-    def __init__(self, base_layer, path, slots, count, size, trainable=True, source=None):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, count: int, size: tuple[int, int],
+                 trainable: bool = True, source: Optional['TokenRows'] = None) -> None:
         super().__init__(base_layer, path, slots, count, size, trainable, source)
         self.index = stacked(f"{path}.token_index", (slots, size[0]), False, np.int32)
         for slot in range(slots):
             self.place(slot, np.zeros(0, np.int32))
 
-    def place(self, slot, ids):
+    def place(self, slot: int, ids: np.ndarray) -> None:
         whole = np.full(self.vocabulary, -1, np.int32)
         whole[ids] = np.arange(len(ids), dtype=np.int32)
         put(self.index, slot, whole)
 
-    def ids_of(self, slot):
+    def ids_of(self, slot: int) -> np.ndarray:
         """The ids (n,) that a slot replaces, in the order of its rows."""
         index = get(self.index, slot, (self.vocabulary,))
         ids = np.flatnonzero(index >= 0)
         return ids[np.argsort(index[ids])]
 
-    def construct(self, ids, rows):
+    def construct(self, ids: Tensor, rows: tuple) -> Tensor:
         """ids: (rows, tokens) int32 -> (rows, tokens, hidden) float32."""
         y, slots = self.base_layer(ids, rows), slots_of(rows)
         slot = ops.maximum(slots, 0).reshape((-1, 1))
@@ -130,13 +134,14 @@ class TokenHead(TokenRows):
         choice: (slots, count) int32, which row stands at each place of ``ids``: its own number, or 0.
     """
 
-    def __init__(self, base_layer, path, slots, count, size, trainable=True, source=None):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, count: int, size: tuple[int, int],
+                 trainable: bool = True, source: Optional['TokenRows'] = None) -> None:
         super().__init__(base_layer, path, slots, count, size, trainable, source)
         self.ids = stacked(f"{path}.token_ids", (slots, count), False, np.int32)
         self.choice = stacked(f"{path}.token_choice", (slots, count), False, np.int32)
         self.one = Tensor(np.ones(slots, np.float32))
 
-    def place(self, slot, ids):
+    def place(self, slot: int, ids: np.ndarray) -> None:
         count = len(ids)
         filled = np.full(self.count, ids[0] if count else 0, np.int32)
         filled[:count] = ids
@@ -145,11 +150,11 @@ class TokenHead(TokenRows):
         put(self.ids, slot, filled)
         put(self.choice, slot, choice)
 
-    def ids_of(self, slot):
+    def ids_of(self, slot: int) -> np.ndarray:
         """The ids (n,) that a slot replaces, in the order of its rows."""
         return get(self.ids, slot, (int(get(self.counts, slot)),))
 
-    def construct(self, x, rows):
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (rows, tokens, hidden) or (rows, hidden) float32 -> (..., vocabulary) float32."""
         y, slots = self.base_layer(x, rows), slots_of(rows)
         slot = ops.maximum(slots, 0)

@@ -12,20 +12,26 @@ without adapters. A model that has its adapter Cells already, such as a server's
 import dataclasses
 import os
 import shutil
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.key_names import PREFIX
+from colora_ms.adapters.matching import Module
 from colora_ms.adapters.outside import leaf
 from colora_ms.errors import AdapterError, AdapterWarning, TokenizerError
 from colora_ms.files import replacing
 from colora_ms.models.decoder import Decoder
 from colora_ms.models.quantize import to_format
 from colora_ms.models.replacing import forget_graphs
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
+    from colora_ms.adapters.peft_format import StoredAdapter
 
 #: Trainers round the number of rows up to a multiple of one of these.
 _MULTIPLES = (8, 16, 32, 64, 128, 256, 512)
@@ -65,7 +71,7 @@ class Larger:
     originals: dict
 
 
-def tables_of(modules):
+def tables_of(modules: dict[str, Module]) -> Optional[Tables]:
     """The :class:`Tables` of a model with one embedding and one head, else None; modules: {name: Module}."""
     embeddings = [name for name, module in modules.items() if module.kind == "embedding"]
     heads = [name for name, module in modules.items() if module.is_head]
@@ -75,7 +81,7 @@ def tables_of(modules):
     return Tables(embedding, head, modules[head].tied_to == embedding, modules[embedding].in_features)
 
 
-def larger(stored, modules):
+def larger(stored: 'StoredAdapter', modules: dict[str, Module]) -> Optional[Larger]:
     """What an adapter folder holds of a vocabulary larger than the model's.
 
     Args:
@@ -117,7 +123,7 @@ def larger(stored, modules):
     return Larger(tables, count, whole, originals)
 
 
-def refusal(found, stored):
+def refusal(found: Larger, stored: 'StoredAdapter') -> str:
     """Why a model that has its adapter Cells already cannot take such an adapter."""
     return (f"the vocabulary was changed when the adapter in {stored.folder} was trained: it has {found.rows} rows for "
             f"tokens, this model has {found.tables.rows} and its adapter Cells already, whose shapes are fixed; load it first "
@@ -125,7 +131,7 @@ def refusal(found, stored):
             "that")
 
 
-def adopt(stored, found):
+def adopt(stored: 'StoredAdapter', found: Larger) -> None:
     """Make the tables that PEFT stores whenever the vocabulary was resized, asked or not, into modules saved whole.
 
     A tied head beside an embedding that is saved whole without ``ensure_weight_tying`` is the resized base's, not the
@@ -143,7 +149,7 @@ def adopt(stored, found):
         config.modules_to_save = [*entries, *missing]
 
 
-def warn_of_gaps(found, stored, warn):
+def warn_of_gaps(found: Larger, stored: 'StoredAdapter', warn: Callable) -> None:
     """Say what the new tokens lack: a tokenizer, or a tied head's rows."""
     if tokenizer_size(stored.folder) is None:
         warn(f"the adapter in {stored.folder} has {found.rows - found.tables.rows} tokens more than the model, but no "
@@ -166,7 +172,7 @@ class Growth:
         AdapterError: the adapters want different numbers of rows, or this model's tables cannot be enlarged.
     """
 
-    def __init__(self, net, modules, needs):
+    def __init__(self, net: nn.Cell, modules: dict[str, Module], needs: dict[str, tuple]) -> None:
         sizes = {name: found.rows for name, (_, found) in needs.items()}
         if len(set(sizes.values())) > 1:
             raise AdapterError("these adapters have different vocabularies ("
@@ -209,7 +215,8 @@ class Growth:
         mean = base.mean(axis=0, dtype=np.float64).astype(np.float32)
         return np.tile(mean, (self.rows - self.tables.rows, 1))
 
-    def widen(self, values):
+    def widen(self,
+              values: dict[tuple[str, str], dict[str, np.ndarray]]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
         """An adapter's values for the base's vocabulary, with the base's new rows behind those of modules saved whole."""
         widened = dict(values)
         for path, rows in self.new.items():
@@ -218,7 +225,7 @@ class Growth:
                 widened[path, "saved"] = {**own, "weight": np.concatenate([own["weight"], rows])}
         return widened
 
-    def apply(self):
+    def apply(self) -> None:
         """Put the larger tables into the model; cannot fail any more."""
         embedding, head = self.cells[self.tables.embedding], self.cells[self.tables.head]
         self._enlarge(embedding, self.new[self.tables.embedding])
@@ -248,7 +255,7 @@ class Growth:
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------
 
-def tokenizer_size(folder):
+def tokenizer_size(folder: Union[str, os.PathLike]) -> Optional[int]:
     """Largest id + 1 of the tokenizer in a folder, or None if it has none.
 
     Raises:
@@ -259,12 +266,12 @@ def tokenizer_size(folder):
     return _read_tokenizer(folder).vocab_size
 
 
-def has_tokenizer(folder):
+def has_tokenizer(folder: Union[str, os.PathLike]) -> bool:
     """Whether a folder has a tokenizer."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES[:2])
 
 
-def copy_tokenizer(source, folder):
+def copy_tokenizer(source: Union[str, os.PathLike], folder: Union[str, os.PathLike]) -> None:
     """Put a tokenizer's files beside an adapter.
 
     Raises:
@@ -281,7 +288,7 @@ def _refused(path):
     return lambda reason: AdapterError(f"{path} cannot be written: {reason}")
 
 
-def tokenizer_for(tokenizer, folders, handle):
+def tokenizer_for(tokenizer: Any, folders: dict, handle: 'Adapters') -> Any:
     """The tokenizer to use with a model and its adapters: an adapter's own where it brings tokens that the base's lacks.
 
     Args:

@@ -4,8 +4,6 @@ Each takes ``rows``, what the decoder knows of the rows of its batch (see :mod:`
 Cell can stand in its place, and keeps its weight in one of four formats (see :mod:`colora_ms.models.quantize`): float32, bfloat16, int8 and packed int4.
 """
 
-from __future__ import annotations
-
 from typing import Optional
 
 import mindspore as ms
@@ -55,7 +53,7 @@ class Linear(Leaf, nn.Cell):
     def leaf_parameters(self) -> dict[str, Parameter]:
         return {"weight": self.weight, "bias": self.bias} if self.has_bias else {"weight": self.weight}
 
-    def float_copy(self, values: dict[str, Parameter], trainable: bool) -> Linear:
+    def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'Linear':
         kind = TrainableLinear if trainable else Linear
         return kind(values["weight"], self.in_features, self.out_features, bias=values.get("bias"))
 
@@ -94,7 +92,7 @@ class Embedding(Leaf, nn.Cell):
     def leaf_parameters(self) -> dict[str, Parameter]:
         return {"weight": self.weight}
 
-    def float_copy(self, values: dict[str, Parameter], trainable: bool) -> Embedding:
+    def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'Embedding':
         return Embedding(values["weight"], self.hidden_size)
 
 
@@ -126,7 +124,7 @@ class RMSNorm(Leaf, nn.Cell):
     def leaf_parameters(self) -> dict[str, Parameter]:
         return {"weight": self.weight}
 
-    def float_copy(self, values: dict[str, Parameter], trainable: bool) -> RMSNorm:
+    def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'RMSNorm':
         copy = RMSNorm(values["weight"], 0.0)
         copy.eps = self.eps
         return copy

@@ -1,7 +1,5 @@
 """``LowRankLinear``: a linear whose weight is a product of small factors, in the place of :class:`layers.Linear`."""
 
-from __future__ import annotations
-
 import numpy as np
 
 import mindspore as ms

@@ -17,10 +17,10 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from colora_ms.quantization.grids import (SMALLEST_SCALE, downcast, round_to_grid, search_range, to_container)
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 from colora_ms.models.activation_quant import ActivationQuantizer
 from colora_ms.models.rows import slots_of
+from colora_ms.quantization.grids import SMALLEST_SCALE, downcast, round_to_grid, search_range, to_container
 
 
 class QuantizedMatmul(nn.Cell):

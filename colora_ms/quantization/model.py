@@ -15,13 +15,13 @@ from mindspore import ParameterTuple, Tensor, nn
 
 from colora_ms import runtime
 from colora_ms.adapters import tree
-from colora_ms.quantization.lrqat import LrQatLinear
 from colora_ms.adapters.slots import to_float32
 from colora_ms.adapters.store import read_config, regular_file, write_folder
 from colora_ms.errors import AdapterError, ConfigError, near
 from colora_ms.models.leaf import Leaf
 from colora_ms.models.quantized_folder import write_quantized_folder
 from colora_ms.models.replacing import check_names, replace_cells
+from colora_ms.quantization.lrqat import LrQatLinear
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -10,14 +10,16 @@ the whole sequence so far. That costs one full forward a token: it is for networ
 """
 
 import threading
+from typing import Any, Callable
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from mindformers.generation import LogitsProcessor
 
+from colora_ms.adapters.handle import Adapters
 from colora_ms.decoding.contrast import Contrast, contrastive_scores
 from colora_ms.errors import DecodingError
 
@@ -34,14 +36,14 @@ class BaseLogits:
         DecodingError: the model has a key/value cache.
     """
 
-    def __init__(self, net, adapters, pad_token_id):
+    def __init__(self, net: nn.Cell, adapters: Adapters, pad_token_id: int) -> None:
         if getattr(getattr(net, "config", None), "use_past", False):
             raise DecodingError("the model has use_past: True, so that a second forward would write into the expert's cache; "
                                 "build it with use_past: False, or decode with colora_ms.Generator")
         self.net, self.adapters, self.pad = net, adapters, pad_token_id
         self.lock = threading.Lock()
 
-    def __call__(self, ids):
+    def __call__(self, ids: Any) -> np.ndarray:
         """ids: (rows, seq_length) integers, padded at the right -> (rows, vocab) float32 array."""
         ids = np.asarray(ids)
         real = ids != self.pad
@@ -65,11 +67,11 @@ class ContrastProcessor(LogitsProcessor):
         contrast: :class:`colora_ms.decoding.Contrast`.
     """
 
-    def __init__(self, amateur, contrast=Contrast()):
+    def __init__(self, amateur: Callable, contrast: Contrast = Contrast()) -> None:
         super().__init__()
         self.amateur, self.contrast = amateur, contrast
 
-    def process_ms(self, logits, sequence_ids, **kwargs):
+    def process_ms(self, logits: Tensor, sequence_ids: Tensor, **kwargs: Any) -> Tensor:
         """logits (rows, vocab) and ids (rows, length) Tensors -> (rows, vocab) float32, -inf outside the alpha-cut."""
         alpha, beta = self.contrast.alpha, self.contrast.beta
         expert = logits.astype(ms.float32)
@@ -80,7 +82,7 @@ class ContrastProcessor(LogitsProcessor):
             scores = (1.0 + beta) * expert - beta * amateur
         return ops.where(expert >= cut, scores, ops.full_like(scores, float("-inf")))
 
-    def process_np(self, logits, sequence_ids):
+    def process_np(self, logits: np.ndarray, sequence_ids: np.ndarray) -> np.ndarray:
         """The same with arrays."""
         beta = self.contrast.beta
         amateur = self.amateur(sequence_ids) if beta > 0 else np.zeros_like(logits, np.float32)

@@ -14,6 +14,7 @@ own rows of up; the other way the parts' pairs are put side by side (ranks add u
 
 import os
 import re
+from typing import Any, Mapping, Optional, Union
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from colora_ms.adapters import LoraConfig, matching, store
 from colora_ms.adapters.key_names import PREFIX, plain_names
 from colora_ms.adapters.matching import Module
 from colora_ms.errors import AdapterError
-from colora_ms.integrations.mindformers.names import Names, layout_of, part_sizes, parts
+from colora_ms.integrations.mindformers.names import Layout, Names, layout_of, part_sizes, parts
+from colora_ms.models.config import DecoderConfig
 from colora_ms.models.safetensors_file import SafetensorsFile, write_safetensors
 
 _PATTERNS = {
@@ -34,7 +36,7 @@ _PATTERNS = {
 _STATE = ("adam_m.", "adam_v.", "exp_avg.", "exp_avg_sq.", "accu_grads.")
 
 
-def read_pairs(tensors, adapter=0):
+def read_pairs(tensors: Mapping[str, np.ndarray], adapter: int = 0) -> tuple[str, dict]:
     """The low-rank pairs of a mindformers checkpoint, whichever naming it uses.
 
     Args:
@@ -81,7 +83,9 @@ def read_pairs(tensors, adapter=0):
     return namings.pop(), found
 
 
-def to_peft(tensors, folder, config, alpha=None, layout=None, adapter=0):
+def to_peft(tensors: Mapping[str, np.ndarray], folder: Union[str, os.PathLike], config: DecoderConfig,
+            alpha: Optional[float] = None, layout: Optional[Union[str, Layout]] = None,
+            adapter: int = 0) -> dict[str, Any]:
     """Write a PEFT folder from mindformers' LoRA tensors.
 
     Args:
@@ -138,7 +142,8 @@ def to_peft(tensors, folder, config, alpha=None, layout=None, adapter=0):
     return settings
 
 
-def from_peft(folder, config, layout, naming="mindpet"):
+def from_peft(folder: Union[str, os.PathLike], config: DecoderConfig, layout: Union[str, Layout],
+              naming: str = "mindpet") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """mindformers' LoRA tensors from a PEFT folder.
 
     Args:

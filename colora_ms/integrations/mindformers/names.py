@@ -16,10 +16,12 @@ factors of LoRA follow the same rule. Pure NumPy: mindformers is not imported.
 
 import re
 from dataclasses import dataclass
+from typing import Iterable, Mapping, Optional, Union
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, near
+from colora_ms.models.config import DecoderConfig
 
 _QKV, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -54,7 +56,7 @@ class Layout:
     qkv: str = None
     mlp: str = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.family not in ("legacy", "mcore"):
             raise ConfigError(f"the layout's family is {self.family!r}, expected 'legacy' or 'mcore'")
         for name in ("qkv", "mlp"):
@@ -62,11 +64,11 @@ class Layout:
                 raise ConfigError(f"the layout's {name} is {getattr(self, name)!r}, expected one of {ORDERS}")
 
     @property
-    def tables(self):
+    def tables(self) -> tuple[dict, str, dict]:
         """(names outside layers, the layers' prefix, names inside a layer)."""
         return _LEGACY if self.family == "legacy" else _MCORE
 
-    def fused(self, kind):
+    def fused(self, kind: str) -> str:
         """The fused linear of a layer: kind "qkv" or "mlp"."""
         names = {"legacy": {"qkv": "attention.w_qkv", "mlp": "feed_forward.w_gate_hidden"},
                  "mcore": {"qkv": "self_attention.linear_qkv", "mlp": "mlp.linear_fc1"}}
@@ -83,7 +85,7 @@ LAYOUTS = {
 }
 
 
-def layout_of(names):
+def layout_of(names: Iterable[str]) -> 'Layout':
     """The layout that a model's parameter names show; row orders as training stores them (pass a Layout to say else).
 
     Raises:
@@ -98,7 +100,7 @@ def layout_of(names):
                             for kind in ("qkv", "mlp")))
 
 
-def resolve(layout):
+def resolve(layout: Union[str, Layout]) -> 'Layout':
     """A Layout from its name, or as it is."""
     if isinstance(layout, Layout):
         return layout
@@ -107,7 +109,7 @@ def resolve(layout):
     return LAYOUTS[layout]
 
 
-def row_order(config, kind, order):
+def row_order(config: DecoderConfig, kind: str, order: str) -> np.ndarray:
     """For each row of a fused linear, its row in [q; k; v] or [gate; up].
 
     Args:
@@ -128,14 +130,14 @@ def row_order(config, kind, order):
     return np.concatenate([part.reshape(groups, -1) for part in (q, k, v)], axis=1).reshape(-1)
 
 
-def part_sizes(config, kind):
+def part_sizes(config: DecoderConfig, kind: str) -> list[int]:
     """Rows of q, k, v, or of gate, up."""
     if kind == "mlp":
         return [config.intermediate_size] * 2
     return [config.num_attention_heads * config.head_dim] + [config.num_key_value_heads * config.head_dim] * 2
 
 
-def parts(kind):
+def parts(kind: str) -> list[str]:
     """Hugging Face's names, inside a layer, of what a fused linear holds."""
     return [f"self_attn.{one}" for one in _QKV] if kind == "qkv" else [f"mlp.{one}" for one in _MLP]
 
@@ -147,13 +149,13 @@ class Names:
         layout: a Layout or its name.
     """
 
-    def __init__(self, layout):
+    def __init__(self, layout: 'Layout') -> None:
         self.layout = resolve(layout)
         self.outer, self.prefix, self.inner = self.layout.tables
         self.back_outer = {value: key for key, value in self.outer.items()}
         self.back_inner = {value: key for key, value in self.inner.items()}
 
-    def to_mindformers(self, module):
+    def to_mindformers(self, module: str) -> Optional[str]:
         """mindformers' name of a Hugging Face module (q_proj becomes wq even where the layout fuses it), or None."""
         if module in self.outer:
             return self.outer[module]
@@ -161,7 +163,7 @@ class Names:
         inner = self.inner.get(match[2]) if match else None
         return f"{self.prefix}.{match[1]}.{inner}" if inner else None
 
-    def to_huggingface(self, module):
+    def to_huggingface(self, module: str) -> Optional[str]:
         """Hugging Face's name of a mindformers module that is not fused, or None."""
         if module in self.back_outer:
             return self.back_outer[module]
@@ -169,7 +171,7 @@ class Names:
         inner = self.back_inner.get(match[2]) if match else None
         return f"model.layers.{match[1]}.{inner}" if inner else None
 
-    def fused_part(self, module):
+    def fused_part(self, module: str) -> Optional[tuple[int, str]]:
         """(layer, kind) of a Hugging Face module that the layout fuses, or None."""
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
         for kind in ("qkv", "mlp"):
@@ -177,7 +179,7 @@ class Names:
                 return int(match[1]), kind
         return None
 
-    def fused_module(self, module):
+    def fused_module(self, module: str) -> Optional[tuple[int, str]]:
         """(layer, kind) of a fused mindformers module, or None."""
         match = re.fullmatch(re.escape(self.prefix) + r"\.(\d+)\.(.+)", module)
         for kind in ("qkv", "mlp"):
@@ -185,16 +187,17 @@ class Names:
                 return int(match[1]), kind
         return None
 
-    def fused_name(self, layer, kind):
+    def fused_name(self, layer: int, kind: str) -> str:
         """mindformers' name of a fused linear."""
         return f"{self.prefix}.{layer}.{self.layout.fused(kind)}"
 
-    def order(self, config, kind):
+    def order(self, config: DecoderConfig, kind: str) -> np.ndarray:
         """The row order of a fused linear of this layout; see :func:`row_order`."""
         return row_order(config, kind, getattr(self.layout, kind) or "grouped")
 
 
-def to_mindformers(tensors, config, layout):
+def to_mindformers(tensors: Mapping[str, np.ndarray], config: DecoderConfig,
+                   layout: Union[str, Layout]) -> dict[str, np.ndarray]:
     """Hugging Face's tensors under mindformers' names.
 
     Args:
@@ -233,7 +236,8 @@ def to_mindformers(tensors, config, layout):
     return found
 
 
-def to_huggingface(tensors, config, layout=None):
+def to_huggingface(tensors: Mapping[str, np.ndarray], config: DecoderConfig,
+                   layout: Optional[Union[str, Layout]] = None) -> dict[str, np.ndarray]:
     """mindformers' tensors under Hugging Face's names; the inverse of :func:`to_mindformers`.
 
     Args:

@@ -12,11 +12,13 @@ model's weights load under their own names, and the adapter's Parameters are not
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Mapping
 
 from mindpet.utils.constants import DELTA_LIST
 
 import mindformers.pet.pet_model as pet_model
 from mindformers.pet.pet_config import PetConfig
+from mindspore import nn
 
 from colora_ms.adapters import adapters_of, inject
 from colora_ms.adapters.registry import METHODS
@@ -32,7 +34,7 @@ SYNONYMS = {"lora_rank": "r", "exclude_layers": "exclude_modules"}
 IGNORED = ("pet_type", "freeze_include", "freeze_exclude", "param_init_type", "compute_dtype", "lora_a_init", "lora_b_init")
 
 
-def register():
+def register() -> list[str]:
     """Make every adapter method a pet type of mindformers; may be called again after a method was added.
 
     Returns:
@@ -59,7 +61,7 @@ def _config_class(pet_type):
     return type("ColoraPetConfig", (PetConfig,), {"__init__": init, "__doc__": f"pet_config of pet_type {pet_type}."})
 
 
-def adapter_config(pet_config):
+def adapter_config(pet_config: Mapping) -> Any:
     """The config of this package that a ``pet_config`` describes.
 
     Args:
@@ -93,7 +95,7 @@ def _plain(value):
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def prepare(pet_config, base_model):
+def prepare(pet_config: Mapping, base_model: nn.Cell) -> nn.Cell:
     """What ``PetModel`` calls for its network: the base model, which gets its adapter at the end of that call.
 
     The model itself stands there, not a wrapper around it, so that it keeps all methods that ``PetModel`` passes on.
