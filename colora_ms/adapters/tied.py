@@ -8,6 +8,8 @@ PEFT's rules (0.21, ``set_additional_trainable_modules`` and ``LoraModel._add_mo
 * ``ensure_weight_tying`` with ``modules_to_save``: naming the embedding or its head means one copy, which both use.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any, Iterable
 
 if TYPE_CHECKING:
