@@ -1,7 +1,8 @@
 """The three parameterised Cells of a decoder: ``Linear``, ``Embedding`` and ``RMSNorm``.
 
 Each takes ``rows``, what the decoder knows of the rows of its batch (see :mod:`colora_ms.models.rows`), so that an adapter
-Cell can stand in its place, and keeps its weight in one of four formats (see :mod:`colora_ms.models.quantize`): float32, bfloat16, int8 and packed int4.
+Cell can stand in its place, and keeps its weight in one of four formats (see :mod:`colora_ms.models.quantize`): float32,
+bfloat16, int8 and packed int4.
 """
 
 from typing import Optional

@@ -17,6 +17,9 @@ from colora_ms.models.quantize import dequantize, unpack_int4
 class Leaf:
     """The face of a Cell with weights.
 
+    A linear of the decoder has, beside it, ``in_features``, ``out_features``, ``bias``, ``has_bias``, ``fusible`` and
+    ``operands()`` as :class:`colora_ms.models.layers.Linear` has them; LoRA's pair goes into the same kernel call.
+
     Attributes:
         kind: "linear", "embedding" or "norm".
         takes_rows: whether it is called as the decoder's Cells are, with (x, rows), see :mod:`colora_ms.models.rows`.
