@@ -78,9 +78,10 @@ class AdapterCell(nn.Cell):
 class LowRankCell(AdapterCell):
     """An adapter Cell with a stacked pair ``down``, ``up``, its ``scale``, and perhaps biases for each slot.
 
-    ``values`` in :meth:`write` and :meth:`read` are {"down", "up", "bias", "up_bias"}, whichever there are, in the Cell's
-    own orientation: ``bias`` stands in the place of the base's, ``up_bias`` is added to the pair's result before scaling
-    (``lora_bias``). A pair of lower rank than ``max_rank`` is padded with zeros.
+    ``values`` in :meth:`write` and :meth:`read` are {"down", "up", "bias", "up_bias"}, whichever there are, in the
+    Cell's
+    own orientation: ``bias`` stands in the place of the base's, ``up_bias`` is added to the pair's result before
+    scaling (``lora_bias``). A pair of lower rank than ``max_rank`` is padded with zeros.
     """
 
     max_rank = 0
@@ -106,6 +107,7 @@ class LowRankCell(AdapterCell):
         self.up_bias = stacked(f"{self.path}.lora_up_bias", (slots, out_features), trainable)
 
     def problems_with(self, target: Any) -> list[str]:
+        """As :class:`AdapterCell` says."""
         found = []
         if target.dora and not self.has_magnitude:
             found.append(f"{self.path} was not prepared for DoRA")
@@ -114,6 +116,7 @@ class LowRankCell(AdapterCell):
         return found
 
     def write(self, slot: int, values: dict[str, np.ndarray], scaling: float) -> None:
+        """As :class:`AdapterCell` says."""
         if self.max_rank:
             for name in ("down", "up"):
                 put(getattr(self, name), slot, values.get(name, np.float32(0)))
@@ -125,9 +128,11 @@ class LowRankCell(AdapterCell):
             put(self.up_bias, slot, values.get("up_bias", np.float32(0)))
 
     def read(self, slot: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """As :class:`AdapterCell` says."""
         return {name: get(getattr(self, name), slot, shape) for name, shape in shapes.items()}
 
     def clear(self, slot: int) -> None:
+        """As :class:`AdapterCell` says."""
         if self.max_rank:
             for parameter in (self.down, self.up, self.scale):
                 put(parameter, slot, np.float32(0))
@@ -137,6 +142,7 @@ class LowRankCell(AdapterCell):
             put(self.up_bias, slot, np.float32(0))
 
     def parameters_of(self, slot: int) -> list[Parameter]:
+        """As :class:`AdapterCell` says."""
         return (([self.down, self.up] if self.max_rank else []) + ([self.bias] if self.has_bias else [])
                 + ([self.up_bias] if self.has_up_bias else []))
 
@@ -157,12 +163,14 @@ class LowRankCell(AdapterCell):
         return [self.scale]
 
     def why_not_merge(self, slot: int) -> str:
+        """As :class:`AdapterCell` says."""
         adds = self.has_up_bias and np.any(get(self.up_bias, slot)) and get(self.scale, slot) != 0
         if adds and leaf(self.base_layer).leaf_parameters().get("bias") is None:
             return f"it adds a bias (lora_bias) to {self.path}, whose base layer has none to merge it into"
         return ""
 
     def merge(self, slot: int) -> None:
+        """As :class:`AdapterCell` says."""
         base = leaf(self.base_layer).leaf_parameters()
         own_bias = self.has_bias and get(self.bias_owned, slot) > 0
         up_bias = get(self.scale, slot) * get(self.up_bias, slot) if self.has_up_bias else np.float32(0)
@@ -178,6 +186,7 @@ class LowRankCell(AdapterCell):
                 put(one, slot, 0)
 
     def unmerge(self) -> None:
+        """As :class:`AdapterCell` says."""
         super().unmerge()
         for parameter, slot, value in self._kept_switches:
             put(parameter, slot, value)
@@ -201,6 +210,7 @@ class SavedBase(AdapterCell):
         return leaf(self.copies[slot]).leaf_parameters()
 
     def write(self, slot: int, values: dict[str, np.ndarray], scaling: float) -> None:
+        """As :class:`AdapterCell` says."""
         self.clear(slot)
         if values:
             for name, parameter in self.values_of(slot).items():
@@ -208,16 +218,20 @@ class SavedBase(AdapterCell):
             put(self.owned, slot, 1)
 
     def read(self, slot: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """As :class:`AdapterCell` says."""
         values = self.values_of(slot)
         return {name: to_float32(values[name]) for name in shapes}
 
     def clear(self, slot: int) -> None:
+        """As :class:`AdapterCell` says."""
         put(self.owned, slot, 0)
 
     def parameters_of(self, slot: int) -> list[Parameter]:
+        """As :class:`AdapterCell` says."""
         return list(self.values_of(slot).values()) if get(self.owned, slot) > 0 else []
 
     def merge(self, slot: int) -> None:
+        """As :class:`AdapterCell` says."""
         if get(self.owned, slot) > 0:
             base = leaf(self.inner).leaf_parameters()
             self.keep(list(base.values()))
@@ -229,8 +243,8 @@ class LateActivation:
     """An adapter around a linear of another model, which may end in an activation (``nn.Dense`` does if asked).
 
     The low-rank product belongs before it: a subclass calls :meth:`take_activation` when it is made, and
-    :meth:`activate` where ``late_activation`` is set. It defines ``construct`` itself: ``auto_mixed_precision`` level O1
-    rewrites a Cell with the imports of the file in which ``construct`` stands.
+    :meth:`activate` where ``late_activation`` is set. It defines ``construct`` itself: ``auto_mixed_precision`` level
+    O1 rewrites a Cell with the imports of the file in which ``construct`` stands.
     """
 
     def take_activation(self) -> None:

@@ -6,9 +6,9 @@ Written for the pairs (A_i, B_i) with scaling s_i and weight w_i, dW_i = s_i B_i
 |---|---|
 | ``cat`` | [w_1 s_1 A_1; w_2 s_2 A_2; ...] and [B_1 B_2 ...]: exactly sum w_i dW_i, at the sum of the ranks |
 | ``svd`` | the best pair of rank ``svd_rank`` for sum w_i dW_i |
-| ``linear`` | sum sign_i sqrt(\\|w_i s_i\\|) A_i and sum sqrt(\\|w_i s_i\\|) B_i: has cross terms B_i A_j, so only rough |
-| ``ties`` | as linear, but each factor trimmed to its largest values, then only those of the majority's sign are averaged |
-| ``dare_linear``, ``dare_ties`` | as linear and ties, but values are dropped at random and the rest divided by ``density`` |
+| ``linear`` | sum sign_i sqrt(\\|w_i s_i\\|) A_i and sum sqrt(\\|w_i s_i\\|) B_i: cross terms B_i A_j make it rough |
+| ``ties`` | as linear, but each factor trimmed, then only values of the majority's sign are averaged |
+| ``dare_linear``, ``dare_ties`` | as linear and ties, but values dropped at random, the rest divided by ``density`` |
 | ``magnitude_prune`` | as linear, after trimming |
 | ``..._svd`` | the same arithmetic on the dW_i in place of the factors, then as svd |
 
@@ -105,7 +105,8 @@ def _checked(handle, names, weights, kind, svd_rank, svd_clamp, density, majorit
                         + near(kind, COMBINATIONS))
     elif kind not in ("cat", "svd", "linear"):
         if not _is_number(density) or not 0 < density <= 1:
-            problems.append(f"density is {density!r}; {kind} needs the share of the values to keep, above 0 and at most 1")
+            problems.append(f"density is {density!r}; {kind} needs the share of the values to keep, above 0 and at "
+                            "most 1")
     if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool) or svd_rank < 1):
         problems.append(f"svd_rank is {svd_rank!r}, expected a whole number above 0, or None for the largest rank")
     if svd_clamp is not None and (not _is_number(svd_clamp) or not 0 < svd_clamp <= 1):
@@ -156,7 +157,8 @@ def _pair(kind, own, rank, path, density, majority, clamp, random):
         u, s, v = np.linalg.svd(change.astype(np.float64), full_matrices=False)
         return _clamped(v[:rank], u[:, :rank] * s[:rank], clamp)
     if len({down.shape for _, down, _, _ in own}) > 1:
-        raise AdapterError(f"combination_type {kind!r} adds the factors themselves, but at {path} the adapters have ranks "
+        raise AdapterError(f"combination_type {kind!r} adds the factors themselves, but at {path} the adapters have "
+                           "ranks "
                            + ", ".join(str(down.shape[0]) for _, down, _, _ in own) + "; use 'cat' or 'svd'")
     roots = [math.sqrt(abs(weight * scaling)) for weight, _, _, scaling in own]
     # The sign goes to one factor only, or it would cancel in the product.

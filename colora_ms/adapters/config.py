@@ -80,8 +80,8 @@ class LoraConfig(PeftConfig):
     alpha_pattern: dict = field(default_factory=dict)
     #: Modules that are trained and saved whole beside the adapter (endings of their names).
     modules_to_save: Optional[list] = None
-    #: Ids whose rows of the embedding are trained and replace the base's: a list, or {ending of a module's name: list} for
-    #: embedding and head apart. A tied head uses the embedding's.
+    #: Ids whose rows of the embedding are trained and replace the base's: a list, or {ending of a module's name: list}
+    #: for embedding and head apart. A tied head uses the embedding's.
     trainable_token_indices: Optional[Union[list, dict]] = None
     #: Keep a tied head tied to what ``modules_to_save`` or ``trainable_token_indices`` make of the embedding.
     ensure_weight_tying: bool = False
@@ -142,9 +142,10 @@ class LoraConfig(PeftConfig):
         found += self._token_problems()
         found += self._pattern_problems()
         if not _is_one_of(self.init_lora_weights, LOADABLE_INITIALISATIONS) and self.pissa_iterations is None:
-            found.append(f"init_lora_weights={self.init_lora_weights!r} is not implemented (methods such as CorDA and LoftQ "
-                         "change the base weights, so that the factors alone are not the adapter); convert the adapter to "
-                         "plain LoRA first, or use one of " + ", ".join(map(repr, INITIALISATIONS)) + ", 'pissa_niter_N'")
+            found.append(f"init_lora_weights={self.init_lora_weights!r} is not implemented (methods such as CorDA and "
+                         "LoftQ change the base weights, so that the factors alone are not the adapter); convert the "
+                         "adapter to plain LoRA first, or use one of "
+                         + ", ".join(map(repr, INITIALISATIONS)) + ", 'pissa_niter_N'")
         elif self.changes_base and _is_finite(self.lora_alpha):
             if min([self.lora_alpha, *(a for a in self.alpha_pattern.values() if _is_finite(a))]) <= 0:
                 found.append(f"init_lora_weights={self.init_lora_weights!r} needs every lora_alpha above 0")
@@ -186,7 +187,8 @@ class LoraConfig(PeftConfig):
     def _token_problems(self):
         tables = self.trainable_token_indices or {}
         if not isinstance(tables, (list, dict)):
-            return [f"trainable_token_indices is {tables!r:.80}, expected a list of token ids, or {{module name: list}}"]
+            return [f"trainable_token_indices is {tables!r:.80}, expected a list of token ids, or {{module name: "
+                    "list}"]
         found = []
         for name, ids in (tables if isinstance(tables, dict) else {"": tables}).items():
             label = f"trainable_token_indices[{name!r:.80}]" if name else "trainable_token_indices"

@@ -1,4 +1,5 @@
-"""Training that starts from an adapter (a recipe's ``adapter.start_from``): its config and values come from the folder."""
+"""Training that starts from an adapter (a recipe's ``adapter.start_from``): its config and values come from the
+folder."""
 
 import os
 from dataclasses import fields, replace

@@ -58,6 +58,7 @@ class Dora:
             self.base_squares = stacked(f"{self.path}.lora_base_squares", (out_features,), False)
 
     def write(self, slot: int, values: dict[str, np.ndarray], scaling: float) -> None:
+        """As :class:`AdapterCell` says."""
         super().write(slot, values, scaling)
         owned = "magnitude" in values
         put(self.magnitude, slot, values.get("magnitude", np.float32(0)))
@@ -69,10 +70,12 @@ class Dora:
             self.base_squares.set_data(ms.Tensor(squares.astype(np.float32)))
 
     def clear(self, slot: int) -> None:
+        """As :class:`AdapterCell` says."""
         super().clear(slot)
         put(self.magnitude_owned, slot, 0)
 
     def parameters_of(self, slot: int) -> list[Parameter]:
+        """As :class:`AdapterCell` says."""
         found = super().parameters_of(slot)
         return found + [self.magnitude] if get(self.magnitude_owned, slot) > 0 else found
 
@@ -83,13 +86,16 @@ class Dora:
         return np.where(there, get(self.magnitude, slot) / np.where(there, lengths, 1), 0).astype(np.float32)
 
     def merged_weight(self, slot: int) -> np.ndarray:
+        """As :class:`AdapterCell` says."""
         plain = leaf(self.base_layer).base_values()["weight"] + self.change(slot)
         return plain * self._factor(slot)[:, None] if get(self.magnitude_owned, slot) > 0 else plain
 
     def delta(self, slot: int) -> np.ndarray:
+        """As :class:`AdapterCell` says."""
         return self.merged_weight(slot) - leaf(self.base_layer).base_values()["weight"]
 
     def switches(self, slot: int) -> list[Parameter]:
+        """As :class:`AdapterCell` says."""
         return super().switches(slot) + [self.magnitude_owned]
 
 
@@ -142,7 +148,8 @@ class DoraLinear(Dora, LoraLinear):
         scale = self.scale.reshape((-1, 1))
         cross = (up * ops.transpose(w_down, (0, 2, 1))).sum(-1)
         square = (ops.bmm(up, ops.bmm(down, ops.transpose(down, (0, 2, 1)))) * up).sum(-1)
-        return factors(self.magnitude, ops.stop_gradient(self.base_squares + 2 * scale * cross + scale * scale * square))
+        squares = self.base_squares + 2 * scale * cross + scale * scale * square
+        return factors(self.magnitude, ops.stop_gradient(squares))
 
 
 class DoraDense(Dora, LoraDense):

@@ -1,4 +1,5 @@
-"""Dropout on the inputs of adapters, whose masks follow from a seed: a resumed training draws what an unbroken one does."""
+"""Dropout on the inputs of adapters, whose masks follow from a seed: a resumed training draws what an unbroken one
+does."""
 
 import hashlib
 
@@ -17,12 +18,13 @@ class Dropout(nn.Cell):
     """Zeroes elements at random in training and scales the others by 1 / (1 - rate); nothing in evaluation.
 
     The mask is a function of the seed, the path, the worker's rank, the number of calls in training and the element's
-    place (see :func:`colora_ms.kernels.dropout.dropout`). The calls are counted in ``stream``, which is saved and restored
-    with the training's state.
+    place (see :func:`colora_ms.kernels.dropout.dropout`). The calls are counted in ``stream``, which is saved and
+    restored with the training's state.
 
-    Recomputation (``cell.recompute()``) meets the same mask again: a graph keeps the key of the mask. In PyNative mode the
-    calls are counted by MindSpore's own generator (``mindspore.get_rng_state``), which recomputation sets back; of a
-    recomputed Cell that is called several times before the gradient, MindSpore keeps the state of the last call alone.
+    Recomputation (``cell.recompute()``) meets the same mask again: a graph keeps the key of the mask. In PyNative mode
+    the calls are counted by MindSpore's own generator (``mindspore.get_rng_state``), which recomputation sets back; of
+    a recomputed Cell that is called several times before the gradient, MindSpore keeps the state of the last call
+    alone.
 
     Args:
         rate: probability of dropping an element, in [0, 1).
@@ -30,8 +32,8 @@ class Dropout(nn.Cell):
         path: name of the place in the model; other places have other masks.
 
     Attributes:
-        stream: (2,) int32, frozen: hash of seed and path, plus the number of calls in training. Equal on all workers, whose
-            communication must be initialised before the Cell is made for their masks to differ.
+        stream: (2,) int32, frozen: hash of seed and path, plus the number of calls in training. Equal on all workers,
+            whose communication must be initialised before the Cell is made for their masks to differ.
     """
 
     def __init__(self, rate: float, seed: int, path: str) -> None:
@@ -56,6 +58,7 @@ class Dropout(nn.Cell):
         return dropout(x, self.mix(place, self.worker), self.least, self.scale)
 
     def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return f"rate={self.rate}"
 
 

@@ -37,8 +37,8 @@ def check_fits(handle: 'Adapters', config: Any, matched: Matched) -> None:
     for path, ids in matched.tokens.items():
         cell = handle.sites.get((path, "tokens"))
         problems += [f"{path} was not prepared for trained token rows"] if cell is None else cell.problems_with(ids)
-    problems += [f"{path} is {'' if path in matched.ties else 'not '}tied to another module's values in this adapter, the "
-                 f"model was prepared for one where it is{' not' if path in matched.ties else ''}"
+    problems += [f"{path} is {'' if path in matched.ties else 'not '}tied to another module's values in this adapter, "
+                 f"the model was prepared for one where it is{' not' if path in matched.ties else ''}"
                  for role in ("saved", "tokens") for path in getattr(matched, role) if handle.trainable
                  and (path, role) in handle.sites
                  and getattr(handle.sites[path, role], "tied_to", "") != matched.ties.get(path, "")]
@@ -74,7 +74,8 @@ def stage(handle: 'Adapters', stored: 'StoredAdapter', check: Optional[Callable]
         stored.refuse(stored.problems + [str(error)], handle.base_model)
     if check is not None:
         check(stored.config, matched)
-    values = stored.read(matched, handle.modules, lambda path: leaf(handle.cells[path]).base_values(), handle.base_model)
+    values = stored.read(matched, handle.modules, lambda path: leaf(handle.cells[path]).base_values(),
+                         handle.base_model)
     if getattr(stored.config, "changes_base", False):
         try:
             check_splittable(stored.config, matched, handle.modules, handle.cells)

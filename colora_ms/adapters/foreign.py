@@ -124,6 +124,7 @@ class SavedCell(SavedBase):
         self.copies = nn.CellList(copies, auto_prefix=False)
 
     def construct(self, x: Tensor) -> Tensor:
+        """As the base Cell is called."""
         y = self.base_layer(x)
         used = self.active_slot >= 0
         owned = ops.gather(self.owned, ops.maximum(self.active_slot, 0), 0) > 0

@@ -112,7 +112,7 @@ class GgufLoraFile:
         return ranks
 
     @staticmethod
-    def _as_config(ranks, alpha):
+    def _as_config(ranks: dict[str, int], alpha: float) -> dict[str, Any]:
         common = max(sorted(set(ranks.values())), key=list(ranks.values()).count, default=1)
         others = {module: rank for module, rank in ranks.items() if rank != common}
         return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": common, "target_modules": list(ranks),
@@ -163,7 +163,8 @@ def write_gguf_lora(path: Union[str, os.PathLike], config: Any, matched: Matched
     Args:
         path: the file to make; it must not exist.
         config: ``DecoderConfig`` of the base model.
-        matched: the adapter's Matched on it; values: {(module name, "lora"): {"down", "up"}} float32, as ``handle.values()``.
+        matched: the adapter's Matched on it; values: {(module name, "lora"): {"down", "up"}} float32, as
+            ``handle.values()``.
         kind: type of the tensors, F32, F16, BF16, Q8_0 or Q4_0.
         name: ``general.name``; by default the file's name.
 
@@ -175,6 +176,7 @@ def write_gguf_lora(path: Union[str, os.PathLike], config: Any, matched: Matched
             the head of a tied model).
     """
     from gguf import GGUFWriter, Keys
+
     from colora_ms.models.gguf_writer import GGUF_TYPES, check_type, encode, stored_type
 
     path = os.path.abspath(os.fspath(path))

@@ -36,18 +36,17 @@ class Adapters:
     Attributes:
         net: the model; capacity: slots that it has; trainable: whether the adapters' Parameters require gradients.
         sites: {(module name, "lora", "saved" or "tokens"): adapter Cell}; peft_type: the method that the Cells are of.
-        cells: {module name: Cell} of the model before injection; modules: what is known of them; defaults: the modules that
-            a config without target_modules means.
+        cells: {module name: Cell} of the model before injection; modules: what is known of them; defaults: the modules
+            that a config without target_modules means.
+        slot_table: :class:`colora_ms.adapters.slot_table.SlotTable`, what each slot holds, a bank's slots too.
         active_slot: () int32 Parameter, the adapter of the Cells that take no row slots, -1 = none.
         frozen: [(Parameter of the model before injection, its requires_grad then)].
     """
 
     def __init__(self, net: nn.Cell, modules: dict[str, Module], defaults: Optional[list], capacity: int,
                  trainable: bool, seed: Optional[int], base_model: Optional[str]) -> None:
-        self.net = net
-        self.modules = modules
-        self.capacity = capacity
-        self.trainable = trainable
+        self.net, self.modules = net, modules
+        self.capacity, self.trainable = capacity, trainable
         self.base_model = base_model
         self.dropout = 0.0
         self.peft_type = "LORA"
@@ -345,8 +344,9 @@ class Adapters:
 
     def _check_base_unchanged(self, what):
         if self._changed:
-            raise AdapterError(f"adapter {self._changed.name!r} started from the base weights and changed them, so that you "
-                               f"cannot {what} now; save it with as_lora=True and load that into an untouched model")
+            raise AdapterError(f"adapter {self._changed.name!r} started from the base weights and changed them, so "
+                               f"that you cannot {what} now; save it with as_lora=True and load that into an untouched "
+                               "model")
 
     def _check_not_merged(self, what):
         if self._merged is not None:

@@ -45,17 +45,17 @@ def inject(net: nn.Cell, config: Any = None, adapter_name: str = "default", slot
     Args:
         net: a :class:`colora_ms.models.decoder.Decoder`, or any Cell tree with ``nn.Dense``, ``mint.nn.Linear``,
             embedding Cells, or those of mindformers.
-        config: LoraConfig (or another method's) of the first adapter, which becomes active; None for an empty bank (then
-            give ``reserve``).
+        config: LoraConfig (or another method's) of the first adapter, which becomes active; None for an empty bank
+            (then give ``reserve``).
         adapter_name: name of that adapter, ``[A-Za-z0-9._-]{1,64}``.
         slots: adapters that the model can hold at a time. A trained adapter needs no more than one.
         max_rank: largest rank of any adapter; by default what ``config`` (or ``reserve``) needs, module by module.
         reserve: modules that later adapters may use beside those of ``config``: a config of its kind (its targets,
-            rank, modules_to_save and bias), or just its ``target_modules``. Cells are made now, so that adding an adapter
-            later compiles nothing.
+            rank, modules_to_save and bias), or just its ``target_modules``. Cells are made now, so that adding an
+            adapter later compiles nothing.
         trainable: whether the adapter's Parameters require gradients.
-        seed: of the initial values and the masks of dropout; by default ``mindspore.get_seed()``, or 0. Each module has its
-            own stream.
+        seed: of the initial values and the masks of dropout; by default ``mindspore.get_seed()``, or 0. Each module has
+            its own stream.
         base_model: the base model's name or folder, kept in saved configs and used in messages.
         adapter_format: "float32", or "bfloat16" for adapters that only serve: the pairs of plain linears of the Decoder
             are rounded to nearest and take half the memory, and half the time to read; exact if the adapter was stored
@@ -101,8 +101,8 @@ def load_adapter(net: nn.Cell, folder: Union[str, os.PathLike], name: Optional[s
         net: the model; if it has adapters already, the folder's adapter takes a free slot beside them.
         folder: a folder with adapter_config.json and adapter_model.safetensors, or a LoRA of llama.cpp (a GGUF file).
         name: the adapter's name; by default the folder's.
-        slots, max_rank, reserve, trainable, base_model, adapter_format, seed: as in :func:`inject`; used if the model has
-            no adapters yet.
+        slots, max_rank, reserve, trainable, base_model, adapter_format, seed: as in :func:`inject`; used if the model
+            has no adapters yet.
 
     Returns:
         The :class:`colora_ms.adapters.Adapters` handle; the adapter is the active one.
@@ -199,8 +199,8 @@ def _check_together(configs, trainable):
         raise AdapterError(f"adapters of different methods cannot share a model: {', '.join(sorted(kinds))}")
     rates = sorted({config.lora_dropout for config in configs})
     if trainable and len(rates) > 1:
-        raise AdapterError(f"adapters with different lora_dropout ({', '.join(map(str, rates))}) cannot be trained in one "
-                           "model; load them one at a time")
+        raise AdapterError(f"adapters with different lora_dropout ({', '.join(map(str, rates))}) cannot be trained in "
+                           "one model; load them one at a time")
 
 
 def _reserved(reserve, configs, max_rank, modules, defaults):
@@ -227,8 +227,8 @@ def _pair_dtype(adapter_format, trainable):
         raise AdapterError(f"adapter_format is {adapter_format!r:.40}, expected one of {', '.join(formats)}."
                            + near(adapter_format, formats))
     if trainable and adapter_format != "float32":
-        raise AdapterError(f"adapter_format={adapter_format!r} is for adapters that only serve; train in float32, or give "
-                           "trainable=False")
+        raise AdapterError(f"adapter_format={adapter_format!r} is for adapters that only serve; train in float32, or "
+                           "give trainable=False")
     return formats[adapter_format]
 
 
@@ -248,8 +248,8 @@ def _replace(net, handle, matches, peft_type, max_rank, dtype):
         cell = cells[path]
         if rank or bias:
             rank = max_rank if rank and max_rank else rank
-            site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot, target, shared,
-                        handle.seed, dtype)
+            site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot, target,
+                        shared, handle.seed, dtype)
             cell = handle.sites[path, "lora"] = wrap(cell, path, site)
         if any(path in matched.saved for matched in matches):
             cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle, matches)
@@ -279,8 +279,8 @@ def check_plain(matches: list[Matched], cells: dict[str, nn.Cell]) -> None:
     odd = [path for matched in matches for path, target in matched.targets.items()
            if (getattr(target, "dora", False) or getattr(target, "up_bias", False)) and not leaf(cells[path]).plain]
     if odd:
-        raise AdapterError(f"use_dora and lora_bias are for plain linears; {odd[0]} is a {type(cells[odd[0]]).__name__} "
-                           f"({len(odd)} such modules)")
+        raise AdapterError(f"use_dora and lora_bias are for plain linears; {odd[0]} is a "
+                           f"{type(cells[odd[0]]).__name__} ({len(odd)} such modules)")
 
 
 def wrap_lora(cell: nn.Cell, path: str, site: Site) -> nn.Cell:
@@ -330,7 +330,8 @@ def _growth(net, modules, opened, base_model):
 
 def _check_tokens(matches, cells):
     """Refuse rows of single tokens on Cells that are not the decoder's own."""
-    odd = [path for matched in matches for path in matched.tokens if not (leaf(cells[path]).takes_rows and leaf(cells[path]).plain)]
+    odd = [path for matched in matches for path in matched.tokens
+           if not (leaf(cells[path]).takes_rows and leaf(cells[path]).plain)]
     if odd:
         raise AdapterError("trainable_token_indices is for the embedding and the head of colora_ms's decoder; "
                            f"{odd[0]} is a {type(cells[odd[0]]).__name__}")
@@ -341,13 +342,13 @@ def _check_ties(matches):
     for role in ("saved", "tokens"):
         for path in {path for matched in matches for path in getattr(matched, role)}:
             if len({matched.ties.get(path) for matched in matches if path in getattr(matched, role)}) > 1:
-                raise AdapterError(f"{path} is tied in some of these adapters and not in others, so that they cannot be "
-                                   "trained in one model; load them one at a time")
+                raise AdapterError(f"{path} is tied in some of these adapters and not in others, so that they cannot "
+                                   "be trained in one model; load them one at a time")
 
 
 def _source_of(path, role, handle, matches):
-    """The Cell whose Parameters a tied one shares: in training, where both must stay equal; otherwise None, each slot has
-    values of its own, and adapters that are tied and others can be mixed."""
+    """The Cell whose Parameters a tied one shares: in training, where both must stay equal; otherwise None, each slot
+    has values of its own, and adapters that are tied and others can be mixed."""
     ties = {matched.ties[path] for matched in matches if path in matched.ties and path in getattr(matched, role)}
     return handle.sites[ties.pop(), role] if handle.trainable and ties else None
 

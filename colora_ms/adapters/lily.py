@@ -19,12 +19,20 @@ from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.registry import Site
 from colora_ms.adapters.slots import add_in_float32, get, put, stacked
 from colora_ms.errors import AdapterError
-from colora_ms.kernels import ABSENT, lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference, multi_lora_linear
+from colora_ms.kernels import (
+    ABSENT,
+    lora_expand,
+    lora_expand_reference,
+    lora_shrink,
+    lora_shrink_reference,
+    multi_lora_linear,
+)
 from colora_ms.models.rows import slots_of
 
 #: Why a row of several sequences is refused.
-PACKED = ("this adapter's routers pool over the tokens of a row (router_pool \"sequence\" or \"batch\"), so that packed examples "
-          "would see each other; set data.packing to false, or train with router_pool \"token\" or \"static\"")
+PACKED = ("this adapter's routers pool over the tokens of a row (router_pool \"sequence\" or \"batch\"), so that "
+          "packed examples would see each other; set data.packing to false, or train with router_pool \"token\" or "
+          "\"static\"")
 
 
 def pools_rows(net: nn.Cell) -> bool:
@@ -101,16 +109,19 @@ class LilyCell(AdapterCell):
             + ("router",)
 
     def problems_with(self, target: Any) -> list[str]:
+        """As :class:`AdapterCell` says."""
         mine = self.target
         found = []
         for name, own, other in (("experts", mine.experts, target.experts), ("router_pool", mine.pool, target.pool),
-                                 ("router_form", mine.form, target.form), ("A owned by", mine.down_owner, target.down_owner),
+                                 ("router_form", mine.form, target.form),
+                                 ("A owned by", mine.down_owner, target.down_owner),
                                  ("B owned by", mine.up_owner, target.up_owner)):
             if own != other:
                 found.append(f"{self.path} was prepared for {name} {own}, the adapter has {other}")
         return found
 
     def write(self, slot: int, values: dict[str, np.ndarray], scaling: float) -> None:
+        """As :class:`AdapterCell` says."""
         for name in self.owned:
             value = values.get(name, np.float32(0))
             if name == "up" and name in values:
@@ -119,6 +130,7 @@ class LilyCell(AdapterCell):
         put(self.scale, slot, np.float32(scaling if "router" in values else 0))
 
     def read(self, slot: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """As :class:`AdapterCell` says."""
         values = {}
         for name, shape in shapes.items():
             if name == "up":
@@ -129,11 +141,13 @@ class LilyCell(AdapterCell):
         return values
 
     def clear(self, slot: int) -> None:
+        """As :class:`AdapterCell` says."""
         for name in self.owned:
             put(getattr(self, name), slot, np.float32(0))
         put(self.scale, slot, np.float32(0))
 
     def parameters_of(self, slot: int) -> list[Parameter]:
+        """As :class:`AdapterCell` says."""
         return [self.down, self.up, self.router]
 
     def static_weights(self, slot: int) -> np.ndarray:
@@ -147,6 +161,7 @@ class LilyCell(AdapterCell):
         return np.einsum("e,oer->or", self.static_weights(slot), get(self.up, slot)).astype(np.float32)
 
     def merge(self, slot: int) -> None:
+        """As :class:`AdapterCell` says."""
         weight = leaf(self.base_layer).leaf_parameters()["weight"]
         self.keep([weight])
         add_in_float32(weight, get(self.scale, slot) * (self.mixed_up(slot) @ get(self.down, slot)))
@@ -155,12 +170,14 @@ class LilyCell(AdapterCell):
         put(self.scale, slot, np.float32(0))
 
     def unmerge(self) -> None:
+        """As :class:`AdapterCell` says."""
         super().unmerge()
         if self._kept_scale is not None:
             put(self.scale, *self._kept_scale)
         self._kept_scale = None
 
     def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return (f"max_rank={self.max_rank}, experts={self.experts}, block={self.target.block}, pool={self.pool}, "
                 f"form={self.form}")
 
@@ -186,7 +203,8 @@ class LilyRouted(LilyCell):
         return lora_shrink_reference(x, slots, matrices, self.one)
 
     def weights(self, hidden: Tensor, rows: tuple) -> Tensor:
-        """The experts' weights: hidden (rows, tokens, r) -> (rows, tokens, experts), or (rows, 1, experts) if pooled."""
+        """The experts' weights: hidden (rows, tokens, r) -> (rows, tokens, experts), or (rows, 1, experts) if
+        pooled."""
         slots, lengths = rows
         if self.pool == "static":
             return ops.expand_dims(ops.gather(ops.softmax(self.router, -1), ops.maximum(slots, 0), 0), 1)

@@ -12,14 +12,15 @@ from colora_ms.adapters.config import MAX_RANK, LoraConfig
 from colora_ms.adapters.peft_config import PeftConfig
 from colora_ms.errors import AdapterError, near
 
-#: What the router's weights are averaged over before the experts are mixed; "static" weights do not depend on the input.
+#: What the router's weights are averaged over before the experts are mixed; "static" weights do not depend on the
+#: input.
 POOLS = ("token", "sequence", "batch", "static")
 
 #: "code": softmax of each token's logits, then the mean. "paper": softmax of the summed logits.
 FORMS = ("code", "paper")
 
-#: Which modules share: "type" those with the same last part of the name; "entry" (PEFT's rule) those that the same entry
-#: of target_modules matches and that have the same shape.
+#: Which modules share: "type" those with the same last part of the name; "entry" (PEFT's rule) those that the same
+#: entry of target_modules matches and that have the same shape.
 SHARES = ("type", "entry")
 
 #: Keys of PEFT's adapter_config.json that change nothing that is computed here.

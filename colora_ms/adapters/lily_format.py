@@ -29,8 +29,8 @@ def peft_config(config: LilyConfig, matched: Matched, modules: dict[str, Module]
         AdapterError: PEFT's format has no words for it.
     """
     if config.router_pool == "static":
-        raise AdapterError("a Lily adapter with router_pool=\"static\" cannot be written in PEFT's Lily layout, which has "
-                           "no router without input; write it as LoRA with colora_ms.adapters.export_lora")
+        raise AdapterError("a Lily adapter with router_pool=\"static\" cannot be written in PEFT's Lily layout, which "
+                           "has no router without input; write it as LoRA with colora_ms.adapters.export_lora")
     if config.router_form == "paper" and config.router_pool != "token":
         raise AdapterError("router_form=\"paper\" cannot be written in PEFT's layout: PEFT averages after the softmax")
     if config.share == "entry":
@@ -45,8 +45,9 @@ def peft_config(config: LilyConfig, matched: Matched, modules: dict[str, Module]
         if {name: (one.down_owner, one.up_owner) for name, one in found.items()} == \
                 {name: (one.down_owner, one.up_owner) for name, one in matched.targets.items()}:
             return twin
-    raise AdapterError("PEFT's layout cannot say which modules share here: its entries of target_modules would have to match "
-                       f"exactly the {len(matched.targets)} adapted modules by the last part of their names ({', '.join(short)}); "
+    raise AdapterError("PEFT's layout cannot say which modules share here: its entries of target_modules would have to "
+                       f"match exactly the {len(matched.targets)} adapted modules by the last part of their names "
+                       f"({', '.join(short)}); "
                        "adapt all modules of a type, or choose among them with layers_to_transform")
 
 
@@ -80,8 +81,8 @@ def export_lora(handle: 'Adapters', folder: Union[str, os.PathLike], name: Optio
     lora = LoraConfig(
         r=config.r, lora_alpha=config.scaling * config.r, target_modules=_names(config, matched),
         exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save,
-        layers_to_transform=config.layers_to_transform, layers_pattern=config.layers_pattern, task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path, revision=config.revision)
+        layers_to_transform=config.layers_to_transform, layers_pattern=config.layers_pattern,
+        task_type=config.task_type, base_model_name_or_path=config.base_model_name_or_path, revision=config.revision)
     as_lora = Matched(targets, matched.saved, matched.biases)
     assert list(matching.match(lora, handle.modules).targets) == list(targets)
     write_adapter(folder, lora, as_lora, handle.modules, values)

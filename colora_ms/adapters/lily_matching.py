@@ -1,8 +1,8 @@
 """What a Lily config does to a model: which modules share A and B, the tensors on disk, and the values to start from.
 
 Zhong et al., arXiv 2407.09946: one A for each block of ``stride_A`` neighbouring layers, one set of experts B for all
-layers, one router a layer, all of it apart for each type of module (q_proj, v_proj, ...). A shared tensor is owned by the
-first module that uses it, under whose name it is stored. Pure Python and NumPy: it sees names and shapes only.
+layers, one router a layer, all of it apart for each type of module (q_proj, v_proj, ...). A shared tensor is owned by
+the first module that uses it, under whose name it is stored. Pure Python and NumPy: it sees names and shapes only.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ import numpy as np
 
 from colora_ms.adapters import matching
 from colora_ms.adapters.matching import Matched, Module, Target
-from colora_ms.adapters.peft_format import PREFIX, Entry, entries as lora_entries
+from colora_ms.adapters.peft_format import PREFIX, Entry
+from colora_ms.adapters.peft_format import entries as lora_entries
 from colora_ms.errors import AdapterError
 
 
@@ -39,8 +40,8 @@ def match(config: Any, modules: dict[str, Module], defaults: Optional[list] = No
     """The Matched of a LilyConfig, whose targets are :class:`LilyTarget`; arguments as ``matching.match``.
 
     Raises:
-        AdapterError: what ``matching.match`` refuses; a matched module that is no linear; modules of one type whose shapes
-            differ, so that they cannot share.
+        AdapterError: what ``matching.match`` refuses; a matched module that is no linear; modules of one type whose
+            shapes differ, so that they cannot share.
     """
     matched = matching.match(config.targets_of(), modules, defaults)
     wrong = [name for name, target in matched.targets.items() if target.kind != "linear"]
@@ -52,7 +53,8 @@ def match(config: Any, modules: dict[str, Module], defaults: Optional[list] = No
         for number, name in enumerate(names):
             block = number // config.stride_A
             targets[name] = LilyTarget(
-                name=name, kind="linear", r=config.r, alpha=config.scaling, scaling=config.scaling, experts=config.num_B,
+                name=name, kind="linear", r=config.r, alpha=config.scaling, scaling=config.scaling,
+                experts=config.num_B,
                 pool=config.router_pool, form=config.router_form, group=label, block=block,
                 down_owner=names[block * config.stride_A], up_owner=names[0])
     return Matched({name: targets[name] for name in matched.targets}, matched.saved, matched.biases)
@@ -79,8 +81,8 @@ def groups(config: Any, names: Iterable[str], modules: dict[str, Module],
             module = modules[name]
             if (module.in_features, module.out_features) != (first.in_features, first.out_features):
                 raise AdapterError(
-                    f"the modules called {label!r} cannot share a Lily adapter: {members[0]} maps {first.in_features} to "
-                    f"{first.out_features} features, {name} maps {module.in_features} to {module.out_features}; use "
+                    f"the modules called {label!r} cannot share a Lily adapter: {members[0]} maps {first.in_features} "
+                    f"to {first.out_features} features, {name} maps {module.in_features} to {module.out_features}; use "
                     "share=\"entry\", which shares among equal shapes only, or leave some out with exclude_modules or "
                     "layers_to_transform")
     return found
@@ -117,7 +119,8 @@ def parameter_count(matched: Matched, modules: dict[str, Module], shapes: Option
     Args:
         matched, modules: as :func:`value_shapes`; shapes: another method's ``value_shapes``, by default Lily's.
     """
-    return sum(int(np.prod(shape)) for own in (shapes or value_shapes)(matched, modules).values() for shape in own.values())
+    found = (shapes or value_shapes)(matched, modules)
+    return sum(int(np.prod(shape)) for own in found.values() for shape in own.values())
 
 
 def entries(matched: Matched, modules: dict[str, Module]) -> dict[str, Entry]:
@@ -169,5 +172,5 @@ def why_not_merge(config: Any) -> str:
     """Why such an adapter cannot be merged, or ""."""
     if config.router_pool == "static":
         return ""
-    return (f"with router_pool={config.router_pool!r} the router weighs the experts by each input, so that no one matrix "
-            "equals the adapter; use it unmerged, or train with router_pool=\"static\"")
+    return (f"with router_pool={config.router_pool!r} the router weighs the experts by each input, so that no one "
+            "matrix equals the adapter; use it unmerged, or train with router_pool=\"static\"")

@@ -133,10 +133,12 @@ def _end(cells):
 
 
 def table(uses: list[ExpertUse]) -> list[str]:
-    """The uses as lines of text: a row for each module, the weight of each expert, and the effective number of experts."""
+    """The uses as lines of text: a row for each module, the weight of each expert, and the effective number of
+    experts."""
     wide = max(len(use.path) for use in uses)
     experts = len(uses[0].mean)
-    head = f"{'module':{wide}s}  A  " + " ".join(f"{'B' + str(i):>6s}" for i in range(experts)) + "  effective  first place"
+    head = f"{'module':{wide}s}  A  " + " ".join(f"{'B' + str(i):>6s}" for i in range(experts))
+    head += "  effective  first place"
     lines = [head]
     for use in uses:
         lines.append(f"{use.path:{wide}s} {use.block:2d}  " + " ".join(f"{value:6.3f}" for value in use.mean)

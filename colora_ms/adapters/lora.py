@@ -98,6 +98,7 @@ class LoraLinear(LowRankCell):
         return multi_lora_linear(x, slots, *self.operands())
 
     def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return f"max_rank={self.max_rank}, dropout={self.dropout.rate if self.dropout else 0.0}, bias={self.has_bias}"
 
 
@@ -162,7 +163,8 @@ def initial_values(config: Any, target: Target, module: Module, random: np.rando
             return {"down": random.standard_normal((inner, r), np.float32), "up": up}
         return {"down": np.zeros((inner, r), np.float32), "up": up}
     if config.init_lora_weights == "gaussian":
-        return {"down": random.standard_normal((r, inner), np.float32) / np.float32(r), "up": np.zeros((out, r), np.float32)}
+        down = random.standard_normal((r, inner), np.float32) / np.float32(r)
+        return {"down": down, "up": np.zeros((out, r), np.float32)}
     # Kaiming-uniform with a = sqrt(5) is the uniform distribution on +-1/sqrt(in).
     down = random.uniform(-1, 1, (r, inner)).astype(np.float32) / np.float32(np.sqrt(inner))
     if config.init_lora_weights is False:

@@ -11,7 +11,8 @@ from colora_ms.models.rows import slots_of
 
 
 class LoraOverLowRank(LoraLinear):
-    """:class:`LoraLinear` on a :class:`colora_ms.models.low_rank.LowRankLinear`: ``y = chain(x) + scale * up (down x)``.
+    """:class:`LoraLinear` on a :class:`colora_ms.models.low_rank.LowRankLinear`: ``y = chain(x) + scale * up (down
+    x)``.
 
     The chain is no matrix that the pair could share a kernel call with. Adapters that only serve use the two operators
     of the halves; trainable ones use their reference forms, which have gradients.
@@ -25,6 +26,7 @@ class LoraOverLowRank(LoraLinear):
         self.differentiable = trainable
 
     def operands(self) -> tuple:
+        """As :class:`AdapterCell` says."""
         raise NotImplementedError("a decomposed linear is a chain of products; call the Cell itself")
 
     def product(self, x: Tensor, rows: tuple) -> Tensor:

@@ -104,8 +104,8 @@ def match(config: Any, modules: dict[str, Module], defaults: Optional[list] = No
             be adapted.
 
     Warns:
-        AdapterWarning: an entry of ``target_modules``, ``layers_to_transform`` or a pattern matches nothing while others
-            do, which PEFT takes in silence.
+        AdapterWarning: an entry of ``target_modules``, ``layers_to_transform`` or a pattern matches nothing while
+            others do, which PEFT takes in silence.
     """
     targets = config.target_modules
     if targets is None:
@@ -113,8 +113,8 @@ def match(config: Any, modules: dict[str, Module], defaults: Optional[list] = No
         if targets is None and config.modules_to_save:
             targets = []
         if targets is None:
-            raise AdapterError("target_modules is not given, and this model has no default; name the linears to adapt, or "
-                               f"use \"{ALL_LINEAR}\". The model has {_examples(_linears(modules))}")
+            raise AdapterError("target_modules is not given, and this model has no default; name the linears to adapt, "
+                               f"or use \"{ALL_LINEAR}\". The model has {_examples(_linears(modules))}")
     tests = _Tests(config, targets, list(modules))
     problems = []
     saved, to_save_problems = _saved_leaves(config, modules)
@@ -191,7 +191,8 @@ def widest(targets: list[Target]) -> Optional[Target]:
 
 
 def shortest_names(names: Iterable[str], modules: dict[str, Module]) -> list[str]:
-    """A list for ``target_modules`` that means exactly ``names``: their last parts if those suffice, else whole names."""
+    """A list for ``target_modules`` that means exactly ``names``: their last parts if those suffice, else whole
+    names."""
     short = {name.rsplit(".", 1)[-1] for name in names}
     meant = {name for name in modules if not short.isdisjoint(_endings(name))}
     return sorted(short if meant == set(names) else names)
@@ -259,8 +260,8 @@ def _matched(config, targets, modules, tests, remarks):
 
 def _nothing_chosen(config, targets, modules, matched):
     if matched:
-        return (f"all {len(matched)} modules that target_modules={_show(targets)} means are left out by exclude_modules="
-                f"{_show(config.exclude_modules)} or modules_to_save={_show(config.modules_to_save)}")
+        return (f"all {len(matched)} modules that target_modules={_show(targets)} means are left out by "
+                f"exclude_modules={_show(config.exclude_modules)} or modules_to_save={_show(config.modules_to_save)}")
     text = f"target_modules={_show(targets)} matches no module of the model."
     if isinstance(targets, list):
         text += _near_names(targets, modules)

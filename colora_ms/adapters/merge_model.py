@@ -251,8 +251,9 @@ def _batch(tokenizer, texts, vocabulary):
 
 def _logits(decoder, batch, slots):
     """Logits of all real tokens, (tokens, vocabulary) float32."""
-    from colora_ms import runtime
     from mindspore import Tensor
+
+    from colora_ms import runtime
 
     ids, lengths = batch
     found = runtime.run(decoder, Tensor(ids), Tensor(lengths), slots).asnumpy()

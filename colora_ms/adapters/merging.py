@@ -44,8 +44,8 @@ def mergeable_places(handle: 'Adapters', name: str, slot: int, config: Any, matc
 
 def check_changeable(net: nn.Cell, cells: dict[str, nn.Cell], places: list, what: str, instead: str,
                      ties: Optional[dict[str, str]] = None) -> None:
-    """Refuse to change base weights that are integers, factors or tied; ``what`` begins the message, ``instead`` ends it.
-    A weight may change if all that are tied to it are so in ``ties``, too."""
+    """Refuse to change base weights that are integers, factors or tied; ``what`` begins the message, ``instead`` ends
+    it. A weight may change if all that are tied to it are so in ``ties``, too."""
     shared = tree.shared_parameters(net)
     tied = tree.tied_to(cells)
     for source in set((ties or {}).values()):
@@ -60,10 +60,11 @@ def check_changeable(net: nn.Cell, cells: dict[str, nn.Cell], places: list, what
                                "another module's; use the adapter unmerged")
         for field, parameter in face.leaf_parameters().items():
             if parameter.dtype in (ms.int8, ms.uint8):
-                raise AdapterError(f"{what}: {path}.{field} is stored as integers, which would round the change away; load "
-                                   "the model as float32 or bfloat16")
+                raise AdapterError(f"{what}: {path}.{field} is stored as integers, which would round the change away; "
+                                   "load the model as float32 or bfloat16")
             if id(parameter) in shared:
-                raise AdapterError(f"{what}: {path}.{field} is tied to another module, which would change too; {instead}")
+                raise AdapterError(f"{what}: {path}.{field} is tied to another module, which would change too; "
+                                   f"{instead}")
 
 
 def not_finite(cells: dict[str, nn.Cell], places: list) -> list[str]:

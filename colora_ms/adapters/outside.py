@@ -71,6 +71,7 @@ class Outside(Leaf):
         self.refusal, self.transposed = self.traits.refusal(cell), self.traits.transposed(cell)
 
     def sizes(self) -> tuple[int, int]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         if self.traits.sizes is not None:
             return self.traits.sizes(self.cell)
         if self.kind == "norm":
@@ -79,6 +80,7 @@ class Outside(Leaf):
         return (second, first) if self.kind == "linear" else (first, second)
 
     def leaf_parameters(self) -> dict[str, Parameter]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return {DISK_NAMES.get(name, name): value
                 for name, value in self.cell._params.items() if value is not None}  # pylint: disable=protected-access
 
@@ -93,7 +95,8 @@ class Outside(Leaf):
 
 
 def leaf(cell: nn.Cell) -> Optional[Union[Leaf, Outside]]:
-    """The :class:`Leaf` face of a Cell: the Cell itself if it has it, or one on a known Cell of another library, or None."""
+    """The :class:`Leaf` face of a Cell: the Cell itself if it has it, or one on a known Cell of another library, or
+    None."""
     if isinstance(cell, Leaf):
         return cell
     kind = next((kind for cls, kind in KINDS if isinstance(cell, cls)), "other")

@@ -29,8 +29,9 @@ class PeftConfig:
 
     @staticmethod
     def unknown_settings(values: dict, known: Iterable[str]) -> list[str]:
-        """What is wrong with the settings of an adapter_config.json that are not in ``known``: those with a value that may
-        change something. A neutral one (null, false, 0, empty), as other versions of PEFT write it, is said in a warning.
+        """What is wrong with the settings of an adapter_config.json that are not in ``known``: those with a value that
+        may change something. A neutral one (null, false, 0, empty), as other versions of PEFT write it, is said in a
+        warning.
 
         Args:
             values: the file's JSON object; known: names.

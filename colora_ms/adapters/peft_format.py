@@ -49,8 +49,8 @@ class Entry:
 
 
 class StoredAdapter:
-    """An adapter folder, or llama.cpp's LoRA GGUF, opened and not yet read: its config, its tensors, and what is already
-    known to be wrong.
+    """An adapter folder, or llama.cpp's LoRA GGUF, opened and not yet read: its config, its tensors, and what is
+    already known to be wrong.
 
     Attributes:
         folder: Path; config: the method's config, or None if its values cannot be used; problems: list of sentences.
@@ -92,7 +92,8 @@ class StoredAdapter:
             hint = (f"\nMaybe it was made for another base model: it names {made_for!r:.200}"
                     + (f", this is {base_model!r:.200}." if base_model else "."))
         raise AdapterError(f"the adapter in {self.folder} cannot be loaded, and nothing was changed. "
-                           f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:\n  - " + "\n  - ".join(shown) + hint)
+                           f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:\n  - " + "\n  - "
+                                                                                                 "".join(shown) + hint)
 
     def read(self, matched: Matched, modules: dict[str, Module], base: Callable,
              base_model: Optional[str] = None) -> dict[tuple[str, str], dict[str, np.ndarray]]:
@@ -126,8 +127,9 @@ class StoredAdapter:
                 found.setdefault((entry.path, entry.role), {})[entry.field] = value
         for name in self.file.entries:
             if name not in used and not self._is_base_copy(name, modules, base, problems):
-                problems.append(f"tensor {name!r:.300} of shape {self.file.shape(name)} is not part of the adapter that "
-                                "the config describes." + near(name, [key for key in wanted if key not in used], 1))
+                problems.append(f"tensor {name!r:.300} of shape {self.file.shape(name)} is not part of the adapter "
+                                "that the config describes."
+                                + near(name, [key for key in wanted if key not in used], 1))
         self.refuse(problems, base_model)
         for path, source in matched.ties.items():
             for role in ("saved", "tokens"):
@@ -141,13 +143,15 @@ class StoredAdapter:
         for copy in there:
             other = self._tensor(copy, value.shape, problems)
             if other is not None and not np.array_equal(other, value):
-                problems.append(f"tensors {name!r} and {copy!r} differ by up to {np.abs(other - value).max():.3g}, but the "
-                                "config says that these modules share one: the file is damaged, or the config is not its")
+                problems.append(f"tensors {name!r} and {copy!r} differ by up to {np.abs(other - value).max():.3g}, but "
+                                "the config says that these modules share one: the file is damaged, or the config is "
+                                "not its")
         return there
 
     def _tensor(self, name, shape, problems):
         if self.file.shape(name) != shape:
-            problems.append(f"tensor {name!r} has shape {self.file.shape(name)}, the config and the model ask for {shape}")
+            problems.append(f"tensor {name!r} has shape {self.file.shape(name)}, the config and the model ask for "
+                            f"{shape}")
             return None
         try:
             value = self.file.read(name)
@@ -175,8 +179,9 @@ class StoredAdapter:
         # Of a resized base the first rows are the base's; the others are what Growth puts behind them.
         grown = own is not None and len(shape) == 2 and modules[path].parameters[field] == shape and shape[0] > len(own)
         if own is None or own.shape != shape and not grown:
-            problems.append(f"tensor {name!r} of shape {self.file.shape(name)} replaces the base's {path}, which has shape "
-                            f"{None if own is None else own.shape}: the vocabulary was changed; use that base model")
+            problems.append(f"tensor {name!r} of shape {self.file.shape(name)} replaces the base's {path}, which has "
+                            f"shape {None if own is None else own.shape}: the vocabulary was changed; use that base "
+                            "model")
             return True
         value = self._tensor(name, shape, problems)
         value = value if value is None else value[:len(own)]
@@ -241,13 +246,14 @@ def write_adapter(folder: Union[str, os.PathLike], config: Any, matched: Matched
             broken.append(key)
         tensors.update(dict.fromkeys(entry.tied + entry.copies * copies, tensors[key]))
     if broken:
-        raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values that "
-                           f"are not finite, {broken[0]!r} first: its training diverged; load an earlier checkpoint")
+        raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values "
+                           f"that are not finite, {broken[0]!r} first: its training diverged; load an earlier "
+                           "checkpoint")
     text = store.config_text(config.to_peft(_explicit_targets(config, matched, modules)))
 
     def write(temporary):
-        write_safetensors(os.fspath(temporary / store.WEIGHTS_FILE), {key: value.shape for key, value in tensors.items()},
-                          tensors.__getitem__)
+        write_safetensors(os.fspath(temporary / store.WEIGHTS_FILE),
+                          {key: value.shape for key, value in tensors.items()}, tensors.__getitem__)
         with open(temporary / store.CONFIG_FILE, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -286,8 +292,9 @@ def _open_weights(folder, allow_pickle=False):
         if old.exists() and allow_pickle:
             return pickle_file.PickleFile(store.regular_file(old))
         if old.exists():
-            raise AdapterError(f"{folder} holds adapter_model.bin, a pickle file, which can run any code when it is read; "
-                               "save the adapter as safetensors (PEFT: save_pretrained(..., safe_serialization=True))")
+            raise AdapterError(f"{folder} holds adapter_model.bin, a pickle file, which can run any code when it is "
+                               "read; save the adapter as safetensors (PEFT: save_pretrained(..., "
+                               "safe_serialization=True))")
         raise AdapterError(f"{folder} has no {store.WEIGHTS_FILE}")
     store.regular_file(path)
     try:

@@ -75,7 +75,8 @@ class PickleFile:
         if len(programs) != 1:
             raise ValueError(f"it has {len(programs)} members data.pkl, expected one")
         if members[programs[0]].file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"its pickle has {members[programs[0]].file_size} bytes, at most {MAX_PICKLE_BYTES} are read")
+            raise ValueError(f"its pickle has {members[programs[0]].file_size} bytes, at most {MAX_PICKLE_BYTES} are "
+                             "read")
         folder = programs[0][:-len("data.pkl")]
         order = archive.read(folder + "byteorder") if folder + "byteorder" in members else b"little"
         if order.strip() != b"little":
@@ -146,7 +147,8 @@ class _Reader(pickle.Unpickler):
             return _rebuild
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no dictionary of floating-point tensors needs")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no dictionary of floating-point tensors "
+                                     "needs")
 
     def persistent_load(self, pid):
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or pid[1] not in _STORAGES.values() \

@@ -109,7 +109,8 @@ def as_plain_lora(config: Any, matched: Matched, values: dict[tuple[str, str], d
     config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, alpha * config.lora_alpha, True
     config.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
     config.alpha_pattern = {key: alpha * one for key, one in config.alpha_pattern.items()}
-    targets = {path: dataclasses.replace(one, r=2 * one.r, alpha=alpha * one.alpha) for path, one in matched.targets.items()}
+    targets = {path: dataclasses.replace(one, r=2 * one.r, alpha=alpha * one.alpha)
+               for path, one in matched.targets.items()}
     joined = dict(values)
     for path, start in starts.items():
         own = values[path, "lora"]
@@ -129,8 +130,9 @@ def starts_on(config: Any, matched: Matched, weight: Callable) -> dict:
         AdapterError: the start was random, so that the base alone does not tell it.
     """
     if config.pissa_iterations is not None:
-        raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} starts from random numbers that the folder does "
-                           "not hold, so the base weight that the adapter belongs to cannot be found again; save it as plain "
-                           "LoRA (here: save(..., as_lora=True); PEFT: path_initial_model_for_weight_conversion)")
+        raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} starts from random numbers that the folder "
+                           "does not hold, so the base weight that the adapter belongs to cannot be found again; save "
+                           "it as plain LoRA (here: save(..., as_lora=True); PEFT: "
+                           "path_initial_model_for_weight_conversion)")
     # The pair itself is unique up to signs, its product is unique; only the product counts.
     return {path: principal_pair(config, target, weight(path), None) for path, target in matched.targets.items()}

@@ -1,4 +1,5 @@
-"""The adapter methods: a new one is a file of its own and one ``register`` line in ``colora_ms/adapters/__init__.py``."""
+"""The adapter methods: a new one is a file of its own and one ``register`` line in
+``colora_ms/adapters/__init__.py``."""
 
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
@@ -23,10 +24,10 @@ class Method:
             fields that this module owns (a tensor that modules share is owned by one of them).
         entries: function (matched, modules) that lists its tensors on disk; None for PEFT's LoRA names.
         match: function (config, modules, defaults) -> Matched; by default :func:`colora_ms.adapters.matching.match`.
-        value_shapes: function (matched, modules) that gives the shapes of its values as the Cells read and write them; by
-            default :func:`colora_ms.adapters.matching.value_shapes`.
-        start_from_base: function (config, target, values, weight, random) -> (values, change of the base weight or None),
-            or None: the part of the initial values that depends on the base weight, which ``weight()`` returns.
+        value_shapes: function (matched, modules) that gives the shapes of its values as the Cells read and write them;
+            by default :func:`colora_ms.adapters.matching.value_shapes`.
+        start_from_base: function (config, target, values, weight, random) -> (values, change of the base weight or
+            None), or None: the part of the initial values that depends on the base weight, which ``weight()`` returns.
         why_not_merge: function (config) that says why such an adapter cannot be merged, or "".
         peft_config: function (config, matched, modules) that gives the config to write in PEFT's own layout.
     """
@@ -77,7 +78,8 @@ def method(peft_type: Any, where: str = "") -> Method:
     """The Method called ``peft_type``; AdapterError lists the known ones."""
     if not isinstance(peft_type, str) or peft_type not in METHODS:
         place = f" in {where}" if where else ""
-        raise AdapterError(f"peft_type {peft_type!r:.60}{place} is not implemented; known: {', '.join(sorted(METHODS))}."
+        raise AdapterError(f"peft_type {peft_type!r:.60}{place} is not implemented; known: "
+                           f"{', '.join(sorted(METHODS))}."
                            + near(peft_type, METHODS))
     return METHODS[peft_type]
 

@@ -17,7 +17,8 @@ def save_adapter(folder: Any, handle: Any, config: Any, matched: Matched, values
     """Write an adapter, whole or not at all; see :meth:`colora_ms.adapters.Adapters.save`.
 
     Args:
-        folder: becomes the adapter's folder; handle: :class:`colora_ms.adapters.Adapters`; config, matched, values: the adapter.
+        folder: becomes the adapter's folder; handle: :class:`colora_ms.adapters.Adapters`; config, matched, values: the
+            adapter.
         changed: what its start changed in the base weights, or None; layout, as_lora: as for ``save``.
 
     Raises:
@@ -30,8 +31,8 @@ def save_adapter(folder: Any, handle: Any, config: Any, matched: Matched, values
     if changed and as_lora:
         config, matched, values = as_plain_lora(config, matched, values, changed.starts)
     elif changed and config.pissa_iterations is not None:
-        raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} starts from random numbers that a PEFT folder "
-                           "does not hold; save it with as_lora=True")
+        raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} starts from random numbers that a PEFT "
+                           "folder does not hold; save it with as_lora=True")
     if layout == "peft":
         config = method(config.peft_type).peft_config(config, matched, handle.modules)
     write_adapter(folder, config, matched, handle.modules, values, copies=layout == "peft")

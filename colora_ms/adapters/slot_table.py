@@ -1,7 +1,8 @@
 """``SlotTable``: what each slot of a model holds. The handle and a bank on the same model account for slots here alone.
 
-A slot is free, or it has a *name* (an adapter of the handle), or it holds a *content* (an adapter of a bank, known by its
-digest), which is leased as long as somebody pins it. Contents that nobody pins may give way to others; names never do.
+A slot is free, or it has a *name* (an adapter of the handle), or it holds a *content* (an adapter of a bank, known by
+its digest), which is leased as long as somebody pins it. Contents that nobody pins may give way to others; names never
+do.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class SlotTable:
             held = [*self.names, *(f"slot {one.number} for a bank ({'leased' if one.pins else 'not leased'}, content "
                                    f"{digest:.12})" for digest, one in self._contents.items())]
         more = " (a bank's adapter goes with its unload)" if self._contents else ""
-        raise AdapterError(f"no slot is free: the model has {self.capacity} and holds {', '.join(held)}; delete an adapter"
-                           f"{more}, or inject with slots=... large enough")
+        raise AdapterError(f"no slot is free: the model has {self.capacity} and holds {', '.join(held)}; delete an "
+                           f"adapter{more}, or inject with slots=... large enough")
 
     def take(self, name: str) -> int:
         """Give a name a free slot, or the one that it has; returns its number."""
@@ -142,8 +143,8 @@ class SlotTable:
         """Refuse to do ``what`` to the whole model while somebody leases a slot of it."""
         leased = [str(one.number) for one in self.contents.values() if one.pins]
         if leased:
-            raise AdapterError(f"slot {', '.join(leased)} of this model is leased by a bank, whose requests would be changed: "
-                               f"you cannot {what} now; release the leases first (stop the engine)")
+            raise AdapterError(f"slot {', '.join(leased)} of this model is leased by a bank, whose requests would be "
+                               f"changed: you cannot {what} now; release the leases first (stop the engine)")
 
     def check_placed(self, number: int) -> None:
         """Refuse to write a slot that :meth:`place` did not give away, or that is leased already."""

@@ -18,7 +18,8 @@ def stacked(name: str, shape: tuple[int, ...], trainable: bool, dtype: Any = np.
 
 
 def put(parameter: Parameter, slot: int, value: Any) -> None:
-    """Set one slot of a stacked Parameter; a value smaller than the slot is padded with zeros (a rank below the widest).
+    """Set one slot of a stacked Parameter; a value smaller than the slot is padded with zeros (a rank below the
+    widest).
 
     The Parameter stays the same object with the same shape, so that compiled graphs see the new value. Where its memory
     is the host's (a CPU), the slot is written in place: copying the whole stack for each slot would make the loading of

@@ -61,7 +61,8 @@ def read_config(folder: Union[str, os.PathLike]) -> dict:
     """The JSON object of a folder's adapter_config.json.
 
     Raises:
-        AdapterError: it is missing or no JSON; a model, an mlx or GGUF adapter, or a folder above adapters is said to be so.
+        AdapterError: it is missing or no JSON; a model, an mlx or GGUF adapter, or a folder above adapters is said to
+            be so.
     """
     reason = not_an_adapter(folder)
     if reason:
@@ -71,7 +72,8 @@ def read_config(folder: Union[str, os.PathLike]) -> dict:
         raise AdapterError(f"there is no adapter folder {folder}{hub}")
     path = regular_file(Path(folder) / CONFIG_FILE)
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{path} has {path.stat().st_size} bytes; an adapter's config has at most {MAX_CONFIG_BYTES}")
+        raise AdapterError(f"{path} has {path.stat().st_size} bytes; an adapter's config has at most "
+                           f"{MAX_CONFIG_BYTES}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -163,7 +165,8 @@ _DIGESTED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "u
 
 def _is_digested(key, value):
     """A start that changed the base decides what the factors mean; any other start leaves no trace."""
-    return key in _DIGESTED or key == "init_lora_weights" and isinstance(value, str) and value.startswith(("pissa", "olora"))
+    starts = key == "init_lora_weights" and isinstance(value, str) and value.startswith(("pissa", "olora"))
+    return key in _DIGESTED or starts
 
 
 def digest(config: Any, file: Any) -> str:

@@ -43,8 +43,8 @@ def tokens(config: Any, modules: dict[str, Module], chosen: list[str], whole: It
     """The ids whose rows are trained, of each module.
 
     Args:
-        config: LoraConfig; modules: {name: Module}; chosen: names of the modules with a low-rank pair; whole: those that are
-            saved whole; problems: gets what is wrong.
+        config: LoraConfig; modules: {name: Module}; chosen: names of the modules with a low-rank pair; whole: those
+            that are saved whole; problems: gets what is wrong.
 
     Returns:
         ({module name: tuple of ids}, {module name: the embedding whose rows it uses}).
@@ -81,14 +81,15 @@ def tokens(config: Any, modules: dict[str, Module], chosen: list[str], whole: It
 
 def check(config: Any, modules: dict[str, Module], chosen: list[str], ties: dict[str, str], problems: list[str],
           remarks: list[str]) -> None:
-    """What ``ensure_weight_tying`` asks for and is not done goes to ``problems``, what changes nothing to ``remarks``."""
+    """What ``ensure_weight_tying`` asks for and is not done goes to ``problems``, what changes nothing to
+    ``remarks``."""
     if not getattr(config, "ensure_weight_tying", False):
         return
     tied = tied_modules(modules)
     low_rank = [name for name in chosen if name in tied or name in tied.values()]
     if low_rank:
-        problems.append(f"ensure_weight_tying with target_modules that mean {low_rank[0]} (factors that stay tied across "
-                        "embedding and head) is not implemented; train the embedding with modules_to_save or "
+        problems.append(f"ensure_weight_tying with target_modules that mean {low_rank[0]} (factors that stay tied "
+                        "across embedding and head) is not implemented; train the embedding with modules_to_save or "
                         "trainable_token_indices")
     elif not tied:
         remarks.append("ensure_weight_tying, but no head is tied to the model's embedding")

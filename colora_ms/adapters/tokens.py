@@ -1,7 +1,7 @@
 """``trainable_token_indices``: rows of the embedding, and of the head, that an adapter replaces by trained ones.
 
-Each slot has its own ids and rows; a row of the batch sees those of its slot, and the base's to the last bit without one.
-PEFT stores the rows themselves (``token_adapter.trainable_tokens_delta``), not their difference to the base.
+Each slot has its own ids and rows; a row of the batch sees those of its slot, and the base's to the last bit without
+one. PEFT stores the rows themselves (``token_adapter.trainable_tokens_delta``), not their difference to the base.
 """
 
 from typing import Iterable, Optional
@@ -41,7 +41,8 @@ class TokenRows(AdapterCell):
         super().__init__(base_layer, path)
         self.slots, self.count, (self.vocabulary, self.hidden_size) = slots, count, size
         self.tied_to = source.path if source is not None else ""
-        self.rows = source.rows if source is not None else stacked(f"{path}.token_rows", (slots, count, size[1]), trainable)
+        shape = (slots, count, size[1])
+        self.rows = source.rows if source is not None else stacked(f"{path}.token_rows", shape, trainable)
         self.counts = stacked(f"{path}.token_counts", (slots,), False, np.int32)
         self.trained = trainable
 
@@ -70,15 +71,19 @@ class TokenRows(AdapterCell):
         raise NotImplementedError
 
     def read(self, slot: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """As :class:`AdapterCell` says."""
         return {name: get(self.rows, slot, shape) for name, shape in shapes.items()}
 
     def clear(self, slot: int) -> None:
+        """As :class:`AdapterCell` says."""
         self.write(slot, {}, 0.0)
 
     def parameters_of(self, slot: int) -> list[Parameter]:
+        """As :class:`AdapterCell` says."""
         return [self.rows] if get(self.counts, slot) > 0 else []
 
     def merge(self, slot: int) -> None:
+        """As :class:`AdapterCell` says."""
         ids = self.ids_of(slot)
         if len(ids):
             weight = leaf(self.inner).leaf_parameters()["weight"]
@@ -103,6 +108,7 @@ class TokenEmbedding(TokenRows):
             self.place(slot, np.zeros(0, np.int32))
 
     def place(self, slot: int, ids: np.ndarray) -> None:
+        """As :class:`AdapterCell` says."""
         whole = np.full(self.vocabulary, -1, np.int32)
         whole[ids] = np.arange(len(ids), dtype=np.int32)
         put(self.index, slot, whole)
@@ -117,7 +123,8 @@ class TokenEmbedding(TokenRows):
         """ids: (rows, tokens) int32 -> (rows, tokens, hidden) float32."""
         y, slots = self.base_layer(ids, rows), slots_of(rows)
         slot = ops.maximum(slots, 0).reshape((-1, 1))
-        number = ops.gather(self.index.reshape((-1,)), (slot * self.vocabulary + ids).reshape((-1,)), 0).reshape(ids.shape)
+        place = (slot * self.vocabulary + ids).reshape((-1,))
+        number = ops.gather(self.index.reshape((-1,)), place, 0).reshape(ids.shape)
         own = ops.logical_and(number >= 0, slots.reshape((-1, 1)) >= 0)
         place = (slot * self.count + ops.maximum(number, 0)).reshape((-1,))
         values = ops.gather(self.rows.reshape((-1, self.hidden_size)), place, 0).reshape(y.shape)
@@ -142,6 +149,7 @@ class TokenHead(TokenRows):
         self.one = Tensor(np.ones(slots, np.float32))
 
     def place(self, slot: int, ids: np.ndarray) -> None:
+        """As :class:`AdapterCell` says."""
         count = len(ids)
         filled = np.full(self.count, ids[0] if count else 0, np.int32)
         filled[:count] = ids
@@ -167,6 +175,7 @@ class TokenHead(TokenRows):
         choice = ops.broadcast_to(ops.gather(self.choice, slot, 0).reshape(shape), own.shape)
         column = ops.broadcast_to(ops.gather(self.ids, slot, 0).reshape(shape), own.shape)
         # A place that only fills up writes what the first one writes, and has no gradient of its own.
-        filler = ops.arange(self.count).astype(ms.int32).reshape((1,) * last + (-1,)) >= count.reshape((-1,) + (1,) * last)
+        number = ops.arange(self.count).astype(ms.int32).reshape((1,) * last + (-1,))
+        filler = number >= count.reshape((-1,) + (1,) * last)
         own = ops.where(filler, ops.stop_gradient(ops.gather_elements(own, last, choice)), own)
         return rows_where(owned, ops.tensor_scatter_elements(y, column, own, axis=last), y)

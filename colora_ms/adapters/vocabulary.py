@@ -2,8 +2,8 @@
 
 The rows behind the base's belong to new tokens. Embedding, head and the tokenizer in the adapter's folder must agree on
 how many there are; then the model's own tables get them, too, so that rows of the batch without the adapter have logits
-for all tokens. What the base has there is what PEFT stored of it (``original_module``), otherwise the mean of the base's
-rows, which is what transformers starts new rows from.
+for all tokens. What the base has there is what PEFT stored of it (``original_module``), otherwise the mean of the
+base's rows, which is what transformers starts new rows from.
 
 Shapes change, so that this happens before anything is compiled: in ``load_adapter`` and ``load_adapters`` on a model
 without adapters. A model that has its adapter Cells already, such as a server's bank, refuses.
@@ -61,8 +61,8 @@ class Larger:
     """The vocabulary of an adapter that has more tokens than its base.
 
     Attributes:
-        tables: the base's; rows: the adapter's; stored: {module name: key of its tensor}, of the modules that the adapter has
-            whole; originals: {module name: key of what PEFT stored of the resized base}.
+        tables: the base's; rows: the adapter's; stored: {module name: key of its tensor}, of the modules that the
+            adapter has whole; originals: {module name: key of what PEFT stored of the resized base}.
     """
 
     tables: Tables
@@ -126,9 +126,9 @@ def larger(stored: 'StoredAdapter', modules: dict[str, Module]) -> Optional[Larg
 def refusal(found: Larger, stored: 'StoredAdapter') -> str:
     """Why a model that has its adapter Cells already cannot take such an adapter."""
     return (f"the vocabulary was changed when the adapter in {stored.folder} was trained: it has {found.rows} rows for "
-            f"tokens, this model has {found.tables.rows} and its adapter Cells already, whose shapes are fixed; load it first "
-            "(Generator.from_pretrained, load_adapter on a fresh model), or merge it into the model (colora-ms merge) and use "
-            "that")
+            f"tokens, this model has {found.tables.rows} and its adapter Cells already, whose shapes are fixed; load "
+            "it first (Generator.from_pretrained, load_adapter on a fresh model), or merge it into the model "
+            "(colora-ms merge) and use that")
 
 
 def adopt(stored: 'StoredAdapter', found: Larger) -> None:
@@ -155,8 +155,9 @@ def warn_of_gaps(found: Larger, stored: 'StoredAdapter', warn: Callable) -> None
         warn(f"the adapter in {stored.folder} has {found.rows - found.tables.rows} tokens more than the model, but no "
              "tokenizer beside it: their ids can be used, no text becomes them", AdapterWarning)
     if found.tables.tied and found.tables.head not in found.stored and not found.originals:
-        warn(f"the adapter in {stored.folder} holds an embedding with new tokens, but not the head, which was tied to the "
-             "resized base's embedding: the new tokens get the logit of a mean row, as for the base", AdapterWarning)
+        warn(f"the adapter in {stored.folder} holds an embedding with new tokens, but not the head, which was tied to "
+             "the resized base's embedding: the new tokens get the logit of a mean row, as for the "
+             "base", AdapterWarning)
 
 
 class Growth:
@@ -195,8 +196,9 @@ class Growth:
         cells = tree.cells_by_name(self.net)
         head = cells[self.tables.head]
         if not isinstance(self.net, Decoder) or not leaf(head).plain or head.has_bias:
-            raise AdapterError(f"the adapter has {self.rows} rows for tokens, the model {self.tables.rows}, and this model "
-                               f"cannot get more: its head is a {type(head).__name__} of a {type(self.net).__name__}; use a "
+            raise AdapterError(f"the adapter has {self.rows} rows for tokens, the model {self.tables.rows}, and this "
+                               f"model cannot get more: its head is a {type(head).__name__} of a "
+                               f"{type(self.net).__name__}; use a "
                                "plain decoder (recompose a decomposed one), or a base model that was resized and saved")
         self.cells = cells
 
@@ -209,15 +211,16 @@ class Growth:
             kept += [stored.file.read(key)[self.tables.rows:]] if key else []
         if kept:
             if any(not np.array_equal(kept[0], one) for one in kept[1:]):
-                raise AdapterError(f"the adapters {', '.join(needs)} were trained on bases whose new rows of {path} differ; "
-                                   "load them into models of their own")
+                raise AdapterError(f"the adapters {', '.join(needs)} were trained on bases whose new rows of {path} "
+                                   "differ; load them into models of their own")
             return np.ascontiguousarray(kept[0], np.float32)
         mean = base.mean(axis=0, dtype=np.float64).astype(np.float32)
         return np.tile(mean, (self.rows - self.tables.rows, 1))
 
     def widen(self,
               values: dict[tuple[str, str], dict[str, np.ndarray]]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        """An adapter's values for the base's vocabulary, with the base's new rows behind those of modules saved whole."""
+        """An adapter's values for the base's vocabulary, with the base's new rows behind those of modules saved
+        whole."""
         widened = dict(values)
         for path, rows in self.new.items():
             own = values.get((path, "saved"))
@@ -238,7 +241,7 @@ class Growth:
         forget_graphs()
 
     @staticmethod
-    def _enlarge(cell, rows):
+    def _enlarge(cell: nn.Cell, rows: np.ndarray) -> None:
         weight, scale = cell.weight, cell.weight_scale
         kind = {ms.float32: "float32", ms.bfloat16: "bfloat16", ms.int8: "int8", ms.uint8: "int4"}[weight.dtype]
         more, more_scale = to_format(rows, kind)
@@ -249,8 +252,8 @@ class Growth:
             joined = Tensor(np.concatenate([weight.asnumpy(), more.asnumpy()]))
         cell.weight = Parameter(joined, name=weight.name, requires_grad=weight.requires_grad)
         if isinstance(scale, Parameter):
-            cell.weight_scale = Parameter(Tensor(np.concatenate([scale.asnumpy(), more_scale.asnumpy()])), name=scale.name,
-                                          requires_grad=False)
+            joined = Tensor(np.concatenate([scale.asnumpy(), more_scale.asnumpy()]))
+            cell.weight_scale = Parameter(joined, name=scale.name, requires_grad=False)
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------
@@ -289,7 +292,8 @@ def _refused(path):
 
 
 def tokenizer_for(tokenizer: Any, folders: dict, handle: 'Adapters') -> Any:
-    """The tokenizer to use with a model and its adapters: an adapter's own where it brings tokens that the base's lacks.
+    """The tokenizer to use with a model and its adapters: an adapter's own where it brings tokens that the base's
+    lacks.
 
     Args:
         tokenizer: the base model's; folders: {adapter name: folder}, loaded; handle: their ``Adapters``.

@@ -48,7 +48,8 @@ class ActivationQuantizer(nn.Cell):
 class ActivationQuantizedLinear(nn.Cell):
     """A linear with quantised weights whose input, and perhaps output, is rounded too.
 
-    It is not a :class:`colora_ms.models.layers.Linear` on purpose: a LoRA Cell would read the operands past the rounding.
+    It is not a :class:`colora_ms.models.layers.Linear` on purpose: a LoRA Cell would read the operands past the
+    rounding.
 
     Args:
         linear: :class:`colora_ms.models.layers.Linear`; input_bits, output_bits: 0 for float.

@@ -10,7 +10,15 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.errors import CheckpointError
 from colora_ms.kernels import (
-    ABSENT, bind, cached_attention, causal_attention, decoder_layers, fuses_layers, fuses_steps, multi_lora_linear, swiglu,
+    ABSENT,
+    bind,
+    cached_attention,
+    causal_attention,
+    decoder_layers,
+    fuses_layers,
+    fuses_steps,
+    multi_lora_linear,
+    swiglu,
 )
 from colora_ms.models.layers import Embedding, Linear, RMSNorm
 from colora_ms.models.quantize import check_format, to_format
@@ -36,7 +44,7 @@ class Attention(nn.Cell):
             self.q_norm = build.norm(f"{prefix}.q_norm")
             self.k_norm = build.norm(f"{prefix}.k_norm")
 
-    def project(self, x, rows):
+    def project(self, x: Tensor, rows: tuple) -> tuple:
         """x: (rows, tokens, hidden) -> q (rows, tokens, heads * head_dim), k, v (rows, tokens, kv_heads * head_dim)."""
         if self.q_proj.fusible and self.k_proj.fusible and self.v_proj.fusible:
             q, k, v = multi_lora_linear(
@@ -48,17 +56,18 @@ class Attention(nn.Cell):
             k = self.norm_heads(k, self.k_norm, self.num_kv_heads, rows)
         return q, k, v
 
-    def norm_heads(self, x, norm, heads, rows):
+    def norm_heads(self, x: Tensor, norm: nn.Cell, heads: int, rows: tuple) -> Tensor:
         """RMS norm of each head of x (rows, tokens, heads * head_dim)."""
         shape = x.shape
         return norm(x.reshape(shape[0], shape[1], heads, self.head_dim), rows).reshape(shape)
 
-    def construct(self, x, rows, cos, sin):
+    def construct(self, x: Tensor, rows: tuple, cos: Tensor, sin: Tensor) -> Tensor:
         """Causal attention without a cache (training)."""
         q, k, v = self.project(x, rows)
         return self.o_proj(causal_attention(q, k, v, cos, sin, rows[1]), rows)
 
-    def cached(self, x, rows, cos, sin, keys, values, cache_rows, start):
+    def cached(self, x: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter, values: Parameter,
+               cache_rows: Tensor, start: Tensor) -> Tensor:
         """Append x's tokens to the cache (in place) and attend to it; see ``kernels.cached_attention``."""
         q, k, v = self.project(x, rows)
         out = cached_attention(q, k, v, cos, sin, keys, values, cache_rows, start, rows[1])
@@ -75,7 +84,8 @@ class Mlp(nn.Cell):
         self.up_proj = build.linear(f"{prefix}.up_proj")
         self.down_proj = build.linear(f"{prefix}.down_proj")
 
-    def construct(self, x, rows):
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (rows, tokens, hidden) float32 -> the same shape."""
         if self.gate_proj.fusible and self.up_proj.fusible:
             gate, up = multi_lora_linear(x, rows[0], *(self.gate_proj.operands() + self.up_proj.operands()))
         else:
@@ -94,13 +104,16 @@ class DecoderLayer(nn.Cell):
         self.input_layernorm = build.norm(f"{prefix}.input_layernorm")
         self.post_attention_layernorm = build.norm(f"{prefix}.post_attention_layernorm")
 
-    def construct(self, x, residual, rows, cos, sin):
+    def construct(self, x: Tensor, residual: Tensor, rows: tuple, cos: Tensor, sin: Tensor) -> tuple:
+        """x, residual: (rows, tokens, hidden) float32 -> the block's output and the residual, without a cache."""
         h, residual = self.input_layernorm.add(x, residual, rows)
         h = self.self_attn(h, rows, cos, sin)
         h, residual = self.post_attention_layernorm.add(h, residual, rows)
         return self.mlp(h, rows), residual
 
-    def cached(self, x, residual, rows, cos, sin, keys, values, cache_rows, start):
+    def cached(self, x: Tensor, residual: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter,
+               values: Parameter, cache_rows: Tensor, start: Tensor) -> tuple:
+        """As :meth:`construct`, with the cache; see :meth:`Attention.cached`."""
         if self.fused:
             return decoder_layers(x, residual, rows[0], cos, sin, cache_rows, start, rows[1],
                                   *self.layer_operands(keys, values))
@@ -148,7 +161,8 @@ class DecoderModel(nn.Cell):
         self.rope_cos = Parameter(Tensor(cos), requires_grad=False)
         self.rope_sin = Parameter(Tensor(sin), requires_grad=False)
 
-    def construct(self, ids, lengths, slots):
+    def construct(self, ids: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
+        """See :meth:`Decoder.hidden`."""
         rows = (slots, lengths)
         x = self.embed_tokens(ids, rows)
         residual = ops.zeros_like(x)
@@ -170,7 +184,9 @@ class DecoderModel(nn.Cell):
             operands = operands + layer.layer_operands(keys[i], values[i])
         return operands
 
-    def cached(self, ids, slots, cache, cache_rows, start, length):
+    def cached(self, ids: Tensor, slots: Tensor, cache: nn.Cell, cache_rows: Tensor, start: Tensor,
+               length: Tensor) -> Tensor:
+        """As :meth:`construct`, with the cache; arguments as for :meth:`Decoder.step`."""
         rows = (slots, length)
         x = self.embed_tokens(ids, rows)
         residual = ops.zeros_like(x)
@@ -217,7 +233,7 @@ class Decoder(nn.Cell):
             parameter.name = name
         self.model.rope_cos.name, self.model.rope_sin.name = "rope.cos", "rope.sin"
 
-    def hidden(self, ids, lengths, slots):
+    def hidden(self, ids: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """Hidden states after the last norm, without a cache.
 
         Args:
@@ -231,11 +247,12 @@ class Decoder(nn.Cell):
         """
         return self.model(ids, lengths, slots)
 
-    def construct(self, ids, lengths, slots):
+    def construct(self, ids: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """Logits of all positions, (rows, tokens, vocab) float32; arguments as :meth:`hidden`."""
         return self.lm_head(self.hidden(ids, lengths, slots), (slots, lengths))
 
-    def step(self, ids, slots, cache, cache_rows, start, length):
+    def step(self, ids: Tensor, slots: Tensor, cache: nn.Cell, cache_rows: Tensor, start: Tensor,
+             length: Tensor) -> Tensor:
         """Append tokens to the cache and return the logits after each row's last real token.
 
         Args:

@@ -1,8 +1,8 @@
 """The three parameterised Cells of a decoder: ``Linear``, ``Embedding`` and ``RMSNorm``.
 
-Each takes ``rows``, what the decoder knows of the rows of its batch (see :mod:`colora_ms.models.rows`), so that an adapter
-Cell can stand in its place, and keeps its weight in one of four formats (see :mod:`colora_ms.models.quantize`): float32,
-bfloat16, int8 and packed int4.
+Each takes ``rows``, what the decoder knows of the rows of its batch (see :mod:`colora_ms.models.rows`), so that an
+adapter Cell can stand in its place, and keeps its weight in one of four formats (see :mod:`colora_ms.models.quantize`):
+float32, bfloat16, int8 and packed int4.
 """
 
 from typing import Optional
@@ -10,8 +10,15 @@ from typing import Optional
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
-from colora_ms.kernels import (ABSENT, bind, embedding, multi_lora_linear, multi_lora_linear_reference, rms_norm,
-                               rms_norm_residual)
+from colora_ms.kernels import (
+    ABSENT,
+    bind,
+    embedding,
+    multi_lora_linear,
+    multi_lora_linear_reference,
+    rms_norm,
+    rms_norm_residual,
+)
 from colora_ms.models.leaf import Leaf
 from colora_ms.models.rows import slots_of
 
@@ -49,16 +56,20 @@ class Linear(Leaf, nn.Cell):
         return multi_lora_linear(x, slots_of(rows), *self.operands())
 
     def sizes(self) -> tuple[int, int]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return self.in_features, self.out_features
 
     def leaf_parameters(self) -> dict[str, Parameter]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return {"weight": self.weight, "bias": self.bias} if self.has_bias else {"weight": self.weight}
 
     def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'Linear':
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         kind = TrainableLinear if trainable else Linear
         return kind(values["weight"], self.in_features, self.out_features, bias=values.get("bias"))
 
     def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"
 
 
@@ -66,6 +77,7 @@ class TrainableLinear(Linear):
     """A linear whose weight and bias have gradients: the fast operator takes the weight to be frozen."""
 
     def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """As the base Cell is called."""
         return multi_lora_linear_reference(x, slots_of(rows), *self.operands())
 
 
@@ -88,12 +100,15 @@ class Embedding(Leaf, nn.Cell):
         return embedding(ids, self.weight, self.weight_scale)
 
     def sizes(self) -> tuple[int, int]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return self.weight.shape[0], self.hidden_size
 
     def leaf_parameters(self) -> dict[str, Parameter]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return {"weight": self.weight}
 
     def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'Embedding':
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return Embedding(values["weight"], self.hidden_size)
 
 
@@ -120,12 +135,15 @@ class RMSNorm(Leaf, nn.Cell):
         return rms_norm_residual(x, residual, self.weight, self.eps)
 
     def sizes(self) -> tuple[int, int]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return 0, 0
 
     def leaf_parameters(self) -> dict[str, Parameter]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return {"weight": self.weight}
 
     def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'RMSNorm':
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         copy = RMSNorm(values["weight"], 0.0)
         copy.eps = self.eps
         return copy

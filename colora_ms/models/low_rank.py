@@ -1,5 +1,7 @@
 """``LowRankLinear``: a linear whose weight is a product of small factors, in the place of :class:`layers.Linear`."""
 
+from typing import Optional
+
 import numpy as np
 
 import mindspore as ms
@@ -51,32 +53,37 @@ class LowRankLinear(Leaf, nn.Cell):
             x = multi_lora_linear(x, slots, self.core, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
         return multi_lora_linear(x, slots, self.outer, ABSENT, self.bias, ABSENT, ABSENT, ABSENT)
 
-    def operands(self):
-        """The six tensors of a product in :func:`colora_ms.kernels.decoder_layers`; the numbers are those of ``construct``."""
+    def operands(self) -> tuple:
+        """The six tensors of a product in :func:`colora_ms.kernels.decoder_layers`; the numbers are those of
+        ``construct``."""
         return (ABSENT, ABSENT, self.bias, self.inner, self.outer, self.core)
 
     def sizes(self) -> tuple[int, int]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return self.in_features, self.out_features
 
     def leaf_parameters(self) -> dict[str, Parameter]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
         return {"bias": self.bias} if self.has_bias else {}
 
-    def factor_parameters(self):
+    def factor_parameters(self) -> dict[str, Parameter]:
         """{last part of the name: Parameter} of the factors."""
         core = {CORE: self.core} if self.factors == 3 else {}
         return {INNER: self.inner, **core, OUTER: self.outer}
 
-    def product(self):
+    def product(self) -> np.ndarray:
         """The weight that the factors stand for, (out, in) float32."""
         values = [parameter.astype(ms.float32).asnumpy() for parameter in self.factor_parameters().values()]
         return np.linalg.multi_dot(values[::-1]) if len(values) == 3 else values[1] @ values[0]
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return (f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
                 f"factors={self.factors}, dtype={self.inner.dtype}")
 
 
-def low_rank_linear(path, values, weight_format, bias=None):
+def low_rank_linear(path: str, values: dict[str, np.ndarray], weight_format: str,
+                    bias: Optional[Parameter] = None) -> LowRankLinear:
     """A LowRankLinear from arrays.
 
     Args:

@@ -10,8 +10,8 @@ from colora_ms.errors import AdapterError
 def replace_cells(net: nn.Cell, cells: dict[str, nn.Cell]) -> None:
     """Put Cells into the places of others, in place; what was compiled of the model is compiled anew.
 
-    All Parameters, those of the model and those of the new Cells, keep the names that they have: MindSpore would put the
-    place's name in front of them.
+    All Parameters, those of the model and those of the new Cells, keep the names that they have: MindSpore would put
+    the place's name in front of them.
 
     Args:
         net: any Cell tree; cells: {name of the place: Cell to be there}; Cells in a CellList or CellDict, too.
@@ -48,14 +48,15 @@ def check_names(net: nn.Cell) -> None:
     taken = {}
     for parameter in net.get_parameters():
         if taken.setdefault(parameter.name, parameter) is not parameter:
-            raise AdapterError(f"two parameters of the model are called {parameter.name!r}; give them different names first")
+            raise AdapterError(f"two parameters of the model are called {parameter.name!r}; give them different names "
+                               "first")
 
 
 def forget_graphs() -> None:
     """Make every compiled Cell compile anew at its next call: the tree under one of them has changed.
 
-    MindSpore asks only for the arguments' types before it runs a compiled graph; its counter of registered hooks is part
-    of that question for all Cells, and registering one on an unused Cell raises it.
+    MindSpore asks only for the arguments' types before it runs a compiled graph; its counter of registered hooks is
+    part of that question for all Cells, and registering one on an unused Cell raises it.
     """
     nn.ReLU().register_forward_pre_hook(_no_change).remove()
 

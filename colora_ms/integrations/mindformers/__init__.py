@@ -1,12 +1,13 @@
-"""colora_ms inside mindformers 1.9: its linears as targets, pet types, weight names, LoRA files, CoLD in its generation.
+"""colora_ms inside mindformers 1.9: its linears as targets, pet types, weight names, LoRA files, CoLD in its
+generation.
 
     import colora_ms.integrations.mindformers as bridge
     bridge.register()                 # pet_config: {pet_type: colora_lora, ...} trains through mindformers' Trainer
     inject(llama, LoraConfig(target_modules=["wq", "wv"]))          # needs no registration
 
-``cells`` makes mindformers' Cells known to ``inject`` (which imports it by itself); ``pet`` registers pet types; ``names``
-maps weights to Hugging Face's names and back; ``lora_files`` reads and writes mindformers' LoRA tensors; ``contrast`` is
-CoLD as a logits processor.
+``cells`` makes mindformers' Cells known to ``inject`` (which imports it by itself); ``pet`` registers pet types;
+``names`` maps weights to Hugging Face's names and back; ``lora_files`` reads and writes mindformers' LoRA tensors;
+``contrast`` is CoLD as a logits processor.
 """
 
 _EXPORTS = {

@@ -89,8 +89,8 @@ def _is_split(cell):
     parts = cell.tensor_parallel_group_size
     if parts == 1:
         return ""
-    return (f"its weight is split over {parts} devices; merge the adapter into the weights before they are loaded, or run "
-            "on one device")
+    return (f"its weight is split over {parts} devices; merge the adapter into the weights before they are loaded, or "
+            "run on one device")
 
 
 def _add(cls, kind, traits):

@@ -1,12 +1,14 @@
-"""Contrastive LoRA Decoding in mindformers' generation: a logits processor with its ``process_ms`` / ``process_np`` pair.
+"""Contrastive LoRA Decoding in mindformers' generation: a logits processor with its ``process_ms`` / ``process_np``
+pair.
 
     processors = LogitsProcessorList()
     processors.append(ContrastProcessor(BaseLogits(net, adapters, pad_token_id), Contrast(alpha=0.1, beta=0.5)))
     net.generate(ids, logits_processor=processors, do_sample=False, max_new_tokens=64)
 
-The logits that come in are the expert's; the amateur's are computed by the same network with its adapter switched off, over
-the whole sequence so far. That costs one full forward a token: it is for networks that run without a key/value cache
-(``use_past: False``). With mindformers' paged cache a second forward would overwrite the expert's keys and values.
+The logits that come in are the expert's; the amateur's are computed by the same network with its adapter switched off,
+over the whole sequence so far. That costs one full forward a token: it is for networks that run without a key/value
+cache (``use_past: False``). With mindformers' paged cache a second forward would overwrite the expert's keys and
+values.
 """
 
 import threading
@@ -15,9 +17,8 @@ from typing import Any, Callable
 import numpy as np
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
-
 from mindformers.generation import LogitsProcessor
+from mindspore import Tensor, nn, ops
 
 from colora_ms.adapters.handle import Adapters
 from colora_ms.decoding.contrast import Contrast, contrastive_scores
@@ -28,7 +29,8 @@ class BaseLogits:
     """The base model's logits of the next token: a function of the padded ids.
 
     Args:
-        net: a mindformers model without key/value cache, called with ids (rows, seq_length); a tuple's first part counts.
+        net: a mindformers model without key/value cache, called with ids (rows, seq_length); a tuple's first part
+            counts.
         adapters: handle of its adapters.
         pad_token_id: what follows a row's last token; the prompt must not end with it.
 
@@ -38,8 +40,8 @@ class BaseLogits:
 
     def __init__(self, net: nn.Cell, adapters: Adapters, pad_token_id: int) -> None:
         if getattr(getattr(net, "config", None), "use_past", False):
-            raise DecodingError("the model has use_past: True, so that a second forward would write into the expert's cache; "
-                                "build it with use_past: False, or decode with colora_ms.Generator")
+            raise DecodingError("the model has use_past: True, so that a second forward would write into the expert's "
+                                "cache; build it with use_past: False, or decode with colora_ms.Generator")
         self.net, self.adapters, self.pad = net, adapters, pad_token_id
         self.lock = threading.Lock()
 

@@ -8,8 +8,9 @@ mindformers has three namings, all read here:
 | ``mindpet`` | ``.mindpet_delta_lora_a`` (r, in), ``.mindpet_delta_lora_b`` (out, r) | pet_type lora of legacy models |
 | ``slora`` | ``.lora_a`` (adapters, r, in), ``.lora_b`` (adapters, r, out), the scale multiplied in | pet_type slora |
 
-A linear that mindformers fuses has one pair for its parts. To Hugging Face's names every part gets the same down and its
-own rows of up; the other way the parts' pairs are put side by side (ranks add up), with the same product either way.
+A linear that mindformers fuses has one pair for its parts. To Hugging Face's names every part gets the same down and
+its own rows of up; the other way the parts' pairs are put side by side (ranks add up), with the same product either
+way.
 """
 
 import os
@@ -44,8 +45,8 @@ def read_pairs(tensors: Mapping[str, np.ndarray], adapter: int = 0) -> tuple[str
         adapter: which one of an ``slora`` checkpoint.
 
     Returns:
-        (naming, {module in mindformers' names: {"down": (r, in), "up": (out, r)}}), float32. The up factors of ``slora``
-        contain the scale.
+        (naming, {module in mindformers' names: {"down": (r, in), "up": (out, r)}}), float32. The up factors of
+        ``slora`` contain the scale.
 
     Raises:
         AdapterError: no LoRA tensor, several namings, half of a pair, or shapes that do not fit; all in one message.
@@ -58,11 +59,12 @@ def read_pairs(tensors: Mapping[str, np.ndarray], adapter: int = 0) -> tuple[str
             match = pattern.fullmatch(name)
             if match:
                 namings.add(naming)
-                found.setdefault(match["module"], {})["down" if match["side"] in "aA" else "up"] = np.asarray(value, np.float32)
+                field = "down" if match["side"] in "aA" else "up"
+                found.setdefault(match["module"], {})[field] = np.asarray(value, np.float32)
                 break
     if not found:
-        raise AdapterError("the checkpoint has no LoRA tensors (.lora_A.weight, .mindpet_delta_lora_a or .lora_a); it has "
-                           f"{', '.join(list(tensors)[:3]) or 'nothing'}")
+        raise AdapterError("the checkpoint has no LoRA tensors (.lora_A.weight, .mindpet_delta_lora_a or .lora_a); it "
+                           f"has {', '.join(list(tensors)[:3]) or 'nothing'}")
     problems = []
     if len(namings) > 1:
         problems.append(f"tensors are named in {len(namings)} ways: {', '.join(sorted(namings))}")
@@ -72,12 +74,13 @@ def read_pairs(tensors: Mapping[str, np.ndarray], adapter: int = 0) -> tuple[str
             continue
         if "slora" in namings:
             if pair["down"].ndim != 3 or pair["up"].ndim != 3 or not 0 <= adapter < len(pair["down"]):
-                problems.append(f"{module} has shapes {pair['down'].shape}, {pair['up'].shape}; expected (adapters, r, in) and "
-                                f"(adapters, r, out) with more than {adapter} adapters")
+                problems.append(f"{module} has shapes {pair['down'].shape}, {pair['up'].shape}; expected (adapters, r, "
+                                f"in) and (adapters, r, out) with more than {adapter} adapters")
                 continue
             pair["down"], pair["up"] = pair["down"][adapter], np.ascontiguousarray(pair["up"][adapter].T)
         if pair["down"].ndim != 2 or pair["up"].ndim != 2 or pair["down"].shape[0] != pair["up"].shape[1]:
-            problems.append(f"{module} has shapes {pair['down'].shape} and {pair['up'].shape}; expected (r, in) and (out, r)")
+            problems.append(f"{module} has shapes {pair['down'].shape} and {pair['up'].shape}; expected (r, in) and "
+                            "(out, r)")
     if problems:
         raise AdapterError("the LoRA tensors cannot be read: " + "; ".join(problems[:8]))
     return namings.pop(), found
@@ -124,7 +127,8 @@ def to_peft(tensors: Mapping[str, np.ndarray], folder: Union[str, os.PathLike], 
         raise AdapterError(f"{', '.join(unknown[:5])} have no name in Hugging Face's {config.model_type}")
     ranks = {module: len(pair["down"]) for module, pair in found.items()}
     r = max(ranks.values())
-    settings = LoraConfig(r=r, lora_alpha=r if alpha is None else alpha, target_modules=sorted(found), task_type="CAUSAL_LM",
+    settings = LoraConfig(r=r, lora_alpha=r if alpha is None else alpha, target_modules=sorted(found),
+                          task_type="CAUSAL_LM",
                           rank_pattern={module: rank for module, rank in ranks.items() if rank != r},
                           alpha_pattern={} if alpha is not None else
                           {module: rank for module, rank in ranks.items() if rank != r})
@@ -151,9 +155,10 @@ def from_peft(folder: Union[str, os.PathLike], config: DecoderConfig, layout: Un
         naming: "mindpet" (legacy models) or "mcore".
 
     Returns:
-        (tensors {name: float32 array}, {"lora_rank", "lora_alpha"} for mindformers' pet_config). mindformers has one rank
-        and one alpha for all modules: lower ranks are padded with zeros, and where the scales differ they are multiplied
-        into the up factors.
+        (tensors {name: float32 array}, {"lora_rank", "lora_alpha"} for mindformers' pet_config). mindformers has one
+        rank
+        and one alpha for all modules: lower ranks are padded with zeros, and where the scales differ they are
+        multiplied into the up factors.
 
     Raises:
         AdapterError: the folder is no LoRA adapter, or a module has no name in mindformers.

@@ -8,10 +8,10 @@ mindformers has three ways to name and store the same decoder:
 | ``mcore`` | ``decoder.layers.0.self_attention.linear_qkv`` | one linear | one linear |
 | ``mcore-separate`` | ``decoder.layers.0.self_attention.linear_q`` | three | two (``gating``, ``hidden``) |
 
-A fused linear holds its rows in one of two orders: "grouped" (for each key/value head its query heads, its key, its value;
-and gate and up alternating), which training uses, and "joined" (all of q, then k, then v; gate, then up), which inference
-and ``use_contiguous_weight_layout_attention`` use. The row order is a permutation, so that weights, biases and the up
-factors of LoRA follow the same rule. Pure NumPy: mindformers is not imported.
+A fused linear holds its rows in one of two orders: "grouped" (for each key/value head its query heads, its key, its
+value; and gate and up alternating), which training uses, and "joined" (all of q, then k, then v; gate, then up), which
+inference and ``use_contiguous_weight_layout_attention`` use. The row order is a permutation, so that weights, biases
+and the up factors of LoRA follow the same rule. Pure NumPy: mindformers is not imported.
 """
 
 import re
@@ -30,7 +30,8 @@ _LEGACY = ({"model.embed_tokens": "model.tok_embeddings", "model.norm": "model.n
            "model.layers",
            {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
             "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-            "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"})
+            "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
+            "post_attention_layernorm": "ffn_norm"})
 _MCORE = ({"model.embed_tokens": "embedding.word_embeddings", "model.norm": "decoder.final_layernorm",
            "lm_head": "output_layer"},
           "decoder.layers",
@@ -248,7 +249,8 @@ def to_huggingface(tensors: Mapping[str, np.ndarray], config: DecoderConfig,
         {name: array}; fused linears are split, arrays that are not rearranged are the same objects.
 
     Raises:
-        CheckpointError: lists names that are unknown and fused linears whose rows are not as many as the config asks for.
+        CheckpointError: lists names that are unknown and fused linears whose rows are not as many as the config asks
+            for.
     """
     names = Names(layout if layout is not None else layout_of(tensors))
     found, problems = {}, []

@@ -1,13 +1,14 @@
 """The adapter methods of this package as pet types of mindformers: ``pet_config: {pet_type: colora_lora, ...}``.
 
-Every registered method is a pet type ``colora_<method>``. The other keys of ``pet_config`` are the fields of the method's
-config (``r``, ``lora_alpha``, ``target_modules`` ...); mindformers' own names ``lora_rank`` and ``exclude_layers`` and its
-``param_init_type``, ``compute_dtype`` (the pair is float32, its product has the base's dtype) are understood, too.
-``target_modules`` is a list of names, or one regular expression for the whole name of a module, as in PEFT.
+Every registered method is a pet type ``colora_<method>``. The other keys of ``pet_config`` are the fields of the
+method's config (``r``, ``lora_alpha``, ``target_modules`` ...); mindformers' own names ``lora_rank`` and
+``exclude_layers`` and its ``param_init_type``, ``compute_dtype`` (the pair is float32, its product has the base's
+dtype) are understood, too. ``target_modules`` is a list of names, or one regular expression for the whole name of a
+module, as in PEFT.
 
 mindformers builds the pet model in ``mindformers.pet.PetModel``: it wraps the base model, loads its weights, freezes
-everything, then writes ``adapter_config.json``. :func:`prepare` lets it inject the adapter at that last step: the plain base
-model's weights load under their own names, and the adapter's Parameters are not frozen.
+everything, then writes ``adapter_config.json``. :func:`prepare` lets it inject the adapter at that last step: the plain
+base model's weights load under their own names, and the adapter's Parameters are not frozen.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ PREFIX = "colora_"
 SYNONYMS = {"lora_rank": "r", "exclude_layers": "exclude_modules"}
 
 #: Keys that mindformers itself reads or adds, and settings of its own LoRA that mean nothing here.
-IGNORED = ("pet_type", "freeze_include", "freeze_exclude", "param_init_type", "compute_dtype", "lora_a_init", "lora_b_init")
+IGNORED = ("pet_type", "freeze_include", "freeze_exclude", "param_init_type", "compute_dtype",
+           "lora_a_init", "lora_b_init")
 
 
 def register() -> list[str]:
