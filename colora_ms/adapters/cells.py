@@ -79,8 +79,7 @@ class LowRankCell(AdapterCell):
     """An adapter Cell with a stacked pair ``down``, ``up``, its ``scale``, and perhaps biases for each slot.
 
     ``values`` in :meth:`write` and :meth:`read` are {"down", "up", "bias", "up_bias"}, whichever there are, in the
-    Cell's
-    own orientation: ``bias`` stands in the place of the base's, ``up_bias`` is added to the pair's result before
+    Cell's own orientation: ``bias`` stands in the place of the base's, ``up_bias`` is added to the pair's result before
     scaling (``lora_bias``). A pair of lower rank than ``max_rank`` is padded with zeros.
     """
 
