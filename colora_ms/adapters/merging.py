@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-import mindspore as ms
 from mindspore import nn
 
 from colora_ms.adapters import tree
@@ -13,6 +12,7 @@ from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.registry import method
 from colora_ms.adapters.slots import to_float32
 from colora_ms.errors import AdapterError
+from colora_ms.models.formats import holds_floats
 
 if TYPE_CHECKING:
     from colora_ms.adapters.handle import Adapters
@@ -59,7 +59,7 @@ def check_changeable(net: nn.Cell, cells: dict[str, nn.Cell], places: list, what
             raise AdapterError(f"{what}: {path} has no weight of its own, it is called with "
                                "another module's; use the adapter unmerged")
         for field, parameter in face.leaf_parameters().items():
-            if parameter.dtype in (ms.int8, ms.uint8):
+            if not holds_floats(cells[path], parameter):
                 raise AdapterError(f"{what}: {path}.{field} is stored as integers, which would round the change away; "
                                    "load the model as float32 or bfloat16")
             if id(parameter) in shared:

@@ -84,11 +84,6 @@ class Outside(Leaf):
         return {DISK_NAMES.get(name, name): value
                 for name, value in self.cell._params.items() if value is not None}  # pylint: disable=protected-access
 
-    @property
-    def weight_scale(self) -> Parameter:
-        """The scales of an integer weight."""
-        return self.cell.weight_scale
-
     def adapted(self, kind: type) -> type:
         """The class to use in the place of the class ``kind`` of adapter Cells: called as this Cell is called."""
         return self.traits.adapted(kind, self.cell)

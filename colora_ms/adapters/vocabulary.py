@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import numpy as np
 
-import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, nn
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.key_names import PREFIX
@@ -26,7 +25,6 @@ from colora_ms.adapters.outside import leaf
 from colora_ms.errors import AdapterError, AdapterWarning, TokenizerError
 from colora_ms.files import replacing
 from colora_ms.models.decoder import Decoder
-from colora_ms.models.quantize import to_format
 from colora_ms.models.replacing import forget_graphs
 
 if TYPE_CHECKING:
@@ -243,17 +241,10 @@ class Growth:
     @staticmethod
     def _enlarge(cell: nn.Cell, rows: np.ndarray) -> None:
         weight, scale = cell.weight, cell.weight_scale
-        kind = {ms.float32: "float32", ms.bfloat16: "bfloat16", ms.int8: "int8", ms.uint8: "int4"}[weight.dtype]
-        more, more_scale = to_format(rows, kind)
-        if kind == "bfloat16":
-            joined = Tensor(np.concatenate([weight.astype(ms.float32).asnumpy(), more.astype(ms.float32).asnumpy()]))
-            joined = joined.astype(ms.bfloat16)
-        else:
-            joined = Tensor(np.concatenate([weight.asnumpy(), more.asnumpy()]))
-        cell.weight = Parameter(joined, name=weight.name, requires_grad=weight.requires_grad)
-        if isinstance(scale, Parameter):
-            joined = Tensor(np.concatenate([scale.asnumpy(), more_scale.asnumpy()]))
-            cell.weight_scale = Parameter(joined, name=scale.name, requires_grad=False)
+        tensor, own_scale = cell.format.stored(weight, scale).and_rows(rows).tensors()
+        cell.weight = Parameter(tensor, name=weight.name, requires_grad=weight.requires_grad)
+        if own_scale is not None:
+            cell.weight_scale = Parameter(own_scale, name=scale.name, requires_grad=False)
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ graph is compiled once for each bucket of those and reused for every adapter, co
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from colora_ms.decoding.finite import finite_rows
 from colora_ms.kernels import ABSENT, bind, contrast_strength, contrastive_select, decode_steps
 
 
@@ -23,8 +24,8 @@ class _Loop(nn.Cell):
         self.decoder = decoder
         self.cache = cache
         self.one = Tensor(1, ms.int32)
-        #: 1: logits that are not finite end their request, 0: they are an error.
-        self.forgiving = Tensor([0], ms.int32)
+        #: 1: logits that are not finite end their request (``decoding.finite``), 0: they are an error.
+        self.forgiving = Tensor([1], ms.int32)
         self.fused = decoder.fused
 
     def set_train(self, mode=True):
@@ -40,9 +41,9 @@ class _Loop(nn.Cell):
         """
         expert_rows, amateur_rows = rows
         alpha, beta, temperature, top_k, top_p = options
-        expert_rows = ops.where(active, expert_rows, -self.one)
+        expert_rows = finite_rows(logits, ops.where(active, expert_rows, -self.one), amateur_rows, beta)
         if adapt is not None:
-            mode, prompt, lengths = adapt
+            mode, prompt, lengths = adapt[:3]
             beta = contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, prompt, lengths)
         return contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
 
@@ -105,7 +106,7 @@ class _Loop(nn.Cell):
             logits = self.decoder.step(ids, slots, self.cache, cache_rows, start, length)
             uniform = ops.gather(uniforms, step, 1)
             new_ints, new_floats = self.select(logits, (expert_rows, amateur_rows), options, uniform, active,
-                                               adapt, token)
+                                               adapt, self.previous(token, adapt))
             here = ops.equal(index, step)
             ints = ops.where(here, new_ints.expand_dims(0), ints)
             floats = ops.where(here, new_floats.expand_dims(0), floats)

@@ -1,8 +1,8 @@
 """The three parameterised Cells of a decoder: ``Linear``, ``Embedding`` and ``RMSNorm``.
 
 Each takes ``rows``, what the decoder knows of the rows of its batch (see :mod:`colora_ms.models.rows`), so that an
-adapter Cell can stand in its place, and keeps its weight in one of four formats (see :mod:`colora_ms.models.quantize`):
-float32, bfloat16, int8 and packed int4.
+adapter Cell can stand in its place, and keeps its weight in a format of :mod:`colora_ms.models.formats`, which it
+carries as ``format``.
 """
 
 from typing import Optional
@@ -19,6 +19,7 @@ from colora_ms.kernels import (
     rms_norm,
     rms_norm_residual,
 )
+from colora_ms.models.formats import FLOAT32, WeightFormat
 from colora_ms.models.leaf import Leaf
 from colora_ms.models.rows import slots_of
 
@@ -27,19 +28,22 @@ class Linear(Leaf, nn.Cell):
     """``y = x @ weight.T + bias``.
 
     Args:
-        weight: Parameter (out, in) float32 or bfloat16 or int8, or (out, in / 2) uint8 for packed int4.
-        weight_scale: Parameter (out,) or (out, in / group) float32 for the integer formats, else None.
+        weight: Parameter of the format's dtype and stored shape for (out, in).
+        weight_scale: Parameter (out,) or (out, in / group) float32 for formats with a scale, else None.
         bias: Parameter (out,) float32 or None.
         in_features, out_features: the sizes of x's and y's last axis.
+        weight_format: the :class:`colora_ms.models.formats.WeightFormat` of the weight.
     """
 
     #: True where ``operands()`` tells all that the Cell computes, so that several can share one kernel call.
     fusible = True
 
     def __init__(self, weight: Parameter, in_features: int, out_features: int, weight_scale: Optional[Parameter] = None,
-                 bias: Optional[Parameter] = None) -> None:
+                 bias: Optional[Parameter] = None, weight_format: WeightFormat = FLOAT32) -> None:
         super().__init__()
         bind()
+        weight_format.check(weight, weight_scale)
+        self.format = weight_format
         self.in_features = in_features
         self.out_features = out_features
         self.weight = weight
@@ -70,7 +74,7 @@ class Linear(Leaf, nn.Cell):
 
     def extend_repr(self) -> str:
         """What ``repr`` adds to the name of the class."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.name}"
 
 
 class TrainableLinear(Linear):
@@ -88,9 +92,12 @@ class Embedding(Leaf, nn.Cell):
     #: True where weight and scale are all that the Cell computes with.
     fusible = True
 
-    def __init__(self, weight: Parameter, hidden_size: int, weight_scale: Optional[Parameter] = None) -> None:
+    def __init__(self, weight: Parameter, hidden_size: int, weight_scale: Optional[Parameter] = None,
+                 weight_format: WeightFormat = FLOAT32) -> None:
         super().__init__()
         bind()
+        weight_format.check(weight, weight_scale)
+        self.format = weight_format
         self.hidden_size = hidden_size
         self.weight = weight
         self.weight_scale = ABSENT if weight_scale is None else weight_scale

@@ -6,12 +6,14 @@ nothing of it, get the same face from :class:`colora_ms.adapters.outside.Outside
 
 from __future__ import annotations
 
+from typing import Optional
+
 import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, nn
 
-from colora_ms.models.quantize import dequantize, unpack_int4
+from colora_ms.models.formats import WeightFormat, logical_shape, weight_values
 
 
 class Leaf:
@@ -29,6 +31,7 @@ class Leaf:
         transposed: whether the weight is stored (in, out).
         refusal: why no adapter can be put on it, or "".
         fixed: why its weight cannot be changed (by a merge), as the end of a sentence that begins with its name, or "".
+        format: of a weight that may be other than floats; None: all that it stores are floats.
         heads: last parts of the names of output heads of this class, beside the usual ones.
     """
 
@@ -41,6 +44,7 @@ class Leaf:
     refusal = ""
     fixed = ""
     heads: tuple[str, ...] = ()
+    format: Optional[WeightFormat] = None
 
     def sizes(self) -> tuple[int, int]:
         """(in_features, out_features) of a linear, (vocabulary, hidden size) of an embedding, (0, 0) of a norm."""
@@ -51,24 +55,16 @@ class Leaf:
         raise NotImplementedError
 
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name on disk: shape} of the same; a packed int4 weight (out, in / 2) has the shape (out, in)."""
+        """{name on disk: shape} of their values, whatever a weight is packed into."""
         found = {name: tuple(parameter.shape) for name, parameter in self.leaf_parameters().items()}
-        weight = self.leaf_parameters().get("weight")
-        if weight is not None and weight.dtype == ms.uint8:
-            found["weight"] = (weight.shape[0], weight.shape[1] * 2)
+        if self.format is not None and "weight" in found:
+            found["weight"] = logical_shape(self)
         return found
 
     def base_values(self) -> dict[str, np.ndarray]:
         """{name on disk: float32 array}; integer weights are multiplied out."""
-        found = {}
-        for name, parameter in self.leaf_parameters().items():
-            if parameter.dtype in (ms.int8, ms.uint8):
-                raw = parameter.asnumpy()
-                raw = unpack_int4(raw) if parameter.dtype == ms.uint8 else raw
-                found[name] = dequantize(raw, self.weight_scale.asnumpy())
-            else:
-                found[name] = parameter.astype(ms.float32).asnumpy()
-        return found
+        return {name: weight_values(self) if self.format is not None and name == "weight"
+                else parameter.astype(ms.float32).asnumpy() for name, parameter in self.leaf_parameters().items()}
 
     def float_copy(self, values: dict[str, Parameter], trainable: bool) -> nn.Cell:
         """A Cell like this one on float32 Parameters ({name on disk: Parameter}); only where ``whole``.

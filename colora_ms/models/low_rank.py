@@ -2,17 +2,13 @@
 
 from typing import Optional
 
-import numpy as np
-
-import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
+from colora_ms.models.formats import BFLOAT16, FLOAT32, StoredFactors, WeightFormat
 from colora_ms.models.leaf import Leaf
+from colora_ms.models.low_rank_folder import CORE, INNER, OUTER
 from colora_ms.models.rows import slots_of
-
-#: Last parts of the names of a LowRankLinear's factors, in memory and on disk.
-INNER, CORE, OUTER = "inner.weight", "core.weight", "outer.weight"
 
 
 class LowRankLinear(Leaf, nn.Cell):
@@ -23,6 +19,7 @@ class LowRankLinear(Leaf, nn.Cell):
         outer: Parameter (out, r) of the same dtype.
         core: Parameter (r, r) of the same dtype, or None in the form with two factors.
         bias: Parameter (out,) float32 or None.
+        factor_format: the format of the factors.
 
     Source: arXiv 2405.06626: W ~ U1 core U2; here outer = U1 and inner = U2.
     """
@@ -33,9 +30,13 @@ class LowRankLinear(Leaf, nn.Cell):
     #: It is no single linear that could share a kernel call with others, but can be a part of a fused layer.
     fusible, fusible_in_layer = False, True
 
-    def __init__(self, inner, outer, core=None, bias=None):
+    def __init__(self, inner: Parameter, outer: Parameter, core: Optional[Parameter] = None,
+                 bias: Optional[Parameter] = None, factor_format: WeightFormat = FLOAT32) -> None:
         super().__init__(auto_prefix=False)
         bind()
+        for factor in (inner, outer, *(() if core is None else (core,))):
+            factor_format.check(factor, None)
+        self.format = factor_format
         self.rank, self.in_features = inner.shape
         self.out_features = outer.shape[0]
         self.inner = inner
@@ -54,8 +55,7 @@ class LowRankLinear(Leaf, nn.Cell):
         return multi_lora_linear(x, slots, self.outer, ABSENT, self.bias, ABSENT, ABSENT, ABSENT)
 
     def operands(self) -> tuple:
-        """The six tensors of a product in :func:`colora_ms.kernels.decoder_layers`; the numbers are those of
-        ``construct``."""
+        """The six tensors of a product in :func:`colora_ms.kernels.decoder_layers`; numbers as of ``construct``."""
         return (ABSENT, ABSENT, self.bias, self.inner, self.outer, self.core)
 
     def sizes(self) -> tuple[int, int]:
@@ -71,29 +71,35 @@ class LowRankLinear(Leaf, nn.Cell):
         core = {CORE: self.core} if self.factors == 3 else {}
         return {INNER: self.inner, **core, OUTER: self.outer}
 
-    def product(self) -> np.ndarray:
-        """The weight that the factors stand for, (out, in) float32."""
-        values = [parameter.astype(ms.float32).asnumpy() for parameter in self.factor_parameters().values()]
-        return np.linalg.multi_dot(values[::-1]) if len(values) == 3 else values[1] @ values[0]
+    def stored(self) -> StoredFactors:
+        """The arrays of the factors."""
+        return StoredFactors(self.format.stored(self.inner), self.format.stored(self.outer),
+                             self.format.stored(self.core) if self.factors == 3 else None)
 
     def extend_repr(self) -> str:
-        """What ``repr`` adds to the name of the class."""
         return (f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-                f"factors={self.factors}, dtype={self.inner.dtype}")
+                f"factors={self.factors}, format={self.format.name}")
 
 
-def low_rank_linear(path: str, values: dict[str, np.ndarray], weight_format: str,
+def factor_format(weight_format: str) -> WeightFormat:
+    """The format of factors in a model of a weight format: float32 in float32, bfloat16 in all others.
+
+    Factors are small, and integers would cost accuracy where next to nothing is left to save.
+    """
+    return FLOAT32 if weight_format == FLOAT32.name else BFLOAT16
+
+
+def low_rank_linear(path: str, factors: StoredFactors, weight_format: str,
                     bias: Optional[Parameter] = None) -> LowRankLinear:
-    """A LowRankLinear from arrays.
+    """A LowRankLinear of stored factors.
 
     Args:
         path: the module's name; the Parameters are called ``<path>.inner.weight`` and so on.
-        values: {"inner.weight", "core.weight" (three factors only), "outer.weight": float32 array}.
-        weight_format: the model's; factors are float32 with "float32", and bfloat16 with all others: factors are small,
-            and integers would cost accuracy where next to nothing is left to save.
-        bias: the Parameter that the module had, or None.
+        factors: as they are stored.
+        weight_format: the model's; see :func:`factor_format`.
+        bias: the Parameter that the module has, or None.
     """
-    dtype = ms.float32 if weight_format == "float32" else ms.bfloat16
-    made = {name: Parameter(Tensor(np.ascontiguousarray(value, np.float32)).astype(dtype), name=f"{path}.{name}",
-                            requires_grad=False) for name, value in values.items()}
-    return LowRankLinear(made[INNER], made[OUTER], made.get(CORE), bias)
+    wanted = factor_format(weight_format)
+    made = {name: Parameter(wanted.pack(one.values()).tensors()[0], name=f"{path}.{name}", requires_grad=False)
+            for name, one in ((INNER, factors.inner), (CORE, factors.core), (OUTER, factors.outer)) if one is not None}
+    return LowRankLinear(made[INNER], made[OUTER], made.get(CORE), bias, wanted)

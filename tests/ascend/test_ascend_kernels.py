@@ -136,9 +136,9 @@ def test_w4_lora_in_a_graph(emulator, dtype):
 
 
 def test_w4_lora_reads_what_the_exporter_packs(emulator):
-    """The packing of colora_ms.models.quantize and the float reference of multi_lora_linear, against the device source."""
+    """The packing of colora_ms.models.formats and the float reference of multi_lora_linear, against the device source."""
     from colora_ms.kernels.linear import multi_lora_linear_reference
-    from colora_ms.models.quantize import pack_int4
+    from colora_ms.models.formats import pack_int4
 
     case = W4Case(6, 128, 8, 40, "float32", 4)
     case.weight = pack_int4(np.random.default_rng(3).integers(-8, 8, (40, 128)))

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_gradients import gradients
 
 from colora_ms.adapters import LoraConfig, adapters_of, inject, load_adapter
 from colora_ms.adapters.matching import value_shapes
 from colora_ms.errors import AdapterError
 from colora_ms.kernels import ABSENT
+from model_gradients import gradients
 
 RANDOM = {"init_lora_weights": False}
 BIASED = {"attention_bias": True, "attention_out_bias": True}

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from colora_ms.adapters import LilyConfig, LoraConfig
-from colora_ms.adapters.lily_matching import entries, initial_values, parameter_count, match
+from colora_ms.adapters.lily_matching import entries, initial_values, match, parameter_count
 from colora_ms.adapters.matching import Module
 from colora_ms.errors import AdapterError
 

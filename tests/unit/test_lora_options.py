@@ -4,13 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from model_gradients import gradients
 from safetensors.numpy import load_file
 
 from colora_ms.adapters import LoraConfig, adapters_of, digest, inject, load_adapter, load_adapters
 from colora_ms.adapters.store import WEIGHTS_FILE
 from colora_ms.errors import AdapterError, DecodingError
 from colora_ms.kernels import ABSENT
+from model_gradients import gradients
 
 GOLDENS = {"dora": "llama", "dora_bias": "llama_bias", "lora_bias": "llama_bias", "pissa": "llama", "olora": "llama",
            "dora_pissa": "llama"}
@@ -115,6 +115,7 @@ def mixed(request, mindspore, tiny_decoder):
     """(net, base logits, handle) with two DoRA adapters, a plain one and one of rsLoRA, loaded for inference."""
     import tempfile
     from pathlib import Path
+
     from colora_ms.models.decoder import Decoder
 
     changes = {"attention_bias": True, "attention_out_bias": True}
@@ -162,6 +163,7 @@ def test_mixed_batch_equals_each_adapter_alone(mixed):
 def test_formula_in_float64(mixed):
     """One linear with a base bias against magnitude * (W + s up down) / length."""
     from mindspore import Tensor
+
     from colora_ms.adapters.outside import leaf
 
     _, _, handle = mixed

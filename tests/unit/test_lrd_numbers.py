@@ -5,8 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colora_ms.decomposition import LrdPlan, break_even, factor_parameters, factorise, hooi, linear_shapes, place, \
-    plan_for, preset, reconstruct, reduction
+from colora_ms.decomposition import (
+    LrdPlan,
+    break_even,
+    factor_parameters,
+    factorise,
+    hooi,
+    linear_shapes,
+    place,
+    plan_for,
+    preset,
+    reconstruct,
+    reduction,
+)
 from colora_ms.errors import ConfigError
 from colora_ms.models.config import DecoderConfig
 from make_tucker_goldens import CASES, tensor_of

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+
 from mindspore import Tensor
 
-from colora_ms.decomposition import LrdPlan, decompose
 from colora_ms.cli import main
+from colora_ms.decomposition import LrdPlan, decompose
 from colora_ms.errors import ColoraError, DataError
 from colora_ms.evaluation.choices import load_choices
 from colora_ms.evaluation.lrd_latency import without_layers

@@ -7,10 +7,10 @@ import mindspore as ms
 from mindspore import Tensor
 
 from colora_ms import runtime
-from colora_ms.quantization.config import LrQatConfig
-from colora_ms.quantization.model import quantize
 from colora_ms.errors import AdapterError, CheckpointError, ConfigError, DataError
 from colora_ms.models import load_model
+from colora_ms.quantization import quantize
+from colora_ms.quantization.config import LrQatConfig
 from colora_ms.training.config import OptimizerConfig
 from colora_ms.training.optimizer import AdamW
 from colora_ms.training.quantize import QuantizationConfig, quantize_model

@@ -10,6 +10,10 @@ generation.
 ``contrast`` is CoLD as a logits processor.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 _EXPORTS = {
     "BaseLogits": "contrast",
     "ContrastProcessor": "contrast",
@@ -26,7 +30,7 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # mindformers takes seconds to import, and not every part of this package needs it.
     if name in _EXPORTS:
         import importlib
@@ -35,5 +39,5 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])

@@ -10,8 +10,9 @@
 With ``skip_bias_add`` the second result is the bias, which the caller adds: it is passed on as it is.
 """
 
+from __future__ import annotations
+
 import functools
-from typing import Optional
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class ActivatedCall:
 class WeightCall:
     """The call of a linear that takes its weight as a second argument where it is tied to another one."""
 
-    def construct(self, x: Tensor, weight: Optional[Tensor] = None) -> Tensor:
+    def construct(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x: (..., in), weight: None or (out, in) -> (..., out) of x's dtype."""
         if weight is None:
             y = self.base_layer(x)
@@ -52,7 +53,7 @@ class WeightCall:
 class PairCall:
     """The call of a linear of ``training_graph``, which returns its result and the bias that it did not add."""
 
-    def construct(self, x: Tensor, weight: Optional[Tensor] = None) -> tuple:
+    def construct(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x: (..., in), weight: None or (out, in) -> ((..., out) of x's dtype, None or bias (out,))."""
         if weight is None:
             y, bias = self.base_layer(x)

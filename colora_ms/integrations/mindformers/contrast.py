@@ -11,8 +11,11 @@ cache (``use_past: False``). With mindformers' paged cache a second forward woul
 values.
 """
 
+from __future__ import annotations
+
 import threading
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,9 +23,11 @@ import mindspore as ms
 from mindformers.generation import LogitsProcessor
 from mindspore import Tensor, nn, ops
 
-from colora_ms.adapters.handle import Adapters
-from colora_ms.decoding.contrast import Contrast, contrastive_scores
+from colora_ms.decoding import Contrast, contrastive_scores
 from colora_ms.errors import DecodingError
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
 
 class BaseLogits:
@@ -45,7 +50,7 @@ class BaseLogits:
         self.net, self.adapters, self.pad = net, adapters, pad_token_id
         self.lock = threading.Lock()
 
-    def __call__(self, ids: Any) -> np.ndarray:
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
         """ids: (rows, seq_length) integers, padded at the right -> (rows, vocab) float32 array."""
         ids = np.asarray(ids)
         real = ids != self.pad
@@ -69,7 +74,7 @@ class ContrastProcessor(LogitsProcessor):
         contrast: :class:`colora_ms.decoding.Contrast`.
     """
 
-    def __init__(self, amateur: Callable, contrast: Contrast = Contrast()) -> None:
+    def __init__(self, amateur: Callable[[np.ndarray], np.ndarray], contrast: Contrast = Contrast()) -> None:
         super().__init__()
         self.amateur, self.contrast = amateur, contrast
 

@@ -13,9 +13,13 @@ its own rows of up; the other way the parts' pairs are put side by side (ranks a
 way.
 """
 
+from __future__ import annotations
+
 import os
 import re
-from typing import Any, Mapping, Optional, Union
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,8 +28,10 @@ from colora_ms.adapters.key_names import PREFIX, plain_names
 from colora_ms.adapters.matching import Module
 from colora_ms.errors import AdapterError
 from colora_ms.integrations.mindformers.names import Layout, Names, layout_of, part_sizes, parts
-from colora_ms.models.config import DecoderConfig
 from colora_ms.models.safetensors_file import SafetensorsFile, write_safetensors
+
+if TYPE_CHECKING:
+    from colora_ms.models.config import DecoderConfig
 
 _PATTERNS = {
     "mcore": re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight"),
@@ -37,7 +43,7 @@ _PATTERNS = {
 _STATE = ("adam_m.", "adam_v.", "exp_avg.", "exp_avg_sq.", "accu_grads.")
 
 
-def read_pairs(tensors: Mapping[str, np.ndarray], adapter: int = 0) -> tuple[str, dict]:
+def read_pairs(tensors: Mapping[str, np.ndarray], adapter: int = 0) -> tuple[str, dict[str, dict[str, np.ndarray]]]:
     """The low-rank pairs of a mindformers checkpoint, whichever naming it uses.
 
     Args:
@@ -59,8 +65,8 @@ def read_pairs(tensors: Mapping[str, np.ndarray], adapter: int = 0) -> tuple[str
             match = pattern.fullmatch(name)
             if match:
                 namings.add(naming)
-                field = "down" if match["side"] in "aA" else "up"
-                found.setdefault(match["module"], {})[field] = np.asarray(value, np.float32)
+                side = "down" if match["side"] in "aA" else "up"
+                found.setdefault(match["module"], {})[side] = np.asarray(value, np.float32)
                 break
     if not found:
         raise AdapterError("the checkpoint has no LoRA tensors (.lora_A.weight, .mindpet_delta_lora_a or .lora_a); it "
@@ -86,9 +92,8 @@ def read_pairs(tensors: Mapping[str, np.ndarray], adapter: int = 0) -> tuple[str
     return namings.pop(), found
 
 
-def to_peft(tensors: Mapping[str, np.ndarray], folder: Union[str, os.PathLike], config: DecoderConfig,
-            alpha: Optional[float] = None, layout: Optional[Union[str, Layout]] = None,
-            adapter: int = 0) -> dict[str, Any]:
+def to_peft(tensors: Mapping[str, np.ndarray], folder: str | Path, config: DecoderConfig, alpha: float | None = None,
+            layout: Layout | str | None = None, adapter: int = 0) -> LoraConfig:
     """Write a PEFT folder from mindformers' LoRA tensors.
 
     Args:
@@ -119,8 +124,10 @@ def to_peft(tensors: Mapping[str, np.ndarray], folder: Union[str, os.PathLike], 
             rows = np.split(up, np.cumsum(part_sizes(config, kind))[:-1])
             for part, own in zip(parts(kind), rows):
                 found[f"model.layers.{layer}.{part}"] = {"down": pair["down"], "up": own}
-        elif names.to_huggingface(module):
-            found[names.to_huggingface(module)] = pair
+            continue
+        plain = names.to_huggingface(module)
+        if plain:
+            found[plain] = pair
         else:
             unknown.append(module)
     if unknown:
@@ -146,8 +153,8 @@ def to_peft(tensors: Mapping[str, np.ndarray], folder: Union[str, os.PathLike], 
     return settings
 
 
-def from_peft(folder: Union[str, os.PathLike], config: DecoderConfig, layout: Union[str, Layout],
-              naming: str = "mindpet") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def from_peft(folder: str | Path, config: DecoderConfig, layout: Layout | str,
+              naming: str = "mindpet") -> tuple[dict[str, np.ndarray], dict]:
     """mindformers' LoRA tensors from a PEFT folder.
 
     Args:
@@ -156,8 +163,7 @@ def from_peft(folder: Union[str, os.PathLike], config: DecoderConfig, layout: Un
 
     Returns:
         (tensors {name: float32 array}, {"lora_rank", "lora_alpha"} for mindformers' pet_config). mindformers has one
-        rank
-        and one alpha for all modules: lower ranks are padded with zeros, and where the scales differ they are
+        rank and one alpha for all modules: lower ranks are padded with zeros, and where the scales differ they are
         multiplied into the up factors.
 
     Raises:
@@ -181,8 +187,10 @@ def from_peft(folder: Union[str, os.PathLike], config: DecoderConfig, layout: Un
         fused = names.fused_part(module)
         if fused:
             waiting.setdefault(fused, {})[module.split(".", 3)[3]] = (pair["down"], up)
-        elif names.to_mindformers(module):
-            ready[names.to_mindformers(module)] = (pair["down"], up)
+            continue
+        theirs = names.to_mindformers(module)
+        if theirs:
+            ready[theirs] = (pair["down"], up)
         else:
             unknown.append(module)
     if unknown:
@@ -201,7 +209,7 @@ def from_peft(folder: Union[str, os.PathLike], config: DecoderConfig, layout: Un
     return tensors, {"lora_rank": rank, "lora_alpha": scale * rank}
 
 
-def _side_by_side(have, config, kind, order):
+def _side_by_side(have: Any, config: DecoderConfig, kind: str, order: Any) -> tuple[np.ndarray, np.ndarray]:
     """One pair (r, in), (out, r) for a fused linear from the pairs of its parts; parts without one stay zero."""
     total = sum(len(down) for down, _ in have.values())
     up = np.zeros((sum(part_sizes(config, kind)), total), np.float32)

@@ -14,14 +14,19 @@ inference and ``use_contiguous_weight_layout_attention`` use. The row order is a
 and the up factors of LoRA follow the same rule. Pure NumPy: mindformers is not imported.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Iterable, Mapping, Optional, Union
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, near
-from colora_ms.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from colora_ms.models.config import DecoderConfig
 
 _QKV, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -54,8 +59,8 @@ class Layout:
     """
 
     family: str
-    qkv: str = None
-    mlp: str = None
+    qkv: str | None = None
+    mlp: str | None = None
 
     def __post_init__(self) -> None:
         if self.family not in ("legacy", "mcore"):
@@ -65,7 +70,7 @@ class Layout:
                 raise ConfigError(f"the layout's {name} is {getattr(self, name)!r}, expected one of {ORDERS}")
 
     @property
-    def tables(self) -> tuple[dict, str, dict]:
+    def tables(self) -> tuple[dict[str, str], str, dict[str, str]]:
         """(names outside layers, the layers' prefix, names inside a layer)."""
         return _LEGACY if self.family == "legacy" else _MCORE
 
@@ -86,7 +91,7 @@ LAYOUTS = {
 }
 
 
-def layout_of(names: Iterable[str]) -> 'Layout':
+def layout_of(names: Iterable[str]) -> Layout:
     """The layout that a model's parameter names show; row orders as training stores them (pass a Layout to say else).
 
     Raises:
@@ -101,7 +106,7 @@ def layout_of(names: Iterable[str]) -> 'Layout':
                             for kind in ("qkv", "mlp")))
 
 
-def resolve(layout: Union[str, Layout]) -> 'Layout':
+def resolve(layout: Layout | str) -> Layout:
     """A Layout from its name, or as it is."""
     if isinstance(layout, Layout):
         return layout
@@ -150,29 +155,29 @@ class Names:
         layout: a Layout or its name.
     """
 
-    def __init__(self, layout: 'Layout') -> None:
+    def __init__(self, layout: Layout | str) -> None:
         self.layout = resolve(layout)
         self.outer, self.prefix, self.inner = self.layout.tables
         self.back_outer = {value: key for key, value in self.outer.items()}
         self.back_inner = {value: key for key, value in self.inner.items()}
 
-    def to_mindformers(self, module: str) -> Optional[str]:
+    def to_mindformers(self, module: str) -> str | None:
         """mindformers' name of a Hugging Face module (q_proj becomes wq even where the layout fuses it), or None."""
         if module in self.outer:
             return self.outer[module]
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
         inner = self.inner.get(match[2]) if match else None
-        return f"{self.prefix}.{match[1]}.{inner}" if inner else None
+        return f"{self.prefix}.{match[1]}.{inner}" if match and inner else None
 
-    def to_huggingface(self, module: str) -> Optional[str]:
+    def to_huggingface(self, module: str) -> str | None:
         """Hugging Face's name of a mindformers module that is not fused, or None."""
         if module in self.back_outer:
             return self.back_outer[module]
         match = re.fullmatch(re.escape(self.prefix) + r"\.(\d+)\.(.+)", module)
         inner = self.back_inner.get(match[2]) if match else None
-        return f"model.layers.{match[1]}.{inner}" if inner else None
+        return f"model.layers.{match[1]}.{inner}" if match and inner else None
 
-    def fused_part(self, module: str) -> Optional[tuple[int, str]]:
+    def fused_part(self, module: str) -> tuple[int, str] | None:
         """(layer, kind) of a Hugging Face module that the layout fuses, or None."""
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
         for kind in ("qkv", "mlp"):
@@ -180,7 +185,7 @@ class Names:
                 return int(match[1]), kind
         return None
 
-    def fused_module(self, module: str) -> Optional[tuple[int, str]]:
+    def fused_module(self, module: str) -> tuple[int, str] | None:
         """(layer, kind) of a fused mindformers module, or None."""
         match = re.fullmatch(re.escape(self.prefix) + r"\.(\d+)\.(.+)", module)
         for kind in ("qkv", "mlp"):
@@ -198,7 +203,7 @@ class Names:
 
 
 def to_mindformers(tensors: Mapping[str, np.ndarray], config: DecoderConfig,
-                   layout: Union[str, Layout]) -> dict[str, np.ndarray]:
+                   layout: Layout | str) -> dict[str, np.ndarray]:
     """Hugging Face's tensors under mindformers' names.
 
     Args:
@@ -238,7 +243,7 @@ def to_mindformers(tensors: Mapping[str, np.ndarray], config: DecoderConfig,
 
 
 def to_huggingface(tensors: Mapping[str, np.ndarray], config: DecoderConfig,
-                   layout: Optional[Union[str, Layout]] = None) -> dict[str, np.ndarray]:
+                   layout: Layout | str | None = None) -> dict[str, np.ndarray]:
     """mindformers' tensors under Hugging Face's names; the inverse of :func:`to_mindformers`.
 
     Args:
@@ -278,7 +283,7 @@ def to_huggingface(tensors: Mapping[str, np.ndarray], config: DecoderConfig,
     return found
 
 
-def _refuse(problems):
+def _refuse(problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError("the weights cannot be renamed: " + "; ".join(problems[:8]) + more)

@@ -11,9 +11,12 @@ everything, then writes ``adapter_config.json``. :func:`prepare` lets it inject 
 base model's weights load under their own names, and the adapter's Parameters are not frozen.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import TYPE_CHECKING, Any
 
 from mindpet.utils.constants import DELTA_LIST
 
@@ -26,14 +29,17 @@ from colora_ms.adapters.registry import METHODS
 from colora_ms.adapters.store import config_text
 from colora_ms.errors import AdapterError, near
 
+if TYPE_CHECKING:
+    from colora_ms.adapters.peft_config import PeftConfig
+
 PREFIX = "colora_"
 
 #: mindformers' names of settings -> ours.
 SYNONYMS = {"lora_rank": "r", "exclude_layers": "exclude_modules"}
 
 #: Keys that mindformers itself reads or adds, and settings of its own LoRA that mean nothing here.
-IGNORED = ("pet_type", "freeze_include", "freeze_exclude", "param_init_type", "compute_dtype",
-           "lora_a_init", "lora_b_init")
+IGNORED = ("pet_type", "freeze_include", "freeze_exclude", "param_init_type", "compute_dtype", "lora_a_init",
+           "lora_b_init")
 
 
 def register() -> list[str]:
@@ -53,7 +59,7 @@ def register() -> list[str]:
     return names
 
 
-def _config_class(pet_type):
+def _config_class(pet_type: str) -> type:
     def init(self, **values):
         PetConfig.__init__(self, pet_type=pet_type, **values)
         # PetModel reads both without asking whether they are there; one of them must be given.
@@ -63,7 +69,7 @@ def _config_class(pet_type):
     return type("ColoraPetConfig", (PetConfig,), {"__init__": init, "__doc__": f"pet_config of pet_type {pet_type}."})
 
 
-def adapter_config(pet_config: Mapping) -> Any:
+def adapter_config(pet_config: Mapping[str, Any]) -> PeftConfig:
     """The config of this package that a ``pet_config`` describes.
 
     Args:
@@ -90,14 +96,14 @@ def adapter_config(pet_config: Mapping) -> Any:
     return kind(**values)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """A YAML value without mindformers' dictionary class."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def prepare(pet_config: Mapping, base_model: nn.Cell) -> nn.Cell:
+def prepare(pet_config: Mapping[str, Any], base_model: nn.Cell) -> nn.Cell:
     """What ``PetModel`` calls for its network: the base model, which gets its adapter at the end of that call.
 
     The model itself stands there, not a wrapper around it, so that it keeps all methods that ``PetModel`` passes on.
@@ -116,10 +122,10 @@ def prepare(pet_config: Mapping, base_model: nn.Cell) -> nn.Cell:
 class _AfterFreezing:
     """The last call of ``PetModel.__init__``: puts the adapter in, and writes its config in PEFT's format."""
 
-    def __init__(self, model, settings):
+    def __init__(self, model: nn.Cell, settings: PeftConfig) -> None:
         self.model, self.settings = model, settings
 
-    def __call__(self, path):
+    def __call__(self, path: str | Path) -> None:
         handle = adapters_of(self.model) or inject(self.model, self.settings)
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
