@@ -175,12 +175,12 @@ def _base_operands(self):
     return self.base_layer.operands()
 
 
-def _base_product(self, x, slots):
-    return self.base_layer(x, slots)
+def _base_product(self, x, rows):
+    return self.base_layer(x, rows)
 
 
-def _gather_product(self, x, slots):
-    return self.base_layer(x, slots) + low_rank_reference(x, slots, self.down, self.up, self.scale)
+def _gather_product(self, x, rows):
+    return self.base_layer(x, rows) + low_rank_reference(x, rows[0], self.down, self.up, self.scale)
 
 
 class Memory:

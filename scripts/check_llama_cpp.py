@@ -105,13 +105,13 @@ def random_adapter(model, folder, size):
     """A PEFT folder of a random LoRA on all linears of a model."""
     from colora_ms.adapters import LoraConfig
     from colora_ms.adapters.config_modules import modules_of_config
-    from colora_ms.adapters.matching import plan
+    from colora_ms.adapters.matching import match
     from colora_ms.adapters.peft_format import write_adapter
     from colora_ms.models.checkpoint import open_checkpoint
 
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", base_model_name_or_path=str(model))
     modules = modules_of_config(open_checkpoint(model).config)
-    made, random = plan(config, modules), np.random.default_rng(0)
+    made, random = match(config, modules), np.random.default_rng(0)
     values = {}
     for path in made.targets:
         module = modules[path]

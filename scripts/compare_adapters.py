@@ -93,16 +93,16 @@ def equal_ranks(scaling):
     """{method: adapter section} with Lily's rank chosen for the parameter count nearest to the LoRA's."""
     import yaml
 
-    from colora_ms.adapters import LilyConfig, LoraConfig, lily_plan, matching
+    from colora_ms.adapters import LilyConfig, LoraConfig, lily_matching, matching
     modules = linears_of_the_model()
     settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["adapter"]
     targets = settings["target_modules"]
     lora = LoraConfig(r=LORA["r"], target_modules=targets)
-    wanted = lily_plan.parameter_count(matching.plan(lora, modules), modules, matching.value_shapes)
+    wanted = lily_matching.parameter_count(matching.match(lora, modules), modules, matching.value_shapes)
 
     def count(r):
         config = LilyConfig(**{**{k: v for k, v in settings.items() if k != "method"}, "r": r})
-        return lily_plan.parameter_count(lily_plan.plan(config, modules), modules)
+        return lily_matching.parameter_count(lily_matching.match(config, modules), modules)
 
     best = min(range(1, 513), key=lambda r: abs(count(r) - wanted))
     print(f"LoRA of rank {LORA['r']}: {wanted:,} parameters; Lily of rank {best}: {count(best):,}")

@@ -8,9 +8,9 @@ The adapter of a row is a tensor: ``net(ids, lengths, adapters.slots(rows))``. A
 adapters compiles nothing anew.
 """
 
+from colora_ms.adapters import lily_matching
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.adapters.handle import Adapters
-from colora_ms.adapters import lily_lengths, lily_plan
 from colora_ms.adapters.inject import adapters_of, inject, load_adapter, load_adapters, wrap_lora
 from colora_ms.adapters.lily import LilyDense, LilyLinear, StaticLilyLinear, wrap_lily
 from colora_ms.adapters.lily_config import LilyConfig
@@ -22,8 +22,8 @@ from colora_ms.adapters.registry import Method, register
 from colora_ms.adapters.store import adapter_path, check_name
 
 register(Method(LoraConfig, wrap_lora, initial_values, start_from_base=start_from_base))
-register(Method(LilyConfig, wrap_lily, lily_plan.initial_values, lily_plan.entries, lily_plan.plan, lily_plan.value_shapes,
-                lily_plan.why_not_merge, peft_config, lily_lengths.install, lily_lengths.remove))
+register(Method(LilyConfig, wrap_lily, lily_matching.initial_values, lily_matching.entries, lily_matching.match,
+                lily_matching.value_shapes, lily_matching.why_not_merge, peft_config))
 
 __all__ = [
     "Adapters",

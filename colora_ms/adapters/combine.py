@@ -6,9 +6,9 @@ Written for the pairs (A_i, B_i) with scaling s_i and weight w_i, dW_i = s_i B_i
 |---|---|
 | ``cat`` | [w_1 s_1 A_1; w_2 s_2 A_2; ...] and [B_1 B_2 ...]: exactly sum w_i dW_i, at the sum of the ranks |
 | ``svd`` | the best pair of rank ``svd_rank`` for sum w_i dW_i |
-| ``linear`` | sum sign_i sqrt(\\|w_i s_i\\|) A_i and sum sqrt(\\|w_i s_i\\|) B_i: has cross terms B_i A_j, so only rough |
-| ``ties`` | as linear, but each factor trimmed to its largest values, then only those of the majority's sign are averaged |
-| ``dare_linear``, ``dare_ties`` | as linear and ties, but values are dropped at random and the rest divided by ``density`` |
+| ``linear`` | sum sign_i sqrt(\\|w_i s_i\\|) A_i and sum sqrt(\\|w_i s_i\\|) B_i: cross terms B_i A_j make it rough |
+| ``ties`` | as linear, but each factor trimmed, then only values of the majority's sign are averaged |
+| ``dare_linear``, ``dare_ties`` | as linear and ties, but values dropped at random, the rest divided by ``density`` |
 | ``magnitude_prune`` | as linear, after trimming |
 | ``..._svd`` | the same arithmetic on the dW_i in place of the factors, then as svd |
 
@@ -20,13 +20,16 @@ sqrt(r) in place of 1) is not repeated.
 import copy
 import math
 import zlib
+from typing import TYPE_CHECKING, Iterable, Optional
 
 import numpy as np
 
 from colora_ms.adapters.config import LoraConfig
-from colora_ms.adapters.matching import plan as make_plan
-from colora_ms.adapters.matching import shortest_names, value_shapes
+from colora_ms.adapters.matching import Matched, match, shortest_names, value_shapes
 from colora_ms.errors import AdapterError, near
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
 #: Arithmetic on the factors themselves, which must have equal ranks.
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -39,25 +42,35 @@ COMBINATIONS = ("cat", *ON_FACTORS, *ON_PRODUCTS)
 MAJORITY_SIGNS = ("total", "frequency")
 
 
-def combine(handle, names, weights, combination_type="svd", svd_rank=None, svd_clamp=None, density=None,
-            majority_sign_method="total", seed=0):
+def combine(handle: 'Adapters', names: Iterable[str], weights: Iterable[float], combination_type: str = "svd",
+            svd_rank: Optional[int] = None, svd_clamp: Optional[float] = None, density: Optional[float] = None,
+            majority_sign_method: str = "total", seed: int = 0) -> tuple[LoraConfig, Matched, dict]:
     """The adapter that several others make together; nothing of ``handle`` changes.
 
     Args:
-        handle: :class:`colora_ms.adapters.Adapters`; the rest as in its ``add_weighted_adapter``.
+        handle: :class:`colora_ms.adapters.Adapters`.
+        names: of the adapters, all LoRA without DoRA, biases or modules saved whole.
+        weights: a number for each; negative ones subtract.
+        combination_type: svd, cat, linear, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four
+            with ``_svd``, as in PEFT. With one adapter always linear.
+        svd_rank: rank of the new adapter where the type ends in svd; by default the largest of the adapters'.
+        svd_clamp: quantile at which the factors of a decomposition are cut off, or None.
+        density: share of the values to keep, for the types with ties, dare or prune.
+        majority_sign_method: how ties elects a sign: by the "total" of the values or their "frequency".
+        seed: of the random choices of dare.
 
     Returns:
-        (LoraConfig, Plan, {(module name, "lora"): {"down", "up"}} float32).
+        (LoraConfig, Matched, {(module name, "lora"): {"down", "up"}} float32).
     """
     names, weights = list(names), list(weights)
     kind = _checked(handle, names, weights, combination_type, svd_rank, svd_clamp, density, majority_sign_method)
     adapters = []
     for name, weight in zip(names, weights):
-        pairs, plan = {}, handle.plan(name)
-        for place, shapes in value_shapes(plan, handle.modules).items():
+        pairs, matched = {}, handle.matched(name)
+        for place, shapes in value_shapes(matched, handle.modules).items():
             # PEFT's orientation: A (r, in), B (out, r), also for embeddings.
             values = handle.sites[place].read(handle.slot(name), shapes)
-            target = plan.targets[place[0]]
+            target = matched.targets[place[0]]
             down = values["down"] if target.kind == "linear" else values["down"].T
             pairs[place[0]] = (down, values["up"], target.scaling)
         adapters.append((float(weight), pairs))
@@ -69,13 +82,13 @@ def combine(handle, names, weights, combination_type="svd", svd_rank=None, svd_c
         random = [np.random.default_rng([seed, zlib.crc32(path.encode()), i]) for i in range(2 * len(own))]
         made[path] = _pair(kind, own, rank, path, density, majority_sign_method, svd_clamp, random)
     config = _config(handle, names, rank, changed)
-    plan = make_plan(config, handle.modules)
+    matched = match(config, handle.modules)
     values = {}
     for path, (down, up) in made.items():
-        down = down if plan.targets[path].kind == "linear" else down.T
+        down = down if matched.targets[path].kind == "linear" else down.T
         values[path, "lora"] = {"down": np.ascontiguousarray(down, np.float32),
                                 "up": np.ascontiguousarray(up, np.float32)}
-    return config, plan, values
+    return config, matched, values
 
 
 def _checked(handle, names, weights, kind, svd_rank, svd_clamp, density, majority_sign_method):
@@ -92,7 +105,8 @@ def _checked(handle, names, weights, kind, svd_rank, svd_clamp, density, majorit
                         + near(kind, COMBINATIONS))
     elif kind not in ("cat", "svd", "linear"):
         if not _is_number(density) or not 0 < density <= 1:
-            problems.append(f"density is {density!r}; {kind} needs the share of the values to keep, above 0 and at most 1")
+            problems.append(f"density is {density!r}; {kind} needs the share of the values to keep, above 0 and at "
+                            "most 1")
     if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool) or svd_rank < 1):
         problems.append(f"svd_rank is {svd_rank!r}, expected a whole number above 0, or None for the largest rank")
     if svd_clamp is not None and (not _is_number(svd_clamp) or not 0 < svd_clamp <= 1):
@@ -100,12 +114,12 @@ def _checked(handle, names, weights, kind, svd_rank, svd_clamp, density, majorit
     if majority_sign_method not in MAJORITY_SIGNS:
         problems.append(f"majority_sign_method is {majority_sign_method!r}, expected total or frequency")
     for name in names:
-        config, plan = handle.config(name), handle.plan(name)
+        config, matched = handle.config(name), handle.matched(name)
         if not isinstance(config, LoraConfig):
             problems.append(f"{name!r} is a {config.peft_type} adapter; only LoRA adapters can be combined")
             continue
-        if plan.saved or plan.biases or plan.tokens:
-            more = ", ".join([*plan.saved, *plan.biases, *plan.tokens][:3])
+        if matched.saved or matched.biases or matched.tokens:
+            more = ", ".join([*matched.saved, *matched.biases, *matched.tokens][:3])
             problems.append(f"{name!r} also trains {more}, of which no sum is defined")
         for field, what in (("use_dora", "DoRA, whose change is not a low-rank product"),
                             ("lora_bias", "a bias on lora_B")):
@@ -117,7 +131,7 @@ def _checked(handle, names, weights, kind, svd_rank, svd_clamp, density, majorit
 
 
 def _rank(handle, names, kind, svd_rank):
-    ranks = [max((target.r for target in handle.plan(name).targets.values()), default=0) for name in names]
+    ranks = [max((target.r for target in handle.matched(name).targets.values()), default=0) for name in names]
     if kind == "cat":
         return sum(ranks)
     if kind in ON_PRODUCTS:
@@ -143,7 +157,8 @@ def _pair(kind, own, rank, path, density, majority, clamp, random):
         u, s, v = np.linalg.svd(change.astype(np.float64), full_matrices=False)
         return _clamped(v[:rank], u[:, :rank] * s[:rank], clamp)
     if len({down.shape for _, down, _, _ in own}) > 1:
-        raise AdapterError(f"combination_type {kind!r} adds the factors themselves, but at {path} the adapters have ranks "
+        raise AdapterError(f"combination_type {kind!r} adds the factors themselves, but at {path} the adapters have "
+                           "ranks "
                            + ", ".join(str(down.shape[0]) for _, down, _, _ in own) + "; use 'cat' or 'svd'")
     roots = [math.sqrt(abs(weight * scaling)) for weight, _, _, scaling in own]
     # The sign goes to one factor only, or it would cancel in the product.

@@ -8,7 +8,7 @@ that changes what the adapter computes and is not implemented is refused, and al
 import math
 import re
 from dataclasses import dataclass, field, fields
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from colora_ms.adapters.peft_config import PeftConfig
 from colora_ms.errors import AdapterError, near
@@ -80,8 +80,8 @@ class LoraConfig(PeftConfig):
     alpha_pattern: dict = field(default_factory=dict)
     #: Modules that are trained and saved whole beside the adapter (endings of their names).
     modules_to_save: Optional[list] = None
-    #: Ids whose rows of the embedding are trained and replace the base's: a list, or {ending of a module's name: list} for
-    #: embedding and head apart. A tied head uses the embedding's.
+    #: Ids whose rows of the embedding are trained and replace the base's: a list, or {ending of a module's name: list}
+    #: for embedding and head apart. A tied head uses the embedding's.
     trainable_token_indices: Optional[Union[list, dict]] = None
     #: Keep a tied head tied to what ``modules_to_save`` or ``trainable_token_indices`` make of the embedding.
     ensure_weight_tying: bool = False
@@ -113,7 +113,7 @@ class LoraConfig(PeftConfig):
     #: Written as ``peft_type``.
     peft_type = "LORA"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.make_lists()
         if isinstance(self.trainable_token_indices, tuple):
             self.trainable_token_indices = list(self.trainable_token_indices)
@@ -124,7 +124,7 @@ class LoraConfig(PeftConfig):
         if problems:
             raise AdapterError("this LoRA config cannot be used: " + "; ".join(problems))
 
-    def problems(self):
+    def problems(self) -> list[str]:
         """All that is wrong with the values, as a list of sentences (empty when the config can be used)."""
         found = []
         if not _is_rank(self.r):
@@ -142,9 +142,10 @@ class LoraConfig(PeftConfig):
         found += self._token_problems()
         found += self._pattern_problems()
         if not _is_one_of(self.init_lora_weights, LOADABLE_INITIALISATIONS) and self.pissa_iterations is None:
-            found.append(f"init_lora_weights={self.init_lora_weights!r} is not implemented (methods such as CorDA and LoftQ "
-                         "change the base weights, so that the factors alone are not the adapter); convert the adapter to "
-                         "plain LoRA first, or use one of " + ", ".join(map(repr, INITIALISATIONS)) + ", 'pissa_niter_N'")
+            found.append(f"init_lora_weights={self.init_lora_weights!r} is not implemented (methods such as CorDA and "
+                         "LoftQ change the base weights, so that the factors alone are not the adapter); convert the "
+                         "adapter to plain LoRA first, or use one of "
+                         + ", ".join(map(repr, INITIALISATIONS)) + ", 'pissa_niter_N'")
         elif self.changes_base and _is_finite(self.lora_alpha):
             if min([self.lora_alpha, *(a for a in self.alpha_pattern.values() if _is_finite(a))]) <= 0:
                 found.append(f"init_lora_weights={self.init_lora_weights!r} needs every lora_alpha above 0")
@@ -186,7 +187,8 @@ class LoraConfig(PeftConfig):
     def _token_problems(self):
         tables = self.trainable_token_indices or {}
         if not isinstance(tables, (list, dict)):
-            return [f"trainable_token_indices is {tables!r:.80}, expected a list of token ids, or {{module name: list}}"]
+            return [f"trainable_token_indices is {tables!r:.80}, expected a list of token ids, or {{module name: "
+                    "list}"]
         found = []
         for name, ids in (tables if isinstance(tables, dict) else {"": tables}).items():
             label = f"trainable_token_indices[{name!r:.80}]" if name else "trainable_token_indices"
@@ -214,7 +216,7 @@ class LoraConfig(PeftConfig):
         return found
 
     @classmethod
-    def parse_peft(cls, values):
+    def parse_peft(cls, values: Any) -> tuple[Optional['LoraConfig'], list[str]]:
         """Read an ``adapter_config.json`` without raising.
 
         Args:
@@ -243,18 +245,18 @@ class LoraConfig(PeftConfig):
             return None, found + [str(error)]
 
     @property
-    def pissa_iterations(self):
+    def pissa_iterations(self) -> Optional[int]:
         """N of "pissa_niter_N", or None."""
         start = self.init_lora_weights
         match = _PISSA_NITER.fullmatch(start) if isinstance(start, str) else None
         return int(match[1]) if match else None
 
     @property
-    def changes_base(self):
+    def changes_base(self) -> bool:
         """Whether a new adapter takes what it starts from away from the base weights."""
         return self.init_lora_weights in ("pissa", "olora") or self.pissa_iterations is not None
 
-    def scaling(self, r, alpha):
+    def scaling(self, r: int, alpha: float) -> float:
         """The factor of the low-rank branch for rank r and this alpha."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 

@@ -1,10 +1,15 @@
 """The table of a decoder's modules from its config alone, for work on adapters that needs no model in memory."""
 
+from typing import TYPE_CHECKING
+
 from colora_ms.adapters.matching import Module
 from colora_ms.adapters.tree import HEADS
 
+if TYPE_CHECKING:
+    from colora_ms.models.config import DecoderConfig
 
-def modules_of_config(config):
+
+def modules_of_config(config: 'DecoderConfig') -> dict[str, Module]:
     """What ``colora_ms.adapters.tree`` finds in a :class:`colora_ms.models.decoder.Decoder` of this config.
 
     Args:

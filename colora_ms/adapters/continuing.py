@@ -1,19 +1,27 @@
-"""Training that starts from an adapter (a recipe's ``adapter.start_from``): its config and values come from the folder."""
+"""Training that starts from an adapter (a recipe's ``adapter.start_from``): its config and values come from the
+folder."""
 
+import os
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from mindspore import nn
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.inject import load_adapter, modules_of
 from colora_ms.adapters.patterns import ORDERED
 from colora_ms.adapters.peft_format import StoredAdapter
-from colora_ms.adapters.registry import plan as make_plan
+from colora_ms.adapters.registry import match
 from colora_ms.errors import AdapterError, near
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
 #: Settings that choose modules; two notations of the same choice agree.
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-def config_of(folder):
+def config_of(folder: Union[str, os.PathLike]) -> Any:
     """The config of an adapter folder, whose tensors are not read.
 
     Raises:
@@ -24,7 +32,7 @@ def config_of(folder):
     return stored.config
 
 
-def disagreements(given, config, folder):
+def disagreements(given: dict[str, Any], config: Any, folder: Union[str, os.PathLike]) -> list[str]:
     """What settings beside ``start_from`` say otherwise than the adapter does; those that choose modules in another
     notation are left to :func:`continue_adapter`, which knows the model.
 
@@ -50,7 +58,8 @@ def disagreements(given, config, folder):
             and not (name in _CHOOSING and _notation(getattr(asked, name)) != _notation(getattr(config, name)))]
 
 
-def continue_adapter(net, folder, given=None, name="default", seed=None, base_model=None):
+def continue_adapter(net: nn.Cell, folder: Union[str, os.PathLike], given: Optional[dict[str, Any]] = None,
+                     name: str = "default", seed: Optional[int] = None, base_model: Optional[str] = None) -> 'Adapters':
     """Load an adapter to go on training it; the model gets its Cells as :func:`colora_ms.adapters.inject` makes them.
 
     Args:
@@ -70,7 +79,7 @@ def continue_adapter(net, folder, given=None, name="default", seed=None, base_mo
         problems = disagreements(given, stored.config, folder)
         if not problems and any(setting in given for setting in _CHOOSING):
             modules, defaults = modules_of(net), tree.default_targets(net)
-            own, asked = (make_plan(one, modules, defaults).targets
+            own, asked = (match(one, modules, defaults).targets
                           for one in (stored.config, replace(stored.config, **given)))
             if list(own) != list(asked):
                 odd = sorted(set(own) ^ set(asked))

@@ -5,15 +5,17 @@ Parameter (int32, -1 = none). Changing that Parameter changes the adapter and co
 """
 
 import copy
+from typing import Optional
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.adapters.cells import LateActivation, LowRankCell, SavedBase
+from colora_ms.adapters.dropout import Dropout
+from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.slots import get, stacked
-from colora_ms.adapters.tree import leaf_parameters, sizes_of
 
 
 class LoraDense(LateActivation, LowRankCell):
@@ -29,12 +31,13 @@ class LoraDense(LateActivation, LowRankCell):
 
     kind = "linear"
 
-    def __init__(self, base_layer, path, active_slot, slots, max_rank, dropout=None, bias=False, trainable=True,
-                 up_bias=False):
+    def __init__(self, base_layer: nn.Cell, path: str, active_slot: Parameter, slots: int, max_rank: int,
+                 dropout: Optional[Dropout] = None, bias: bool = False, trainable: bool = True,
+                 up_bias: bool = False) -> None:
         super().__init__(base_layer, path)
         self.active_slot = active_slot
         self.max_rank = max_rank
-        in_features, out_features = sizes_of(base_layer)
+        in_features, out_features = leaf(base_layer).sizes()
         if max_rank:
             self.make_pair(("lora_A", "lora_B"), (slots, max_rank, in_features), (slots, out_features, max_rank),
                            trainable)
@@ -47,11 +50,11 @@ class LoraDense(LateActivation, LowRankCell):
         self.dropout = dropout
         self.take_activation()
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         """x: (..., in), any float dtype -> (..., out) of the base's dtype."""
         return self.adapt(x, self.base_layer(x))
 
-    def adapt(self, x, y):
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """What becomes of the base's result y (..., out) for x (..., in); of y's dtype."""
         used = self.active_slot >= 0
         slot = ops.maximum(self.active_slot, 0)
@@ -67,7 +70,7 @@ class LoraDense(LateActivation, LowRankCell):
         y = ops.where(used, total.astype(y.dtype), y)
         return self.activate(y) if self.late_activation else y
 
-    def product(self, x, y, used, slot):
+    def product(self, x: Tensor, y: Tensor, used: Tensor, slot: Tensor) -> Tensor:
         """The base's result y, in float32, with the low-rank part of x added."""
         inputs = x if self.dropout is None else self.dropout(x)
         return y + low_rank(inputs, used, slot, self.down, self.up, self.scale)
@@ -78,15 +81,16 @@ class LoraLookup(LowRankCell):
 
     kind = "embedding"
 
-    def __init__(self, base_layer, path, active_slot, slots, max_rank, trainable=True):
+    def __init__(self, base_layer: nn.Cell, path: str, active_slot: Parameter, slots: int, max_rank: int,
+                 trainable: bool = True) -> None:
         super().__init__(base_layer, path)
         self.active_slot = active_slot
         self.max_rank = max_rank
-        vocab, hidden = sizes_of(base_layer)
+        vocab, hidden = leaf(base_layer).sizes()
         self.make_pair(("lora_embedding_A", "lora_embedding_B"), (slots, vocab, max_rank), (slots, hidden, max_rank),
                        trainable)
 
-    def construct(self, ids):
+    def construct(self, ids: Tensor) -> Tensor:
         """ids: (...) integers -> (..., hidden) of the base's dtype."""
         y = self.base_layer(ids)
         used = self.active_slot >= 0
@@ -96,7 +100,7 @@ class LoraLookup(LowRankCell):
         delta = ops.matmul(v, ops.transpose(up, (1, 0))).reshape(y.shape)
         return ops.where(used, (y.astype(ms.float32) + delta).astype(y.dtype), y)
 
-    def change(self, slot):
+    def change(self, slot: int) -> np.ndarray:
         """What a slot adds to the base weight, (vocab, hidden) float32."""
         return get(self.scale, slot) * (get(self.down, slot) @ get(self.up, slot).T)
 
@@ -104,7 +108,8 @@ class LoraLookup(LowRankCell):
 class SavedCell(SavedBase):
     """Any Cell from one tensor to one tensor, with a copy of the whole Cell for each slot (``modules_to_save``)."""
 
-    def __init__(self, base_layer, path, active_slot, slots, trainable=True):
+    def __init__(self, base_layer: nn.Cell, path: str, active_slot: Parameter, slots: int,
+                 trainable: bool = True) -> None:
         super().__init__(base_layer, path)
         self.active_slot = active_slot
         self.owned = stacked(f"{path}.saved_owned", (slots,), False, np.int32)
@@ -112,13 +117,14 @@ class SavedCell(SavedBase):
         copies = []
         for slot in range(slots):
             twin = copy.deepcopy(inner)
-            for name, parameter in leaf_parameters(twin).items():
+            for name, parameter in leaf(twin).leaf_parameters().items():
                 parameter.name = f"{path}.saved_{slot}.{name}"
                 parameter.requires_grad = trainable
             copies.append(twin)
         self.copies = nn.CellList(copies, auto_prefix=False)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
+        """As the base Cell is called."""
         y = self.base_layer(x)
         used = self.active_slot >= 0
         owned = ops.gather(self.owned, ops.maximum(self.active_slot, 0), 0) > 0
@@ -128,7 +134,7 @@ class SavedCell(SavedBase):
         return y
 
 
-def chosen(used, slot, down, up, scale):
+def chosen(used: Tensor, slot: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One slot of the stacked pair; zeros where no adapter is used, so that what slot 0 holds reaches no gradient."""
     down = ops.gather(down, slot, 0)
     up = ops.gather(up, slot, 0)
@@ -136,7 +142,7 @@ def chosen(used, slot, down, up, scale):
             ops.gather(scale, slot, 0))
 
 
-def low_rank(x, used, slot, down, up, scale):
+def low_rank(x: Tensor, used: Tensor, slot: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
     """scale * up (down x) of one slot, float32; x: (..., in) -> (..., out)."""
     down, up, scale = chosen(used, slot, down, up, scale)
     flat = x.reshape((-1, x.shape[-1])).astype(ms.float32)

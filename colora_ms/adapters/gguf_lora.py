@@ -12,13 +12,15 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any, Optional, Union
 
 import numpy as np
 
+from mindspore import nn
+
 from colora_ms.adapters.config_modules import modules_of_config
 from colora_ms.adapters.key_names import PREFIX
-from colora_ms.adapters.matching import DEFAULT_TARGETS
-from colora_ms.adapters.matching import plan as make_plan
+from colora_ms.adapters.matching import DEFAULT_TARGETS, Matched, match
 from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError
 from colora_ms.files import replacing
 from colora_ms.models.config import DecoderConfig
@@ -41,7 +43,7 @@ class GgufLoraFile:
         problems: sentences about what cannot be used.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Union[str, os.PathLike]) -> None:
         """
         Raises:
             AdapterError: not a GGUF file, damaged, or not a LoRA.
@@ -112,7 +114,7 @@ class GgufLoraFile:
         return ranks
 
     @staticmethod
-    def _as_config(ranks, alpha):
+    def _as_config(ranks: dict[str, int], alpha: float) -> dict[str, Any]:
         common = max(sorted(set(ranks.values())), key=list(ranks.values()).count, default=1)
         others = {module: rank for module, rank in ranks.items() if rank != common}
         return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": common, "target_modules": list(ranks),
@@ -120,7 +122,7 @@ class GgufLoraFile:
                 # alpha 0: the factor is 1, whatever the rank
                 "alpha_pattern": {} if alpha else {re.escape(name): r for name, r in others.items()}}
 
-    def fit(self, net):
+    def fit(self, net: nn.Cell) -> list[str]:
         """Prepare for a model: rows are put into its order. Returns what is wrong, as a list of sentences."""
         config = getattr(net, "config", None)
         if not isinstance(config, DecoderConfig):
@@ -131,11 +133,11 @@ class GgufLoraFile:
         self._heads = {module: interleaved_heads(config, module) for _, module, _, _ in self._source.values()}
         return []
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor as PEFT stores it."""
         return self.entries[name][1]
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """One tensor, float32, as PEFT stores it; the rows in llama.cpp's order before :meth:`fit`."""
         source, module, turned, is_up = self._source[name]
         value = self._file.read(source)
@@ -143,7 +145,7 @@ class GgufLoraFile:
             return np.ascontiguousarray(value.T)
         return restore_rows(value, self._heads[module]) if is_up and self._heads else value
 
-    def raw(self, name):
+    def raw(self, name: str) -> Any:
         """The stored bytes of a tensor, uint8."""
         return self._file.raw(self._source[name][0])
 
@@ -154,13 +156,16 @@ def _type_name(tensor):
     return GGMLQuantizationType(tensor.type).name
 
 
-def write_gguf_lora(path, config, plan, values, kind="F32", name=None):
+def write_gguf_lora(path: Union[str, os.PathLike], config: Any, matched: Matched,
+                    values: dict[tuple[str, str], dict[str, np.ndarray]], kind: str = "F32",
+                    name: Optional[str] = None) -> list[str]:
     """Write a LoRA as llama.cpp reads it; the file appears complete or not at all.
 
     Args:
         path: the file to make; it must not exist.
         config: ``DecoderConfig`` of the base model.
-        plan: the adapter's Plan on it; values: {(module name, "lora"): {"down", "up"}} float32, as ``handle.values()``.
+        matched: the adapter's Matched on it; values: {(module name, "lora"): {"down", "up"}} float32, as
+            ``handle.values()``.
         kind: type of the tensors, F32, F16, BF16, Q8_0 or Q4_0.
         name: ``general.name``; by default the file's name.
 
@@ -172,17 +177,18 @@ def write_gguf_lora(path, config, plan, values, kind="F32", name=None):
             the head of a tied model).
     """
     from gguf import GGUFWriter, Keys
+
     from colora_ms.models.gguf_writer import GGUF_TYPES, check_type, encode, stored_type
 
     path = os.path.abspath(os.fspath(path))
     check_type(kind)
-    _check_expressible(config, plan, values)
+    _check_expressible(config, matched, values)
     if os.path.lexists(path):
         raise AdapterError(f"{path} exists already; choose another name")
-    alpha, factors, notes = _one_alpha(plan)
+    alpha, factors, notes = _one_alpha(matched)
     record = family(config.model_type)
     tensors = {}
-    for module, target in plan.targets.items():
+    for module, target in matched.targets.items():
         down, up = values[module, "lora"]["down"], values[module, "lora"]["up"]
         if factors[module] != 1:
             with np.errstate(all="ignore"):
@@ -226,7 +232,8 @@ def write_gguf_lora(path, config, plan, values, kind="F32", name=None):
     return notes
 
 
-def convert_adapter(folder, path, base=None, kind="F32"):
+def convert_adapter(folder: Union[str, os.PathLike], path: Union[str, os.PathLike], base: Any = None,
+                    kind: str = "F32") -> list[str]:
     """Write an adapter folder as llama.cpp's LoRA file, or the reverse; no model is built.
 
     Args:
@@ -273,7 +280,7 @@ def convert_adapter(folder, path, base=None, kind="F32"):
                            "llama.cpp cannot add; merge it into the model instead: colora-ms merge MODEL ADAPTER "
                            "OUT.gguf")
     try:
-        plan = make_plan(stored.config, modules, list(DEFAULT_TARGETS))
+        matched = match(stored.config, modules, list(DEFAULT_TARGETS))
     except AdapterError as error:
         stored.refuse(stored.problems + problems + [str(error)], base)
 
@@ -282,24 +289,24 @@ def convert_adapter(folder, path, base=None, kind="F32"):
         return {key: checkpoint.tensors[f"{source}.{key}"] for key in modules[module].parameters}
 
     stored.problems += problems
-    values = stored.read(plan, modules, base_values, base)
+    values = stored.read(matched, modules, base_values, base)
     config = stored.config
     if getattr(config, "changes_base", False):
-        config, plan, values = as_plain_lora(config, plan, values,
-                                             starts_on(config, plan, lambda module: base_values(module)["weight"]))
+        config, matched, values = as_plain_lora(config, matched, values,
+                                             starts_on(config, matched, lambda module: base_values(module)["weight"]))
     if str(path).lower().endswith(".gguf"):
-        return write_gguf_lora(path, checkpoint.config, plan, values, kind, Path(folder).resolve().name)
+        return write_gguf_lora(path, checkpoint.config, matched, values, kind, Path(folder).resolve().name)
     if os.path.lexists(path):
         raise AdapterError(f"{path} exists already; choose another name")
     config.base_model_name_or_path = str(base)
-    write_adapter(path, config, plan, modules, values)
+    write_adapter(path, config, matched, modules, values)
     return []
 
 
-def _check_expressible(config, plan, values):
+def _check_expressible(config, matched, values):
     """Refuse what llama.cpp's LoRA has no tensors for; all reasons in one error."""
-    problems = [f"it trains {name} whole" for name in plan.saved[:3]]
-    problems += [f"it trains the bias of {name}" for name in plan.biases[:1]]
+    problems = [f"it trains {name} whole" for name in matched.saved[:3]]
+    problems += [f"it trains the bias of {name}" for name in matched.biases[:1]]
     fields = {field: path for (path, role), own in values.items() for field in own if role == "lora"}
     named = {"magnitude": "DoRA's magnitudes", "up_bias": "a bias on lora_B"}
     problems += [f"{fields[field]} has {what}" for field, what in named.items() if field in fields]
@@ -309,17 +316,17 @@ def _check_expressible(config, plan, values):
     if config.tie_word_embeddings:
         problems += [f"{name} is adapted, but the model's head is tied to its embedding, which llama.cpp keeps as "
                      "one matrix"
-                     for name in (_EMBEDDING, "lm_head") if name in plan.targets]
-    problems += [f"{name} has no name in llama.cpp" for name in plan.targets
+                     for name in (_EMBEDDING, "lm_head") if name in matched.targets]
+    problems += [f"{name} has no name in llama.cpp" for name in matched.targets
                  if gguf_module(name, family(config.model_type)) is None][:1]
     if problems:
         raise AdapterError("the adapter cannot be written as a LoRA of llama.cpp: " + "; ".join(problems)
                            + ". Merge it into the model instead: colora-ms merge MODEL ADAPTER OUT.gguf")
 
 
-def _one_alpha(plan):
+def _one_alpha(matched):
     """(the file's alpha, {module: factor of lora_b}, notes): llama.cpp has one alpha, divided by each tensor's rank."""
-    targets = plan.targets
+    targets = matched.targets
     alphas = [target.alpha for target in targets.values() if target.alpha]
     alpha = np.float32(max(sorted(set(alphas)), key=alphas.count) if alphas else 1)
     factors = {name: np.float32(target.scaling * target.r / float(alpha)) for name, target in targets.items()}

@@ -1,24 +1,27 @@
 """``Adapters``: the handle of a model's adapters. It keeps names and configs; what a graph sees are tensors only."""
 
 import copy
+import os
+from typing import Any, Iterable, Optional, Union
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.combine import combine
 from colora_ms.adapters.fitting import check_fits, stage
-from colora_ms.adapters.matching import places_of
-from colora_ms.adapters.merging import check_mergeable, not_finite
-from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
-from colora_ms.adapters.principal import as_plain_lora
-from colora_ms.adapters.registry import method, value_shapes
-from colora_ms.adapters.registry import plan as make_plan
+from colora_ms.adapters.matching import Matched, Module, places_of
+from colora_ms.adapters.merging import mergeable_places, not_finite
+from colora_ms.adapters.peft_format import StoredAdapter
+from colora_ms.adapters.registry import match, value_shapes
+from colora_ms.adapters.saving import save_adapter
+from colora_ms.adapters.slot_table import SlotTable
 from colora_ms.adapters.starting import ChangedBase, check_start, first_values
 from colora_ms.adapters.store import check_name
-from colora_ms.errors import AdapterError, near
+from colora_ms.errors import AdapterError
+from colora_ms.models.replacing import replace_cells
 
 #: Attribute of a model that holds its handle.
 HANDLE = "colora_adapters"
@@ -33,17 +36,17 @@ class Adapters:
     Attributes:
         net: the model; capacity: slots that it has; trainable: whether the adapters' Parameters require gradients.
         sites: {(module name, "lora", "saved" or "tokens"): adapter Cell}; peft_type: the method that the Cells are of.
-        cells: {module name: Cell} of the model before injection; modules: what is known of them; defaults: the modules that
-            a config without target_modules means.
+        cells: {module name: Cell} of the model before injection; modules: what is known of them; defaults: the modules
+            that a config without target_modules means.
+        slot_table: :class:`colora_ms.adapters.slot_table.SlotTable`, what each slot holds, a bank's slots too.
         active_slot: () int32 Parameter, the adapter of the Cells that take no row slots, -1 = none.
         frozen: [(Parameter of the model before injection, its requires_grad then)].
     """
 
-    def __init__(self, net, modules, defaults, capacity, trainable, seed, base_model):
-        self.net = net
-        self.modules = modules
-        self.capacity = capacity
-        self.trainable = trainable
+    def __init__(self, net: nn.Cell, modules: dict[str, Module], defaults: Optional[list], capacity: int,
+                 trainable: bool, seed: Optional[int], base_model: Optional[str]) -> None:
+        self.net, self.modules = net, modules
+        self.capacity, self.trainable = capacity, trainable
         self.base_model = base_model
         self.dropout = 0.0
         self.peft_type = "LORA"
@@ -53,7 +56,8 @@ class Adapters:
         self._seed = seed
         self.cells = tree.cells_by_name(net)
         self.frozen = [(parameter, parameter.requires_grad) for parameter in net.get_parameters()]
-        self._entries = {}  # name -> (slot, config, plan)
+        self.slot_table = SlotTable(capacity)
+        self._entries = {}  # name -> (config, matched)
         self._active = None
         self._enabled = True
         self._merged = None
@@ -62,48 +66,48 @@ class Adapters:
     # -- what there is ------------------------------------------------------------------------------------------------
 
     @property
-    def names(self):
+    def names(self) -> tuple[str, ...]:
         """Names of the adapters, in the order of their slots."""
-        return tuple(sorted(self._entries, key=lambda name: self._entries[name][0]))
+        return self.slot_table.names
 
     @property
-    def active(self):
+    def active(self) -> Optional[str]:
         """Name of the active adapter, or None (no adapter, or disabled)."""
         return self._active if self._enabled else None
 
     @property
-    def merged(self):
+    def merged(self) -> Optional[str]:
         """Name of the adapter that is merged into the base weights, or None."""
         return self._merged
 
     @property
-    def changed_base(self):
+    def changed_base(self) -> Optional[str]:
         """Name of the adapter that started from the base weights and changed them (PiSSA, OLoRA), or None."""
         return self._changed.name if self._changed else None
 
     @property
-    def seed(self):
+    def seed(self) -> int:
         """Seed of new adapters' initial values and of the masks of dropout."""
         return self._seed if self._seed is not None else ms.get_seed() or 0
 
     @property
-    def free_slots(self):
+    def free_slots(self) -> int:
         """How many more adapters fit."""
-        return self.capacity - len(self._entries)
+        return len(self.slot_table.free)
 
-    def slot(self, name):
+    def slot(self, name: str) -> int:
         """Slot number of an adapter."""
-        return self._entry(name)[0]
+        return self.slot_table.number(name)
 
-    def config(self, name=None):
+    def config(self, name: Optional[str] = None) -> Any:
         """LoraConfig of an adapter, by default the active one."""
         return self._entry(self._default(name))[1]
 
-    def plan(self, name=None):
-        """What an adapter changes in the model: :class:`colora_ms.adapters.matching.Plan`."""
+    def matched(self, name: Optional[str] = None) -> Matched:
+        """What an adapter changes in the model: :class:`colora_ms.adapters.matching.Matched`."""
         return self._entry(self._default(name))[2]
 
-    def slots(self, rows, name=None):
+    def slots(self, rows: int, name: Union[str, list, tuple, None] = None) -> Tensor:
         """The slot of each row, as the decoder takes it.
 
         Args:
@@ -119,9 +123,9 @@ class Adapters:
                 raise AdapterError(f"{len(name)} adapter names for {rows} rows; give one for each row")
             return Tensor(np.array([self._row_slot(one) for one in name], np.int32))
         one = self.active if name is None else name
-        return Tensor(np.full(rows, self._row_slot(one if one is not None else self._merged_or_base()), np.int32))
+        return Tensor(np.full(rows, self._row_slot(self._merged if one is None else one), np.int32))
 
-    def trainable_params(self, name=None):
+    def trainable_params(self, name: Optional[str] = None) -> list[Parameter]:
         """The Parameters that training an adapter (by default the active one) changes, in the order of the model.
 
         With more than one slot these are stacked Parameters, of which the other adapters' slots get zero gradients;
@@ -131,15 +135,15 @@ class Adapters:
             raise AdapterError("these adapters were loaded for inference; use trainable=True to train them")
         name = self._default(name)
         self._check_not_merged("train")
-        slot, _, plan = self._entry(name)
-        wanted = set(places_of(plan))
+        slot, _, matched = self._entry(name)
+        wanted = set(places_of(matched))
         found = [parameter for place, cell in self.sites.items() if place in wanted
                  for parameter in cell.parameters_of(slot)]
         return list({id(parameter): parameter for parameter in found}.values())
 
     # -- adding, choosing, removing -----------------------------------------------------------------------------------
 
-    def add_adapter(self, name, config):
+    def add_adapter(self, name: str, config: Any) -> None:
         """Start a new adapter in a free slot, with the config's initial values.
 
         Raises:
@@ -147,41 +151,35 @@ class Adapters:
                 ``inject`` made; nothing is changed.
         """
         self._check_new_name(name)
-        plan = make_plan(config, self.modules, self.defaults)
-        check_start(self, config, plan)
-        check_fits(self, config, plan)
-        values, changes = first_values(self, config, plan)
+        matched = match(config, self.modules, self.defaults)
+        check_start(self, config, matched)
+        check_fits(self, config, matched)
+        values, changes = first_values(self, config, matched)
         if changes:
             self._changed = ChangedBase(self, name, changes, values)
-        self.publish(name, config, plan, values)
+        self.publish(name, config, matched, values)
 
-    def add_weighted_adapter(self, names, weights, new_name, combination_type="svd", svd_rank=None, svd_clamp=None,
-                             density=None, majority_sign_method="total", seed=0):
+    def add_weighted_adapter(self, names: Iterable[str], weights: Iterable[float], new_name: str,
+                             combination_type: str = "svd", svd_rank: Optional[int] = None,
+                             svd_clamp: Optional[float] = None, density: Optional[float] = None,
+                             majority_sign_method: str = "total", seed: int = 0) -> None:
         """Combine adapters into a new one in a free slot; see :mod:`colora_ms.adapters.combine` for the ways to do it.
 
         Args:
-            names: of the adapters, all LoRA without DoRA, biases or modules saved whole.
-            weights: a number for each; negative ones subtract.
             new_name: of the new adapter; its scaling is 1.
-            combination_type: svd, cat, linear, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four
-                with ``_svd``, as in PEFT. With one adapter always linear.
-            svd_rank: rank of the new adapter where the type ends in svd; by default the largest of the adapters'.
-            svd_clamp: quantile at which the factors of a decomposition are cut off, or None.
-            density: share of the values to keep, for the types with ties, dare or prune.
-            majority_sign_method: how ties elects a sign: by the "total" of the values or their "frequency".
-            seed: of the random choices of dare.
+            The others as for :func:`colora_ms.adapters.combine.combine`.
 
         Raises:
             AdapterError: all that is wrong with the arguments, or the new adapter does not fit the Cells (``cat`` needs
                 ``max_rank`` as large as the sum of the ranks); nothing is changed.
         """
         self._check_new_name(new_name)
-        config, plan, values = combine(self, names, weights, combination_type, svd_rank, svd_clamp, density,
+        config, matched, values = combine(self, names, weights, combination_type, svd_rank, svd_clamp, density,
                                        majority_sign_method, seed)
-        check_fits(self, config, plan)
-        self.publish(new_name, config, plan, values)
+        check_fits(self, config, matched)
+        self.publish(new_name, config, matched, values)
 
-    def delete_adapter(self, name):
+    def delete_adapter(self, name: str) -> None:
         """Remove an adapter; its slot is free afterwards, and base weights that its start changed are restored."""
         slot = self.slot(name)
         self._check_not_merged("delete an adapter")
@@ -193,8 +191,9 @@ class Adapters:
         self._show_active()
         for cell in self.sites.values():
             cell.clear(slot)
+        self.slot_table.drop(name)
 
-    def set_adapter(self, name):
+    def set_adapter(self, name: str) -> None:
         """Make an adapter the active one (and enable adapters again)."""
         self._entry(name)
         if self._merged not in (None, name):
@@ -202,7 +201,7 @@ class Adapters:
         self._active, self._enabled = name, True
         self._show_active()
 
-    def disable_adapter(self):
+    def disable_adapter(self) -> '_Disabled':
         """Use the base model alone, until ``enable_adapter()``, or as a context manager until its end."""
         self._check_not_merged("disable it")
         self._check_base_unchanged("use the base model")
@@ -210,34 +209,28 @@ class Adapters:
         self._show_active()
         return _Disabled(self, before)
 
-    def enable_adapter(self):
+    def enable_adapter(self) -> None:
         """Use the active adapter again."""
         self._enabled = True
         self._show_active()
 
-    def unload(self):
+    def unload(self) -> None:
         """Take all adapter Cells out of the model; a merged adapter stays in its weights. The handle ends with it."""
+        self.slot_table.check_unleased("unload the adapters")
         if self._merged is None:
             self._restore_base()
-        names = tree.ParameterNames(self.net)
-        method(self.peft_type).remove(self.net)
-        for path in {path: None for path, _ in self.sites}:
-            cell = self.cells[path]
-            for role in ("lora", "saved"):
-                release = getattr(self.sites.get((path, role)), "release", None)
-                if release is not None:
-                    release()
-            tree.replace(self.net, path, cell)
-        names.restore()
+        for cell in self.sites.values():
+            cell.release()
+        replace_cells(self.net, {path: self.cells[path] for path, _ in self.sites})
         for parameter, flag in self.frozen:
             parameter.requires_grad = flag
         self.sites, self._entries, self._active = {}, {}, None
+        self.slot_table.clear()
         object.__setattr__(self.net, HANDLE, None)
-        tree.forget_graphs()
 
     # -- merging ------------------------------------------------------------------------------------------------------
 
-    def merge(self, name=None, safe_merge=False):
+    def merge(self, name: Optional[str] = None, safe_merge: bool = False) -> None:
         """Add an adapter to the base weights: in float32, rounded once to the weights' dtype.
 
         Args:
@@ -249,18 +242,10 @@ class Adapters:
                 (safe_merge) a value is not finite; the weights are as before.
         """
         name = self._default(name)
-        slot, config, plan = self._entry(name)
+        slot, config, matched = self._entry(name)
         self._check_not_merged("merge another")
-        reason = method(config.peft_type).why_not_merge(config)
-        if reason:
-            raise AdapterError(f"adapter {name!r} cannot be merged: {reason}")
-        # A tied module's weight is that of the module that it is tied to, which is merged once.
-        places = [place for place in self.sites if place in set(places_of(plan)) and not
-                  (place[0] in plan.ties and place[1] in ("saved", "tokens"))]
-        check_mergeable(self.net, self.cells, name, places, plan.ties)
-        reason = next(filter(None, (self.sites[place].why_not_merge(slot) for place in places)), "")
-        if reason:
-            raise AdapterError(f"adapter {name!r} cannot be merged: {reason}; use it unmerged")
+        self.slot_table.check_unleased("merge an adapter")
+        places = mergeable_places(self, name, slot, config, matched)
         for place in places:
             self.sites[place].merge(slot)
         self._merged = name
@@ -273,7 +258,7 @@ class Adapters:
                 raise AdapterError(f"merging adapter {name!r} gives values that are not finite in {len(bad)} modules, "
                                    f"{bad[0]!r} first; the weights are as before")
 
-    def unmerge(self):
+    def unmerge(self) -> None:
         """Restore the base weights from the kept copies, bit for bit."""
         if self._merged is None:
             raise AdapterError("no adapter is merged")
@@ -284,7 +269,8 @@ class Adapters:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save(self, folder, name=None, layout=None, as_lora=False):
+    def save(self, folder: Union[str, os.PathLike], name: Optional[str] = None, layout: Optional[str] = None,
+             as_lora: bool = False) -> None:
         """Write an adapter (by default the active one) as a PEFT folder, whole or not at all.
 
         Args:
@@ -296,28 +282,16 @@ class Adapters:
         Raises:
             AdapterError: a value is not finite, or the folder cannot be written.
         """
-        if layout not in (None, "peft"):
-            raise AdapterError(f"layout is {layout!r}, expected None or 'peft'")
-        _, config, plan = self._entry(self._default(name))
-        if self.base_model and not config.base_model_name_or_path:
-            config.base_model_name_or_path = str(self.base_model)
-        values = self.values(name)
-        if self._changed and as_lora:
-            config, plan, values = as_plain_lora(config, plan, values, self._changed.starts)
-        elif self._changed and config.pissa_iterations is not None:
-            raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} starts from random numbers that a PEFT folder "
-                               "does not hold; save it with as_lora=True")
-        if layout == "peft":
-            config = method(config.peft_type).peft_config(config, plan, self.modules)
-        write_adapter(folder, config, plan, self.modules, values, copies=layout == "peft")
+        _, config, matched = self._entry(self._default(name))
+        save_adapter(folder, self, config, matched, self.values(name), self._changed, layout, as_lora)
 
-    def values(self, name=None):
+    def values(self, name: Optional[str] = None) -> dict[tuple[str, str], dict[str, np.ndarray]]:
         """{(module name, role): {field: float32 array}} of an adapter, by default the active one."""
-        slot, config, plan = self._entry(self._default(name))
+        slot, config, matched = self._entry(self._default(name))
         return {place: self.sites[place].read(slot, shapes)
-                for place, shapes in value_shapes(config, plan, self.modules).items()}
+                for place, shapes in value_shapes(config, matched, self.modules).items()}
 
-    def load(self, folder, name, replace=False):
+    def load(self, folder: Union[str, os.PathLike], name: str, replace: bool = False) -> None:
         """Load a PEFT folder into a free slot (or, with ``replace``, into the slot of the adapter of that name).
 
         The folder is read and checked in full before anything changes.
@@ -331,23 +305,31 @@ class Adapters:
         else:
             self._check_not_merged("replace one")
         stored = StoredAdapter(folder)
-        plan, values = stage(self, stored)
-        check_fits(self, stored.config, plan)
-        self.publish(name, stored.config, plan, values)
+        matched, values = stage(self, stored)
+        check_fits(self, stored.config, matched)
+        self.publish(name, stored.config, matched, values)
 
-    def publish(self, name, config, plan, values):
+    def publish(self, name: str, config: Any, matched: Matched,
+                values: dict[tuple[str, str], dict[str, np.ndarray]]) -> None:
         """Put checked values into a slot and give them a name; cannot fail any more."""
-        slot = self._entries[name][0] if name in self._entries else self._free_slot()
-        self.write_slot(slot, plan, values)
-        self._entries[name] = (slot, copy.deepcopy(config), plan)
+        self._write(self.slot_table.take(name), matched, values)
+        self._entries[name] = (copy.deepcopy(config), matched)
 
-    def write_slot(self, slot, plan, values):
-        """Put checked values into a slot, whatever it holds, without a name: for those who keep account of slots."""
+    def write_slot(self, slot: int, matched: Matched, values: dict[tuple[str, str], dict[str, np.ndarray]]) -> None:
+        """Put checked values into a slot that ``slot_table.place`` gave away and nobody leases yet.
+
+        Raises:
+            AdapterError: the slot is free, has a name, or is leased.
+        """
+        self.slot_table.check_placed(slot)
+        self._write(slot, matched, values)
+
+    def _write(self, slot, matched, values):
         for (path, role), cell in self.sites.items():
-            target = plan.targets.get(path)
+            target = matched.targets.get(path)
             own = values.get((path, role), {})
             if role == "tokens" and own:
-                own = {**own, "ids": plan.tokens[path]}
+                own = {**own, "ids": matched.tokens[path]}
             cell.write(slot, own, target.scaling if target else 0.0)
 
     # -- checks -------------------------------------------------------------------------------------------------------
@@ -358,12 +340,13 @@ class Adapters:
             raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
         self._check_not_merged("add one")
         self._check_base_unchanged("add another")
-        self._free_slot()
+        self.slot_table.check_free()
 
     def _check_base_unchanged(self, what):
         if self._changed:
-            raise AdapterError(f"adapter {self._changed.name!r} started from the base weights and changed them, so that you "
-                               f"cannot {what} now; save it with as_lora=True and load that into an untouched model")
+            raise AdapterError(f"adapter {self._changed.name!r} started from the base weights and changed them, so "
+                               f"that you cannot {what} now; save it with as_lora=True and load that into an untouched "
+                               "model")
 
     def _check_not_merged(self, what):
         if self._merged is not None:
@@ -373,27 +356,13 @@ class Adapters:
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def _entry(self, name):
-        if name not in self._entries:
-            have = f"there are: {', '.join(self.names)}" if self._entries else "there is none"
-            raise AdapterError(f"there is no adapter {name!r:.80}; {have}." + near(name, self._entries))
-        return self._entries[name]
+        return (self.slot_table.number(name), *self._entries[name])
 
     def _default(self, name):
         name = self._active if name is None else name
         if name is None:
             raise AdapterError("no adapter is active; name one")
         return name
-
-    def _free_slot(self):
-        taken = {slot for slot, _, _ in self._entries.values()}
-        free = [slot for slot in range(self.capacity) if slot not in taken]
-        if not free:
-            raise AdapterError(f"no slot is free: the model has {self.capacity} and holds {', '.join(self.names)}; delete "
-                               "an adapter, or inject with slots=... large enough")
-        return free[0]
-
-    def _merged_or_base(self):
-        return self._merged if self._merged is not None else BASE
 
     def _row_slot(self, name):
         if name is None or name == BASE:

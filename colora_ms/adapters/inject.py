@@ -1,12 +1,15 @@
 """Putting adapters into a model: ``inject`` replaces Cells in place, ``load_adapter`` does it from a folder."""
 
 import dataclasses
+import os
 import warnings
 from pathlib import Path
+from typing import Any, Optional, Union
 
 import numpy as np
 
 import mindspore as ms
+from mindspore import nn
 
 from colora_ms.adapters import tree, vocabulary
 from colora_ms.adapters.cells import AdapterCell
@@ -18,21 +21,22 @@ from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
 from colora_ms.adapters.lora_over_low_rank import LoraOverLowRank
-from colora_ms.adapters.matching import widest
+from colora_ms.adapters.matching import Matched, Module, widest
+from colora_ms.adapters.outside import leaf, load_integrations
 from colora_ms.adapters.peft_format import StoredAdapter
-from colora_ms.adapters.registry import METHODS, Site, method
-from colora_ms.adapters.registry import plan as make_plan
+from colora_ms.adapters.registry import METHODS, Site, match, method
 from colora_ms.adapters.saved import SavedModule
 from colora_ms.adapters.starting import check_start
 from colora_ms.adapters.store import check_name
 from colora_ms.adapters.tokens import TokenEmbedding, TokenHead
 from colora_ms.errors import AdapterError, near
-from colora_ms.models.layers import Embedding, Linear
 from colora_ms.models.low_rank import LowRankLinear
+from colora_ms.models.replacing import check_names, replace_cells
 
 
-def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, reserve=None, trainable=True, seed=None,
-           base_model=None, adapter_format="float32"):
+def inject(net: nn.Cell, config: Any = None, adapter_name: str = "default", slots: int = 1,
+           max_rank: Optional[int] = None, reserve: Any = None, trainable: bool = True, seed: Optional[int] = None,
+           base_model: Optional[str] = None, adapter_format: str = "float32") -> Adapters:
     """Put adapters into a model, in place. All parameters of the model are frozen and keep their names.
 
     New Parameters are called as on disk, without the prefix: ``<module>.lora_A`` (slots, r, in), ``<module>.lora_B``
@@ -41,17 +45,17 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     Args:
         net: a :class:`colora_ms.models.decoder.Decoder`, or any Cell tree with ``nn.Dense``, ``mint.nn.Linear``,
             embedding Cells, or those of mindformers.
-        config: LoraConfig (or another method's) of the first adapter, which becomes active; None for an empty bank (then
-            give ``reserve``).
+        config: LoraConfig (or another method's) of the first adapter, which becomes active; None for an empty bank
+            (then give ``reserve``).
         adapter_name: name of that adapter, ``[A-Za-z0-9._-]{1,64}``.
         slots: adapters that the model can hold at a time. A trained adapter needs no more than one.
         max_rank: largest rank of any adapter; by default what ``config`` (or ``reserve``) needs, module by module.
         reserve: modules that later adapters may use beside those of ``config``: a config of its kind (its targets,
-            rank, modules_to_save and bias), or just its ``target_modules``. Cells are made now, so that adding an adapter
-            later compiles nothing.
+            rank, modules_to_save and bias), or just its ``target_modules``. Cells are made now, so that adding an
+            adapter later compiles nothing.
         trainable: whether the adapter's Parameters require gradients.
-        seed: of the initial values and the masks of dropout; by default ``mindspore.get_seed()``, or 0. Each module has its
-            own stream.
+        seed: of the initial values and the masks of dropout; by default ``mindspore.get_seed()``, or 0. Each module has
+            its own stream.
         base_model: the base model's name or folder, kept in saved configs and used in messages.
         adapter_format: "float32", or "bfloat16" for adapters that only serve: the pairs of plain linears of the Decoder
             are rounded to nearest and take half the memory, and half the time to read; exact if the adapter was stored
@@ -73,30 +77,32 @@ def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, res
     _check_slots(slots, 1)
     dtype = _pair_dtype(adapter_format, trainable)
     modules, defaults = modules_of(net), tree.default_targets(net)
-    plans = [make_plan(config, modules, defaults)] if config is not None else []
-    plans += _reserved(reserve, [] if config is None else [config], max_rank, modules, defaults)
+    matches = [match(config, modules, defaults)] if config is not None else []
+    matches += _reserved(reserve, [] if config is None else [config], max_rank, modules, defaults)
     handle = Adapters(net, modules, defaults, slots, trainable, seed, base_model)
     handle.dropout = config.lora_dropout if config is not None else getattr(reserve, "lora_dropout", 0.0)
     if config is not None:
-        check_start(handle, config, plans[0])
+        check_start(handle, config, matches[0])
     first = config if config is not None else reserve
-    _replace(net, handle, plans, getattr(first, "peft_type", "LORA"), max_rank, dtype)
+    _replace(net, handle, matches, getattr(first, "peft_type", "LORA"), max_rank, dtype)
     if config is not None:
         handle.add_adapter(adapter_name, config)
         handle.set_adapter(adapter_name)
     return handle
 
 
-def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None,
-                 adapter_format="float32", seed=None):
+def load_adapter(net: nn.Cell, folder: Union[str, os.PathLike], name: Optional[str] = None, slots: Optional[int] = None,
+                 max_rank: Optional[int] = None, reserve: Any = None, trainable: bool = False,
+                 base_model: Optional[str] = None, adapter_format: str = "float32",
+                 seed: Optional[int] = None) -> Adapters:
     """Load a PEFT adapter folder into a model, which gets its adapter Cells first if it has none.
 
     Args:
         net: the model; if it has adapters already, the folder's adapter takes a free slot beside them.
         folder: a folder with adapter_config.json and adapter_model.safetensors, or a LoRA of llama.cpp (a GGUF file).
         name: the adapter's name; by default the folder's.
-        slots, max_rank, reserve, trainable, base_model, adapter_format, seed: as in :func:`inject`; used if the model has
-            no adapters yet.
+        slots, max_rank, reserve, trainable, base_model, adapter_format, seed: as in :func:`inject`; used if the model
+            has no adapters yet.
 
     Returns:
         The :class:`colora_ms.adapters.Adapters` handle; the adapter is the active one.
@@ -110,8 +116,10 @@ def load_adapter(net, folder, name=None, slots=None, max_rank=None, reserve=None
     return handle
 
 
-def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainable=False, base_model=None,
-                  adapter_format="float32", seed=None):
+def load_adapters(net: nn.Cell, folders: dict[str, Union[str, os.PathLike]], slots: Optional[int] = None,
+                  max_rank: Optional[int] = None, reserve: Any = None, trainable: bool = False,
+                  base_model: Optional[str] = None, adapter_format: str = "float32",
+                  seed: Optional[int] = None) -> Adapters:
     """Load several PEFT adapter folders into a model; its Cells get room for all of them.
 
     Args:
@@ -144,31 +152,31 @@ def load_adapters(net, folders, slots=None, max_rank=None, reserve=None, trainab
     loaded = []
     for name, stored in opened.items():
         is_larger = growth is not None and name in growth.names
-        plan, values = stage(handle if is_larger else plain, stored)
-        loaded.append((name, stored.config, plan, values if is_larger or not growth else growth.widen(values)))
+        matched, values = stage(handle if is_larger else plain, stored)
+        loaded.append((name, stored.config, matched, values if is_larger or not growth else growth.widen(values)))
     configs = [config for _, config, _, _ in loaded]
     _check_together(configs, trainable)
     handle.dropout = configs[0].lora_dropout if trainable else 0.0
-    plans = [plan for _, _, plan, _ in loaded] + _reserved(reserve, configs, max_rank, modules, defaults)
+    matches = [matched for _, _, matched, _ in loaded] + _reserved(reserve, configs, max_rank, modules, defaults)
     if growth:
-        check_plans(plans, handle, max_rank)
+        check_matches(matches, handle, max_rank)
         growth.apply()
         handle = Adapters(net, growth.modules, defaults, slots, trainable, seed, base_model)
         handle.dropout = configs[0].lora_dropout if trainable else 0.0
-    _replace(net, handle, plans, configs[0].peft_type, max_rank, dtype)
-    for name, config, plan, values in loaded:
-        handle.publish(name, config, plan, values)
+    _replace(net, handle, matches, configs[0].peft_type, max_rank, dtype)
+    for name, config, matched, values in loaded:
+        handle.publish(name, config, matched, values)
     return handle
 
 
-def adapters_of(net):
+def adapters_of(net: nn.Cell) -> Optional[Adapters]:
     """The handle of a model's adapters, or None."""
     return getattr(net, HANDLE, None)
 
 
-def modules_of(net):
+def modules_of(net: nn.Cell) -> dict[str, Module]:
     """{name: Module} of a model without adapters."""
-    tree.load_integrations(net)
+    load_integrations(net)
     cells = tree.cells_by_name(net)
     ties = tree.tied_to(cells)
     return {name: dataclasses.replace(tree.module_of(name, cell), tied_to=ties.get(name, ""))
@@ -191,12 +199,12 @@ def _check_together(configs, trainable):
         raise AdapterError(f"adapters of different methods cannot share a model: {', '.join(sorted(kinds))}")
     rates = sorted({config.lora_dropout for config in configs})
     if trainable and len(rates) > 1:
-        raise AdapterError(f"adapters with different lora_dropout ({', '.join(map(str, rates))}) cannot be trained in one "
-                           "model; load them one at a time")
+        raise AdapterError(f"adapters with different lora_dropout ({', '.join(map(str, rates))}) cannot be trained in "
+                           "one model; load them one at a time")
 
 
 def _reserved(reserve, configs, max_rank, modules, defaults):
-    """The plan of the modules that later adapters may use, in a list (empty without ``reserve``)."""
+    """What is matched of the modules that later adapters may use, in a list (empty without ``reserve``)."""
     if reserve is None:
         return []
     if not isinstance(reserve, tuple(method_.config for method_ in METHODS.values())):
@@ -209,7 +217,7 @@ def _reserved(reserve, configs, max_rank, modules, defaults):
     if configs and reserve.peft_type != configs[0].peft_type:
         raise AdapterError(f"reserve is for {reserve.peft_type} adapters, the adapter is of the method "
                            f"{configs[0].peft_type}; the Cells of a model are of one method")
-    return [make_plan(reserve, modules, defaults)]
+    return [match(reserve, modules, defaults)]
 
 
 def _pair_dtype(adapter_format, trainable):
@@ -219,74 +227,67 @@ def _pair_dtype(adapter_format, trainable):
         raise AdapterError(f"adapter_format is {adapter_format!r:.40}, expected one of {', '.join(formats)}."
                            + near(adapter_format, formats))
     if trainable and adapter_format != "float32":
-        raise AdapterError(f"adapter_format={adapter_format!r} is for adapters that only serve; train in float32, or give "
-                           "trainable=False")
+        raise AdapterError(f"adapter_format={adapter_format!r} is for adapters that only serve; train in float32, or "
+                           "give trainable=False")
     return formats[adapter_format]
 
 
-def _replace(net, handle, plans, peft_type, max_rank, dtype):
-    """Freeze the model and put the adapter Cells of all plans into it; checks come before the first change."""
-    check_plans(plans, handle, max_rank)
-    names = tree.ParameterNames(net)
+def _replace(net, handle, matches, peft_type, max_rank, dtype):
+    """Freeze the model and put the adapter Cells of all matches into it; checks come before the first change."""
+    check_matches(matches, handle, max_rank)
     cells = tree.cells_by_name(net)
-    wrap, shared = method(peft_type).wrap, {}
+    wrap, shared, made = method(peft_type).wrap, {}, {}
     handle.peft_type = peft_type
     for parameter in net.get_parameters():
         parameter.requires_grad = False
     for path, module in handle.modules.items():
-        targets = [plan.targets[path] for plan in plans if path in plan.targets]
+        targets = [matched.targets[path] for matched in matches if path in matched.targets]
         target = widest(targets)
         rank = target.r if target else 0
-        bias = any(path in plan.biases for plan in plans)
+        bias = any(path in matched.biases for matched in matches)
         cell = cells[path]
         if rank or bias:
             rank = max_rank if rank and max_rank else rank
-            site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot, target, shared,
-                        handle.seed, dtype)
+            site = Site(handle.capacity, rank, handle.dropout, bias, handle.trainable, handle.active_slot, target,
+                        shared, handle.seed, dtype)
             cell = handle.sites[path, "lora"] = wrap(cell, path, site)
-        if any(path in plan.saved for plan in plans):
-            cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle, plans)
-        count = max((len(plan.tokens[path]) for plan in plans if path in plan.tokens), default=0)
+        if any(path in matched.saved for matched in matches):
+            cell = handle.sites[path, "saved"] = _wrap_saved(cell, path, module, handle, matches)
+        count = max((len(matched.tokens[path]) for matched in matches if path in matched.tokens), default=0)
         if count:
-            cell = handle.sites[path, "tokens"] = _wrap_tokens(cell, path, module, handle, plans, count)
+            cell = handle.sites[path, "tokens"] = _wrap_tokens(cell, path, module, handle, matches, count)
         if cell is not cells[path]:
-            fresh = [(parameter, parameter.name) for parameter in cell.get_parameters()
-                     if not any(parameter is old for old in cells[path].get_parameters())]
-            tree.replace(net, path, cell)
-            for parameter, name in fresh:
-                parameter.name = name
-    method(peft_type).install(net, shared)
-    names.restore()
-    handle.active_slot.name = "adapters.active_slot"
+            made[path] = cell
+    replace_cells(net, made)
     object.__setattr__(net, HANDLE, handle)
-    tree.forget_graphs()
 
 
-def check_plans(plans, handle, max_rank):
-    """Refuse plans that cannot become Cells of the model; changes nothing."""
-    needed = max((target.r for plan in plans for target in plan.targets.values()), default=0)
+def check_matches(matches: list[Matched], handle: Adapters, max_rank: Optional[int]) -> None:
+    """Refuse matches that cannot become Cells of the model; changes nothing."""
+    needed = max((target.r for matched in matches for target in matched.targets.values()), default=0)
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < needed):
         raise AdapterError(f"max_rank is {max_rank!r}, but an adapter here has rank {needed}")
-    check_plain(plans, handle.cells)
-    _check_tokens(plans, handle.cells)
+    check_plain(matches, handle.cells)
+    _check_tokens(matches, handle.cells)
     if handle.trainable:
-        _check_ties(plans)
-    tree.ParameterNames(handle.net)
+        _check_ties(matches)
+    check_names(handle.net)
 
 
-def check_plain(plans, cells):
+def check_plain(matches: list[Matched], cells: dict[str, nn.Cell]) -> None:
     """Refuse DoRA and a bias on lora_B on linears that are not plain ones (decomposed, or of other libraries)."""
-    odd = [path for plan in plans for path, target in plan.targets.items()
-           if (getattr(target, "dora", False) or getattr(target, "up_bias", False)) and not tree.is_plain_linear(cells[path])]
+    odd = [path for matched in matches for path, target in matched.targets.items()
+           if (getattr(target, "dora", False) or getattr(target, "up_bias", False)) and not leaf(cells[path]).plain]
     if odd:
-        raise AdapterError(f"use_dora and lora_bias are for plain linears; {odd[0]} is a {type(cells[odd[0]]).__name__} "
-                           f"({len(odd)} such modules)")
+        raise AdapterError(f"use_dora and lora_bias are for plain linears; {odd[0]} is a "
+                           f"{type(cells[odd[0]]).__name__} ({len(odd)} such modules)")
 
 
-def wrap_lora(cell, path, site):
+def wrap_lora(cell: nn.Cell, path: str, site: Site) -> nn.Cell:
     """The LoRA Cell for a base Cell (``Method.wrap``); see :class:`colora_ms.adapters.registry.Site`."""
-    if tree.kind_of(cell) == "embedding":
-        if tree.takes_slots(cell):
+    face = leaf(cell)
+    if face.kind == "embedding":
+        if face.takes_rows:
             return LoraEmbedding(cell, path, site.slots, site.max_rank, site.trainable)
         return LoraLookup(cell, path, site.active_slot, site.slots, site.max_rank, site.trainable)
     dropout = Dropout(site.dropout, site.seed, path) if site.dropout and site.max_rank else None
@@ -294,11 +295,11 @@ def wrap_lora(cell, path, site):
     if isinstance(cell, LowRankLinear):
         return LoraOverLowRank(cell, path, *rest)
     dora, up_bias = (site.target.dora, site.target.up_bias) if site.target else (False, False)
-    if tree.takes_slots(cell):
+    if face.takes_rows:
         if dora:
             return DoraLinear(cell, path, *rest, up_bias)
         return LoraLinear(cell, path, *rest, up_bias, site.dtype)
-    kind = tree.traits_of(cell).adapted(DoraDense if dora else LoraDense, cell)
+    kind = face.adapted(DoraDense if dora else LoraDense)
     return kind(cell, path, site.active_slot, *rest, up_bias)
 
 
@@ -327,41 +328,42 @@ def _growth(net, modules, opened, base_model):
     return growth
 
 
-def _check_tokens(plans, cells):
+def _check_tokens(matches, cells):
     """Refuse rows of single tokens on Cells that are not the decoder's own."""
-    odd = [path for plan in plans for path in plan.tokens if not isinstance(cells[path], (Linear, Embedding))]
+    odd = [path for matched in matches for path in matched.tokens
+           if not (leaf(cells[path]).takes_rows and leaf(cells[path]).plain)]
     if odd:
         raise AdapterError("trainable_token_indices is for the embedding and the head of colora_ms's decoder; "
                            f"{odd[0]} is a {type(cells[odd[0]]).__name__}")
 
 
-def _check_ties(plans):
+def _check_ties(matches):
     """Refuse to train adapters together of which one ties a head to its embedding's copy and another does not."""
     for role in ("saved", "tokens"):
-        for path in {path for plan in plans for path in getattr(plan, role)}:
-            if len({plan.ties.get(path) for plan in plans if path in getattr(plan, role)}) > 1:
-                raise AdapterError(f"{path} is tied in some of these adapters and not in others, so that they cannot be "
-                                   "trained in one model; load them one at a time")
+        for path in {path for matched in matches for path in getattr(matched, role)}:
+            if len({matched.ties.get(path) for matched in matches if path in getattr(matched, role)}) > 1:
+                raise AdapterError(f"{path} is tied in some of these adapters and not in others, so that they cannot "
+                                   "be trained in one model; load them one at a time")
 
 
-def _source_of(path, role, handle, plans):
-    """The Cell whose Parameters a tied one shares: in training, where both must stay equal; otherwise None, each slot has
-    values of its own, and adapters that are tied and others can be mixed."""
-    ties = {plan.ties[path] for plan in plans if path in plan.ties and path in getattr(plan, role)}
+def _source_of(path, role, handle, matches):
+    """The Cell whose Parameters a tied one shares: in training, where both must stay equal; otherwise None, each slot
+    has values of its own, and adapters that are tied and others can be mixed."""
+    ties = {matched.ties[path] for matched in matches if path in matched.ties and path in getattr(matched, role)}
     return handle.sites[ties.pop(), role] if handle.trainable and ties else None
 
 
-def _wrap_saved(cell, path, module, handle, plans):
+def _wrap_saved(cell, path, module, handle, matches):
     inner = cell.base_layer if isinstance(cell, AdapterCell) else cell
-    source = _source_of(path, "saved", handle, plans)
-    if tree.takes_slots(inner):
+    source = _source_of(path, "saved", handle, matches)
+    if leaf(inner).takes_rows:
         return SavedModule(cell, path, handle.capacity, module.parameters, handle.trainable, source)
     if source is not None:
         raise AdapterError(f"ensure_weight_tying is for colora_ms's decoder; {path} is a {type(inner).__name__}")
     return SavedCell(cell, path, handle.active_slot, handle.capacity, handle.trainable)
 
 
-def _wrap_tokens(cell, path, module, handle, plans, count):
+def _wrap_tokens(cell, path, module, handle, matches, count):
     kind = TokenEmbedding if module.kind == "embedding" else TokenHead
     return kind(cell, path, handle.capacity, count, module.parameters["weight"], handle.trainable,
-                _source_of(path, "tokens", handle, plans))
+                _source_of(path, "tokens", handle, matches))

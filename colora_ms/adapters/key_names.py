@@ -5,6 +5,9 @@ PEFT keeps ``q_proj.lora_A.default.weight`` in memory and writes ``q_proj.lora_A
 """
 
 import re
+from typing import Any, Optional
+
+import numpy as np
 
 PREFIX = "base_model.model."
 
@@ -19,7 +22,7 @@ _NAMED = (
 _PLAIN_MAGNITUDE = re.compile(r"(.+\.lora_magnitude_vector)\.weight")
 
 
-def plain_names(names):
+def plain_names(names: list[str]) -> tuple[dict[str, str], Optional[str]]:
     """{plain name: name in the file} of an adapter's tensors.
 
     The adapter's name is taken out where it is the same in all tensors that have one and nothing collides; otherwise
@@ -51,18 +54,18 @@ class PlainFile:
         file: the file; names: {name here: name in the file}.
     """
 
-    def __init__(self, file, names):
+    def __init__(self, file: Any, names: dict[str, str]) -> None:
         self.file, self.names = file, names
         self.entries = {name: file.entries[own] for name, own in names.items()}
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, a tuple of ints."""
         return self.entries[name][1]
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """One tensor as float32; see ``SafetensorsFile.read``."""
         return self.file.read(self.names[name])
 
-    def raw(self, name):
+    def raw(self, name: str) -> Any:
         """The bytes of a tensor, uint8 (n,)."""
         return self.file.raw(self.names[name])

@@ -6,20 +6,21 @@ shares by the entry of ``target_modules``.
 """
 
 from dataclasses import dataclass, fields
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from colora_ms.adapters.config import MAX_RANK, LoraConfig
 from colora_ms.adapters.peft_config import PeftConfig
 from colora_ms.errors import AdapterError, near
 
-#: What the router's weights are averaged over before the experts are mixed; "static" weights do not depend on the input.
+#: What the router's weights are averaged over before the experts are mixed; "static" weights do not depend on the
+#: input.
 POOLS = ("token", "sequence", "batch", "static")
 
 #: "code": softmax of each token's logits, then the mean. "paper": softmax of the summed logits.
 FORMS = ("code", "paper")
 
-#: Which modules share: "type" those with the same last part of the name; "entry" (PEFT's rule) those that the same entry
-#: of target_modules matches and that have the same shape.
+#: Which modules share: "type" those with the same last part of the name; "entry" (PEFT's rule) those that the same
+#: entry of target_modules matches and that have the same shape.
 SHARES = ("type", "entry")
 
 #: Keys of PEFT's adapter_config.json that change nothing that is computed here.
@@ -87,13 +88,13 @@ class LilyConfig(PeftConfig):
     #: The authors' code defines a dropout and never calls it; PEFT dropped the option, and so do we.
     lora_dropout = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.make_lists()
         problems = self.problems()
         if problems:
             raise AdapterError("this Lily config cannot be used: " + "; ".join(problems))
 
-    def problems(self):
+    def problems(self) -> list[str]:
         """All that is wrong with the values, as a list of sentences (empty when the config can be used)."""
         found = []
         for name, least, most in (("r", 1, MAX_RANK), ("stride_A", 1, MAX_RANK), ("num_B", 2, MAX_EXPERTS)):
@@ -118,14 +119,14 @@ class LilyConfig(PeftConfig):
             found.append(str(error).removeprefix("this LoRA config cannot be used: "))
         return found
 
-    def targets_of(self):
+    def targets_of(self) -> LoraConfig:
         """A LoraConfig with the same modules, which is how they are matched."""
         return LoraConfig(r=1, target_modules=self.target_modules, exclude_modules=self.exclude_modules,
                           modules_to_save=self.modules_to_save, layers_to_transform=self.layers_to_transform,
                           layers_pattern=self.layers_pattern)
 
     @classmethod
-    def parse_peft(cls, values):
+    def parse_peft(cls, values: Any) -> tuple[Optional['LilyConfig'], list[str]]:
         """Read an ``adapter_config.json`` without raising.
 
         A file without ``router_pool`` and ``share`` is PEFT's, and means what PEFT computes: "batch" and "entry".

@@ -1,14 +1,18 @@
 """Which expert of a Lily adapter serves what: the router's weights, counted while a model reads texts."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Iterable, Optional
 
 import numpy as np
 
 from mindspore import Parameter, Tensor, nn
 
 from colora_ms import runtime
-from colora_ms.adapters import lily_lengths, tree
 from colora_ms.errors import AdapterError
+from colora_ms.models.replacing import forget_graphs
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ExpertUse:
     tokens: int
 
     @property
-    def effective(self):
+    def effective(self) -> float:
         """exp of the mean weights' entropy: from 1 (one expert serves all) to the number of experts (all alike)."""
         return float(np.exp(-(self.mean * np.log(np.maximum(self.mean, 1e-30))).sum()))
 
@@ -46,7 +50,8 @@ class _Hidden(nn.Cell):
         return self.decoder.hidden(ids, lengths, slots)
 
 
-def expert_use(handle, sequences, name=None, rows=8, multiple=16):
+def expert_use(handle: 'Adapters', sequences: Iterable, name: Optional[str] = None, rows: int = 8,
+               multiple: int = 16) -> list[ExpertUse]:
     """How a Lily adapter's routers weigh the experts, module by module.
 
     Args:
@@ -61,15 +66,15 @@ def expert_use(handle, sequences, name=None, rows=8, multiple=16):
     Raises:
         AdapterError: no Lily adapter, another model's Cells, no token, or a sequence longer than the model's context.
     """
-    config, plan = handle.config(name), handle.plan(name)
+    config, matched = handle.config(name), handle.matched(name)
     slot = handle.slot(name if name is not None else handle.active)
     if config.peft_type != "LILY":
         raise AdapterError(f"an adapter of the method {config.peft_type} has no router; expert use is Lily's")
-    cells = {path: handle.sites[path, "lora"] for path in plan.targets}
+    cells = {path: handle.sites[path, "lora"] for path in matched.targets}
     if config.router_pool == "static":
         weights = {path: cell.static_weights(slot) for path, cell in cells.items()}
         return [ExpertUse(path, target.group, target.block, weights[path], _one_hot(weights[path]), 0)
-                for path, target in plan.targets.items()]
+                for path, target in matched.targets.items()]
     limit = getattr(handle.net, "max_positions", None)
     if limit is None:
         raise AdapterError("expert use is counted on this package's decoders only")
@@ -80,7 +85,7 @@ def expert_use(handle, sequences, name=None, rows=8, multiple=16):
     if longest > limit:
         raise AdapterError(f"a text has {longest} tokens, the model's context is {limit}")
     width = min(-(-longest // multiple) * multiple, limit)
-    counts = _begin(handle, cells)
+    counts = _begin(cells)
     try:
         net = _Hidden(handle.net).set_train(False)
         for begin in range(0, len(sequences), rows):
@@ -93,9 +98,9 @@ def expert_use(handle, sequences, name=None, rows=8, multiple=16):
             # A row of no tokens has no meaning for attention; its slot of -1 keeps it out of the count.
             runtime.run(net, Tensor(ids), Tensor(np.maximum(lengths, 1)), Tensor(slots))
     finally:
-        _end(handle, cells, counts)
+        _end(cells)
     result = []
-    for path, target in plan.targets.items():
+    for path, target in matched.targets.items():
         mean, top = counts[path].asnumpy().astype(np.float64)
         total = int(round(top.sum()))
         result.append(ExpertUse(path, target.group, target.block, mean / mean.sum(), top / max(total, 1), total))
@@ -106,45 +111,34 @@ def _one_hot(weights):
     return (np.arange(len(weights)) == weights.argmax()).astype(np.float64)
 
 
-def _begin(handle, cells):
+def _begin(cells):
     """Let the Cells count; returns {path: Parameter (2, experts)} with the sums of weights and of first places."""
-    shared, counts = {}, {}
+    counts = {}
     for path, cell in cells.items():
-        if cell.pooled:
-            shared["lengths"] = cell.lengths
-    lengths = lily_lengths.row_lengths(shared)
-    for path, cell in cells.items():
-        if not cell.pooled:
-            cell.lengths = lengths
         counts[path] = Parameter(Tensor(np.zeros((2, cell.experts), np.float32)), name=f"{path}.lily_use",
                                  requires_grad=False)
         cell.counts = counts[path]
         counts[path].name = f"{path}.lily_use"
         cell.counting = True
-    lily_lengths.install(handle.net, shared)
-    lengths.name = lily_lengths.NAME
-    tree.forget_graphs()
+    forget_graphs()
     return counts
 
 
-def _end(handle, cells, counts):
+def _end(cells):
     """Undo :func:`_begin`."""
-    pooled = any(cell.pooled for cell in cells.values())
     for cell in cells.values():
         cell.counting = False
         del cell.counts
-        if not cell.pooled:
-            del cell.lengths
-    if not pooled:
-        lily_lengths.remove(handle.net)
-    tree.forget_graphs()
+    forget_graphs()
 
 
-def table(uses):
-    """The uses as lines of text: a row for each module, the weight of each expert, and the effective number of experts."""
+def table(uses: list[ExpertUse]) -> list[str]:
+    """The uses as lines of text: a row for each module, the weight of each expert, and the effective number of
+    experts."""
     wide = max(len(use.path) for use in uses)
     experts = len(uses[0].mean)
-    head = f"{'module':{wide}s}  A  " + " ".join(f"{'B' + str(i):>6s}" for i in range(experts)) + "  effective  first place"
+    head = f"{'module':{wide}s}  A  " + " ".join(f"{'B' + str(i):>6s}" for i in range(experts))
+    head += "  effective  first place"
     lines = [head]
     for use in uses:
         lines.append(f"{use.path:{wide}s} {use.block:2d}  " + " ".join(f"{value:6.3f}" for value in use.mean)

@@ -5,13 +5,18 @@ down (r, in), up (out, r), ``y = W x + scale * up (down x)``. A rank below the w
 changes nothing.
 """
 
+from typing import Any, Optional
+
 import numpy as np
 
-from mindspore import ops
+from mindspore import Tensor, nn, ops
 
 from colora_ms.adapters.cells import LowRankCell
+from colora_ms.adapters.dropout import Dropout
+from colora_ms.adapters.matching import Module, Target
 from colora_ms.adapters.slots import get, owned_slots, rows_where
 from colora_ms.kernels import ABSENT, lora_expand_reference, lora_shrink_reference, multi_lora_linear
+from colora_ms.models.rows import slots_of
 
 
 class LoraLinear(LowRankCell):
@@ -35,8 +40,8 @@ class LoraLinear(LowRankCell):
 
     kind = "linear"
 
-    def __init__(self, base_layer, path, slots, max_rank, dropout=None, bias=False, trainable=True, up_bias=False,
-                 dtype=np.float32):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, max_rank: int, dropout: Optional[Dropout] = None,
+                 bias: bool = False, trainable: bool = True, up_bias: bool = False, dtype: Any = np.float32) -> None:
         super().__init__(base_layer, path)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.max_rank = max_rank
@@ -54,22 +59,22 @@ class LoraLinear(LowRankCell):
         self.dropout = dropout
 
     @property
-    def fusible(self):
+    def fusible(self) -> bool:
         """Whether ``operands()`` tells all that the Cell computes (no dropout now, no bias of a slot)."""
         return not (self.has_bias or self.has_up_bias or self.drops)
 
     @property
-    def drops(self):
+    def drops(self) -> bool:
         """Whether inputs of the low-rank branch are dropped: with dropout, in training."""
         return self.dropout is not None and self.training
 
-    def operands(self):
+    def operands(self) -> tuple:
         """The six tensors of :func:`colora_ms.kernels.multi_lora_linear`."""
         return self.base_layer.operands()[:3] + (self.down, self.up, self.scale)
 
-    def construct(self, x, slots):
-        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
-        y = self.product(x, slots)
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
+        y, slots = self.product(x, rows), slots_of(rows)
         if self.has_up_bias:
             slot = ops.maximum(slots, 0)
             change = ops.gather(self.up_bias, slot, 0) * ops.gather(self.scale, slot, 0).reshape((-1, 1))
@@ -84,14 +89,16 @@ class LoraLinear(LowRankCell):
             y = rows_where(own >= 0, y + change, y)
         return y
 
-    def product(self, x, slots):
-        """The base linear and the low-rank pair; x, slots and the result as in :meth:`construct`."""
+    def product(self, x: Tensor, rows: tuple) -> Tensor:
+        """The base linear and the low-rank pair; x, rows and the result as in :meth:`construct`."""
+        slots = slots_of(rows)
         if self.drops:
             v = lora_shrink_reference(self.dropout(x), slots, self.down, self.scale)
-            return lora_expand_reference(v, slots, self.up, self.base_layer(x, slots))
+            return lora_expand_reference(v, slots, self.up, self.base_layer(x, rows))
         return multi_lora_linear(x, slots, *self.operands())
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return f"max_rank={self.max_rank}, dropout={self.dropout.rate if self.dropout else 0.0}, bias={self.has_bias}"
 
 
@@ -109,7 +116,7 @@ class LoraEmbedding(LowRankCell):
 
     kind = "embedding"
 
-    def __init__(self, base_layer, path, slots, max_rank, trainable=True):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, max_rank: int, trainable: bool = True) -> None:
         super().__init__(base_layer, path)
         vocab = base_layer.weight.shape[0]
         self.max_rank = max_rank
@@ -117,15 +124,14 @@ class LoraEmbedding(LowRankCell):
         self.make_pair(("lora_embedding_A", "lora_embedding_B"), (slots, vocab, max_rank),
                        (slots, base_layer.hidden_size, max_rank), trainable)
 
-    def construct(self, ids, slots):
-        """ids: (rows, tokens) int32; slots: (rows,) int32 -> (rows, tokens, hidden) float32."""
-        y = self.base_layer(ids, slots)
-        rows, tokens = ids.shape
+    def construct(self, ids: Tensor, rows: tuple) -> Tensor:
+        """ids: (rows, tokens) int32 -> (rows, tokens, hidden) float32."""
+        y, slots = self.base_layer(ids, rows), slots_of(rows)
         used = slots >= 0
         slot = ops.maximum(slots, 0)
         index = ids + (slot * self.vocab).reshape((-1, 1))
         table = self.down.reshape((-1, self.max_rank))
-        v = ops.gather(table, index.reshape((-1,)), 0).reshape((rows, tokens, self.max_rank))
+        v = ops.gather(table, index.reshape((-1,)), 0).reshape(ids.shape + (self.max_rank,))
         v = v * ops.gather(self.scale, slot, 0).reshape((-1, 1, 1))
         up = ops.gather(self.up, slot, 0)
         # Zeros in place of a foreign slot's values: where() alone would let its NaN into the gradient.
@@ -133,13 +139,13 @@ class LoraEmbedding(LowRankCell):
         up = rows_where(used, up, ops.zeros_like(up))
         return rows_where(used, y + ops.bmm(v, ops.transpose(up, (0, 2, 1))), y)
 
-    def change(self, slot):
+    def change(self, slot: int) -> np.ndarray:
         """What a slot adds to the base weight, (vocab, hidden) float32."""
         return get(self.scale, slot) * (get(self.down, slot) @ get(self.up, slot).T)
 
 
 
-def initial_values(config, target, module, random):
+def initial_values(config: Any, target: Target, module: Module, random: np.random.Generator) -> dict[str, np.ndarray]:
     """The values that a new adapter starts from.
 
     Args:
@@ -157,7 +163,8 @@ def initial_values(config, target, module, random):
             return {"down": random.standard_normal((inner, r), np.float32), "up": up}
         return {"down": np.zeros((inner, r), np.float32), "up": up}
     if config.init_lora_weights == "gaussian":
-        return {"down": random.standard_normal((r, inner), np.float32) / np.float32(r), "up": np.zeros((out, r), np.float32)}
+        down = random.standard_normal((r, inner), np.float32) / np.float32(r)
+        return {"down": down, "up": np.zeros((out, r), np.float32)}
     # Kaiming-uniform with a = sqrt(5) is the uniform distribution on +-1/sqrt(in).
     down = random.uniform(-1, 1, (r, inner)).astype(np.float32) / np.float32(np.sqrt(inner))
     if config.init_lora_weights is False:

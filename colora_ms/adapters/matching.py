@@ -7,6 +7,7 @@ a model is touched.
 import re
 import warnings
 from dataclasses import dataclass, field, replace
+from typing import Any, Iterable, Optional
 
 from colora_ms.adapters import tied
 from colora_ms.adapters.patterns import match_all
@@ -69,7 +70,7 @@ class LoraTarget(Target):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Matched:
     """What a config does to a model.
 
     Attributes:
@@ -87,7 +88,7 @@ class Plan:
     ties: dict = field(default_factory=dict)
 
 
-def plan(config, modules, defaults=None):
+def match(config: Any, modules: dict[str, Module], defaults: Optional[list] = None) -> Matched:
     """Match a config against a model.
 
     Args:
@@ -96,15 +97,15 @@ def plan(config, modules, defaults=None):
         defaults: what ``target_modules=None`` means here, or None where it means nothing.
 
     Returns:
-        Plan.
+        Matched.
 
     Raises:
         AdapterError: nothing matches, everything that matches is excluded, or a matched module is of a kind that cannot
             be adapted.
 
     Warns:
-        AdapterWarning: an entry of ``target_modules``, ``layers_to_transform`` or a pattern matches nothing while others
-            do, which PEFT takes in silence.
+        AdapterWarning: an entry of ``target_modules``, ``layers_to_transform`` or a pattern matches nothing while
+            others do, which PEFT takes in silence.
     """
     targets = config.target_modules
     if targets is None:
@@ -112,8 +113,8 @@ def plan(config, modules, defaults=None):
         if targets is None and config.modules_to_save:
             targets = []
         if targets is None:
-            raise AdapterError("target_modules is not given, and this model has no default; name the linears to adapt, or "
-                               f"use \"{ALL_LINEAR}\". The model has {_examples(_linears(modules))}")
+            raise AdapterError("target_modules is not given, and this model has no default; name the linears to adapt, "
+                               f"or use \"{ALL_LINEAR}\". The model has {_examples(_linears(modules))}")
     tests = _Tests(config, targets, list(modules))
     problems = []
     saved, to_save_problems = _saved_leaves(config, modules)
@@ -149,22 +150,22 @@ def plan(config, modules, defaults=None):
         raise AdapterError("the adapter's config does not fit the model: " + "; ".join(problems + remarks))
     for remark in remarks:
         warnings.warn(f"the adapter's config has more than the model: {remark}", AdapterWarning, stacklevel=3)
-    return Plan(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved), tokens=tokens,
+    return Matched(targets=result, saved=tuple(saved), biases=_biases(config, modules, result, saved), tokens=tokens,
                 ties=ties)
 
 
-def places_of(plan_):
-    """The (module name, "lora", "saved" or "tokens") that a plan uses."""
-    low_rank = dict.fromkeys([*plan_.targets, *plan_.biases])
-    return ([(path, "lora") for path in low_rank] + [(path, "saved") for path in plan_.saved]
-            + [(path, "tokens") for path in plan_.tokens])
+def places_of(matched: Matched) -> list[tuple[str, str]]:
+    """The (module name, "lora", "saved" or "tokens") that an adapter uses."""
+    low_rank = dict.fromkeys([*matched.targets, *matched.biases])
+    return ([(path, "lora") for path in low_rank] + [(path, "saved") for path in matched.saved]
+            + [(path, "tokens") for path in matched.tokens])
 
 
-def value_shapes(plan_, modules):
+def value_shapes(matched: Matched, modules: dict[str, Module]) -> dict[tuple[str, str], dict]:
     """{(module name, role): {field: shape}} of an adapter's values in the Cells' orientation: down (r, in), for an
     embedding (vocab, r); up (out, r); a bias; the parameters of modules saved whole; rows (ids, hidden)."""
     shapes = {}
-    for path, target in plan_.targets.items():
+    for path, target in matched.targets.items():
         module = modules[path]
         down = (target.r, module.in_features) if target.kind == "linear" else (module.in_features, target.r)
         shapes[path, "lora"] = {"down": down, "up": (module.out_features, target.r)}
@@ -172,16 +173,16 @@ def value_shapes(plan_, modules):
             shapes[path, "lora"]["magnitude"] = (module.out_features,)
         if target.up_bias:
             shapes[path, "lora"]["up_bias"] = (module.out_features,)
-    for path in plan_.biases:
+    for path in matched.biases:
         shapes.setdefault((path, "lora"), {})["bias"] = modules[path].parameters["bias"]
-    for path in plan_.saved:
+    for path in matched.saved:
         shapes[path, "saved"] = modules[path].parameters
-    for path, ids in plan_.tokens.items():
+    for path, ids in matched.tokens.items():
         shapes[path, "tokens"] = {"rows": (len(ids), modules[path].parameters["weight"][1])}
     return shapes
 
 
-def widest(targets):
+def widest(targets: list[Target]) -> Optional[Target]:
     """The Target of the largest rank, with the options that any of them has; None of an empty list."""
     if not targets:
         return None
@@ -189,8 +190,9 @@ def widest(targets):
     return replace(max(targets, key=lambda one: one.r), **options)
 
 
-def shortest_names(names, modules):
-    """A list for ``target_modules`` that means exactly ``names``: their last parts if those suffice, else whole names."""
+def shortest_names(names: Iterable[str], modules: dict[str, Module]) -> list[str]:
+    """A list for ``target_modules`` that means exactly ``names``: their last parts if those suffice, else whole
+    names."""
     short = {name.rsplit(".", 1)[-1] for name in names}
     meant = {name for name in modules if not short.isdisjoint(_endings(name))}
     return sorted(short if meant == set(names) else names)
@@ -258,8 +260,8 @@ def _matched(config, targets, modules, tests, remarks):
 
 def _nothing_chosen(config, targets, modules, matched):
     if matched:
-        return (f"all {len(matched)} modules that target_modules={_show(targets)} means are left out by exclude_modules="
-                f"{_show(config.exclude_modules)} or modules_to_save={_show(config.modules_to_save)}")
+        return (f"all {len(matched)} modules that target_modules={_show(targets)} means are left out by "
+                f"exclude_modules={_show(config.exclude_modules)} or modules_to_save={_show(config.modules_to_save)}")
     text = f"target_modules={_show(targets)} matches no module of the model."
     if isinstance(targets, list):
         text += _near_names(targets, modules)

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from typing import Any
 
 from colora_ms.errors import AdapterError
 
@@ -31,13 +32,14 @@ json.dump([[bool(getattr(re, how)(p, n)) for n in table["names"]] for how, p in 
 ORDERED = ("rank_pattern", "alpha_pattern")
 
 
-def in_order(settings):
-    """A config's settings with its patterns as lists of pairs, for comparing and hashing: dicts forget the order then."""
+def in_order(settings: dict[str, Any]) -> dict[str, Any]:
+    """A config's settings with its patterns as lists of pairs, for comparing and hashing: dicts forget the order
+    then."""
     return {name: [list(pair) for pair in value.items()] if name in ORDERED and isinstance(value, dict) else value
             for name, value in settings.items()}
 
 
-def match_all(patterns, names):
+def match_all(patterns: list, names: list[str]) -> dict:
     """Which names each expression matches.
 
     Args:
@@ -53,7 +55,8 @@ def match_all(patterns, names):
     """
     for label, _, pattern in patterns:
         if len(pattern) > MAX_LENGTH:
-            raise AdapterError(f"{label} is an expression of {len(pattern)} characters, at most {MAX_LENGTH} are allowed")
+            raise AdapterError(f"{label} is an expression of {len(pattern)} characters, at most {MAX_LENGTH} are "
+                               "allowed")
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
@@ -79,8 +82,8 @@ def _is_cheap(pattern):
 
 def _in_child(patterns, names, labels):
     try:
-        done = subprocess.run([sys.executable, "-I", "-S", "-c", _CHILD], timeout=TIMEOUT, capture_output=True, text=True,
-                              input=json.dumps({"patterns": patterns, "names": names}), check=False)
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", _CHILD], timeout=TIMEOUT, capture_output=True,
+                              text=True, input=json.dumps({"patterns": patterns, "names": names}), check=False)
     except subprocess.TimeoutExpired:
         raise AdapterError(f"matching {' and '.join(labels)} took longer than {TIMEOUT} s; write a simpler regular "
                            "expression, or a list of names") from None

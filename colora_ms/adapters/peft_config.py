@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import fields
+from typing import Any, Iterable
 
 from colora_ms.errors import AdapterError, AdapterWarning, near
 
@@ -9,7 +10,7 @@ from colora_ms.errors import AdapterError, AdapterWarning, near
 class PeftConfig:
     """Base of a method's config, which is a dataclass with ``peft_type`` and a class method ``parse_peft``."""
 
-    def make_lists(self):
+    def make_lists(self) -> None:
         """Turn the sets and tuples among the module settings into lists, which is what files hold."""
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
@@ -20,16 +21,17 @@ class PeftConfig:
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
 
-    def text_problems(self):
+    def text_problems(self) -> list[str]:
         """What is wrong with the settings that are kept for the file only."""
         return [f"{name} is {getattr(self, name)!r}, expected a string"
                 for name in ("task_type", "base_model_name_or_path", "revision")
                 if getattr(self, name) is not None and not isinstance(getattr(self, name), str)]
 
     @staticmethod
-    def unknown_settings(values, known):
-        """What is wrong with the settings of an adapter_config.json that are not in ``known``: those with a value that may
-        change something. A neutral one (null, false, 0, empty), as other versions of PEFT write it, is said in a warning.
+    def unknown_settings(values: dict, known: Iterable[str]) -> list[str]:
+        """What is wrong with the settings of an adapter_config.json that are not in ``known``: those with a value that
+        may change something. A neutral one (null, false, 0, empty), as other versions of PEFT write it, is said in a
+        warning.
 
         Args:
             values: the file's JSON object; known: names.
@@ -44,7 +46,7 @@ class PeftConfig:
                 if key not in neutral]
 
     @classmethod
-    def from_peft(cls, values):
+    def from_peft(cls, values: Any) -> Any:
         """The config of an ``adapter_config.json``.
 
         Args:
@@ -59,7 +61,7 @@ class PeftConfig:
             raise AdapterError("this adapter's config cannot be used: " + "; ".join(problems))
         return config
 
-    def to_peft(self, target_modules=None):
+    def to_peft(self, target_modules: Any = None) -> dict[str, Any]:
         """The dict to write as ``adapter_config.json``.
 
         Args:
@@ -72,7 +74,7 @@ class PeftConfig:
         return values
 
 
-def is_neutral(value):
+def is_neutral(value: Any) -> bool:
     """Whether a setting's JSON value asks for nothing: null, false, 0, empty, or a container of such values."""
     if isinstance(value, dict):
         return all(is_neutral(one) for one in value.values())

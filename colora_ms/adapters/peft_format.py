@@ -13,13 +13,16 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Callable, Optional, Union
 
 import numpy as np
+
+from mindspore import nn
 
 from colora_ms.adapters import pickle_file, store
 from colora_ms.adapters.gguf_lora import GgufLoraFile
 from colora_ms.adapters.key_names import PREFIX, PlainFile, plain_names
-from colora_ms.adapters.matching import shortest_names
+from colora_ms.adapters.matching import Matched, Module, shortest_names
 from colora_ms.adapters.registry import method
 from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError, near
 from colora_ms.models.recognise import is_gguf
@@ -46,8 +49,8 @@ class Entry:
 
 
 class StoredAdapter:
-    """An adapter folder, or llama.cpp's LoRA GGUF, opened and not yet read: its config, its tensors, and what is already
-    known to be wrong.
+    """An adapter folder, or llama.cpp's LoRA GGUF, opened and not yet read: its config, its tensors, and what is
+    already known to be wrong.
 
     Attributes:
         folder: Path; config: the method's config, or None if its values cannot be used; problems: list of sentences.
@@ -55,7 +58,7 @@ class StoredAdapter:
     ``allow_pickle``: read an adapter_model.bin where there is no safetensors file, by a reader that runs nothing of it.
     """
 
-    def __init__(self, folder, allow_pickle=False):
+    def __init__(self, folder: Union[str, os.PathLike], allow_pickle: bool = False) -> None:
         self.folder = Path(folder)
         if self.folder.is_file() and is_gguf(self.folder):
             self.file = GgufLoraFile(self.folder)
@@ -67,16 +70,16 @@ class StoredAdapter:
         self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
         self.problems = [*getattr(self.file, "problems", ()), *self.problems]
 
-    def fit(self, net):
+    def fit(self, net: nn.Cell) -> list[str]:
         """Prepare for a model (anything with its ``config``); returns what is wrong, as a list of sentences."""
         fit = getattr(self.file, "fit", None)
         return fit(net) if fit else []
 
-    def digest(self):
+    def digest(self) -> str:
         """Digest of the content; see :func:`colora_ms.adapters.store.digest`."""
         return store.digest(self.values, self.file)
 
-    def refuse(self, problems, base_model=None):
+    def refuse(self, problems: list[str], base_model: Optional[str] = None) -> None:
         """Raise AdapterError with all problems, if there are any."""
         if not problems:
             return
@@ -89,13 +92,15 @@ class StoredAdapter:
             hint = (f"\nMaybe it was made for another base model: it names {made_for!r:.200}"
                     + (f", this is {base_model!r:.200}." if base_model else "."))
         raise AdapterError(f"the adapter in {self.folder} cannot be loaded, and nothing was changed. "
-                           f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:\n  - " + "\n  - ".join(shown) + hint)
+                           f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:\n  - " + "\n  - "
+                                                                                                 "".join(shown) + hint)
 
-    def read(self, plan, modules, base, base_model=None):
+    def read(self, matched: Matched, modules: dict[str, Module], base: Callable,
+             base_model: Optional[str] = None) -> dict[tuple[str, str], dict[str, np.ndarray]]:
         """Read and check all tensors.
 
         Args:
-            plan: Plan of the config on the model; modules: {name: Module}.
+            matched: Matched of the config on the model; modules: {name: Module}.
             base: function (module name) -> {name on disk: float32 array} of the base model, for tensors of the base
                 that PEFT stores beside an adapter: they must be equal to it.
             base_model: name of the base model, for the hint.
@@ -106,7 +111,7 @@ class StoredAdapter:
         Raises:
             AdapterError: everything that is missing, unexpected, mis-shaped, not finite or not implemented, at once.
         """
-        wanted = (method(self.config.peft_type).entries or entries)(plan, modules)
+        wanted = (method(self.config.peft_type).entries or entries)(matched, modules)
         problems = list(self.problems)
         found, used = {}, set()
         for key, entry in wanted.items():
@@ -122,10 +127,11 @@ class StoredAdapter:
                 found.setdefault((entry.path, entry.role), {})[entry.field] = value
         for name in self.file.entries:
             if name not in used and not self._is_base_copy(name, modules, base, problems):
-                problems.append(f"tensor {name!r:.300} of shape {self.file.shape(name)} is not part of the adapter that "
-                                "the config describes." + near(name, [key for key in wanted if key not in used], 1))
+                problems.append(f"tensor {name!r:.300} of shape {self.file.shape(name)} is not part of the adapter "
+                                "that the config describes."
+                                + near(name, [key for key in wanted if key not in used], 1))
         self.refuse(problems, base_model)
-        for path, source in plan.ties.items():
+        for path, source in matched.ties.items():
             for role in ("saved", "tokens"):
                 if (source, role) in found:
                     found[path, role] = found[source, role]
@@ -137,13 +143,15 @@ class StoredAdapter:
         for copy in there:
             other = self._tensor(copy, value.shape, problems)
             if other is not None and not np.array_equal(other, value):
-                problems.append(f"tensors {name!r} and {copy!r} differ by up to {np.abs(other - value).max():.3g}, but the "
-                                "config says that these modules share one: the file is damaged, or the config is not its")
+                problems.append(f"tensors {name!r} and {copy!r} differ by up to {np.abs(other - value).max():.3g}, but "
+                                "the config says that these modules share one: the file is damaged, or the config is "
+                                "not its")
         return there
 
     def _tensor(self, name, shape, problems):
         if self.file.shape(name) != shape:
-            problems.append(f"tensor {name!r} has shape {self.file.shape(name)}, the config and the model ask for {shape}")
+            problems.append(f"tensor {name!r} has shape {self.file.shape(name)}, the config and the model ask for "
+                            f"{shape}")
             return None
         try:
             value = self.file.read(name)
@@ -171,8 +179,9 @@ class StoredAdapter:
         # Of a resized base the first rows are the base's; the others are what Growth puts behind them.
         grown = own is not None and len(shape) == 2 and modules[path].parameters[field] == shape and shape[0] > len(own)
         if own is None or own.shape != shape and not grown:
-            problems.append(f"tensor {name!r} of shape {self.file.shape(name)} replaces the base's {path}, which has shape "
-                            f"{None if own is None else own.shape}: the vocabulary was changed; use that base model")
+            problems.append(f"tensor {name!r} of shape {self.file.shape(name)} replaces the base's {path}, which has "
+                            f"shape {None if own is None else own.shape}: the vocabulary was changed; use that base "
+                            "model")
             return True
         value = self._tensor(name, shape, problems)
         value = value if value is None else value[:len(own)]
@@ -182,10 +191,10 @@ class StoredAdapter:
         return True
 
 
-def entries(plan, modules):
-    """{key on disk: Entry} of all tensors of an adapter; plan and modules as in :meth:`StoredAdapter.read`."""
+def entries(matched: Matched, modules: dict[str, Module]) -> dict[str, Entry]:
+    """{key on disk: Entry} of all tensors of an adapter; matched and modules as in :meth:`StoredAdapter.read`."""
     found = {}
-    for name, target in plan.targets.items():
+    for name, target in matched.targets.items():
         module, r, key = modules[name], target.r, PREFIX + name
         if target.kind == "linear":
             found[f"{key}.lora_A.weight"] = Entry(name, "lora", "down", (r, module.in_features))
@@ -197,31 +206,32 @@ def entries(plan, modules):
         else:
             found[f"{key}.lora_embedding_A"] = Entry(name, "lora", "down", (r, module.in_features), transposed=True)
             found[f"{key}.lora_embedding_B"] = Entry(name, "lora", "up", (module.out_features, r))
-    for name in plan.biases:
+    for name in matched.biases:
         shape = modules[name].parameters["bias"]
-        if name in plan.targets:
+        if name in matched.targets:
             found[f"{PREFIX}{name}.base_layer.bias"] = Entry(name, "lora", "bias", shape, alias=f"{PREFIX}{name}.bias")
         else:
             found[f"{PREFIX}{name}.bias"] = Entry(name, "lora", "bias", shape)
-    for name in plan.saved:
-        if name in plan.ties:
+    for name in matched.saved:
+        if name in matched.ties:
             continue
         for field, shape in modules[name].parameters.items():
-            copies = tuple(f"{PREFIX}{path}.{field}" for path, source in plan.ties.items() if source == name)
+            copies = tuple(f"{PREFIX}{path}.{field}" for path, source in matched.ties.items() if source == name)
             found[f"{PREFIX}{name}.{field}"] = Entry(name, "saved", field, shape, tied=copies)
-    for name, ids in plan.tokens.items():
-        if name not in plan.ties:
+    for name, ids in matched.tokens.items():
+        if name not in matched.ties:
             found[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = Entry(
                 name, "tokens", "rows", (len(ids), modules[name].parameters["weight"][1]))
     return found
 
 
-def write_adapter(folder, config, plan, modules, values, copies=False):
+def write_adapter(folder: Union[str, os.PathLike], config: Any, matched: Matched, modules: dict[str, Module],
+                  values: dict[tuple[str, str], dict[str, np.ndarray]], copies: bool = False) -> None:
     """Write an adapter as PEFT does, whole or not at all.
 
     Args:
         folder: created, or replaced while its other files are kept.
-        config: the adapter's config; plan and modules: what it means on the model.
+        config: the adapter's config; matched and modules: what it means on the model.
         values: {(module name, role): {field: float32 array}}, as :meth:`StoredAdapter.read` returns.
         copies: write a tensor that modules share once for each of them, as PEFT does, not once.
 
@@ -229,20 +239,21 @@ def write_adapter(folder, config, plan, modules, values, copies=False):
         AdapterError: a value is not finite, or the folder cannot be written.
     """
     tensors, broken = {}, []
-    for key, entry in (method(config.peft_type).entries or entries)(plan, modules).items():
+    for key, entry in (method(config.peft_type).entries or entries)(matched, modules).items():
         value = values[entry.path, entry.role][entry.field]
         tensors[key] = np.ascontiguousarray(value.T) if entry.transposed else value
         if not np.isfinite(value).all():
             broken.append(key)
         tensors.update(dict.fromkeys(entry.tied + entry.copies * copies, tensors[key]))
     if broken:
-        raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values that "
-                           f"are not finite, {broken[0]!r} first: its training diverged; load an earlier checkpoint")
-    text = store.config_text(config.to_peft(_explicit_targets(config, plan, modules)))
+        raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values "
+                           f"that are not finite, {broken[0]!r} first: its training diverged; load an earlier "
+                           "checkpoint")
+    text = store.config_text(config.to_peft(_explicit_targets(config, matched, modules)))
 
     def write(temporary):
-        write_safetensors(os.fspath(temporary / store.WEIGHTS_FILE), {key: value.shape for key, value in tensors.items()},
-                          tensors.__getitem__)
+        write_safetensors(os.fspath(temporary / store.WEIGHTS_FILE),
+                          {key: value.shape for key, value in tensors.items()}, tensors.__getitem__)
         with open(temporary / store.CONFIG_FILE, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -251,17 +262,17 @@ def write_adapter(folder, config, plan, modules, values, copies=False):
     store.write_folder(folder, write)
 
 
-def digest(folder):
+def digest(folder: Union[str, os.PathLike]) -> str:
     """Digest of an adapter folder's content, 64 hexadecimal digits; the same for any order of tensors and any name."""
     return StoredAdapter(folder).digest()
 
 
-def _explicit_targets(config, plan, modules):
+def _explicit_targets(config, matched, modules):
     """What "all-linear" or no target_modules stood for, since other readers of the format know lists only."""
-    if not (config.target_modules is None and plan.targets or
+    if not (config.target_modules is None and matched.targets or
             isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return None
-    return shortest_names(plan.targets, modules)
+    return shortest_names(matched.targets, modules)
 
 
 def _plain(file, folder):
@@ -281,8 +292,9 @@ def _open_weights(folder, allow_pickle=False):
         if old.exists() and allow_pickle:
             return pickle_file.PickleFile(store.regular_file(old))
         if old.exists():
-            raise AdapterError(f"{folder} holds adapter_model.bin, a pickle file, which can run any code when it is read; "
-                               "save the adapter as safetensors (PEFT: save_pretrained(..., safe_serialization=True))")
+            raise AdapterError(f"{folder} holds adapter_model.bin, a pickle file, which can run any code when it is "
+                               "read; save the adapter as safetensors (PEFT: save_pretrained(..., "
+                               "safe_serialization=True))")
         raise AdapterError(f"{folder} has no {store.WEIGHTS_FILE}")
     store.regular_file(path)
     try:

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import zipfile
+from typing import Union
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class PickleFile:
         AdapterError: it is no such file, is damaged, or holds anything but a dictionary of floating-point tensors.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Union[str, os.PathLike]) -> None:
         self.path = os.fspath(path)
         try:
             with zipfile.ZipFile(self.path) as archive:
@@ -46,11 +47,11 @@ class PickleFile:
             raise self._refused(str(error) or type(error).__name__) from None
         self.entries = {name: (dtype, array.shape, 0, array.nbytes) for name, (dtype, array) in self._tensors.items()}
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, a tuple of ints."""
         return self.entries[name][1]
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """One tensor as float32."""
         dtype, array = self._tensors[name]
         if dtype == "BF16":
@@ -58,7 +59,7 @@ class PickleFile:
         with np.errstate(over="ignore"):
             return array.astype(np.float32)
 
-    def raw(self, name):
+    def raw(self, name: str) -> bytes:
         """The bytes of a tensor, as a safetensors file would hold them."""
         return np.ascontiguousarray(self._tensors[name][1]).tobytes()
 
@@ -74,7 +75,8 @@ class PickleFile:
         if len(programs) != 1:
             raise ValueError(f"it has {len(programs)} members data.pkl, expected one")
         if members[programs[0]].file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"its pickle has {members[programs[0]].file_size} bytes, at most {MAX_PICKLE_BYTES} are read")
+            raise ValueError(f"its pickle has {members[programs[0]].file_size} bytes, at most {MAX_PICKLE_BYTES} are "
+                             "read")
         folder = programs[0][:-len("data.pkl")]
         order = archive.read(folder + "byteorder") if folder + "byteorder" in members else b"little"
         if order.strip() != b"little":
@@ -145,7 +147,8 @@ class _Reader(pickle.Unpickler):
             return _rebuild
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no dictionary of floating-point tensors needs")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no dictionary of floating-point tensors "
+                                     "needs")
 
     def persistent_load(self, pid):
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or pid[1] not in _STORAGES.values() \

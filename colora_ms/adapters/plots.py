@@ -1,11 +1,14 @@
 """Pictures of adapters: the experts of a Lily adapter, the sizes of a LoRA adapter's updates."""
 
+import os
+from typing import Union
+
 import numpy as np
 
 from colora_ms.pictures import new_figure, save_figure
 
 
-def draw_expert_use(uses, picture):
+def draw_expert_use(uses: list, picture: Union[str, os.PathLike]) -> None:
     """One panel for each group of modules that share experts: layers against experts, the mean weight as colour.
 
     Args:
@@ -35,7 +38,7 @@ def draw_expert_use(uses, picture):
     save_figure(figure, picture)
 
 
-def draw_update_sizes(sizes, picture):
+def draw_update_sizes(sizes: dict, picture: Union[str, os.PathLike]) -> None:
     """The norms of a LoRA adapter's updates, a line for each type of module over the layers.
 
     Args:

@@ -1,4 +1,5 @@
-"""The adapter methods: a new one is a file of its own and one ``register`` line in ``colora_ms/adapters/__init__.py``."""
+"""The adapter methods: a new one is a file of its own and one ``register`` line in
+``colora_ms/adapters/__init__.py``."""
 
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
@@ -6,6 +7,7 @@ from typing import Any, Callable, Optional
 import numpy as np
 
 from colora_ms.adapters import matching
+from colora_ms.adapters.matching import Module
 from colora_ms.errors import AdapterError, near
 
 METHODS = {}
@@ -20,27 +22,24 @@ class Method:
         wrap: function (base Cell, name, :class:`Site`) that returns the adapter Cell to put in its place.
         initial_values: function (config, target, module, random) that gives the values a new adapter starts from: those
             fields that this module owns (a tensor that modules share is owned by one of them).
-        entries: function (plan, modules) that lists its tensors on disk; None for PEFT's LoRA names.
-        plan: function (config, modules, defaults) -> Plan; by default :func:`colora_ms.adapters.matching.plan`.
-        value_shapes: function (plan, modules) that gives the shapes of its values as the Cells read and write them; by
-            default :func:`colora_ms.adapters.matching.value_shapes`.
-        start_from_base: function (config, target, values, weight, random) -> (values, change of the base weight or None),
-            or None: the part of the initial values that depends on the base weight, which ``weight()`` returns.
+        entries: function (matched, modules) that lists its tensors on disk; None for PEFT's LoRA names.
+        match: function (config, modules, defaults) -> Matched; by default :func:`colora_ms.adapters.matching.match`.
+        value_shapes: function (matched, modules) that gives the shapes of its values as the Cells read and write them;
+            by default :func:`colora_ms.adapters.matching.value_shapes`.
+        start_from_base: function (config, target, values, weight, random) -> (values, change of the base weight or
+            None), or None: the part of the initial values that depends on the base weight, which ``weight()`` returns.
         why_not_merge: function (config) that says why such an adapter cannot be merged, or "".
-        peft_config: function (config, plan, modules) that gives the config to write in PEFT's own layout.
-        install, remove: functions called with (net, shared) after the Cells were put in, and (net) before they go.
+        peft_config: function (config, matched, modules) that gives the config to write in PEFT's own layout.
     """
 
     config: Any
     wrap: Callable
     initial_values: Callable
     entries: Optional[Callable] = None
-    plan: Callable = matching.plan
+    match: Callable = matching.match
     value_shapes: Callable = matching.value_shapes
     why_not_merge: Callable = lambda config: ""
-    peft_config: Callable = lambda config, plan, modules: config
-    install: Callable = lambda net, shared: None
-    remove: Callable = lambda net: None
+    peft_config: Callable = lambda config, matched, modules: config
     start_from_base: Optional[Callable] = None
 
 
@@ -70,30 +69,31 @@ class Site:
     dtype: Any = np.float32
 
 
-def register(method_):
+def register(method_: Method) -> None:
     """Add a method to the table."""
     METHODS[method_.config.peft_type] = method_
 
 
-def method(peft_type, where=""):
+def method(peft_type: Any, where: str = "") -> Method:
     """The Method called ``peft_type``; AdapterError lists the known ones."""
     if not isinstance(peft_type, str) or peft_type not in METHODS:
         place = f" in {where}" if where else ""
-        raise AdapterError(f"peft_type {peft_type!r:.60}{place} is not implemented; known: {', '.join(sorted(METHODS))}."
+        raise AdapterError(f"peft_type {peft_type!r:.60}{place} is not implemented; known: "
+                           f"{', '.join(sorted(METHODS))}."
                            + near(peft_type, METHODS))
     return METHODS[peft_type]
 
 
-def named(name, where=""):
+def named(name: Any, where: str = "") -> Method:
     """The Method called ``name`` in a recipe, in any case: "lora" for "LORA"."""
     return method(name.upper() if isinstance(name, str) else name, where)
 
 
-def plan(config, modules, defaults=None):
-    """The Plan of any method's config on a model; see :func:`colora_ms.adapters.matching.plan`."""
-    return method(config.peft_type).plan(config, modules, defaults)
+def match(config: Any, modules: dict[str, Module], defaults: Optional[list] = None) -> matching.Matched:
+    """The Matched of any method's config on a model; see :func:`colora_ms.adapters.matching.match`."""
+    return method(config.peft_type).match(config, modules, defaults)
 
 
-def value_shapes(config, plan_, modules):
+def value_shapes(config: Any, matched: matching.Matched, modules: dict[str, Module]) -> dict[tuple[str, str], dict]:
     """Shapes of an adapter's values, see :func:`colora_ms.adapters.matching.value_shapes`."""
-    return method(config.peft_type).value_shapes(plan_, modules)
+    return method(config.peft_type).value_shapes(matched, modules)

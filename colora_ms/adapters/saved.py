@@ -3,21 +3,15 @@
 Rows without such an adapter use the base module, so that mixed batches stay right.
 """
 
+from typing import Optional
+
 import numpy as np
 
 from mindspore import Parameter, Tensor, nn
 
 from colora_ms.adapters.cells import SavedBase
 from colora_ms.adapters.slots import owned_slots, rows_where, stacked
-from colora_ms.kernels import multi_lora_linear_reference
-from colora_ms.models.layers import Embedding, Linear, RMSNorm
-
-
-class TrainableLinear(Linear):
-    """A linear whose weight and bias have gradients: the fast operator takes the weight to be frozen."""
-
-    def construct(self, x, slots):
-        return multi_lora_linear_reference(x, slots, *self.operands())
+from colora_ms.models.rows import slots_of
 
 
 class SavedModule(SavedBase):
@@ -34,7 +28,8 @@ class SavedModule(SavedBase):
 
     fusible = False
 
-    def __init__(self, base_layer, path, slots, shapes, trainable=True, source=None):
+    def __init__(self, base_layer: nn.Cell, path: str, slots: int, shapes: dict[str, tuple[int, ...]],
+                 trainable: bool = True, source: Optional['SavedModule'] = None) -> None:
         super().__init__(base_layer, path)
         self.tied_to = source.path if source is not None else ""
         self.owned = stacked(f"{path}.saved_owned", (slots,), False, np.int32)
@@ -43,33 +38,21 @@ class SavedModule(SavedBase):
             values = source.values_of(slot) if source is not None else {
                 name: Parameter(Tensor(np.zeros(shape, np.float32)), name=f"{path}.saved_{slot}.{name}",
                                 requires_grad=trainable) for name, shape in shapes.items()}
-            copies.append(_copy_of(self.inner, values, trainable))
+            copies.append(self.inner.float_copy(values, trainable))
         self.copies = nn.CellList(copies, auto_prefix=False)
 
-    def construct(self, x, slots):
-        """x and slots as the base Cell takes them."""
-        own = owned_slots(slots, self.owned)
-        y = self.base_layer(x, slots)
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x and rows as the base Cell takes them."""
+        own = owned_slots(slots_of(rows), self.owned)
+        y = self.base_layer(x, rows)
         for slot, copy in enumerate(self.copies):
-            y = rows_where(own == slot, copy(x, slots), y)
+            y = rows_where(own == slot, copy(x, rows), y)
         return y
 
-    def add(self, x, residual, slots):
+    def add(self, x: Tensor, residual: Tensor, rows: tuple) -> tuple:
         """The norm of x + residual, and that sum (norms only)."""
-        own = owned_slots(slots, self.owned)
-        y, total = self.base_layer.add(x, residual, slots)
+        own = owned_slots(slots_of(rows), self.owned)
+        y, total = self.base_layer.add(x, residual, rows)
         for slot, copy in enumerate(self.copies):
-            y = rows_where(own == slot, copy(total, slots), y)
+            y = rows_where(own == slot, copy(total, rows), y)
         return y, total
-
-
-def _copy_of(cell, values, trainable):
-    """A float32 Cell like ``cell`` on the given Parameters."""
-    if isinstance(cell, Linear):
-        kind = TrainableLinear if trainable else Linear
-        return kind(values["weight"], cell.in_features, cell.out_features, bias=values.get("bias"))
-    if isinstance(cell, Embedding):
-        return Embedding(values["weight"], cell.hidden_size)
-    copy = RMSNorm(values["weight"], 0.0)
-    copy.eps = cell.eps
-    return copy

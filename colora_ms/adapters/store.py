@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import Any, Callable, Union
 
 from colora_ms.adapters.patterns import in_order
 from colora_ms.errors import AdapterError
@@ -22,14 +23,14 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HUB_NAME = re.compile(r"[A-Za-z0-9_-]+/[A-Za-z0-9._-]+")
 
 
-def check_name(name):
+def check_name(name: Any) -> str:
     """Return ``name`` if an adapter may be called so; otherwise raise AdapterError."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
         raise AdapterError(f"{name!r:.80} cannot be an adapter's name: use 1 to 64 letters, digits, '.', '_' or '-'")
     return name
 
 
-def adapter_path(root, name):
+def adapter_path(root: Union[str, os.PathLike], name: str) -> Path:
     """The folder of the adapter ``name`` inside ``root``.
 
     Raises:
@@ -43,7 +44,7 @@ def adapter_path(root, name):
     return path
 
 
-def regular_file(path):
+def regular_file(path: Union[str, os.PathLike]) -> Path:
     """Return ``path`` if it is a readable regular file (a pipe would hang, a device never end)."""
     try:
         mode = os.stat(path).st_mode
@@ -54,11 +55,12 @@ def regular_file(path):
     return path
 
 
-def read_config(folder):
+def read_config(folder: Union[str, os.PathLike]) -> dict:
     """The JSON object of a folder's adapter_config.json.
 
     Raises:
-        AdapterError: it is missing or no JSON; a model, an mlx or GGUF adapter, or a folder above adapters is said to be so.
+        AdapterError: it is missing or no JSON; a model, an mlx or GGUF adapter, or a folder above adapters is said to
+            be so.
     """
     reason = not_an_adapter(folder)
     if reason:
@@ -70,13 +72,13 @@ def read_config(folder):
     return read_json(path, AdapterError, MAX_CONFIG_BYTES)
 
 
-def config_text(values):
+def config_text(values: dict) -> str:
     """The text of an adapter_config.json: settings sorted by name, patterns in their own order, which is part of what
     they mean (sorting them, as PEFT 0.21 does when it saves, can take a module's own rank away)."""
     return json.dumps(dict(sorted(values.items())), indent=2) + "\n"
 
 
-def write_folder(folder, write):
+def write_folder(folder: Union[str, os.PathLike], write: Callable) -> None:
     """Create or replace an adapter folder, whole or not at all.
 
     Args:
@@ -103,10 +105,11 @@ _DIGESTED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "u
 
 def _is_digested(key, value):
     """A start that changed the base decides what the factors mean; any other start leaves no trace."""
-    return key in _DIGESTED or key == "init_lora_weights" and isinstance(value, str) and value.startswith(("pissa", "olora"))
+    starts = key == "init_lora_weights" and isinstance(value, str) and value.startswith(("pissa", "olora"))
+    return key in _DIGESTED or starts
 
 
-def digest(config, file):
+def digest(config: Any, file: Any) -> str:
     """Digest of an adapter's content: the settings that count and all tensors, whatever their order in the file.
 
     Args:

@@ -8,14 +8,21 @@ PEFT's rules (0.21, ``set_additional_trainable_modules`` and ``LoraModel._add_mo
 * ``ensure_weight_tying`` with ``modules_to_save``: naming the embedding or its head means one copy, which both use.
 """
 
+from __future__ import annotations
 
-def tied_modules(modules):
+from typing import TYPE_CHECKING, Any, Iterable
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.matching import Module
+
+
+def tied_modules(modules: dict[str, Module]) -> dict[str, str]:
     """{module name: name of the embedding that it is tied to}."""
     return {name: module.tied_to for name, module in modules.items()
             if module.tied_to and modules[module.tied_to].kind == "embedding"}
 
 
-def saved(config, modules, names):
+def saved(config: Any, modules: dict[str, Module], names: list[str]) -> tuple[list[str], dict[str, str]]:
     """The modules that are saved whole, and which of them use another one's copy.
 
     Args:
@@ -31,12 +38,13 @@ def saved(config, modules, names):
     return [name for name in modules if name in wanted], ties
 
 
-def tokens(config, modules, chosen, whole, problems):
+def tokens(config: Any, modules: dict[str, Module], chosen: list[str], whole: Iterable[str],
+           problems: list[str]) -> tuple[dict, dict[str, str]]:
     """The ids whose rows are trained, of each module.
 
     Args:
-        config: LoraConfig; modules: {name: Module}; chosen: names of the modules with a low-rank pair; whole: those that are
-            saved whole; problems: gets what is wrong.
+        config: LoraConfig; modules: {name: Module}; chosen: names of the modules with a low-rank pair; whole: those
+            that are saved whole; problems: gets what is wrong.
 
     Returns:
         ({module name: tuple of ids}, {module name: the embedding whose rows it uses}).
@@ -71,15 +79,17 @@ def tokens(config, modules, chosen, whole, problems):
     return {name: found[name] for name in modules if name in found}, ties
 
 
-def check(config, modules, chosen, ties, problems, remarks):
-    """What ``ensure_weight_tying`` asks for and is not done goes to ``problems``, what changes nothing to ``remarks``."""
+def check(config: Any, modules: dict[str, Module], chosen: list[str], ties: dict[str, str], problems: list[str],
+          remarks: list[str]) -> None:
+    """What ``ensure_weight_tying`` asks for and is not done goes to ``problems``, what changes nothing to
+    ``remarks``."""
     if not getattr(config, "ensure_weight_tying", False):
         return
     tied = tied_modules(modules)
     low_rank = [name for name in chosen if name in tied or name in tied.values()]
     if low_rank:
-        problems.append(f"ensure_weight_tying with target_modules that mean {low_rank[0]} (factors that stay tied across "
-                        "embedding and head) is not implemented; train the embedding with modules_to_save or "
+        problems.append(f"ensure_weight_tying with target_modules that mean {low_rank[0]} (factors that stay tied "
+                        "across embedding and head) is not implemented; train the embedding with modules_to_save or "
                         "trainable_token_indices")
     elif not tied:
         remarks.append("ensure_weight_tying, but no head is tied to the model's embedding")

@@ -2,8 +2,8 @@
 
 The rows behind the base's belong to new tokens. Embedding, head and the tokenizer in the adapter's folder must agree on
 how many there are; then the model's own tables get them, too, so that rows of the batch without the adapter have logits
-for all tokens. What the base has there is what PEFT stored of it (``original_module``), otherwise the mean of the base's
-rows, which is what transformers starts new rows from.
+for all tokens. What the base has there is what PEFT stored of it (``original_module``), otherwise the mean of the
+base's rows, which is what transformers starts new rows from.
 
 Shapes change, so that this happens before anything is compiled: in ``load_adapter`` and ``load_adapters`` on a model
 without adapters. A model that has its adapter Cells already, such as a server's bank, refuses.
@@ -12,17 +12,24 @@ without adapters. A model that has its adapter Cells already, such as a server's
 import dataclasses
 import os
 import shutil
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import numpy as np
 
-from mindspore import Parameter
+from mindspore import Parameter, nn
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.key_names import PREFIX
+from colora_ms.adapters.matching import Module
+from colora_ms.adapters.outside import leaf
 from colora_ms.errors import AdapterError, AdapterWarning, TokenizerError
 from colora_ms.files import replacing
 from colora_ms.models.decoder import Decoder
-from colora_ms.models.layers import Linear
+from colora_ms.models.replacing import forget_graphs
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
+    from colora_ms.adapters.peft_format import StoredAdapter
 
 #: Trainers round the number of rows up to a multiple of one of these.
 _MULTIPLES = (8, 16, 32, 64, 128, 256, 512)
@@ -52,8 +59,8 @@ class Larger:
     """The vocabulary of an adapter that has more tokens than its base.
 
     Attributes:
-        tables: the base's; rows: the adapter's; stored: {module name: key of its tensor}, of the modules that the adapter has
-            whole; originals: {module name: key of what PEFT stored of the resized base}.
+        tables: the base's; rows: the adapter's; stored: {module name: key of its tensor}, of the modules that the
+            adapter has whole; originals: {module name: key of what PEFT stored of the resized base}.
     """
 
     tables: Tables
@@ -62,7 +69,7 @@ class Larger:
     originals: dict
 
 
-def tables_of(modules):
+def tables_of(modules: dict[str, Module]) -> Optional[Tables]:
     """The :class:`Tables` of a model with one embedding and one head, else None; modules: {name: Module}."""
     embeddings = [name for name, module in modules.items() if module.kind == "embedding"]
     heads = [name for name, module in modules.items() if module.is_head]
@@ -72,7 +79,7 @@ def tables_of(modules):
     return Tables(embedding, head, modules[head].tied_to == embedding, modules[embedding].in_features)
 
 
-def larger(stored, modules):
+def larger(stored: 'StoredAdapter', modules: dict[str, Module]) -> Optional[Larger]:
     """What an adapter folder holds of a vocabulary larger than the model's.
 
     Args:
@@ -114,15 +121,15 @@ def larger(stored, modules):
     return Larger(tables, count, whole, originals)
 
 
-def refusal(found, stored):
+def refusal(found: Larger, stored: 'StoredAdapter') -> str:
     """Why a model that has its adapter Cells already cannot take such an adapter."""
     return (f"the vocabulary was changed when the adapter in {stored.folder} was trained: it has {found.rows} rows for "
-            f"tokens, this model has {found.tables.rows} and its adapter Cells already, whose shapes are fixed; load it first "
-            "(Generator.from_pretrained, load_adapter on a fresh model), or merge it into the model (colora-ms merge) and use "
-            "that")
+            f"tokens, this model has {found.tables.rows} and its adapter Cells already, whose shapes are fixed; load "
+            "it first (Generator.from_pretrained, load_adapter on a fresh model), or merge it into the model "
+            "(colora-ms merge) and use that")
 
 
-def adopt(stored, found):
+def adopt(stored: 'StoredAdapter', found: Larger) -> None:
     """Make the tables that PEFT stores whenever the vocabulary was resized, asked or not, into modules saved whole.
 
     A tied head beside an embedding that is saved whole without ``ensure_weight_tying`` is the resized base's, not the
@@ -140,14 +147,15 @@ def adopt(stored, found):
         config.modules_to_save = [*entries, *missing]
 
 
-def warn_of_gaps(found, stored, warn):
+def warn_of_gaps(found: Larger, stored: 'StoredAdapter', warn: Callable) -> None:
     """Say what the new tokens lack: a tokenizer, or a tied head's rows."""
     if tokenizer_size(stored.folder) is None:
         warn(f"the adapter in {stored.folder} has {found.rows - found.tables.rows} tokens more than the model, but no "
              "tokenizer beside it: their ids can be used, no text becomes them", AdapterWarning)
     if found.tables.tied and found.tables.head not in found.stored and not found.originals:
-        warn(f"the adapter in {stored.folder} holds an embedding with new tokens, but not the head, which was tied to the "
-             "resized base's embedding: the new tokens get the logit of a mean row, as for the base", AdapterWarning)
+        warn(f"the adapter in {stored.folder} holds an embedding with new tokens, but not the head, which was tied to "
+             "the resized base's embedding: the new tokens get the logit of a mean row, as for the "
+             "base", AdapterWarning)
 
 
 class Growth:
@@ -163,7 +171,7 @@ class Growth:
         AdapterError: the adapters want different numbers of rows, or this model's tables cannot be enlarged.
     """
 
-    def __init__(self, net, modules, needs):
+    def __init__(self, net: nn.Cell, modules: dict[str, Module], needs: dict[str, tuple]) -> None:
         sizes = {name: found.rows for name, (_, found) in needs.items()}
         if len(set(sizes.values())) > 1:
             raise AdapterError("these adapters have different vocabularies ("
@@ -185,29 +193,32 @@ class Growth:
     def _check_net(self):
         cells = tree.cells_by_name(self.net)
         head = cells[self.tables.head]
-        if not isinstance(self.net, Decoder) or head.__class__ is not Linear or head.has_bias:
-            raise AdapterError(f"the adapter has {self.rows} rows for tokens, the model {self.tables.rows}, and this model "
-                               f"cannot get more: its head is a {type(head).__name__} of a {type(self.net).__name__}; use a "
+        if not isinstance(self.net, Decoder) or not leaf(head).plain or head.has_bias:
+            raise AdapterError(f"the adapter has {self.rows} rows for tokens, the model {self.tables.rows}, and this "
+                               f"model cannot get more: its head is a {type(head).__name__} of a "
+                               f"{type(self.net).__name__}; use a "
                                "plain decoder (recompose a decomposed one), or a base model that was resized and saved")
         self.cells = cells
 
     def _new_rows(self, path, needs):
         """(new rows, hidden) float32 of one table of the base."""
-        base = tree.base_values(self.cells[path])["weight"]
+        base = self.cells[path].base_values()["weight"]
         kept = []
         for stored, found in needs.values():
             key = found.originals.get(path) or found.tables.tied and found.originals.get(found.tables.embedding)
             kept += [stored.file.read(key)[self.tables.rows:]] if key else []
         if kept:
             if any(not np.array_equal(kept[0], one) for one in kept[1:]):
-                raise AdapterError(f"the adapters {', '.join(needs)} were trained on bases whose new rows of {path} differ; "
-                                   "load them into models of their own")
+                raise AdapterError(f"the adapters {', '.join(needs)} were trained on bases whose new rows of {path} "
+                                   "differ; load them into models of their own")
             return np.ascontiguousarray(kept[0], np.float32)
         mean = base.mean(axis=0, dtype=np.float64).astype(np.float32)
         return np.tile(mean, (self.rows - self.tables.rows, 1))
 
-    def widen(self, values):
-        """An adapter's values for the base's vocabulary, with the base's new rows behind those of modules saved whole."""
+    def widen(self,
+              values: dict[tuple[str, str], dict[str, np.ndarray]]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+        """An adapter's values for the base's vocabulary, with the base's new rows behind those of modules saved
+        whole."""
         widened = dict(values)
         for path, rows in self.new.items():
             own = values.get((path, "saved"))
@@ -215,7 +226,7 @@ class Growth:
                 widened[path, "saved"] = {**own, "weight": np.concatenate([own["weight"], rows])}
         return widened
 
-    def apply(self):
+    def apply(self) -> None:
         """Put the larger tables into the model; cannot fail any more."""
         embedding, head = self.cells[self.tables.embedding], self.cells[self.tables.head]
         self._enlarge(embedding, self.new[self.tables.embedding])
@@ -225,10 +236,10 @@ class Growth:
             self._enlarge(head, self.new[self.tables.head])
         head.out_features = self.rows
         self.net.config = dataclasses.replace(self.net.config, vocab_size=self.rows)
-        tree.forget_graphs()
+        forget_graphs()
 
     @staticmethod
-    def _enlarge(cell, rows):
+    def _enlarge(cell: nn.Cell, rows: np.ndarray) -> None:
         weight, scale = cell.weight, cell.weight_scale
         tensor, own_scale = cell.format.stored(weight, scale).and_rows(rows).tensors()
         cell.weight = Parameter(tensor, name=weight.name, requires_grad=weight.requires_grad)
@@ -238,7 +249,7 @@ class Growth:
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------
 
-def tokenizer_size(folder):
+def tokenizer_size(folder: Union[str, os.PathLike]) -> Optional[int]:
     """Largest id + 1 of the tokenizer in a folder, or None if it has none.
 
     Raises:
@@ -249,12 +260,12 @@ def tokenizer_size(folder):
     return _read_tokenizer(folder).vocab_size
 
 
-def has_tokenizer(folder):
+def has_tokenizer(folder: Union[str, os.PathLike]) -> bool:
     """Whether a folder has a tokenizer."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES[:2])
 
 
-def copy_tokenizer(source, folder):
+def copy_tokenizer(source: Union[str, os.PathLike], folder: Union[str, os.PathLike]) -> None:
     """Put a tokenizer's files beside an adapter.
 
     Raises:
@@ -271,8 +282,9 @@ def _refused(path):
     return lambda reason: AdapterError(f"{path} cannot be written: {reason}")
 
 
-def tokenizer_for(tokenizer, folders, handle):
-    """The tokenizer to use with a model and its adapters: an adapter's own where it brings tokens that the base's lacks.
+def tokenizer_for(tokenizer: Any, folders: dict, handle: 'Adapters') -> Any:
+    """The tokenizer to use with a model and its adapters: an adapter's own where it brings tokens that the base's
+    lacks.
 
     Args:
         tokenizer: the base model's; folders: {adapter name: folder}, loaded; handle: their ``Adapters``.
@@ -286,8 +298,8 @@ def tokenizer_for(tokenizer, folders, handle):
     chosen, owner = tokenizer, None
     tables = tables_of(handle.modules)
     for name, folder in folders.items() if tables else ():
-        plan = handle.plan(name)
-        if tables.embedding not in {*plan.saved, *plan.tokens, *plan.targets} or not has_tokenizer(folder):
+        matched = handle.matched(name)
+        if tables.embedding not in {*matched.saved, *matched.tokens, *matched.targets} or not has_tokenizer(folder):
             continue
         own = _read_tokenizer(folder)
         if own.vocab_size <= getattr(tokenizer, "vocab_size", 0):

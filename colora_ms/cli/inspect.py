@@ -93,7 +93,7 @@ def update_norms(stored: StoredAdapter) -> dict[str, tuple[int, float]]:
 
     import numpy as np
 
-    from colora_ms.adapters.matching import Module, plan
+    from colora_ms.adapters.matching import Module, match
     from colora_ms.adapters.peft_format import PREFIX
 
     modules, factors = {}, {}
@@ -107,7 +107,7 @@ def update_norms(stored: StoredAdapter) -> dict[str, tuple[int, float]]:
         return {}
     # The table has the modules with a pair alone, which says nothing about whatever else the adapter changes.
     config = replace(stored.config, modules_to_save=None, trainable_token_indices=None, ensure_weight_tying=False)
-    targets = plan(config, modules, list({path.rsplit(".", 1)[-1]: None for path in modules})).targets
+    targets = match(config, modules, list({path.rsplit(".", 1)[-1]: None for path in modules})).targets
     found = {}
     for path, target in targets.items():
         down, up = (stored.file.read(name).astype(np.float64) for name in factors[path])

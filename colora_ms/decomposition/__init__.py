@@ -8,7 +8,15 @@
 from colora_ms.decomposition.decompose import Decomposed, decompose, recompose
 from colora_ms.decomposition.folders import decompose_checkpoint, save_decomposed, write_low_rank_folder
 from colora_ms.decomposition.plan import (
-    LrdPlan, Piece, break_even, factor_parameters, linear_shapes, place, plan_for, preset, reduction,
+    LrdPlan,
+    Piece,
+    break_even,
+    factor_parameters,
+    linear_shapes,
+    place,
+    plan_for,
+    preset,
+    reduction,
 )
 from colora_ms.decomposition.tucker import Factors, factorise, hooi, reconstruct
 

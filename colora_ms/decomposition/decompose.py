@@ -15,7 +15,9 @@ from colora_ms.decomposition.tucker import Factors, factorise
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.models.builder import linear_of
 from colora_ms.models.formats import StoredFactors, stored_float, weight_format
-from colora_ms.models.low_rank import LowRankLinear, low_rank_linear, replace_linears
+from colora_ms.models.leaf import Leaf
+from colora_ms.models.low_rank import low_rank_linear
+from colora_ms.models.replacing import replace_cells
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,17 @@ def decompose(model: nn.Cell, plan: LrdPlan) -> list[Decomposed]:
     """
     cells = plain_cells(model)
     pieces = plan.resolve(_model_shapes(model))
-    twice = [path for path in pieces if isinstance(cells[path], LowRankLinear)]
+    twice = [path for path in pieces if is_decomposed(cells[path])]
     if twice:
         raise AdapterError(f"{twice[0]} is decomposed already ({len(twice)} such linears in the plan); "
                            "recompose(model) first, or load the original model")
     made, report = {}, []
     for path, piece in pieces.items():
         cell = cells[path]
-        found = factors_of(path, tree.base_values(cell)["weight"], piece)
+        found = factors_of(path, cell.base_values()["weight"], piece)
         made[path] = low_rank_linear(path, stored_factors(found), model.weight_format, _bias(cell))
         report.append(Decomposed.of(path, piece, found))
-    replace_linears(model, made)
-    tree.forget_graphs()
+    replace_cells(model, made)
     return report
 
 
@@ -83,10 +84,9 @@ def recompose(model: nn.Cell) -> list[str]:
         AdapterError: the model has adapters.
     """
     wanted = weight_format(model.weight_format)
-    chains = {path: cell for path, cell in plain_cells(model).items() if isinstance(cell, LowRankLinear)}
+    chains = {path: cell for path, cell in plain_cells(model).items() if is_decomposed(cell)}
     made = {path: linear_of(path, wanted.pack(cell.stored().values()), _bias(cell)) for path, cell in chains.items()}
-    replace_linears(model, made)
-    tree.forget_graphs()
+    replace_cells(model, made)
     return list(made)
 
 
@@ -126,6 +126,11 @@ def _model_shapes(model):
         raise AdapterError(f"{type(model).__name__} is no decoder of this package, so it cannot be decomposed; load it "
                            "with load_model")
     return linear_shapes(config)
+
+
+def is_decomposed(cell: nn.Cell) -> bool:
+    """Whether a Cell of a decoder is factors in the place of a linear."""
+    return isinstance(cell, Leaf) and cell.decomposed
 
 
 def _bias(cell):

@@ -15,16 +15,22 @@ import numpy as np
 from mindspore import nn
 
 from colora_ms.adapters.slots import to_float32
-from colora_ms.decomposition.decompose import Decomposed, factors_of, plain_cells
+from colora_ms.decomposition.decompose import Decomposed, factors_of, is_decomposed, plain_cells
 from colora_ms.decomposition.plan import LrdPlan, linear_shapes
 from colora_ms.errors import CheckpointError
 from colora_ms.models.checkpoint import Checkpoint
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.formats import weight_format
 from colora_ms.models.hf_folder import write_hf_folder, write_model_folder
-from colora_ms.models.low_rank import LowRankLinear
 from colora_ms.models.low_rank_folder import (
-    ARCHITECTURE, CORE, FORMAT, INNER, MODEL_TYPE, OUTER, factor_shapes, low_rank_shapes,
+    ARCHITECTURE,
+    CORE,
+    FORMAT,
+    INNER,
+    MODEL_TYPE,
+    OUTER,
+    factor_shapes,
+    low_rank_shapes,
 )
 
 
@@ -69,7 +75,7 @@ def save_decomposed(model: nn.Cell, folder: str | os.PathLike[str], tokenizer: A
         AdapterError: the model has adapters. CheckpointError: integer weights, nothing decomposed, or the folder cannot
             be written.
     """
-    chains = {path: cell for path, cell in plain_cells(model).items() if isinstance(cell, LowRankLinear)}
+    chains = {path: cell for path, cell in plain_cells(model).items() if is_decomposed(cell)}
     if not chains:
         raise CheckpointError("nothing is decomposed in this model; call decompose(model, plan) first")
     if not weight_format(model.weight_format).is_float:

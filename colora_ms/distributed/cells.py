@@ -9,6 +9,7 @@ from __future__ import annotations
 from mindspore import Tensor, nn, ops
 
 from colora_ms.models.decoder import Decoder
+from colora_ms.models.replacing import replace_cells
 
 
 class SumOfParts(nn.Cell):
@@ -58,13 +59,13 @@ class SplitInput(nn.Cell):
         self.norm = norm
         self.split = SumOfGradients()
 
-    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """As of the norm."""
-        return self.split(self.norm(x, slots))
+        return self.split(self.norm(x, rows))
 
-    def add(self, x: Tensor, residual: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, residual: Tensor, rows: tuple) -> tuple[Tensor, Tensor]:
         """As of the norm; the residual goes on whole."""
-        y, residual = self.norm.add(x, residual, slots)
+        y, residual = self.norm.add(x, residual, rows)
         return self.split(y), residual
 
 
@@ -83,18 +84,18 @@ class SummedLinear(nn.Cell):
         self.linear = linear
         self.sum = SumOfParts()
 
-    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
-        """x: (..., in / workers); slots: (rows,) int32 -> (..., out) float32, equal on all workers."""
-        return self.sum(self.linear(x, slots))
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (..., in / workers) -> (..., out) float32, equal on all workers."""
+        return self.sum(self.linear(x, rows))
 
 
 def join_parts(decoder: Decoder) -> None:
     """Put the sums into a decoder of one worker's shares, in place; Parameters keep their names."""
-    names = [(parameter, parameter.name) for parameter in decoder.get_parameters()]
-    for layer in decoder.model.layers:
-        layer.input_layernorm = SplitInput(layer.input_layernorm)
-        layer.post_attention_layernorm = SplitInput(layer.post_attention_layernorm)
-        layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj)
-        layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj)
-    for parameter, name in names:
-        parameter.name = name
+    cells = {}
+    for number, layer in enumerate(decoder.model.layers):
+        place = f"model.layers.{number}"
+        cells[f"{place}.input_layernorm"] = SplitInput(layer.input_layernorm)
+        cells[f"{place}.post_attention_layernorm"] = SplitInput(layer.post_attention_layernorm)
+        cells[f"{place}.self_attn.o_proj"] = SummedLinear(layer.self_attn.o_proj)
+        cells[f"{place}.mlp.down_proj"] = SummedLinear(layer.mlp.down_proj)
+    replace_cells(decoder, cells)

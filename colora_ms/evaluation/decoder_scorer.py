@@ -46,7 +46,7 @@ class TokenLosses(nn.Cell):
             losses = linear_token_losses(hidden.reshape((-1, hidden.shape[-1])),
                                          self.decoder.lm_head.weight, flat)
         else:
-            logits = self.decoder.lm_head(hidden, slots)
+            logits = self.decoder.lm_head(hidden, (slots, lengths))
             losses = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)
         return losses.reshape(labels.shape)
 

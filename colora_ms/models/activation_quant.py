@@ -70,9 +70,9 @@ class ActivationQuantizedLinear(nn.Cell):
         self.quantize_input = ActivationQuantizer(input_bits) if input_bits else None
         self.quantize_output = ActivationQuantizer(output_bits) if output_bits else None
 
-    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
-        """x: (rows, tokens, in) or (rows, in); slots: (rows,) int32 -> y: (..., out) float32."""
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (rows, tokens, in) or (rows, in) -> y: (..., out) float32."""
         if self.quantize_input is not None:
             x = self.quantize_input(x)
-        y = self.linear(x, slots)
+        y = self.linear(x, rows)
         return y if self.quantize_output is None else self.quantize_output(y)

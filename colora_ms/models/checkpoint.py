@@ -17,10 +17,9 @@ from colora_ms.models.config import DecoderConfig
 from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float
 from colora_ms.models.gguf_decoder import GgufDecoder
 from colora_ms.models.gguf_parts import only_model, open_gguf
-from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantization_of, \
-    read_config, write_hf_folder
-from colora_ms.models.recognise import not_a_model
+from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantization_of, read_config, write_hf_folder
 from colora_ms.models.mindspore_file import STATE_NAMES, STATE_PREFIXES, MindSporeFile
+from colora_ms.models.recognise import not_a_model
 from colora_ms.models.tensors import LazyTensors, check_shapes
 
 __all__ = ["Checkpoint", "open_checkpoint", "default_model_path", "resolve_model",

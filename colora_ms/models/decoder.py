@@ -7,7 +7,14 @@ The Cell tree has Hugging Face's names, so a parameter's name is its name in the
 from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.kernels import (
-    ABSENT, bind, cached_attention, causal_attention, decoder_layers, fuses_layers, fuses_steps, multi_lora_linear,
+    ABSENT,
+    bind,
+    cached_attention,
+    causal_attention,
+    decoder_layers,
+    fuses_layers,
+    fuses_steps,
+    multi_lora_linear,
     swiglu,
 )
 from colora_ms.models.builder import Builder
@@ -34,33 +41,34 @@ class Attention(nn.Cell):
             self.q_norm = build.norm(f"{prefix}.q_norm")
             self.k_norm = build.norm(f"{prefix}.k_norm")
 
-    def project(self, x, slots):
+    def project(self, x: Tensor, rows: tuple) -> tuple:
         """x: (rows, tokens, hidden) -> q (rows, tokens, heads * head_dim), k, v (rows, tokens, kv_heads * head_dim)."""
         if self.q_proj.fusible and self.k_proj.fusible and self.v_proj.fusible:
             q, k, v = multi_lora_linear(
-                x, slots, *(self.q_proj.operands() + self.k_proj.operands() + self.v_proj.operands()))
+                x, rows[0], *(self.q_proj.operands() + self.k_proj.operands() + self.v_proj.operands()))
         else:
-            q, k, v = self.q_proj(x, slots), self.k_proj(x, slots), self.v_proj(x, slots)
+            q, k, v = self.q_proj(x, rows), self.k_proj(x, rows), self.v_proj(x, rows)
         if self.qk_norm:
-            q = self.norm_heads(q, self.q_norm, self.num_heads, slots)
-            k = self.norm_heads(k, self.k_norm, self.num_kv_heads, slots)
+            q = self.norm_heads(q, self.q_norm, self.num_heads, rows)
+            k = self.norm_heads(k, self.k_norm, self.num_kv_heads, rows)
         return q, k, v
 
-    def norm_heads(self, x, norm, heads, slots):
+    def norm_heads(self, x: Tensor, norm: nn.Cell, heads: int, rows: tuple) -> Tensor:
         """RMS norm of each head of x (rows, tokens, heads * head_dim)."""
         shape = x.shape
-        return norm(x.reshape(shape[0], shape[1], heads, self.head_dim), slots).reshape(shape)
+        return norm(x.reshape(shape[0], shape[1], heads, self.head_dim), rows).reshape(shape)
 
-    def construct(self, x, slots, cos, sin, lengths):
-        """Causal attention without a cache (training); lengths as in :meth:`Decoder.hidden`."""
-        q, k, v = self.project(x, slots)
-        return self.o_proj(causal_attention(q, k, v, cos, sin, lengths), slots)
+    def construct(self, x: Tensor, rows: tuple, cos: Tensor, sin: Tensor) -> Tensor:
+        """Causal attention without a cache (training)."""
+        q, k, v = self.project(x, rows)
+        return self.o_proj(causal_attention(q, k, v, cos, sin, rows[1]), rows)
 
-    def cached(self, x, slots, cos, sin, keys, values, cache_rows, start, length):
+    def cached(self, x: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter, values: Parameter,
+               cache_rows: Tensor, start: Tensor) -> Tensor:
         """Append x's tokens to the cache (in place) and attend to it; see ``kernels.cached_attention``."""
-        q, k, v = self.project(x, slots)
-        out = cached_attention(q, k, v, cos, sin, keys, values, cache_rows, start, length)
-        return self.o_proj(out, slots)
+        q, k, v = self.project(x, rows)
+        out = cached_attention(q, k, v, cos, sin, keys, values, cache_rows, start, rows[1])
+        return self.o_proj(out, rows)
 
 
 class Mlp(nn.Cell):
@@ -73,12 +81,13 @@ class Mlp(nn.Cell):
         self.up_proj = build.linear(f"{prefix}.up_proj")
         self.down_proj = build.linear(f"{prefix}.down_proj")
 
-    def construct(self, x, slots):
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (rows, tokens, hidden) float32 -> the same shape."""
         if self.gate_proj.fusible and self.up_proj.fusible:
-            gate, up = multi_lora_linear(x, slots, *(self.gate_proj.operands() + self.up_proj.operands()))
+            gate, up = multi_lora_linear(x, rows[0], *(self.gate_proj.operands() + self.up_proj.operands()))
         else:
-            gate, up = self.gate_proj(x, slots), self.up_proj(x, slots)
-        return self.down_proj(swiglu(gate, up), slots)
+            gate, up = self.gate_proj(x, rows), self.up_proj(x, rows)
+        return self.down_proj(swiglu(gate, up), rows)
 
 
 class DecoderLayer(nn.Cell):
@@ -92,20 +101,23 @@ class DecoderLayer(nn.Cell):
         self.input_layernorm = build.norm(f"{prefix}.input_layernorm")
         self.post_attention_layernorm = build.norm(f"{prefix}.post_attention_layernorm")
 
-    def construct(self, x, residual, slots, cos, sin, lengths):
-        h, residual = self.input_layernorm.add(x, residual, slots)
-        h = self.self_attn(h, slots, cos, sin, lengths)
-        h, residual = self.post_attention_layernorm.add(h, residual, slots)
-        return self.mlp(h, slots), residual
+    def construct(self, x: Tensor, residual: Tensor, rows: tuple, cos: Tensor, sin: Tensor) -> tuple:
+        """x, residual: (rows, tokens, hidden) float32 -> the block's output and the residual, without a cache."""
+        h, residual = self.input_layernorm.add(x, residual, rows)
+        h = self.self_attn(h, rows, cos, sin)
+        h, residual = self.post_attention_layernorm.add(h, residual, rows)
+        return self.mlp(h, rows), residual
 
-    def cached(self, x, residual, slots, cos, sin, keys, values, cache_rows, start, length):
+    def cached(self, x: Tensor, residual: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter,
+               values: Parameter, cache_rows: Tensor, start: Tensor) -> tuple:
+        """As :meth:`construct`, with the cache; see :meth:`Attention.cached`."""
         if self.fused:
-            return decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length,
+            return decoder_layers(x, residual, rows[0], cos, sin, cache_rows, start, rows[1],
                                   *self.layer_operands(keys, values))
-        h, residual = self.input_layernorm.add(x, residual, slots)
-        h = self.self_attn.cached(h, slots, cos, sin, keys, values, cache_rows, start, length)
-        h, residual = self.post_attention_layernorm.add(h, residual, slots)
-        return self.mlp(h, slots), residual
+        h, residual = self.input_layernorm.add(x, residual, rows)
+        h = self.self_attn.cached(h, rows, cos, sin, keys, values, cache_rows, start)
+        h, residual = self.post_attention_layernorm.add(h, residual, rows)
+        return self.mlp(h, rows), residual
 
     @property
     def fusible(self):
@@ -146,12 +158,14 @@ class DecoderModel(nn.Cell):
         self.rope_cos = Parameter(Tensor(cos), requires_grad=False)
         self.rope_sin = Parameter(Tensor(sin), requires_grad=False)
 
-    def construct(self, ids, lengths, slots):
-        x = self.embed_tokens(ids, slots)
+    def construct(self, ids: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
+        """See :meth:`Decoder.hidden`."""
+        rows = (slots, lengths)
+        x = self.embed_tokens(ids, rows)
         residual = ops.zeros_like(x)
         for layer in self.layers:
-            x, residual = layer(x, residual, slots, self.rope_cos, self.rope_sin, lengths)
-        x, residual = self.norm.add(x, residual, slots)
+            x, residual = layer(x, residual, rows, self.rope_cos, self.rope_sin)
+        x, residual = self.norm.add(x, residual, rows)
         return x
 
     @property
@@ -167,8 +181,11 @@ class DecoderModel(nn.Cell):
             operands = operands + layer.layer_operands(keys[i], values[i])
         return operands
 
-    def cached(self, ids, slots, cache, cache_rows, start, length):
-        x = self.embed_tokens(ids, slots)
+    def cached(self, ids: Tensor, slots: Tensor, cache: nn.Cell, cache_rows: Tensor, start: Tensor,
+               length: Tensor) -> Tensor:
+        """As :meth:`construct`, with the cache; arguments as for :meth:`Decoder.step`."""
+        rows = (slots, length)
+        x = self.embed_tokens(ids, rows)
         residual = ops.zeros_like(x)
         keys, values = cache.keys, cache.values
         cos, sin = self.rope_cos, self.rope_sin
@@ -177,8 +194,8 @@ class DecoderModel(nn.Cell):
                                          *self.layer_operands(cache))
         else:
             for i, layer in enumerate(self.layers):
-                x, residual = layer.cached(x, residual, slots, cos, sin, keys[i], values[i], cache_rows, start, length)
-        x, residual = self.norm.add(x, residual, slots)
+                x, residual = layer.cached(x, residual, rows, cos, sin, keys[i], values[i], cache_rows, start)
+        x, residual = self.norm.add(x, residual, rows)
         return x
 
 
@@ -216,7 +233,7 @@ class Decoder(nn.Cell):
             parameter.name = name
         self.model.rope_cos.name, self.model.rope_sin.name = "rope.cos", "rope.sin"
 
-    def hidden(self, ids, lengths, slots):
+    def hidden(self, ids: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """Hidden states after the last norm, without a cache.
 
         Args:
@@ -230,11 +247,12 @@ class Decoder(nn.Cell):
         """
         return self.model(ids, lengths, slots)
 
-    def construct(self, ids, lengths, slots):
+    def construct(self, ids: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """Logits of all positions, (rows, tokens, vocab) float32; arguments as :meth:`hidden`."""
-        return self.lm_head(self.hidden(ids, lengths, slots), slots)
+        return self.lm_head(self.hidden(ids, lengths, slots), (slots, lengths))
 
-    def step(self, ids, slots, cache, cache_rows, start, length):
+    def step(self, ids: Tensor, slots: Tensor, cache: nn.Cell, cache_rows: Tensor, start: Tensor,
+             length: Tensor) -> Tensor:
         """Append tokens to the cache and return the logits after each row's last real token.
 
         Args:
@@ -252,7 +270,7 @@ class Decoder(nn.Cell):
             last = ops.maximum(length - 1, 0).reshape(-1, 1, 1)
             index = ops.broadcast_to(last, (x.shape[0], 1, x.shape[2]))
             x = ops.gather_elements(x, 1, index)
-        return self.lm_head(x, slots).reshape(x.shape[0], -1)
+        return self.lm_head(x, (slots, length)).reshape(x.shape[0], -1)
 
     @property
     def fused(self):

@@ -5,8 +5,15 @@ import numpy as np
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.families import find_gguf_family, unsupported
-from colora_ms.models.gguf_names import EMBEDDING, HEAD, LLAMA3_KEYS, ROPE_FACTORS, hf_name, \
-    interleaved_heads, restore_rows
+from colora_ms.models.gguf_names import (
+    EMBEDDING,
+    HEAD,
+    LLAMA3_KEYS,
+    ROPE_FACTORS,
+    hf_name,
+    interleaved_heads,
+    restore_rows,
+)
 from colora_ms.models.gguf_noise import finer_of_one_matrix
 from colora_ms.models.rope import rope_frequencies
 

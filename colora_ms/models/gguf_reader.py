@@ -164,6 +164,7 @@ class GgufFile:
             float32 of the shape of values, or None for a type whose rounding is not known.
         """
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
         from colora_ms.models.gguf_noise import stored_noise
         tensor = self.tensors[name]
         kind = GGMLQuantizationType(tensor.type)

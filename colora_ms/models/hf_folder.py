@@ -18,8 +18,7 @@ from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.files import read_json, replacing_folder
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.formats import BFLOAT16, StoredWeight, stored_float
-from colora_ms.models.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, WRITE_DTYPES, \
-    SafetensorsFile, write_safetensors
+from colora_ms.models.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, WRITE_DTYPES, SafetensorsFile, write_safetensors
 from colora_ms.models.tensors import check_shapes
 from colora_ms.models.tokenizer import load_tokenizer
 

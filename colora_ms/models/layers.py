@@ -1,17 +1,30 @@
 """The three parameterised Cells of a decoder: ``Linear``, ``Embedding`` and ``RMSNorm``.
 
-Each takes the rows' adapter slots as an argument, so that an adapter Cell can stand in its place, and each keeps its
-weight in a format of :mod:`colora_ms.models.formats`, which it carries as ``format``.
+Each takes ``rows``, what the decoder knows of the rows of its batch (see :mod:`colora_ms.models.rows`), so that an
+adapter Cell can stand in its place, and keeps its weight in a format of :mod:`colora_ms.models.formats`, which it
+carries as ``format``.
 """
 
+from typing import Optional
+
 import mindspore as ms
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
-from colora_ms.kernels import ABSENT, bind, embedding, multi_lora_linear, rms_norm, rms_norm_residual
-from colora_ms.models.formats import FLOAT32
+from colora_ms.kernels import (
+    ABSENT,
+    bind,
+    embedding,
+    multi_lora_linear,
+    multi_lora_linear_reference,
+    rms_norm,
+    rms_norm_residual,
+)
+from colora_ms.models.formats import FLOAT32, WeightFormat
+from colora_ms.models.leaf import Leaf
+from colora_ms.models.rows import slots_of
 
 
-class Linear(nn.Cell):
+class Linear(Leaf, nn.Cell):
     """``y = x @ weight.T + bias``.
 
     Args:
@@ -25,7 +38,8 @@ class Linear(nn.Cell):
     #: True where ``operands()`` tells all that the Cell computes, so that several can share one kernel call.
     fusible = True
 
-    def __init__(self, weight, in_features, out_features, weight_scale=None, bias=None, weight_format=FLOAT32):
+    def __init__(self, weight: Parameter, in_features: int, out_features: int, weight_scale: Optional[Parameter] = None,
+                 bias: Optional[Parameter] = None, weight_format: WeightFormat = FLOAT32) -> None:
         super().__init__()
         bind()
         weight_format.check(weight, weight_scale)
@@ -37,25 +51,49 @@ class Linear(nn.Cell):
         self.bias = ABSENT if bias is None else bias
         self.has_bias = bias is not None
 
-    def operands(self):
+    def operands(self) -> tuple:
         """The six tensors of one linear in :func:`colora_ms.kernels.multi_lora_linear` (no adapter here)."""
         return (self.weight, self.weight_scale, self.bias, ABSENT, ABSENT, ABSENT)
 
-    def construct(self, x, slots):
-        """x: (rows, tokens, in) or (rows, in); slots: (rows,) int32 -> y: (..., out) float32."""
-        return multi_lora_linear(x, slots, *self.operands())
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (rows, tokens, in) or (rows, in); rows: (slots, lengths) -> y: (..., out) float32."""
+        return multi_lora_linear(x, slots_of(rows), *self.operands())
 
-    def extend_repr(self):
+    def sizes(self) -> tuple[int, int]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        return self.in_features, self.out_features
+
+    def leaf_parameters(self) -> dict[str, Parameter]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        return {"weight": self.weight, "bias": self.bias} if self.has_bias else {"weight": self.weight}
+
+    def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'Linear':
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        kind = TrainableLinear if trainable else Linear
+        return kind(values["weight"], self.in_features, self.out_features, bias=values.get("bias"))
+
+    def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.name}"
 
 
-class Embedding(nn.Cell):
+class TrainableLinear(Linear):
+    """A linear whose weight and bias have gradients: the fast operator takes the weight to be frozen."""
+
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """As the base Cell is called."""
+        return multi_lora_linear_reference(x, slots_of(rows), *self.operands())
+
+
+class Embedding(Leaf, nn.Cell):
     """Rows of ``weight`` (vocab, hidden) picked by token ids; the same formats as :class:`Linear`."""
 
+    kind = "embedding"
     #: True where weight and scale are all that the Cell computes with.
     fusible = True
 
-    def __init__(self, weight, hidden_size, weight_scale=None, weight_format=FLOAT32):
+    def __init__(self, weight: Parameter, hidden_size: int, weight_scale: Optional[Parameter] = None,
+                 weight_format: WeightFormat = FLOAT32) -> None:
         super().__init__()
         bind()
         weight_format.check(weight, weight_scale)
@@ -64,28 +102,55 @@ class Embedding(nn.Cell):
         self.weight = weight
         self.weight_scale = ABSENT if weight_scale is None else weight_scale
 
-    def construct(self, ids, slots):
-        """ids: (rows, tokens) int32; slots: (rows,) int32 (for adapters) -> (rows, tokens, hidden) float32."""
+    def construct(self, ids: Tensor, rows: tuple) -> Tensor:
+        """ids: (rows, tokens) int32; rows: for adapters -> (rows, tokens, hidden) float32."""
         return embedding(ids, self.weight, self.weight_scale)
 
+    def sizes(self) -> tuple[int, int]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        return self.weight.shape[0], self.hidden_size
 
-class RMSNorm(nn.Cell):
+    def leaf_parameters(self) -> dict[str, Parameter]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        return {"weight": self.weight}
+
+    def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'Embedding':
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        return Embedding(values["weight"], self.hidden_size)
+
+
+class RMSNorm(Leaf, nn.Cell):
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last axis, in float32."""
 
+    kind = "norm"
+    plain = False
     #: True where weight and eps are all that the Cell computes with.
     fusible = True
 
-    def __init__(self, weight, eps):
+    def __init__(self, weight: Parameter, eps: float) -> None:
         super().__init__()
         bind()
         self.weight = weight
         self.eps = Tensor(eps, ms.float32)
 
-    def construct(self, x, slots):
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (..., hidden) float32 -> the same shape."""
         return rms_norm(x, self.weight, self.eps)
 
-    def add(self, x, residual, slots):
+    def add(self, x: Tensor, residual: Tensor, rows: tuple) -> tuple:
         """The norm of ``x + residual``, and that sum; both of x's shape."""
         return rms_norm_residual(x, residual, self.weight, self.eps)
 
+    def sizes(self) -> tuple[int, int]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        return 0, 0
+
+    def leaf_parameters(self) -> dict[str, Parameter]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        return {"weight": self.weight}
+
+    def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'RMSNorm':
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        copy = RMSNorm(values["weight"], 0.0)
+        copy.eps = self.eps
+        return copy

@@ -1,18 +1,17 @@
 """``LowRankLinear``: a linear whose weight is a product of small factors, in the place of :class:`layers.Linear`."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from typing import Optional
 
 from mindspore import Parameter, Tensor, nn
 
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 from colora_ms.models.formats import BFLOAT16, FLOAT32, StoredFactors, WeightFormat
+from colora_ms.models.leaf import Leaf
 from colora_ms.models.low_rank_folder import CORE, INNER, OUTER
+from colora_ms.models.rows import slots_of
 
 
-class LowRankLinear(nn.Cell):
+class LowRankLinear(Leaf, nn.Cell):
     """``y = outer (core (inner x)) + bias``, from right to left, so that the full matrix is never made.
 
     Args:
@@ -25,6 +24,9 @@ class LowRankLinear(nn.Cell):
     Source: arXiv 2405.06626: W ~ U1 core U2; here outer = U1 and inner = U2.
     """
 
+    plain, whole, decomposed = False, False, True
+    fixed = ("is decomposed into factors, whose product has too low a rank for it; use the adapter unmerged, or "
+             "recompose(model) before you load it")
     #: It is no single linear that could share a kernel call with others, but can be a part of a fused layer.
     fusible, fusible_in_layer = False, True
 
@@ -44,8 +46,9 @@ class LowRankLinear(nn.Cell):
         self.bias = ABSENT if bias is None else bias
         self.has_bias = bias is not None
 
-    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
-        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
+        slots = slots_of(rows)
         x = multi_lora_linear(x, slots, self.inner, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
         if self.factors == 3:
             x = multi_lora_linear(x, slots, self.core, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
@@ -54,6 +57,14 @@ class LowRankLinear(nn.Cell):
     def operands(self) -> tuple:
         """The six tensors of a product in :func:`colora_ms.kernels.decoder_layers`; numbers as of ``construct``."""
         return (ABSENT, ABSENT, self.bias, self.inner, self.outer, self.core)
+
+    def sizes(self) -> tuple[int, int]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        return self.in_features, self.out_features
+
+    def leaf_parameters(self) -> dict[str, Parameter]:
+        """As :class:`colora_ms.models.leaf.Leaf` says."""
+        return {"bias": self.bias} if self.has_bias else {}
 
     def factor_parameters(self) -> dict[str, Parameter]:
         """{last part of the name: Parameter} of the factors."""
@@ -92,24 +103,3 @@ def low_rank_linear(path: str, factors: StoredFactors, weight_format: str,
     made = {name: Parameter(wanted.pack(one.values()).tensors()[0], name=f"{path}.{name}", requires_grad=False)
             for name, one in ((INNER, factors.inner), (CORE, factors.core), (OUTER, factors.outer)) if one is not None}
     return LowRankLinear(made[INNER], made[OUTER], made.get(CORE), bias, wanted)
-
-
-def replace_linears(net: nn.Cell, cells: Mapping[str, nn.Cell]) -> None:
-    """Put Cells in the places of a decoder's linears; all parameters keep their names.
-
-    Args:
-        net: :class:`colora_ms.models.decoder.Decoder`; cells: {module name: Cell}.
-    """
-    named = [(parameter, parameter.name) for cell in (net, *cells.values()) for parameter in cell.get_parameters()]
-    for path, cell in cells.items():
-        parent, _, last = path.rpartition(".")
-        setattr(_cell(net, parent), last, cell)
-    for parameter, name in named:
-        if parameter.name != name:
-            parameter.name = name
-
-
-def _cell(net, path):
-    for part in path.split("."):
-        net = net._cells[part]  # pylint: disable=protected-access
-    return net

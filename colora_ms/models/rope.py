@@ -18,6 +18,7 @@ import numpy as np
 
 from colora_ms.errors import ConfigError, near
 
+
 class RotarySettings(Protocol):
     """What is read of a ``DecoderConfig``."""
 

@@ -23,6 +23,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 from colora_ms.models.activation_quant import ActivationQuantizer
 from colora_ms.models.formats import StoredWeight
+from colora_ms.models.rows import slots_of
 from colora_ms.quantization.config import LrQatConfig
 from colora_ms.quantization.grids import SMALLEST_SCALE, Grid, downcast, round_to_grid, search_range
 
@@ -180,11 +181,11 @@ class LrQatLinear(nn.Cell):
         self.quantize_input = ActivationQuantizer(inputs) if inputs else None
         self.quantize_output = ActivationQuantizer(outputs) if outputs else None
 
-    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
-        """x: (rows, tokens, in) or (rows, in); slots: (rows,) int32 -> y: (..., out) float32."""
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (rows, tokens, in) or (rows, in) -> y: (..., out) float32."""
         if self.quantize_input is not None:
             x = self.quantize_input(x)
-        y = self.matmul(x, slots, self.phi, self.low, self.up, self.down, self.scale, self.bias)
+        y = self.matmul(x, slots_of(rows), self.phi, self.low, self.up, self.down, self.scale, self.bias)
         return y if self.quantize_output is None else self.quantize_output(y)
 
     def trained(self) -> dict[str, Parameter]:

@@ -26,8 +26,9 @@ from colora_ms.adapters import tree
 from colora_ms.adapters.slots import to_float32
 from colora_ms.adapters.store import read_config, regular_file, write_folder
 from colora_ms.errors import AdapterError, ConfigError, near
-from colora_ms.models import layers
 from colora_ms.models.formats import StoredWeight
+from colora_ms.models.leaf import Leaf
+from colora_ms.models.replacing import check_names, replace_cells
 from colora_ms.models.safetensors_file import SafetensorsFile
 from colora_ms.quantization.cells import LrQatLinear
 from colora_ms.quantization.config import LrQatConfig
@@ -54,27 +55,23 @@ def quantize(net: nn.Cell, config: LrQatConfig, seed: int = 0) -> QuantizedModel
     targets = _targets(net, config)
     for path, cell in targets.items():
         config.grid.group_of(cell.in_features, path)
-    names = tree.ParameterNames(net)
+    check_names(net)
     for parameter in net.get_parameters():
         parameter.requires_grad = False
     cells = {}
     for path, cell in targets.items():
         random = np.random.default_rng([seed, zlib.crc32(path.encode())])
-        cells[path] = LrQatLinear(cell, path, tree.base_values(cell)["weight"], config, random)
-        own = [(parameter, parameter.name) for parameter in cells[path].get_parameters()]
-        tree.replace(net, path, cells[path])
-        for parameter, name in own:
-            parameter.name = name
+        cells[path] = LrQatLinear(cell, path, cell.base_values()["weight"], config, random)
         cell.weight = None  # the pretrained weight is not needed again: let its memory go
-    names.restore()
-    tree.forget_graphs()
+    replace_cells(net, cells)
     return QuantizedModel(net, config, cells)
 
 
 def _targets(net, config):
     """{path: Linear} of what the config names."""
     found = {path: cell for path, cell in tree.cells_by_name(net).items()
-             if isinstance(cell, layers.Linear) and path.rsplit(".", 1)[-1] not in tree.HEADS}
+             if isinstance(cell, Leaf) and cell.kind == "linear" and cell.plain
+             and path.rsplit(".", 1)[-1] not in tree.HEADS}
     if not found:
         raise AdapterError("the model has no plain linears: it has adapters already, or is quantised; start from the "
                            "unadapted float model")

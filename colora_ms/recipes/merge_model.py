@@ -113,7 +113,7 @@ def merge_model(model: str | os.PathLike[str], adapters: Sequence[str | os.PathL
     config = checkpoint.config
     decoder = Decoder(config, checkpoint.tensors, max_positions=min(config.max_position_embeddings, 4 * _LONGEST))
     name, handle = _loaded(decoder, adapters, weights, combine, options)
-    notes += _untie(decoder, handle.plan(name), handle)
+    notes += _untie(decoder, handle.matched(name), handle)
     source = _tokenizer_source(tokenizer, adapters, handle)
     if source.folder is not None:
         notes.append(f"the adapter in {source.folder} brings tokens of its own: its tokenizer goes into the model")
@@ -177,20 +177,20 @@ def _packed_notes(checkpoint):
     return []
 
 
-def _untie(decoder, plan, handle):
+def _untie(decoder, matched, handle):
     """Give a tied head a matrix of its own where the adapter changes it or the embedding apart; returns notes."""
     from mindspore import Parameter, Tensor
 
-    from colora_ms.adapters import tree
+    from colora_ms.models.replacing import forget_graphs
 
     embedding, head = "model.embed_tokens", "lm_head"
-    changed = {embedding, head} & {*plan.targets, *plan.saved, *plan.tokens}
-    if not decoder.config.tie_word_embeddings or not changed or head in plan.ties:
+    changed = {embedding, head} & {*matched.targets, *matched.saved, *matched.tokens}
+    if not decoder.config.tie_word_embeddings or not changed or head in matched.ties:
         return []
     own = Tensor(handle.cells[embedding].weight.asnumpy().copy())
     handle.cells[head].weight = Parameter(own, name=f"{head}.weight", requires_grad=False)
     decoder.config = dataclasses.replace(decoder.config, tie_word_embeddings=False)
-    tree.forget_graphs()
+    forget_graphs()
     return [f"the head is written as a matrix of its own, because the adapter changes {' and '.join(sorted(changed))}"
             f"{' apart' if len(changed) > 1 else ' alone'} of the two that were tied"]
 
@@ -258,8 +258,9 @@ def _batch(tokenizer, texts, vocabulary):
 
 def _logits(decoder, batch, slots):
     """Logits of all real tokens, (tokens, vocabulary) float32."""
-    from colora_ms import runtime
     from mindspore import Tensor
+
+    from colora_ms import runtime
 
     ids, lengths = batch
     found = runtime.run(decoder, Tensor(ids), Tensor(lengths), slots).asnumpy()

@@ -23,15 +23,6 @@ from colora_ms.errors import AdapterError, ConfigError, UnknownAdapterError, nea
 from colora_ms.serving.content import read_content
 
 
-@dataclass
-class _Slot:
-    """A slot in use: its number, the rank of what it holds, and how many leases pin it."""
-
-    number: int
-    rank: int
-    pins: int = 0
-
-
 @dataclass(frozen=True)
 class Lease:
     """The right to use a slot: as long as it is held, the slot keeps its content.
@@ -105,7 +96,7 @@ class AdapterBank:
         self._withdrawn = set()
         self._digests = {}  # name -> digest of the content that it stands for
         self._host = OrderedDict()  # digest -> Content, the least recently used first
-        self._slots = OrderedDict()  # digest -> _Slot, the least recently used first
+        self._slots = self.adapters.slot_table
         self._counters = _Counters()
 
     # -- names ---------------------------------------------------------------------------------------------------------
@@ -119,7 +110,7 @@ class AdapterBank:
                     found.add(path.name)
         with self._lock:
             # One that was deleted from disk stays as long as its content is here.
-            found.update(name for name, digest in self._digests.items() if digest in self._slots or digest in self._host)
+            found.update(name for name, digest in self._digests.items() if self._in_memory(digest))
             return sorted(found - self._withdrawn)
 
     def add(self, name: str, folder: Union[str, Path]) -> None:
@@ -167,8 +158,7 @@ class AdapterBank:
                 self._withdrawn.add(name)
             if digest is not None and digest not in self._digests.values():
                 self._host.pop(digest, None)
-                if digest in self._slots and not self._slots[digest].pins:
-                    del self._slots[digest]
+                self._slots.forget(digest)
 
     def resolve(self, name: str) -> str:
         """The digest that a name stands for; its content is read and checked if it is not in memory.
@@ -189,7 +179,10 @@ class AdapterBank:
             if name in self._withdrawn:
                 raise UnknownAdapterError(f"adapter {name!r} was unloaded; load it again before a request names it")
             digest = self._digests.get(name)
-            return digest if digest in self._slots or digest in self._host else None
+            return digest if self._in_memory(digest) else None
+
+    def _in_memory(self, digest):
+        return digest in self._host or self._slots.content(digest) is not None
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
@@ -197,52 +190,44 @@ class AdapterBank:
         """Pin the slot that holds a content, put it there first if it is in host memory.
 
         Returns:
-            :class:`Lease`, to be given back with :meth:`release`; None if all slots are pinned.
+            :class:`Lease`, to be given back with :meth:`release`; None if all slots are leased, or named by the handle.
 
         Raises:
             KeyError: the content is neither in a slot nor in host memory; :meth:`resolve` its name first.
         """
         with self._lock:
-            slot = self._slots.get(digest)
-            if slot is not None:
+            if self._slots.content(digest) is not None:
                 self._counters.hits += 1
-            else:
-                content = self._host[digest]
-                number = self._free_number()
-                if number is None:
-                    return None
-                started = time.perf_counter()
-                self.adapters.write_slot(number, content.plan, content.values)
-                self._counters.place_ms = 1e3 * (time.perf_counter() - started)
-                self._counters.loads += 1
-                slot = self._slots[digest] = _Slot(number, content.rank)
+            elif not self._place(self._host[digest]):
+                return None
             if digest in self._host:
                 self._host.move_to_end(digest)
-            self._slots.move_to_end(digest)
-            slot.pins += 1
-            return Lease(slot.number, digest)
+            return Lease(self._slots.pin(digest), digest)
+
+    def _place(self, content):
+        """Put a content into a slot, by eviction if need be; False if all are leased or have a name."""
+        found = self._slots.place(content.digest, content.rank)
+        if found is None:
+            return False
+        number, evicted = found
+        self._counters.evictions += evicted
+        started = time.perf_counter()
+        try:
+            self.adapters.write_slot(number, content.matched, content.values)
+        except BaseException:
+            self._slots.forget(content.digest)
+            raise
+        self._counters.place_ms = 1e3 * (time.perf_counter() - started)
+        self._counters.loads += 1
+        return True
 
     def release(self, lease):
         """Give a lease back."""
         if lease.slot < 0:
             return
         with self._lock:
-            slot = self._slots[lease.digest]
-            slot.pins -= 1
-            if not slot.pins and lease.digest not in self._digests.values():
-                del self._slots[lease.digest]  # withdrawn, or replaced by new content, while it was in use
-
-    def _free_number(self):
-        """A slot for a new content, by eviction if need be; None if all are pinned."""
-        free = set(range(self.max_loaded)) - {slot.number for slot in self._slots.values()}
-        if free:
-            return min(free)
-        for digest, slot in self._slots.items():
-            if not slot.pins:
-                del self._slots[digest]
-                self._counters.evictions += 1
-                return slot.number
-        return None
+            if self._slots.unpin(lease.digest) and lease.digest not in self._digests.values():
+                self._slots.forget(lease.digest)  # withdrawn, or replaced by new content, while it was in use
 
     # -- folders and host memory ---------------------------------------------------------------------------------------
 
@@ -291,10 +276,10 @@ class AdapterBank:
         names = self.names()
         with self._lock:
             adapters = [self._entry(name) for name in names]
-            c = self._counters
+            c, slots = self._counters, self._slots.contents
             return {
                 "max_loaded": self.max_loaded, "max_rank": self.max_rank, "adapter_format": self.adapter_format,
-                "loaded": len(self._slots), "pinned": sum(slot.pins > 0 for slot in self._slots.values()),
+                "loaded": len(slots), "pinned": sum(slot.pins > 0 for slot in slots.values()),
                 "slot_bytes": self.slot_bytes,
                 "host_bytes": self._used(), "host_limit": self.host_bytes, "hits": c.hits, "loads": c.loads,
                 "evictions": c.evictions, "reads": c.reads, "host_evictions": c.host_evictions, "read_ms": c.read_ms,
@@ -303,7 +288,7 @@ class AdapterBank:
 
     def _entry(self, name):
         digest = self._digests.get(name)
-        slot, content = self._slots.get(digest), self._host.get(digest)
+        slot, content = self._slots.content(digest), self._host.get(digest)
         state = "slot" if slot is not None else "host" if content is not None else "disk"
         return {"name": name, "state": state, "slot": slot.number if slot is not None else None,
                 "pins": slot.pins if slot is not None else 0, "digest": digest,

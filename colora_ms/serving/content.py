@@ -15,14 +15,14 @@ class Content:
 
     Attributes:
         digest: 64 hexadecimal digits that name the content (see :func:`colora_ms.adapters.digest`).
-        plan: :class:`colora_ms.adapters.matching.Plan`.
+        matched: :class:`colora_ms.adapters.matching.Matched`.
         values: {(module name, role): {field: float32 array}}, copies that no file can change.
         rank: its largest rank.
         nbytes: bytes of all arrays.
     """
 
     digest: str
-    plan: object
+    matched: object
     values: dict
     rank: int
     nbytes: int
@@ -47,17 +47,17 @@ def read_content(handle, folder, max_rank, max_bytes, allow_pickle=False):
         raise AdapterError(f"the adapter in {folder} has {size} bytes of tensors, the bank keeps {max_bytes} in memory; "
                            "make the bank with a larger host_bytes")
 
-    def check(config, plan):
-        ranks = {name: target.r for name, target in plan.targets.items()}
+    def check(config, matched):
+        ranks = {name: target.r for name, target in matched.targets.items()}
         wide = [name for name, r in ranks.items() if r > max_rank]
         if wide:
             raise AdapterError(f"the adapter in {folder} has rank {ranks[wide[0]]} in {len(wide)} modules, {wide[0]!r} "
                                f"first; this bank was made with max_rank={max_rank}: make it with a larger one")
-        check_fits(handle, config, plan)
+        check_fits(handle, config, matched)
 
     digest = stored.digest()
-    plan, values = stage(handle, stored, check)
+    matched, values = stage(handle, stored, check)
     # A float32 tensor is a view of the mapped file: it would change, or take the process down, with the file.
     values = {place: {field: np.array(value) for field, value in fields.items()} for place, fields in values.items()}
     nbytes = sum(value.nbytes for fields in values.values() for value in fields.values())
-    return Content(digest, plan, values, max((t.r for t in plan.targets.values()), default=0), nbytes)
+    return Content(digest, matched, values, max((t.r for t in matched.targets.values()), default=0), nbytes)

@@ -25,7 +25,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms.adapters import adapters_of
-from colora_ms.adapters.tree import takes_slots
+from colora_ms.adapters.outside import leaf
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_token_cross_entropy, linear_token_losses, token_losses_of_logits
 from colora_ms.models.formats import is_float_matrix
@@ -113,9 +113,9 @@ class PreferenceLossCell(nn.Cell):
             losses = of_tokens(trained.reshape((-1, trained.shape[-1])), weight, flat)
             reference = linear_token_losses(base.reshape((-1, base.shape[-1])), weight, flat)
         else:
-            logits = self.decoder.lm_head(trained, slots)
+            logits = self.decoder.lm_head(trained, (slots, lengths))
             losses = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)
-            logits = ops.stop_gradient(self.decoder.lm_head(base, twice[rows:]))
+            logits = ops.stop_gradient(self.decoder.lm_head(base, (twice[rows:], lengths)))
             reference = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)
         return losses.reshape(labels.shape), reference.reshape(labels.shape)
 
@@ -138,7 +138,7 @@ def check_reference(decoder: Decoder) -> None:
     elif handle.merged:
         wrong = f"the adapter {handle.merged!r} is merged into the base weights; call unmerge() first"
     else:
-        whole = [path for path, _ in handle.sites if not takes_slots(handle.cells[path])]
+        whole = [path for path, _ in handle.sites if not leaf(handle.cells[path]).takes_rows]
         trained = [parameter.name for parameter, _ in handle.frozen if parameter.requires_grad]
         if whole:
             wrong = (f"{whole[0]} ({len(whole)} such modules) takes no slot for each row, so that rows without the "

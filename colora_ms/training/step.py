@@ -67,7 +67,7 @@ class CausalLossCell(nn.Cell):
             loss, count = linear_cross_entropy(hidden.reshape((-1, hidden.shape[-1])),
                                                self.decoder.lm_head.weight, labels)
         else:
-            logits = self.decoder.lm_head(hidden, slots)
+            logits = self.decoder.lm_head(hidden, (slots, lengths))
             loss, count = masked_cross_entropy(logits.reshape((-1, logits.shape[-1])), labels)
         return loss, count
 

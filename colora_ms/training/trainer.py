@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from mindspore import nn
 
 from colora_ms import runtime
-from colora_ms.adapters import lily_lengths
+from colora_ms.adapters.lily import PACKED, pools_rows
 from colora_ms.adapters.patterns import in_order
 from colora_ms.distributed import workers
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError
@@ -124,8 +124,8 @@ class Trainer:
         if context is not None and longest > context:
             raise ConfigError(f"an example has {longest} tokens, the model's context is {context}; "
                               f"set data.max_length to at most {context}")
-        if config.data.packing and lily_lengths.pools_rows(decoder):
-            raise ConfigError(lily_lengths.PACKED)
+        if config.data.packing and pools_rows(decoder):
+            raise ConfigError(PACKED)
         self._loader_kind = loader
         self.loader = self._loader(data, rank, world)
         self.validation: BatchLoader | None = None

@@ -56,7 +56,7 @@ def main(pet_type="colora_lora"):
     trainer.train()
     handle = handles[0]
     changed = [p.name for p in handle.net.get_parameters() if not np.array_equal(p.asnumpy(), start[p.name])]
-    print("RESULT", json.dumps({"losses": snapshot.losses, "changed": sorted(changed), "targets": len(handle.plan().targets),
+    print("RESULT", json.dumps({"losses": snapshot.losses, "changed": sorted(changed), "targets": len(handle.matched().targets),
                                 "trained": sorted(p.name for p in handle.trainable_params()), "state": snapshot.state}))
 
 

@@ -254,3 +254,45 @@ def test_pickles_only_on_request(tiny_decoder, goldens):
 def test_bad_options(tiny_decoder, options):
     with pytest.raises(ConfigError):
         AdapterBank(tiny_decoder(), **options)
+
+
+def test_the_handle_and_the_bank_share_one_account_of_slots(bank, folder):
+    from colora_ms.adapters import LoraConfig
+
+    handle = bank.adapters
+    lease = take(bank, "a0")
+    before = held(bank, lease)
+    handle.load(folder / "a1", "own")  # into the slot that nobody has
+    assert handle.slot("own") != lease.slot and handle.names == ("own",) and handle.free_slots == 0
+    assert all(np.array_equal(x, y) for path, values in held(bank, lease).items() for x, y in zip(values, before[path]))
+    own = held(bank, type(lease)(handle.slot("own"), "own"))
+    assert take(bank, "a2") is None  # one slot is leased, the other has a name
+    with pytest.raises(AdapterError, match=f"no slot is free.*own, slot {lease.slot} for a bank .leased, content {lease.digest[:12]}"):
+        handle.load(folder / "a3", "more")
+    with pytest.raises(AdapterError, match="no slot is free"):
+        handle.add_adapter("more", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=f"slot {lease.slot} of this model is leased by a bank.*unload"):
+        handle.unload()
+    with pytest.raises(AdapterError, match=f"slot {lease.slot} of this model is leased by a bank.*merge"):
+        handle.merge("own")
+    content = bank._host[lease.digest]
+    for slot, reason in ((lease.slot, "is leased"), (handle.slot("own"), "holds the adapter 'own'")):
+        with pytest.raises(AdapterError, match=f"slot {slot} {reason}"):
+            handle.write_slot(slot, content.matched, content.values)
+    for slot, former in ((lease.slot, before), (handle.slot("own"), own)):
+        now = held(bank, type(lease)(slot, ""))
+        assert all(np.array_equal(x, y) for path, values in now.items() for x, y in zip(values, former[path]))
+    with pytest.raises(AdapterError, match="there is no adapter 'a0'"):
+        handle.delete_adapter("a0")  # the bank's name, not the handle's
+    handle.delete_adapter("own")
+    second = take(bank, "a2")
+    assert {lease.slot, second.slot} == {0, 1} and handle.names == ()
+    for one in (lease, second):
+        bank.release(one)
+    with pytest.raises(AdapterError, match="slot 7 was given to nobody"):
+        handle.write_slot(7, content.matched, content.values)
+    with pytest.raises(AdapterError, match="not leased"):  # the bank's as long as it wants to keep them
+        handle.load(folder / "a3", "more")
+    bank.unload("a2")
+    handle.load(folder / "a3", "more")
+    assert handle.slot("more") == second.slot and bank.info()["loaded"] == 1

@@ -28,8 +28,8 @@ def bank(mindspore, goldens, rules):
                     reserve=LoraConfig(target_modules=["q_proj", "up_proj", "down_proj", "embed_tokens"]))
     for name, settings in rules.COMBINED.items():
         handle.add_adapter(name, LoraConfig(**settings))
-        plan = handle.plan(name)
-        for path, target in plan.targets.items():
+        matched = handle.matched(name)
+        for path, target in matched.targets.items():
             module = handle.modules[path]
             down = rules.combined_tensor(name, f"{path}.lora_A", (target.r, module.in_features))
             up = rules.combined_tensor(name, f"{path}.lora_B", (module.out_features, target.r))
@@ -49,7 +49,7 @@ def test_equal_to_peft(bank, rules, goldens):
         bank.add_weighted_adapter(names, weights, "new", **options)
         for short, path in rules.COMBINED_MODULES.items():
             key = f"{case}.{short}"
-            assert (key in stored) == (path in bank.plan("new").targets), key
+            assert (key in stored) == (path in bank.matched("new").targets), key
             if key in stored:
                 got = change(bank, "new", path)[:24]
                 assert np.abs(got - stored[key]).max() < 2e-5, key
@@ -147,9 +147,9 @@ def test_combined_targets_are_named_exactly(mindspore, tiny_decoder, tmp_path):
     handle.add_adapter("y", LoraConfig(r=2, target_modules=["up_proj"], **RANDOM))
     handle.add_weighted_adapter(["x", "y"], [1, 1], "z")
     wanted = {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
-    assert set(handle.plan("z").targets) == wanted
+    assert set(handle.matched("z").targets) == wanted
     handle.save(tmp_path / "z", "z")
-    assert set(load_adapter(tiny_decoder(), tmp_path / "z").plan("z").targets) == wanted
+    assert set(load_adapter(tiny_decoder(), tmp_path / "z").matched("z").targets) == wanted
 
 
 def test_names_are_pefts():

@@ -31,13 +31,13 @@ def adapter(folder, name="llama", **settings):
     """A random adapter of a tiny model as a PEFT folder; returns (its settings, {PEFT's name: array})."""
     from colora_ms.adapters import LoraConfig
     from colora_ms.adapters.config_modules import modules_of_config
-    from colora_ms.adapters.matching import plan
+    from colora_ms.adapters.matching import match
     from colora_ms.adapters.peft_format import write_adapter
 
     config = LoraConfig(**{"target_modules": ALL, "r": 4, "lora_alpha": 8, "base_model_name_or_path": tiny(name),
                            **settings})
     modules = modules_of_config(open_checkpoint(tiny(name)).config)
-    made, random = plan(config, modules), np.random.default_rng(3)
+    made, random = match(config, modules), np.random.default_rng(3)
     values = {}
     for path, target in made.targets.items():
         module = modules[path]

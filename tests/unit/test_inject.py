@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_gradients import gradients
 
 from colora_ms.adapters import LoraConfig, adapters_of, inject, load_adapter
 from colora_ms.adapters.matching import value_shapes
 from colora_ms.errors import AdapterError
+from colora_ms.kernels import ABSENT
+from model_gradients import gradients
 
 RANDOM = {"init_lora_weights": False}
 BIASED = {"attention_bias": True, "attention_out_bias": True}
@@ -67,7 +68,7 @@ def test_low_rank_product_is_what_the_formula_says(bank):
     net, _, handle = bank
     cell = handle.sites["model.layers.1.self_attn.q_proj", "lora"]
     x = np.random.default_rng(0).standard_normal((3, 5, 32)).astype(np.float32)
-    got = cell(Tensor(x), Tensor(np.array([1, -1, 0], np.int32))).asnumpy()
+    got = cell(Tensor(x), (Tensor(np.array([1, -1, 0], np.int32)), ABSENT)).asnumpy()
     weight = cell.base_layer.weight.asnumpy().astype(np.float64)
     for row, (name, r, scaling) in enumerate([("b", 6, 20 / 6), (None, 0, 0), ("a", 4, 2)]):
         expected = x[row] @ weight.T
@@ -279,7 +280,7 @@ def test_everything_that_an_adapter_can_hold_is_chosen_by_row(mindspore, tiny_de
     handle.add_adapter("b", LoraConfig(r=2, **RANDOM, **values))
     random = np.random.default_rng(3)
     for name in "ab":
-        for place, shapes in value_shapes(handle.plan(name), handle.modules).items():
+        for place, shapes in value_shapes(handle.matched(name), handle.modules).items():
             cell = handle.sites[place]
             new = {key: value + random.standard_normal(value.shape).astype(np.float32) * 0.2
                    for key, value in cell.read(handle.slot(name), shapes).items()}

@@ -59,10 +59,10 @@ def run(net, ids=IDS):
 def randomize(handle, name="default", spread=0.3):
     """Random values in everything that an adapter owns."""
     random = np.random.default_rng(len(name))
-    for place, shapes in value_shapes(handle.plan(name), handle.modules).items():
+    for place, shapes in value_shapes(handle.matched(name), handle.modules).items():
         cell = handle.sites[place]
         values = {key: random.standard_normal(shape).astype(np.float32) * spread for key, shape in shapes.items()}
-        target = handle.plan(name).targets.get(place[0])
+        target = handle.matched(name).targets.get(place[0])
         cell.write(handle.slot(name), values, target.scaling if target else 1.0)
 
 
@@ -151,7 +151,7 @@ def test_nan_in_another_slot_leaks_neither_into_results_nor_gradients(build):
     base = run(net)
     handle = inject(net, LoraConfig(r=2, target_modules=["up", "embed"], **RANDOM), slots=2)
     handle.add_adapter("broken", LoraConfig(r=2, target_modules=["up", "embed"]))
-    for place, shapes in value_shapes(handle.plan("broken"), handle.modules).items():
+    for place, shapes in value_shapes(handle.matched("broken"), handle.modules).items():
         handle.sites[place].write(1, {key: np.full(shape, np.nan, np.float32) for key, shape in shapes.items()}, 1.0)
     first = run(net)
     assert np.isfinite(first).all()

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_token_rows import build, run
 
 from colora_ms.adapters import LoraConfig, adapters_of, inject, load_adapter, load_adapters
 from colora_ms.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from colora_ms.errors import AdapterError, AdapterWarning
+from test_token_rows import build, run
 
 #: name: (tiny model, whether peft stored the resized base's rows, too)
 GOLDENS = {"larger": ("llama", False), "larger_stored": ("llama", True), "larger_tied": ("llama_linear", False),
@@ -278,7 +278,7 @@ def test_a_tied_head_that_the_adapter_lacks_is_said(mindspore, goldens, adapter)
     net = build(goldens, "llama_linear")
     with pytest.warns(AdapterWarning, match="not the head"):
         handle = load_adapter(net, folder)
-    assert handle.plan().saved == ("model.embed_tokens",) and handle.plan().ties == {}
+    assert handle.matched().saved == ("model.embed_tokens",) and handle.matched().ties == {}
 
 
 def test_two_larger_vocabularies_are_refused(mindspore, goldens, adapter, tmp_path):

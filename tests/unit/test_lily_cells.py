@@ -7,8 +7,8 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.adapters import LilyConfig, inject
-from colora_ms.adapters.lily_lengths import UNKNOWN
 from colora_ms.errors import AdapterError
+from colora_ms.kernels import ABSENT
 from colora_ms.models.layers import Linear
 
 ms.set_context(mode=ms.GRAPH_MODE)
@@ -23,12 +23,12 @@ class Layer(nn.Cell):
         super().__init__()
         self.proj = Linear(weight, IN, OUT)
 
-    def construct(self, x, slots):
-        return self.proj(x, slots)
+    def construct(self, x, rows):
+        return self.proj(x, rows)
 
 
 class Stack(nn.Cell):
-    """Linears that take (x, slots), as the decoder's do; their outputs side by side."""
+    """Linears that take (x, rows), as the decoder's do; their outputs side by side."""
 
     def __init__(self, layers=LAYERS):
         super().__init__()
@@ -41,10 +41,10 @@ class Stack(nn.Cell):
         for i, cell in enumerate(cells):
             cell.proj.weight.name = f"layers.{i}.proj.weight"
 
-    def construct(self, x, slots):
+    def construct(self, x, slots, lengths=ABSENT):
         outputs = ()
         for layer in self.layers:
-            outputs = outputs + (layer(x, slots),)
+            outputs = outputs + (layer(x, (slots, lengths)),)
         return ops.stack(outputs)
 
 
@@ -116,19 +116,16 @@ CASES = [("token", "code", True), ("token", "paper", False), ("sequence", "code"
 @pytest.mark.parametrize("pool, form, trainable", CASES)
 def test_what_a_cell_computes_is_what_the_formula_says(pool, form, trainable):
     net, handle = made(pool, form, trainable)
-    cell = handle.sites["layers.0.proj", "lora"]
     lengths = np.full(len(SLOTS), 4)
     x = rows()
     if pool in ("sequence", "batch"):
         whole = net(Tensor(x), Tensor(SLOTS)).asnumpy()
         assert np.abs(whole - reference(handle, x, SLOTS, lengths, pool, form)).max() < 1e-5
         lengths = LENGTHS
-        noted = np.full(cell.lengths.shape, UNKNOWN, np.int32)
-        noted[:len(lengths)] = lengths
-        cell.lengths.set_data(Tensor(noted))
         for row, length in enumerate(lengths):  # what padding holds must reach no real token
             x[row, length:] = 1e6
-    got = net(Tensor(x), Tensor(SLOTS)).asnumpy()
+    known = (Tensor(lengths.astype(np.int32)),) if lengths is LENGTHS else ()
+    got = net(Tensor(x), Tensor(SLOTS), *known).asnumpy()
     wanted = reference(handle, x, SLOTS, lengths, pool, form)
     for row, length in enumerate(lengths):
         assert np.abs(got[:, row, :length] - wanted[:, row, :length]).max() < 1e-5
@@ -140,7 +137,7 @@ def test_rows_without_an_adapter_and_foreign_slots_stay_apart():
     for trainable in (True, False):
         net, handle = made(trainable=trainable)
         x, none = rows(), np.full(4, -1, np.int32)
-        plain = np.stack([layer.proj.base_layer(Tensor(x), Tensor(none)).asnumpy() for layer in net.layers])
+        plain = np.stack([layer.proj.base_layer(Tensor(x), (Tensor(none), ABSENT)).asnumpy() for layer in net.layers])
         mixed = net(Tensor(x), Tensor(SLOTS)).asnumpy()
         assert np.array_equal(mixed[:, 1], plain[:, 1])
         alone = net(Tensor(x), handle.slots(4, "a")).asnumpy()
@@ -152,6 +149,14 @@ def test_rows_without_an_adapter_and_foreign_slots_stay_apart():
                     parameter.set_data(Tensor(value))
         poisoned = net(Tensor(x), Tensor(np.array([0, -1, 0, 0], np.int32))).asnumpy()
         assert np.array_equal(poisoned[:, [0, 2, 3]], alone[:, [0, 2, 3]]) and np.array_equal(poisoned[:, 1], plain[:, 1])
+
+
+def test_a_tensor_in_the_place_of_rows_is_refused():
+    net, handle = made(trainable=False)
+    with pytest.raises(AdapterError, match="a tensor in the place of rows"):
+        handle.sites["layers.0.proj", "lora"](Tensor(rows()), Tensor(SLOTS))
+    with pytest.raises(AdapterError, match="a tensor in the place of rows"):
+        net.layers[0].proj.base_layer(Tensor(rows()), Tensor(SLOTS))
 
 
 def test_two_axes_are_one_token_a_row():

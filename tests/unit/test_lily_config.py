@@ -1,11 +1,11 @@
-"""Lily's config and plan: parameter counts of published recipes, who shares with whom, refusals. No model is built."""
+"""Lily's config and what it matches: parameter counts of published recipes, who shares with whom, refusals. No model is built."""
 
 import dataclasses
 
 import pytest
 
 from colora_ms.adapters import LilyConfig, LoraConfig
-from colora_ms.adapters.lily_plan import entries, initial_values, parameter_count, plan
+from colora_ms.adapters.lily_matching import entries, initial_values, match, parameter_count
 from colora_ms.adapters.matching import Module
 from colora_ms.errors import AdapterError
 
@@ -23,17 +23,17 @@ LLAMA3_8B = linears(32, {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (
 def test_parameter_counts_of_the_published_recipes():
     """The paper's 1.2M for LLaMA3-8B (q, k, v, rank 16, 4 A's, 4 B's) and 3.3M for Falcon-Mamba-7B (in_proj, rank 40)."""
     config = LilyConfig(r=16, stride_A=32 // 4, num_B=4, target_modules=["q_proj", "k_proj", "v_proj"])
-    assert parameter_count(plan(config, LLAMA3_8B), LLAMA3_8B) == 1_185_792
+    assert parameter_count(match(config, LLAMA3_8B), LLAMA3_8B) == 1_185_792
     mamba = linears(64, {"mixer.in_proj": (4096, 16384)}, "backbone.layers")
     config = LilyConfig(r=40, stride_A=64 // 4, num_B=4, target_modules=["in_proj"])
-    assert parameter_count(plan(config, mamba), mamba) == 3_287_040
+    assert parameter_count(match(config, mamba), mamba) == 3_287_040
     static = dataclasses.replace(config, router_pool="static")
-    assert parameter_count(plan(static, mamba), mamba) == 3_287_040 - 64 * 40 * 4 + 64 * 4
+    assert parameter_count(match(static, mamba), mamba) == 3_287_040 - 64 * 40 * 4 + 64 * 4
 
 
 def test_blocks_share_a_and_all_layers_share_b():
     modules = linears(5, {"q": (6, 8), "v": (6, 4)})
-    targets = plan(LilyConfig(r=2, stride_A=2, num_B=3, target_modules=["q", "v"]), modules).targets
+    targets = match(LilyConfig(r=2, stride_A=2, num_B=3, target_modules=["q", "v"]), modules).targets
     assert list(targets) == list(modules)
     # Five layers with a stride of 2: blocks of 2, 2 and 1.
     assert [targets[f"model.layers.{i}.v"].down_owner[13] for i in range(5)] == list("00224")
@@ -44,7 +44,7 @@ def test_blocks_share_a_and_all_layers_share_b():
 
 def test_entries_name_every_copy_that_peft_writes_once():
     modules = linears(3, {"q": (6, 8)})
-    found = entries(plan(LilyConfig(r=2, stride_A=2, num_B=3, target_modules=["q"]), modules), modules)
+    found = entries(match(LilyConfig(r=2, stride_A=2, num_B=3, target_modules=["q"]), modules), modules)
     names = [key for key, entry in found.items() for key in (key, *entry.copies)]
     expected = [f"base_model.model.model.layers.{i}.q.{part}.weight" for i in range(3)
                 for part in ("lily_A", "lily_B", "lily_router")]
@@ -58,25 +58,25 @@ def test_unequal_shapes_cannot_share_unless_by_pefts_rule():
     modules = {**linears(2, {"q": (6, 8)}), **linears(2, {"q": (6, 10)}, "other.layers")}
     config = LilyConfig(r=2, target_modules=["q"])
     with pytest.raises(AdapterError, match=r"called 'q' cannot share.*6 to 8.*other.layers.0.q maps 6 to 10.*share=\"entry\""):
-        plan(config, modules)
-    targets = plan(dataclasses.replace(config, share="entry"), modules).targets
+        match(config, modules)
+    targets = match(dataclasses.replace(config, share="entry"), modules).targets
     assert targets["other.layers.1.q"].up_owner == "other.layers.0.q"
     assert targets["model.layers.1.q"].up_owner == "model.layers.0.q"
 
 
 def test_pefts_rule_lets_equal_shapes_share_under_an_expression():
     modules = linears(2, {"q": (6, 6), "o": (6, 6), "v": (6, 2)})
-    by_entry = plan(LilyConfig(r=2, target_modules=r".*\.[qov]", share="entry"), modules).targets
+    by_entry = match(LilyConfig(r=2, target_modules=r".*\.[qov]", share="entry"), modules).targets
     assert by_entry["model.layers.1.o"].up_owner == "model.layers.0.q"
     assert by_entry["model.layers.1.v"].up_owner == "model.layers.0.v"
-    by_type = plan(LilyConfig(r=2, target_modules=r".*\.[qov]"), modules).targets
+    by_type = match(LilyConfig(r=2, target_modules=r".*\.[qov]"), modules).targets
     assert by_type["model.layers.1.o"].up_owner == "model.layers.0.o"
 
 
 def test_embeddings_are_refused():
     modules = {"embed": Module("embedding", 10, 6, {"weight": (10, 6)}), **linears(1, {"q": (6, 6)})}
     with pytest.raises(AdapterError, match="'embed', which is an embedding"):
-        plan(LilyConfig(r=2, target_modules=["embed", "q"]), modules)
+        match(LilyConfig(r=2, target_modules=["embed", "q"]), modules)
 
 
 @pytest.mark.parametrize("values, expected", [
@@ -119,7 +119,7 @@ def test_start_values_are_zero_experts_and_differing_routers():
 
     modules = linears(3, {"q": (6, 8)})
     config = LilyConfig(r=2, stride_A=2, num_B=3, target_modules=["q"])
-    targets = plan(config, modules).targets
+    targets = match(config, modules).targets
     first, second = (initial_values(config, targets[f"model.layers.{i}.q"], modules[f"model.layers.{i}.q"],
                                     np.random.default_rng(i)) for i in range(2))
     assert set(first) == {"down", "up", "router"} and set(second) == {"router"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from colora_ms.adapters import patterns
 from colora_ms.adapters.config import LoraConfig
-from colora_ms.adapters.matching import DEFAULT_TARGETS, Module, plan
+from colora_ms.adapters.matching import DEFAULT_TARGETS, Module, match
 from colora_ms.errors import AdapterError, AdapterWarning
 
 PEFT = json.loads((Path(__file__).parent / "test_lora_matching_peft.json").read_text())
@@ -36,9 +36,9 @@ def test_same_choice_as_peft(case):
     config = LoraConfig(**case["config"])
     if case.get("error"):
         with pytest.raises(AdapterError):
-            plan(config, LLAMA, DEFAULT_TARGETS)
+            match(config, LLAMA, DEFAULT_TARGETS)
         return
-    found = plan(config, LLAMA, DEFAULT_TARGETS)
+    found = match(config, LLAMA, DEFAULT_TARGETS)
     expected = {PEFT["names"][i]: label for label, members in case["targets"].items() for i in members}
     assert {name: f"{one.r} {one.scaling!r}" for name, one in found.targets.items()} == expected
     assert found.saved == tuple(PEFT["names"][i] for i in case["saved"])
@@ -46,17 +46,17 @@ def test_same_choice_as_peft(case):
 
 def test_nothing_matched_names_what_is_near():
     with pytest.raises(AdapterError, match="matches no module.*Did you mean.*'q_proj'"):
-        plan(LoraConfig(target_modules=["q_prj"]), LLAMA)
+        match(LoraConfig(target_modules=["q_prj"]), LLAMA)
 
 
 def test_regular_expression_must_match_the_whole_name():
     with pytest.raises(AdapterError, match="whole name"):
-        plan(LoraConfig(target_modules="q_proj|v_proj"), LLAMA)
+        match(LoraConfig(target_modules="q_proj|v_proj"), LLAMA)
 
 
 def test_all_excluded_says_so():
     with pytest.raises(AdapterError, match="all 12 modules.*left out by exclude_modules"):
-        plan(LoraConfig(target_modules=["q_proj"], exclude_modules=["self_attn.q_proj"]), LLAMA)
+        match(LoraConfig(target_modules=["q_proj"], exclude_modules=["self_attn.q_proj"]), LLAMA)
 
 
 @pytest.mark.parametrize("settings_, words", [
@@ -69,7 +69,7 @@ def test_settings_beside_those_that_match_are_said(settings_, words):
     """PEFT loads them and means the same."""
     settings_ = {"target_modules": ["q_proj"], **settings_}
     with pytest.warns(AdapterWarning, match=words):
-        found = plan(LoraConfig(**settings_), LLAMA)
+        found = match(LoraConfig(**settings_), LLAMA)
     wanted = {3} if "layers_to_transform" in settings_ else set(range(12))
     assert list(found.targets) == [f"model.layers.{i}.self_attn.q_proj" for i in sorted(wanted)]
 
@@ -81,22 +81,22 @@ def test_settings_beside_those_that_match_are_said(settings_, words):
 ])
 def test_settings_that_mean_nothing_are_errors(settings_, words):
     with pytest.raises(AdapterError, match=words):
-        plan(LoraConfig(target_modules=["q_proj"], **settings_), LLAMA)
+        match(LoraConfig(target_modules=["q_proj"], **settings_), LLAMA)
 
 
 def test_several_problems_come_in_one_error():
     with pytest.raises(AdapterError) as error:
-        plan(LoraConfig(target_modules=["q_proj", "nope"], rank_pattern={"zzz": 2}, modules_to_save=["score"]), LLAMA)
+        match(LoraConfig(target_modules=["q_proj", "nope"], rank_pattern={"zzz": 2}, modules_to_save=["score"]), LLAMA)
     assert all(word in str(error.value) for word in ("'nope'", "'zzz'", "'score'"))
 
 
 def test_no_target_modules_without_a_default():
     with pytest.raises(AdapterError, match="target_modules is not given"):
-        plan(LoraConfig(), LLAMA)
+        match(LoraConfig(), LLAMA)
 
 
 def test_only_modules_to_save():
-    found = plan(LoraConfig(target_modules=[], modules_to_save=["lm_head"]), LLAMA)
+    found = match(LoraConfig(target_modules=[], modules_to_save=["lm_head"]), LLAMA)
     assert found.targets == {} and found.saved == ("lm_head",)
 
 
@@ -104,8 +104,8 @@ def test_biases():
     modules = dict(LLAMA)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"):
         modules[name] = Module("linear", 4, 4, {"weight": (4, 4), "bias": (4,)})
-    only = plan(LoraConfig(target_modules=["q_proj"], bias="lora_only"), modules)
-    every = plan(LoraConfig(target_modules=["q_proj"], bias="all"), modules)
+    only = match(LoraConfig(target_modules=["q_proj"], bias="lora_only"), modules)
+    every = match(LoraConfig(target_modules=["q_proj"], bias="all"), modules)
     assert only.biases == ("model.layers.0.self_attn.q_proj",)
     assert every.biases == ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
 
@@ -114,7 +114,7 @@ def test_hostile_expression_does_not_hang(monkeypatch):
     monkeypatch.setattr(patterns, "TIMEOUT", 1)
     begin = time.monotonic()
     with pytest.raises(AdapterError, match="took longer"):
-        plan(LoraConfig(target_modules=r"((model|layers|self|attn|[a-z_.0-9])+)+!"), LLAMA)
+        match(LoraConfig(target_modules=r"((model|layers|self|attn|[a-z_.0-9])+)+!"), LLAMA)
     assert time.monotonic() - begin < 10
 
 
@@ -134,11 +134,11 @@ def test_lists_match_whole_name_parts_at_the_end(names, entries):
                        if any(parts[name][-len(entry.split(".")):] == entry.split(".") for name in names)]
     if not matched_entries:
         with pytest.raises(AdapterError):
-            plan(LoraConfig(target_modules=entries), modules)
+            match(LoraConfig(target_modules=entries), modules)
     else:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert list(plan(LoraConfig(target_modules=entries), modules).targets) == expected
+            assert list(match(LoraConfig(target_modules=entries), modules).targets) == expected
         assert len(said) == (len(matched_entries) < len(entries))
 
 
@@ -149,13 +149,13 @@ def test_expressions_match_whole_names(names, expression):
     expected = [name for name in names if re.fullmatch(expression, name)]
     if not expected:
         with pytest.raises(AdapterError):
-            plan(LoraConfig(target_modules=expression), modules)
+            match(LoraConfig(target_modules=expression), modules)
     else:
-        assert list(plan(LoraConfig(target_modules=expression), modules).targets) == expected
+        assert list(match(LoraConfig(target_modules=expression), modules).targets) == expected
 
 
 def test_long_lists_are_matched_in_no_time():
     begin = time.monotonic()
     with pytest.warns(AdapterWarning, match="and 99994 more"):
-        plan(LoraConfig(target_modules=["q_proj", *(f"x{i}" for i in range(99_999))]), LLAMA)
+        match(LoraConfig(target_modules=["q_proj", *(f"x{i}" for i in range(99_999))]), LLAMA)
     assert time.monotonic() - begin < 5

@@ -4,12 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from model_gradients import gradients
 from safetensors.numpy import load_file
 
 from colora_ms.adapters import LoraConfig, adapters_of, digest, inject, load_adapter, load_adapters
 from colora_ms.adapters.store import WEIGHTS_FILE
 from colora_ms.errors import AdapterError, DecodingError
+from colora_ms.kernels import ABSENT
+from model_gradients import gradients
 
 GOLDENS = {"dora": "llama", "dora_bias": "llama_bias", "lora_bias": "llama_bias", "pissa": "llama", "olora": "llama",
            "dora_pissa": "llama"}
@@ -94,7 +95,7 @@ def test_starts_equal_pefts(mindspore, goldens, name):
     cell = handle.sites["model.layers.0.mlp.down_proj", "lora"]
     residual = cell.base_layer.weight.asnumpy()
     assert np.abs(residual - stored["residual"]).max() < 1e-5
-    product = cell.change(0) / handle.plan().targets[cell.path].scaling
+    product = cell.change(0) / handle.matched().targets[cell.path].scaling
     assert np.abs(product - stored["up"] @ stored["down"]).max() < 1e-5
     for ours, theirs in ((cell.down, stored["down"]), (cell.up.asnumpy().transpose(0, 2, 1), stored["up"].T)):
         ours = np.asarray(ours.asnumpy() if hasattr(ours, "asnumpy") else ours)[0]
@@ -114,6 +115,7 @@ def mixed(request, mindspore, tiny_decoder):
     """(net, base logits, handle) with two DoRA adapters, a plain one and one of rsLoRA, loaded for inference."""
     import tempfile
     from pathlib import Path
+
     from colora_ms.models.decoder import Decoder
 
     changes = {"attention_bias": True, "attention_out_bias": True}
@@ -161,18 +163,20 @@ def test_mixed_batch_equals_each_adapter_alone(mixed):
 def test_formula_in_float64(mixed):
     """One linear with a base bias against magnitude * (W + s up down) / length."""
     from mindspore import Tensor
-    from colora_ms.adapters.tree import base_values
+
+    from colora_ms.adapters.outside import leaf
 
     _, _, handle = mixed
     cell = handle.sites["model.layers.1.self_attn.q_proj", "lora"]
     x = np.random.default_rng(0).standard_normal((4, 5, 32)).astype(np.float32)
     names = ["dora_qv", "plain", None, "dora"]
-    got = cell(Tensor(x), Tensor(np.array([-1 if n is None else handle.slot(n) for n in names], np.int32))).asnumpy()
-    base = {key: value.astype(np.float64) for key, value in base_values(cell.base_layer).items()}
+    slots = Tensor(np.array([-1 if n is None else handle.slot(n) for n in names], np.int32))
+    got = cell(Tensor(x), (slots, ABSENT)).asnumpy()
+    base = {key: value.astype(np.float64) for key, value in leaf(cell.base_layer).base_values().items()}
     for row, name in enumerate(names):
         weight = base["weight"]
         if name:
-            target = handle.plan(name).targets[cell.path]
+            target = handle.matched(name).targets[cell.path]
             shapes = {"down": (target.r, 32), "up": (32, target.r), "magnitude": (32,)}
             values = cell.read(handle.slot(name), shapes)
             weight = weight + target.scaling * values["up"].astype(np.float64) @ values["down"]
@@ -191,17 +195,17 @@ def test_freed_slots_and_plain_adapters_get_no_magnitude(mixed):
     assert np.array_equal(run(net, handle.slots(3, "plain")), before) and np.abs(late - base).max() > 1e-3
     graphs = len(net.compile_cache)
     values = {}
-    for path, target in handle.plan("dora_qv").targets.items():
+    for path, target in handle.matched("dora_qv").targets.items():
         cell = handle.sites[path, "lora"]
         values[path] = cell.read(slot, {"down": cell.down.shape[1:], "up": cell.up.shape[1:], "magnitude": (cell.out_features,)})
         cell.clear(slot)
     assert np.array_equal(run(net, [slot] * 3), base)
     for path, one in values.items():
         handle.sites[path, "lora"].write(slot, {**one, "magnitude": one["magnitude"] * np.nan},
-                                         handle.plan("dora_qv").targets[path].scaling)
+                                         handle.matched("dora_qv").targets[path].scaling)
     assert np.isnan(run(net, [slot] * 3)).any() and np.array_equal(run(net, [-1] * 3), base)
     for path, one in values.items():
-        handle.sites[path, "lora"].write(slot, one, handle.plan("dora_qv").targets[path].scaling)
+        handle.sites[path, "lora"].write(slot, one, handle.matched("dora_qv").targets[path].scaling)
     assert len(net.compile_cache) == graphs
 
 
@@ -293,7 +297,7 @@ def test_dora_and_lora_bias_on_dense_cells(mindspore, tmp_path):
             handle = inject(net, LoraConfig(**{"r": 2, "target_modules": ["0", "1"], **RANDOM, **settings}), trainable=trainable)
             random = np.random.default_rng(5)
             for (path, _), cell in handle.sites.items():
-                target = handle.plan().targets[path]
+                target = handle.matched().targets[path]
                 values = {"down": random.standard_normal((2, cell.base_layer.weight.shape[1])).astype(np.float32),
                           "up": random.standard_normal((cell.base_layer.weight.shape[0], 2)).astype(np.float32)}
                 own = random.uniform(0.5, 2, cell.base_layer.weight.shape[0]).astype(np.float32)

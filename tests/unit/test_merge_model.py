@@ -248,12 +248,12 @@ def stories_adapter(base, folder, seed=0, size=0.05):
     """A random LoRA of stories260k on all linears that changes its answers."""
     from colora_ms.adapters import LoraConfig
     from colora_ms.adapters.config_modules import modules_of_config
-    from colora_ms.adapters.matching import plan
+    from colora_ms.adapters.matching import match
     from colora_ms.adapters.peft_format import write_adapter
 
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", base_model_name_or_path=str(base))
     modules = modules_of_config(open_checkpoint(base).config)
-    made, random = plan(config, modules), np.random.default_rng(seed)
+    made, random = match(config, modules), np.random.default_rng(seed)
     values = {(path, "lora"): {
         "down": random.standard_normal((4, modules[path].in_features), np.float32) * np.float32(size),
         "up": random.standard_normal((modules[path].out_features, 4), np.float32)} for path in made.targets}

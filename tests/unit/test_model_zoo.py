@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from colora_ms.adapters import registry
-from colora_ms.adapters.lily_plan import parameter_count
+from colora_ms.adapters.lily_matching import parameter_count
 from colora_ms.adapters.matching import Module
 from colora_ms.models.config import DecoderConfig
 from colora_ms.recipes.settings import evaluation_settings, expand, quantizes, read_config
@@ -46,8 +46,8 @@ def linears(model):
 
 def trained_parameters(config, model):
     adapter, modules = config.adapter_config(), linears(model)
-    plan = registry.plan(adapter, modules)
-    return parameter_count(plan, modules, lambda plan_, modules_: registry.value_shapes(adapter, plan_, modules_))
+    matched = registry.match(adapter, modules)
+    return parameter_count(matched, modules, lambda one, modules_: registry.value_shapes(adapter, one, modules_))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)

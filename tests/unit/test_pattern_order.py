@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colora_ms.adapters import LoraConfig, digest, inject, load_adapter
-from colora_ms.adapters.matching import Module, plan
+from colora_ms.adapters.matching import Module, match
 from colora_ms.adapters.store import CONFIG_FILE, config_text
 from colora_ms.recipes.report import recipe_hash
 from colora_ms.recipes.training import differences
@@ -48,7 +48,7 @@ def test_written_and_read_patterns_give_each_module_the_same_numbers(ranks, alph
     assert list(again.rank_pattern.items()) == list(ranks.items())
     assert list(again.alpha_pattern.items()) == list(alphas.items())
     for one in (config, again):
-        found = plan(one, MODULES).targets
+        found = match(one, MODULES).targets
         for name in NAMES:
             r = first_match(ranks, name, 7)
             alpha = first_match(alphas, name, 5)
@@ -63,7 +63,7 @@ def test_a_module_keeps_its_own_alpha_through_a_folder(mindspore, tiny_decoder, 
     handle = inject(tiny_decoder(), LoraConfig(**values))
     handle.save(tmp_path / "a")
     again = load_adapter(tiny_decoder(), tmp_path / "a")
-    assert [one.scaling for one in again.plan().targets.values()] == [2, 16]
+    assert [one.scaling for one in again.matched().targets.values()] == [2, 16]
     other = LoraConfig(**{**values, "alpha_pattern": dict(reversed(values["alpha_pattern"].items()))})
     inject(tiny_decoder(), other).save(tmp_path / "b")
     assert digest(tmp_path / "a") != digest(tmp_path / "b"), "other numbers are another content"
@@ -73,10 +73,10 @@ def test_a_folder_with_overlapping_ranks_is_read_again(mindspore, tiny_decoder, 
     handle = inject(tiny_decoder(), LoraConfig(
         r=4, target_modules=["down_proj", "q_proj"], init_lora_weights=False,
         rank_pattern={"model.layers.1.mlp.down_proj": 6, "down_proj": 2, "layers.0.*": 3, ".*": 5}))
-    assert [one.r for one in handle.plan().targets.values()] == [3, 2, 5, 6]
+    assert [one.r for one in handle.matched().targets.values()] == [3, 2, 5, 6]
     handle.save(tmp_path / "a")
     again = load_adapter(tiny_decoder(), tmp_path / "a")
-    assert again.plan() == handle.plan()
+    assert again.matched() == handle.matched()
     for place, values in handle.values().items():
         for field, value in values.items():
             assert np.array_equal(again.values()[place][field], value)
@@ -123,5 +123,5 @@ def test_mindformers_writer_keeps_the_order(tmp_path):
     read = LoraConfig.from_peft(json.loads((tmp_path / "out" / CONFIG_FILE).read_text()))
     assert list(read.rank_pattern.items()) == list(written.rank_pattern.items())
     modules = {f"model.layers.{i}.self_attn.q_proj": Module("linear", 8, 8, {"weight": (8, 8)}) for i in ranks}
-    assert {name: one.r for name, one in plan(read, modules).targets.items()} == {
+    assert {name: one.r for name, one in match(read, modules).targets.items()} == {
         f"model.layers.{i}.self_attn.q_proj": r for i, r in ranks.items()}

@@ -10,10 +10,11 @@ from model_gradients import gradients
 from safetensors.numpy import load_file, save_file
 
 from colora_ms.adapters import LoraConfig, adapters_of, digest, inject, load_adapter, load_adapters
-from colora_ms.adapters.matching import plan
+from colora_ms.adapters.matching import match
 from colora_ms.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from colora_ms.adapters.inject import modules_of
 from colora_ms.errors import AdapterError, AdapterWarning
+from colora_ms.kernels import ABSENT
 
 GOLDENS = {"tokens": "llama", "tokens_tied": "llama_linear", "tokens_both": "llama", "tokens_tied_apart": "llama_linear",
            "tokens_tied_head": "qwen2", "tokens_tied_ensured": "qwen2", "save_tied": "llama_linear",
@@ -117,13 +118,13 @@ def mixed(request, mindspore, tiny_decoder):
         for place in [place for place in handle.sites if place in handle.values(name)]:
             own = handle.values(name)[place]
             if place[1] != "lora":
-                source = handle.plan(name).ties.get(place[0])
+                source = handle.matched(name).ties.get(place[0])
                 noise = np.random.default_rng(len(name)) if source else random
                 new = {field: value + noise.standard_normal(value.shape).astype(np.float32) for field, value in own.items()}
                 if source:
                     new = handle.values(name)[source, place[1]]
                 if place[1] == "tokens":
-                    new["ids"] = handle.plan(name).tokens[place[0]]
+                    new["ids"] = handle.matched(name).tokens[place[0]]
                 handle.sites[place].write(handle.slot(name), new, 1.0)
     return net, base, handle, ids
 
@@ -149,16 +150,16 @@ def test_each_slot_sees_its_own_rows(mixed):
     for name in "abc":
         weights = {"model.embed_tokens": net.model.embed_tokens, "lm_head": net.lm_head}
         tables = {path: handle.cells[path].weight.asnumpy().astype(np.float64) for path in weights}
-        for path, own in handle.plan(name).tokens.items():
+        for path, own in handle.matched(name).tokens.items():
             tables[path][list(own)] = handle.values(name)[path, "tokens"]["rows"]
         from mindspore import Tensor
         slots = handle.slots(4, name)
-        seen = net.model.embed_tokens(Tensor(ids.astype(np.int32)), slots).asnumpy()
+        seen = net.model.embed_tokens(Tensor(ids.astype(np.int32)), (slots, ABSENT)).asnumpy()
         assert np.array_equal(seen, tables["model.embed_tokens"][ids].astype(np.float32))
         hidden = np.random.default_rng(3).standard_normal((4, 6, 32)).astype(np.float32)
-        got = net.lm_head(Tensor(hidden), slots).asnumpy()
+        got = net.lm_head(Tensor(hidden), (slots, ABSENT)).asnumpy()
         assert np.abs(got - hidden @ tables["lm_head"].T).max() < 1e-4
-        one = net.lm_head(Tensor(hidden[:, 0]), slots).asnumpy()
+        one = net.lm_head(Tensor(hidden[:, 0]), (slots, ABSENT)).asnumpy()
         assert np.abs(one - got[:, 0]).max() < 1e-5
 
 
@@ -274,7 +275,7 @@ def test_a_new_adapter_changes_nothing_at_first(mindspore, tiny_decoder):
         base = run(net, [-1] * 4, ids)
         handle = inject(net, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 11, 90]))
         assert np.abs(run(net, handle.slots(4), ids) - base).max() < 1e-5
-        assert handle.plan().ties == ({"lm_head": "model.embed_tokens"} if is_tied else {})
+        assert handle.matched().ties == ({"lm_head": "model.embed_tokens"} if is_tied else {})
 
 
 @pytest.mark.parametrize("weight_format", ["bfloat16", "int8", "int4"])
@@ -339,7 +340,7 @@ def test_what_cannot_be(mindspore, tiny_decoder, values, words):
 def test_tying_that_changes_nothing_is_said(mindspore, tiny_decoder, values, is_tied, words):
     modules = modules_of(tiny_decoder(tie_word_embeddings=is_tied))
     with pytest.warns(AdapterWarning, match=words):
-        found = plan(LoraConfig(**RANDOM, ensure_weight_tying=True, **values), modules)
+        found = match(LoraConfig(**RANDOM, ensure_weight_tying=True, **values), modules)
     assert found.ties == {}
 
 

@@ -17,7 +17,7 @@ class Head(nn.Cell):
         super().__init__()
         self.weight = weight
 
-    def construct(self, x, slots):
+    def construct(self, x, rows):
         return ops.matmul(x, self.weight.T)
 
 
@@ -47,7 +47,7 @@ class TinyDecoder(nn.Cell):
         return x + ops.matmul(ops.tanh(ops.matmul(inner, self.down[0].T)), self.up[0].T)
 
     def construct(self, ids, lengths, slots):
-        return self.lm_head(self.hidden(ids, lengths, slots), slots)
+        return self.lm_head(self.hidden(ids, lengths, slots), (slots, lengths))
 
 
 def numpy_loss(values, batch):

@@ -27,8 +27,7 @@ from mindformers.pynative.base_models.common.embeddings.vocab_embedding import V
 from mindformers.pynative.layers import linear as pynative
 from mindspore import Tensor
 
-from colora_ms.adapters import tree
-from colora_ms.adapters.tree import Traits
+from colora_ms.adapters.outside import KINDS, TRAITS, Traits
 
 
 class ActivatedCall:
@@ -97,8 +96,8 @@ def _is_split(cell):
 
 def _add(cls, kind, traits):
     # In front of the table: a class here may be a subclass of one of MindSpore's.
-    tree.KINDS.insert(0, (cls, kind))
-    tree.TRAITS[cls] = traits
+    KINDS.insert(0, (cls, kind))
+    TRAITS[cls] = traits
 
 
 def _inference_sizes(cell):

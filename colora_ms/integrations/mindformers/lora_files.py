@@ -179,7 +179,7 @@ def from_peft(folder: str | Path, config: DecoderConfig, layout: Layout | str,
     if extra:
         raise AdapterError(f"{', '.join(extra[:5])} cannot be said in mindformers' LoRA, which has low-rank pairs only")
     modules = {module: Module("linear", pair["down"].shape[1], pair["up"].shape[0]) for module, pair in pairs.items()}
-    targets = matching.plan(settings, modules).targets
+    targets = matching.match(settings, modules).targets
     names, ready, waiting, unknown = Names(layout), {}, {}, []
     scales = {targets[module].scaling for module in pairs}
     for module, pair in pairs.items():

@@ -130,5 +130,5 @@ class _AfterFreezing:
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
         values = handle.config().to_peft(None if isinstance(self.settings.target_modules, list)
-                                         else sorted(handle.plan().targets))
+                                         else sorted(handle.matched().targets))
         Path(path).write_text(config_text(values), encoding="utf-8")
