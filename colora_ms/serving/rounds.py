@@ -110,7 +110,7 @@ class Rounds:
             try:
                 lease = self._bank.lease(job.digest)
             except KeyError:  # its content was pushed out of host memory while it waited
-                job.use(self._bank.resolve(job.adapter))
+                job.use(self._bank.resolve(cast(str, job.adapter)))
                 lease = self._bank.lease(job.digest)
         except ColoraError as error:
             failed.append((job, error))
