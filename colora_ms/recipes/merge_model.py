@@ -72,10 +72,9 @@ class _Source:
 
 
 def merge_model(model: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]],
-                target: str | os.PathLike[str], weights: Optional[Sequence[float]] = None, combine: Optional[str] = None,
-                dtype: Optional[str] = None, kind: Optional[str] = None, group: Optional[int] = None,
-                texts: Optional[Sequence[str]] = None,
-                **options: Any) -> MergeReport:
+                target: str | os.PathLike[str], weights: Optional[Sequence[float]] = None,
+                combine: Optional[str] = None, dtype: Optional[str] = None, kind: Optional[str] = None,
+                group: Optional[int] = None, texts: Optional[Sequence[str]] = None, **options: Any) -> MergeReport:
     """Merge adapters into a model and write it.
 
     Args:
