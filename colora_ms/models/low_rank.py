@@ -77,6 +77,7 @@ class LowRankLinear(Leaf, nn.Cell):
                              self.format.stored(self.core) if self.factors == 3 else None)
 
     def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return (f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
                 f"factors={self.factors}, format={self.format.name}")
 

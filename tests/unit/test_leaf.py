@@ -10,6 +10,7 @@ from colora_ms.adapters import LoraConfig, inject, load_adapter
 from colora_ms.adapters.outside import leaf
 from colora_ms.errors import AdapterError
 from colora_ms.kernels import ABSENT, multi_lora_linear
+from colora_ms.models.formats import FORMATS
 from colora_ms.models.layers import Linear
 from colora_ms.models.leaf import Leaf
 from colora_ms.models.replacing import cell_at, replace_cells
@@ -120,6 +121,7 @@ def test_equal_names_are_refused_before_anything_changes():
 
 def test_a_linear_says_its_sizes_and_shapes_in_integer_formats():
     weight = Parameter(Tensor(np.full((4, 3), 0x98, np.uint8)), name="w")
-    cell = Linear(weight, 6, 4, Parameter(Tensor(np.full(4, 0.5, np.float32)), name="s"))
+    cell = Linear(weight, 6, 4, Parameter(Tensor(np.full((4, 1), 0.5, np.float32)), name="s"),
+                  weight_format=FORMATS["int4"])
     assert cell.sizes() == (6, 4) and cell.leaf_shapes() == {"weight": (4, 6)}
     assert np.array_equal(cell.base_values()["weight"], np.tile(np.float32([0.0, 0.5]), (4, 3)))
