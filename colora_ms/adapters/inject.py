@@ -17,7 +17,6 @@ from colora_ms.adapters.fitting import stage
 from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
-from colora_ms.adapters.lora_over_low_rank import LoraOverLowRank
 from colora_ms.adapters.matching import widest
 from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.adapters.registry import METHODS, Site, method
@@ -28,7 +27,6 @@ from colora_ms.adapters.store import check_name
 from colora_ms.adapters.tokens import TokenEmbedding, TokenHead
 from colora_ms.errors import AdapterError, near
 from colora_ms.models.layers import Embedding, Linear
-from colora_ms.models.low_rank import LowRankLinear
 
 
 def inject(net, config=None, adapter_name="default", slots=1, max_rank=None, reserve=None, trainable=True, seed=None,
@@ -291,8 +289,6 @@ def wrap_lora(cell, path, site):
         return LoraLookup(cell, path, site.active_slot, site.slots, site.max_rank, site.trainable)
     dropout = Dropout(site.dropout, site.seed, path) if site.dropout and site.max_rank else None
     rest = (site.slots, site.max_rank, dropout, site.bias, site.trainable)
-    if isinstance(cell, LowRankLinear):
-        return LoraOverLowRank(cell, path, *rest)
     dora, up_bias = (site.target.dora, site.target.up_bias) if site.target else (False, False)
     if tree.takes_slots(cell):
         if dora:

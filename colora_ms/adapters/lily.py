@@ -16,6 +16,7 @@ from colora_ms.adapters.lily_lengths import length_mask, row_lengths
 from colora_ms.adapters.slots import add_in_float32, get, put, stacked
 from colora_ms.adapters.tree import leaf_parameters, sizes_of, takes_slots, traits_of
 from colora_ms.kernels import (lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference, multi_lora_linear)
+from colora_ms.kernels.operands import linear_of
 
 
 def wrap_lily(cell, path, site):
@@ -222,14 +223,14 @@ class StaticLilyLinear(LilyCell):
     fusible = True
 
     def operands(self):
-        """The six tensors of :func:`colora_ms.kernels.multi_lora_linear`."""
+        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes."""
         weights = ops.softmax(self.router, -1)
         up = (self.up * weights.reshape((-1, 1, self.experts, 1))).sum(axis=2)
-        return self.base_layer.operands()[:3] + (self.down, up, self.scale)
+        return linear_of(self.base_layer.base(), self.down, up, self.scale)
 
     def construct(self, x, slots):
         """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
-        return multi_lora_linear(x, slots, *self.operands())
+        return multi_lora_linear(x, slots, self.operands())
 
 
 class LilyDense(LateActivation, LilyRouted):

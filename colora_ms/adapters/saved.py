@@ -17,7 +17,7 @@ class TrainableLinear(Linear):
     """A linear whose weight and bias have gradients: the fast operator takes the weight to be frozen."""
 
     def construct(self, x, slots):
-        return multi_lora_linear_reference(x, slots, *self.operands())
+        return multi_lora_linear_reference(x, slots, self.operands())
 
 
 class SavedModule(SavedBase):

@@ -30,8 +30,9 @@ import math
 
 import numpy as np
 
-from colora_ms.decoding.values import LARGEST_WHOLE, flag, is_real, real, shown, whole
+from colora_ms.decoding.values import flag, is_real, real, shown, whole
 from colora_ms.errors import DecodingError, near
+from colora_ms.kernels.options import OptionRows
 from colora_ms.kernels.strength import FORMS, SKIP_COPIES
 
 
@@ -138,25 +139,22 @@ def _store(record, **values):
 
 
 def operands(requests, size):
-    """The options of a batch's requests as the graph takes them, in float32 and int32.
+    """The options of a batch's requests as the graph takes them.
 
     Args:
         requests: (:class:`Contrast` or None, :class:`Sampling`) of each request.
         size: places of the batch; those that are left get a greedy request without a contrast.
 
     Returns:
-        NumPy arrays (size,) float32 alpha, beta, temperature, int32 top_k, float32 top_p, int32 mode.
+        :class:`colora_ms.kernels.options.OptionRows`, in which the places of the requests (rows, budget) are still open.
     """
-    rows = np.zeros(size, [("alpha", np.float32), ("beta", np.float32), ("temperature", np.float32), ("top_k", np.int32),
-                           ("top_p", np.float32), ("mode", np.int32)])
-    rows["alpha"] = rows["top_p"] = 1.0
-    for row, (contrast, sampling) in zip(rows, requests):
+    rows = OptionRows(size)
+    for row, (contrast, sampling) in enumerate(requests):
         if contrast is not None:
-            row["alpha"], row["beta"], row["mode"] = contrast.alpha, contrast.beta, contrast.mode
+            rows.take(row, "contrast", contrast)
         if not sampling.greedy:
-            row["temperature"], row["top_p"] = sampling.temperature, sampling.top_p
-            row["top_k"] = min(sampling.top_k, LARGEST_WHOLE)
-    return tuple(np.ascontiguousarray(rows[name]) for name in rows.dtype.names)
+            rows.take(row, "sampling", sampling)
+    return rows
 
 
 def contrastive_scores(expert, amateur, alpha, beta):

@@ -221,8 +221,8 @@ class Generator:
         capacity = self.chunk if watched else bucket(longest)
         prompt = plan.prompt(self.cache.max_length)
         (ints, floats), (later_ints, later_floats, counts, state) = runtime.run(
-            self._first, *prompt, *plan.layout, *plan.options, plan.uniforms(0, 1 + capacity), plan.budget(), plan.eos,
-            Tensor(1 + capacity, ms.int32), plan.mode)
+            self._first, *prompt, *plan.layout, *plan.options(), plan.uniforms(0, 1 + capacity), plan.eos,
+            Tensor(1 + capacity, ms.int32))
         plan.take(ints.asnumpy()[None], floats.asnumpy()[None], np.ones(len(requests), np.int32))
         plan.take(later_ints.asnumpy(), later_floats.asnumpy(), counts.asnumpy())
         active = self._going(batch, state[2].asnumpy(), on_text)
@@ -230,8 +230,8 @@ class Generator:
         while active.any():
             state = (state[0], state[1], plan.pad_bool(active))
             ints, floats, counts, state = runtime.run(
-                self._later, *state, *plan.layout, *plan.options, plan.uniforms(done, capacity), plan.budget(), plan.eos,
-                Tensor(capacity, ms.int32), plan.mode, *prompt)
+                self._later, *state, *plan.layout, *plan.options(), plan.uniforms(done, capacity), plan.eos,
+                Tensor(capacity, ms.int32), *prompt)
             plan.take(ints.asnumpy(), floats.asnumpy(), counts.asnumpy())
             active = self._going(batch, state[2].asnumpy(), on_text)
             done += capacity
@@ -266,9 +266,10 @@ class _Plan:
             amateur[i] = self.size + k
             row_request[self.size + k] = i
         cache_rows = np.arange(self.rows, dtype=np.int32)
-        self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows, expert, amateur))
-        *options, mode = operands([(r.settings.contrast, r.settings.sampling) for r in requests], self.size)
-        self.options, self.mode = tuple(Tensor(a) for a in options), Tensor(mode)
+        self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows))
+        self._options = operands([(r.settings.contrast, r.settings.sampling) for r in requests], self.size)
+        self._options.put(slice(None), "expert_rows", expert)
+        self._options.put(slice(None), "amateur_rows", amateur)
         # -1 is no token id: it stands for "no end of sequence".
         self.eos = Tensor(np.array(sorted(eos) or [-1], np.int32))
 
@@ -283,9 +284,10 @@ class _Plan:
             ids[i, :len(r.ids)] = r.ids
         return Tensor(ids), Tensor(self._array(lambda r: len(r.ids), 0, np.int32))
 
-    def budget(self):
-        """(requests,) int32: tokens that each request may still take."""
-        return Tensor(self._array(lambda r: r.left, 0, np.int32))
+    def options(self):
+        """The requests' options as they are now: whole (requests, columns) int32 and real (requests, columns) float32."""
+        self._options.put(slice(None), "budget", self._array(lambda r: r.left, 0, np.int32))
+        return Tensor(self._options.whole), Tensor(self._options.real)
 
     def uniforms(self, skip, count):
         """(requests, count) float32: the random numbers of the next tokens; zeros for greedy requests."""

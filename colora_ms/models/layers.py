@@ -8,6 +8,7 @@ import mindspore as ms
 from mindspore import Tensor, nn
 
 from colora_ms.kernels import ABSENT, bind, embedding, multi_lora_linear, rms_norm, rms_norm_residual
+from colora_ms.kernels.operands import base_of, linear_of
 
 
 class Linear(nn.Cell):
@@ -33,13 +34,17 @@ class Linear(nn.Cell):
         self.bias = ABSENT if bias is None else bias
         self.has_bias = bias is not None
 
+    def base(self):
+        """What the Cell multiplies with, see :mod:`colora_ms.kernels.operands`."""
+        return base_of(self.weight, self.weight_scale, self.bias)
+
     def operands(self):
-        """The six tensors of one linear in :func:`colora_ms.kernels.multi_lora_linear` (no adapter here)."""
-        return (self.weight, self.weight_scale, self.bias, ABSENT, ABSENT, ABSENT)
+        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes (no adapter here)."""
+        return linear_of(self.base())
 
     def construct(self, x, slots):
         """x: (rows, tokens, in) or (rows, in); slots: (rows,) int32 -> y: (..., out) float32."""
-        return multi_lora_linear(x, slots, *self.operands())
+        return multi_lora_linear(x, slots, self.operands())
 
     def extend_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"
@@ -57,6 +62,10 @@ class Embedding(nn.Cell):
         self.hidden_size = hidden_size
         self.weight = weight
         self.weight_scale = ABSENT if weight_scale is None else weight_scale
+
+    def base(self):
+        """The table as a linear's base, see :mod:`colora_ms.kernels.operands`."""
+        return base_of(self.weight, self.weight_scale)
 
     def construct(self, ids, slots):
         """ids: (rows, tokens) int32; slots: (rows,) int32 (for adapters) -> (rows, tokens, hidden) float32."""

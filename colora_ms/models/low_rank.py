@@ -6,6 +6,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
+from colora_ms.kernels.operands import linear_of, product_of
 
 #: Last parts of the names of a LowRankLinear's factors, in memory and on disk.
 INNER, CORE, OUTER = "inner.weight", "core.weight", "outer.weight"
@@ -23,8 +24,8 @@ class LowRankLinear(nn.Cell):
     Source: arXiv 2405.06626: W ~ U1 core U2; here outer = U1 and inner = U2.
     """
 
-    #: It is no single linear that could share a kernel call with others, but can be a part of a fused layer.
-    fusible, fusible_in_layer = False, True
+    #: As of :class:`colora_ms.models.layers.Linear`.
+    fusible = True
 
     def __init__(self, inner, outer, core=None, bias=None):
         super().__init__(auto_prefix=False)
@@ -38,16 +39,17 @@ class LowRankLinear(nn.Cell):
         self.bias = ABSENT if bias is None else bias
         self.has_bias = bias is not None
 
-    def construct(self, x, slots):
-        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
-        x = multi_lora_linear(x, slots, self.inner, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
-        if self.factors == 3:
-            x = multi_lora_linear(x, slots, self.core, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
-        return multi_lora_linear(x, slots, self.outer, ABSENT, self.bias, ABSENT, ABSENT, ABSENT)
+    def base(self):
+        """What the Cell multiplies with, see :mod:`colora_ms.kernels.operands`."""
+        return product_of(self.inner, self.outer, self.core, self.bias)
 
     def operands(self):
-        """The six tensors of a product in :func:`colora_ms.kernels.decoder_layers`; the numbers are those of ``construct``."""
-        return (ABSENT, ABSENT, self.bias, self.inner, self.outer, self.core)
+        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes (no adapter here)."""
+        return linear_of(self.base())
+
+    def construct(self, x, slots):
+        """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
+        return multi_lora_linear(x, slots, self.operands())
 
     def factor_parameters(self):
         """{last part of the name: Parameter} of the factors."""

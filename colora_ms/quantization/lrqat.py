@@ -19,6 +19,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.quantization.grids import (SMALLEST_SCALE, downcast, round_to_grid, search_range, to_container)
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
+from colora_ms.kernels.operands import base_of, linear_of
 from colora_ms.models.activation_quant import ActivationQuantizer
 
 
@@ -96,7 +97,7 @@ class QuantizedMatmul(nn.Cell):
         """
         # Tied to x, or the scheduler may build the integers of all layers before it runs the first one.
         weight = self.integers(ops.depend(phi, x), low, ops.depend(up, x), down)
-        return multi_lora_linear(x, slots, weight, ops.maximum(scale, SMALLEST_SCALE), bias, ABSENT, ABSENT, ABSENT)
+        return multi_lora_linear(x, slots, linear_of(base_of(weight, ops.maximum(scale, SMALLEST_SCALE), bias)))
 
     def bprop(self, x, slots, phi, low, up, down, scale, bias, out, dout):
         """Gradients of x, up, down, scale (and phi in the full-rank form); zeros for the rest."""

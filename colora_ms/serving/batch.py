@@ -41,7 +41,10 @@ class Batch:
                 row_request[row] = i
                 cache_rows[row] = one.row.index
         self.rows = next_amateur
-        self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows, expert, amateur))
+        self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows))
+        self.options = operands([(r.settings.contrast, r.settings.sampling) for r in self.requests], bucket)
+        self.options.put(slice(None), "expert_rows", expert)
+        self.options.put(slice(None), "amateur_rows", amateur)
         self.eos = Tensor(np.array(sorted(eos) or [-1], np.int32))  # -1 is no token id
 
     @property
@@ -61,20 +64,18 @@ class Batch:
         state = (self._array([token for token, _ in last], 0, np.int32),
                  self._array([position for _, position in last], 0, np.int32),
                  self._array([True] * len(requests), False, bool))
-        *options, mode = operands([(r.settings.contrast, r.settings.sampling) for r in requests], self.bucket)
         uniforms = np.zeros((self.bucket, capacity), np.float32)
         for i, request in enumerate(requests):
             uniforms[i] = request.uniforms(capacity)
-        budget = self._array([r.left for r in requests], 0, np.int32)
+        self.options.put(slice(0, len(requests)), "budget", [r.left for r in requests])
         # Adaptive contrasts look for copies in the prompt.
         ids = np.zeros((self.bucket, width), np.int32)
         for i, request in enumerate(requests):
             ids[i, :len(request.ids)] = request.ids
-        adapt = (Tensor(mode), Tensor(ids),
-                 self._array([len(r.ids) for r in requests], 0, np.int32),
+        adapt = (Tensor(ids), self._array([len(r.ids) for r in requests], 0, np.int32),
                  self._array([not r.tokens for r in requests], False, bool))
-        return (*state, *self.layout, *map(Tensor, options), Tensor(uniforms), budget, self.eos, Tensor(np.array(steps, np.int32)),
-                *adapt)
+        return (*state, *self.layout, Tensor(self.options.whole), Tensor(self.options.real), Tensor(uniforms), self.eos,
+                Tensor(np.array(steps, np.int32)), *adapt)
 
     def _array(self, values, filler, dtype):
         return Tensor(np.array(list(values) + [filler] * (self.bucket - len(values)), dtype))

@@ -8,7 +8,10 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms.decoding.loop import ContinueLoop
-from colora_ms.kernels import bind, contrast_strength, contrastive_select
+from colora_ms.kernels import bind
+from colora_ms.kernels.options import COLUMN, replaced
+
+_EXPERT, _AMATEUR, _BETA = COLUMN["expert_rows"], COLUMN["amateur_rows"], COLUMN["beta"]
 
 
 class Prefill(nn.Cell):
@@ -38,33 +41,28 @@ class ServingLoop(ContinueLoop):
         self.forgiving = Tensor([1], ms.int32)
 
     def previous(self, token, adapt):
-        return ops.where(adapt[3], -self.one, token)
+        return ops.where(adapt[2], -self.one, token)
 
-    def construct(self, token, position, active, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
-                  temperature, top_k, top_p, uniforms, budget, eos, steps, mode, ids, lengths, fresh):
+    def construct(self, token, position, active, row_request, slots, cache_rows, whole, real, uniforms, eos, steps, ids,
+                  lengths, fresh):
         """As the base class; fresh: (requests,) bool, whether a request has no token of its own yet. Chunks in which that
         matters (``Contrast.skip_copies``) have one step."""
-        layout = (row_request, slots, cache_rows, expert_rows, amateur_rows)
-        options = (alpha, beta, temperature, top_k, top_p)
-        return self.run((token, position, active), layout, options, uniforms, budget, eos, steps,
-                        (mode, ids, lengths, fresh))
+        return self.run((token, position, active), (row_request, slots, cache_rows), (whole, real), uniforms, eos, steps,
+                        (ids, lengths, fresh))
 
-    def select(self, logits, rows, options, uniform, active, adapt=None, previous=None):
-        expert_rows, amateur_rows = rows
-        alpha, beta, temperature, top_k, top_p = options
-        mode, ids, lengths = adapt[:3]
+    def select(self, logits, options, uniform, active, adapt, previous):
+        whole, real = options
+        expert_rows, amateur_rows, beta = whole[:, _EXPERT], whole[:, _AMATEUR], real[:, _BETA]  # (requests,)
         contrast = amateur_rows >= 0
-        finite = ops.isfinite(logits.sum(axis=1))
+        finite = ops.isfinite(logits.sum(axis=1))  # (rows,)
         size = ops.abs(logits).max(axis=1)
         amateurs = ops.maximum(amateur_rows, 0)
         beta = ops.where(contrast, beta, ops.zeros_like(beta))
         reach = (1.0 + beta) * ops.gather(size, ops.maximum(expert_rows, 0), 0) + beta * ops.gather(size, amateurs, 0)
         fine = ops.logical_and(ops.gather(finite, ops.maximum(expert_rows, 0), 0), ops.logical_or(
             ops.logical_not(contrast), ops.logical_and(ops.gather(finite, amateurs, 0), ops.isfinite(reach))))
-        expert_rows = ops.where(ops.logical_and(active, fine), expert_rows, -self.one)
-        previous = self.previous(previous, adapt)
-        beta = contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, ids, lengths)
-        return contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
+        options = (whole, replaced(real, _BETA, beta))
+        return self.choose(logits, options, uniform, ops.logical_and(active, fine), adapt, self.previous(previous, adapt))
 
 
 class CopyRow(nn.Cell):
