@@ -134,11 +134,13 @@ class Steps {
       q.whole = head_whole || (head_adapted && slots_.data<int32_t>()[q.select.amateur] >= 0);
       StrengthOptions& s = q.strength;
       s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(options, r);
-      if (s.mode == 0) continue;
-      if (!adaptive) lengths.fail("is absent, but the contrast of request %lld adapts (mode %d)", (long long)r, s.mode);
+      if (!adaptive) {
+        if (s.mode) lengths.fail("is absent, but the contrast of request %lld adapts (mode %d)", (long long)r, s.mode);
+        continue;
+      }
       q.whole |= (s.mode & ~kSkipCopies) == kDivergence;
       s.length = checked_length(lengths, r, prompt.dim(1));
-      s.prompt = prompt.data<int32_t>() + r * prompt.dim(1);
+      s.prompt = prompt.data<int32_t>() + r * prompt.dim(1);  // (width,)
     }
   }
 
