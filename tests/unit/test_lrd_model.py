@@ -338,7 +338,7 @@ def test_the_fused_step_takes_products(goldens, word_tokenizer, model, weight_fo
         decompose(net, LrdPlan([1], ["q_proj", "o_proj", "up_proj", "down_proj"], 4, factors=factors))
         for _, cell in net.cells_and_names():
             if isinstance(cell, LowRankLinear):
-                cell.fusible_in_layer = fused
+                cell.fusible = fused
         handle = inject(net, LoraConfig(r=3, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"],
                                         layers_to_transform=[0], init_lora_weights=False), seed=1)
         generator = Generator(net, word_tokenizer, handle, max_rows=8)
