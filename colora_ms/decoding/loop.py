@@ -4,9 +4,10 @@ Where the device has it and the model's Cells allow it, the token loop is one op
 elsewhere it is a ``while`` of the graph over the operators of a step. Both make the same tokens.
 
 A *request* is one answer to be generated; it owns one row of the batch, or two when it is contrastive (expert and
-amateur, which see the same tokens). What it asks for travels in two tensors, a column an option
-(:mod:`colora_ms.kernels.options`): ``whole`` (requests, columns) int32 and ``real`` (requests, columns) float32. All shapes depend on four numbers only (requests, rows, prompt length, steps), so a
-graph is compiled once for each bucket of those and reused for every adapter, contrast and sampling setting.
+amateur, which see the same tokens). What it asks for travels in two tensors with a column for each option (see
+:mod:`colora_ms.kernels.options`), ``whole`` (requests, columns) int32 and ``real`` (requests, columns) float32. All
+shapes depend on four numbers only (requests, rows, prompt length, steps), so a graph is compiled once for each bucket of
+those and reused for every adapter, contrast and sampling setting.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ class _Loop(nn.Cell):
         """Choose a token for every active request, with beta as ``kernels.contrast_strength`` scales it.
 
         Args:
-            logits: (rows, vocab) float32; options: (whole, real); uniform: (requests,) float32; active: (requests,) bool.
-            adapt: (prompt ids (requests, prompt), their lengths (requests,), ...) int32; previous: (requests,) int32, the
-                token generated last, -1: none.
+            logits: (rows, vocab) float32; options: (whole, real); uniform: (requests,) float32.
+            active: (requests,) bool.
+            adapt: (prompt ids (requests, prompt), their lengths (requests,), ...) int32.
+            previous: (requests,) int32, the token generated last, -1: none.
 
         Returns:
             (ints (requests, 3), floats (requests, 4)) of ``kernels.contrastive_select``.
@@ -92,8 +94,8 @@ class _Loop(nn.Cell):
         _, slots, cache_rows = layout
         prompt, lengths = adapt[:2]
         ints, floats, counts, token, position, active = decode_steps(
-            token, position, active.astype(ms.int32), self.previous(token, adapt), slots, cache_rows, *options, uniforms,
-            eos, steps.reshape(1), self.forgiving, prompt, lengths, *self.decoder.step_operands(self.cache))
+            token, position, active.astype(ms.int32), self.previous(token, adapt), slots, cache_rows, *options,
+            uniforms, eos, steps.reshape(1), self.forgiving, prompt, lengths, *self.decoder.step_operands(self.cache))
         return ints, floats, counts, (token, position, active > 0)
 
     def previous(self, token, adapt):
@@ -156,10 +158,12 @@ class GenerationLoop(_Loop):
         layout = (row_request, slots, cache_rows)
         length = ops.gather(lengths, row_request, 0)  # (rows,)
         rows_ids = ops.gather(ids, row_request, 0)  # (rows, prompt)
-        logits = self.decoder.step(rows_ids, slots, self.cache, cache_rows, ops.zeros_like(length), length)  # (rows, vocab)
+        start = ops.zeros_like(length)
+        logits = self.decoder.step(rows_ids, slots, self.cache, cache_rows, start, length)  # (rows, vocab)
         active = lengths > 0
         adapt = (ids, lengths)
-        ints, floats = self.select(logits, (whole, real), uniforms[:, 0], active, adapt, ops.zeros_like(lengths) - self.one)
+        ints, floats = self.select(logits, (whole, real), uniforms[:, 0], active, adapt,
+                                   ops.zeros_like(lengths) - self.one)
         token = ints[:, 0]  # (requests,)
         going = ops.logical_and(active, ops.logical_not(self.ended(token, eos)))
         whole = replaced(whole, _BUDGET, whole[:, _BUDGET] - self.one)
@@ -170,8 +174,8 @@ class GenerationLoop(_Loop):
 class ContinueLoop(_Loop):
     """Goes on where a :class:`GenerationLoop` with the same cache stopped: the graph of the later chunks."""
 
-    def construct(self, token, position, active, row_request, slots, cache_rows, whole, real, uniforms, eos, steps, ids,
-                  lengths):
+    def construct(self, token, position, active, row_request, slots, cache_rows, whole, real, uniforms, eos, steps,
+                  ids, lengths):
         """Arguments and results as of :meth:`_Loop.run`, flat; ids, lengths: the prompts."""
         return self.run((token, position, active), (row_request, slots, cache_rows), (whole, real), uniforms, eos, steps,
                         (ids, lengths))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
+from mindspore import Tensor
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
@@ -22,7 +23,8 @@ def fuses_layers() -> bool:
     return bound.fuses_layers
 
 
-def decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *operands):
+def decoder_layers(x: Tensor, residual: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, cache_rows: Tensor,
+                   start: Tensor, length: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
     """Layers of the Llama family, one after another: pre-norm attention over the cache, then a gated MLP.
 
     Semantics of one layer, each line the operator of that name to the last bit::

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import ascend, bound
 from colora_ms.kernels.aot import ABSENT
@@ -13,7 +13,7 @@ from colora_ms.kernels.operands import PRODUCT, flat_linears
 from colora_ms.kernels.registry import operation
 
 
-def multi_lora_linear(x, slots, *linears):
+def multi_lora_linear(x: Tensor, slots: Tensor, *linears: tuple) -> Tensor | tuple[Tensor, ...]:
     """One to four linear layers on the same input, each row with its own LoRA adapter or none.
 
     Semantics, for every linear and row r with s = slots[r]:
@@ -43,7 +43,8 @@ def multi_lora_linear(x, slots, *linears):
         KernelError: a shape or dtype is wrong (while the graph is compiled).
         RuntimeError: a slot number is below -1 or not below the number of slots; nothing is written then.
 
-    Gradients: x, down and up. The base and the adapter scale are taken to be frozen and get zeros: to train those use :func:`multi_lora_linear_reference`. bfloat16 adapters have no gradients: KernelError.
+    Gradients: x, down and up. The base and the adapter scale are taken to be frozen and get zeros: to train those use
+    :func:`multi_lora_linear_reference`. bfloat16 adapters have no gradients: KernelError.
 
     Source: LoRA, arXiv 2106.09685, eq. 3; rows of many adapters in one product: Punica, arXiv 2310.18547; int4 and int8
     as LR-QAT exports them, arXiv 2406.06385.
@@ -64,7 +65,7 @@ def _with_device_source(x, slots, *linears):
     return outputs
 
 
-def multi_lora_linear_reference(x, slots, *linears):
+def multi_lora_linear_reference(x: Tensor, slots: Tensor, *linears: tuple) -> Tensor | tuple[Tensor, ...]:
     """:func:`multi_lora_linear` in built-in operators; differentiable in everything, any device."""
     outputs = ()
     for base, adapter in linears:
@@ -77,7 +78,7 @@ def multi_lora_linear_reference(x, slots, *linears):
     return outputs
 
 
-def base_reference(x, base):
+def base_reference(x: Tensor, base: tuple) -> Tensor:
     """The base alone, in built-in operators: x (..., in) -> (..., out) float32."""
     form, tensors, bias = base
     y = x.reshape((-1, x.shape[-1]))  # (tokens, in)
@@ -92,7 +93,7 @@ def base_reference(x, base):
     return y
 
 
-def dequantize(weight, weight_scale=ABSENT):
+def dequantize(weight: Tensor, weight_scale: Tensor = ABSENT) -> Tensor:
     """A weight in any of the formats of :func:`multi_lora_linear` as float32 (out, in), in built-in operators."""
     if weight.dtype == ms.uint8:
         pairs = weight.astype(ms.int32)

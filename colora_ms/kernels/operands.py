@@ -65,7 +65,7 @@ _LAYER_TAGS = tuple(_tag(1 + mask) for mask in range(1 << len(OPTIONAL)))
 # -- in graphs --------------------------------------------------------------------------------------------------------
 
 
-def base_of(weight, weight_scale=ABSENT, bias=ABSENT):
+def base_of(weight: Tensor, weight_scale: Tensor = ABSENT, bias: Tensor = ABSENT) -> tuple:
     """The base of a linear that is one matrix, in the formats of :func:`colora_ms.kernels.multi_lora_linear`."""
     bias = () if bias.ndim == 0 else (bias,)
     if weight.dtype == ms.uint8:
@@ -77,7 +77,7 @@ def base_of(weight, weight_scale=ABSENT, bias=ABSENT):
     return (FLOAT32, (weight,), bias)
 
 
-def product_of(inner, outer, core=ABSENT, bias=ABSENT):
+def product_of(inner: Tensor, outer: Tensor, core: Tensor = ABSENT, bias: Tensor = ABSENT) -> tuple:
     """The base of a linear that is a product: inner (r, in), outer (out, r'), core (r', r) or ``ABSENT`` (then r' = r)."""
     bias = () if bias.ndim == 0 else (bias,)
     if core.ndim == 0:
@@ -85,19 +85,19 @@ def product_of(inner, outer, core=ABSENT, bias=ABSENT):
     return (PRODUCT_WITH_CORE, (inner, core, outer), bias)
 
 
-def without_bias(base):
+def without_bias(base: tuple) -> tuple:
     """A base without its bias."""
     return (base[0], base[1], ())
 
 
-def linear_of(base, down=ABSENT, up=ABSENT, scale=ABSENT):
+def linear_of(base: tuple, down: Tensor = ABSENT, up: Tensor = ABSENT, scale: Tensor = ABSENT) -> tuple:
     """A linear: its base, and its adapters unless all three are ``ABSENT``."""
     if down.ndim == 0 and up.ndim == 0 and scale.ndim == 0:
         return (base, ())
     return (base, (down, up, scale))
 
 
-def flat_linears(linears):
+def flat_linears(linears: tuple) -> tuple[Tensor, ...]:
     """The tensors of linears for an operator, one linear after another."""
     flat = ()
     for base, adapter in linears:
@@ -106,8 +106,9 @@ def flat_linears(linears):
     return flat
 
 
-def flat_layer(input_layernorm, q_proj, k_proj, v_proj, q_norm, k_norm, caches, o_proj, post_attention_layernorm, gate_proj,
-               up_proj, down_proj):
+def flat_layer(input_layernorm: tuple, q_proj: tuple, k_proj: tuple, v_proj: tuple, q_norm: tuple, k_norm: tuple,
+               caches: tuple, o_proj: tuple, post_attention_layernorm: tuple, gate_proj: tuple, up_proj: tuple,
+               down_proj: tuple) -> tuple[Tensor, ...]:
     """The tensors of a layer for an operator: norms are (weight, eps), q_norm and k_norm may be (), caches two tensors."""
     mask = (1 if len(q_norm) > 0 else 0) + (2 if len(k_norm) > 0 else 0)
     return ((_LAYER_TAGS[mask],) + input_layernorm + flat_linears((q_proj, k_proj, v_proj)) + q_norm + k_norm + caches

@@ -1,10 +1,10 @@
 """The options of a request in the generation loop: one record each, in the order in which they travel.
 
 All requests' options are two tensors, ``whole`` (requests, columns) int32 and ``real`` (requests, columns) float32, a
-column an option. Who makes them, reads them in a graph or checks them finds the columns here; the C++ operators have the
-same names in the same order (``ops/cpu/select.h``, compared by ``tests/kernels/test_operands.py``). A further option is a
-record here, the field of the request that ``source`` names, and its use in the two selections (``select.h`` and
-``select.py``).
+column an option. Who makes them, reads them in a graph or checks them finds the columns here; the C++ operators have
+the same names in the same order (``ops/cpu/select.h``, compared by ``tests/kernels/test_operands.py``). A further
+option is a record here, the field of the request that ``source`` names, and its use in the two selections
+(``select.h`` and ``select.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels.aot import KernelError
 
@@ -63,7 +63,7 @@ COLUMN = {name: place for names in (WHOLE, REAL) for place, name in enumerate(na
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 
-def replaced(options, column, values):
+def replaced(options: Tensor, column: int, values: Tensor) -> Tensor:
     """Options (requests, columns) with other values (requests,) in one column; for graphs."""
     place = ops.arange(options.shape[1]).astype(ms.int32).reshape((1, -1))
     return ops.where(place == column, values.reshape((-1, 1)), options)  # (requests, columns)
@@ -80,9 +80,8 @@ class OptionRows:
     """
 
     def __init__(self, size: int) -> None:
-        defaults = {name: [_BY_NAME[one].default for one in names] for name, names in (("whole", WHOLE), ("real", REAL))}
-        self.whole = np.tile(np.array(defaults["whole"], np.int32), (size, 1))
-        self.real = np.tile(np.array(defaults["real"], np.float32), (size, 1))
+        self.whole = np.tile(np.array([_BY_NAME[name].default for name in WHOLE], np.int32), (size, 1))
+        self.real = np.tile(np.array([_BY_NAME[name].default for name in REAL], np.float32), (size, 1))
 
     def put(self, row: Any, name: str, value: Any) -> None:
         """Set an option of one request, or of several (``row``: an index of NumPy).

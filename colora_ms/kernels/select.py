@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import ascend, bound
 from colora_ms.kernels.aot import custom
@@ -17,7 +17,7 @@ _ALPHA, _BETA, _TEMPERATURE, _TOP_P = COLUMN["alpha"], COLUMN["beta"], COLUMN["t
 _MASKED = -3.0e38  # below every finite logit, and finite, so that differences with it are no NaN
 
 
-def contrastive_select(logits, whole, real, uniform):
+def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Pick one token per request by Contrastive LoRA Decoding (arXiv 2505.14620), in float32.
 
     Semantics, with e and a the logits rows of the request's expert and amateur::
@@ -70,7 +70,7 @@ def _with_device_token(logits, whole, real, uniform):
     return ops.concat((ops.where(greedy, token, ints[:, 0]).reshape(-1, 1), ints[:, 1:]), 1), floats
 
 
-def contrastive_select_reference(logits, whole, real, uniform):
+def contrastive_select_reference(logits: Tensor, whole: Tensor, real: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`contrastive_select` in built-in operators, any device; values are not checked."""
     expert_rows, amateur_rows, top_k = whole[:, _EXPERT], whole[:, _AMATEUR], whole[:, _TOP_K]  # (R,)
     alpha, beta, temperature, top_p = real[:, _ALPHA], real[:, _BETA], real[:, _TEMPERATURE], real[:, _TOP_P]

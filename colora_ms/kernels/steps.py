@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
+from mindspore import Tensor
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
@@ -28,8 +29,10 @@ def fuses_steps() -> bool:
     return fuses_layers()
 
 
-def decode_steps(token, position, active, previous, slots, cache_rows, whole, real, uniforms, eos, steps, forgiving, prompt,
-                 lengths, cos, sin, norm, norm_eps, *operands):
+def decode_steps(token: Tensor, position: Tensor, active: Tensor, previous: Tensor, slots: Tensor, cache_rows: Tensor,
+                 whole: Tensor, real: Tensor, uniforms: Tensor, eos: Tensor, steps: Tensor, forgiving: Tensor, prompt: Tensor,
+                 lengths: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, norm_eps: Tensor,
+                 *operands: Tensor) -> tuple[Tensor, ...]:
     """Make tokens for every active request until all have ended or ``steps`` steps were made.
 
     Semantics of one step, each line the operators of that name to the last bit, with row r of a request at its

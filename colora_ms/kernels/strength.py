@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
@@ -24,7 +24,8 @@ _ALPHA, _BETA = COLUMN["alpha"], COLUMN["beta"]
 _LOWEST = -3.0e38  # below every finite logit, and finite
 
 
-def contrast_strength(logits, whole, real, previous, prompt, lengths):
+def contrast_strength(logits: Tensor, whole: Tensor, real: Tensor, previous: Tensor, prompt: Tensor,
+                      lengths: Tensor) -> Tensor:
     """The weight that ``contrastive_select`` is to give to each amateur at this step.
 
     Semantics, with e and a the logits rows of expert and amateur, V = {i : e[i] >= log(alpha) + max e} the expert's
@@ -58,7 +59,8 @@ def contrast_strength(logits, whole, real, previous, prompt, lengths):
     return bound.contrast_strength(logits, whole, real, previous, prompt, lengths)
 
 
-def contrast_strength_reference(logits, whole, real, previous, prompt, lengths):
+def contrast_strength_reference(logits: Tensor, whole: Tensor, real: Tensor, previous: Tensor, prompt: Tensor,
+                                lengths: Tensor) -> Tensor:
     """:func:`contrast_strength` in built-in operators, any device; values are not checked."""
     expert_rows, amateur_rows, mode = whole[:, _EXPERT], whole[:, _AMATEUR], whole[:, _MODE]  # (R,)
     alpha, beta = real[:, _ALPHA], real[:, _BETA]

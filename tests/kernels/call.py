@@ -117,7 +117,8 @@ class Prepared:
 def options(whole, real):
     """The two tensors of options (``colora_ms/kernels/options.py``) of requests, from a dict of numbers or arrays each.
 
-    The first one of ``whole`` has an entry a request. Options that are not given have their defaults; values out of range stay what they are, which ``OptionRows`` refuses.
+    The first one of ``whole`` has an entry a request. Options that are not given have their defaults; values out of range
+    stay what they are, where ``OptionRows`` would refuse them.
     """
     from colora_ms.kernels.options import COLUMN, OptionRows
 
