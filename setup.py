@@ -1,4 +1,4 @@
-"""Installation of colora_ms; compiles the CPU operators of ``ops/cpu`` into the package where a C++ compiler is there."""
+"""Installation of colora_ms; compiles the operators of ``ops/cpu`` into the package where there is a C++ compiler."""
 
 import importlib.util
 from pathlib import Path
@@ -69,7 +69,8 @@ setup(
     ],
     extras_require={
         "data": ["reasoning-gym", "datasets"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "reasoning-gym", "openai"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "reasoning-gym", "openai", "ruff==0.17.6",
+                 "mypy==2.4.1; python_version >= '3.10'"],
     },
     entry_points={"console_scripts": ["colora-ms = colora_ms.cli:main"]},
     cmdclass={"build_py": BuildWithOperators, "editable_wheel": EditableWithOperators},

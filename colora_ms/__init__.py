@@ -16,6 +16,8 @@ The house in a few lines; every room imports only from those below it:
 * ``ops/``         (beside the package) the C++ and Ascend C sources of those operations
 """
 
+from __future__ import annotations
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -34,7 +36,7 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     # Names are imported when they are used: the package itself then costs nothing to import.
     if name in _EXPORTS:
         import importlib
@@ -43,5 +45,5 @@ def __getattr__(name):
     raise AttributeError(f"module 'colora_ms' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])

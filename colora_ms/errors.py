@@ -4,7 +4,10 @@
 that only knows Python's own exceptions still catches it.
 """
 
+from __future__ import annotations
+
 import difflib
+from collections.abc import Iterable
 
 
 class ColoraError(Exception):
@@ -55,7 +58,13 @@ class TokenizerError(ColoraError, ValueError):
     """A tokenizer cannot be read, written, or used on the given text or ids."""
 
 
-def near(name, known, n=3):
+def short(value: object, length: int = 120) -> str:
+    """``repr(value)``, cut to a length that fits a message."""
+    text = repr(value)
+    return text if len(text) <= length else text[:length - 3] + "..."
+
+
+def near(name: object, known: Iterable, n: int = 3) -> str:
     """Return a hint with the known names that look like ``name``.
 
     Args:
@@ -68,7 +77,7 @@ def near(name, known, n=3):
         message, or ``""`` when nothing is similar enough.
     """
     text = str(name)
-    by_lower = {}
+    by_lower: dict = {}
     for item in known:
         by_lower.setdefault(str(item).lower(), str(item))
     # A low cutoff would suggest unrelated names; 0.6 is difflib's own default.

@@ -6,6 +6,8 @@ process gets a private cache folder here; before a compile the file with the rig
 will look for it, and afterwards a new file is taken into the store.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -13,15 +15,17 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
+from mindspore.communication import GlobalComm, get_rank
 from mindspore.graph import api
 
-from colora_ms.distributed import workers
 from colora_ms.kernels.aot import library_path
 from colora_ms.kernels.ascend import libraries_in_use
 from colora_ms.kernels.registry import backend
@@ -29,6 +33,14 @@ from colora_ms.kernels.registry import backend
 _ENABLE, _PATH = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
 _WORK_PREFIX = "colora-process-"
 _SIMPLE = (bool, int, float, str, type(None))
+_DEPENDENCIES = "_get_compile_cache_dep_files"  # the function of mindspore.graph.api that says what a graph depends on
+
+
+def unsupported() -> str:
+    """Why graphs cannot be kept with the MindSpore that is installed, or ""."""
+    if callable(getattr(api, _DEPENDENCIES, None)):
+        return ""
+    return f"MindSpore {ms.__version__} has no mindspore.graph.api.{_DEPENDENCIES}"
 
 
 class GraphCache:
@@ -39,21 +51,21 @@ class GraphCache:
         fingerprint: text that must be equal for a stored graph to be used (sources, libraries, versions).
     """
 
-    def __init__(self, folder, fingerprint):
+    def __init__(self, folder: str | Path, fingerprint: str) -> None:
         self.folder = Path(folder)
         self.fingerprint = fingerprint
         self.hits = self.misses = 0
-        self._work = None
+        self._work: tempfile.TemporaryDirectory | None = None
         self._count = 0
         # One graph at a time: MindSpore numbers the files of its cache by the order of compilation in the process.
         self._lock = threading.RLock()
 
-    def call(self, cell, args):
+    def call(self, cell: nn.Cell, args: tuple) -> Any:
         """Compile ``cell`` for ``args`` (from the store if it is there) and run it; one thread at a time."""
         with self._lock:
             return self._call(cell, args)
 
-    def _call(self, cell, args):
+    def _call(self, cell: nn.Cell, args: tuple) -> Any:
         key = graph_key(cell, args, self.fingerprint)
         work = self._work_folder()
         if work is None:
@@ -71,7 +83,7 @@ class GraphCache:
         wanted.unlink(missing_ok=True)
         return result
 
-    def _work_folder(self):
+    def _work_folder(self) -> Path | None:
         given = os.environ.get(_PATH)
         # A path that the user has set stays; one that a parent process of this package has set does not.
         if self._work is None and (given is None or Path(given).name.startswith(_WORK_PREFIX)):
@@ -84,11 +96,11 @@ class GraphCache:
             os.environ[_PATH] = holder.name
         if self._work is None:
             return None
-        path = Path(self._work.name) / f"rank_{workers.current().rank}" / "graph_cache"
+        path = Path(self._work.name) / f"rank_{_rank()}" / "graph_cache"
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _keep(self, kept, graph, dependency):
+    def _keep(self, kept: Path, graph: Path, dependency: Path) -> None:
         if not (graph.is_file() and dependency.is_file()):
             return
         with contextlib.suppress(OSError):
@@ -102,10 +114,11 @@ class GraphCache:
                 shutil.rmtree(staging, ignore_errors=True)
 
 
-def graph_key(cell, args, fingerprint):
+def graph_key(cell: nn.Cell, args: tuple, fingerprint: str) -> str:
     """Digest of all that a compiled graph depends on: the kernels in use, the Cell tree's classes, constants and
     parameters, and the arguments' shapes and dtypes."""
-    parts = [fingerprint, backend(), str(library_path()), str(ms.get_context("mode")), str(ms.get_context("device_target"))]
+    parts = [fingerprint, backend(), str(library_path()), str(ms.get_context("mode")),
+             str(ms.get_context("device_target"))]
     parts.extend(f"{path}={digest}" for path, digest in libraries_in_use())
     for name, child in cell.cells_and_names():
         constants = {k: v for k, v in vars(child).items() if not k.startswith("_") and _constant(v)}
@@ -122,7 +135,7 @@ _VOLATILE = {"create_time", "instance_count", "total_instance_count", "compile_p
              "arguments_key", "param_prefix", "bprop_debug", "cls_name", "pynative"}
 
 
-def _constant(value):
+def _constant(value: Any) -> bool:
     if isinstance(value, Parameter):
         return False
     if isinstance(value, Tensor):
@@ -130,7 +143,7 @@ def _constant(value):
     return isinstance(value, _SIMPLE) or (isinstance(value, (tuple, list)) and all(_constant(v) for v in value))
 
 
-def _describe(value):
+def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         array = value.asnumpy() if value.dtype != ms.bfloat16 else value.astype(ms.float32).asnumpy()
         return f"{value.dtype}{array.shape}{array.tobytes().hex()}"
@@ -139,24 +152,29 @@ def _describe(value):
     return repr(value)
 
 
+def _rank() -> int:
+    """This process's number in its job, by which MindSpore names the folder of its cache; 0 outside a job."""
+    return get_rank() if GlobalComm.INITED else 0
+
+
 @contextlib.contextmanager
-def _caching_on():
+def _caching_on() -> Iterator[None]:
     """MindSpore's cache for one compile; the dependency files are ours, since the entry script says nothing here."""
     before = os.environ.get(_ENABLE)
-    dependencies = api._get_compile_cache_dep_files
+    dependencies = getattr(api, _DEPENDENCIES)
     os.environ[_ENABLE] = "1"
-    api._get_compile_cache_dep_files = lambda: [__file__]
+    setattr(api, _DEPENDENCIES, lambda: [__file__])
     try:
         yield
     finally:
-        api._get_compile_cache_dep_files = dependencies
+        setattr(api, _DEPENDENCIES, dependencies)
         if before is None:
             del os.environ[_ENABLE]
         else:
             os.environ[_ENABLE] = before
 
 
-def _copy(source, target):
+def _copy(source: Path, target: Path) -> bool:
     """Copy a file by a hard link where possible; whether it was there."""
     if not source.is_file():
         return False
@@ -168,7 +186,7 @@ def _copy(source, target):
     return True
 
 
-def source_fingerprint(library):
+def source_fingerprint(library: str | Path) -> str:
     """Digest of the package's sources, the operators' library and MindSpore's version."""
     digest = hashlib.sha256(ms.__version__.encode())
     package = Path(__file__).resolve().parent

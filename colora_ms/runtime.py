@@ -1,24 +1,30 @@
 """Process-wide settings of MindSpore that the package relies on, and the one way to call a compiled Cell."""
 
+from __future__ import annotations
+
 import contextlib
+import logging
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
-from colora_ms.graph_cache import GraphCache, source_fingerprint
+from colora_ms.graph_cache import GraphCache, source_fingerprint, unsupported
 from colora_ms.kernels.aot import KernelError, last_error, library_path
 from colora_ms.kernels.registry import bind
 
+_log = logging.getLogger(__name__)
 _configured = False
-_graphs = None
-_compiled = weakref.WeakKeyDictionary()
+_graphs: GraphCache | None = None
+_compiled: weakref.WeakKeyDictionary[nn.Cell, set] = weakref.WeakKeyDictionary()
 _compilations = 0
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """The package's cache: ``COLORA_CACHE``, else ``$XDG_CACHE_HOME/colora_ms``, else ``~/.cache/colora_ms``."""
     override = os.environ.get("COLORA_CACHE")
     if override:
@@ -26,10 +32,11 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colora_ms"
 
 
-def configure():
+def configure() -> None:
     """Prepare MindSpore once a process: deep graphs may be parsed, compiled graphs are kept for the next start.
 
-    ``COLORA_COMPILE_CACHE=0`` switches the graph cache off.
+    ``COLORA_COMPILE_CACHE=0`` switches the graph cache off. A MindSpore that it cannot work with is named in a logged
+    warning, and graphs are compiled without it.
     """
     global _configured, _graphs
     if _configured:
@@ -37,18 +44,24 @@ def configure():
     _configured = True
     bind()
     ms.set_recursion_limit(10000)
-    if os.environ.get("COLORA_COMPILE_CACHE", "1") != "0":
+    if os.environ.get("COLORA_COMPILE_CACHE", "1") == "0":
+        return
+    missing = unsupported()
+    if missing:
+        _log.warning("%s: compiled graphs are not kept, and every start of a process compiles them anew", missing)
+    else:
         _graphs = GraphCache(cache_folder(), source_fingerprint(library_path()))
 
 
-def graph_cache():
+def graph_cache() -> GraphCache | None:
     """The :class:`GraphCache` in use, or None."""
     return _graphs
 
 
 @contextlib.contextmanager
-def graph_mode():
-    """GRAPH_MODE for the block, whatever the caller's mode is; ``COLORA_MODE=pynative`` keeps PyNative for debugging."""
+def graph_mode() -> Iterator[None]:
+    """GRAPH_MODE for the block, whatever the caller's mode is; ``COLORA_MODE=pynative`` keeps PyNative for
+    debugging."""
     before = ms.get_context("mode")
     if before == ms.GRAPH_MODE or os.environ.get("COLORA_MODE", "").lower() == "pynative":
         yield
@@ -60,7 +73,7 @@ def graph_mode():
         ms.set_context(mode=before)
 
 
-def run(cell, *args):
+def run(cell: nn.Cell, *args: Any) -> Any:
     """Call a Cell with tensors in graph mode, through the graph cache where it has to be compiled.
 
     Raises:
@@ -72,8 +85,10 @@ def run(cell, *args):
     new = shapes not in known
     try:
         with graph_mode():
-            cached = new and _graphs is not None and ms.get_context("mode") == ms.GRAPH_MODE
-            result = _graphs.call(cell, args) if cached else cell(*args)
+            if new and _graphs is not None and ms.get_context("mode") == ms.GRAPH_MODE:
+                result = _graphs.call(cell, args)
+            else:
+                result = cell(*args)
     except RuntimeError as error:
         reason = last_error()
         if "AOT kernel" in str(error) and reason:
@@ -84,12 +99,12 @@ def run(cell, *args):
     return result
 
 
-def compilations(cell):
+def compilations(cell: nn.Cell) -> int:
     """How many graphs have been compiled for a Cell that was called through :func:`run`."""
     return len(_compiled.get(cell, ()))
 
 
-def all_compilations():
+def all_compilations() -> int:
     """How many graphs :func:`run` has compiled, or read from the graph cache, in this process: a call that changes this
     number says nothing of speed."""
     return _compilations

@@ -3,6 +3,8 @@
 The standard library only, so that a benchmark's child process without MindSpore can import it too.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib.metadata
 import platform
@@ -11,7 +13,7 @@ import platform
 DISTRIBUTIONS = ("colora-ms", "mindspore", "numpy", "tokenizers", "reasoning-gym")
 
 
-def versions(*names):
+def versions(*names: str) -> dict[str, str]:
     """Versions of Python and of distributions.
 
     Args:

@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Packages and modules with a section of their own. The public names are ``__all__``; without one they are those of the
 #: modules that the package's docstring lists, or, in a module, all that have no leading underscore.
 SECTIONS = (
-    "colora_ms", "colora_ms.decoding", "colora_ms.adapters", "colora_ms.decomposition", "colora_ms.quantization.config",
-    "colora_ms.quantization.model", "colora_ms.distributed.tensor_parallel", "colora_ms.models", "colora_ms.kernels",
-    "colora_ms.training", "colora_ms.distributed.training", "colora_ms.evaluation", "colora_ms.serving",
+    "colora_ms", "colora_ms.decoding", "colora_ms.adapters", "colora_ms.decomposition", "colora_ms.quantization",
+    "colora_ms.distributed", "colora_ms.models", "colora_ms.kernels",
+    "colora_ms.training", "colora_ms.training.split", "colora_ms.evaluation", "colora_ms.serving",
     "colora_ms.serving.http", "colora_ms.integrations.mindformers", "colora_ms.errors",
 )
 

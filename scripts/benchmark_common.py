@@ -1,4 +1,5 @@
-"""What the benchmark scripts share: the machine, its read bandwidth, Markdown tables, the JSON file, and child processes.
+"""What the benchmark scripts share: the machine, its read bandwidth, Markdown tables, the JSON file, and child
+processes.
 
 NumPy, the standard library and colora_ms.versions only, so that the peers' environment (scripts/setup_peers.sh) can
 import it too.

@@ -5,16 +5,17 @@
 
 The text is cut into articles (WikiText's headings). Every sixth article, from the first, is for the measurement: 40
 windows of 256 tokens, spread evenly over them. All other articles are the training data, so the training runs see the
-domain of the test but none of its articles. A share above 1 is the domain's doing: the row "float32, LoRA on the same data"
-(``--control`` updates) and ``recovered_share_w4_of_tuned_float``, which puts that LoRA in the place of the float model, say
-how much.
+domain of the test but none of its articles. A share above 1 is the domain's doing: the row "float32, LoRA on the same
+data" (``--control`` updates) and ``recovered_share_w4_of_tuned_float``, which puts that LoRA in the place of the float
+model, say how much.
 Perplexity is exp of the mean loss over the 40 x 256 predicted tokens.
 
-Measures: ``recovered_share_w4`` = (RTN - LR-QAT) / (RTN - float) of the W4 losses' perplexities; ``memory_ratio`` = memory that
-LR-QAT's training needs over that of full quantisation-aware training, same code and batch, each in a process of its own:
-parameters and optimizer state plus the most that MindSpore's allocator had in use. ``memory_ratio_rss`` is the ratio of peak
-resident memory, with the interpreter, the compiler and the allocator's pool: it takes blocks of 1 GiB and spreads over them
-before it uses freed places again. ``int4_size_ratio`` = bytes of the quantised linears, integers and scales, over float32.
+Measures: ``recovered_share_w4`` = (RTN - LR-QAT) / (RTN - float) of the W4 losses' perplexities; ``memory_ratio`` =
+memory that LR-QAT's training needs over that of full quantisation-aware training, same code and batch, each in a
+process of its own: parameters and optimizer state plus the most that MindSpore's allocator had in use.
+``memory_ratio_rss`` is the ratio of peak resident memory, with the interpreter, the compiler and the allocator's pool:
+it takes blocks of 1 GiB and spreads over them before it uses freed places again. ``int4_size_ratio`` = bytes of the
+quantised linears, integers and scales, over float32.
 """
 
 import argparse
@@ -48,7 +49,8 @@ def split(path):
     found = articles(Path(path).read_text(encoding="utf-8"))
     if len(found) < 2 * EVERY:
         sys.exit(f"{path} has {len(found)} articles, expected a WikiText file with at least {2 * EVERY}")
-    return "".join(a for i, a in enumerate(found) if i % EVERY), "".join(a for i, a in enumerate(found) if i % EVERY == 0)
+    return "".join(a for i, a in enumerate(found) if i % EVERY), "".join(a for i, a in enumerate(found)
+                                                                         if i % EVERY == 0)
 
 
 def windows_of(text, tokenizer):
@@ -70,8 +72,8 @@ def perplexity(net, windows, slot=-1):
 
 def quality_of(model, recipe, adapter, steps, text, windows_text, work):
     """Train (or round) in this process; returns a row of the table."""
-    from colora_ms.quantization.model import quantize
     from colora_ms.models import load_model
+    from colora_ms.quantization import quantize
     from colora_ms.training.quantize import QuantizationConfig
     from colora_ms.training.text import encode_text
     from colora_ms.training.trainer import Trainer
@@ -80,7 +82,8 @@ def quality_of(model, recipe, adapter, steps, text, windows_text, work):
     windows = windows_of(windows_text, tokenizer)
     config = QuantizationConfig.from_dict({
         **recipe, "output": str(work), "adapter": {**recipe["adapter"], **adapter},
-        "data": {**recipe["data"], "train": "in memory"}, "loop": {**recipe["loop"], "steps": steps, "progress": False}})
+        "data": {**recipe["data"], "train": "in memory"},
+        "loop": {**recipe["loop"], "steps": steps, "progress": False}})
     settings = config.quantization()
     began = time.perf_counter()
     quantized = quantize(net, settings, config.loop.seed)
@@ -102,13 +105,11 @@ def quality_of(model, recipe, adapter, steps, text, windows_text, work):
 
 def load_model_without_tokenizer(folder):
     """The exported model; it was written without a tokenizer."""
+    from colora_ms.models import build_decoder
     from colora_ms.models.checkpoint import open_checkpoint
-    from colora_ms.models.decoder import Decoder
 
     checkpoint = open_checkpoint(folder)
-    net = Decoder(checkpoint.config, checkpoint.tensors)
-    checkpoint.quantized.install(net)
-    return net, checkpoint
+    return build_decoder(checkpoint), checkpoint
 
 
 def float_rows(model, recipe, steps, text, windows_text, work, rank):
@@ -138,9 +139,8 @@ def float_rows(model, recipe, steps, text, windows_text, work, rank):
 
 def memory_of(model, method, rows, tokens, rank):
     """Peak resident bytes of three training steps in this process."""
-    from colora_ms.quantization.config import LrQatConfig
-    from colora_ms.quantization.model import quantize
     from colora_ms.models import load_model
+    from colora_ms.quantization import LrQatConfig, quantize
     from colora_ms.training.batching import Batch
     from colora_ms.training.config import OptimizerConfig
     from colora_ms.training.step import Stepper
@@ -163,7 +163,8 @@ def memory_of(model, method, rows, tokens, rank):
 
 def in_a_process(arguments, **request):
     """Run one piece of work in a process of its own; returns its last line of JSON."""
-    command = [sys.executable, __file__, "--data", arguments.data, "--model", arguments.model, "--recipe", arguments.recipe,
+    command = [sys.executable, __file__, "--data", arguments.data, "--model", arguments.model, "--recipe",
+               arguments.recipe,
                "--work", arguments.work, "--request", json.dumps(request)]
     # MindSpore prints its allocator's peak when the process ends.
     environment = {**os.environ, "MS_DEV_RUNTIME_CONF": "memory_statistics:True"}
@@ -192,7 +193,8 @@ def answer(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a WikiText file with article headings (wiki.test.tokens, test.txt)")
+    parser.add_argument("--data", required=True, help="a WikiText file with article headings (wiki.test.tokens, "
+                                                      "test.txt)")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--recipe", default=str(ROOT / "model_zoo" / "smollm2-135m" / "lrqat.yaml"))
@@ -200,7 +202,8 @@ def main():
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--steps", nargs="+", type=int, default=[70, 25, 25], help="updates for each of --bits")
     parser.add_argument("--control", type=int, default=70, help="updates of the LoRA on the float model; 0: left out")
-    parser.add_argument("--batch", nargs=2, type=int, default=[4, 128], help="rows and tokens of the memory measurement")
+    parser.add_argument("--batch", nargs=2, type=int, default=[4, 128],
+                        help="rows and tokens of the memory measurement")
     parser.add_argument("--work", default="runs/benchmark_lrqat", help="folder for the runs; must not hold one")
     parser.add_argument("--request", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -8,16 +8,17 @@
 What is measured, each in child processes pinned to the same processors:
 
 * Steps: the engine with a full batch of greedy requests, all of the base model, all of one adapter, or each of another
-  adapter, with float32 adapters in the bank and, in an engine of its own, with bfloat16 ones. All requests are handed in while the engine's thread stands still, so that they start together; a step is the
-  difference of two runs whose answers differ by n tokens, over n, so it holds no prefill. Rounds alternate their
-  direction; a measure that compares two cases is the median of the ratios within a round. peft runs the same rows, the
-  same prompts and the same adapters.
+  adapter, with float32 adapters in the bank and, in an engine of its own, with bfloat16 ones. All requests are handed
+  in while the engine's thread stands still, so that they start together; a step is the difference of two runs whose
+  answers differ by n tokens, over n, so it holds no prefill. Rounds alternate their direction; a measure that compares
+  two cases is the median of the ratios within a round. peft runs the same rows, the same prompts and the same adapters.
 * Load: as many clients as the batch has rows, each of which sends its next request when the former is answered, for
   1, 4, 16 and 64 adapters over as many slots as rows: tokens/s, time to the first token, time between tokens (the gap
   between two pieces of a stream over the tokens that it brought), peak memory.
 * Memory: the peak of the second prefill of 8 rows with 256 tokens, in a process of its own: with the multi-adapter
-  operator, and with linears that gather each row's matrices and multiply them in batches. Each is compared with a process
-  that has loaded the same adapters and runs the same graph without their products. The machine must have memory to
+  operator, and with linears that gather each row's matrices and multiply them in batches. Each is compared with a
+  process that has loaded the same adapters and runs the same graph without their products. The machine must have memory
+  to
   spare: pages that are swapped out are not counted.
 * Swaps: an adapter that is neither in a slot nor in host memory is put into a slot while a batch runs; read and check,
   and the writing of the slot. The tokens of the requests beside it are compared with a run without swaps.
@@ -33,7 +34,18 @@ from pathlib import Path
 import numpy as np
 
 from benchmark_common import (
-    ROOT, BenchmarkError, Worker, machine, measure, peak_bytes, per_step, ratio, reset_peak, run_benchmark, serve, table,
+    ROOT,
+    BenchmarkError,
+    Worker,
+    machine,
+    measure,
+    peak_bytes,
+    per_step,
+    ratio,
+    reset_peak,
+    run_benchmark,
+    serve,
+    table,
     versions,
 )
 from decode_worker import RANK, write_adapter
@@ -141,7 +153,8 @@ class Ours:
                 running = batch()
             name = next((name for name in self.names[1:] if self._state(name) == "disk"), None)
             if name is None:
-                raise BenchmarkError("no adapter is left on disk alone; give more adapters than slots and host memory hold")
+                raise BenchmarkError("no adapter is left on disk alone; give more adapters than slots and host memory "
+                                     "hold")
             for file in (self.bank.folder / name).iterdir():
                 file.read_bytes()  # into the page cache
             self.engine.submit(prompts[-1], adapter=name, max_new_tokens=1).result(600)
@@ -154,7 +167,8 @@ class Ours:
         return next(one["state"] for one in self.bank.info()["adapters"] if one["name"] == name)
 
 
-# What stands in the place of LoraLinear's methods; the graph's parser wants functions whose first parameter is ``self``.
+# What stands in the place of LoraLinear's methods; the graph's parser wants functions whose first parameter is
+# ``self``.
 
 
 def _base_operands(self):
@@ -225,7 +239,8 @@ def step_table(found, rows):
     names = {"ours": "this project", "half": "this project, bfloat16 adapters", "peft": "transformers + peft"}
     return table(("case", "engine", "rows", "step, ms", "range, ms", "tokens/s"), [
         (KINDS[kind], names[engine], rows, f"{1e3 * statistics.median(case['steps']):.2f}",
-         f"{1e3 * min(case['steps']):.1f} to {1e3 * max(case['steps']):.1f}", f"{rows / statistics.median(case['steps']):.1f}")
+         f"{1e3 * min(case['steps']):.1f} to {1e3 * max(case['steps']):.1f}",
+         f"{rows / statistics.median(case['steps']):.1f}")
         for (engine, kind), case in found.items()])
 
 
@@ -237,7 +252,8 @@ def percentiles(seconds):
 def start_engine(arguments, adapters, adapter_format="float32"):
     worker = Worker([sys.executable, __file__, "--child", "engine"], timeout=1800)
     # Host memory takes one adapter more than there are slots, so that more adapters are read from their folders.
-    answer = worker.ask("load", adapters=str(adapters), rows=arguments.rows, slots=arguments.rows, chunk=arguments.chunk,
+    answer = worker.ask("load", adapters=str(adapters), rows=arguments.rows, slots=arguments.rows,
+                        chunk=arguments.chunk,
                         host_adapters=arguments.rows + 1, adapter_format=adapter_format)
     print(f"engine with the {answer['backend']} operators, {arguments.rows} {adapter_format} slots of "
           f"{answer['slot_bytes'] / 2**20:.0f} MiB in all", flush=True)
@@ -251,7 +267,8 @@ def start_peft(arguments, adapters):
     if not arguments.peers_python.is_file():
         print(f"peft skipped: {arguments.peers_python} is not there; run bash scripts/setup_peers.sh", flush=True)
         return None, {}
-    worker = Worker([arguments.peers_python, ROOT / "scripts" / "peers_serving.py"], {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
+    worker = Worker([arguments.peers_python, ROOT / "scripts" / "peers_serving.py"],
+                    {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
     folders = [str(path) for path in sorted(adapters.iterdir())[:arguments.rows]]
     answer = worker.ask("load", model=str(default_model_path()), adapters=folders, threads=arguments.threads)
     if "missing" in answer:
@@ -295,14 +312,16 @@ def benchmark(arguments, adapters):
         measures.append(measure(f"mixed{n}_vs_peft", ratio(found["peft", "mixed"]["steps"], mixed), "ratio"))
         ours, theirs = found["ours", "mixed"]["tokens"], found["peft", "mixed"]["tokens"]
         equal = sum(a == b for a, b in zip(ours, theirs))
-        measures.append(measure("answers_equal_to_peft", equal, f"of {n} mixed rows, {1 + arguments.steps} tokens each"))
+        measures.append(measure("answers_equal_to_peft", equal,
+                                f"of {n} mixed rows, {1 + arguments.steps} tokens each"))
         workers.pop("peft").close()
     more["steps"] = [{"engine": e, "kind": k, "seconds": case["steps"]} for (e, k), case in found.items()]
 
     engine, rows = workers["ours"], []
     for adapters_used in arguments.adapters:
         engine.ask("load_test", adapters=adapters_used, clients=n, requests=n, seed=99)  # the adapters get into memory
-        got = engine.ask("load_test", adapters=adapters_used, clients=n, requests=arguments.requests, seed=adapters_used)
+        got = engine.ask("load_test", adapters=adapters_used, clients=n, requests=arguments.requests,
+                         seed=adapters_used)
         speed, first, between = got["tokens"] / got["seconds"], percentiles(got["first"]), percentiles(got["between"])
         rows.append((adapters_used, n, f"{speed:.1f}", *(f"{v:.0f}" for v in first), *(f"{v:.1f}" for v in between),
                      got["evictions"], f"{got['peak_bytes'] / 2**20:.0f}"))
@@ -312,7 +331,8 @@ def benchmark(arguments, adapters):
                      measure(f"between_tokens_p50_ms_{adapters_used}", between[0], "ms"),
                      measure(f"between_tokens_p99_ms_{adapters_used}", between[1], "ms"),
                      measure(f"peak_memory_mib_{adapters_used}", got["peak_bytes"] / 2**20, "MiB")]
-    print(table(("adapters", "clients", "tokens/s", "first token p50, ms", "p99", "between tokens p50, ms", "p99", "evictions",
+    print(table(("adapters", "clients", "tokens/s", "first token p50, ms", "p99", "between tokens p50, ms", "p99",
+                 "evictions",
                  "peak RSS, MiB"), rows), flush=True)
 
     swaps = engine.ask("swaps", prompts=prompts, tokens=2 * arguments.steps, count=arguments.swaps)
@@ -357,14 +377,16 @@ def parse():
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--swaps", type=int, default=20, help="adapters that are swapped in")
     parser.add_argument("--chunk", type=int, default=8, help="the engine's steps between which requests join and leave")
-    parser.add_argument("--quick", action="store_true", help="4 steps, 1 round, 2 adapters under load: only to see it work")
+    parser.add_argument("--quick", action="store_true", help="4 steps, 1 round, 2 adapters under load: only to see it "
+                                                             "work")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", metavar="PYTHON")
     parser.add_argument("--only-memory", action="store_true", help="measure the memory alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps, arguments.repeats, arguments.adapters, arguments.requests, arguments.swaps = 4, 1, [2], 8, 2
-    if min([*arguments.adapters, arguments.steps, arguments.repeats, arguments.requests, arguments.swaps]) < 1 or arguments.rows < 2:
+    least = min([*arguments.adapters, arguments.steps, arguments.repeats, arguments.requests, arguments.swaps])
+    if least < 1 or arguments.rows < 2:
         parser.error("--rows must be at least 2, the other numbers at least 1")
     return arguments
 

@@ -27,11 +27,22 @@ from pathlib import Path
 
 import numpy as np
 
+import packing_benchmark
 from benchmark_common import (
-    ROOT, BenchmarkError, Worker, machine, measure, peak_bytes, ratio, reset_peak, run_benchmark, serve, table, versions,
+    ROOT,
+    BenchmarkError,
+    Worker,
+    machine,
+    measure,
+    peak_bytes,
+    ratio,
+    reset_peak,
+    run_benchmark,
+    serve,
+    table,
+    versions,
 )
 from decode_worker import ADAPTER, RANK, write_adapter
-import packing_benchmark
 
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
@@ -72,7 +83,8 @@ class Ours:
         return {"backend": backend(), "compile_s": time.perf_counter() - start,
                 "trained": sum(int(p.size) for p in self.stepper.optimizer.trained), "layers": config.num_hidden_layers,
                 "hidden": config.hidden_size, "inner": config.intermediate_size, "vocab": config.vocab_size,
-                "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+                "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads,
+                "head_dim": config.head_dim}
 
     def steps(self, count):
         """-> {"seconds": of each step, "losses", "peak_bytes"}"""
@@ -129,7 +141,8 @@ def operator_calls(shape, rows, tokens, call):
     def product(label, columns, *outs):
         x, operands, inputs, grads = floats(rows, tokens, columns), [], [], [((rows, tokens, columns), "float32")]
         for out in outs:
-            weight, down, up, scale = floats(out, columns), floats(1, RANK, columns), floats(1, out, RANK), np.ones(1, np.float32)
+            weight, down, up = floats(out, columns), floats(1, RANK, columns), floats(1, out, RANK)
+            scale = np.ones(1, np.float32)
             linear = call.linear(weight, None, None, down, up, scale)
             operands += linear
             inputs += [floats(rows, tokens, out), *linear]
@@ -154,7 +167,8 @@ def operator_calls(shape, rows, tokens, call):
         "causal_attention_grad", [q, k, v, angles, angles, lengths, out, sums, floats(*q.shape)],
         [(q.shape, "float32"), (k.shape, "float32"), (v.shape, "float32")]), None))
     gate, up = floats(rows, tokens, inner), floats(rows, tokens, inner)
-    calls.append(("swiglu, forward", shape["layers"], call.Prepared("swiglu", [gate, up], [(gate.shape, "float32")]), None))
+    calls.append(("swiglu, forward", shape["layers"], call.Prepared("swiglu", [gate, up], [(gate.shape, "float32")]),
+                  None))
     calls.append(("swiglu, backward", shape["layers"], call.Prepared(
         "swiglu_grad", [gate, up, floats(*gate.shape)], [(gate.shape, "float32")] * 2), None))
     x, weight, eps = floats(rows, tokens, hidden), floats(hidden), np.array(1e-5, np.float32)
@@ -174,7 +188,8 @@ def operator_calls(shape, rows, tokens, call):
 def profile(worker, shape, rows, tokens, repeats):
     """Print the parts of our step and its operators; returns measures."""
     parts = worker.ask("parts", repeats=repeats)
-    lines = [(name, f"{seconds:.3f}", f"{100 * seconds / parts['whole step']:.0f} %") for name, seconds in parts.items()]
+    lines = [(name, f"{seconds:.3f}", f"{100 * seconds / parts['whole step']:.0f} %")
+             for name, seconds in parts.items()]
     print("\nOur step by parts (graphs of their own):\n\n" + table(("part", "s", "of the step"), lines), flush=True)
     sys.path.insert(0, str(ROOT / "tests" / "kernels"))
     import call
@@ -210,7 +225,8 @@ def start_peer(arguments, adapter, batch):
     if not arguments.peers_python.is_file():
         print(f"peft skipped: {arguments.peers_python.name} is not there; run bash scripts/setup_peers.sh", flush=True)
         return None, {}
-    worker = Worker([arguments.peers_python, ROOT / "scripts" / "peers_training.py"], {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
+    worker = Worker([arguments.peers_python, ROOT / "scripts" / "peers_training.py"],
+                    {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
     answer = worker.ask("load", model=default_model_path(), adapter=str(adapter), batch=batch, rate=RATE,
                         threads=arguments.threads)
     if "missing" in answer:
@@ -239,7 +255,8 @@ def benchmark(arguments, folder):
     host = machine()
     print(f"\n{host['cpu']}, {arguments.threads} threads, {host['memory_gib']} GiB; "
           + ", ".join(f"{k} {v}" for k, v in used.items())
-          + f"; {arguments.rows} x {arguments.tokens} tokens, {arguments.repeats} rounds of {arguments.steps}", flush=True)
+          + f"; {arguments.rows} x {arguments.tokens} tokens, {arguments.repeats} rounds of {arguments.steps}",
+          flush=True)
     losses = {"colora_ms": workers["colora_ms"].ask("first_loss")}
     if "peft" in workers:
         losses["peft"] = workers["peft"].ask("steps", count=1)["losses"]
@@ -278,8 +295,8 @@ def report(arguments, information, seconds, losses, peaks):
     if "peft" in seconds:
         apart = max(abs(a - b) / abs(b) for a, b in zip(losses["colora_ms"], losses["peft"]))
         if apart > AGREEMENT:
-            raise BenchmarkError(f"the losses of both sides differ by {apart:.1%}: they do not train the same thing, so "
-                                 "their times cannot be compared")
+            raise BenchmarkError(f"the losses of both sides differ by {apart:.1%}: they do not train the same thing, "
+                                 "so their times cannot be compared")
         measures += [measure("train_step_vs_peft", ratio(medians["peft"], medians["colora_ms"]), "ratio"),
                      measure("peft_train_step_s", statistics.median(medians["peft"]), "s"),
                      measure("train_peak_vs_peft", peaks["colora_ms"] / peaks["peft"], "ratio"),
@@ -295,7 +312,8 @@ def parse():
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=2, help="steps of either side in a round")
     parser.add_argument("--packing", action="store_true", help="measure packing against padding in buckets instead")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="with --packing: JSON lines to train on (default: GSM8K's "
+    parser.add_argument("--data", type=Path, metavar="FILE", help="with --packing: JSON lines to train on (default: "
+                                                                  "GSM8K's "
                         "training file in ../shared)")
     parser.add_argument("--batches", type=int, default=16, help="with --packing: padded batches of a pass, about")
     parser.add_argument("--buckets", type=int, default=3, help="with --packing: lengths of the padded side, at most")
@@ -310,7 +328,8 @@ def parse():
     if arguments.quick:
         arguments.rows, arguments.tokens, arguments.steps, arguments.repeats = 2, 16, 1, 1
         arguments.batches = 3
-    if min(arguments.rows, arguments.tokens, arguments.steps, arguments.repeats, arguments.batches, arguments.buckets) < 1:
+    if min(arguments.rows, arguments.tokens, arguments.steps, arguments.repeats, arguments.batches,
+           arguments.buckets) < 1:
         parser.error("--rows, --tokens, --steps, --repeats, --batches and --buckets must be at least 1")
     return arguments
 

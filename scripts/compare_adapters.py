@@ -2,10 +2,10 @@
 
     python scripts/compare_adapters.py --json compare.json --markdown model_zoo/smollm2-135m/LILY.md
 
-Every run trains from model_zoo/smollm2-135m/lily.yaml with the adapter, task, steps and seed changed, in a process of its
-own, then is scored on held-out items. A run's result is kept in the JSON file at once; started again with the same
-file, the script goes on with the runs that are missing. The second task needs the Banking77 data (train.csv, test.csv of
-PolyAI-LDN/task-specific-datasets, CC BY 4.0) in a folder given by --banking77.
+Every run trains from model_zoo/smollm2-135m/lily.yaml with the adapter, task, steps and seed changed, in a process of
+its own, then is scored on held-out items. A run's result is kept in the JSON file at once; started again with the same
+file, the script goes on with the runs that are missing. The second task needs the Banking77 data (train.csv, test.csv
+of PolyAI-LDN/task-specific-datasets, CC BY 4.0) in a folder given by --banking77.
 """
 
 import argparse
@@ -34,9 +34,11 @@ TASKS = ("chain_sum", "banking77")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default="compare_adapters.json", help="results; runs that it holds are not made again")
+    parser.add_argument("--json", default="compare_adapters.json",
+                        help="results; runs that it holds are not made again")
     parser.add_argument("--markdown", default=None, help="file for the table")
-    parser.add_argument("--banking77", default=str(ROOT.parent / "shared" / "data" / "banking77"), help="folder of the data")
+    parser.add_argument("--banking77", default=str(ROOT.parent / "shared" / "data" / "banking77"),
+                        help="folder of the data")
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=30, help="updates of each training")
@@ -90,8 +92,8 @@ def child(settings):
 def equal_ranks(scaling):
     """{method: adapter section} with Lily's rank chosen for the parameter count nearest to the LoRA's."""
     import yaml
-    from colora_ms.adapters import LilyConfig, LoraConfig
-    from colora_ms.adapters import lily_plan, matching
+
+    from colora_ms.adapters import LilyConfig, LoraConfig, lily_plan, matching
     modules = linears_of_the_model()
     settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["adapter"]
     targets = settings["target_modules"]
@@ -127,7 +129,8 @@ def one_run(settings):
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = read_yaml(RECIPE)
-        recipe.update(output=f"{folder}/run", adapter=settings["adapter"], data=data_of(recipe["data"], settings, folder),
+        recipe.update(output=f"{folder}/run", adapter=settings["adapter"],
+                      data=data_of(recipe["data"], settings, folder),
                       evaluate=None)
         recipe["optimizer"]["learning_rate"] = settings["learning_rate"]
         recipe["loop"] = {"steps": settings["steps"], "seed": settings["seed"], "progress": False}
@@ -154,6 +157,7 @@ def score(stepper, batches):
     """
     import mindspore as ms
     from mindspore import nn, ops
+
     from colora_ms import runtime
     from colora_ms.training.encoding import IGNORE
 
@@ -196,13 +200,14 @@ def data_of(data, settings, folder):
 
 
 def banking77(folder, items):
-    """(training rows, ``items`` test rows spread over the intents) of the most frequent intents; long queries left out."""
+    """(training rows, ``items`` test rows spread over the intents) of the most frequent intents; long queries left
+    out."""
     sets = []
     for name in ("train", "test"):
         path = folder / f"{name}.csv"
         if not path.is_file():
-            raise BenchmarkError(f"there is no {path}; give the folder of the Banking77 data with --banking77, or leave the "
-                                 "task out with --tasks chain_sum")
+            raise BenchmarkError(f"there is no {path}; give the folder of the Banking77 data with --banking77, or "
+                                 "leave the task out with --tasks chain_sum")
         with open(path, encoding="utf-8", newline="") as file:
             sets.append(list(csv.DictReader(file)))
     counts = {}
@@ -254,9 +259,10 @@ def write_markdown(path, state, arguments):
     path.write_text(f"""# Lily against LoRA at equal parameter count, SmolLM2-135M
 
 Written by `scripts/compare_adapters.py`. Recipe: [lily.yaml](lily.yaml), shortened to {setup['steps']} updates of
-{setup['batch_size']} examples, learning rate {setup['learning_rate']:g} for both methods; the same data, order and seeds.
-LoRA: rank {LORA['r']}, alpha {LORA['lora_alpha']}. Lily: rank {lily['r']}, stride_A {lily['stride_A']}, num_B {lily['num_B']},
-scaling {lily['scaling']:g}, pool {lily['router_pool']}. Both on {', '.join(lily['target_modules'])}.
+{setup['batch_size']} examples, learning rate {setup['learning_rate']:g} for both methods; the same data, order and
+seeds. LoRA: rank {LORA['r']}, alpha {LORA['lora_alpha']}. Lily: rank {lily['r']}, stride_A {lily['stride_A']},
+num_B {lily['num_B']}, scaling {lily['scaling']:g}, pool {lily['router_pool']}. Both on
+{', '.join(lily['target_modules'])}.
 Accuracy: {setup['items']} held-out items at most whose whole answer greedy decoding gives; loss: nats a token of their
 answers; banking77: the {INTENTS} most frequent intents.
 Mean ± standard deviation over the seeds.

@@ -12,8 +12,8 @@
 | wikisql | structured output | columns and a question -> a SQL query | WikiSQL, BSD-3 |
 | svamp | word problems, for Qwen | a problem -> "(8 + 8) - 3 = 13" | SVAMP, MIT; its 1,000 problems are divided here |
 
-Each task becomes ``<output>/<task>.train.jsonl``, ``.validation.jsonl`` and ``.test.jsonl`` with the keys id, prompt and
-completion. Validation is taken from the source's training part; no question stands in two files.
+Each task becomes ``<output>/<task>.train.jsonl``, ``.validation.jsonl`` and ``.test.jsonl`` with the keys id, prompt
+and completion. Validation is taken from the source's training part; no question stands in two files.
 """
 
 import argparse
@@ -55,7 +55,8 @@ def banking77(folder):
     """Customer messages and their intents."""
     def items(name):
         with open(folder / "banking77" / name, newline="", encoding="utf-8") as handle:
-            return [(" ".join(row["text"].split()), row["category"].replace("_", " ")) for row in csv.DictReader(handle)]
+            return [(" ".join(row["text"].split()), row["category"].replace("_", " "))
+                    for row in csv.DictReader(handle)]
 
     return items("train.csv"), items("test.csv")
 

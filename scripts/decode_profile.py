@@ -52,16 +52,20 @@ def step_calls(shape, weight_format, requests, kind, call, position=24):
 
     def norm():
         return "rms_norm_residual", 0, call.Prepared(
-            "rms_norm_residual", [floats(rows, 1, hidden), floats(rows, 1, hidden), floats(hidden), np.array(1e-5, np.float32)],
+            "rms_norm_residual", [floats(rows, 1, hidden), floats(rows, 1, hidden), floats(hidden),
+                                  np.array(1e-5, np.float32)],
             [((rows, 1, hidden), "float32")] * 2 + [((rows, 1), "float32")])
 
     for _ in range(shape["layers"]):
         attention = call.Prepared(
-            "cached_attention", [floats(rows, 1, width), floats(rows, 1, kv_width), floats(rows, 1, kv_width), angles, angles,
+            "cached_attention", [floats(rows, 1, width), floats(rows, 1, kv_width), floats(rows, 1, kv_width), angles,
+                                 angles,
                                  *(floats(*size) for size in cache), ints(range(rows)), ints([position] * rows),
                                  ints([1] * rows)], [((rows, 1, width), "float32")])
-        swiglu = call.Prepared("swiglu", [floats(rows, 1, inner), floats(rows, 1, inner)], [((rows, 1, inner), "float32")])
-        calls += [norm(), product("linear q, k, v", hidden, width, kv_width, kv_width), ("cached_attention", 0, attention),
+        swiglu = call.Prepared("swiglu", [floats(rows, 1, inner), floats(rows, 1, inner)],
+                               [((rows, 1, inner), "float32")])
+        calls += [norm(), product("linear q, k, v", hidden, width, kv_width, kv_width),
+                  ("cached_attention", 0, attention),
                   product("linear o", width, hidden), norm(), product("linear gate, up", hidden, inner, inner),
                   ("swiglu", 0, swiglu), product("linear down", inner, hidden)]
     calls += [norm(), product("linear head", hidden, vocab, adapted=False)]
@@ -98,9 +102,11 @@ def profile(weight_format, requests, shape, found, repeats):
     graph = {kind: found.get((weight_format, kind, requests)) for kind in KINDS}
     steps = {kind: statistics.median(case.step_seconds) if case else None for kind, case in graph.items()}
     rows.append(("sum", len(calls), *(f"{1e3 * columns[kind]['sum']:.2f}" for kind in KINDS), None))
-    rows.append(("the graph's step", None, *(f"{1e3 * steps[kind]:.2f}" if steps[kind] else None for kind in KINDS), None))
+    rows.append(("the graph's step", None, *(f"{1e3 * steps[kind]:.2f}" if steps[kind] else None for kind in KINDS),
+                 None))
     rows.append(("the rest, µs an operator", None, *(
-        f"{1e6 * (steps[kind] - columns[kind]['sum']) / len(calls):.1f}" if steps[kind] else None for kind in KINDS), None))
-    print(f"\nOperators of a step, {weight_format}, {requests} request(s), position 24, ms (each called through ctypes, "
-          "which adds some µs a call):\n")
+        f"{1e6 * (steps[kind] - columns[kind]['sum']) / len(calls):.1f}" if steps[kind] else None for kind in KINDS),
+                 None))
+    print(f"\nOperators of a step, {weight_format}, {requests} request(s), position 24, ms (each called through "
+          "ctypes, which adds some µs a call):\n")
     print(table(("operator", "calls", *KINDS.values(), "GB/s of weights, CoLD"), rows), flush=True)

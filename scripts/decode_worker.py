@@ -34,7 +34,8 @@ def write_adapter(folder, seed=0):
     folder.mkdir()
     write_safetensors(folder / "adapter_model.safetensors", shapes, lambda key: adapter_tensor(key, shapes[key], seed))
     (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "smollm2-135m", "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "smollm2-135m",
+        "inference_mode": True,
         "r": RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0, "bias": "none",
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}))
 
@@ -58,7 +59,8 @@ class Ours:
                 "head_dim": config.head_dim}
 
     def weight_bytes(self):
-        """Bytes of all linears' weights, scales and biases ("base"; the tied head once), and of the adapter's matrices."""
+        """Bytes of all linears' weights, scales and biases ("base"; the tied head once), and of the adapter's
+        matrices."""
         cells = [cell for _, cell in self.decoder.cells_and_names() if hasattr(cell, "operands")]
         found = {"base": {}, "adapter": {}}
         for cell in cells:
@@ -81,17 +83,19 @@ class Ours:
         start = time.perf_counter()
         # A callback makes the number of tokens that a graph call may take the same in all runs (``chunk``).
         answers = self.generators[rows].generate(
-            prompts, adapter=None if case == "base" else ADAPTER, contrast=Contrast(ALPHA, BETA) if case == "cold" else None,
+            prompts, adapter=None if case == "base" else ADAPTER,
+            contrast=Contrast(ALPHA, BETA) if case == "cold" else None,
             max_new_tokens=tokens, ignore_eos=True, on_text=lambda index, text: None)
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": [list(map(int, a.tokens)) for a in answers], "peak_bytes": peak_bytes()}
 
     def logits(self, prompts, path):
         """For --check: logits of a prefill and 8 given tokens (with and without the adapter) into ``path``."""
+        from mindspore import Tensor
+
         from colora_ms import runtime
         from colora_ms.decoding.stepwise import StepGraph
         from colora_ms.models import KeyValueCache
-        from mindspore import Tensor
 
         graph = StepGraph(self.decoder, KeyValueCache(self.decoder.config, 2, 64)).set_train(False)
         logits = []
@@ -114,7 +118,8 @@ class Ours:
 
 
 def first_token(adapter):
-    """What a user's script does: load the model and an adapter, ask for a contrastive answer, stop at its first token."""
+    """What a user's script does: load the model and an adapter, ask for a contrastive answer, stop at its first
+    token."""
     from colora_ms import Contrast, Generator
 
     generator = Generator.from_pretrained(adapters={ADAPTER: adapter})

@@ -6,10 +6,10 @@
     python scripts/experiment_contrast.py --table runs/contrast/*.json --into model_zoo/smollm2-135m/CONTRAST.md
 
 alpha, beta and the form are chosen on the validation questions alone. On the test questions, which are read once, these
-decode: greedy, the paper's rule with alpha 0.1 and beta 0.5, the best fixed contrast of the validation, the best one of each
-adaptive form, each paired with greedy by an exact McNemar test. ``tune-contrast``'s answer ("off", or a contrast) is one of
-them. Speeds are measured on some test questions by themselves, since settled items are not decoded twice in the comparison.
-An interrupted run goes on where it stopped.
+decode: greedy, the paper's rule with alpha 0.1 and beta 0.5, the best fixed contrast of the validation, the best one of
+each adaptive form, each paired with greedy by an exact McNemar test. ``tune-contrast``'s answer ("off", or a contrast)
+is one of them. Speeds are measured on some test questions by themselves, since settled items are not decoded twice in
+the comparison. An interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def run(arguments):
                 "scorer": scorer, "adapter": "task", "max_new_tokens": longest}
     shared = {**settings, "batch_size": arguments.rows // 2, "adapter_hash": digest(adapter),
               "model_hash": model_hash(config.model, arguments.weights),
-              "progress": lambda name, line: print(f"  [{time.perf_counter() - started:5.0f} s] {name}: {line}", flush=True)}
+              "progress": lambda name, line: print(f"  [{time.perf_counter() - started:5.0f} s] {name}: {line}",
+                                                   flush=True)}
     name = arguments.name or arguments.task
     folder = arguments.output / name
     print(f"{name}: {len(items['validation'])} validation questions, {len(DEFAULT_GRID)} contrasts", flush=True)
@@ -120,11 +121,11 @@ def markdown(result):
     choice = result["choice"]
     name, training = result.get("name", result["task"]), result["training"]
     lines = [f"### {name}", "",
-             f"{result.get('model', 'smollm2-135m')}, {training['steps']} updates of {training['batch_size']} questions; "
-             f"{validation['items']} validation questions, {test['items']} test questions ({test['settled']} of them settled: "
-             f"no contrast with this alpha can change their answer). tune-contrast says: "
-             f"**{'off' if choice['contrast'] is None else 'on'}** (best of all on validation: {choice['best']['label']}, "
-             f"gain {choice['gain']} items, p = {choice['p_value']:.2g}).", "",
+             f"{result.get('model', 'smollm2-135m')}, {training['steps']} updates of {training['batch_size']} "
+             f"questions; {validation['items']} validation questions, {test['items']} test questions "
+             f"({test['settled']} of them settled: no contrast with this alpha can change their answer). tune-contrast "
+             f"says: **{'off' if choice['contrast'] is None else 'on'}** (best of all on validation: "
+             f"{choice['best']['label']}, gain {choice['gain']} items, p = {choice['p_value']:.2g}).", "",
              "| decoder | validation | test | 95 % interval | fixed | broken | p | tokens changed | tokens/s |",
              "|---|---|---|---|---|---|---|---|---|"]
 
@@ -134,8 +135,8 @@ def markdown(result):
         p = f"{entry['p_value']:.2g}" if "p_value" in entry else ""
         share = f"{100 * entry['changed_share']:.1f} %" if "changed_share" in entry else ""
         rate = f"{speed[name]:.0f}" if name in speed else ""
-        lines.append(f"| {name} | {100 * known:.1f} % | {100 * entry['accuracy']:.1f} % | {100 * low:.1f} - {100 * high:.1f} % "
-                     f"| {pair[0]} | {pair[1]} | {p} | {share} | {rate} |")
+        lines.append(f"| {name} | {100 * known:.1f} % | {100 * entry['accuracy']:.1f} % | {100 * low:.1f} - "
+                     f"{100 * high:.1f} % | {pair[0]} | {pair[1]} | {p} | {share} | {rate} |")
 
     row("greedy", validation["greedy"]["accuracy"], test["greedy"])
     for entry in test["contrasts"]:

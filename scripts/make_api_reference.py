@@ -3,7 +3,8 @@
     python scripts/make_api_reference.py             # write build/API.md
     python scripts/make_api_reference.py --out FILE
 
-The sources are parsed, not imported: neither MindSpore nor mindformers is needed, and the result is the same everywhere.
+The sources are parsed, not imported: neither MindSpore nor mindformers is needed, and the result is the same
+everywhere.
 """
 
 import argparse
@@ -33,7 +34,8 @@ class Page(Sources):
         self.anchors = {}  # heading -> its fragment; of headings that differ in case alone the later ones get a number
         taken = {}
         for name, parts in self.sections.items():
-            described = [entry.name for _, entries in parts for entry in entries if self.home[entry.origin] == entry.name]
+            described = [entry.name for _, entries in parts for entry in entries
+                         if self.home[entry.origin] == entry.name]
             for heading in [name, *described]:
                 count = taken[anchor(heading)] = taken.get(anchor(heading), -1) + 1
                 self.anchors[heading] = anchor(heading) + (f"-{count}" if count else "")
@@ -165,7 +167,8 @@ class Page(Sources):
 
     def field_table(self, entry):
         """The fields of a dataclass whose comments say what they mean."""
-        rows = [(node, entry.module.comment(node)) for node in fields_of(entry.node)] if is_dataclass(entry.node) else []
+        fields = fields_of(entry.node) if is_dataclass(entry.node) else []
+        rows = [(node, entry.module.comment(node)) for node in fields]
         if not any(text for _, text in rows):
             return ""
         lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
@@ -178,8 +181,10 @@ class Page(Sources):
     def render(self):
         """The whole page."""
         done = [HEAD, "| section | what it is |", "|---|---|"]
-        done += [f"| [{name}](#{self.anchors[name]}) | {self.first_sentence(self.module(name).doc)} |" for name in self.sections]
-        done += [f"| [The command line](#{anchor('The command line')}) | `colora-ms COMMAND` and the options of each |", ""]
+        done += [f"| [{name}](#{self.anchors[name]}) | {self.first_sentence(self.module(name).doc)} |"
+                 for name in self.sections]
+        done += [f"| [The command line](#{anchor('The command line')}) | `colora-ms COMMAND` and the options of each |",
+                 ""]
         for name, parts in self.sections.items():
             done += [f"## {name}", "", self.text(self.module(name).doc), ""]
             for part, entries in parts:
@@ -283,14 +288,17 @@ def command_line():
         sys.path.pop(0)
     parser = build_parser()
     commands = next(one for one in parser._actions if isinstance(one, argparse._SubParsersAction)).choices
-    done = ["## The command line", "", "`colora-ms COMMAND --help` prints the same.", "", "| command | what it does |", "|---|---|"]
+    done = ["## The command line", "", "`colora-ms COMMAND --help` prints the same.", "", "| command | what it does |",
+            "|---|---|"]
     done += [f"| [`{name}`](#{anchor('colora-ms ' + name)}) | {COMMANDS[name]} |" for name in commands]
     for name, command in commands.items():
-        done += ["", f"### colora-ms {name}", "", command.description, "", "| argument | default | meaning |", "|---|---|---|"]
+        done += ["", f"### colora-ms {name}", "", command.description, "", "| argument | default | meaning |",
+                 "|---|---|---|"]
         for action in command._actions:
             if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
                 continue
-            cells = (f"`{_written(action)}`", _default(action), (action.help or "") % {**vars(action), "prog": command.prog})
+            cells = (f"`{_written(action)}`", _default(action),
+                     (action.help or "") % {**vars(action), "prog": command.prog})
             done.append("| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|").replace("<", "\\<")
                                           for cell in cells) + " |")
     return "\n".join(done) + "\n"

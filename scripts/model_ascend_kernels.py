@@ -5,8 +5,8 @@
 Nothing here is a measurement: no NPU is involved. The emulator (ops/emulator) runs the device sources and counts vector
 repeats, bytes and cores; this script turns repeats into cycles by the rate table of the vendor's documentation and
 compares with a model of the public design (vllm-ascend's bgmv_shrink and bgmv_expand, from their published description:
-one token on one core, two launches, weights read again for each token). --quick leaves the strict run over the whole test
-matrix out.
+one token on one core, two launches, weights read again for each token). --quick leaves the strict run over the whole
+test matrix out.
 """
 import argparse
 import importlib.util
@@ -90,8 +90,8 @@ def run(emulator, kernel, shape, slots, segments=None):
 
 
 def run_packed(emulator, batch, hidden=4096, rank=16, group=128, dtype="float16"):
-    """w4_lora with one adapter for all tokens: (report, minimum bytes). The minimum: packed weight and scales, the adapter,
-    slots, x and y once."""
+    """w4_lora with one adapter for all tokens: (report, minimum bytes). The minimum: packed weight and scales, the
+    adapter, slots, x and y once."""
     rng, size = np.random.default_rng(0), driver.BYTES[dtype]
     shape = Shape(batch, hidden, rank, dtype)
     weight = rng.integers(0, 256, (hidden, hidden // 2), dtype=np.uint8)
@@ -99,7 +99,8 @@ def run_packed(emulator, batch, hidden=4096, rank=16, group=128, dtype="float16"
     slots = np.zeros(batch, np.int32)
     tiling, workspace = driver.plan_w4_lora(batch, hidden, rank, hidden, dtype, hidden // group, CORES)
     report = emulator.launch(f"w4_lora_{dtype}", CORES, [
-        (shape.x, INPUT), (weight, INPUT), (weight_scale, INPUT), (shape.down, INPUT), (shape.up, INPUT), (shape.scale, INPUT),
+        (shape.x, INPUT), (weight, INPUT), (weight_scale, INPUT), (shape.down, INPUT), (shape.up, INPUT),
+        (shape.scale, INPUT),
         (slots, INPUT), (np.empty_like(shape.y), driver.OUTPUT), (workspace, WORKSPACE), (tiling, INPUT)], seed=1)
     least = weight.nbytes + weight_scale.nbytes + 2 * rank * hidden * size + 4 + batch * (2 * hidden * size + 4)
     return report, least
@@ -111,10 +112,12 @@ def run_mix(emulator, batch, experts=4, rank=16, width=4096, dtype="float16"):
     rng = np.random.default_rng(0)
     h, weights = np.ones((batch, rank), np.float32), np.full((batch, experts), 1 / experts, np.float32)
     up = driver.to_dtype(rng.standard_normal((1, experts, rank, width)), dtype)
-    y, slots, scale = driver.to_dtype(np.zeros((batch, width)), dtype), np.zeros(batch, np.int32), np.ones(1, np.float32)
+    y = driver.to_dtype(np.zeros((batch, width)), dtype)
+    slots, scale = np.zeros(batch, np.int32), np.ones(1, np.float32)
     tiling, workspace = driver.plan_lily_mix(batch, experts, rank, width, dtype, CORES)
     report = emulator.launch(f"lily_mix_{dtype}", CORES, [
-        (h, INPUT), (weights, INPUT), (up, INPUT), (scale, INPUT), (slots, INPUT), (y, INOUT), (y, INOUT), (workspace, WORKSPACE),
+        (h, INPUT), (weights, INPUT), (up, INPUT), (scale, INPUT), (slots, INPUT), (y, INOUT), (y, INOUT),
+        (workspace, WORKSPACE),
         (tiling, INPUT)], seed=1)
     return report, up.nbytes + h.nbytes + weights.nbytes + slots.nbytes + 4 + 2 * y.nbytes
 
@@ -122,8 +125,8 @@ def run_mix(emulator, batch, experts=4, rank=16, width=4096, dtype="float16"):
 def print_others(emulator, measure):
     """The rows of w4_lora and lily_mix."""
     packed = 4096 * 4096 // 2
-    print(f"\n{'operator':>9} {'batch':>5} {'bytes':>10} {'/ minimum':>9} {'cores':>5} {'cycles':>8} {'longest core':>12}"
-          "   (hidden 4096, rank 16, one adapter; w4_lora: groups of 128; lily_mix: 4 experts)")
+    print(f"\n{'operator':>9} {'batch':>5} {'bytes':>10} {'/ minimum':>9} {'cores':>5} {'cycles':>8} "
+          f"{'longest core':>12}   (hidden 4096, rank 16, one adapter; w4_lora: groups of 128; lily_mix: 4 experts)")
     for name, runner in (("w4_lora", run_packed), ("lily_mix", run_mix)):
         for batch in (1, 2, 8, 32):
             report, least = runner(emulator, batch)
@@ -215,8 +218,8 @@ def main():
                 longest = max(cycles(core) for core in report["cores"])
                 share = -(-int((slots >= 0).sum()) // cores_public)
                 print(f"{batch:>5} {name:>14} {moved(report):>10} {ratio:>9.4f} {report['cores_used']:>5} "
-                      f"{cycles(report['total']):>8} {longest:>12} |         {bytes_public / shape.minimum(slots):>9.3f} "
-                      f"{cores_public:>5} {share * (shrink + expand):>12}")
+                      f"{cycles(report['total']):>8} {longest:>12} |         "
+                      f"{bytes_public / shape.minimum(slots):>9.3f} {cores_public:>5} {share * (shrink + expand):>12}")
     measure("bytes_over_minimum_decode", worst, "ratio")
     measure("bytes_over_minimum_decode_one_adapter", worst_single, "ratio")
 
@@ -226,8 +229,8 @@ def main():
     assert report["findings"] == []
     ratio = moved(report) / (shape.minimum(np.repeat(slots, 256)) - 4 * 1024 + 4 * 9)
     measure("bytes_over_minimum_segment", ratio, "ratio")
-    print(f"\n4 segments x 256 tokens: {moved(report)} bytes, {ratio:.4f} of the minimum, {report['cores_used']} cores; "
-          f"public design {public_design(1024, 4096, 16)[2] / shape.minimum(np.repeat(slots, 256)):.2f}")
+    print(f"\n4 segments x 256 tokens: {moved(report)} bytes, {ratio:.4f} of the minimum, {report['cores_used']} "
+          f"cores; public design {public_design(1024, 4096, 16)[2] / shape.minimum(np.repeat(slots, 256)):.2f}")
 
     # Like for like with the public design: one core works on one token (48 tokens, 48 adapters, 48 cores).
     shape, slots = Shape(48, 4096, 16, bank=48), np.arange(48)
@@ -247,8 +250,8 @@ def main():
     report = run(emulator, "multi_lora", Shape(32, 4096, 16, bank=32), np.arange(32))
     written, matrix = sum(b["out"] for b in report["buffers"][7:]), 16 * 4096 * 2
     measure("gathered_weight_bytes", written // matrix * matrix, "bytes")
-    print(f"batch 32, 32 adapters: {written} bytes of sums written to the workspace ({report['buffers'][7]['bytes']} bytes); "
-          f"gather + batched product would copy {64 * matrix} bytes of weights")
+    print(f"batch 32, 32 adapters: {written} bytes of sums written to the workspace ({report['buffers'][7]['bytes']} "
+          f"bytes); gather + batched product would copy {64 * matrix} bytes of weights")
     print_others(emulator, measure)
     if not options.quick:
         found, launches = strict_matrix(emulator)

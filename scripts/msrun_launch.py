@@ -37,12 +37,16 @@ def main(arguments=None):
 
 def parse(arguments):
     """(options of the launcher, arguments for colora-ms)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     allow_abbrev=False, usage="%(prog)s COMMAND [-n WORKERS] [options] [colora-ms's options]")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False, usage="%(prog)s COMMAND [-n WORKERS] [options] [colora-ms's "
+                                                               "options]")
     parser.add_argument("command", choices=("train", "run", "evaluate", "generate"))
     parser.add_argument("-n", "--workers", type=int, default=2, help="number of processes, one a device")
-    parser.add_argument("--local-workers", type=int, default=None, help="how many of them run on this machine; all if left out")
-    parser.add_argument("--node-rank", type=int, default=-1, help="number of this machine, from 0, if there are several")
+    parser.add_argument("--local-workers", type=int, default=None, help="how many of them run on this machine; all if "
+                                                                        "left out")
+    parser.add_argument("--node-rank", type=int, default=-1,
+                        help="number of this machine, from 0, if there are several")
     parser.add_argument("--master-addr", default="127.0.0.1", help="address of machine 0")
     parser.add_argument("--master-port", type=int, default=None, help="port of machine 0; a free one if left out")
     parser.add_argument("--log-dir", default=None, help="where the logs go; msrun-logs/<time> if left out")
@@ -55,7 +59,8 @@ def parse(arguments):
     if not 1 <= options.local_workers <= options.workers:
         parser.error(f"--local-workers is {options.local_workers}, expected 1 to {options.workers} (--workers)")
     if options.local_workers < options.workers and (options.master_port is None or options.node_rank < 0):
-        parser.error("with several machines give --master-addr, --master-port and --node-rank, the first two equal on all")
+        parser.error("with several machines give --master-addr, --master-port and --node-rank, the first two equal on "
+                     "all")
     if options.log_dir is None:
         options.log_dir = os.path.join("msrun-logs", time.strftime("%Y%m%d-%H%M%S"))
     return options, rest

@@ -3,17 +3,18 @@
 A LoRA of SmolLM2-135M (rank 16 on all linears) is trained on the examples of GSM8K's training file by the project's own
 loader in two ways: padded, with its default of 3 buckets, and packed, with ``data.packing: true``. How it is made fair:
 
-* The examples are the same ones on both sides: of each bucket as many whole batches as its share of the whole file, drawn
-  by a fixed seed, so that the padded side has no partial batch and the padding of the whole file. Nothing is left out for
-  its length (``--max-length`` is above the longest example; lower ones are for other questions). What share of the whole
-  file's batches is real tokens is printed beside the sample's.
+* The examples are the same ones on both sides: of each bucket as many whole batches as its share of the whole file,
+  drawn by a fixed seed, so that the padded side has no partial batch and the padding of the whole file. Nothing is left
+  out for its length (``--max-length`` is above the longest example; lower ones are for other questions). What share of
+  the whole file's batches is real tokens is printed beside the sample's.
 * A batch has about the same number of tokens on both sides, padding included: the padded side has ``--rows`` rows, the
   packed side as many rows of the longest example as come nearest, which the trainer lays out (``packed_shape``).
 * Both sides make the same update from all examples, batch by batch (gradient accumulation), by one stepper; behind each
   round the parameters are set back. The losses of both sides, which are sums over the same answer tokens at the same
   parameters, must agree to 1e-5, or there is no result.
-* One round times one pass of either side, padded first in even rounds and packed first in odd ones; compilation and a pass
-  over one batch of each shape come before. The speedup is the median over rounds of the ratio of real tokens a second.
+* One round times one pass of either side, padded first in even rounds and packed first in odd ones; compilation and a
+  pass over one batch of each shape come before. The speedup is the median over rounds of the ratio of real tokens a
+  second.
 """
 
 import json
@@ -128,8 +129,8 @@ def benchmark(arguments, folder):
     """Run it; returns (measures, versions, more for the JSON file)."""
     data = arguments.data or DATA
     if not Path(data).is_file():
-        raise BenchmarkError(f"the data file {data} is not there: name a JSON lines file with prompt and completion (or "
-                             "question and answer) with --data")
+        raise BenchmarkError(f"the data file {data} is not there: name a JSON lines file with prompt and completion "
+                             "(or question and answer) with --data")
     write_adapter(folder / "adapter")
     worker = Worker([sys.executable, __file__, "--child"], timeout=3600)
     try:
@@ -141,13 +142,15 @@ def benchmark(arguments, folder):
         host, used = machine(), versions("colora-ms", "mindspore", "numpy")
         print(f"\n{host['cpu']}, {arguments.threads} threads, {host['memory_gib']} GiB; "
               + ", ".join(f"{k} {v}" for k, v in used.items())
-              + f"; {found['examples']} of {found['of']} examples ({found['left_out']} too long), {arguments.repeats} rounds; "
+              + f"; {found['examples']} of {found['of']} examples ({found['left_out']} too long), {arguments.repeats} "
+                "rounds; "
               f"compiled in {found['compile_s']:.0f} s", flush=True)
         rounds = {"padded": [], "packed": []}
         for number in range(arguments.repeats):
             for side in sorted(rounds, reverse=not number % 2):
                 rounds[side].append(worker.ask("one_pass", side=side))
-            print(f"round {number + 1}: " + ", ".join(f"{side} {passes[-1]['seconds']:.2f} s" for side, passes in rounds.items()),
+            print(f"round {number + 1}: " + ", ".join(f"{side} {passes[-1]['seconds']:.2f} s"
+                                                      for side, passes in rounds.items()),
                   flush=True)
     finally:
         worker.close()
@@ -166,7 +169,8 @@ def report(found, rounds):
     for name, side in found["sides"].items():
         middle = statistics.median(seconds[name])
         first = rounds[name][0]
-        lines.append((name, f"{side['tokens'] / middle:.0f}", f"{middle:.2f}", f"{100 * side['fill']:.1f} %", side["shapes"],
+        lines.append((name, f"{side['tokens'] / middle:.0f}", f"{middle:.2f}", f"{100 * side['fill']:.1f} %",
+                      side["shapes"],
                       f"{first['loss']:.7f}", f"{first['norm']:.5f}"))
     print("\n" + table(("", "real tokens/s", "s a pass", "real tokens", "batches", "loss", "gradient's norm"), lines))
     print("\nThe whole file: " + ", ".join(f"{name} {100 * fill:.1f} %" for name, fill in found["whole"].items())
@@ -175,8 +179,8 @@ def report(found, rounds):
     apart = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a in padded for b in packed)
     tokens = {side["tokens"] for side in found["sides"].values()}
     if not apart <= AGREEMENT or len(tokens) > 1:
-        raise BenchmarkError(f"the losses of both sides differ by {apart:.1e}, their real tokens are {sorted(tokens)}: they do "
-                             "not train the same thing, so their times cannot be compared")
+        raise BenchmarkError(f"the losses of both sides differ by {apart:.1e}, their real tokens are {sorted(tokens)}: "
+                             "they do not train the same thing, so their times cannot be compared")
     count = tokens.pop()
     return [measure("packing_speedup", ratio(seconds["padded"], seconds["packed"]), "ratio"),
             measure("packed_tokens_s", count / statistics.median(seconds["packed"]), "tokens/s"),

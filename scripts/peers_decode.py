@@ -28,7 +28,8 @@ GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_
 
 
 class Peer:
-    """One engine: ``load`` answers {"cases", "versions", "note"} or {"missing": what to install}; ``run`` times a case."""
+    """One engine: ``load`` answers {"cases", "versions", "note"} or {"missing": what to install}; ``run`` times a
+    case."""
 
     cases = ()
     install = ""
@@ -61,6 +62,7 @@ class Torch(Peer):
 
     def prepare(self, model, adapter, folder):
         import torch
+
         from peft import PeftModel
 
         torch.set_num_threads(self.threads)
@@ -130,9 +132,10 @@ class LlamaCpp(Peer):
         probes = [subprocess.run([sys.executable, "-c", PROBE, str(paths[kind])], stdout=2, timeout=300).returncode
                   for kind in ("Q8_0", "Q4_0")]
         if any(code < 0 for code in probes):
-            self.note = (f"this build of llama.cpp dies of signal {-min(probes)} on quantised weights, so it runs without "
-                         "its repacked weights (use_extra_bufts off), which makes it slower; for its full speed install it "
-                         "again with CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON'")
+            self.note = (f"this build of llama.cpp dies of signal {-min(probes)} on quantised weights, so it runs "
+                         "without its repacked weights (use_extra_bufts off), which makes it slower; for its full "
+                         "speed install it again with CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON "
+                         "-DGGML_AVX512_VNNI=ON'")
             defaults = llama_cpp.llama_cpp.llama_model_default_params
 
             def without_extra_buffers():
@@ -182,7 +185,8 @@ class Vllm(Peer):
         self.vllm = vllm
         self.lora = LoRARequest("benchmark", 1, str(adapter))
         rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
-        self.model = vllm.LLM(str(saved), skip_tokenizer_init=True, dtype="float32", max_model_len=256, enable_lora=True,
+        self.model = vllm.LLM(str(saved), skip_tokenizer_init=True, dtype="float32", max_model_len=256,
+                              enable_lora=True,
                               max_loras=1, max_lora_rank=rank, enable_prefix_caching=False)
 
     def decode(self, case, prompts, tokens):

@@ -23,6 +23,7 @@ class Mixed(Torch):
 
     def prepare(self, model, adapter, folder):
         import torch
+
         from peft import PeftModel
 
         torch.set_num_threads(self.threads)

@@ -2,8 +2,8 @@
 
     python peers_training.py        answers requests on the standard input (benchmark_common.serve)
 
-Eager torch on the CPU, float32, torch.optim.AdamW (its fused form where torch has it for the CPU) and gradient clipping.
-Torch never enters colora_ms's environment.
+Eager torch on the CPU, float32, torch.optim.AdamW (its fused form where torch has it for the CPU) and gradient
+clipping. Torch never enters colora_ms's environment.
 """
 
 import time
@@ -20,6 +20,7 @@ class Peft:
         """batch: {"ids", "labels"}, nested lists (rows, tokens) -> {"versions"} or {"missing": what to install}."""
         try:
             import torch
+
             from peft import PeftModel
         except ImportError as error:
             return {"missing": f"{error}; to install it: bash scripts/setup_peers.sh"}

@@ -4,8 +4,8 @@
     colora-ms train model_zoo/smollm2-135m/dpo.yaml
 
 The sums are reasoning-gym's chain_sum with two or three numbers of one or two digits, as in the quick start; nothing is
-downloaded. The wrong result of a sum is one of: its last number with the other sign, or 1, 2 or 10 off. Each line has the
-keys id, prompt, chosen and rejected; no question stands in both files.
+downloaded. The wrong result of a sum is one of: its last number with the other sign, or 1, 2 or 10 off. Each line has
+the keys id, prompt, chosen and rejected; no question stands in both files.
 """
 
 import argparse

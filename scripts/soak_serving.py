@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Soak of the HTTP server: many adapters over few slots, random loads and unloads, clients that leave, and bad requests.
+"""Soak of the HTTP server: many adapters over few slots, random loads and unloads, clients that leave, and bad
+requests.
 
     python scripts/soak_serving.py --minutes 10 --json soak.json                  SmolLM2-135M
     python scripts/soak_serving.py --minutes 1 --tiny --json soak.json            a tiny random model: seconds to start
 
 A real uvicorn server in this process, clients in threads. Every request must end in one of two ways: an answer whose
-tokens are right, or a refusal with a status below 500 and a sentence. What does neither is *lost*, and the script fails.
-``--flood`` then sends that many requests as fast as the server takes connections: each must be answered or refused at once
-because the queue is full, and the server must answer as before when the flood is over.
+tokens are right, or a refusal with a status below 500 and a sentence. What does neither is *lost*, and the script
+fails. ``--flood`` then sends that many requests as fast as the server takes connections: each must be answered or
+refused at once because the queue is full, and the server must answer as before when the flood is over.
 "Right": greedy answers of the same prompt and adapter are always the same, whatever runs beside them. Memory is the
 resident memory when the warm-up (a fifth of the time) is over and at the end.
 """
@@ -104,7 +105,8 @@ class Client:
         which, name = self.random.randrange(len(self.prompts)), self.random.choice(self.names)
         contrast = {"alpha": 0.1, "beta": 0.5} if name != "base" and self.random.random() < 0.3 else None
         key = (which, name, contrast is None)
-        return key, {"model": name, "prompt": self.prompts[which], "max_tokens": ANSWERS[which], "contrast": contrast, **more}
+        return key, {"model": name, "prompt": self.prompts[which], "max_tokens": ANSWERS[which], "contrast": contrast,
+                     **more}
 
     def call(self, method, path, body):
         connection = http.client.HTTPConnection(self.address, timeout=120)
@@ -155,7 +157,8 @@ class Client:
         if not self.settle(status, text):
             events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
             if events[-1] != "[DONE]":
-                self.settle(404 if "unloaded" in events[-1] else 500, events[-1])  # the error of a stream is its last event
+                # the error of a stream is its last event
+                self.settle(404 if "unloaded" in events[-1] else 500, events[-1])
                 return
             choices = [json.loads(e)["choices"][0] for e in events[:-1]]
             self.finish(key, "".join(c["text"] for c in choices), choices[-1]["finish_reason"])
@@ -301,7 +304,8 @@ def soak(arguments, folder):
 
     decoder, tokenizer = tiny_model() if arguments.tiny else load_model(max_positions=256)
     names = ["base", *write_adapters(folder, decoder.config, arguments.adapters)]
-    bank = AdapterBank(decoder, folder, max_loaded=arguments.slots, max_rank=16, host_bytes=arguments.host_megabytes << 20)
+    bank = AdapterBank(decoder, folder, max_loaded=arguments.slots, max_rank=16,
+                       host_bytes=arguments.host_megabytes << 20)
     tally, source = Tally(), np.random.default_rng(3)
     prompts = [source.integers(3, decoder.config.vocab_size, source.integers(1, 60)).tolist() for _ in ANSWERS]
     with Engine(decoder, tokenizer, bank, rows=8, max_length=160, queue=arguments.clients // 2) as engine:
@@ -339,7 +343,8 @@ def soak(arguments, folder):
                 tally.lose(f"{state['submitted']} requests were taken, {ended} ended")
             # A waiting request fails if its adapter is withdrawn and pushed out of memory before its turn.
             if state["failures"] or state["failed"] > tally.refusals["adapter unloaded"] or state["bank"]["pinned"]:
-                tally.lose(f"failures: {state['failures']}, failed: {state['failed']}, pinned slots: {state['bank']['pinned']}")
+                tally.lose(f"failures: {state['failures']}, failed: {state['failed']}, pinned slots: "
+                           f"{state['bank']['pinned']}")
     return tally, first, last, state, flood
 
 
@@ -352,7 +357,8 @@ def main():
     parser.add_argument("--adapters", type=int, default=64, help="adapters")
     parser.add_argument("--slots", type=int, default=8, help="slots")
     parser.add_argument("--host-megabytes", type=int, default=256, help="host memory for adapters behind the slots")
-    parser.add_argument("--clients", type=int, default=24, help="threads that send requests; the queue takes half as many")
+    parser.add_argument("--clients", type=int, default=24, help="threads that send requests; the queue takes half as "
+                                                                "many")
     arguments = parser.parse_args()
     os.environ.setdefault("GLOG_v", "3")
     if not 1 <= arguments.adapters <= 99 or arguments.minutes <= 0 or arguments.clients < 2:
@@ -373,7 +379,8 @@ def main():
         measure("memory_after_warm_up_mib", first, "MiB"), measure("memory_at_end_mib", last, "MiB"),
     ]
     if arguments.flood:
-        measures += [measure("flood_requests", arguments.flood, "requests"), measure("flood_seconds", flood.seconds, "s"),
+        measures += [measure("flood_requests", arguments.flood, "requests"),
+                     measure("flood_seconds", flood.seconds, "s"),
                      measure("flood_answered", tally.counts["flood answered"], "requests"),
                      measure("flood_refused", tally.refusals["flood: queue full"], "requests"),
                      measure("flood_slowest_refusal_s", flood.slowest_refusal, "s"),

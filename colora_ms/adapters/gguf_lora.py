@@ -22,6 +22,7 @@ from colora_ms.adapters.matching import plan as make_plan
 from colora_ms.errors import AdapterError, AdapterWarning, CheckpointError
 from colora_ms.files import replacing
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.families import family, find_gguf_family
 from colora_ms.models.gguf_names import gguf_module, hf_module, interleave_rows, interleaved_heads, restore_rows
 from colora_ms.models.gguf_reader import GgufFile
 
@@ -72,9 +73,10 @@ class GgufLoraFile:
     def _find_pairs(self):
         """Fill the table of tensors; returns {Hugging Face module: rank}."""
         self.entries, self._source, halves, ignored = {}, {}, {}, []
+        record = find_gguf_family(self.architecture)
         for name, tensor in self._file.tensors.items():
             match = _TENSOR.fullmatch(name)
-            module = hf_module(match["module"]) if match else None
+            module = hf_module(match["module"], record) if match else None
             if match is None and name.endswith("_norm.weight"):
                 ignored.append(name)
             elif module is None:
@@ -123,11 +125,10 @@ class GgufLoraFile:
         config = getattr(net, "config", None)
         if not isinstance(config, DecoderConfig):
             return [f"a LoRA GGUF fits the decoders of this package, not a {type(net).__name__}"]
-        if config.model_type != self.architecture:
-            return [f"it was made for the architecture {self.architecture!r:.60}, the model is {config.model_type!r}"]
-        heads = config.num_attention_heads, config.num_key_value_heads
-        self._heads = {module: interleaved_heads(config.model_type, module, *heads)
-                       for _, module, _, _ in self._source.values()}
+        expected = family(config.model_type).gguf
+        if expected != self.architecture:
+            return [f"it was made for the architecture {self.architecture!r:.60}, the model is {expected!r}"]
+        self._heads = {module: interleaved_heads(config, module) for _, module, _, _ in self._source.values()}
         return []
 
     def shape(self, name):
@@ -179,15 +180,16 @@ def write_gguf_lora(path, config, plan, values, kind="F32", name=None):
     if os.path.lexists(path):
         raise AdapterError(f"{path} exists already; choose another name")
     alpha, factors, notes = _one_alpha(plan)
+    record = family(config.model_type)
     tensors = {}
     for module, target in plan.targets.items():
         down, up = values[module, "lora"]["down"], values[module, "lora"]["up"]
         if factors[module] != 1:
             with np.errstate(all="ignore"):
                 up = up * factors[module]
-        heads = interleaved_heads(config.model_type, module, config.num_attention_heads, config.num_key_value_heads)
+        heads = interleaved_heads(config, module)
         for half, value in (("a", down), ("b", interleave_rows(up, heads))):
-            key = f"{gguf_module(module)}.weight.lora_{half}"
+            key = f"{gguf_module(module, record)}.weight.lora_{half}"
             if not np.isfinite(value).all():
                 raise AdapterError(f"the adapter is not written to {path}, because {key} holds values that are not "
                                    "finite")
@@ -196,7 +198,7 @@ def write_gguf_lora(path, config, plan, values, kind="F32", name=None):
     if odd:
         notes.append(f"{len(odd)} tensors are stored in F16, because their rows are no whole blocks of {kind} (such "
                      f"as {odd[0]})")
-    writer = GGUFWriter(None, config.model_type)
+    writer = GGUFWriter(None, record.gguf)
     writer.add_type("adapter")
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
@@ -308,7 +310,8 @@ def _check_expressible(config, plan, values):
         problems += [f"{name} is adapted, but the model's head is tied to its embedding, which llama.cpp keeps as "
                      "one matrix"
                      for name in (_EMBEDDING, "lm_head") if name in plan.targets]
-    problems += [f"{name} has no name in llama.cpp" for name in plan.targets if gguf_module(name) is None][:1]
+    problems += [f"{name} has no name in llama.cpp" for name in plan.targets
+                 if gguf_module(name, family(config.model_type)) is None][:1]
     if problems:
         raise AdapterError("the adapter cannot be written as a LoRA of llama.cpp: " + "; ".join(problems)
                            + ". Merge it into the model instead: colora-ms merge MODEL ADAPTER OUT.gguf")

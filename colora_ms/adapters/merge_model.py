@@ -10,9 +10,7 @@ import os
 import numpy as np
 
 from colora_ms.errors import AdapterError, CheckpointError, ConfigError, near
-
-#: Formats of a folder's weights; integers are rounded to nearest.
-FOLDER_TYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+from colora_ms.models.formats import FOLDER_TYPES, FORMATS
 
 #: Texts on which the logits are compared.
 TEXTS = (
@@ -148,11 +146,16 @@ def _checked(target, to_gguf, dtype, kind, group):
         if dtype not in FOLDER_TYPES:
             raise ConfigError(f"dtype is {dtype!r}, expected one of "
                               f"{', '.join(FOLDER_TYPES)}.{near(dtype, FOLDER_TYPES)}")
-        if group is not None and not dtype.startswith("int"):
+        if group is not None and _is_float(dtype):
             raise ConfigError(f"group={group} is for int8 and int4, not for {dtype}")
     if os.path.lexists(target):
         raise CheckpointError(f"{target} exists already; choose another name")
     return dtype, kind
+
+
+def _is_float(dtype):
+    """Whether a folder's dtype keeps floats; float16 is written, but no format that a decoder computes in."""
+    return dtype not in FORMATS or FORMATS[dtype].is_float
 
 
 def _packed_notes(checkpoint):
@@ -276,8 +279,8 @@ def _loss(logits, batch):
 
 def _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf):
     """Write the merged model; returns notes."""
-    from colora_ms.models.checkpoint import LazyTensors
     from colora_ms.models.hf_folder import travelling_files, write_hf_folder
+    from colora_ms.models.tensors import LazyTensors
 
     config = decoder.config
     parameters = {parameter.name: parameter for parameter in decoder.get_parameters()}
@@ -295,11 +298,10 @@ def _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf):
         kept = ("generation_config.json", "chat_template.jinja")
         files = {**{name: files[name] for name in kept if name in files}, **own}
     written = None if any(name.startswith("tokenizer.") for name in files) else source.tokenizer
-    if dtype.startswith("int"):
-        from colora_ms.quantization.config import LrQatConfig
-        from colora_ms.quantization.model import quantize
+    if not _is_float(dtype):
+        from colora_ms.quantization import LrQatConfig, quantize
 
-        made = quantize(decoder, LrQatConfig(method="rtn", bits=int(dtype[3:]), group=group, downcast="int"))
+        made = quantize(decoder, LrQatConfig(method="rtn", bits=FORMATS[dtype].bits, group=group, downcast="int"))
         made.export(target, written, files=files)
         return []
     write_hf_folder(target, config, tensors, written, dtype, files=files)

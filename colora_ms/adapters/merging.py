@@ -2,11 +2,10 @@
 
 import numpy as np
 
-import mindspore as ms
-
 from colora_ms.adapters import tree
 from colora_ms.adapters.slots import to_float32
 from colora_ms.errors import AdapterError
+from colora_ms.models.formats import holds_floats
 from colora_ms.models.low_rank import LowRankLinear
 
 
@@ -37,7 +36,7 @@ def check_changeable(net, cells, places, what, instead, ties=None):
             raise AdapterError(f"{what}: {path} has no weight of its own, it is called with "
                                "another module's; use the adapter unmerged")
         for field, parameter in tree.leaf_parameters(cells[path]).items():
-            if parameter.dtype in (ms.int8, ms.uint8):
+            if not holds_floats(cells[path], parameter):
                 raise AdapterError(f"{what}: {path}.{field} is stored as integers, which would round the change away; load "
                                    "the model as float32 or bfloat16")
             if id(parameter) in shared:

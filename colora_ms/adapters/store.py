@@ -4,14 +4,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
-import tempfile
 from pathlib import Path
 
 from colora_ms.adapters.patterns import in_order
 from colora_ms.errors import AdapterError
-from colora_ms.files import flush_to_disk
+from colora_ms.files import read_json, replacing_folder
 from colora_ms.models.recognise import not_an_adapter
 
 CONFIG_FILE = "adapter_config.json"
@@ -69,12 +67,7 @@ def read_config(folder):
         hub = "; a name on a hub has to be downloaded first" if _HUB_NAME.fullmatch(str(folder)) else ""
         raise AdapterError(f"there is no adapter folder {folder}{hub}")
     path = regular_file(Path(folder) / CONFIG_FILE)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{path} has {path.stat().st_size} bytes; an adapter's config has at most {MAX_CONFIG_BYTES}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not valid JSON: {error}") from None
+    return read_json(path, AdapterError, MAX_CONFIG_BYTES)
 
 
 def config_text(values):
@@ -88,7 +81,7 @@ def write_folder(folder, write):
 
     Args:
         folder: the folder; other files that it holds are kept.
-        write: function (temporary folder) that writes and syncs the new files.
+        write: function (temporary folder) that writes the new files.
 
     Raises:
         AdapterError: the folder cannot be written; what was there before is unchanged.
@@ -96,61 +89,9 @@ def write_folder(folder, write):
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise AdapterError(f"{folder} is a file; an adapter is a folder")
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
-        os.chmod(temporary, 0o777 & ~_umask())
+    with replacing_folder(target, lambda reason: AdapterError(f"the adapter cannot be written to {folder}: {reason}"),
+                          keep=True) as temporary:
         write(temporary)
-        if target.is_dir():
-            _link_others(target, temporary)
-        flush_to_disk(temporary)
-        _swap(temporary, target)
-    except OSError as error:
-        raise AdapterError(f"the adapter cannot be written to {folder}: {error.strerror or error}") from None
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _link_others(old, new):
-    """Take over the files that are not rewritten, as hard links where the file system has them."""
-    for entry in old.iterdir():
-        if (new / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link_or_copy)
-        else:
-            _link_or_copy(entry, new / entry.name)
-
-
-def _link_or_copy(source, target):
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _swap(new, target):
-    """Put ``new`` in the place of ``target``; if that fails, the old folder is put back."""
-    if not target.exists():
-        os.rename(new, target)
-    else:
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-        os.rename(target, old)  # replaces the empty folder
-        try:
-            os.rename(new, target)
-        except OSError:
-            os.rename(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    flush_to_disk(target.parent)
-
-
-def _umask():
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 #: Settings that decide what an adapter computes.

@@ -12,7 +12,7 @@ from colora_ms.errors import AdapterError
 from colora_ms.models import layers as decoder_layers
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.low_rank import LowRankLinear
-from colora_ms.models.quantize import dequantize, unpack_int4
+from colora_ms.models.formats import logical_shape, weight_values
 
 #: Names on disk of MindSpore's parameter names.
 DISK_NAMES = {"embedding_table": "weight", "embedding_weight": "weight", "gamma": "weight", "beta": "bias"}
@@ -117,12 +117,7 @@ def base_values(cell):
     """{name on disk: float32 array} of a leaf Cell; integer weights are multiplied out."""
     found = {}
     for name, parameter in leaf_parameters(cell).items():
-        if parameter.dtype in (ms.int8, ms.uint8):
-            raw = parameter.asnumpy()
-            raw = unpack_int4(raw) if parameter.dtype == ms.uint8 else raw
-            found[name] = dequantize(raw, cell.weight_scale.asnumpy())
-        else:
-            found[name] = parameter.astype(ms.float32).asnumpy()
+        found[name] = weight_values(cell) if _has_format(cell, name) else parameter.astype(ms.float32).asnumpy()
     return found
 
 
@@ -175,12 +170,14 @@ def default_targets(net):
     return list(DEFAULT_TARGETS) if known else None
 
 
+def _has_format(cell, key):
+    """Whether a leaf Cell's parameter is a weight whose format the Cell carries."""
+    return key == "weight" and isinstance(cell, (decoder_layers.Linear, decoder_layers.Embedding))
+
+
 def _logical_shape(cell, key, parameter):
-    """A packed int4 weight (out, in / 2) has the shape (out, in)."""
-    shape = tuple(parameter.shape)
-    if key == "weight" and parameter.dtype == ms.uint8:
-        return (shape[0], shape[1] * 2)
-    return shape
+    """The shape of a parameter's values, whatever they are packed into."""
+    return logical_shape(cell) if _has_format(cell, key) else tuple(parameter.shape)
 
 
 def replace(net, name, cell):

@@ -15,8 +15,7 @@ import shutil
 
 import numpy as np
 
-import mindspore as ms
-from mindspore import Parameter, Tensor
+from mindspore import Parameter
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.key_names import PREFIX
@@ -24,7 +23,6 @@ from colora_ms.errors import AdapterError, AdapterWarning, TokenizerError
 from colora_ms.files import replacing
 from colora_ms.models.decoder import Decoder
 from colora_ms.models.layers import Linear
-from colora_ms.models.quantize import to_format
 
 #: Trainers round the number of rows up to a multiple of one of these.
 _MULTIPLES = (8, 16, 32, 64, 128, 256, 512)
@@ -232,17 +230,10 @@ class Growth:
     @staticmethod
     def _enlarge(cell, rows):
         weight, scale = cell.weight, cell.weight_scale
-        kind = {ms.float32: "float32", ms.bfloat16: "bfloat16", ms.int8: "int8", ms.uint8: "int4"}[weight.dtype]
-        more, more_scale = to_format(rows, kind)
-        if kind == "bfloat16":
-            joined = Tensor(np.concatenate([weight.astype(ms.float32).asnumpy(), more.astype(ms.float32).asnumpy()]))
-            joined = joined.astype(ms.bfloat16)
-        else:
-            joined = Tensor(np.concatenate([weight.asnumpy(), more.asnumpy()]))
-        cell.weight = Parameter(joined, name=weight.name, requires_grad=weight.requires_grad)
-        if isinstance(scale, Parameter):
-            cell.weight_scale = Parameter(Tensor(np.concatenate([scale.asnumpy(), more_scale.asnumpy()])), name=scale.name,
-                                          requires_grad=False)
+        tensor, own_scale = cell.format.stored(weight, scale).and_rows(rows).tensors()
+        cell.weight = Parameter(tensor, name=weight.name, requires_grad=weight.requires_grad)
+        if own_scale is not None:
+            cell.weight_scale = Parameter(own_scale, name=scale.name, requires_grad=False)
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------

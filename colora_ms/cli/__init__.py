@@ -1,11 +1,15 @@
 """The ``colora-ms`` command: one module a sub-command, each with ``add_arguments(parser)`` and ``run(arguments)``."""
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 COMMANDS = {
     "quickstart": "train a small adapter, decode it greedily and contrastively, print the comparison",
@@ -25,7 +29,7 @@ COMMANDS = {
 }
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; a command's module is imported only when its help or run needs it."""
     from colora_ms import __version__
 
@@ -43,15 +47,17 @@ def build_parser():
     return parser
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None):
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                  file: TextIO | None = None, line: str | None = None) -> None:
     """A warning as a sentence; those of other libraries keep Python's form."""
     own = Path(filename).is_relative_to(Path(__file__).resolve().parents[1])
     text = f"warning: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno, line)
     print(text, end="", file=file or sys.stderr, flush=True)
 
 
-def main(arguments=None):
-    """Entry point of the console command; returns the exit code. An expected failure is one paragraph, not a traceback."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console command; returns the exit code. An expected failure is one paragraph, not a
+    traceback."""
     parsed = build_parser().parse_args(arguments)
     # MindSpore's own warnings are for its developers; set GLOG_v=2 to see them.
     os.environ.setdefault("GLOG_v", "3")

@@ -1,9 +1,15 @@
 """``colora-ms convert``: a model as a Hugging Face folder or a GGUF file, an adapter as llama.cpp's LoRA file."""
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("source", nargs="?", help="known name, folder or GGUF file of a model")
     parser.add_argument("target", nargs="?",
                         help="folder to write, or a GGUF file if it ends in .gguf; it must not exist")
@@ -20,7 +26,8 @@ def add_arguments(parser):
                              "names")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.errors import ConfigError
 
     if arguments.adapter is not None:
@@ -48,7 +55,7 @@ def run(arguments):
     return 0
 
 
-def _adapter(arguments):
+def _adapter(arguments: argparse.Namespace) -> int:
     from colora_ms.adapters.gguf_lora import convert_adapter
     from colora_ms.errors import ConfigError
 
@@ -66,12 +73,12 @@ def _adapter(arguments):
     return 0
 
 
-def is_gguf(target):
+def is_gguf(target: str) -> bool:
     """Whether a target's name asks for a GGUF file."""
     return target.lower().endswith(".gguf")
 
 
-def check_format_option(to_gguf, dtype, kind):
+def check_format_option(to_gguf: bool, dtype: str | None, kind: str | None) -> None:
     """ConfigError for the option of the other format."""
     from colora_ms.errors import ConfigError
 
@@ -81,7 +88,7 @@ def check_format_option(to_gguf, dtype, kind):
         raise ConfigError(f"--type {kind} is for GGUF files, whose names end in .gguf; a folder takes --dtype")
 
 
-def say(notes):
+def say(notes: Iterable[str]) -> None:
     """Print sentences to be known about what was written, to the standard error."""
     import sys
 

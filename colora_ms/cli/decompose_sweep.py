@@ -1,29 +1,44 @@
 """``colora-ms decompose --sweep``: measure the design space, print the table, draw it, recommend a variant."""
 
+from __future__ import annotations
+
+import argparse
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colora_ms.cli import options
+
+if TYPE_CHECKING:
+    from colora_ms.evaluation.lrd_sweep import Variant
+    from colora_ms.models.checkpoint import Checkpoint
+    from colora_ms.models.tokenizer import Tokenizer
 
 _NAMES = ("early", "middle", "late", "spread")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     group = parser.add_argument_group("sweep")
     group.add_argument("--sweep", action="store_true", help="measure placements, matrices and ranks against each other")
-    group.add_argument("--reduction", type=float, default=0.09, help="share of the parameters that each variant removes")
+    group.add_argument("--reduction", type=float, default=0.09,
+                       help="share of the parameters that each variant removes")
     group.add_argument("--placements", default=",".join(_NAMES), help="which of " + ", ".join(_NAMES))
     group.add_argument("--groups", default="all,attn,mlp", help="groups of matrices to try")
-    group.add_argument("--ranks", default="", help="ranks to try beside the one that just reaches the reduction, as 1,8,64")
+    group.add_argument("--ranks", default="", help="ranks to try beside the one that just reaches the reduction, as "
+                                                   "1,8,64")
     group.add_argument("--no-drop", action="store_true", help="do not try to leave out blocks altogether")
     group.add_argument("--text", default=None, metavar="FILE", help="text for the perplexity")
     group.add_argument("--text-tokens", type=int, default=2049, help="tokens of it, from the start")
     group.add_argument("--choices", default=None, metavar="FILE", help="multiple-choice set for the accuracy (JSON)")
     group.add_argument("--items", type=int, default=120, help="items of it, from the start")
-    group.add_argument("--accuracy-top", type=int, default=None, metavar="N", help="accuracy only of the model itself and of "
+    group.add_argument("--accuracy-top", type=int, default=None, metavar="N", help="accuracy only of the model itself "
+                                                                                   "and of "
                        "the N variants with the best perplexity")
     group.add_argument("--latency", action="store_true", help="also time every variant; needs an idle machine")
-    group.add_argument("--latency-only", action="store_true", help="only time the variants of the --json file, into that file")
+    group.add_argument("--latency-only", action="store_true", help="only time the variants of the --json file, into "
+                                                                   "that file")
     group.add_argument("--resume", action="store_true", help="measure only what the --json file does not hold yet")
     group.add_argument("--show", action="store_true", help="measure nothing: print and draw what the --json file holds")
     group.add_argument("--steps", type=int, default=48, help="decoding steps of one timing")
@@ -32,7 +47,8 @@ def add_arguments(parser):
     group.add_argument("--plot", default=None, metavar="FILE", help="PNG of quality against size and latency")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.errors import ConfigError
     from colora_ms.evaluation.lrd_plot import plot
     from colora_ms.evaluation.lrd_sweep import describe, table, variants
@@ -49,9 +65,10 @@ def run(arguments):
     if arguments.latency_only or arguments.show or arguments.resume:
         setup, rows = earlier(arguments.json, rows, None if not arguments.resume else setup)
 
-    def keep():
+    def keep() -> None:
         if arguments.json is not None:
-            options.write_json(arguments.json, {"setup": setup, "tolerance": arguments.tolerance, "rows": list(rows.values())})
+            options.write_json(arguments.json,
+                               {"setup": setup, "tolerance": arguments.tolerance, "rows": list(rows.values())})
 
     if not (arguments.latency_only or arguments.show):
         quality(arguments, checkpoint, found, rows, keep)
@@ -67,7 +84,8 @@ def run(arguments):
     return 0
 
 
-def quality(arguments, checkpoint, found, rows, keep):
+def quality(arguments: argparse.Namespace, checkpoint: Checkpoint, found: list[Variant], rows: dict[str, dict],
+            keep: Callable[[], None]) -> None:
     """Fill in perplexity and accuracy."""
     from colora_ms.errors import ConfigError
     from colora_ms.evaluation.choices import load_choices
@@ -108,12 +126,13 @@ def quality(arguments, checkpoint, found, rows, keep):
     switch.restore()
 
 
-def latency(arguments, checkpoint, found, rows, keep):
+def latency(arguments: argparse.Namespace, checkpoint: Checkpoint, found: Sequence[Variant], rows: dict[str, dict],
+            keep: Callable[[], None]) -> None:
     """Fill in the times."""
     from colora_ms.evaluation.lrd_latency import measure
     from colora_ms.models.tokenizer import load_tokenizer
 
-    def on_row(variant, result):
+    def on_row(variant: Variant, result: dict) -> None:
         rows[variant.name].update(result)
         print(f"{variant.name:20s} step {result['step_ms']:.2f} ms ({result['step_ratio'] - 1:+.1%}), prefill "
               f"{result['prefill_ms']:.1f} ms ({result['prefill_ratio'] - 1:+.1%})", flush=True)
@@ -122,8 +141,10 @@ def latency(arguments, checkpoint, found, rows, keep):
     measure(checkpoint, load_tokenizer(checkpoint.tokenizer_source), found, arguments.steps, arguments.repeats, on_row)
 
 
-def earlier(path, rows, setup):
-    """(setup, rows) of an earlier sweep, which must have the same variants, and to go on measuring the same ``setup``."""
+def earlier(path: str | Path, rows: dict[str, dict],
+            setup: dict | None) -> tuple[dict, dict[str, dict]]:
+    """(setup, rows) of an earlier sweep, which must have the same variants, and to go on measuring the same
+    ``setup``."""
     from colora_ms.errors import ConfigError
 
     if path is None:
@@ -134,20 +155,21 @@ def earlier(path, rows, setup):
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         before = {row["name"]: row for row in values["rows"]}
         kept = values["setup"]
-        other = [key for key in ("text", "text_tokens", "choices", "items") if setup and kept[key] != setup[key]]
+        asked = setup or {}
+        other = [key for key in ("text", "text_tokens", "choices", "items") if asked and kept[key] != asked[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no result of a sweep: {error}") from None
     if list(before) != list(rows) or any(before[name].keys() != rows[name].keys()
                                          or before[name]["layers"] != rows[name]["layers"] for name in rows):
-        raise ConfigError(f"{path} holds another sweep; give the same --reduction, --placements, --groups, --ranks, --factors "
-                          "and --no-drop as then, or another --json FILE")
+        raise ConfigError(f"{path} holds another sweep; give the same --reduction, --placements, --groups, --ranks, "
+                          "--factors and --no-drop as then, or another --json FILE")
     if other:
-        raise ConfigError(f"{path} was measured with {other[0]} {kept[other[0]]!r}, not {setup[other[0]]!r}; give the same, or "
-                          "another --json FILE")
+        raise ConfigError(f"{path} was measured with {other[0]} {kept[other[0]]!r}, not {asked[other[0]]!r}; give the "
+                          "same, or another --json FILE")
     return kept, before
 
 
-def text_ids(path, tokenizer, count):
+def text_ids(path: str | Path, tokenizer: Tokenizer, count: int) -> list[int]:
     """The first ``count`` tokens of a text file."""
     from colora_ms.errors import DataError
 
@@ -162,12 +184,12 @@ def text_ids(path, tokenizer, count):
     return ids
 
 
-def split(text):
+def split(text: str) -> tuple[str, ...]:
     """The parts of a list with commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def number(text):
+def number(text: str) -> int:
     """A rank of --ranks."""
     from colora_ms.errors import ConfigError
 

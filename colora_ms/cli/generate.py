@@ -1,12 +1,20 @@
 """``colora-ms generate``: answer prompts."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import sys
+from typing import TYPE_CHECKING, Any
 
 from colora_ms.cli import options
 
+if TYPE_CHECKING:
+    from colora_ms.decoding import Completion
 
-def add_arguments(parser):
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("prompts", nargs="*", help="the prompts; none: one a line from standard input")
     options.add_model(parser)
     options.add_decoding(parser)
@@ -15,13 +23,15 @@ def add_arguments(parser):
     parser.add_argument("--stop-token-id", type=int, action="append", default=[], metavar="ID",
                         help="end the answer at this token, too (repeatable)")
     parser.add_argument("--records", action="store_true", help="list the tokens where the contrast changed the choice")
-    parser.add_argument("--output", default=None, metavar="FILE", help="write the answers there instead of printing them")
+    parser.add_argument("--output", default=None, metavar="FILE", help="write the answers there instead of printing "
+                                                                       "them")
     parser.add_argument("--tensor-parallel", action="store_true",
                         help="split the model, not the prompts, over the workers of scripts/msrun_evaluate.sh")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.distributed import workers
     from colora_ms.evaluation.sharded import ShardedGenerator
 
@@ -36,6 +46,7 @@ def run(arguments):
         print("colora-ms generate: --tensor-parallel needs several workers; start them with "
               "bash scripts/msrun_evaluate.sh generate -n 2 --tensor-parallel ...", file=sys.stderr)
         return 2
+    generator: Any
     generator, adapter = options.generator(arguments, team if arguments.tensor_parallel else None)
     settings = options.decoding(arguments)
     inputs = [[{"role": "user", "content": p}] for p in prompts] if arguments.chat else prompts
@@ -61,7 +72,7 @@ def run(arguments):
     return _write(lines, arguments.output)
 
 
-def _write(lines, path):
+def _write(lines: list[str], path: str | None) -> int:
     """Print the lines, or make a file of them; returns the exit code."""
     if path is None:
         print("\n".join(lines))
@@ -75,7 +86,7 @@ def _write(lines, path):
     return 0
 
 
-def _as_json(prompt, completion):
+def _as_json(prompt: str, completion: Completion) -> dict:
     return {
         "prompt": prompt,
         "text": completion.text,

@@ -1,13 +1,22 @@
 """``colora-ms info``: show what a model or an adapter is."""
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from colora_ms.models.checkpoint import Checkpoint
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("path", help="known model name, model folder or file, or adapter folder")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     path = Path(arguments.path)
     if (path / "adapter_config.json").is_file():
         return _adapter(path)
@@ -18,7 +27,8 @@ def run(arguments):
     if checkpoint.low_rank:
         from colora_ms.models.low_rank_folder import parameter_count
 
-        print(f"parameters  {parameter_count(checkpoint):,} ({checkpoint.config.parameter_count():,} before it was decomposed)")
+        count = parameter_count(checkpoint.config, checkpoint.low_rank)
+        print(f"parameters  {count:,} ({checkpoint.config.parameter_count():,} before it was decomposed)")
         print(f"low rank    {len(checkpoint.low_rank)} matrices: {', '.join(list(checkpoint.low_rank)[:3])}, ...")
     else:
         print(f"parameters  {checkpoint.config.parameter_count():,}")
@@ -29,7 +39,7 @@ def run(arguments):
     return 0
 
 
-def _turn_ends(checkpoint):
+def _turn_ends(checkpoint: Checkpoint) -> None:
     """Which tokens end an answer, and who says so."""
     from colora_ms.models.tokenizer import load_tokenizer
     from colora_ms.models.turn_ends import turn_ends
@@ -40,7 +50,7 @@ def _turn_ends(checkpoint):
         print(f"  {end.id:<8d} {'no token' if end.token is None else end.token:22s} {', '.join(end.sources)}")
 
 
-def _adapter(path):
+def _adapter(path: Path) -> int:
     from colora_ms.adapters import digest
     from colora_ms.adapters.peft_format import StoredAdapter
     from colora_ms.adapters.store import config_text

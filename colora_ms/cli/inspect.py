@@ -1,20 +1,35 @@
 """``colora-ms inspect``: what is in an adapter, and which of a Lily adapter's experts serve what."""
 
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
 from colora_ms.cli import options
 
+if TYPE_CHECKING:
+    from colora_ms.adapters.peft_format import StoredAdapter
+    from colora_ms.models.tokenizer import Tokenizer
 
-def add_arguments(parser):
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("adapter", help="adapter folder (LoRA or Lily)")
     options.add_model(parser)
-    parser.add_argument("--prompts", nargs="+", default=None, metavar="TEXT", help="texts that a Lily adapter's routers read")
-    parser.add_argument("--data", default=None, metavar="SOURCE", help="or data: JSON lines, or YAML in braces as in a recipe")
-    parser.add_argument("--template", default="{prompt}\nAnswer: {completion}", help="text around the data, or \"chat\"")
+    parser.add_argument("--prompts", nargs="+", default=None, metavar="TEXT", help="texts that a Lily adapter's "
+                                                                                   "routers read")
+    parser.add_argument("--data", default=None, metavar="SOURCE", help="or data: JSON lines, or YAML in braces as in a "
+                                                                       "recipe")
+    parser.add_argument("--template", default="{prompt}\nAnswer: {completion}",
+                        help="text around the data, or \"chat\"")
     parser.add_argument("--limit", type=int, default=64, help="items of the data")
-    parser.add_argument("--plot", default=None, metavar="PNG", help="draw the expert use (Lily) or the updates' norms (LoRA)")
+    parser.add_argument("--plot", default=None, metavar="PNG", help="draw the expert use (Lily) or the updates' norms "
+                                                                    "(LoRA)")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the numbers")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.adapters.peft_format import StoredAdapter
     from colora_ms.errors import AdapterError
 
@@ -27,8 +42,8 @@ def run(arguments):
     static = lily and stored.config.router_pool == "static"
     if not lily:
         if arguments.prompts or arguments.data:
-            raise AdapterError(f"{arguments.adapter} is a {stored.config.peft_type} adapter, which has no router: --prompts "
-                               "and --data are for Lily")
+            raise AdapterError(f"{arguments.adapter} is a {stored.config.peft_type} adapter, which has no router: "
+                               "--prompts and --data are for Lily")
         return updates(stored, arguments)
     if not (arguments.prompts or arguments.data or static):
         if arguments.plot or arguments.json:
@@ -38,7 +53,7 @@ def run(arguments):
     return experts(arguments)
 
 
-def tensors(stored):
+def tensors(stored: StoredAdapter) -> list[str]:
     """Lines that list the settings that count and every tensor: shape and norm; shared ones are said to be so."""
     import numpy as np
 
@@ -51,11 +66,12 @@ def tensors(stored):
     for name in stored.file.entries:
         value = stored.file.read(name)
         total += value.size
-        lines.append(f"{name.removeprefix('base_model.model.'):72s} {str(value.shape):>14s} {np.linalg.norm(value):10.4f}")
+        lines.append(f"{name.removeprefix('base_model.model.'):72s} {str(value.shape):>14s} "
+                     f"{np.linalg.norm(value):10.4f}")
     return lines + [f"{len(stored.file.entries)} tensors, {total:,} numbers"]
 
 
-def updates(stored, arguments):
+def updates(stored: StoredAdapter, arguments: argparse.Namespace) -> int:
     """Print, draw and write the norm of each module's update, scaling * up @ down."""
     sizes = update_norms(stored)
     print(f"\n{'module':56s} {'rank':>4s} {'norm of the update':>18s}")
@@ -70,8 +86,9 @@ def updates(stored, arguments):
     return 0
 
 
-def update_norms(stored):
-    """{module: (rank, Frobenius norm of scaling * up @ down)} of a LoRA folder; from r x r products, no model needed."""
+def update_norms(stored: StoredAdapter) -> dict[str, tuple[int, float]]:
+    """{module: (rank, Frobenius norm of scaling * up @ down)} of a LoRA folder; from r x r products, no model
+    needed."""
     from dataclasses import replace
 
     import numpy as np
@@ -100,7 +117,7 @@ def update_norms(stored):
     return found
 
 
-def experts(arguments):
+def experts(arguments: argparse.Namespace) -> int:
     """Print, draw and write the expert use of a Lily adapter on the given texts."""
     from colora_ms.adapters import load_adapter
     from colora_ms.adapters.lily_usage import expert_use, table
@@ -109,7 +126,8 @@ def experts(arguments):
     decoder, tokenizer = load_model(arguments.model, weight_format=arguments.weights)
     handle = load_adapter(decoder, arguments.adapter, name="adapter")
     uses = expert_use(handle, sequences(arguments, tokenizer), "adapter")
-    print(f"\nexpert use over {uses[0].tokens:,} tokens" if uses[0].tokens else "\nexpert use (static: the same for every text)")
+    print(f"\nexpert use over {uses[0].tokens:,} tokens" if uses[0].tokens else "\nexpert use (static: the same for "
+                                                                                "every text)")
     for line in table(uses):
         print(line)
     write(arguments, [{"module": use.path, "group": use.group, "block": use.block, "mean": use.mean.tolist(),
@@ -123,7 +141,7 @@ def experts(arguments):
     return 0
 
 
-def sequences(arguments, tokenizer):
+def sequences(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of the prompts and of the data's items, prompt and answer."""
     from colora_ms.cli.evaluate import source
     from colora_ms.training.sources import load_examples
@@ -138,7 +156,7 @@ def sequences(arguments, tokenizer):
     return found
 
 
-def write(arguments, values):
+def write(arguments: argparse.Namespace, values: Any) -> None:
     """Write the numbers as JSON, if asked."""
     if arguments.json:
         options.write_json(arguments.json, values)

@@ -1,9 +1,18 @@
 """``colora-ms merge``: write a model with an adapter, or several, merged in."""
 
-from colora_ms.cli.convert import TYPES, is_gguf, check_format_option, say
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from colora_ms.cli.convert import TYPES, check_format_option, is_gguf, say
+from colora_ms.models.formats import FOLDER_TYPES
 
 
-def add_arguments(parser):
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("model", help="known name, folder or GGUF file of the base model")
     parser.add_argument("adapters", nargs="+", metavar="adapter",
                         help="PEFT adapter folder, or LoRA GGUF (one or several)")
@@ -19,7 +28,7 @@ def add_arguments(parser):
     parser.add_argument("--svd-rank", type=int, default=None, help="rank of the combination, for the ways with svd")
     parser.add_argument("--svd-clamp", type=float, default=None, help="quantile at which svd's factors are cut off")
     parser.add_argument("--seed", type=int, default=None, help="of dare's random choices")
-    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16", "int8", "int4"),
+    parser.add_argument("--dtype", default=None, choices=FOLDER_TYPES,
                         help="of a folder's weights; integers are rounded to nearest; none: float32")
     parser.add_argument("--group", type=int, default=None,
                         help="with int8 and int4: inputs that share a scale; none: a channel")
@@ -29,7 +38,8 @@ def add_arguments(parser):
     parser.add_argument("--json", default=None, metavar="FILE", help="write the numbers")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     import dataclasses
 
     from colora_ms.adapters.merge_model import merge_model
@@ -54,7 +64,7 @@ def run(arguments):
     return 0
 
 
-def _weights(texts):
+def _weights(texts: Sequence[str] | None) -> list[float] | None:
     """The numbers of ``--weights``, given apart or with commas."""
     from colora_ms.errors import ConfigError
 

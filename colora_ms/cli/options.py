@@ -1,38 +1,63 @@
 """Options that several sub-commands share, and what they turn into."""
 
+from __future__ import annotations
+
+import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colora_ms.decoding import Generator
+    from colora_ms.distributed.workers import Workers
+    from colora_ms.serving import Engine
+
+from colora_ms.models.formats import WEIGHT_FORMATS
+
+from colora_ms.decoding.fields import Record
+from colora_ms.decoding.options import Contrast, Sampling
 
 
-def add_model(parser):
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options that name the base model."""
     parser.add_argument("--model", default="smollm2-135m", help="known name, Hugging Face folder or GGUF file")
-    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16", "int8", "int4"),
+    parser.add_argument("--weights", default="float32", choices=WEIGHT_FORMATS,
                         help="format of the base weights")
 
 
-def add_decoding(parser):
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Options of adapter, contrast and sampling; :func:`generator` and :func:`decoding` read them."""
     parser.add_argument("--adapter", default=None, metavar="FOLDER",
                         help="PEFT adapter folder, or a LoRA GGUF; none: the base model")
     parser.add_argument("--contrast", action="store_true", help="contrast the adapter with the base model (CoLD)")
-    parser.add_argument("--alpha", type=float, default=0.1, help="the expert's cut, in (0, 1]")
-    parser.add_argument("--beta", type=float, default=0.5, help="weight of the base model's scores, >= 0")
-    parser.add_argument("--adapt", default="fixed", help="form of the contrast: fixed, entropy, divergence, margin")
-    parser.add_argument("--skip-copies", action="store_true", help="no contrast inside spans copied from the prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k best tokens; 0 is off")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the best tokens of this probability")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    add_record(parser, Contrast)
+    add_record(parser, Sampling)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
 
 
-def generator(arguments, team=None):
+def add_record(parser: argparse.ArgumentParser, record: type[Record]) -> None:
+    """A flag for each option of a record of ``colora_ms.decoding.options``."""
+    for name, one in record.known().items():
+        flag = f"--{name.replace('_', '-')}"
+        if one.kind is bool:
+            parser.add_argument(flag, action="store_true", help=one.meaning)
+        else:
+            parser.add_argument(flag, type=one.kind, default=one.default, help=one.meaning)
+
+
+def given(arguments: argparse.Namespace, record: type[Record]) -> dict[str, Any]:
+    """{name: value} of the parsed options of a record."""
+    return {name: getattr(arguments, name) for name in record.known()}
+
+
+def generator(arguments: argparse.Namespace, team: Workers | None = None) -> tuple[Generator, str | None]:
     """(Generator, adapter name or None) for the parsed options; ``team``: the workers to split the model over."""
     from colora_ms.decoding import Generator
 
     folder = getattr(arguments, "adapter", None)
     adapters = {"adapter": folder} if folder else None
     if team is not None:
-        from colora_ms.distributed.tensor_parallel import load_sharded
+        from colora_ms.distributed.loading import load_sharded
 
         decoder, tokenizer, handle = load_sharded(arguments.model, team, arguments.weights, adapters=adapters)
         return Generator(decoder, tokenizer, handle), "adapter" if folder else None
@@ -40,36 +65,33 @@ def generator(arguments, team=None):
     return made, "adapter" if folder else None
 
 
-def decoding(arguments):
+def decoding(arguments: argparse.Namespace) -> dict:
     """Keyword arguments of ``Generator.generate`` for the parsed options, without the adapter."""
-    from colora_ms.decoding import Contrast, Sampling
-
-    return dict(
-        contrast=Contrast(arguments.alpha, arguments.beta, arguments.adapt, arguments.skip_copies)
-        if arguments.contrast else None,
-        sampling=Sampling.asked(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed),
-        max_new_tokens=arguments.max_new_tokens,
-    )
+    return dict(contrast=Contrast(**given(arguments, Contrast)) if arguments.contrast else None,
+                sampling=Sampling.asked(**given(arguments, Sampling)), max_new_tokens=arguments.max_new_tokens)
 
 
-def model_hash(arguments):
+def model_hash(arguments: argparse.Namespace) -> str:
     """``evaluate.model_hash`` of the parsed options."""
     from colora_ms.evaluation import evaluate
 
     return evaluate.model_hash(arguments.model, arguments.weights)
 
 
-def add_engine(parser):
-    parser.add_argument("--adapters", default=None, metavar="FOLDER", help="folder of PEFT adapter folders, named by these")
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Options of the serving engine; :func:`engine` reads them."""
+    parser.add_argument("--adapters", default=None, metavar="FOLDER", help="folder of PEFT adapter folders, named by "
+                                                                           "these")
     parser.add_argument("--slots", type=int, default=8, help="adapters that one batch can mix")
     parser.add_argument("--max-rank", type=int, default=16, help="largest rank of an adapter")
     parser.add_argument("--adapter-format", default="float32", choices=("float32", "bfloat16"),
-                        help="of the adapters in the slots; bfloat16 rounds them, unless they were stored so, for speed")
+                        help="of the adapters in the slots; bfloat16 rounds them, unless they were stored so, for "
+                             "speed")
     parser.add_argument("--host-megabytes", type=int, default=1024, help="memory for adapters behind the slots")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and its answer together")
 
 
-def engine(arguments, rows, **more):
+def engine(arguments: argparse.Namespace, rows: int, **more: Any) -> tuple[Engine, str]:
     """(Engine, the base model's name) for the parsed options; ``more`` goes to the Engine."""
     from colora_ms.models import load_model
     from colora_ms.serving import AdapterBank, Engine
@@ -84,7 +106,7 @@ def engine(arguments, rows, **more):
     return Engine(decoder, tokenizer, bank, rows=rows, max_length=arguments.max_length, **more), name
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: Any) -> None:
     """Write the file of ``--json``, whole or not at all.
 
     Raises:

@@ -25,8 +25,8 @@ def run(arguments):
     from colora_ms.recipes.decoders import ADAPTER, answer, choices
     from colora_ms.recipes.settings import FAST_ITEMS, FAST_STEPS
     from colora_ms.training.config import TrainingConfig
-    from colora_ms.training.templates import make_template
     from colora_ms.training.run import train
+    from colora_ms.training.templates import make_template
 
     output = Path(arguments.output) / time.strftime("%Y%m%d-%H%M%S")
     changes = [f"output={output}"]
@@ -40,7 +40,8 @@ def run(arguments):
     print(f"1/3  training a LoRA adapter on {config.model}; run folder {output}")
     result = train(config)
     trained = time.perf_counter() - started
-    print(f"     {result.steps} updates in {result.seconds:.0f} s, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}")
+    print(f"     {result.steps} updates in {result.seconds:.0f} s, loss {result.losses[0]:.3f} -> "
+          f"{result.losses[-1]:.3f}")
     print(f"     PEFT folder: {result.adapter}")
 
     print(f"2/3  answering {len(test)} held-out problems three times")
@@ -49,7 +50,8 @@ def run(arguments):
     results, rows = {}, []
     for chosen in choices(["base", "greedy", contrast]):
         found = results[chosen.label] = answer(
-            generator, test, chosen, template=template, scorer=arguments.scorer, max_new_tokens=arguments.max_new_tokens,
+            generator, test, chosen, template=template, scorer=arguments.scorer,
+            max_new_tokens=arguments.max_new_tokens,
             folder=output / "evaluation", keep_records=True)
         rows.append(report.row_of(chosen, found))
         print(f"     {chosen.label}: {found.summary()}")
@@ -62,7 +64,8 @@ def run(arguments):
     summary = {"seconds": seconds, "training_seconds": trained, "steps": result.steps,
                "results": {name: r.to_json() for name, r in results.items()}}
     (output / "quickstart.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
-    print(f"\nDone in {seconds / 60:.1f} minutes, {trained / 60:.1f} of them training. All answers: {output / 'evaluation'}")
+    print(f"\nDone in {seconds / 60:.1f} minutes, {trained / 60:.1f} of them training. All answers: "
+          f"{output / 'evaluation'}")
     return 0
 
 

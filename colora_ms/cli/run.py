@@ -1,18 +1,24 @@
 """``colora-ms run``: a recipe from the training to the table of results."""
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("recipe", help="YAML recipe with a section evaluate, see model_zoo/")
     parser.add_argument("--fast", action="store_true", help="few updates and items, in a folder of its own")
     parser.add_argument("--limit", type=int, default=None, metavar="N",
                         help="only the first N items of the test (perplexity: characters)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                        help="change a setting of the recipe: --set loop.steps=50 --set evaluate.items=100 (repeatable)")
+                        help="change a setting of the recipe: --set loop.steps=50 --set evaluate.items=100 "
+                             "(repeatable)")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.distributed import workers
     from colora_ms.recipes import report
     from colora_ms.recipes.runner import run as run_recipe

@@ -1,5 +1,8 @@
 """``colora-ms serve``: the engine behind an OpenAI-compatible HTTP API."""
 
+from __future__ import annotations
+
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -10,13 +13,16 @@ from colora_ms.cli import options
 TOKEN = "COLORA_API_TOKEN"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     options.add_model(parser)
     options.add_engine(parser)
-    parser.add_argument("--name", default=None, help="the base model's name in requests; none: its folder's or file's name")
+    parser.add_argument("--name", default=None, help="the base model's name in requests; none: its folder's or file's "
+                                                     "name")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--token-file", default=None, help=f"file with the bearer token that requests must carry; none: {TOKEN} "
+    parser.add_argument("--token-file", default=None, help="file with the bearer token that requests must carry; "
+                                                           f"none: {TOKEN} "
                         "from the environment, and without it no token is asked for")
     parser.add_argument("--rows", type=int, default=16, help="rows of the batch; a contrastive request takes two")
     parser.add_argument("--chunk", type=int, default=8, help="steps between which requests join and leave")
@@ -30,7 +36,8 @@ def add_arguments(parser):
                         help="info logs every request")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.serving.http import Server, Settings, create_app
 
     settings = dict(token=_token(arguments), max_body_bytes=arguments.max_body_bytes, max_tokens=arguments.max_tokens,
@@ -41,7 +48,8 @@ def run(arguments):
         app = create_app(engine, Settings(base_model=arguments.name or name, **settings))
         server = Server(app, arguments.host, arguments.port, arguments.log_level)
         if settings["token"] is None and arguments.host not in ("127.0.0.1", "::1", "localhost"):
-            print(f"colora-ms serve: whoever reaches {arguments.host} can use this server; set {TOKEN} to ask for a token",
+            print(f"colora-ms serve: whoever reaches {arguments.host} can use this server; set {TOKEN} to ask for a "
+                  "token",
                   file=sys.stderr)
         if not arguments.no_warm_up:
             print("compiling graphs ...", flush=True)
@@ -52,7 +60,7 @@ def run(arguments):
     return 0
 
 
-def _token(arguments):
+def _token(arguments: argparse.Namespace) -> str | None:
     if arguments.token_file is None:
         return os.environ.get(TOKEN) or None
     from colora_ms.errors import ConfigError

@@ -1,18 +1,28 @@
 """``colora-ms tune-contrast``: choose alpha, beta and the form of the contrast on validation problems, or none."""
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colora_ms.cli import options
 from colora_ms.cli.evaluate import source
+from colora_ms.models.formats import WEIGHT_FORMATS
+
+if TYPE_CHECKING:
+    from colora_ms.decoding import Contrast
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the command\'s options."""
     parser.add_argument("model", help="known name, Hugging Face folder or GGUF file")
-    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16", "int8", "int4"),
+    parser.add_argument("--weights", default="float32", choices=WEIGHT_FORMATS,
                         help="format of the base weights")
     parser.add_argument("--adapter", required=True, metavar="FOLDER", help="PEFT adapter folder")
-    parser.add_argument("--data", required=True, help="validation problems, never the test's: JSON lines, or a source as "
+    parser.add_argument("--data", required=True, help="validation problems, never the test's: JSON lines, or a source "
+                                                      "as "
                         "YAML like '{kind: reasoning_gym, task: chain_sum, size: 100, seed: 7}'")
     parser.add_argument("--template", default="{prompt}\nAnswer: {completion}", help='prompt template, or "chat"')
     parser.add_argument("--scorer", default="number", help="how an answer is scored: number, exact, normalised")
@@ -22,14 +32,16 @@ def add_arguments(parser):
     parser.add_argument("--alphas", type=float, nargs="+", default=argparse.SUPPRESS, help="try these cuts")
     parser.add_argument("--betas", type=float, nargs="+", default=argparse.SUPPRESS, help="try these weights")
     parser.add_argument("--forms", nargs="+", default=argparse.SUPPRESS,
-                        help="try these forms: fixed, entropy, divergence, margin, copies (fixed, off inside copied spans)")
+                        help="try these forms: fixed, entropy, divergence, margin, copies (fixed, off inside copied "
+                             "spans)")
     parser.add_argument("--level", type=float, default=0.05, help="highest p-value that switches the contrast on")
     parser.add_argument("--rows", type=int, default=16, help="rows of a batch; a problem takes two")
     parser.add_argument("--output", default=None, metavar="FOLDER", help="all answers; an interrupted run resumes")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the choice and the table's numbers")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from colora_ms.adapters import digest
     from colora_ms.decoding import Generator
     from colora_ms.evaluation.tuning import choose_contrast, compare_contrasts
@@ -54,7 +66,8 @@ def run(arguments):
     return 0
 
 
-def grid(alphas=None, betas=None, forms=None):
+def grid(alphas: Sequence[float] | None = None, betas: Sequence[float] | None = None,
+         forms: Sequence[str] | None = None) -> list[Contrast]:
     """The contrasts to try: all combinations of what is given, or the default grid if nothing is.
 
     Raises:

@@ -7,12 +7,17 @@ An :class:`Answer` takes tokens one by one, so that nothing depends on how many 
 * at a stop string: the text is cut before it, and tokens behind the one that completes it are dropped. Of several stop
   strings the one that begins first in the text counts, as ``str.find`` over the whole text would say: where a shorter
   one is complete inside a longer one that began before, what comes next decides;
-* when its budget is used up.
+* when its budget is used up, or its engine ends it (:meth:`Answer.end`): what was held back is shown then.
 
 Text that may still become a stop string or another character is held back until that is known.
 """
 
+from __future__ import annotations
+
+from typing import Any, FrozenSet, Iterable, List, Optional, Sequence, Tuple
+
 from colora_ms.decoding.completion import Completion, TokenRecord
+from colora_ms.decoding.options import Options
 from colora_ms.models.detokenizer import stream_of
 
 
@@ -21,32 +26,34 @@ class Answer:
 
     Attributes:
         tokens, records: what has been generated and kept; records stays empty where none are wanted.
-        finish_reason: "stop" or "length"; None while it goes on.
+        finish_reason: "stop" or "length", or why it was ended; None while it goes on.
 
     Args:
         tokenizer: :class:`colora_ms.models.tokenizer.Tokenizer`, or anything with ``decode(ids)``.
         prompt: ids before the answer.
-        settings: :class:`colora_ms.decoding.settings.Settings`.
+        options: :class:`colora_ms.decoding.options.Options`.
         eos: ids that end answers of this model.
     """
 
-    def __init__(self, tokenizer, prompt, settings, eos=()):
-        self.settings = settings
-        self.tokens, self.records = [], []
-        self.finish_reason = None
-        self._ends = settings.ends(eos) | spelled_ids(tokenizer, settings.stop)
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], options: Options, eos: Iterable[int] = ()) -> None:
+        self.options = options
+        self.tokens: List[int] = []
+        self.records: List[TokenRecord] = []
+        self.finish_reason: Optional[str] = None
+        self._ends = options.ends(eos) | spelled_ids(tokenizer, options.stop)
         self._stream = stream_of(tokenizer, before=prompt)
-        self._shown, self._held = [], ""  # text that is certain; text that may yet be cut
+        self._shown: List[str] = []  # text that is certain
+        self._held = ""  # text that may yet be cut
         self._length = 0  # characters of both
-        self._reached = []  # of each token: characters of the text up to it
+        self._reached: List[int] = []  # of each token: characters of the text up to it
         self._taken = (0, 0)  # parts of the text and tokens that news() gave already
 
     @property
-    def text(self):
+    def text(self) -> str:
         """The text that is certain; of an ended answer all of it."""
         return "".join(self._shown)
 
-    def take(self, token, favourite=None, valid=0, floats=()):
+    def take(self, token: int, favourite: Optional[int] = None, valid: int = 0, floats: Sequence[float] = ()) -> None:
         """Take a token; nothing where the answer has ended.
 
         Args:
@@ -55,7 +62,7 @@ class Answer:
         if self.finish_reason is not None:
             return
         self.tokens.append(token)
-        if self.settings.records:
+        if self.options.records:
             texts = [self._stream.peek(one) for one in (token, favourite)]
             self.records.append(TokenRecord(token, favourite, valid, *floats, *texts))
         if token in self._ends:
@@ -63,7 +70,7 @@ class Answer:
             self._finish("stop")
             return
         self._grow(self._stream.push(token))
-        if len(self.tokens) >= self.settings.budget:
+        if len(self.tokens) >= self.options.max_new_tokens:
             self._grow(self._stream.flush())
             self._finish("length")
             return
@@ -73,7 +80,13 @@ class Answer:
         else:
             self._show(least)
 
-    def news(self):
+    def end(self, reason: str) -> None:
+        """End it as it is, with this finish_reason; nothing where it has ended."""
+        if self.finish_reason is None:
+            self._grow(self._stream.flush() if self.tokens else "")
+            self._finish(reason)
+
+    def news(self) -> Tuple[str, Tuple[int, ...], Tuple[TokenRecord, ...]]:
         """(text, tokens, records) that became certain since the last call."""
         parts, kept = self._taken
         match = self._search()[0] if self.finish_reason is None and self._held else None
@@ -81,12 +94,12 @@ class Answer:
         self._taken = len(self._shown), end
         return "".join(self._shown[parts:]), tuple(self.tokens[kept:end]), tuple(self.records[kept:end])
 
-    def completion(self, prompt_tokens, adapter, reason=None):
-        """The :class:`Completion`; ``reason``: why it ended, where that is not in the answer itself."""
-        return Completion(self.text, tuple(self.tokens), prompt_tokens, self.finish_reason or reason, adapter,
+    def completion(self, prompt_tokens: int, adapter: Optional[str]) -> Completion:
+        """The :class:`Completion` of an answer that ended."""
+        return Completion(self.text, tuple(self.tokens), prompt_tokens, self.finish_reason or "", adapter,
                           tuple(self.records))
 
-    def _grow(self, text):
+    def _grow(self, text: str) -> None:
         self._held += text
         self._length += len(text)
         if len(self._reached) < len(self.tokens):
@@ -94,13 +107,13 @@ class Answer:
         elif self._reached:
             self._reached[-1] = self._length
 
-    def _show(self, count):
+    def _show(self, count: int) -> None:
         """Make the first characters of the held text certain."""
         if count:
             self._shown.append(self._held[:count])
             self._held = self._held[count:]
 
-    def _finish(self, reason):
+    def _finish(self, reason: str) -> None:
         """End it; a stop string in the held text comes first."""
         match = self._search()[0]
         if match is not None:
@@ -111,7 +124,7 @@ class Answer:
         self._show(len(self._held))
         self.finish_reason = reason
 
-    def _token_at(self, place):
+    def _token_at(self, place: int) -> int:
         """How many tokens reach a place of the held text."""
         wanted = self._length - len(self._held) + place
         count = len(self._reached)
@@ -119,11 +132,11 @@ class Answer:
             count -= 1
         return count
 
-    def _search(self):
+    def _search(self) -> Tuple[Optional[Tuple[int, int]], int]:
         """((begin, end) of the stop string that begins first, or None; where the first one may be beginning) in the
         held text. Of those that begin together the shortest counts."""
         held, match, least = self._held, None, len(self._held)
-        for stop in self.settings.stop:
+        for stop in self.options.stop:
             at = held.find(stop)
             if at >= 0 and (match is None or (at, at + len(stop)) < match):
                 match = at, at + len(stop)
@@ -134,7 +147,7 @@ class Answer:
         return match, least
 
 
-def spelled_ids(tokenizer, stop):
+def spelled_ids(tokenizer: Any, stop: Sequence[str]) -> FrozenSet[int]:
     """The ids of special and added tokens that a stop string spells: text leaves special tokens out, so that the string
     alone would never be met."""
     backend = getattr(tokenizer, "backend", None)

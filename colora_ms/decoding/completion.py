@@ -1,6 +1,9 @@
 """What a finished request returns."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import Optional, Tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class TokenRecord:
     favourite_text: str = ""
 
     @property
-    def changed(self):
+    def changed(self) -> bool:
         """Whether another token than the expert's favourite was chosen."""
         return self.token != self.favourite
 
@@ -51,19 +54,19 @@ class Completion:
     """
 
     text: str
-    tokens: tuple
+    tokens: Tuple[int, ...]
     prompt_tokens: int
     finish_reason: str
-    adapter: str = None
-    records: tuple = ()
+    adapter: Optional[str] = None
+    records: Tuple[TokenRecord, ...] = ()
 
     @property
-    def changed_share(self):
+    def changed_share(self) -> float:
         """Share of the tokens where the contrast chose another token than the expert's favourite."""
         return sum(r.changed for r in self.records) / len(self.records) if self.records else 0.0
 
 
-def changes(completion):
+def changes(completion: Completion) -> str:
     """The tokens where another one than the expert's favourite was chosen, a line each."""
     changed = [(i, r) for i, r in enumerate(completion.records) if r.changed]
     lines = [f"  the contrast changed {len(changed)} of {len(completion.records)} tokens"]

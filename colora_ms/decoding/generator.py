@@ -1,16 +1,21 @@
 """Text in, text out: ``Generator`` plans requests into batches, runs the graphs and decodes their ids."""
 
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+
 import numpy as np
 
 import mindspore as ms
 from mindspore import Tensor
 
 from colora_ms import runtime
-from colora_ms.decoding.answer import Answer
-from colora_ms.decoding.contrast import operands
+from colora_ms.decoding.batch import Batch
+from colora_ms.decoding.completion import Completion
 from colora_ms.decoding.loop import ContinueLoop, GenerationLoop
-from colora_ms.decoding.prompt import check_ids, encode_prompt, ending_ids
-from colora_ms.decoding.settings import check_settings, check_stop, check_stop_ids
+from colora_ms.decoding.options import PER_PROMPT, Options
+from colora_ms.decoding.prompt import encode_prompt, ending_ids
+from colora_ms.decoding.request import Limits, Request, Running
 from colora_ms.decoding.values import shown
 from colora_ms.errors import DecodingError
 from colora_ms.models.cache import KeyValueCache
@@ -18,30 +23,14 @@ from colora_ms.models.cache import KeyValueCache
 _BUCKETS = sorted({n * 2**k for n in (4, 6) for k in range(2, 14)})
 
 
-def bucket(size, smallest=16):
+def bucket(size: int, smallest: int = 16) -> int:
     """The smallest static size that holds ``size``: 16, 24, 32, 48, 64, 96, ..."""
     return next(b for b in _BUCKETS if b >= max(size, smallest))
 
 
-def row_bucket(rows):
+def row_bucket(rows: int) -> int:
     """The smallest static number of rows that holds ``rows``: a power of two."""
     return 1 << max(rows - 1, 0).bit_length()
-
-
-class Request:
-    """One prompt with its settings and its slot, and the answer so far."""
-
-    def __init__(self, ids, adapter, slot, settings, answer):
-        self.ids = ids
-        self.adapter = adapter
-        self.slot = slot
-        self.settings = settings
-        self.answer = answer
-
-    @property
-    def left(self):
-        """Tokens that the answer may still take."""
-        return self.settings.budget - len(self.answer.tokens)
 
 
 class Generator:
@@ -56,7 +45,8 @@ class Generator:
         cache_dtype: ``mindspore.float32`` or ``mindspore.bfloat16`` for keys and values.
     """
 
-    def __init__(self, decoder, tokenizer, adapters=None, max_rows=16, chunk=16, cache_dtype=ms.float32):
+    def __init__(self, decoder: Any, tokenizer: Any, adapters: Any = None, max_rows: int = 16, chunk: int = 16,
+                 cache_dtype: Any = ms.float32) -> None:
         if max_rows < 2:
             raise DecodingError(f"max_rows={max_rows} leaves no room for a contrastive request, which takes two rows")
         runtime.configure()
@@ -66,21 +56,22 @@ class Generator:
         self.max_rows = max_rows
         self.chunk = chunk
         self.cache_dtype = cache_dtype
-        self.cache = None
-        self._first = self._later = None
+        self.cache: Any = None
+        self._first: Any = None
+        self._later: Any = None
         #: Graphs of the decoders that leave the graph at every token; see ``colora_ms.decoding.stepwise``.
         self.steppers = {}
         decoder.set_train(False)
 
     @classmethod
-    def from_pretrained(cls, model="smollm2-135m", adapters=None, weight_format="float32", adapter_format="float32",
-                        **options):
+    def from_pretrained(cls, model: str = "smollm2-135m", adapters: Optional[Dict[str, Any]] = None,
+                        weight_format: str = "float32", adapter_format: str = "float32", **options: Any) -> Generator:
         """Load a model, its tokenizer and named adapters.
 
         Args:
             model: a known name or the path of a folder or file (see ``colora_ms.models.load_model``).
-            adapters: mapping of adapter names to PEFT folders, or None. Where one brings tokens that the model lacks, the
-                tokenizer in its folder is used.
+            adapters: mapping of adapter names to PEFT folders, or None. Where one brings tokens that the model lacks,
+                the tokenizer in its folder is used.
             weight_format: "float32", "bfloat16", "int8" or "int4".
             adapter_format: "float32" or "bfloat16", see :func:`colora_ms.adapters.inject`.
             options: passed to the constructor.
@@ -96,112 +87,107 @@ class Generator:
         return cls(decoder, tokenizer, handle, **options)
 
     @property
-    def max_length(self):
+    def max_length(self) -> int:
         """Tokens that a prompt and its answer may have together."""
         return min(self.decoder.max_positions, self.decoder.config.max_position_embeddings)
 
     @property
-    def eos_token_ids(self):
+    def eos_token_ids(self) -> Tuple[int, ...]:
         """Ids that end an answer: the model config's and the tokenizer's."""
         return ending_ids(self.decoder, self.tokenizer)
 
-    def generate(self, prompts, adapter=None, contrast=None, sampling=None, max_new_tokens=64, stop=(), records=False,
-                 ignore_eos=False, on_text=None, stop_token_ids=()):
+    def generate(self, prompts: Any, adapter: Any = None, on_text: Optional[Callable[[int, str], None]] = None,
+                 **options: Any) -> List[Completion]:
         """Answer prompts.
 
         Args:
             prompts: one prompt or a list; a prompt is a string, a list of token ids, or a list of chat messages
                 (``{"role": …, "content": …}``), which go through the tokenizer's chat template.
             adapter: name of the adapter, None for the base model, or a list with one entry a prompt.
-            contrast: :class:`Contrast`, None for the expert alone, or a list with one entry a prompt.
-            sampling: :class:`Sampling`, None for greedy, or a list with one entry a prompt.
-            max_new_tokens: tokens an answer may have, or a list with one number a prompt.
-            stop: a string, or strings, that end an answer; it is cut before them. One that spells a special token ends
-                it at that token.
-            records: whether each completion carries a :class:`TokenRecord` a token.
-            ignore_eos: go on after an end-of-sequence token (for benchmarks).
             on_text: called with (index of the prompt, new text) after every chunk.
-            stop_token_ids: ids that end an answer, beside the end of sequence.
+            options: ``contrast``, ``sampling``, ``max_new_tokens``, ``stop``, ``stop_token_ids``, ``seed``,
+                ``records``, ``ignore_eos``: the attributes of :class:`colora_ms.decoding.options.Options`. The first
+                three may be a list with one entry a prompt.
 
         Returns:
             list of :class:`Completion`, in the order of the prompts.
 
         Raises:
-            DecodingError: empty prompt, prompt longer than the context, unknown adapter, contrast without an adapter.
+            DecodingError: empty prompt, prompt longer than the context, contrast without an adapter, an option that
+                cannot be used.
+            AdapterError: unknown adapter, or one that makes the logits of a prompt infinite or not a number.
+            CheckpointError: so do the base model's weights.
         """
-        stop, stop_token_ids = check_stop(stop), check_stop_ids(stop_token_ids, self.decoder.config.vocab_size)
         eos = self.eos_token_ids
-        requests = self._requests(prompts, adapter, contrast, sampling, max_new_tokens, eos,
-                                  dict(stop=stop, stop_token_ids=stop_token_ids, records=records, ignore_eos=ignore_eos))
-        eos = () if ignore_eos else eos
-        watched = bool(stop or stop_token_ids) or on_text is not None
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
+        requests = self._requests(prompts, adapter, options, eos)
+        ending = () if options.get("ignore_eos") else eos
+        watched = on_text is not None or any(one.request.options.stop or one.request.options.stop_token_ids
+                                             for one in requests)
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].request.ids))
         for batch in self._batches([(i, requests[i]) for i in order]):
             try:
-                self._run(batch, eos, watched, on_text)
+                self._run(batch, ending, watched, on_text)
             except RuntimeError:
                 # MindSpore does not run a graph again after one of its operators has failed.
                 self._first = self._later = self.cache = None
                 raise
-        return [r.answer.completion(len(r.ids), r.adapter) for r in requests]
+        return [one.answer.completion(len(one.request.ids), one.request.adapter) for one in requests]
 
-    def _requests(self, prompts, adapter, contrast, sampling, max_new_tokens, eos, shared):
+    def _requests(self, prompts: Any, adapter: Any, options: Dict[str, Any], eos: Iterable[int]) -> List[Running]:
         if not hasattr(prompts, "__len__") or isinstance(prompts, (bytes, dict)):
             raise DecodingError(f"prompts={shown(prompts)} is neither a prompt nor a list of prompts")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, dict)))
         prompts = [prompts] if single else list(prompts)
+        columns = {"adapter": adapter, **{name: value for name, value in options.items() if name in PER_PROMPT}}
+        for name, value in columns.items():
+            columns[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(prompts)
+            if len(columns[name]) != len(prompts):
+                raise DecodingError(f"{name} has {len(columns[name])} entries for {len(prompts)} prompts")
+        if not prompts:  # the options are checked all the same
+            Options.asked(engine=False, **{name: value for name, value in options.items() if name not in PER_PROMPT})
+        return [self._request(place, prompt, {**options, **{name: one[place] for name, one in columns.items()}}, eos)
+                for place, prompt in enumerate(prompts)]
 
-        def spread(name, value):
-            values = list(value) if isinstance(value, (list, tuple)) else [value] * len(prompts)
-            if len(values) != len(prompts):
-                raise DecodingError(f"{name} has {len(values)} entries for {len(prompts)} prompts")
-            return values
-
-        settings = zip(prompts, spread("adapter", adapter), spread("contrast", contrast), spread("sampling", sampling),
-                       spread("max_new_tokens", max_new_tokens))
-        return [self._request(i, *setting, eos, shared) for i, setting in enumerate(settings)]
-
-    def _request(self, index, prompt, adapter, contrast, sampling, budget, eos, shared):
-        ids = self.encode(prompt)
-        check_ids(ids, self.decoder.config.vocab_size, f"prompt {index}")
-        if len(ids) + 1 > self.max_length:
-            raise DecodingError(f"prompt {index} has {len(ids)} tokens; the context holds {self.max_length}, and at least "
-                                "one is needed for the answer")
+    def _request(self, index: int, prompt: Any, wanted: Dict[str, Any], eos: Iterable[int]) -> Running:
+        adapter = wanted.pop("adapter")
+        options = Options.asked(engine=False, **wanted)
         merged = getattr(self.adapters, "merged", None)
-        if merged is not None and (contrast is not None or adapter != merged):
-            raise DecodingError(f"adapter {merged!r} is merged into the base weights, so neither the base model, another "
-                                "adapter nor a contrast can be decoded now; call unmerge() first")
+        if merged is not None and (options.contrast is not None or adapter != merged):
+            raise DecodingError(f"adapter {merged!r} is merged into the base weights, so neither the base model, "
+                                "another adapter nor a contrast can be decoded now; call unmerge() first")
         changed = getattr(self.adapters, "changed_base", None)
-        if changed is not None and (contrast is not None or adapter is None):
-            raise DecodingError(f"adapter {changed!r} started from the base weights and changed them, so the base model "
-                                "cannot be decoded now; save it with as_lora=True and load that into an untouched model")
-        settings = check_settings(adapter, contrast, sampling, budget, **shared).within(self.max_length - len(ids))
-        answer = Answer(self.tokenizer, ids, settings, eos)
-        return Request(ids, adapter, self._slot(adapter), settings, answer)
+        if changed is not None and (options.contrast is not None or adapter is None):
+            raise DecodingError(f"adapter {changed!r} started from the base weights and changed them, so the base "
+                                "model cannot be decoded now; save it with as_lora=True and load that into an "
+                                "untouched model")
+        limits = Limits(self.decoder.config.vocab_size, self.max_length)
+        request = Request.of(self.tokenizer, prompt, adapter, options, limits, f"prompt {index}")
+        return Running(request, self.tokenizer, eos, [self._slot(row.adapter) for row in request.rows])
 
-    def _slot(self, adapter):
+    def _slot(self, adapter: Optional[str]) -> int:
         if adapter is None or adapter == getattr(self.adapters, "merged", None):
             return -1
         if self.adapters is None:
             raise DecodingError(f"adapter {adapter!r} was asked for, but this generator has no adapters")
         return self.adapters.slot(adapter)
 
-    def encode(self, prompt):
+    def encode(self, prompt: Any) -> List[int]:
         """Token ids of a prompt: a string, ids, or chat messages."""
         return encode_prompt(self.tokenizer, prompt)
 
-    def _batches(self, indexed):
-        batch, rows = [], 0
-        for index, request in indexed:
-            if batch and rows + request.settings.rows > self.max_rows:
+    def _batches(self, indexed: List[Tuple[int, Running]]) -> Iterator[List[Tuple[int, Running]]]:
+        batch: List[Tuple[int, Running]] = []
+        rows = 0
+        for index, one in indexed:
+            if batch and rows + len(one.request.rows) > self.max_rows:
                 yield batch
                 batch, rows = [], 0
-            batch.append((index, request))
-            rows += request.settings.rows
+            batch.append((index, one))
+            rows += len(one.request.rows)
         if batch:
             yield batch
 
-    def _reserve(self, rows, length):
+    def _reserve(self, rows: int, length: int) -> None:
         """A cache of at least this size; a larger one replaces the present one and its graphs."""
         if self.cache is not None and self.cache.rows >= rows and self.cache.max_length >= length:
             return
@@ -213,95 +199,38 @@ class Generator:
         self._first = GenerationLoop(self.decoder, self.cache).set_train(False)
         self._later = ContinueLoop(self.decoder, self.cache).set_train(False)
 
-    def _run(self, batch, eos, watched, on_text):
-        requests = [request for _, request in batch]
-        plan = _Plan(requests, eos)
-        self._reserve(plan.rows, max(len(r.ids) + r.settings.budget for r in requests))
-        longest = max(r.settings.budget for r in requests)
-        capacity = self.chunk if watched else bucket(longest)
-        prompt = plan.prompt(self.cache.max_length)
+    def _run(self, indexed: List[Tuple[int, Running]], eos: Iterable[int], watched: bool, on_text: Any) -> None:
+        requests = [one for _, one in indexed]
+        size = row_bucket(len(requests))
+        behind = sum(len(one.request.rows) - 1 for one in requests)
+        rows = size + (row_bucket(behind) if behind else 0)
+        self._reserve(rows, max(len(one.request.ids) + one.left for one in requests))
+        batch = Batch(requests, size, rows, size, eos)
+        capacity = self.chunk if watched else bucket(max(one.left for one in requests))
+        width = min(bucket(max(len(one.request.ids) for one in requests)), self.cache.max_length)
+        prompt = batch.prompts(width)
         (ints, floats), (later_ints, later_floats, counts, state) = runtime.run(
-            self._first, *prompt, *plan.layout, *plan.options(), plan.uniforms(0, 1 + capacity), plan.eos,
+            self._first, *prompt, *batch.layout, *batch.options(), batch.uniforms(1 + capacity), batch.eos,
             Tensor(1 + capacity, ms.int32))
-        plan.take(ints.asnumpy()[None], floats.asnumpy()[None], np.ones(len(requests), np.int32))
-        plan.take(later_ints.asnumpy(), later_floats.asnumpy(), counts.asnumpy())
-        active = self._going(batch, state[2].asnumpy(), on_text)
-        done = 1 + capacity
-        while active.any():
-            state = (state[0], state[1], plan.pad_bool(active))
+        _take(requests, ints.asnumpy()[None], floats.asnumpy()[None], np.ones(size, np.int32))
+        _take(requests, later_ints.asnumpy(), later_floats.asnumpy(), counts.asnumpy())
+        while (active := self._going(indexed, state[2].asnumpy(), on_text)).any():
+            state = (state[0], state[1], batch.array(active.tolist(), False, bool))
             ints, floats, counts, state = runtime.run(
-                self._later, *state, *plan.layout, *plan.options(), plan.uniforms(done, capacity), plan.eos,
+                self._later, *state, *batch.layout, *batch.options(), batch.uniforms(capacity), batch.eos,
                 Tensor(capacity, ms.int32), *prompt)
-            plan.take(ints.asnumpy(), floats.asnumpy(), counts.asnumpy())
-            active = self._going(batch, state[2].asnumpy(), on_text)
-            done += capacity
+            _take(requests, ints.asnumpy(), floats.asnumpy(), counts.asnumpy())
 
-    def _going(self, batch, active, on_text):
+    def _going(self, indexed: List[Tuple[int, Running]], active: np.ndarray, on_text: Any) -> np.ndarray:
         """Report new text; returns which requests go on."""
-        for index, request in batch if on_text is not None else ():
-            text = request.answer.news()[0]
+        for index, one in indexed if on_text is not None else ():
+            text = one.answer.news()[0]
             if text:
                 on_text(index, text)
-        return np.array([request.answer.finish_reason is None for _, request in batch]) & active[:len(batch)].astype(bool)
+        return np.array([one.answer.finish_reason is None for _, one in indexed]) & active[:len(indexed)].astype(bool)
 
 
-class _Plan:
-    """The tensors of one batch, padded to its bucket, and the way back to its requests."""
-
-    def __init__(self, requests, eos):
-        self.requests = requests
-        self.size = row_bucket(len(requests))
-        contrastive = [i for i, r in enumerate(requests) if r.settings.contrast is not None]
-        self.rows = self.size + (row_bucket(len(contrastive)) if contrastive else 0)
-        row_request = np.zeros(self.rows, np.int32)
-        slots = np.full(self.rows, -1, np.int32)
-        expert = np.arange(self.size, dtype=np.int32)
-        amateur = np.full(self.size, -1, np.int32)
-        row_request[:self.size] = expert
-        for i, r in enumerate(requests):
-            slots[i] = r.slot
-        # Amateur rows stand behind all expert rows; rows that only fill the bucket belong to a request of length 0.
-        row_request[self.size:] = self.size - 1 if len(requests) < self.size else 0
-        for k, i in enumerate(contrastive):
-            amateur[i] = self.size + k
-            row_request[self.size + k] = i
-        cache_rows = np.arange(self.rows, dtype=np.int32)
-        self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows))
-        self._options = operands([(r.settings.contrast, r.settings.sampling) for r in requests], self.size)
-        self._options.put(slice(None), "expert_rows", expert)
-        self._options.put(slice(None), "amateur_rows", amateur)
-        # -1 is no token id: it stands for "no end of sequence".
-        self.eos = Tensor(np.array(sorted(eos) or [-1], np.int32))
-
-    def _array(self, value, filler, dtype):
-        return np.array([value(r) for r in self.requests] + [filler] * (self.size - len(self.requests)), dtype)
-
-    def prompt(self, limit):
-        """(ids (requests, bucket) int32, lengths (requests,) int32)."""
-        width = min(bucket(max(len(r.ids) for r in self.requests)), limit)
-        ids = np.zeros((self.size, width), np.int32)
-        for i, r in enumerate(self.requests):
-            ids[i, :len(r.ids)] = r.ids
-        return Tensor(ids), Tensor(self._array(lambda r: len(r.ids), 0, np.int32))
-
-    def options(self):
-        """The requests' options as they are now: whole (requests, columns) int32 and real (requests, columns) float32."""
-        self._options.put(slice(None), "budget", self._array(lambda r: r.left, 0, np.int32))
-        return Tensor(self._options.whole), Tensor(self._options.real)
-
-    def uniforms(self, skip, count):
-        """(requests, count) float32: the random numbers of the next tokens; zeros for greedy requests."""
-        values = np.zeros((self.size, count), np.float32)
-        for i, r in enumerate(self.requests):
-            if not r.settings.sampling.greedy:
-                values[i] = r.settings.sampling.uniforms(count, skip)
-        return Tensor(values)
-
-    def pad_bool(self, flags):
-        return Tensor(np.concatenate([flags, np.zeros(self.size - len(flags), bool)]))
-
-    def take(self, ints, floats, counts):
-        """Give the first ``counts[i]`` steps of (steps, requests, 3 or 4) arrays to the answers."""
-        for i, request in enumerate(self.requests):
-            for step in range(int(counts[i])):
-                request.answer.take(*ints[step, i].tolist(), floats[step, i].tolist())
+def _take(requests: Sequence[Running], ints: np.ndarray, floats: np.ndarray, counts: np.ndarray) -> None:
+    """Give the first ``counts[i]`` steps of (steps, requests, 3 or 4) arrays to the requests."""
+    for place, one in enumerate(requests):
+        one.take(ints[:, place], floats[:, place], int(counts[place]))

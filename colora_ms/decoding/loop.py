@@ -15,12 +15,14 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from colora_ms.decoding.finite import finite_rows
 from colora_ms.kernels import bind, contrast_strength, contrastive_select, decode_steps
 from colora_ms.kernels.options import COLUMN, replaced
 from colora_ms.models.cache import KeyValueCache
 from colora_ms.models.decoder import Decoder
 
-_EXPERT, _BUDGET, _BETA = COLUMN["expert_rows"], COLUMN["budget"], COLUMN["beta"]
+_EXPERT, _AMATEUR, _BUDGET = COLUMN["expert_rows"], COLUMN["amateur_rows"], COLUMN["budget"]
+_BETA = COLUMN["beta"]
 
 
 class _Loop(nn.Cell):
@@ -32,8 +34,8 @@ class _Loop(nn.Cell):
         self.decoder = decoder
         self.cache = cache
         self.one = Tensor(1, ms.int32)
-        #: 1: logits that are not finite end their request, 0: they are an error.
-        self.forgiving = Tensor([0], ms.int32)
+        #: 1: logits that are not finite end their request (``decoding.finite``), 0: they are an error.
+        self.forgiving = Tensor([1], ms.int32)
         self.fused = decoder.fused
 
     def set_train(self, mode: bool = True) -> _Loop:
@@ -54,13 +56,11 @@ class _Loop(nn.Cell):
         Returns:
             (ints (requests, 3), floats (requests, 4)) of ``kernels.contrastive_select``.
         """
-        return self.choose(logits, options, uniform, active, adapt, previous)
-
-    def choose(self, logits, options, uniform, active, adapt, previous):
-        """:meth:`select` where every logit is finite."""
         whole, real = options
         prompt, lengths = adapt[:2]
-        whole = replaced(whole, _EXPERT, ops.where(active, whole[:, _EXPERT], -self.one))  # (requests, columns)
+        rows = ops.where(active, whole[:, _EXPERT], -self.one)  # (requests,)
+        rows = finite_rows(logits, rows, whole[:, _AMATEUR], real[:, _BETA])
+        whole = replaced(whole, _EXPERT, rows)  # (requests, columns)
         beta = contrast_strength(logits, whole, real, previous, prompt, lengths)  # (requests,)
         return contrastive_select(logits, whole, replaced(real, _BETA, beta), uniform)
 
@@ -120,7 +120,7 @@ class _Loop(nn.Cell):
             start = ops.gather(position, row_request, 0)
             logits = self.decoder.step(ids, slots, self.cache, cache_rows, start, length)  # (rows, vocab)
             uniform = ops.gather(uniforms, step, 1)  # (requests,)
-            new_ints, new_floats = self.select(logits, options, uniform, active, adapt, token)
+            new_ints, new_floats = self.select(logits, options, uniform, active, adapt, self.previous(token, adapt))
             here = ops.equal(index, step)
             ints = ops.where(here, new_ints.expand_dims(0), ints)  # (capacity, requests, 3)
             floats = ops.where(here, new_floats.expand_dims(0), floats)  # (capacity, requests, 4)

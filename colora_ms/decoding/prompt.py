@@ -1,11 +1,15 @@
 """Between text and ids: what the batch decoder and the serving engine share."""
 
+from __future__ import annotations
+
+from typing import Any, List, Sequence, Tuple
+
 from colora_ms.decoding.values import is_whole, sequence, shown
 from colora_ms.errors import DecodingError
 from colora_ms.models.turn_ends import turn_ends
 
 
-def encode_prompt(tokenizer, prompt):
+def encode_prompt(tokenizer: Any, prompt: Any) -> List[int]:
     """Token ids of a prompt: a string, token ids, or chat messages (``{"role": …, "content": …}``).
 
     An empty one is the begin token alone, where the tokenizer has one.
@@ -29,7 +33,7 @@ def encode_prompt(tokenizer, prompt):
     return tokenizer.encode(prompt) if isinstance(prompt, str) else [int(one) for one in prompt]
 
 
-def check_ids(ids, vocabulary, name):
+def check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
     """Refuse a prompt (called ``name`` in the message) without tokens, or with ids outside the vocabulary.
 
     Raises:
@@ -42,6 +46,6 @@ def check_ids(ids, vocabulary, name):
         raise DecodingError(f"{name} holds token id {shown(bad[0])}, outside the vocabulary 0..{vocabulary - 1}")
 
 
-def ending_ids(decoder, tokenizer):
+def ending_ids(decoder: Any, tokenizer: Any) -> Tuple[int, ...]:
     """Ids that end an answer, see :func:`colora_ms.models.turn_ends.turn_ends`."""
     return tuple(end.id for end in turn_ends(decoder.config, tokenizer))

@@ -1,8 +1,12 @@
 """Decoders that leave the graph at every token: the naive two-forward contrast and beam search.
 
-The naive contrast is what CoLD argues against (two separate evaluations a token, arXiv 2505.14620, abstract). It is kept
-as the checked baseline: it must produce the same tokens as the one-graph loop.
+The naive contrast is what CoLD argues against (two separate evaluations a token, arXiv 2505.14620, abstract). It is
+kept as the checked baseline: it must produce the same tokens as the one-graph loop.
 """
+
+from __future__ import annotations
+
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 
@@ -11,6 +15,7 @@ from mindspore import Tensor, nn, ops
 from colora_ms import runtime
 from colora_ms.decoding.contrast import contrast_strength, contrastive_scores
 from colora_ms.decoding.generator import bucket
+from colora_ms.decoding.options import Contrast
 from colora_ms.errors import DecodingError
 from colora_ms.models.cache import KeyValueCache
 
@@ -18,23 +23,23 @@ from colora_ms.models.cache import KeyValueCache
 class StepGraph(nn.Cell):
     """One call of ``Decoder.step`` as a graph of its own."""
 
-    def __init__(self, decoder, cache):
+    def __init__(self, decoder: Any, cache: Any) -> None:
         super().__init__()
         self.decoder = decoder
         self.cache = cache
 
-    def construct(self, ids, slots, cache_rows, start, length):
+    def construct(self, ids: Tensor, slots: Tensor, cache_rows: Tensor, start: Tensor, length: Tensor) -> Tensor:
         return self.decoder.step(ids, slots, self.cache, cache_rows, start, length)
 
 
 class ReorderCache(nn.Cell):
     """Row r of the cache becomes a copy of row parents[r]; beams do this after every step."""
 
-    def __init__(self, cache):
+    def __init__(self, cache: Any) -> None:
         super().__init__()
         self.cache = cache
 
-    def construct(self, parents):
+    def construct(self, parents: Tensor) -> Tensor:
         """parents: (rows,) int32."""
         done = parents[0]
         for tensor in self.cache.keys + self.cache.values:
@@ -45,7 +50,7 @@ class ReorderCache(nn.Cell):
 class _Stepper:
     """A decoder with a cache of its own, fed token by token from Python."""
 
-    def __init__(self, decoder, rows, length):
+    def __init__(self, decoder: Any, rows: int, length: int) -> None:
         runtime.configure()
         decoder.set_train(False)
         self.rows = rows
@@ -55,29 +60,29 @@ class _Stepper:
         self.cache_rows = Tensor(np.arange(rows, dtype=np.int32))
         self.slots = None
 
-    def use(self, slot):
+    def use(self, slot: int) -> _Stepper:
         """Start anew with this adapter slot in all rows; returns the stepper."""
         self.slots = Tensor(np.full(self.rows, slot, np.int32))
         return self
 
-    def prefill(self, ids):
+    def prefill(self, ids: List[int]) -> np.ndarray:
         """ids: a list of prompt ids, the same for all rows -> logits (rows, vocab) after the last one."""
         width = min(bucket(len(ids)), self.cache.max_length)
         padded = np.zeros((self.rows, width), np.int32)
         padded[:, :len(ids)] = ids
         return self._call(padded, 0, len(ids))
 
-    def step(self, tokens, position):
+    def step(self, tokens: List[int], position: int) -> np.ndarray:
         """tokens: (rows,) ids that stand at ``position`` -> logits (rows, vocab)."""
         return self._call(np.asarray(tokens, np.int32).reshape(self.rows, 1), position, 1)
 
-    def _call(self, ids, start, length):
+    def _call(self, ids: np.ndarray, start: int, length: int) -> np.ndarray:
         full = np.full(self.rows, 1, np.int32)
         return runtime.run(self.graph, Tensor(ids), self.slots, self.cache_rows, Tensor(full * start),
                            Tensor(full * length)).asnumpy()
 
 
-def _steppers(generator, count, rows, tokens):
+def _steppers(generator: Any, count: int, rows: int, tokens: int) -> List[_Stepper]:
     """``count`` steppers with room for ``tokens``; the generator keeps them, since each one is a compiled graph."""
     length = min(max(128, 1 << (tokens - 1).bit_length()), generator.max_length)
     kept = generator.steppers.setdefault((rows, length), [])
@@ -86,7 +91,8 @@ def _steppers(generator, count, rows, tokens):
     return kept[:count]
 
 
-def naive_contrastive(generator, prompt, adapter, contrast, max_new_tokens=64, ignore_eos=False):
+def naive_contrastive(generator: Any, prompt: Any, adapter: str, contrast: Contrast, max_new_tokens: int = 64,
+                      ignore_eos: bool = False) -> List[int]:
     """Greedy CoLD with two forwards a token, one for the expert and one for the amateur, contrasted in NumPy.
 
     Args:
@@ -119,7 +125,8 @@ def naive_contrastive(generator, prompt, adapter, contrast, max_new_tokens=64, i
         amateur_logits = amateur.step(tokens[-1:], position)
 
 
-def beam_search(generator, prompt, adapter=None, beams=4, max_new_tokens=64, length_penalty=1.0):
+def beam_search(generator: Any, prompt: Any, adapter: Optional[str] = None, beams: int = 4, max_new_tokens: int = 64,
+                length_penalty: float = 1.0) -> Tuple[List[int], float]:
     """Beam search on the adapter alone.
 
     Args:
@@ -174,7 +181,7 @@ def beam_search(generator, prompt, adapter=None, beams=4, max_new_tokens=64, len
     return tokens, float(score)
 
 
-def _log_softmax(logits):
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -4,11 +4,16 @@ Pure Python on the config's shapes, so that a plan for any model can be checked 
 Design space and findings: Moar, Tahmasebi, Pellauer, Kwon, arXiv 2405.06626.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from colora_ms.decomposition.tucker import METHODS
 from colora_ms.errors import ConfigError, near
+from colora_ms.models.config import DecoderConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -31,12 +36,12 @@ class Piece:
     method: str = "svd"
 
     @property
-    def parameters(self):
+    def parameters(self) -> int:
         """Weights of the factors; also the multiplications of one token."""
         return factor_parameters(*self.shape, self.rank, self.factors)
 
     @property
-    def saved(self):
+    def saved(self) -> int:
         """Weights that the matrix has more than its factors (negative past break-even)."""
         return math.prod(self.shape) - self.parameters
 
@@ -96,7 +101,7 @@ class LrdPlan:
                 for name in self.tensors if name not in GROUPS["all"]]
 
     @classmethod
-    def from_dict(cls, values, where="the plan"):
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the plan") -> LrdPlan:
         """A plan from a parsed YAML or JSON mapping; ConfigError for an unknown key."""
         if not isinstance(values, dict):
             raise ConfigError(f"{where} holds {values!r:.80}, expected a mapping such as {{layers: [9, 16], rank: 1}}")
@@ -110,12 +115,12 @@ class LrdPlan:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The mapping that :meth:`from_dict` reads."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    def resolve(self, shapes):
+    def resolve(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Piece]:
         """The matrices that the plan means, with all checks.
 
         Args:
@@ -159,22 +164,22 @@ class LrdPlan:
         absent = [] if self.layers == "all" else sorted(set(self.layers) - set(have))
         if not absent:
             return []
-        return [f"layers has {', '.join(map(str, absent[:5]))}{' and more' if absent[5:] else ''}, but the model has the "
-                f"blocks {have[0]} to {have[-1]}" if have else "the model has no numbered blocks"]
+        return [f"layers has {', '.join(map(str, absent[:5]))}{' and more' if absent[5:] else ''}, but the model has "
+                f"the blocks {have[0]} to {have[-1]}" if have else "the model has no numbered blocks"]
 
 
-def linear_shapes(config):
-    """{module name: (out, in)} of the linears in the blocks of a DecoderConfig; embedding and head are never touched."""
+def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """{module name: (out, in)} of the linears in the blocks of a config; embedding and head are never touched."""
     return {name[:-len(".weight")]: tuple(shape) for name, shape in config.parameter_shapes().items()
             if name.startswith("model.layers.") and name.endswith("_proj.weight")}
 
 
-def factor_parameters(out, inner, rank, factors=3):
+def factor_parameters(out: int, inner: int, rank: int, factors: int = 3) -> int:
     """Weights of the factors of an (out, in) matrix: r * (out + in + r), with two factors r * (out + in)."""
     return rank * (out + inner + (rank if factors == 3 else 0))
 
 
-def break_even(out, inner, factors=3):
+def break_even(out: int, inner: int, factors: int = 3) -> int:
     """The largest rank whose factors have no more weights than the (out, in) matrix itself."""
     if factors == 2:
         return out * inner // (out + inner)
@@ -182,12 +187,12 @@ def break_even(out, inner, factors=3):
     return (math.isqrt(total * total + 4 * out * inner) - total) // 2
 
 
-def reduction(config, pieces):
+def reduction(config: DecoderConfig, pieces: Mapping[str, Piece]) -> float:
     """Share of all the model's parameters that the pieces remove (a tied head counts once)."""
     return sum(piece.saved for piece in pieces.values()) / config.parameter_count()
 
 
-def place(layers, count, placement):
+def place(layers: int, count: int, placement: str) -> tuple[int, ...]:
     """Numbers of ``count`` blocks of a model with ``layers`` of them.
 
     "early" takes the first ones, "late" the last, "middle" neighbours around the middle; "spread" keeps them apart and
@@ -214,7 +219,8 @@ def place(layers, count, placement):
     return tuple(round(first + (last - first) * i / (count - 1)) for i in range(count))
 
 
-def plan_for(config, share, placement="spread", tensors="all", factors=3):
+def plan_for(config: DecoderConfig, share: float, placement: str = "spread", tensors: Any = "all",
+             factors: int = 3) -> LrdPlan:
     """The plan that removes a given share of the parameters from few blocks.
 
     As many blocks as rank 1 needs to get there; then the largest rank out of 1 and the multiples of 8 that still does.
@@ -234,8 +240,8 @@ def plan_for(config, share, placement="spread", tensors="all", factors=3):
         if found >= share:
             break
     else:
-        raise ConfigError(f"{share:.1%} fewer parameters are not within reach: {tensors} of all {layers} blocks at rank 1 "
-                          f"are {found:.1%}")
+        raise ConfigError(f"{share:.1%} fewer parameters are not within reach: {tensors} of all {layers} blocks at "
+                          f"rank 1 are {found:.1%}")
     rank = 1
     for candidate in range(8, config.hidden_size + 1, 8):
         trial = LrdPlan(plan.layers, tensors, candidate, factors, force=True)
@@ -249,7 +255,7 @@ def plan_for(config, share, placement="spread", tensors="all", factors=3):
     return LrdPlan(plan.layers, tensors, rank, factors)
 
 
-def preset(name, config):
+def preset(name: str, config: DecoderConfig) -> LrdPlan:
     """The plan of a preset: "lrd-9" removes 9 % of the parameters from blocks apart from each other and from the ends.
 
     For Llama-2-7B that is the paper's point: blocks 9, 16 and 23 at rank 1, 9.006 % fewer parameters.
@@ -267,7 +273,8 @@ def _option_problems(where, options):
     if factors not in (2, 3) or isinstance(factors, bool):
         problems.append(f"{where}factors is {factors!r:.60}, expected 2 or 3")
     if method not in METHODS:
-        problems.append(f"{where}method is {method!r:.60}, expected one of {', '.join(METHODS)}." + near(method, METHODS))
+        problems.append(f"{where}method is {method!r:.60}, expected one of {', '.join(METHODS)}."
+                        + near(method, METHODS))
     return problems
 
 
@@ -298,8 +305,8 @@ def _rank_problems(pieces, force):
     if past:
         path, piece = past[0]
         problems.append(f"rank {piece.rank} is past break-even for {path} of shape {piece.shape}: with {piece.factors} "
-                        f"factors, ranks up to {break_even(*piece.shape, piece.factors)} save weights{_more(past)}; choose "
-                        "a smaller rank, or force it (force=True, --force)")
+                        f"factors, ranks up to {break_even(*piece.shape, piece.factors)} save weights{_more(past)}; "
+                        "choose a smaller rank, or force it (force=True, --force)")
     return problems
 
 

@@ -6,7 +6,11 @@ they get there. HOOI: De Lathauwer, De Moor, Vandewalle, "On the best rank-1 and
 higher-order tensors", SIAM J. Matrix Anal. Appl. 21 (2000); used on weights by arXiv 2405.06626.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 
@@ -25,22 +29,22 @@ class Factors:
     """
 
     inner: np.ndarray
-    core: object
+    core: Optional[np.ndarray]
     outer: np.ndarray
     error: float
 
     @property
-    def product(self):
+    def product(self) -> np.ndarray:
         """The approximation, (out, in)."""
         outer = self.outer if self.core is None else self.outer @ self.core
         return outer @ self.inner
 
-    def folded(self):
+    def folded(self) -> Factors:
         """The same product with two factors: the core goes into ``inner``."""
         return self if self.core is None else Factors(self.core @ self.inner, None, self.outer, self.error)
 
 
-def factorise(weight, rank, factors=3, method="svd"):
+def factorise(weight: np.ndarray, rank: int, factors: int = 3, method: str = "svd") -> Factors:
     """Approximate a matrix by factors of a given rank.
 
     Args:
@@ -63,9 +67,11 @@ def factorise(weight, rank, factors=3, method="svd"):
     if factors not in (2, 3):
         raise ConfigError(f"factors is {factors!r}, expected 2 or 3")
     if not isinstance(rank, (int, np.integer)) or isinstance(rank, bool) or not 1 <= rank <= min(weight.shape):
-        raise ConfigError(f"rank is {rank!r}, expected from 1 to {min(weight.shape)}, the smaller side of {weight.shape}")
+        raise ConfigError(f"rank is {rank!r}, expected from 1 to {min(weight.shape)}, the smaller side of "
+                          f"{weight.shape}")
     if not np.isfinite(weight).all():
-        raise ConfigError(f"the weight of shape {weight.shape} holds values that are not finite, it cannot be decomposed")
+        raise ConfigError(f"the weight of shape {weight.shape} holds values that are not finite, it cannot be "
+                          "decomposed")
     if method == "svd":
         outer, values, inner = np.linalg.svd(weight, full_matrices=False)
         outer, core, inner = outer[:, :rank], np.diag(values[:rank]), inner[:rank]
@@ -80,7 +86,8 @@ def factorise(weight, rank, factors=3, method="svd"):
     return found if factors == 3 else found.folded()
 
 
-def hooi(tensor, ranks, init="svd", iterations=100, tolerance=1e-9, seed=0):
+def hooi(tensor: np.ndarray, ranks: Sequence[int], init: str = "svd", iterations: int = 100, tolerance: float = 1e-9,
+         seed: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
     """Higher-order orthogonal iteration: a small core and a basis for every axis.
 
     The bases are improved in turn: with all others fixed, the best basis of an axis holds the leading left singular
@@ -121,7 +128,7 @@ def hooi(tensor, ranks, init="svd", iterations=100, tolerance=1e-9, seed=0):
     return core, bases
 
 
-def reconstruct(core, bases):
+def reconstruct(core: np.ndarray, bases: Sequence[np.ndarray]) -> np.ndarray:
     """The tensor that a core and its bases stand for."""
     for axis, basis in enumerate(bases):
         core = _multiply(core, basis, axis)

@@ -6,11 +6,17 @@
 Every worker has to make the same calls in the same order: a call waits for all of them.
 """
 
+from __future__ import annotations
+
 import os
 import pickle
 import sys
+from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 _SMALLEST = 1024  # int32 of a message; sizes are powers of two, so that few shapes are compiled
 
@@ -23,15 +29,15 @@ class Workers:
         world: number of processes; above 1, MindSpore's communication must be initialized.
     """
 
-    def __init__(self, rank=0, world=1):
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
 
     @property
-    def first(self):
+    def first(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def gather(self, value):
+    def gather(self, value: T) -> list[T]:
         """The ``value`` of every worker, in the order of the ranks; any picklable object."""
         if self.world == 1:
             return [value]
@@ -45,19 +51,19 @@ class Workers:
         rows = gather(Tensor(message)).asnumpy().reshape(self.world, size)
         return [pickle.loads(row.tobytes()[:count]) for row, count in zip(rows, sizes)]
 
-    def share(self, value):
+    def share(self, value: T) -> T:
         """The ``value`` of rank 0; what the others give is ignored."""
         return self.gather(value if self.first else None)[0]
 
-    def wait(self):
+    def wait(self) -> None:
         """Return when every worker has come here."""
         self.gather(None)
 
-    def split(self, items):
+    def split(self, items: Iterable[T]) -> list[T]:
         """This worker's part of a list: every ``world``-th item."""
         return list(items)[self.rank::self.world]
 
-    def join(self, mine):
+    def join(self, mine: list[T]) -> list[T]:
         """The whole list again, in its order, from the workers' parts (see ``split``)."""
         parts = self.gather(mine)
         return [parts[k % self.world][k // self.world] for k in range(sum(map(len, parts)))]
@@ -66,7 +72,7 @@ class Workers:
 _team = None
 
 
-def start():
+def start() -> Workers:
     """Join the job that msrun has started; alone if it has not.
 
     The job's scheduler, which msrun starts from the same script, stays in here until the job ends
@@ -88,6 +94,6 @@ def start():
     return _team
 
 
-def current():
+def current() -> Workers:
     """The ``Workers`` of this process; alone before ``start``."""
     return _team or Workers()

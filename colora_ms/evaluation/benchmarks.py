@@ -1,23 +1,32 @@
 """Well-known sets: GSM8K, the commonsense sets in the layout of LLM-Adapters, WikiText; few-shot prompts; their runs.
 
-The loaders read files that the user has; nothing is downloaded. Generated answers (GSM8K, with the number scorer) go through
-``evaluate``; multiple choice and perplexity have their own runs here, resumable in the same way.
+The loaders read files that the user has; nothing is downloaded. Generated answers (GSM8K, with the number scorer) go
+through ``evaluate``; multiple choice and perplexity have their own runs here, resumable in the same way.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ConfigError, DataError
-from colora_ms.evaluation.evaluate import ItemLog, write_json
+from colora_ms.evaluation.item_log import ItemLog, write_json
 from colora_ms.evaluation.likelihood import ChoiceItem, ChoiceResult, multiple_choice, perplexity
 from colora_ms.evaluation.sharded import ShardedScorer
 from colora_ms.evaluation.shots import Shots
 from colora_ms.evaluation.significance import wilson_interval
-from colora_ms.distributed.workers import Workers
+
+if TYPE_CHECKING:
+    from colora_ms.evaluation.interfaces import TokenScorer
+    from colora_ms.models.tokenizer import Tokenizer
+    from colora_ms.training.templates import ChatTemplate, TextTemplate
 
 #: Where an answer to a few-shot prompt of "Question: ... Answer: ..." ends.
 FEW_SHOT_STOP = ("\nQuestion:", "\n\n")
@@ -32,18 +41,19 @@ class Problem:
     id: str
     prompt: str
     completion: str
-    messages: tuple = None
+    messages: tuple | None = None
 
     @property
-    def question(self):
+    def question(self) -> str:
         """The prompt, under the name that templates read."""
         return self.prompt
 
 
-def read_gsm8k(path, limit=None, calculator=False):
+def read_gsm8k(path: str | Path, limit: int | None = None, calculator: bool = False) -> list[Problem]:
     """Problems of GSM8K (arXiv 2110.14168), JSON lines with ``question`` and ``answer``.
 
-    The answer is a chain of thought that ends with ``#### number``; ``scoring.score_number`` compares the final numbers.
+    The answer is a chain of thought that ends with ``#### number``; ``scoring.score_number`` compares the final
+    numbers.
 
     Args:
         path: the file.
@@ -56,7 +66,7 @@ def read_gsm8k(path, limit=None, calculator=False):
     Raises:
         DataError: unreadable file, or a line without the keys or without a final number.
     """
-    problems = []
+    problems: list[Problem] = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         if limit is not None and len(problems) >= limit:
             break
@@ -96,16 +106,18 @@ class FewShotTemplate:
 
     adds_special_tokens = True
 
-    def __init__(self, template, shots, separator="\n\n", count=None):
+    def __init__(self, template: TextTemplate | ChatTemplate, shots: Sequence[Problem], separator: str = "\n\n",
+                 count: int | None = None) -> None:
         if not template.adds_special_tokens:
             raise ConfigError("few-shot prompts are made from a plain text template, not from the chat template")
-        self._template = template
-        self._shots = Shots([(shot.question, template.prompt(shot) + template.answer(shot) + separator) for shot in shots],
+        self._template = cast(Any, template)  # reads an id, a question and a completion
+        self._shots = Shots([(shot.question, self._template.prompt(shot) + self._template.answer(shot) + separator)
+                             for shot in shots],
                             count)
         self.digest = hashlib.sha256(f"shots\0{template.digest}\0{self._shots.digest}".encode()).hexdigest()[:16]
         self.setup = {"shots": self._shots.count, "of": len(self._shots)}
 
-    def check(self, examples):
+    def check(self, examples: Sequence[Problem]) -> int:
         """How many of the examples stand among the worked ones.
 
         Raises:
@@ -113,7 +125,7 @@ class FewShotTemplate:
         """
         return self._shots.check([(example.question, f"example {example.id}") for example in examples])
 
-    def prompt(self, example):
+    def prompt(self, example: Problem) -> str:
         """The worked examples and the question.
 
         Raises:
@@ -121,19 +133,20 @@ class FewShotTemplate:
         """
         return self._shots.head(example.question, f"example {example.id}") + self._template.prompt(example)
 
-    def request(self, example):
+    def request(self, example: Problem) -> str:
         """The prompt as text: the generator adds a beginning-of-text token if the model has one."""
         return self.prompt(example)
 
-    def answer(self, example):
+    def answer(self, example: Problem) -> str:
         """The text of the answer, with the blanks that belong to it."""
         return self._template.answer(example)
 
 
-def read_commonsense(path, form="text", limit=None):
+def read_commonsense(path: str | Path, form: str = "text", limit: int | None = None) -> list[ChoiceItem]:
     """Multiple-choice items in the JSON layout of LLM-Adapters (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC, OBQA).
 
-    A file is an array of ``{"instruction": "<question> Answer1: ... Answer format: answer1/answer2", "answer": "answer1"}``.
+    A file is an array of ``{"instruction": "<question> Answer1: ... Answer format: answer1/answer2", "answer":
+    "answer1"}``.
 
     Args:
         path: the file.
@@ -159,7 +172,7 @@ def read_commonsense(path, form="text", limit=None):
     return [choice_item(row, f"{Path(path).parent.name}-{number}", form) for number, row in enumerate(rows[:limit], 1)]
 
 
-def choice_item(row, name, form="text"):
+def choice_item(row: Any, name: str, form: str = "text") -> ChoiceItem:
     """The :class:`ChoiceItem` called ``name`` of one row of that layout; DataError if it has another."""
     try:
         instruction, answer = row["instruction"].strip(), row["answer"]
@@ -170,13 +183,15 @@ def choice_item(row, name, form="text"):
         raise DataError(f"item {name} has not the layout of the commonsense sets: an instruction that ends with "
                         "'Answer format: a/b/...', and an answer that is one of these") from None
     if form == "label":
-        return ChoiceItem(name, f"{instruction}\n", tuple(f" the correct answer is {label}" for label in labels), correct)
+        return ChoiceItem(name, f"{instruction}\n", tuple(f" the correct answer is {label}" for label in labels),
+                          correct)
     question, texts = _answer_texts(body.strip(), labels, name)
     return ChoiceItem(name, f"Question: {question}\nAnswer:", tuple(f" {text}" for text in texts), correct)
 
 
-def _answer_texts(body, labels, name):
-    """(question, the answers' texts): what follows "Answer1:" and so on; labels like true/false are texts themselves."""
+def _answer_texts(body: str, labels: list[str], name: str) -> tuple[str, list[str]]:
+    """(question, the answers' texts): what follows "Answer1:" and so on; labels like true/false are texts
+    themselves."""
     places, start = [], 0
     for label in labels:
         found = body.find(f"{label.capitalize()}:", start)
@@ -196,8 +211,10 @@ def _answer_texts(body, labels, name):
     return question.strip(), texts
 
 
-def evaluate_choices(model, tokenizer, items, *, path=None, normalise="token", batch_size=8, model_hash="",
-                     adapter_hash="", resume=True, progress=None, team=Workers()):
+def evaluate_choices(model: TokenScorer, tokenizer: Tokenizer, items: Sequence[ChoiceItem], *,
+                     path: str | Path | None = None, normalise: str = "token", batch_size: int = 8,
+                     model_hash: str = "", adapter_hash: str = "", resume: bool = True,
+                     progress: Callable[[int, int], Any] | None = None, team: Workers = Workers()) -> ChoiceResult:
     """``likelihood.multiple_choice`` with its items in JSON lines, resumable, and a summary beside them.
 
     Args:
@@ -213,7 +230,8 @@ def evaluate_choices(model, tokenizer, items, *, path=None, normalise="token", b
     """
     items = list(items)
     digest = hashlib.sha256(repr([(i.id, i.context, i.choices, i.answer) for i in items]).encode()).hexdigest()[:16]
-    setup = {"kind": "multiple choice", "encoded": "jointly", "normalise": normalise, "model": model_hash, "adapter": adapter_hash,
+    setup = {"kind": "multiple choice", "encoded": "jointly", "normalise": normalise, "model": model_hash,
+             "adapter": adapter_hash,
              "examples": digest}
     if len({item.id for item in items}) != len(items):
         raise DataError("two multiple-choice items have the same id; ids must be unique")
@@ -243,7 +261,8 @@ def evaluate_choices(model, tokenizer, items, *, path=None, normalise="token", b
 
 @dataclasses.dataclass(frozen=True)
 class TextPerplexity:
-    """``perplexity`` a token of the tokenizer, ``word_perplexity`` a word between blanks (comparable over tokenizers)."""
+    """``perplexity`` a token of the tokenizer, ``word_perplexity`` a word between blanks (comparable over
+    tokenizers)."""
 
     perplexity: float
     word_perplexity: float
@@ -251,14 +270,17 @@ class TextPerplexity:
     tokens: int
     words: int
 
-    def summary(self):
+    def summary(self) -> str:
         """One line with both perplexities and the counts."""
         return (f"perplexity {self.perplexity:.3f} a token, {self.word_perplexity:.2f} a word; "
                 f"{self.tokens} tokens, {self.words} words")
 
 
-def evaluate_perplexity(model, tokenizer, text, *, window=512, stride=None, batch_size=1, limit=None, path=None,
-                        model_hash="", adapter_hash="", resume=True, progress=None, team=Workers()):
+def evaluate_perplexity(model: TokenScorer, tokenizer: Tokenizer, text: str, *, window: int = 512,
+                        stride: int | None = None, batch_size: int = 1, limit: int | None = None,
+                        path: str | Path | None = None, model_hash: str = "", adapter_hash: str = "",
+                        resume: bool = True, progress: Callable[[int, int], Any] | None = None,
+                        team: Workers = Workers()) -> TextPerplexity:
     """Perplexity of a text (WikiText's file, say) in overlapping windows, resumable window by window.
 
     Args:
@@ -282,7 +304,7 @@ def evaluate_perplexity(model, tokenizer, text, *, window=512, stride=None, batc
         model, batch_size = ShardedScorer(model, team), batch_size * team.world
     done = [0]
 
-    def keep(begin, loss, tokens):
+    def keep(begin: int, loss: float, tokens: int) -> None:
         log.add([{"id": str(begin), "loss": loss, "tokens": tokens}])
         done[0] += tokens
         if progress is not None:
@@ -295,14 +317,15 @@ def evaluate_perplexity(model, tokenizer, text, *, window=512, stride=None, batc
         log.close()
     words = len(text.split())
     by_word = found.loss * found.tokens / max(words, 1)
-    result = TextPerplexity(found.perplexity, math.exp(by_word) if by_word < 700 else math.inf, found.loss, found.tokens,
+    result = TextPerplexity(found.perplexity, math.exp(by_word) if by_word < 700 else math.inf, found.loss,
+                            found.tokens,
                             words)
     if path is not None and team.first:
         write_json(Path(path).with_suffix(".summary.json"), {**dataclasses.asdict(result), "setup": setup})
     return result
 
 
-def read_text(path):
+def read_text(path: str | Path) -> str:
     """A whole text file, for ``evaluate_perplexity``.
 
     Raises:
@@ -314,7 +337,7 @@ def read_text(path):
     return text
 
 
-def _text(path):
+def _text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -1,13 +1,21 @@
 """Log-probabilities of given tokens under a decoder: the model side of ``likelihood``."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 
 from colora_ms import runtime
 from colora_ms.errors import DataError
 from colora_ms.kernels import bind, linear_token_losses, token_losses_of_logits
+from colora_ms.models.formats import is_float_matrix
+
+if TYPE_CHECKING:
+    from colora_ms.models.decoder import Decoder
 
 _IGNORED = -100
 
@@ -19,17 +27,14 @@ class TokenLosses(nn.Cell):
         decoder: has ``hidden(ids, lengths, slots)`` and ``lm_head``.
     """
 
-    def __init__(self, decoder):
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__(auto_prefix=False)
         bind()
         self.decoder = decoder
-        head = decoder.lm_head
-        weight = getattr(head, "weight", None)
         # A quantized or adapted head has no single float matrix: go through its logits.
-        self.fused = (isinstance(weight, Parameter) and weight.dtype in (ms.float32, ms.bfloat16)
-                      and not getattr(head, "has_bias", False))
+        self.fused = is_float_matrix(decoder.lm_head)
 
-    def construct(self, ids, labels, lengths, slots):
+    def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """ids, labels: (rows, tokens) int32, label -100 = none; lengths, slots: (rows,) int32.
 
         Returns:
@@ -56,13 +61,13 @@ class DecoderScorer:
         multiple: sequences are padded to a multiple of this many tokens.
     """
 
-    def __init__(self, decoder, slot=-1, rows=8, multiple=32):
+    def __init__(self, decoder: Decoder, slot: int = -1, rows: int = 8, multiple: int = 32) -> None:
         runtime.configure()
         self.decoder, self.slot, self.rows, self.multiple = decoder, slot, rows, multiple
         self.losses = TokenLosses(decoder)
         self.losses.set_train(False)
 
-    def token_logprobs(self, sequences):
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probabilities of all tokens but the first of each sequence.
 
         Args:
@@ -88,7 +93,7 @@ class DecoderScorer:
             results += self._batch(sequences[start:start + self.rows])
         return results
 
-    def _batch(self, chunk):
+    def _batch(self, chunk: Sequence[Sequence[int]]) -> list[np.ndarray]:
         longest = max(len(ids) for ids in chunk) - 1
         width = min(-(-longest // self.multiple) * self.multiple, self.decoder.max_positions)
         ids = np.zeros((self.rows, width), np.int32)

@@ -9,21 +9,28 @@ and ``records`` (details of each of these tokens; may be empty). Both are counte
 string cuts off is cut off by the generator.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
-import json
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from colora_ms.errors import DataError, DecodingError
-from colora_ms.evaluation.sharded import ShardedGenerator
-from colora_ms.evaluation.numbers import extract_number
-from colora_ms.evaluation.scoring import scorer as find_scorer
-from colora_ms.evaluation.significance import mcnemar, wilson_interval
-from colora_ms.files import replacing
-from colora_ms.runtime import all_compilations
 from colora_ms.distributed.workers import Workers
+from colora_ms.errors import DataError, DecodingError
+from colora_ms.evaluation.item_log import ItemLog, write_json
+from colora_ms.evaluation.numbers import extract_number
+from colora_ms.evaluation.scoring import Score
+from colora_ms.evaluation.scoring import scorer as find_scorer
+from colora_ms.evaluation.sharded import ShardedGenerator
+from colora_ms.evaluation.significance import PairedTest, mcnemar, wilson_interval
+from colora_ms.runtime import all_compilations
+
+if TYPE_CHECKING:
+    from colora_ms.evaluation.interfaces import Answer, Prompt, PromptTemplate, Question, TextGenerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,36 +49,36 @@ class EvaluationResult:
         setup: what was measured: hashes of template, model and adapter, options.
     """
 
-    items: list
+    items: list[dict]
     accuracy: float
-    interval: tuple
+    interval: tuple[float, float]
     refused: int
     tokens_per_second: float
     setup: dict
 
     @property
-    def outcomes(self):
+    def outcomes(self) -> dict[str, bool]:
         """``{id: correct}``, the input of ``mcnemar``."""
         return {item["id"]: item["correct"] for item in self.items}
 
     @property
-    def changed_share(self):
+    def changed_share(self) -> float | None:
         """Share of the tokens that the contrast changed; ``None`` where no records were asked for."""
         known = [item for item in self.items if "changed" in item]
         tokens = sum(item["tokens"] for item in known)
         return sum(item["changed"] for item in known) / tokens if tokens else None
 
     @property
-    def mean_tokens(self):
+    def mean_tokens(self) -> float:
         """Tokens of an answer; items that were refused have none. 0 without answers."""
         answered = [item["tokens"] for item in self.items if "refused" not in item]
         return sum(answered) / len(answered) if answered else 0.0
 
-    def compare(self, other):
+    def compare(self, other: EvaluationResult) -> PairedTest:
         """Exact McNemar test of ``other`` against this result on the same items."""
         return mcnemar(self.outcomes, other.outcomes)
 
-    def to_json(self):
+    def to_json(self) -> dict:
         """The summary without the items."""
         return {"accuracy": self.accuracy, "correct": sum(i["correct"] for i in self.items),
                 "items": len(self.items), "interval": list(self.interval),
@@ -80,14 +87,14 @@ class EvaluationResult:
                 "mean_tokens": self.mean_tokens,
                 "setup": self.setup}
 
-    def summary(self):
+    def summary(self) -> str:
         """One line for people."""
         low, high = self.interval
         text = (f"{100 * self.accuracy:.1f} % of {len(self.items)} "
                 f"[{100 * low:.1f}, {100 * high:.1f}], {self.tokens_per_second:.1f} tokens/s")
         return text + self._refusals()
 
-    def _refusals(self):
+    def _refusals(self) -> str:
         """How many items were refused and counted as wrong, and why the first one was."""
         refused = [item for item in self.items if "refused" in item]
         if not refused:
@@ -96,9 +103,11 @@ class EvaluationResult:
         return f", {len(refused)} refused and counted as wrong (the first is {first['id']}: {first['refused']})"
 
 
-def evaluate(generator, examples, scorer="number", *, template, path=None, batch_size=8,
-             options=None, model_hash="", adapter_hash="", resume=True, keep_records=False,
-             progress=None, team=Workers()):
+def evaluate(generator: TextGenerator, examples: Sequence[Question],
+             scorer: str | Callable[[str, Any], Score] = "number", *, template: PromptTemplate,
+             path: str | Path | None = None, batch_size: int = 8, options: dict | None = None, model_hash: str = "",
+             adapter_hash: str = "", resume: bool = True, keep_records: bool = False,
+             progress: Callable[[int, int, int], Any] | None = None, team: Workers = Workers()) -> EvaluationResult:
     """Generate an answer to every example and score it.
 
     Args:
@@ -176,18 +185,18 @@ def evaluate(generator, examples, scorer="number", *, template, path=None, batch
     return result
 
 
-def _check_numbers(examples):
+def _check_numbers(examples: Sequence[Question]) -> None:
     """Right answers without a number can never be met: refuse if all are such, else say how many."""
     without = [example.id for example in examples if extract_number(example.completion) is None]
     if len(without) == len(examples):
-        raise DataError(f"none of the {len(examples)} right answers holds a number (the first is of {without[0]}), so that the "
-                        "scorer 'number' would count every answer as wrong; use scorer exact or normalised")
+        raise DataError(f"none of the {len(examples)} right answers holds a number (the first is of {without[0]}), so "
+                        "that the scorer 'number' would count every answer as wrong; use scorer exact or normalised")
     if without:
-        warnings.warn(f"{len(without)} of {len(examples)} right answers hold no number and count as wrong whatever is answered "
-                      f"(the first is of {without[0]})", stacklevel=3)
+        warnings.warn(f"{len(without)} of {len(examples)} right answers hold no number and count as wrong whatever is "
+                      f"answered (the first is of {without[0]})", stacklevel=3)
 
 
-def _check_examples(examples):
+def _check_examples(examples: Sequence[Question]) -> None:
     if not examples:
         raise DataError("there are no examples to evaluate")
     seen = set()
@@ -200,7 +209,8 @@ def _check_examples(examples):
         seen.add(example.id)
 
 
-def _generate(generator, prompts, options, first):
+def _generate(generator: TextGenerator, prompts: list[Prompt], options: dict,
+              first: bool) -> list:
     """Completions of a batch; a refused prompt gives its error instead, the others go on."""
     try:
         return _checked(generator.generate(prompts, **options), len(prompts))
@@ -209,7 +219,7 @@ def _generate(generator, prompts, options, first):
             if first:
                 raise
             return [error]
-    results = []
+    results: list = []
     for prompt in prompts:
         try:
             results += _checked(generator.generate([prompt], **options), 1)
@@ -220,14 +230,15 @@ def _generate(generator, prompts, options, first):
     return results
 
 
-def _checked(completions, count):
+def _checked(completions: Any, count: int) -> list[Answer]:
     completions = list(completions)
     if len(completions) != count:
         raise DataError(f"the generator gave {len(completions)} completions for {count} prompts")
     return completions
 
 
-def _item(example, completion, score, seconds, keep_records):
+def _item(example: Question, completion: Any, score: Callable[[str, Any], Score], seconds: float,
+          keep_records: bool) -> dict:
     if isinstance(completion, DecodingError):
         return {"id": example.id, "correct": False, "predicted": "", "text": "", "tokens": 0,
                 "expected": example.completion, "seconds": seconds, "refused": str(completion)}
@@ -243,92 +254,7 @@ def _item(example, completion, score, seconds, keep_records):
     return row
 
 
-class ItemLog:
-    """The JSON lines of an evaluation: a head line with the setup, then one line an item.
-
-    Of several workers the first one reads and writes the file, and all know the items.
-    """
-
-    def __init__(self, path, setup, resume, team=Workers()):
-        self.items = {}
-        self._handle = None
-        if path is not None and team.first:
-            self._open(path, setup, resume)
-        if path is not None:
-            self.items = team.share(self.items)
-
-    def _open(self, path, setup, resume):
-        path = Path(path)
-        keep = 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if resume and path.is_file():
-                keep = self._read(path, setup)
-            self._handle = open(path, "r+b" if keep else "wb")
-            if keep:
-                # An interrupted run may end in half a line: cut it off, then append.
-                self._handle.truncate(keep)
-                self._handle.seek(keep)
-            else:
-                self._write({"setup": setup})
-        except OSError as error:
-            raise DataError(f"cannot write the evaluation to {path}: "
-                            f"{error.strerror or error}") from None
-
-    def _read(self, path, setup):
-        """Take over the complete lines of an earlier run; returns how many bytes they fill."""
-        keep = 0
-        with open(path, "rb") as handle:
-            for number, raw in enumerate(handle):
-                if not raw.endswith(b"\n"):
-                    break
-                try:
-                    row = json.loads(raw)
-                except (ValueError, RecursionError):
-                    row = None
-                if number == 0:
-                    earlier = row.get("setup") if isinstance(row, dict) else None
-                    if earlier != json.loads(json.dumps(setup)):
-                        raise DataError(_other_setup(path, earlier, setup))
-                elif isinstance(row, dict) and isinstance(row.get("correct", False), bool) \
-                        and isinstance(row.get("tokens"), int) and isinstance(row.get("id"), str):
-                    self.items[row["id"]] = row
-                else:
-                    raise DataError(f"{path}:{number + 1} is not an item of an evaluation; "
-                                    "move the file away or use resume=False")
-                keep += len(raw)
-        return keep
-
-    def add(self, rows):
-        """Keep and write items: dicts with a string "id" and what the evaluation knows of each."""
-        for row in rows:
-            self.items[row["id"]] = row
-            self._write(row)
-
-    def _write(self, row):
-        if self._handle is not None:
-            self._handle.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
-                               + b"\n")
-            self._handle.flush()
-
-    def close(self):
-        """Close the file, if this worker has it open."""
-        if self._handle is not None:
-            self._handle.close()
-
-
-def _other_setup(path, earlier, setup):
-    if not isinstance(earlier, dict):
-        return (f"{path} exists and is not an evaluation of this package; choose another path or "
-                "use resume=False to overwrite it")
-    differing = [key for key in setup
-                 if earlier.get(key) != json.loads(json.dumps(setup[key]))]
-    listing = "; ".join(f"{key} was {earlier.get(key)!r}, now {setup[key]!r}" for key in differing)
-    return (f"{path} holds an evaluation of another setup ({listing}); choose another path or use "
-            "resume=False to overwrite it")
-
-
-def _digest_examples(examples):
+def _digest_examples(examples: Sequence[Question]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         for text in (example.id, str(getattr(example, "question", "")), example.completion):
@@ -336,7 +262,7 @@ def _digest_examples(examples):
     return digest.hexdigest()[:16]
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """``value`` as JSON types; dataclasses become dictionaries, other objects their repr."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -352,29 +278,14 @@ def _plain(value):
     return repr(value)
 
 
-def write_json(path, value):
-    """Write through a temporary file, so that a summary is there whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path, text):
-    """Write a text file, whole or not at all.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    with replacing(path, lambda reason: DataError(f"cannot write {path}: {reason}")) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def model_hash(model, weight_format):
+def model_hash(model: str | Path, weight_format: str) -> str:
     """Digest of a model's files (known name, folder or file) and the format of its weights, for results files."""
     from colora_ms.models.checkpoint import resolve_model
 
     return f"{file_digest(resolve_model(model))}:{weight_format}"
 
 
-def file_digest(path):
+def file_digest(path: str | Path) -> str:
     """Digest of a file, or of all files below a folder (names and contents): a model's hash.
 
     Raises:

@@ -7,14 +7,22 @@ The model comes in as anything with
 For a sequence of n ids the array has n - 1 numbers: number t is log p(ids[t + 1] | ids[0..t]).
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from colora_ms.errors import ConfigError, DataError, near
 from colora_ms.evaluation.significance import wilson_interval
 from colora_ms.models.joint import encode_joint
+
+if TYPE_CHECKING:
+    from colora_ms.evaluation.interfaces import TokenScorer
+    from colora_ms.models.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +34,9 @@ class Perplexity:
     tokens: int
 
 
-def perplexity(model, ids, window, stride=None, batch_size=1, known=None, on_window=None):
+def perplexity(model: TokenScorer, ids: Sequence[int], window: int, stride: int | None = None, batch_size: int = 1,
+               known: Mapping[int, float] | None = None,
+               on_window: Callable[[int, float, int], Any] | None = None) -> Perplexity:
     """Perplexity of a long text, in windows that overlap.
 
     A window of ``window`` tokens moves on by ``stride``; only the tokens that no earlier window
@@ -82,7 +92,7 @@ class ChoiceItem:
 
     id: str
     context: str
-    choices: tuple
+    choices: tuple[str, ...]
     answer: int
 
 
@@ -90,12 +100,12 @@ class ChoiceItem:
 class ChoiceResult:
     """``items``: list of ``{"id", "correct", "chosen", "answer", "scores"}``."""
 
-    items: list
+    items: list[dict]
     accuracy: float
-    interval: tuple
+    interval: tuple[float, float]
 
     @property
-    def outcomes(self):
+    def outcomes(self) -> dict[str, bool]:
         """``{id: correct}``, the input of ``mcnemar``."""
         return {item["id"]: item["correct"] for item in self.items}
 
@@ -103,7 +113,8 @@ class ChoiceResult:
 _NORMALISATIONS = ("none", "token", "byte")
 
 
-def multiple_choice(model, tokenizer, items, normalise="token", batch_size=8):
+def multiple_choice(model: TokenScorer, tokenizer: Tokenizer, items: Sequence[ChoiceItem], normalise: str = "token",
+                    batch_size: int = 8) -> ChoiceResult:
     """Take the choice with the highest log-likelihood after the context.
 
     Context and choice are encoded as one text (see ``colora_ms.models.joint``); what is scored are
@@ -145,7 +156,7 @@ def multiple_choice(model, tokenizer, items, normalise="token", batch_size=8):
                                 "must both have tokens")
             divisor = {"none": 1, "token": count, "byte": len(choice.encode())}[normalise]
             work.append((number, joint.ids, count, divisor))
-    scores = [[] for _ in items]
+    scores: list[list[float]] = [[] for _ in items]
     # Similar lengths together: less padding in the model.
     order = sorted(range(len(work)), key=lambda k: len(work[k][1]))
     found = {}
@@ -155,7 +166,7 @@ def multiple_choice(model, tokenizer, items, normalise="token", batch_size=8):
             found[k] = math.fsum(row[-work[k][2]:]) / work[k][3]
     for k, (number, *_) in enumerate(work):
         scores[number].append(found[k])
-    results = []
+    results: list[dict] = []
     for item, values in zip(items, scores):
         chosen = int(np.argmax(values))
         results.append({"id": item.id, "correct": chosen == item.answer, "chosen": chosen,
@@ -164,7 +175,7 @@ def multiple_choice(model, tokenizer, items, normalise="token", batch_size=8):
     return ChoiceResult(results, correct / len(results), wilson_interval(correct, len(results)))
 
 
-def logprobs_of(model, sequences):
+def logprobs_of(model: TokenScorer, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """``model.token_logprobs(sequences)`` as float64 arrays, checked for count, length, finiteness.
 
     Raises:

@@ -1,16 +1,30 @@
 """Latency of decomposed models: a decoding step and a prefill, in rounds that alternate with the model itself."""
 
+from __future__ import annotations
+
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from colora_ms.decomposition.decompose import decompose
+
+if TYPE_CHECKING:
+    from colora_ms.evaluation.lrd_sweep import Variant
+    from colora_ms.models.checkpoint import Checkpoint
+    from colora_ms.models.config import DecoderConfig
+    from colora_ms.models.decoder import Decoder
+    from colora_ms.models.tokenizer import Tokenizer
 
 #: Tokens of the prompt, and answers of these lengths: their difference is the time of the steps between.
 PROMPT, SHORT = 128, 1
 
 
-def without_layers(config, tensors, layers):
+def without_layers(config: DecoderConfig, tensors: Mapping[str, np.ndarray],
+                   layers: Sequence[int]) -> tuple[DecoderConfig, Mapping[str, np.ndarray]]:
     """A checkpoint's config and tensors with blocks left out and the rest numbered anew.
 
     Returns:
@@ -30,7 +44,7 @@ def without_layers(config, tensors, layers):
 class Clock:
     """Times one decoder: seconds of a step and of a prompt of ``PROMPT`` tokens with its first token."""
 
-    def __init__(self, decoder, tokenizer, steps):
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, steps: int) -> None:
         from colora_ms.decoding import Generator
 
         self.generator = Generator(decoder, tokenizer, max_rows=2)
@@ -38,18 +52,19 @@ class Clock:
         self.prompt = [3 + (7 * i) % 90 for i in range(PROMPT)]
         self.round()  # compiles and warms up
 
-    def round(self):
+    def round(self) -> tuple[float, float]:
         """(seconds of a step, seconds of the prefill)."""
         short, long = self._run(SHORT), self._run(SHORT + self.steps)
         return (long - short) / self.steps, short
 
-    def _run(self, tokens):
+    def _run(self, tokens: int) -> float:
         start = time.perf_counter()
         self.generator.generate([self.prompt], max_new_tokens=tokens, ignore_eos=True)
         return time.perf_counter() - start
 
 
-def measure(checkpoint, tokenizer, variants, steps=48, repeats=5, on_row=None):
+def measure(checkpoint: Checkpoint, tokenizer: Tokenizer, variants: Sequence[Variant], steps: int = 48,
+            repeats: int = 5, on_row: Callable[[Variant, dict], Any] | None = None) -> dict[str, dict]:
     """Time variants against the model itself.
 
     Args:
@@ -81,7 +96,8 @@ def measure(checkpoint, tokenizer, variants, steps=48, repeats=5, on_row=None):
         result = {}
         for index, name in enumerate(("step", "prefill")):
             result[f"{name}_ms"] = 1000 * statistics.median(own[index] for _, own in pairs)
-            result[f"{name}_ratio"] = 1.0 if clock is base else statistics.median(own[index] / ref[index] for ref, own in pairs)
+            result[f"{name}_ratio"] = 1.0 if clock is base else statistics.median(own[index] / ref[index] for ref,
+                                                                                  own in pairs)
         results[variant.name] = result
         if on_row is not None:
             on_row(variant, result)
@@ -91,9 +107,9 @@ def measure(checkpoint, tokenizer, variants, steps=48, repeats=5, on_row=None):
 class _Renamed(dict):
     """{new name: old name} read through to the old tensors."""
 
-    def __init__(self, names, tensors):
+    def __init__(self, names: dict[str, str], tensors: Mapping[str, np.ndarray]) -> None:
         super().__init__(names)
         self._tensors = tensors
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> np.ndarray:
         return self._tensors[super().__getitem__(name)]

@@ -1,10 +1,15 @@
 """The picture of a sweep: accuracy (or perplexity) against size and against latency."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
 from colora_ms.evaluation.lrd_sweep import pareto, recommend
 from colora_ms.pictures import new_figure, save_figure
 
 
-def plot(rows, path, tolerance):
+def plot(rows: Sequence[dict], path: str | Path, tolerance: float) -> None:
     """Draw the rows of a sweep into a PNG: one panel for size and, where it is measured, one for latency.
 
     Args:
@@ -23,7 +28,8 @@ def plot(rows, path, tolerance):
     for axes, (key, label, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for row in usable:
             x, y = row[key] * scale, row[quality] * (100 if by_accuracy else 1)
-            axes.scatter(x, y, s=70, color=colours.get(row["tensors"], "tab:purple"), marker=shapes.get(row["placement"], "*"),
+            axes.scatter(x, y, s=70, color=colours.get(row["tensors"], "tab:purple"),
+                         marker=shapes.get(row["placement"], "*"),
                          edgecolors="black" if row["name"] in front else "none", linewidths=1.5)
             axes.annotate(row["name"] + (" (recommended)" if row["name"] == best else ""), (x, y), fontsize=7,
                           xytext=(5, 4), textcoords="offset points")

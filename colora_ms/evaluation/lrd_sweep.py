@@ -5,14 +5,22 @@ variant has to be compiled. Latency needs the factors themselves, see :mod:`colo
 Source of the design space: arXiv 2405.06626.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from colora_ms.decomposition.plan import GROUPS, LrdPlan, linear_shapes, place, plan_for
 from colora_ms.decomposition.tucker import factorise
 from colora_ms.errors import ConfigError
+
+if TYPE_CHECKING:
+    from colora_ms.models.config import DecoderConfig
+    from colora_ms.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -21,22 +29,25 @@ class Variant:
 
     name: str
     placement: str = ""
-    plan: LrdPlan = None
-    dropped: tuple = ()
+    plan: LrdPlan | None = None
+    dropped: tuple[int, ...] = ()
 
     @property
-    def layers(self):
+    def layers(self) -> tuple[int, ...]:
         """Numbers of the blocks that are changed."""
-        return self.dropped or (self.plan.layers if self.plan else ())
+        planned: Any = self.plan.layers if self.plan else ()
+        return self.dropped or planned
 
-    def cost(self, config):
-        """{"parameters", "reduction", "macs"}: macs are the multiplications of the linears and the head for one token."""
+    def cost(self, config: DecoderConfig) -> dict:
+        """{"parameters", "reduction", "macs"}: macs are the multiplications of the linears and the head for one
+        token."""
         shapes = linear_shapes(config)
         total, linears = config.parameter_count(), sum(out * inner for out, inner in shapes.values())
         saved = weights = 0
         if self.dropped:
             prefixes = tuple(f"model.layers.{layer}." for layer in self.dropped)
-            saved = sum(int(np.prod(shape)) for name, shape in config.parameter_shapes().items() if name.startswith(prefixes))
+            saved = sum(int(np.prod(shape)) for name,
+                        shape in config.parameter_shapes().items() if name.startswith(prefixes))
             weights = sum(out * inner for path, (out, inner) in shapes.items() if path.startswith(prefixes))
         elif self.plan:
             saved = weights = sum(piece.saved for piece in self.plan.resolve(shapes).values())
@@ -44,13 +55,16 @@ class Variant:
                 "macs": linears - weights + config.vocab_size * config.hidden_size}
 
 
-def variants(config, share=0.09, placements=("early", "middle", "late", "spread"), tensors=("all", "attn", "mlp"), ranks=(),
-             factors=3, drop=True):
+def variants(config: DecoderConfig, share: float = 0.09,
+             placements: Sequence[str] = ("early", "middle", "late", "spread"),
+             tensors: Sequence[str] = ("all", "attn", "mlp"), ranks: Sequence[int] = (), factors: int = 3,
+             drop: bool = True) -> list[Variant]:
     """The variants of a sweep, the model itself first.
 
     Args:
         config: DecoderConfig; share: of the parameters that each plan removes at least (see ``plan_for``).
-        ranks: ranks to try beside the one that ``plan_for`` finds, in the same blocks; those past break-even are left out.
+        ranks: ranks to try beside the one that ``plan_for`` finds, in the same blocks; those past break-even are left
+            out.
         drop: also leave out the blocks altogether that the plans for all matrices decompose.
     """
     found = [Variant("base")]
@@ -67,7 +81,8 @@ def variants(config, share=0.09, placements=("early", "middle", "late", "spread"
     if drop:
         for placement in placements:
             count = len(plan_for(config, share, placement, "all", factors).layers)
-            found.append(Variant(f"drop {placement}", placement, dropped=place(config.num_hidden_layers, count, placement)))
+            found.append(Variant(f"drop {placement}", placement,
+                                 dropped=place(config.num_hidden_layers, count, placement)))
     return found
 
 
@@ -79,16 +94,17 @@ class Switch:
         variants: those it will show; their largest rank bounds what is kept of the decompositions.
     """
 
-    def __init__(self, decoder, variants_):
+    def __init__(self, decoder: Decoder, variants_: Sequence[Variant]) -> None:
         self.parameters = {p.name: p for p in decoder.get_parameters()}
         self.shapes = linear_shapes(decoder.config)
-        self.rank = {}
+        self.rank: dict[str, int] = {}
         for variant in variants_:
             for path, piece in (variant.plan.resolve(self.shapes) if variant.plan else {}).items():
                 self.rank[path] = max(piece.rank, self.rank.get(path, 0))
-        self._kept, self._factors = {}, {}
+        self._kept: dict[str, np.ndarray] = {}
+        self._factors: dict[str, Any] = {}
 
-    def show(self, variant):
+    def show(self, variant: Variant) -> None:
         """Put the variant's weights in; what an earlier one changed is restored first."""
         self.restore()
         if variant.dropped:
@@ -102,9 +118,10 @@ class Switch:
         elif variant.plan:
             for path, piece in variant.plan.resolve(self.shapes).items():
                 found = self._decomposed(path)
-                self._set(path, (found.outer[:, :piece.rank] @ found.core[:piece.rank, :piece.rank]) @ found.inner[:piece.rank])
+                self._set(path, (found.outer[:, :piece.rank] @ found.core[:piece.rank,
+                                                                          :piece.rank]) @ found.inner[:piece.rank])
 
-    def restore(self):
+    def restore(self) -> None:
         """Put the model's own weights back, bit for bit."""
         from mindspore import Tensor
 
@@ -112,25 +129,25 @@ class Switch:
             self.parameters[name].set_data(Tensor(value))
         self._kept = {}
 
-    def _decomposed(self, path):
+    def _decomposed(self, path: str) -> Any:
         if path not in self._factors:
             self._factors[path] = factorise(self.parameters[f"{path}.weight"].asnumpy(), self.rank[path])
         return self._factors[path]
 
-    def _set(self, path, value):
+    def _set(self, path: str, value: Any) -> None:
         self._write(f"{path}.weight", value)
 
-    def _write(self, name, value):
+    def _write(self, name: str, value: Any) -> None:
         from mindspore import Tensor
 
         self._kept[name] = self.parameters[name].asnumpy().copy()
         self.parameters[name].set_data(Tensor(np.ascontiguousarray(value, np.float32)))
 
 
-def describe(variant, config):
+def describe(variant: Variant, config: DecoderConfig) -> dict:
     """The row of a variant before anything is measured."""
     cost = variant.cost(config)
-    plan = variant.plan
+    plan: Any = variant.plan
     kind = "-" if not variant.layers else "drop" if variant.dropped else \
         plan.tensors if plan.tensors in GROUPS else ",".join(plan.tensors)
     return {"name": variant.name, "placement": variant.placement, "tensors": kind, "layers": list(variant.layers),
@@ -139,14 +156,14 @@ def describe(variant, config):
             "step_ms": None, "step_ratio": None, "prefill_ms": None, "prefill_ratio": None}
 
 
-def points_lost(row, base):
+def points_lost(row: dict, base: dict) -> float | None:
     """Accuracy points that a row loses against the model itself, or None where one of the two is not measured."""
     if row["accuracy"] is None or base["accuracy"] is None:
         return None
     return 100 * (base["accuracy"] - row["accuracy"])
 
 
-def pareto(rows):
+def pareto(rows: Sequence[dict]) -> set[str]:
     """Names of the rows that no other row beats in all of size, quality and (where all have it) latency.
 
     Quality is the accuracy where the rows have it, else the perplexity; rows without quality are left out.
@@ -157,53 +174,55 @@ def pareto(rows):
         usable = with_accuracy
     timed = bool(usable) and all(row["step_ratio"] is not None for row in usable)
 
-    def point(row):
+    def point(row: dict) -> tuple:
         quality = (-row["accuracy"], row["perplexity"]) if row["accuracy"] is not None else (row["perplexity"],)
         return (row["parameters"], *quality) + ((row["step_ratio"],) if timed else ())
 
-    def beats(a, b):
+    def beats(a: tuple, b: tuple) -> bool:
         return all(x <= y for x, y in zip(a, b)) and a != b
 
     return {row["name"] for row in usable if not any(beats(point(other), point(row)) for other in usable)}
 
 
-def recommend(rows, tolerance):
+def recommend(rows: Sequence[dict], tolerance: float) -> str:
     """The name of the smallest variant that loses at most ``tolerance`` accuracy points; the base if there is none.
 
     Between variants of one size the one with the lowest perplexity wins. Rows without an accuracy are not considered.
     """
     base = rows[0]
-    fit = [row for row in rows if points_lost(row, base) is not None and points_lost(row, base) <= tolerance]
+    lost = [(row, points_lost(row, base)) for row in rows]
+    fit = [row for row, points in lost if points is not None and points <= tolerance]
     if not fit:
         return base["name"]
     return min(fit, key=lambda row: (row["parameters"], row["perplexity"] or np.inf))["name"]
 
 
-def table(rows, tolerance):
+def table(rows: Sequence[dict], tolerance: float) -> str:
     """The rows as a Markdown table: ``*`` marks the Pareto front, ``<-`` the recommendation."""
     base, front, best = rows[0], pareto(rows), recommend(rows, tolerance)
-    lines = ["| variant | blocks | rank | parameters | fewer | M mult-adds | perplexity | accuracy | points lost | step ms | step "
-             "| prefill | |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| variant | blocks | rank | parameters | fewer | M mult-adds | perplexity | accuracy | points lost | "
+             "step ms | step | prefill | |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         lost = points_lost(row, base)
         mark = ("*" if row["name"] in front else "") + (" <-" if row["name"] == best else "")
         lines.append("| " + " | ".join([
-            row["name"], _blocks(row["layers"]), str(row["rank"] or ""), f"{row['parameters']:,}", f"{row['reduction']:.1%}",
+            row["name"], _blocks(row["layers"]), str(row["rank"] or ""), f"{row['parameters']:,}",
+            f"{row['reduction']:.1%}",
             f"{row['macs'] / 1e6:.1f}", _number(row["perplexity"], ".2f"),
             _number(row["accuracy"], ".1%"), _number(lost, "+.1f"), _number(row["step_ms"], ".2f"),
             _change(row["step_ratio"]), _change(row["prefill_ratio"]), mark.strip()]) + " |")
     return "\n".join(lines)
 
 
-def _number(value, form):
+def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _change(ratio):
+def _change(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio - 1:+.1%}"
 
 
-def _blocks(layers):
+def _blocks(layers: Sequence[int]) -> str:
     """Block numbers with runs as ranges."""
     runs = []
     for layer in layers:

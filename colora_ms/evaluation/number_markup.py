@@ -3,6 +3,8 @@
 ``number_scan`` reads that form, so that a number is recognised in one place whatever it was written in.
 """
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from fractions import Fraction
@@ -64,7 +66,7 @@ _MARKUP = frozenset("\\{~^")
 _TIMES = re.compile(r"(?<=[0-9]) ?[xX] ?(?=[0-9])")
 
 
-def plain(text):
+def plain(text: str) -> tuple[str, dict[str, Fraction]]:
     """A text with its numbers in one form.
 
     Args:
@@ -88,12 +90,12 @@ def plain(text):
 class _Values:
     """Characters for values: the same one for the same value."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.values = {}
         self._characters = {}
         self._seen = {}
 
-    def character_of(self, value):
+    def character_of(self, value: Fraction | None) -> str:
         """The character that stands for a Fraction; ``OPAQUE`` for None, or if there are no more."""
         if value is None:
             return OPAQUE
@@ -105,13 +107,13 @@ class _Values:
             self.values[chr(code)] = value
         return self._characters[value]
 
-    def character(self, c):
+    def character(self, c: str) -> str:
         """The plain form of a character outside ASCII."""
         if c not in self._seen:
             self._seen[c] = self._plain(c)
         return self._seen[c]
 
-    def _plain(self, c):
+    def _plain(self, c: str) -> str:
         if c in _CHARACTERS:
             return _CHARACTERS[c]
         digit = unicodedata.decimal(c, None)
@@ -125,7 +127,7 @@ class _Values:
         return c
 
 
-def _latex(text, table):
+def _latex(text: str, table: _Values) -> str:
     text = _NEW_LINE.sub("\n", text)
     for pattern, plainly in _COMMANDS:
         text = pattern.sub(plainly, text)
@@ -141,7 +143,7 @@ def _latex(text, table):
     return _UNKNOWN.sub(" ", text)
 
 
-def _above(found):
+def _above(found: re.Match) -> str:
     """An exponent without braces; ordinals and degrees go, others than whole numbers make the base no number."""
     content = (found[1] or "").strip(" \u2009")
     if _ORDINAL.match(content):
@@ -149,7 +151,7 @@ def _above(found):
     return "^" + (content if _WHOLE.match(content) else OPAQUE)
 
 
-def _fraction(found, values):
+def _fraction(found: re.Match, values: dict[str, Fraction]) -> Fraction | None:
     """The value of ``\\frac``, None if a part is no number or the lower one is zero."""
     above, below = (found[1] or found[2] or ""), (found[3] or found[4] or "")
     above, below = single(above, values), single(below, values)

@@ -4,6 +4,8 @@
 character of ``VALUES`` for each fraction that LaTeX or one Unicode character wrote.
 """
 
+from __future__ import annotations
+
 import re
 from fractions import Fraction
 
@@ -64,11 +66,12 @@ class Number:
 
     __slots__ = ("begin", "end", "_negative", "_above", "_below", "_more")
 
-    def __init__(self, begin, end, negative, above, below=None, more=None):
+    def __init__(self, begin: int, end: int, negative: bool, above: tuple, below: tuple | None = None,
+                 more: Fraction | None = None) -> None:
         self.begin, self.end = begin, end
         self._negative, self._above, self._below, self._more = negative, above, below, more
 
-    def value(self):
+    def value(self) -> Fraction | None:
         """The ``Fraction``; None if its size is beyond ``MOST_EXPONENT`` or ``MOST_BITS``."""
         value = _value(self._above)
         if self._below is not None:
@@ -84,7 +87,7 @@ class Number:
         return -value if self._negative else value
 
 
-def scan(text, values):
+def scan(text: str, values: dict[str, Fraction]) -> list[Number]:
     """The numbers of a text.
 
     Args:
@@ -104,7 +107,7 @@ def scan(text, values):
             found.append(number)
 
 
-def single(text, values):
+def single(text: str, values: dict[str, Fraction]) -> Fraction | None:
     """The value of a text that is one number (maybe in parentheses, with signs of currency or percent), or None."""
     numbers = scan(text, values)
     if len(numbers) != 1:
@@ -116,12 +119,12 @@ def single(text, values):
 class _Reader:
     """Reads the number that begins at a place of the text."""
 
-    def __init__(self, text, values):
+    def __init__(self, text: str, values: dict[str, Fraction]) -> None:
         self.text, self.values = text, values
         self.follows = {*_FOLLOWS, *values}
         self.flat = 0  # up to here groups of three between blanks are known to be a list
 
-    def number(self, at, least):
+    def number(self, at: int, least: int) -> tuple[Number | None, int]:
         """(:class:`Number` or None, where to go on) of the digits at ``at``; what is before ``least`` is not theirs."""
         text = self.text
         run = _DIGITS.match(text, at)
@@ -152,7 +155,7 @@ class _Reader:
             return None, end
         return Number(begin, end, negative, above, below, more), end
 
-    def _in_a_name(self, at):
+    def _in_a_name(self, at: int) -> bool:
         """Whether the digits belong to a name, a subscript, an exponent or a root: "H2O", "x_1", "m^2"."""
         text, before = self.text, self.text[at - 1]
         if before in _NO_NAME:
@@ -164,11 +167,12 @@ class _Reader:
             return True
         return _LETTER.match(before) is not None
 
-    def _factor(self, at, least):
+    def _factor(self, at: int, least: int) -> tuple[tuple | None, int]:
         """((whole, decimals, exponent, power), end), a Fraction and None as the first two; (None, end) without one."""
         text = self.text
         if text[at] in self.values:
-            parts, end = (self.values[text[at]], None), at + 1
+            parts: tuple = (self.values[text[at]], None)
+            end = at + 1
         elif not "0" <= text[at] <= "9":
             return None, at + 1  # a character of ours that came with the text
         else:
@@ -192,7 +196,7 @@ class _Reader:
                 return None, found.end()
         return (*parts, exponent, power), end
 
-    def _digits(self, at, least):
+    def _digits(self, at: int, least: int) -> tuple[str | None, str, int]:
         """(whole digits, decimals, end) of the number at ``at``; whole is None for a version."""
         text = self.text
         if text[at - 1:at] == "." and self._leading_dot(at, least):
@@ -224,12 +228,12 @@ class _Reader:
                 decimals, end = decimals + found[0].replace("\u2009", ""), found.end()
         return whole, decimals, end
 
-    def _leading_dot(self, at, least):
+    def _leading_dot(self, at: int, least: int) -> bool:
         """Whether the digits are decimals without a whole: ".5", but not the ones of "Rs.500" or "...5"."""
         before = self.text[max(at - 2, 0):at]
         return before[-1:] == "." and at - 1 >= least and not (before[:-1].isalnum() or before[:-1] == ".")
 
-    def _groups(self, at, plain):
+    def _groups(self, at: int, plain: int) -> tuple[int, str | None]:
         """(end, mark of its thousands or None) of the whole number at ``at``; ``plain``: where its first digits end."""
         text = self.text
         mark = text[plain:plain + 1]
@@ -251,7 +255,7 @@ class _Reader:
             return plain, None
         return end, mark
 
-    def _mixed(self, end):
+    def _mixed(self, end: int) -> tuple[Fraction | None, int]:
         """(the fraction behind a whole number or None, end): "2 1/2"."""
         found = _MIXED.match(self.text, end)
         if found:
@@ -263,7 +267,7 @@ class _Reader:
             return self.values[found[1]], found.end()
         return None, end
 
-    def _prefix(self, at, least):
+    def _prefix(self, at: int, least: int) -> tuple[int, bool, bool]:
         """(begin, negative, prefixed): sign and currency in front of the digits."""
         text = self.text
         if at == least or text[at - 1] in _NO_PREFIX:
@@ -279,7 +283,7 @@ class _Reader:
         begin += len(sign)
         return begin, False, start > begin
 
-    def _is_minus(self, begin, sign, at):
+    def _is_minus(self, begin: int, sign: str, at: int) -> bool:
         """Whether the dash is the number's minus: not in "16-3", "16 - 3", "x-3", nor a list's mark "- 3 apples"."""
         text = self.text
         before = text[max(begin - 50, 0):begin]
@@ -296,12 +300,12 @@ class _Reader:
                     or sign != "-" and last and _LETTER.match(last))
 
 
-def _is_whole(factor):
+def _is_whole(factor: tuple) -> bool:
     whole, decimals, exponent, power = factor
     return decimals == "" and exponent is None and power is None and whole != ""
 
 
-def _value(factor):
+def _value(factor: tuple) -> Fraction | None:
     """The Fraction of a factor, None if it is too large."""
     whole, decimals, exponent, power = factor
     if decimals is None:
@@ -324,7 +328,7 @@ def _value(factor):
     return value
 
 
-def _bounded(digits):
+def _bounded(digits: str) -> int | None:
     """An exponent as int, None if it is beyond ``MOST_EXPONENT``."""
     sign, digits = digits[0] == "-", digits.lstrip("+-").lstrip("0")
     if len(digits) > len(str(MOST_EXPONENT)) or int(digits or "0") > MOST_EXPONENT:

@@ -4,7 +4,8 @@ Where the answer stands, the higher rank first; of the same rank:
 
     \boxed{...}        the last one that holds a number
     ####               the first one with a number behind it on its line (GSM8K): models go on with further questions
-    answer is, answer: the last one with a number in its sentence; also "final answer" as a heading, "is the answer", 答案
+    answer is, answer: the last one with a number in its sentence; also "final answer" as a heading, "is the answer",
+      答案
     no marker          the last number of the text; but in "x = 5 (see step 2)" the one behind "=", not the remark's
 
 A marker with nothing behind it counts as absent. If a ``\boxed`` or ``####`` states something that is no number and no
@@ -44,10 +45,13 @@ What a number is (``tests/unit/test_numbers.py`` holds this table):
 Of more than 1000 digits the first 1000 count. Everything takes time linear in the length of the text.
 """
 
+from __future__ import annotations
+
 import re
+from fractions import Fraction
 
 from colora_ms.evaluation.number_markup import plain
-from colora_ms.evaluation.number_scan import scan
+from colora_ms.evaluation.number_scan import Number, scan
 
 _BOX = re.compile(r"(?:\\f?b|\x08)ox(?:ed)?(?![A-Za-z])\s*")  # \x08: "\b" that a string literal swallowed
 _BARE = re.compile(r"[^\s$]*")  # \boxed 5
@@ -78,7 +82,8 @@ _NEARLY = ("about|approximately|approx|around|roughly|nearly|exactly|just|only|s
            "total|of|then|now|indeed|actually|clearly|the|number|value")
 # What may stand between a marker and the number that it states; the letter of an option, too.
 _DIRECT = re.compile(rf"[\W_]*(?:[A-H](?:\)|[.:](?=[ ]))[\W_]*)?(?:(?:{_NEARLY})\b[\W_]*)*\Z", re.I)
-# What stands in front of a number that a longer sentence states: a verb, "=", "a profit of"; not "half of", "after eating".
+# What stands in front of a number that a longer sentence states: a verb, "=", "a profit of"; not "half of", "after
+# eating".
 _GIVES = re.compile(r"(?:[=\u2248:]|\b(?:[a-z]{1,20}(?:s|ed)|are|be|have|had|but|sold|paid|got|made|bought|spent)"
                     r"|(?<!half )(?<!third )(?<!quarter )(?<!% )(?<!percent )(?<!sum )(?<!number )(?<!product )\bof)"
                     r"[\s*$(]*\Z", re.I)
@@ -89,7 +94,7 @@ _OPERATORS = re.compile("(?:(?:[ \u2009]?[A-Za-z]{1,20}(?:[ ][A-Za-z]{1,20})?)?"
 _NEXT_QUESTION = re.compile(r"^[ \t*]*(?:question|problem|q)\b[ ]?[0-9]{0,4}[ ]?:", re.I | re.M)
 
 
-def extract_number(text):
+def extract_number(text: str) -> Fraction | None:
     """The number that a text gives as its answer; the head of this module says which one.
 
     Args:
@@ -109,7 +114,7 @@ def extract_number(text):
     return None if stated else _last(text, values)
 
 
-def format_number(value):
+def format_number(value: Fraction | None) -> str:
     """A Fraction (or None) as short text: "12", "-0.5", "1/3", or "" for None."""
     if value is None:
         return ""
@@ -129,7 +134,7 @@ def format_number(value):
     return ("-" if value < 0 else "") + digits[:-places] + "." + digits[-places:]
 
 
-def _before_the_next_question(text):
+def _before_the_next_question(text: str) -> str:
     """The text up to a question that begins behind the first marker: a model that did not stop."""
     found = [mark.search(text) for mark in (_BOX, _MARK, _ANSWER)]
     places = [one.start() for one in found if one]
@@ -137,7 +142,7 @@ def _before_the_next_question(text):
     return text if following is None else text[:following.start()]
 
 
-def _boxed(text, values):
+def _boxed(text: str, values: dict[str, Fraction]) -> tuple[Fraction | None, bool]:
     """(number of the last box that has one, whether a box states anything)."""
     if not _BOX.search(text):
         return None, False
@@ -160,7 +165,7 @@ def _boxed(text, values):
     return None, any(map(_says, contents))
 
 
-def _marked(text, values):
+def _marked(text: str, values: dict[str, Fraction]) -> tuple[Fraction | None, bool]:
     """(number of the first #### with one on its line, whether one states anything)."""
     stated = False
     for found in _MARK.finditer(text):
@@ -173,9 +178,9 @@ def _marked(text, values):
     return None, stated
 
 
-def _answered(text, values):
+def _answered(text: str, values: dict[str, Fraction]) -> tuple[Fraction | None, bool]:
     """(number of the last "answer is" or "is the answer" with one, False)."""
-    marks = [(found.start(), found.end(), found) for found in _ANSWER.finditer(text)]
+    marks: list[tuple] = [(found.start(), found.end(), found) for found in _ANSWER.finditer(text)]
     marks += [(found.start(), found.end(), None) for found in _IS_THE_ANSWER.finditer(text)]
     marks.sort(key=lambda mark: mark[:2])
     for number in range(len(marks) - 1, -1, -1):
@@ -185,7 +190,7 @@ def _answered(text, values):
             value = _in_front(text[max(since, start - 400):start], values)
         else:
             until = max(end, marks[number + 1][0]) if number + 1 < len(marks) else len(text)
-            opening = found["colon"] and not found["final"] and not text[:start].strip()
+            opening = bool(found["colon"] and not found["final"] and not text[:start].strip())
             searched = found["colon"] and _SEARCHED.search(text, max(start - 40, 0), start)
             value = None if searched else _behind(text, end, until, values, opening)
         if value is not None:
@@ -193,7 +198,7 @@ def _answered(text, values):
     return None, False
 
 
-def _behind(text, begin, until, values, opening):
+def _behind(text: str, begin: int, until: int, values: dict[str, Fraction], opening: bool) -> Fraction | None:
     """What the sentence between ``begin`` and ``until`` gives as the answer."""
     begin = _LEAD.match(text, begin, until).end()
     end = _END.search(text, begin, until)
@@ -208,14 +213,14 @@ def _behind(text, begin, until, values, opening):
     return found.value() if not opening and _GIVES.search(clause, max(found.begin - 40, 0), found.begin) else None
 
 
-def _in_front(text, values):
+def _in_front(text: str, values: dict[str, Fraction]) -> Fraction | None:
     """The last number of the last sentence of a text that ends with "... is the answer"."""
     begin = max((found.end() for found in _END.finditer(text)), default=0)
     numbers = scan(text[begin:], values)
     return numbers[-1].value() if numbers else None
 
 
-def _first(text, values):
+def _first(text: str, values: dict[str, Fraction]) -> Fraction | None:
     """The first number of a statement, or the result of the calculation that begins there."""
     numbers = scan(text, values)
     for number, one in enumerate(numbers):
@@ -226,7 +231,7 @@ def _first(text, values):
     return None
 
 
-def _calculated(text, numbers):
+def _calculated(text: str, numbers: list[Number]) -> Number:
     """The number behind the last "=" of the calculation that the first number begins; that number without a "="."""
     found = numbers[0]
     for last, one in zip(numbers, numbers[1:]):
@@ -238,7 +243,7 @@ def _calculated(text, numbers):
     return found
 
 
-def _last(text, values):
+def _last(text: str, values: dict[str, Fraction]) -> Fraction | None:
     """The last number; but not one of a remark in parentheses behind the number that follows "="."""
     numbers = scan(text, values)
     if not numbers:
@@ -257,7 +262,7 @@ def _last(text, values):
     return None
 
 
-def _outside(text, numbers):
+def _outside(text: str, numbers: list[Number]) -> Number:
     """The last of the numbers that stands outside parentheses; the last one if all are inside."""
     found, depth, place = numbers[-1], 0, 0
     outside = None
@@ -270,12 +275,12 @@ def _outside(text, numbers):
     return outside or found
 
 
-def _says(text):
+def _says(text: str) -> bool:
     """Whether a text holds more than blanks and marks."""
     return any(c.isalnum() for c in text)
 
 
-def _closing_braces(text):
+def _closing_braces(text: str) -> dict[int, int]:
     """{place of "{": place of its "}"}."""
     closes, open_ones = {}, []
     for found in re.finditer("[{}]", text):

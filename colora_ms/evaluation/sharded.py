@@ -4,10 +4,19 @@ Every worker calls with the same arguments and gets the same, whole results, so 
 all of them as it does on one.
 """
 
-from colora_ms.errors import DataError, DecodingError
+from __future__ import annotations
 
-# Settings of ``generate`` that may be lists with one entry a prompt.
-_PER_PROMPT = ("adapter", "contrast", "sampling", "max_new_tokens")
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from colora_ms.decoding.options import PER_PROMPT
+from colora_ms.errors import ColoraError, DataError, DecodingError
+
+if TYPE_CHECKING:
+    from colora_ms.distributed.workers import Workers
+    from colora_ms.evaluation.interfaces import TextGenerator, TokenScorer
 
 
 class ShardedGenerator:
@@ -18,10 +27,10 @@ class ShardedGenerator:
         team: ``Workers``.
     """
 
-    def __init__(self, generator, team):
+    def __init__(self, generator: TextGenerator, team: Workers) -> None:
         self.generator, self.team = generator, team
 
-    def generate(self, prompts, **options):
+    def generate(self, prompts: Sequence[Any], **options: Any) -> list:
         """Completions of all prompts, in order, on every worker.
 
         Args:
@@ -32,9 +41,9 @@ class ShardedGenerator:
             DecodingError: what the first worker that refused its prompts says, on every worker.
         """
         mine = self.team.split(prompts)
-        options = {key: self.team.split(value) if key in _PER_PROMPT and isinstance(value, (list, tuple)) else value
+        options = {key: self.team.split(value) if key in PER_PROMPT and isinstance(value, (list, tuple)) else value
                    for key, value in options.items()}
-        return _together(self.team, DecodingError, lambda: self.generator.generate(mine, **options) if mine else [])
+        return _together(self.team, DecodingError, ColoraError, lambda: self.generator.generate(mine, **options) if mine else [])
 
 
 class ShardedScorer:
@@ -45,10 +54,10 @@ class ShardedScorer:
         team: ``Workers``.
     """
 
-    def __init__(self, scorer, team):
+    def __init__(self, scorer: TokenScorer, team: Workers) -> None:
         self.scorer, self.team = scorer, team
 
-    def token_logprobs(self, sequences):
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probabilities of all sequences, in order, on every worker.
 
         Raises:
@@ -56,11 +65,11 @@ class ShardedScorer:
                 sequence counts those of that worker.
         """
         mine = self.team.split(sequences)
-        return _together(self.team, DataError, lambda: self.scorer.token_logprobs(mine) if mine else [])
+        return _together(self.team, DataError, DataError, lambda: self.scorer.token_logprobs(mine) if mine else [])
 
 
-def _together(team, expected, work):
-    """The joined results of ``work()`` on all workers; an expected error of one is raised by all."""
+def _together(team: Workers, kind: type[ColoraError], expected: type[ColoraError], work: Callable[[], list]) -> list:
+    """The joined results of ``work()`` on all workers; an ``expected`` error of one is raised by all, as a ``kind``."""
     results, refusal = [], None
     try:
         results = list(work())
@@ -69,5 +78,5 @@ def _together(team, expected, work):
     refusals = [text for text in team.gather(refusal) if text is not None]
     if refusals:
         # The others must not wait in the next call for a worker that has given up.
-        raise expected(refusals[0])
+        raise kind(refusals[0])
     return team.join(results)

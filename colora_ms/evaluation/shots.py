@@ -1,17 +1,24 @@
 """Worked examples in front of a question: the same ones for all, except that none shows the question's own answer."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from colora_ms.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from colora_ms.evaluation.likelihood import ChoiceItem
 
 # Blanks, and characters that are not seen.
 _UNSEEN = re.compile(r"[\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff]+")
 
 
-def question_key(text):
+def question_key(text: str) -> str:
     """What two copies of a question share: blanks, case, width of characters and the last point do not count."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return _UNSEEN.sub("", text).rstrip(".?!:;,")
@@ -35,12 +42,12 @@ class Shots:
         ConfigError: nothing to show, or fewer examples than are to be shown.
     """
 
-    def __init__(self, pool, count=None):
+    def __init__(self, pool: Sequence[tuple[str, str]], count: int | None = None) -> None:
         pool = list(pool)
         self.count = len(pool) if count is None else count
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1 or not pool:
-            raise ConfigError(f"a few-shot prompt needs at least one worked example; {self.count!r} of {len(pool)} are to "
-                              "be shown")
+            raise ConfigError(f"a few-shot prompt needs at least one worked example; {self.count!r} of {len(pool)} are "
+                              "to be shown")
         if self.count > len(pool):
             raise ConfigError(f"{self.count} worked examples are to be shown, there are {len(pool)}; give a file with "
                               "more, or show fewer")
@@ -52,10 +59,10 @@ class Shots:
                 digest.update(b"\0" + part.encode("utf-8", "replace"))
         self.digest = digest.hexdigest()[:16]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._pool)
 
-    def head(self, question, name):
+    def head(self, question: str, name: str) -> str:
         """The worked examples in front of a question, joined.
 
         Raises:
@@ -70,7 +77,7 @@ class Shots:
                             f"shown, and {len(others)} are other questions: give more worked examples, or show fewer")
         return "".join(others[:self.count])
 
-    def check(self, questions):
+    def check(self, questions: Sequence[tuple[str, str]]) -> int:
         """Find out before anything is generated whether there are enough for all; returns how many stand in the list.
 
         Args:
@@ -85,7 +92,8 @@ class Shots:
         return len(own)
 
 
-def few_shot_choices(items, worked, count, separator="\n\n"):
+def few_shot_choices(items: Sequence[ChoiceItem], worked: Sequence[ChoiceItem], count: int,
+                     separator: str = "\n\n") -> tuple[list[ChoiceItem], int]:
     """Multiple-choice items with worked ones in front of their contexts.
 
     Args:

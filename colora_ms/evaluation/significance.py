@@ -1,15 +1,19 @@
 """Confidence interval of an accuracy and the paired test between two decoders."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from colora_ms.errors import ConfigError, DataError
 
 
-def wilson_interval(correct, total, confidence=0.95):
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson, 1927).
 
     With p = correct/total and z the normal quantile of (1 + confidence)/2:
@@ -55,18 +59,18 @@ class PairedTest:
     p_value: float
 
     @property
-    def difference(self):
+    def difference(self) -> float:
         """Accuracy of the second minus accuracy of the first."""
         total = self.both + self.first_only + self.second_only + self.neither
         return (self.second_only - self.first_only) / total
 
-    def summary(self):
+    def summary(self) -> str:
         """One line: fixed, broken, p."""
         return (f"{self.second_only} fixed, {self.first_only} broken, "
                 f"p = {self.p_value:.3g} (exact McNemar)")
 
 
-def mcnemar(first, second):
+def mcnemar(first: Any, second: Any) -> PairedTest:
     """Exact McNemar test (McNemar, 1947; binomial form).
 
     Among the n items that exactly one decoder got right, the number that the first got right is
@@ -119,7 +123,8 @@ class BestOfMany:
     p_value: float
 
 
-def best_of_many(baseline, others, rounds=20000, seed=0):
+def best_of_many(baseline: Mapping[str, bool], others: Sequence[Mapping[str, bool]], rounds: int = 20000,
+                 seed: int = 0) -> BestOfMany:
     """Paired test of a choice among several decoders: is the best one better, though it was picked?
 
     Picking the best of many and then testing it alone finds gains where there are none. Here the

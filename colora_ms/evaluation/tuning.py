@@ -1,17 +1,27 @@
 """Contrasts against greedy decoding of the same adapter: the comparison, and the choice of one or of none.
 
-Greedy decoding is run as a contrast with beta = 0, which gives the same tokens and tells at each one how many tokens were
-valid. Where only one was valid at every step of an answer, every contrast with at least that alpha gives the same answer,
-so such *settled* items are not decoded again: the comparison is exact and costs only the items that a contrast can change.
+Greedy decoding is run as a contrast with beta = 0, which gives the same tokens and tells at each one how many tokens
+were valid. Where only one was valid at every step of an answer, every contrast with at least that alpha gives the same
+answer, so such *settled* items are not decoded again: the comparison is exact and costs only the items that a contrast
+can change.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from colora_ms.decoding import Contrast
 from colora_ms.errors import ConfigError
-from colora_ms.evaluation.evaluate import evaluate
+from colora_ms.evaluation.evaluate import EvaluationResult, evaluate
 from colora_ms.evaluation.significance import best_of_many, mcnemar, wilson_interval
+
+if TYPE_CHECKING:
+    from colora_ms.evaluation.interfaces import PromptTemplate, Question, TextGenerator
+    from colora_ms.evaluation.scoring import Score
+    from colora_ms.evaluation.significance import PairedTest
 
 #: What is tried where nothing else is asked for: the paper's rule, and the adaptive forms.
 DEFAULT_GRID = (
@@ -34,23 +44,23 @@ class ContrastOutcome:
         test: :class:`PairedTest` of it against greedy decoding.
     """
 
-    contrast: object
-    outcomes: dict
+    contrast: Contrast
+    outcomes: dict[str, bool]
     changed: int
     tokens: int
-    test: object
+    test: PairedTest
 
     @property
-    def accuracy(self):
+    def accuracy(self) -> float:
         """Share of the items that were answered right."""
         return sum(self.outcomes.values()) / len(self.outcomes)
 
     @property
-    def changed_share(self):
+    def changed_share(self) -> float:
         """Share of the tokens that the contrast changed; 0 without tokens."""
         return self.changed / self.tokens if self.tokens else 0.0
 
-    def to_json(self):
+    def to_json(self) -> dict:
         """Numbers for a results file."""
         correct, items = sum(self.outcomes.values()), len(self.outcomes)
         return {"contrast": dataclasses.asdict(self.contrast), "label": self.contrast.label, "correct": correct,
@@ -71,18 +81,18 @@ class ContrastComparison:
         setup: hashes and options, as ``evaluate`` writes them.
     """
 
-    greedy: dict
-    results: list
+    greedy: dict[str, bool]
+    results: list[ContrastOutcome]
     settled: int
     setup: dict
     refused: int = 0
 
     @property
-    def accuracy(self):
+    def accuracy(self) -> float:
         """Accuracy of greedy decoding."""
         return sum(self.greedy.values()) / len(self.greedy)
 
-    def to_json(self):
+    def to_json(self) -> dict:
         """Everything but the items."""
         correct, items = sum(self.greedy.values()), len(self.greedy)
         return {"items": items, "settled": self.settled, "refused": self.refused, "setup": self.setup,
@@ -90,23 +100,30 @@ class ContrastComparison:
                            "interval": list(wilson_interval(correct, items))},
                 "contrasts": [result.to_json() for result in self.results]}
 
-    def table(self):
+    def table(self) -> str:
         """Markdown table."""
         low, high = wilson_interval(sum(self.greedy.values()), len(self.greedy))
-        lines = ["| decoder | accuracy | 95 % interval | fixed | broken | p | tokens changed |", "|---|---|---|---|---|---|---|",
+        lines = ["| decoder | accuracy | 95 % interval | fixed | broken | p | tokens changed |",
+                 "|---|---|---|---|---|---|---|",
                  f"| greedy | {100 * self.accuracy:.1f} % | {100 * low:.1f} - {100 * high:.1f} % | | | | |"]
         for result in self.results:
             row = result.to_json()
             low, high = row["interval"]
             lines.append(f"| {row['label']} | {100 * row['accuracy']:.1f} % | {100 * low:.1f} - {100 * high:.1f} % | "
-                         f"{row['fixed']} | {row['broken']} | {row['p_value']:.2g} | {100 * row['changed_share']:.1f} % |")
+                         f"{row['fixed']} | {row['broken']} | {row['p_value']:.2g} | {100 * row['changed_share']:.1f} "
+                         "% |")
         if self.refused:
-            lines += ["", f"{self.refused} of {len(self.greedy)} items were refused and count as wrong for every decoder."]
+            lines += ["", f"{self.refused} of {len(self.greedy)} items were refused and count as wrong for every "
+                          "decoder."]
         return "\n".join(lines)
 
 
-def compare_contrasts(generator, examples, adapter, contrasts, *, template, scorer="number", max_new_tokens=64, stop=(),
-                      batch_size=8, folder=None, model_hash="", adapter_hash="", progress=None):
+def compare_contrasts(generator: TextGenerator, examples: Sequence[Question], adapter: str,
+                      contrasts: Sequence[Contrast], *, template: PromptTemplate,
+                      scorer: str | Callable[[str, Any], Score] = "number", max_new_tokens: int = 64,
+                      stop: Sequence[str] = (), batch_size: int = 8, folder: str | Path | None = None,
+                      model_hash: str = "", adapter_hash: str = "",
+                      progress: Callable[[str, str], Any] | None = None) -> ContrastComparison:
     """Answer all examples greedily and with each contrast.
 
     Args:
@@ -128,7 +145,7 @@ def compare_contrasts(generator, examples, adapter, contrasts, *, template, scor
     if not contrasts:
         raise ConfigError("there is no contrast to compare with greedy decoding")
 
-    def run(name, chosen, contrast):
+    def run(name: str, chosen: Sequence[Question], contrast: Contrast) -> EvaluationResult:
         path = Path(folder) / f"{name}.jsonl" if folder else None
         return evaluate(generator, chosen, scorer, template=template, path=path, batch_size=batch_size,
                         model_hash=model_hash, adapter_hash=adapter_hash, keep_records=contrast.beta == 0,
@@ -173,25 +190,25 @@ class ContrastChoice:
         level: the highest p_value that switches the contrast on.
     """
 
-    contrast: object
-    best: object
+    contrast: Contrast | None
+    best: ContrastOutcome
     gain: int
     p_value: float
     level: float
 
-    def to_json(self):
+    def to_json(self) -> dict:
         """Numbers for a results file; "contrast" is None for "off"."""
         return {"contrast": None if self.contrast is None else dataclasses.asdict(self.contrast),
                 "best": self.best.to_json(), "gain": self.gain, "p_value": self.p_value, "level": self.level}
 
-    def summary(self):
+    def summary(self) -> str:
         """One line for people."""
         answer = "off" if self.contrast is None else self.contrast.label
         return (f"contrast: {answer} (best of all tried: {self.best.contrast.label}, gain {self.gain} items, "
                 f"p = {self.p_value:.3g}, on at p <= {self.level:g})")
 
 
-def choose_contrast(comparison, level=0.05):
+def choose_contrast(comparison: ContrastComparison, level: float = 0.05) -> ContrastChoice:
     """The contrast to use, judged on validation items.
 
     The rule: take the contrast that gains most items (of equals the one that breaks fewer, then the one that changes

@@ -27,7 +27,8 @@ from mindspore import Tensor
 from colora_ms.kernels.aot import ABSENT
 from colora_ms.kernels.shapes import require
 
-#: Formats of a base: (name, its tensors). A product is the chain of its tensors, the first one meets x.
+#: Formats of a base: (name, its tensors); the first ones have the numbers of ``Format`` in ops/cpu/weights.h, which are
+#: the tags of ``models.formats``. A product is the chain of its tensors, the first one meets x.
 FORMATS = (("float32", ("weight",)), ("bfloat16", ("weight",)), ("int8", ("weight", "weight_scale")),
            ("int4", ("weight", "weight_scale")), ("product", ("inner", "outer")),
            ("product_with_core", ("inner", "core", "outer")))
@@ -65,16 +66,17 @@ _LAYER_TAGS = tuple(_tag(1 + mask) for mask in range(1 << len(OPTIONAL)))
 # -- in graphs --------------------------------------------------------------------------------------------------------
 
 
-def base_of(weight: Tensor, weight_scale: Tensor = ABSENT, bias: Tensor = ABSENT) -> tuple:
-    """The base of a linear that is one matrix, in the formats of :func:`colora_ms.kernels.multi_lora_linear`."""
+def base_of(form: int, weight: Tensor, weight_scale: Tensor = ABSENT, bias: Tensor = ABSENT) -> tuple:
+    """The base of a linear that is one matrix.
+
+    Args:
+        form: the tag of its format (``models.formats.WeightFormat.tag``), FLOAT32 to INT4; weight, weight_scale, bias: as
+            for :func:`colora_ms.kernels.multi_lora_linear`.
+    """
     bias = () if bias.ndim == 0 else (bias,)
-    if weight.dtype == ms.uint8:
-        return (INT4, (weight, weight_scale), bias)
-    if weight.dtype == ms.int8 or weight_scale.ndim > 0:
-        return (INT8, (weight, weight_scale), bias)
-    if weight.dtype == ms.bfloat16:
-        return (BFLOAT16, (weight,), bias)
-    return (FLOAT32, (weight,), bias)
+    if form == INT8 or form == INT4:
+        return (form, (weight, weight_scale), bias)
+    return (form, (weight,), bias)
 
 
 def product_of(inner: Tensor, outer: Tensor, core: Tensor = ABSENT, bias: Tensor = ABSENT) -> tuple:

@@ -1,4 +1,4 @@
-"""Decoders of the Llama family, their checkpoints and tokenizers."""
+"""Decoders, one record a family (``families``), their checkpoints and tokenizers."""
 
 _EXPORTS = {"Decoder": "decoder", "DecoderConfig": "config", "KeyValueCache": "cache", "open_checkpoint": "checkpoint"}
 
@@ -36,14 +36,7 @@ def build_decoder(checkpoint, weight_format="float32", max_positions=None):
     """The :class:`Decoder` of an opened checkpoint; arguments as in :func:`load_model`."""
     from colora_ms.models.decoder import Decoder
 
-    decoder = Decoder(checkpoint.config, checkpoint.tensors, weight_format=weight_format, max_positions=max_positions)
-    if checkpoint.quantized is not None:
-        checkpoint.quantized.install(decoder)
-    if checkpoint.low_rank:
-        from colora_ms.models.low_rank_folder import put_factors
-
-        put_factors(decoder, checkpoint.low_rank)
-    return decoder
+    return Decoder(checkpoint.config, checkpoint.stored, weight_format=weight_format, max_positions=max_positions)
 
 
 def __getattr__(name):

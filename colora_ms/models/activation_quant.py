@@ -4,7 +4,13 @@ Every token gets its own asymmetric grid from its smallest and largest value (ar
 per-token quantisation). Values stay float32; what is modelled is the loss of the rounding.
 """
 
-from mindspore import nn, ops
+from __future__ import annotations
+
+from typing import Optional
+
+from mindspore import Tensor, nn, ops
+
+from colora_ms.models.layers import Linear
 
 _SMALLEST_SCALE = 1e-8
 
@@ -12,7 +18,7 @@ _SMALLEST_SCALE = 1e-8
 ACTIVATIONS = {"a8": (8, 8), "a8kv4": (8, 4), "a4": (4, 4)}
 
 
-def activation_bits(preset, path):
+def activation_bits(preset: Optional[str], path: str) -> tuple[int, int]:
     """(bits of the input, bits of the output) of the linear called ``path``; 0 = float."""
     if preset is None:
         return 0, 0
@@ -23,12 +29,12 @@ def activation_bits(preset, path):
 class ActivationQuantizer(nn.Cell):
     """``s * (clip(round(x / s) + z, 0, 2^b - 1) - z)`` with s and z of each token; straight-through gradient."""
 
-    def __init__(self, bits):
+    def __init__(self, bits: int) -> None:
         super().__init__(auto_prefix=False)
         self.bits, self.levels = bits, float(2 ** bits - 1)
         self.rint = ops.Rint()
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         """x: (..., features) float32 -> the same shape; the range always holds 0."""
         low = ops.minimum(ops.ReduceMin(True)(x, -1), 0.0)
         high = ops.maximum(ops.ReduceMax(True)(x, -1), 0.0)
@@ -41,14 +47,15 @@ class ActivationQuantizer(nn.Cell):
         """The dynamic range clips nothing, so the gradient passes everywhere."""
         return (dout,)
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"bits={self.bits}"
 
 
 class ActivationQuantizedLinear(nn.Cell):
     """A linear with quantised weights whose input, and perhaps output, is rounded too.
 
-    It is not a :class:`colora_ms.models.layers.Linear` on purpose: a LoRA Cell would read the operands past the rounding.
+    It is not a :class:`colora_ms.models.layers.Linear` on purpose: a LoRA Cell would read the operands past the
+    rounding.
 
     Args:
         linear: :class:`colora_ms.models.layers.Linear`; input_bits, output_bits: 0 for float.
@@ -56,14 +63,14 @@ class ActivationQuantizedLinear(nn.Cell):
 
     fusible = False
 
-    def __init__(self, linear, input_bits, output_bits):
+    def __init__(self, linear: Linear, input_bits: int, output_bits: int) -> None:
         super().__init__(auto_prefix=False)
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.quantize_input = ActivationQuantizer(input_bits) if input_bits else None
         self.quantize_output = ActivationQuantizer(output_bits) if output_bits else None
 
-    def construct(self, x, slots):
+    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
         """x: (rows, tokens, in) or (rows, in); slots: (rows,) int32 -> y: (..., out) float32."""
         if self.quantize_input is not None:
             x = self.quantize_input(x)

@@ -1,11 +1,14 @@
 """The key/value cache: one pair of Parameters a layer, written in place by ``kernels.cached_attention``."""
 
+from __future__ import annotations
+
 import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 
 from colora_ms.errors import ConfigError
+from colora_ms.models.config import DecoderConfig
 
 
 class KeyValueCache(nn.Cell):
@@ -21,10 +24,11 @@ class KeyValueCache(nn.Cell):
         keys, values: a Parameter a layer, each (rows, kv_heads, max_length, head_dim).
     """
 
-    def __init__(self, config, rows, max_length, dtype=ms.float32):
+    def __init__(self, config: DecoderConfig, rows: int, max_length: int, dtype: ms.dtype.Type = ms.float32) -> None:
         super().__init__()
         if rows < 1 or max_length < 1:
-            raise ConfigError(f"a cache needs at least one row and one position, got rows={rows}, max_length={max_length}")
+            raise ConfigError("a cache needs at least one row and one position, got "
+                              f"rows={rows}, max_length={max_length}")
         self.rows = rows
         self.max_length = max_length
         shape = (rows, config.num_key_value_heads, max_length, config.head_dim)
@@ -32,7 +36,7 @@ class KeyValueCache(nn.Cell):
         self.values = self._parameters("values", shape, config.num_hidden_layers, dtype)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return sum(int(p.size) * p.itemsize for p in (*self.keys, *self.values))
 

@@ -7,12 +7,16 @@ sandbox, without access to Python objects, files or imports.
 content, and ``render_spans`` tells where that lies.
 """
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import copy
 import datetime
 import functools
 import json
+from collections.abc import Mapping, Sequence
+from typing import Optional
 
 from colora_ms.errors import TokenizerError
 
@@ -26,7 +30,8 @@ _MARK_CHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
-def render(template, messages, add_generation_prompt=False, variables=None, continue_final_message=False):
+def render(template: str, messages: Sequence[Mapping], add_generation_prompt: bool = False,
+           variables: Optional[Mapping] = None, continue_final_message: bool = False) -> str:
     """Render a conversation.
 
     Args:
@@ -60,7 +65,8 @@ def render(template, messages, add_generation_prompt=False, variables=None, cont
     return text[:at] if text.startswith(_CONTINUE, at) else text[:at].rstrip()
 
 
-def render_spans(template, messages, add_generation_prompt=False, variables=None):
+def render_spans(template: str, messages: Sequence[Mapping], add_generation_prompt: bool = False,
+                 variables: Optional[Mapping] = None) -> tuple[str, list[tuple[int, int]]]:
     """``render``, with the places of the generation blocks.
 
     Returns:
@@ -102,7 +108,7 @@ def render_spans(template, messages, add_generation_prompt=False, variables=None
     return text, spans
 
 
-def marks_generation(template):
+def marks_generation(template: str) -> bool:
     """Whether a template has ``{% generation %}`` blocks.
 
     Raises:

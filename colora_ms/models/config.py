@@ -1,40 +1,18 @@
-"""The configuration of a decoder of the Llama family, with Hugging Face's names.
+"""The configuration of a decoder, with Hugging Face's names.
 
-``DecoderConfig.from_hf`` reads a ``config.json`` of Llama (also SmolLM2), Qwen2/2.5 or Qwen3,
-``to_hf`` writes one.  What this package does not implement is refused, never ignored.
-Pure Python.
+``DecoderConfig.from_hf`` reads a ``config.json`` of a family that ``families`` has a record of, ``to_hf`` writes one.
+What this package does not implement is refused, never ignored.  Pure Python.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Optional
 
-from colora_ms.errors import ConfigError, near
+from colora_ms.errors import ConfigError, short
+from colora_ms.models.families import DEFAULTS, Family, family, family_of_class, find_family, unsupported
 from colora_ms.models.rope import normalize_scaling
-
-# model_type -> the architecture name in config.json
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-# Settings that change a model's mathematics, and the only values that are implemented.
-_NEUTRAL = {
-    "hidden_act": ("silu", "swish", None),
-    "partial_rotary_factor": (1, 1.0, None),
-    "quantization_config": (None,),
-    "attn_logit_softcapping": (None, 0, 0.0),
-    "final_logit_softcapping": (None, 0, 0.0),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "logit_scale": (None, 1, 1.0),
-    "query_pre_attn_scalar": (None,),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "add_cross_attention": (None, False),
-    "is_encoder_decoder": (None, False),
-}
 
 # Upper bounds far above every released model, so that a damaged config cannot ask for terabytes.
 _LIMITS = {
@@ -57,7 +35,7 @@ class DecoderConfig:
         ConfigError: from the constructor, ``from_hf`` and ``validate``; lists every problem.
     """
 
-    model_type: str               # "llama" | "qwen2" | "qwen3"
+    model_type: str               # a family of ``families.FAMILIES``
     vocab_size: int               # rows of the embedding (may exceed the tokenizer's ids)
     hidden_size: int
     intermediate_size: int        # rows of gate_proj and up_proj
@@ -68,18 +46,18 @@ class DecoderConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict = dataclasses.field(default=None, hash=False)  # normalized, or None
+    rope_scaling: Optional[dict] = dataclasses.field(default=None, hash=False)  # normalized, or None
     tie_word_embeddings: bool = False
     attention_bias: bool = False      # bias of q_proj, k_proj, v_proj
     attention_out_bias: bool = False  # bias of o_proj
     mlp_bias: bool = False            # bias of gate_proj, up_proj, down_proj
     qk_norm: bool = False             # RMS norm of each query and key head (Qwen3)
-    bos_token_id: int = None
+    bos_token_id: Optional[int] = None
     eos_token_ids: tuple = ()
-    pad_token_id: int = None
+    pad_token_id: Optional[int] = None
     torch_dtype: str = "float32"      # information only: how the weights are stored
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         scaling, problems = normalize_scaling(self.rope_scaling)
         if not problems:
             object.__setattr__(self, "rope_scaling", scaling)
@@ -87,7 +65,7 @@ class DecoderConfig:
             object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         self.validate()
 
-    def validate(self):
+    def validate(self) -> DecoderConfig:
         """Check all values against each other; returns the config itself.
 
         Raises:
@@ -103,28 +81,28 @@ class DecoderConfig:
 
     def _size_problems(self):
         problems = []
-        if self.model_type not in ARCHITECTURES:
-            problems.append(_unsupported("model_type", self.model_type, ARCHITECTURES))
+        if find_family(self.model_type) is None:
+            problems.append(unsupported(self.model_type))
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if not _is_int(value) or not 1 <= value <= limit:
-                problems.append(f"{name} is {_short(value)}, expected an integer from 1 to {limit}")
+                problems.append(f"{name} is {short(value)}, expected an integer from 1 to {limit}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) \
                     or not math.isfinite(value) or value <= 0:
-                problems.append(f"{name} is {_short(value)}, expected a positive finite number")
+                problems.append(f"{name} is {short(value)}, expected a positive finite number")
         for field in dataclasses.fields(self):
             if field.type in (bool, "bool") and not isinstance(getattr(self, field.name), bool):
-                problems.append(f"{field.name} is {_short(getattr(self, field.name))}, expected "
+                problems.append(f"{field.name} is {short(getattr(self, field.name))}, expected "
                                 "true or false")
         for name in ("bos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is not None and not _is_int(value):
-                problems.append(f"{name} is {_short(value)}, expected an integer or null")
+                problems.append(f"{name} is {short(value)}, expected an integer or null")
         if not isinstance(self.eos_token_ids, tuple) \
                 or not all(_is_int(item) for item in self.eos_token_ids):
-            problems.append(f"eos_token_id is {_short(self.eos_token_ids)}, expected integers")
+            problems.append(f"eos_token_id is {short(self.eos_token_ids)}, expected integers")
         return problems
 
     def _relation_problems(self):
@@ -137,18 +115,16 @@ class DecoderConfig:
             problems.append(f"head_dim={self.head_dim} is odd, rotary positions need an even one")
         if self.rope_theta <= 1:
             problems.append(f"rope_theta={self.rope_theta} must be larger than 1")
-        want = {"llama": (self.attention_bias, self.attention_bias, self.mlp_bias, False),
-                "qwen2": (True, False, False, False),
-                "qwen3": (self.attention_bias, self.attention_bias, False, True)}
-        names = ("attention_bias", "attention_out_bias", "mlp_bias", "qk_norm")
-        for name, expected in zip(names, want[self.model_type]):
+        record = family(self.model_type)
+        for name, option in record.options().items():
+            expected = getattr(self, record.keys()[option]) if isinstance(option, str) else option
             if getattr(self, name) != expected:
                 problems.append(f"{name} is {getattr(self, name)}, but {self.model_type} with "
                                 f"attention_bias={self.attention_bias} has {expected}")
         return problems
 
     @classmethod
-    def from_hf(cls, values):
+    def from_hf(cls, values: object) -> DecoderConfig:
         """Read the dictionary of a Hugging Face ``config.json``.
 
         Both spellings of the rotary settings are read: ``rope_theta`` with ``rope_scaling``, and
@@ -166,9 +142,9 @@ class DecoderConfig:
                 weights, ...), missing sizes, impossible values.
         """
         if not isinstance(values, dict):
-            raise ConfigError(f"config.json holds {_short(values)}, expected a JSON object")
-        model_type = _architecture(values)
-        problems = _refused_settings(values)
+            raise ConfigError(f"config.json holds {short(values)}, expected a JSON object")
+        record = _family_of(values)
+        problems = _refused_settings(values, record)
         missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size",
                                      "num_hidden_layers", "num_attention_heads")
                    if values.get(name) is None]
@@ -179,37 +155,35 @@ class DecoderConfig:
         if problems:
             raise ConfigError("the model config cannot be used: " + "; ".join(problems))
 
+        def read(key, otherwise=None):
+            """The key's value, else what transformers takes in its place."""
+            value = values.get(key)
+            return record.defaults.get(key, DEFAULTS.get(key, otherwise)) if value is None else value
+
         heads = values["num_attention_heads"]
-        head_dim = values.get("head_dim")
-        if head_dim is None:
-            head_dim = _default_head_dim(model_type, values["hidden_size"], heads)
-        groups = values.get("num_key_value_heads")
-        bias = model_type == "qwen2" or values.get("attention_bias", False) is True
+        head_dim = read("head_dim")
         eos = values.get("eos_token_id")
         eos = () if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,)
-        length = values.get("max_position_embeddings")
+        options = {name: option if isinstance(option, bool) else read(option, False)
+                   for name, option in record.options().items()}
         return cls(
-            model_type=model_type, vocab_size=values["vocab_size"],
+            model_type=record.name, vocab_size=values["vocab_size"],
             hidden_size=values["hidden_size"], intermediate_size=values["intermediate_size"],
             num_hidden_layers=values["num_hidden_layers"], num_attention_heads=heads,
-            num_key_value_heads=heads if groups is None else groups, head_dim=head_dim,
-            # transformers' own defaults where a config leaves a value out
-            max_position_embeddings=(2048 if model_type == "llama" else 32768)
-            if length is None else length,
-            rms_norm_eps=_default(values.get("rms_norm_eps"), 1e-6), rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=_default(values.get("tie_word_embeddings"), False),
-            attention_bias=bias, attention_out_bias=bias and model_type != "qwen2",
-            mlp_bias=_default(values.get("mlp_bias"), False) if model_type == "llama" else False,
-            qk_norm=model_type == "qwen3", bos_token_id=values.get("bos_token_id"),
+            num_key_value_heads=read("num_key_value_heads", heads),
+            head_dim=_equal_heads(values["hidden_size"], heads) if head_dim is None else head_dim,
+            max_position_embeddings=read("max_position_embeddings"), rms_norm_eps=read("rms_norm_eps"),
+            rope_theta=record.defaults.get("rope_theta", DEFAULTS["rope_theta"]) if theta is None else theta,
+            rope_scaling=scaling, tie_word_embeddings=read("tie_word_embeddings"), **options,
+            bos_token_id=values.get("bos_token_id"),
             eos_token_ids=tuple(eos), pad_token_id=values.get("pad_token_id"),
             torch_dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"))
 
-    def to_hf(self):
+    def to_hf(self) -> dict:
         """The dictionary for a Hugging Face ``config.json``; ``from_hf`` reads it back equal."""
-        eos = list(self.eos_token_ids)
+        record, eos = family(self.model_type), list(self.eos_token_ids)
         values = {
-            "architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type,
+            "architectures": [record.architecture], "model_type": self.model_type,
             "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_hidden_layers,
@@ -223,15 +197,13 @@ class DecoderConfig:
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
             "pad_token_id": self.pad_token_id, "torch_dtype": self.torch_dtype,
         }
-        if self.model_type == "llama":
-            values["mlp_bias"] = self.mlp_bias
-        if self.model_type in ("llama", "qwen3"):
-            values["attention_bias"] = self.attention_bias
-        if self.model_type in ("qwen2", "qwen3"):
+        for key, name in reversed(list(record.keys().items())):
+            values[key] = getattr(self, name)
+        if record.window_layers is not None:
             values["use_sliding_window"] = False
         return values
 
-    def parameter_shapes(self):
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """All tensors of a checkpoint of this config.
 
         Returns:
@@ -268,72 +240,70 @@ class DecoderConfig:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
 
-    def parameter_count(self):
+    def parameter_count(self) -> int:
         """Number of weights of the model (a tied head counts once)."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
 
 
-def _architecture(values):
-    """The model_type of a config.json, or ConfigError naming what is supported."""
+def _family_of(values) -> Family:
+    """The record of a config.json's family, or ConfigError naming what is supported."""
     model_type = values.get("model_type")
     names = values.get("architectures")
     if isinstance(names, str):
         names = [names]
-    known = {name: kind for kind, name in ARCHITECTURES.items()}
-    if model_type is None and isinstance(names, list) and len(names) == 1 and names[0] in known:
-        model_type = known[names[0]]
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise ConfigError(_unsupported("model_type", model_type, ARCHITECTURES))
-    if names and (not isinstance(names, list) or ARCHITECTURES[model_type] not in names):
+    record = find_family(model_type)
+    if model_type is None and isinstance(names, list) and len(names) == 1:
+        record = family_of_class(names[0])
+    if record is None:
+        raise ConfigError(unsupported(model_type))
+    if names and (not isinstance(names, list) or record.architecture not in names):
         raise ConfigError(
-            f"config.json names the architecture {_short(names)} for model_type {model_type!r}; "
-            f"only {ARCHITECTURES[model_type]} (a decoder with a language-model head) is supported")
-    return model_type
+            f"config.json names the architecture {short(names)} for model_type {record.name!r}; "
+            f"only {record.architecture} (a decoder with a language-model head) is supported")
+    return record
 
 
-def _refused_settings(values):
+def _refused_settings(values, record):
     """Settings that are present and would change the output in a way not implemented here."""
     problems = []
-    for name, allowed in _NEUTRAL.items():
+    for name, allowed in record.neutral.items():
         value = values.get(name)
         if not any(value is item or (not isinstance(value, bool) and value == item)
                    for item in allowed):
             reason = ("quantized Hugging Face weights are not read; use the unquantized model or "
                       "a GGUF file" if name == "quantization_config"
                       else f"only {allowed[0]!r} is implemented")
-            problems.append(f"{name} is {_short(value)}: {reason}")
-    for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            problems.append(f"{name} is {short(value)}: {reason}")
+    for name in dict.fromkeys(["attention_bias", "mlp_bias", "tie_word_embeddings", *record.keys()]):
         if values.get(name) is not None and not isinstance(values[name], bool):
-            problems.append(f"{name} is {_short(values[name])}, expected true or false")
-    if values.get("model_type") == "qwen2" and values.get("attention_bias") is False:
-        problems.append("attention_bias is false, but qwen2 always has a bias on q, k and v")
-    if values.get("model_type") != "llama" and values.get("mlp_bias"):
-        problems.append(f"mlp_bias is true, but {values.get('model_type')} has none")
-    return problems + _sliding_problems(values)
+            problems.append(f"{name} is {short(values[name])}, expected true or false")
+    for name, where in (("attention_bias", "q, k and v"), ("mlp_bias", "gate, up and down")):
+        option, said = getattr(record, name), values.get(name)
+        if option is True and said is False:
+            problems.append(f"{name} is false, but {record.name} always has a bias on {where}")
+        if option is False and said:
+            problems.append(f"{name} is true, but {record.name} has none")
+    return problems + _sliding_problems(values, record)
 
 
-def _sliding_problems(values):
+def _sliding_problems(values, record):
     """A sliding window matters only if some layer uses it and it is shorter than the context."""
     window = values.get("sliding_window")
     layers = values.get("num_hidden_layers")
     kinds = values.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(
             kind in ("full_attention", "sliding_attention") for kind in kinds)):
-        return [f"layer_types is {_short(kinds)}: only 'full_attention' is implemented"]
+        return [f"layer_types is {short(kinds)}: only 'full_attention' is implemented"]
     if window is None:
         return []
     if not _is_int(window) or window < 1:
-        return [f"sliding_window is {_short(window)}, expected a positive integer or null"]
-    if values.get("model_type") in ("qwen2", "qwen3"):
-        if not values.get("use_sliding_window", False):
-            return []
-        if kinds is not None:
-            used = "sliding_attention" in kinds
-        else:
-            first = _default(values.get("max_window_layers"), 28)
-            used = not (_is_int(first) and _is_int(layers) and first >= layers)
-    else:
-        used = values.get("use_sliding_window", True) is not False
+        return [f"sliding_window is {short(window)}, expected a positive integer or null"]
+    switch = values.get("use_sliding_window")
+    used = record.window if switch is None else bool(switch)
+    if used and record.window_layers is not None:
+        first = _default(values.get("max_window_layers"), record.window_layers)
+        used = "sliding_attention" in kinds if kinds is not None else \
+            not (_is_int(first) and _is_int(layers) and first >= layers)
     length = values.get("max_position_embeddings")
     if used and not (_is_int(length) and window >= length):
         return [f"sliding_window={window} is used by some layers: sliding-window attention is not "
@@ -342,17 +312,17 @@ def _sliding_problems(values):
 
 
 def _read_rope(values):
-    """(theta, rope_scaling, problems) from either spelling of the rotary settings."""
+    """(theta or None, rope_scaling, problems) from either spelling of the rotary settings."""
     theta, scaling = values.get("rope_theta"), values.get("rope_scaling")
     newer = values.get("rope_parameters")
     if newer is not None:
         if not isinstance(newer, dict) or any(isinstance(item, dict) for item in newer.values()):
-            return 1e4, None, [f"rope_parameters is {_short(newer)}: only one set of rotary "
+            return None, None, [f"rope_parameters is {short(newer)}: only one set of rotary "
                                "settings for all layers is implemented"]
         newer = dict(newer)
         inner_theta = newer.pop("rope_theta", None)
         if theta is not None and inner_theta is not None and theta != inner_theta:
-            return 1e4, None, [f"rope_theta={theta!r} contradicts rope_parameters' {inner_theta!r}"]
+            return None, None, [f"rope_theta={theta!r} contradicts rope_parameters' {inner_theta!r}"]
         theta = inner_theta if inner_theta is not None else theta
         if newer.get("partial_rotary_factor") in (None, 1, 1.0):
             newer.pop("partial_rotary_factor", None)
@@ -360,16 +330,14 @@ def _read_rope(values):
             newer["rope_type"] = "default"
         read, problems = normalize_scaling(newer)
         if scaling is not None and not problems and normalize_scaling(scaling)[0] != read:
-            problems = [f"rope_scaling={_short(scaling)} contradicts rope_parameters="
-                        f"{_short(newer)}"]
-        return _default(theta, 10000.0), newer or None, problems
-    return _default(theta, 10000.0), scaling, normalize_scaling(scaling)[1]
+            problems = [f"rope_scaling={short(scaling)} contradicts rope_parameters="
+                        f"{short(newer)}"]
+        return theta, newer or None, problems
+    return theta, scaling, normalize_scaling(scaling)[1]
 
 
-def _default_head_dim(model_type, hidden, heads):
-    """transformers' default of a head_dim that config.json leaves out."""
-    if model_type == "qwen3":
-        return 128
+def _equal_heads(hidden, heads):
+    """The size of a head where neither config.json nor the family says it."""
     if not _is_int(hidden) or not _is_int(heads) or heads < 1:
         return 2  # the sizes themselves are reported by validate()
     if hidden % heads:
@@ -378,21 +346,9 @@ def _default_head_dim(model_type, hidden, heads):
     return hidden // heads
 
 
-def _unsupported(what, value, known):
-    return (f"{what} {_short(value)} is not supported; supported: "
-            f"{', '.join(f'{kind} ({name})' for kind, name in ARCHITECTURES.items())}."
-            f"{near(value, known)}")
-
-
 def _default(value, default):
     return default if value is None else value
 
 
 def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _short(value):
-    """repr cut to a length that fits a message."""
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -4,17 +4,14 @@ The Cell tree has Hugging Face's names, so a parameter's name is its name in the
 (``model.layers.0.self_attn.q_proj.weight``). Rows carry an adapter slot each; a plain model ignores it.
 """
 
-import numpy as np
-
 from mindspore import Parameter, Tensor, nn, ops
 
-from colora_ms.errors import CheckpointError
 from colora_ms.kernels import (
     bind, cached_attention, causal_attention, decoder_layers, fuses_layers, fuses_steps, multi_lora_linear, swiglu,
 )
 from colora_ms.kernels.operands import flat_layer, flat_linears, linear_of
-from colora_ms.models.layers import Embedding, Linear, RMSNorm
-from colora_ms.models.quantize import check_format, to_format
+from colora_ms.models.builder import Builder
+from colora_ms.models.layers import Linear
 from colora_ms.models.rope import rope_tables
 
 
@@ -40,7 +37,8 @@ class Attention(nn.Cell):
     def project(self, x, slots):
         """x: (rows, tokens, hidden) -> q (rows, tokens, heads * head_dim), k, v (rows, tokens, kv_heads * head_dim)."""
         if self.q_proj.fusible and self.k_proj.fusible and self.v_proj.fusible:
-            q, k, v = multi_lora_linear(x, slots, self.q_proj.operands(), self.k_proj.operands(), self.v_proj.operands())
+            linears = (self.q_proj.operands(), self.k_proj.operands(), self.v_proj.operands())
+            q, k, v = multi_lora_linear(x, slots, *linears)
         else:
             q, k, v = self.q_proj(x, slots), self.k_proj(x, slots), self.v_proj(x, slots)
         if self.qk_norm:
@@ -190,9 +188,11 @@ class Decoder(nn.Cell):
 
     Args:
         config: :class:`colora_ms.models.config.DecoderConfig`.
-        weights: mapping from Hugging Face names to float32 NumPy arrays (read one at a time), or None for random
-            weights (normal, standard deviation 0.02, seed 0).
-        weight_format: "float32", "bfloat16", "int8" or "int4" for the linears, the embedding and the head.
+        weights: mapping from Hugging Face names to what is stored under them
+            (:class:`colora_ms.models.formats.StoredWeight` or ``StoredFactors``) or to float arrays, read one at a
+            time; or None for random weights (normal, standard deviation 0.02, seed 0).
+        weight_format: name of the format of the linears, the embedding and the head, see
+            :mod:`colora_ms.models.formats`; weights that are stored as integers stay as they are.
         max_positions: rows of the rotary tables, the longest sequence; by default ``min(config's maximum, 8192)``.
 
     Rows: every construct takes ``slots`` (rows,) int32, the adapter slot of each row, -1 for none.
@@ -201,14 +201,15 @@ class Decoder(nn.Cell):
     def __init__(self, config, weights=None, weight_format="float32", max_positions=None):
         super().__init__()
         self.config = config
-        self.weight_format = check_format(weight_format)
+        self.weight_format = weight_format
         self.max_positions = max_positions or min(config.max_position_embeddings, 8192)
-        build = _Builder(config, weights, weight_format)
+        build = Builder(config, weights, weight_format)
         self.model = DecoderModel(config, build, self.max_positions)
         if config.tie_word_embeddings:
             embed = self.model.embed_tokens
-            scale = embed.weight_scale if isinstance(embed.weight_scale, Parameter) else None
-            self.lm_head = Linear(embed.weight, config.hidden_size, config.vocab_size, weight_scale=scale)
+            scale = embed.weight_scale if embed.format.scaled else None
+            self.lm_head = Linear(embed.weight, config.hidden_size, config.vocab_size, weight_scale=scale,
+                                  weight_format=embed.format)
         else:
             self.lm_head = build.linear("lm_head")
         # A Cell renames the parameters that are put into it; the names of the checkpoint are the ones that count.
@@ -267,54 +268,3 @@ class Decoder(nn.Cell):
         embed, norm = model.embed_tokens, model.norm
         ends = flat_linears((linear_of(embed.base()), self.lm_head.operands()))
         return (model.rope_cos, model.rope_sin, norm.weight, norm.eps) + ends + model.layer_operands(cache)
-
-
-class _Builder:
-    """Makes the leaf Cells of a decoder from the config's shapes and a mapping of weights."""
-
-    def __init__(self, config, weights, weight_format):
-        self.shapes = config.parameter_shapes()
-        self.weights = weights
-        self.weight_format = weight_format
-        self.eps = config.rms_norm_eps
-        self.random = np.random.default_rng(0)
-        self.names = {}
-
-    def array(self, name):
-        shape = tuple(self.shapes[name])
-        if self.weights is None:
-            if name.endswith("norm.weight"):
-                return np.ones(shape, np.float32)
-            return (self.random.standard_normal(shape, np.float32) * np.float32(0.02)).astype(np.float32)
-        if name not in self.weights:
-            raise CheckpointError(f"tensor {name!r} of shape {shape} is missing")
-        value = np.asarray(self.weights[name], np.float32)
-        if value.shape != shape:
-            raise CheckpointError(f"tensor {name!r} has shape {value.shape}, the config asks for {shape}")
-        return value
-
-    def parameter(self, tensor, name):
-        parameter = Parameter(tensor, name=name, requires_grad=False)
-        self.names[id(parameter)] = (parameter, name)
-        return parameter
-
-    def matrix(self, prefix):
-        name = f"{prefix}.weight"
-        tensor, scale = to_format(self.array(name), self.weight_format)
-        scale = None if scale is None else self.parameter(scale, f"{prefix}.weight_scale")
-        return self.parameter(tensor, name), scale
-
-    def linear(self, prefix):
-        out_features, in_features = self.shapes[f"{prefix}.weight"]
-        weight, scale = self.matrix(prefix)
-        bias = None
-        if f"{prefix}.bias" in self.shapes:
-            bias = self.parameter(Tensor(self.array(f"{prefix}.bias")), f"{prefix}.bias")
-        return Linear(weight, in_features, out_features, weight_scale=scale, bias=bias)
-
-    def embedding(self, prefix):
-        weight, scale = self.matrix(prefix)
-        return Embedding(weight, self.shapes[f"{prefix}.weight"][1], weight_scale=scale)
-
-    def norm(self, prefix):
-        return RMSNorm(self.parameter(Tensor(self.array(f"{prefix}.weight")), f"{prefix}.weight"), self.eps)

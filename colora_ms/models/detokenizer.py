@@ -15,16 +15,28 @@ characters among them stay, as the SentencePiece library decodes them (``tokeniz
 tokens, so that a character that is cut by the end of an answer would take the good ones before it along).
 """
 
-import codecs
-import json
-import re
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol, Union
 
 import numpy as np
 
 from colora_ms.errors import TokenizerError
+from colora_ms.models.detokenizer_steps import steps_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 
-def decode(tokenizer, ids, before=(), skip_special_tokens=True):
+class HasBackend(Protocol):
+    """What decoding asks of a :class:`colora_ms.models.tokenizer.Tokenizer`."""
+
+    backend: Backend
+
+
+def decode(tokenizer: HasBackend, ids: Iterable[int], before: Iterable[int] = (),
+           skip_special_tokens: bool = True) -> str:
     """The text that appears when ``ids`` stand behind ``before``.
 
     Args:
@@ -40,7 +52,7 @@ def decode(tokenizer, ids, before=(), skip_special_tokens=True):
     return "".join([stream.push(one) for one in ids]) + stream.flush()
 
 
-def stream_of(tokenizer, before=()):
+def stream_of(tokenizer: object, before: Iterable[int] = ()) -> Union[StreamDecoder, WholeDecoder]:
     """A decoder with ``push``, ``flush`` and ``peek`` for any tokenizer: its own ``stream``, or, of one that only has
     ``decode`` (a foreign one), a decoder that asks it for the whole text each time."""
     return tokenizer.stream(before=before) if hasattr(tokenizer, "stream") else WholeDecoder(tokenizer)
@@ -58,7 +70,7 @@ class StreamDecoder:
         TokenizerError: the tokenizer's decoder is not implemented.
     """
 
-    def __init__(self, tokenizer, skip_special_tokens=True, before=()):
+    def __init__(self, tokenizer: HasBackend, skip_special_tokens: bool = True, before: Iterable[int] = ()) -> None:
         self._backend = tokenizer.backend
         self._skip = set()
         if skip_special_tokens:
@@ -67,21 +79,21 @@ class StreamDecoder:
         for one in before:
             self.push(one)
 
-    def push(self, token_id):
+    def push(self, token_id: int) -> str:
         """Take one id; return the text that is now certain (often ``""``)."""
         token = self._backend.id_to_token(checked_id(token_id))
         if token is None or token in self._skip:
             return ""
         return self._through(self._steps, [token], ends=False)
 
-    def flush(self):
+    def flush(self) -> str:
         """End of the text: an unfinished character becomes U+FFFD. The decoder starts anew, with nothing before."""
         text = self._through(self._steps, [], ends=True)
         for step in self._steps:
             step.reset()
         return text
 
-    def peek(self, token_id):
+    def peek(self, token_id: int) -> str:
         """The text that an id would bring here, without taking it; U+FFFD if that is not yet a character."""
         steps = [step.copy() for step in self._steps]
         token = self._backend.id_to_token(checked_id(token_id))
@@ -102,22 +114,22 @@ class StreamDecoder:
 class WholeDecoder:
     """``StreamDecoder`` of a tokenizer without ``stream``: it has only ``decode(ids)``, which gives the whole text."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: object) -> None:
         self._tokenizer = tokenizer
         self._ids, self._given = [], ""
 
-    def push(self, token_id):
+    def push(self, token_id: int) -> str:
         """Take one id; return the text that is now certain."""
         self._ids.append(token_id)
         return self._new(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
 
-    def flush(self):
+    def flush(self) -> str:
         """End of the text. The decoder starts anew."""
         rest = self._new(self._tokenizer.decode(self._ids))
         self._ids, self._given = [], ""
         return rest
 
-    def peek(self, token_id):
+    def peek(self, token_id: int) -> str:
         """The text of an id alone."""
         return self._tokenizer.decode([token_id])
 
@@ -127,7 +139,7 @@ class WholeDecoder:
         return new
 
 
-def checked_id(value):
+def checked_id(value: object) -> int:
     """A token id as ``int``.
 
     Raises:
@@ -136,265 +148,3 @@ def checked_id(value):
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not 0 <= value < 1 << 32:
         raise TokenizerError(f"{value!r:.60} is not a token id; expected integers from 0")
     return int(value)
-
-
-# -- the steps of a decoder: take(part) -> parts, end() -> parts, copy() and reset() -----------------------------------
-
-
-class _Step:
-    """A step that changes each part for itself; ``started``: whether a part came before it."""
-
-    def __init__(self):
-        self.started = False
-
-    def take(self, part):
-        first, self.started = not self.started, True
-        return [self.change(part, first)]
-
-    def change(self, part, first):
-        return part
-
-    def end(self):
-        return []
-
-    def reset(self):
-        self.__init__()
-
-    def copy(self):
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
-
-
-class _Configured(_Step):
-    """A step with settings that outlive a reset."""
-
-    def __init__(self, **settings):
-        super().__init__()
-        self.settings = settings
-        self.__dict__.update(settings)
-
-    def reset(self):
-        self.__init__(**self.settings)
-
-
-class _Joined(_Step):
-    """No decoder at all: tokens are joined by blanks."""
-
-    def change(self, part, first):
-        return part if first else " " + part
-
-
-class _Replace(_Configured):
-    """``old`` becomes ``new`` in each part."""
-
-    def change(self, part, first):
-        return part.replace(self.old, self.new)
-
-
-class _Pattern(_Configured):
-    """A regular expression is replaced in each part, by the library's own engine."""
-
-    def change(self, part, first):
-        return self.decoder.decode([part])
-
-
-class _Strip(_Configured):
-    """Takes up to ``start`` of a character from a part's beginning and up to ``stop`` from its end."""
-
-    def change(self, part, first):
-        head = min(len(part) - len(part.lstrip(self.content)), self.start)
-        part = part[head:]
-        tail = min(len(part) - len(part.rstrip(self.content)), self.stop)
-        return part[:len(part) - tail]
-
-
-class _StripText(_Configured):
-    """:class:`_Strip` of the whole text, behind ``Fuse``."""
-
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.left = self.start
-        self.held = ""
-
-    def take(self, part):
-        while self.left and part:
-            self.left -= 1
-            if part[0] != self.content:
-                self.left = 0
-            else:
-                part = part[1:]
-        if not part or not self.stop:
-            return [part] if part else []
-        part = self.held + part
-        tail = min(len(part) - len(part.rstrip(self.content)), self.stop)
-        self.held = part[len(part) - tail:]
-        return [part[:len(part) - tail]]
-
-    def end(self):
-        self.held = ""
-        return []
-
-
-class _Metaspace(_Configured):
-    """Stand-ins of blanks become blanks, but for those of the first token where the encoder puts one in front."""
-
-    def change(self, part, first):
-        return part.replace(self.replacement, "" if first and self.prepends else " ")
-
-
-#: What WordPiece's clean-up replaces within a token, in order.
-_CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
-            (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
-
-
-class _WordPiece(_Configured):
-    """Words are joined by blanks, but for tokens that go on with one."""
-
-    def change(self, part, first):
-        if not first:
-            part = part[len(self.prefix):] if part.startswith(self.prefix) else " " + part
-        for old, new in _CLEANED if self.cleanup else ():
-            part = part.replace(old, new)
-        return part
-
-
-class _Suffix(_Configured):
-    """A suffix ends words: it becomes a blank, but in the last token nothing, so it waits for the next one."""
-
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.held = ""
-
-    def take(self, part):
-        text, at = self.held.replace(self.suffix, " "), part.find(self.suffix)
-        self.held = part[at:] if at >= 0 else ""
-        return [text + (part[:at] if at >= 0 else part)]
-
-    def end(self):
-        last, self.held = self.held, ""
-        return [last.replace(self.suffix, "")]
-
-
-class _ByteLevel(_Step):
-    """GPT-2's byte alphabet; bytes that are no UTF-8 become U+FFFD as in any lossy decoding."""
-
-    def __init__(self):
-        super().__init__()
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def take(self, part):
-        text = self.utf8.decode(_byte_level_bytes(part))
-        return [text] if text else []
-
-    def end(self):
-        text = self.utf8.decode(b"", final=True)
-        return [text] if text else []
-
-    def copy(self):
-        twin = super().copy()
-        twin.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        twin.utf8.setstate(self.utf8.getstate())
-        return twin
-
-
-class _ByteFallback(_Step):
-    """SentencePiece's byte tokens: characters where they are some, else a U+FFFD a byte."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = b""
-
-    def take(self, part):
-        if _BYTE_TOKEN.fullmatch(part):
-            return self._characters(bytes([int(part[3:5], 16)]))
-        return self.end() + [part]
-
-    def _characters(self, more):
-        found, self.bytes = [], self.bytes + more
-        while self.bytes:
-            try:
-                found.append(self.bytes.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                if error.reason == "unexpected end of data":  # a beginning that may go on
-                    return found
-                found.append("\ufffd")
-                self.bytes = self.bytes[1:]
-            else:
-                self.bytes = b""
-        return found
-
-    def end(self):
-        rest, self.bytes = ["\ufffd"] * len(self.bytes), b""
-        return rest
-
-
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
-def steps_of(backend):
-    """Fresh steps of a backend's decoder.
-
-    Args:
-        backend: ``tokenizers.Tokenizer``.
-
-    Raises:
-        TokenizerError: one of its steps is not implemented.
-    """
-    if backend.decoder is None:
-        return [_Joined()]
-    decoder = json.loads(backend.decoder.__getstate__())
-    found, fused = [], False
-    for step in decoder.get("decoders", [decoder]):
-        kind = step.get("type")
-        if kind == "Fuse":
-            fused = True
-        elif kind == "ByteLevel":
-            found.append(_ByteLevel())
-            fused = True
-        elif kind == "ByteFallback" and not fused:
-            found.append(_ByteFallback())
-        elif kind == "Replace" and (not fused or len(step["pattern"].get("String", "")) == 1):
-            found.append(_replace(step))
-        elif kind == "Strip":
-            cut = _StripText if fused else _Strip
-            found.append(cut(content=step["content"], start=step["start"], stop=step["stop"]))
-        elif kind == "Metaspace" and not fused:
-            found.append(_Metaspace(replacement=step["replacement"], prepends=step.get("prepend_scheme") != "never"))
-        elif kind == "WordPiece" and not fused:
-            found.append(_WordPiece(prefix=step["prefix"], cleanup=step["cleanup"]))
-        elif kind == "BPEDecoder" and not fused:
-            found.append(_Suffix(suffix=step["suffix"]))
-        else:
-            raise TokenizerError(f"decoding is not implemented for a tokenizer whose decoder has the step {kind!r:.40}"
-                                 f"{' behind a joined text' if fused else ''}")
-    return found
-
-
-def _replace(step):
-    from tokenizers import Regex, decoders
-
-    pattern = step["pattern"]
-    if "String" in pattern:
-        return _Replace(old=pattern["String"], new=step["content"])
-    return _Pattern(decoder=decoders.Replace(Regex(pattern["Regex"]), step["content"]))
-
-
-def _byte_alphabet():
-    """GPT-2's printable stand-ins of the 256 bytes, as {character: byte}."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return table
-
-
-_ALPHABET = _byte_alphabet()
-
-
-def _byte_level_bytes(token):
-    """The bytes of a byte-level token; an added token outside the alphabet stands for itself."""
-    try:
-        return bytes([_ALPHABET[character] for character in token])
-    except KeyError:
-        return token.encode("utf-8")

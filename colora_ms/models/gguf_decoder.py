@@ -3,7 +3,8 @@
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError
-from colora_ms.models.config import ARCHITECTURES, DecoderConfig
+from colora_ms.models.config import DecoderConfig
+from colora_ms.models.families import find_gguf_family, unsupported
 from colora_ms.models.gguf_names import EMBEDDING, HEAD, LLAMA3_KEYS, ROPE_FACTORS, hf_name, \
     interleaved_heads, restore_rows
 from colora_ms.models.gguf_noise import finer_of_one_matrix
@@ -12,6 +13,9 @@ from colora_ms.models.rope import rope_frequencies
 # Llama 3.1 and 3.2 in GGUF: the frequency factors are a tensor, their rule is not written down.
 _LLAMA3_RULE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192}
+
+# A linear of the first layer whose bias says that the model has those of a family's option.
+_BIASED = {"attention_bias": "self_attn.q_proj", "attention_out_bias": "self_attn.o_proj", "mlp_bias": "mlp.gate_proj"}
 
 
 class GgufDecoder:
@@ -36,17 +40,21 @@ class GgufDecoder:
         if file.metadata.get("general.type") == "adapter":
             raise CheckpointError(f"{file.path} is a LoRA adapter (general.type is 'adapter'), not a model; give it "
                                   "as the adapter, with the model that it was made for as the model")
+        if EMBEDDING not in file.tensors:
+            raise CheckpointError(f"{file.path} holds no tensor 'token_embd.weight': it is not a "
+                                  "whole language model (a vocabulary or an adapter only?)")
+        architecture = self._get("general.architecture", str)
+        self.family = find_gguf_family(architecture)
+        if self.family is None:
+            raise ConfigError(unsupported(architecture))
         self._source = {}
         self.unknown = []
         for name in file.tensors:
-            target = hf_name(name)
+            target = hf_name(name, self.family)
             if target is not None:
                 self._source[target] = name
             elif name != ROPE_FACTORS:
                 self.unknown.append(name)
-        if "model.embed_tokens.weight" not in self._source:
-            raise CheckpointError(f"{file.path} holds no tensor 'token_embd.weight': it is not a "
-                                  "whole language model (a vocabulary or an adapter only?)")
         tied = self._tie_head()
         self.config = self._read_config(tied)
         self.shapes = {name: file.tensors[source].shape for name, source in self._source.items()}
@@ -60,9 +68,7 @@ class GgufDecoder:
 
     def read(self, name):
         """The tensor of a Hugging Face name, float32."""
-        config = self.config
-        heads = interleaved_heads(config.model_type, name.rpartition(".")[0], config.num_attention_heads,
-                                  config.num_key_value_heads)
+        heads = interleaved_heads(self.config, name.rpartition(".")[0])
         return restore_rows(self._file.read(self._source[name]), heads)
 
     def _tie_head(self):
@@ -90,24 +96,19 @@ class GgufDecoder:
         return value
 
     def _read_config(self, tied):
-        arch = self._get("general.architecture", str)
-        if arch not in ARCHITECTURES:
-            # let from_hf phrase the refusal
-            DecoderConfig.from_hf({"model_type": arch})
-        key = arch + "."
+        key = self.family.gguf + "."
         hidden = self._get(key + "embedding_length", int)
         heads = self._get(key + "attention.head_count", int)
         if heads < 1:
             raise CheckpointError(f"{self._file.path}: {key}attention.head_count is {heads}")
         head_dim = self._get(key + "attention.key_length", int, hidden // heads)
         length = self._get(key + "context_length", int)
-        self._refuse(arch, head_dim, length)
+        self._refuse(key, head_dim, length)
         epsilon = self._get(key + "attention.layer_norm_rms_epsilon", float)
-        bias = "model.layers.0.self_attn.q_proj.bias" in self._source
         end = [self._get(f"tokenizer.ggml.{name}_token_id", int, required=False)
                for name in ("eos", "eot", "eom")]
         values = {
-            "model_type": arch, "hidden_size": hidden, "head_dim": head_dim,
+            "model_type": self.family.name, "hidden_size": hidden, "head_dim": head_dim,
             "vocab_size": self._file.tensors[EMBEDDING].shape[0],
             "intermediate_size": self._get(key + "feed_forward_length", int),
             "num_hidden_layers": self._get(key + "block_count", int),
@@ -122,10 +123,8 @@ class GgufDecoder:
                              if item is not None and item not in end[:index]],
             "pad_token_id": self._get("tokenizer.ggml.padding_token_id", int, required=False),
         }
-        if arch != "qwen2":
-            values["attention_bias"] = bias
-        if arch == "llama":
-            values["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self._source
+        for option, field in self.family.keys().items():
+            values[option] = f"model.layers.0.{_BIASED[field]}.bias" in self._source
         values["rope_scaling"] = self._scaling(key)
         config = DecoderConfig.from_hf(values)
         if ROPE_FACTORS in self._file.tensors:
@@ -133,9 +132,9 @@ class GgufDecoder:
             config = DecoderConfig.from_hf(values)
         return config
 
-    def _refuse(self, arch, head_dim, length):
+    def _refuse(self, key, head_dim, length):
         """Settings of llama.cpp's format that this package does not implement."""
-        key, problems = arch + ".", []
+        problems = []
         for name, expected in (("rope.dimension_count", head_dim),
                                ("attention.value_length", head_dim), ("expert_count", 0)):
             value = self._file.metadata.get(key + name, expected)

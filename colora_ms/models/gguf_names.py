@@ -1,12 +1,19 @@
 """What llama.cpp calls the tensors of a decoder, and how it orders their rows; both directions.
 
-llama.cpp stores the query and key rows of the ``llama`` architecture interleaved for its rotary kernel: within a head,
-channel i of the first half is followed by channel i of the second. Qwen2 and Qwen3 are stored unchanged.
+llama.cpp stores the query and key rows of some architectures (``llama``) interleaved for its rotary kernel: within a
+head, channel i of the first half is followed by channel i of the second. Others (Qwen2 and Qwen3) are stored unchanged.
+Names and orders are in the families' records.
 """
 
+from __future__ import annotations
+
 import re
+from typing import Optional
 
 import numpy as np
+
+from colora_ms.models.config import DecoderConfig
+from colora_ms.models.families import GGUF_LAYER, Family, family
 
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
@@ -15,66 +22,68 @@ LLAMA3_KEYS = {"factor": "colora_ms.rope.factor", "low_freq_factor": "colora_ms.
                "high_freq_factor": "colora_ms.rope.high_freq_factor",
                "original_max_position_embeddings": "colora_ms.rope.original_context_length"}
 
-#: Module names of llama.cpp and of Hugging Face.
+#: Modules of a model under llama.cpp's names, and under Hugging Face's.
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-          "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
-          "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_FROM_TOP = {other: name for name, other in _TOP.items()}
-_FROM_LAYER = {other: name for name, other in _LAYER.items()}
 _GGUF_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.([a-z_]+)")
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.([a-z_.]+)")
 
 
-def hf_module(name):
-    """The Hugging Face name of a llama.cpp module such as ``blk.3.attn_q``, or None."""
+def hf_module(name: str, record: Optional[Family] = None) -> Optional[str]:
+    """The Hugging Face name of a llama.cpp module such as ``blk.3.attn_q``, or None.
+
+    Args:
+        name: llama.cpp's; record: the family, by default one with the usual names.
+    """
     if name in _TOP:
         return _TOP[name]
+    layer = record.gguf_layer if record else GGUF_LAYER
     match = _GGUF_LAYER.fullmatch(name)
-    if match is None or match.group(2) not in _LAYER:
+    if match is None or match.group(2) not in layer:
         return None
-    return f"model.layers.{match.group(1)}.{_LAYER[match.group(2)]}"
+    return f"model.layers.{match.group(1)}.{layer[match.group(2)]}"
 
 
-def gguf_module(name):
-    """llama.cpp's name of a Hugging Face module such as ``model.layers.3.self_attn.q_proj``, or None."""
-    if name in _FROM_TOP:
-        return _FROM_TOP[name]
+def gguf_module(name: str, record: Optional[Family] = None) -> Optional[str]:
+    """llama.cpp's name of a Hugging Face module such as ``model.layers.3.self_attn.q_proj``, or None.
+
+    Args:
+        name: Hugging Face's; record: as for :func:`hf_module`.
+    """
+    layer = record.gguf_layer if record else GGUF_LAYER
     match = _HF_LAYER.fullmatch(name)
-    if match is None or match.group(2) not in _FROM_LAYER:
-        return None
-    return f"blk.{match.group(1)}.{_FROM_LAYER[match.group(2)]}"
+    wanted, table, prefix = (match.group(2), layer, f"blk.{match.group(1)}.") if match else (name, _TOP, "")
+    return next((prefix + own for own, other in table.items() if other == wanted), None)
 
 
-def hf_name(name):
-    """The Hugging Face name of a llama.cpp tensor such as ``blk.3.attn_q.weight``, or None."""
-    return _tensor(name, hf_module)
+def hf_name(name: str, record: Optional[Family] = None) -> Optional[str]:
+    """The Hugging Face name of a llama.cpp tensor such as ``blk.3.attn_q.weight``, or None; see :func:`hf_module`."""
+    return _tensor(name, hf_module, record)
 
 
-def gguf_name(name):
-    """llama.cpp's name of a Hugging Face tensor, or None."""
-    return _tensor(name, gguf_module)
+def gguf_name(name: str, record: Optional[Family] = None) -> Optional[str]:
+    """llama.cpp's name of a Hugging Face tensor, or None; see :func:`hf_module`."""
+    return _tensor(name, gguf_module, record)
 
 
-def _tensor(name, of_module):
+def _tensor(name, of_module, record):
     module, _, kind = name.rpartition(".")
-    found = of_module(module) if kind in ("weight", "bias") else None
+    found = of_module(module, record) if kind in ("weight", "bias") else None
     return None if found is None else f"{found}.{kind}"
 
 
-def interleaved_heads(model_type, module, heads, kv_heads):
+def interleaved_heads(config: DecoderConfig, module: str) -> int:
     """The number of heads whose rows llama.cpp stores interleaved, or 0 where it stores them as they are.
 
     Args:
-        model_type: of the decoder; module: Hugging Face name; heads, kv_heads: of queries, and of keys and values.
+        config: of the decoder; module: Hugging Face name.
     """
-    if model_type != "llama":
+    if not family(config.model_type).gguf_interleaved:
         return 0
-    return {"q_proj": heads, "k_proj": kv_heads}.get(module.rpartition(".")[2], 0)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(module.rpartition(".")[2], 0)
 
 
-def interleave_rows(values, heads):
+def interleave_rows(values: np.ndarray, heads: int) -> np.ndarray:
     """Hugging Face's row order to llama.cpp's: in each head (0, 1, ...) to (0, d/2, 1, d/2 + 1, ...).
 
     Args:
@@ -86,7 +95,7 @@ def interleave_rows(values, heads):
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(values.shape))
 
 
-def restore_rows(values, heads):
+def restore_rows(values: np.ndarray, heads: int) -> np.ndarray:
     """Undo :func:`interleave_rows`."""
     if not heads or values.shape[0] % (2 * heads):
         return values  # a wrong shape, reported by the checkpoint's own check

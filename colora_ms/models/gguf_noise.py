@@ -13,6 +13,10 @@ sum of what both types round away there. The bounds follow from each block's own
 Sources: the quantisers of ggml and of the ``gguf`` package.
 """
 
+from __future__ import annotations
+
+from typing import Optional, Protocol
+
 import numpy as np
 
 #: Relative error of a float16 scale, and its absolute error below the smallest normal number.
@@ -27,7 +31,7 @@ _PLAIN = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
 _SMALLEST = {"F16": 2.0 ** -25}
 
 
-def stored_noise(kind, blocks, values):
+def stored_noise(kind: str, blocks: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
     """The largest distance of each stored value from the value that it stands for.
 
     Args:
@@ -111,7 +115,19 @@ def _q6_k(blocks):
 _K_PARTS = {"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q45_k(15), "Q5_K": _q45_k(31), "Q6_K": _q6_k}
 
 
-def finer_of_one_matrix(file, first, second):
+class GgufRows(Protocol):
+    """What is read of a ``GgufFile`` or ``GgufParts``."""
+
+    tensors: dict
+
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Some rows of a matrix, float32."""
+
+    def noise_of_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
+        """How far they may lie from what was stored."""
+
+
+def finer_of_one_matrix(file: GgufRows, first: str, second: str) -> Optional[str]:
     """Whether two matrices of a file are one, stored twice, and which copy is the finer one.
 
     Args:

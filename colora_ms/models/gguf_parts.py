@@ -4,19 +4,24 @@ The form is that of llama.cpp's ``gguf-split``: every file says its place (``spl
 (``split.count``) and the number of tensors of all together (``split.tensors.count``); the metadata stand in the first.
 """
 
+from __future__ import annotations
+
 import os
 import re
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError
+from colora_ms.files import PathLike
 from colora_ms.models.gguf_reader import GgufFile
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
-def open_gguf(path):
+def open_gguf(path: PathLike) -> Union[GgufFile, GgufParts]:
     """A GGUF file, or the whole model that it is a part of.
 
     Args:
@@ -34,7 +39,7 @@ def open_gguf(path):
     return file if count <= 1 else GgufParts(file, count)
 
 
-def only_model(folder, names):
+def only_model(folder: str, names: Sequence[str]) -> str:
     """The one GGUF model among the files of a folder: its path.
 
     Args:
@@ -52,7 +57,7 @@ def only_model(folder, names):
 class GgufParts:
     """A GGUF model in several files; see :func:`open_gguf`."""
 
-    def __init__(self, file, count):
+    def __init__(self, file: GgufFile, count: int) -> None:
         match = _NAME.fullmatch(os.path.basename(file.path))
         number = _whole(file, _NUMBER, None)
         if match is None:
@@ -104,15 +109,15 @@ class GgufParts:
                                           f"{'does not have' if key not in first.metadata else 'has otherwise'}; the "
                                           "parts are of two models")
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """One tensor dequantized to float32; see ``GgufFile.read``."""
         return self._part_of[name].read(name)
 
-    def read_rows(self, name, rows):
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Some rows of a matrix; see ``GgufFile.read_rows``."""
         return self._part_of[name].read_rows(name, rows)
 
-    def noise_of_rows(self, name, rows, values):
+    def noise_of_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
         """The rounding of some rows; see ``GgufFile.noise_of_rows``."""
         return self._part_of[name].noise_of_rows(name, rows, values)
 

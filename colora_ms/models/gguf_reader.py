@@ -5,8 +5,12 @@ The header is parsed here with every count and offset checked against the file's
 ``gguf`` package dequantizes the blocks.
 """
 
+from __future__ import annotations
+
 import math
+import os
 import struct
+from typing import Optional
 
 import numpy as np
 
@@ -25,7 +29,7 @@ class GgufTensor:
 
     __slots__ = ("name", "shape", "type", "begin", "end")
 
-    def __init__(self, name, shape, kind, begin, end):
+    def __init__(self, name: str, shape: tuple[int, ...], kind: int, begin: int, end: int) -> None:
         self.name, self.shape, self.type, self.begin, self.end = name, shape, kind, begin, end
 
 
@@ -43,7 +47,7 @@ class GgufFile:
         CheckpointError: not a GGUF file, truncated, or a count, size or offset that cannot be.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         self._bytes = map_file(self.path)
         self._view = memoryview(self._bytes)
@@ -131,7 +135,7 @@ class GgufFile:
             if begin < end:
                 raise self._damaged(f"the tensors {first!r} and {second!r} overlap")
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """One tensor dequantized to float32, in the file's row order.
 
         Raises:
@@ -141,19 +145,19 @@ class GgufFile:
         tensor = self.tensors[name]
         return self._dequantize(tensor, self._bytes[tensor.begin:tensor.end], tensor.shape)
 
-    def raw(self, name):
+    def raw(self, name: str) -> np.ndarray:
         """The stored bytes of a tensor, uint8 (n,), a view of the mapped file."""
         tensor = self.tensors[name]
         return self._bytes[tensor.begin:tensor.end]
 
-    def read_rows(self, name, rows):
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Some rows of a matrix, float32 ``(len(rows), in)``; for comparing without reading all."""
         tensor = self.tensors[name]
         total = tensor.shape[0]
         table = self._bytes[tensor.begin:tensor.end].reshape(total, -1)
         return self._dequantize(tensor, table[rows], (len(rows),) + tensor.shape[1:])
 
-    def noise_of_rows(self, name, rows, values):
+    def noise_of_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
         """How far the values that ``read_rows`` gave may lie from those that were stored; see ``gguf_noise``.
 
         Returns:

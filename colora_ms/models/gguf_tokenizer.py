@@ -7,10 +7,15 @@ both cases. For SentencePiece the scores are derived from them: llama.cpp joins 
 (that is also what a SentencePiece model's merges were sorted by).
 """
 
+from __future__ import annotations
+
 import json
+from typing import Union
 
 from colora_ms.errors import TokenizerError
+from colora_ms.files import PathLike
 from colora_ms.models import tokenizer_build
+from colora_ms.models.config import DecoderConfig
 from colora_ms.models.gguf_parts import open_gguf
 from colora_ms.models.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,7 +37,8 @@ PROBES = (
 )
 
 
-def tokenizer_entries(source, config):
+def tokenizer_entries(source: Union[Tokenizer, PathLike, None],
+                      config: DecoderConfig) -> tuple[dict[str, tuple], list[str]]:
     """The metadata that describe a model's tokenizer.
 
     Args:
@@ -124,7 +130,7 @@ def _described(tokenizer, config):
     return entries, notes + _differences(tokenizer, entries)
 
 
-def is_byte_piece(piece):
+def is_byte_piece(piece: str) -> bool:
     """Whether a piece is SentencePiece's name of a byte, such as ``<0x0A>``."""
     return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 

@@ -4,17 +4,25 @@ The container and the blocks are written by the ``gguf`` package; names, row ord
 converter of Hugging Face folders writes them.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
+from typing import Optional, Union
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, near
-from colora_ms.files import replacing
+from colora_ms.files import PathLike, replacing
+from colora_ms.models.config import DecoderConfig
+from colora_ms.models.families import FAMILIES, family
 from colora_ms.models.gguf_names import LLAMA3_KEYS, ROPE_FACTORS, gguf_name, interleave_rows, interleaved_heads
 from colora_ms.models.gguf_tokenizer import FLOAT32, STRING, UINT32, tokenizer_entries
 from colora_ms.models.rope import rope_frequencies
+from colora_ms.models.tensors import check_shapes
+from colora_ms.models.tokenizer import Tokenizer
 
 #: Types that can be written, with the number that names a whole file of them.
 GGUF_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
@@ -23,7 +31,9 @@ GGUF_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
 _REACH = {"F16": 1, "Q8_0": 127, "Q4_0": 8}
 
 
-def write_gguf(path, config, tensors, tokenizer_source=None, kind="F32", name=None):
+def write_gguf(path: PathLike, config: DecoderConfig, tensors: Mapping[str, np.ndarray],
+               tokenizer_source: Union[Tokenizer, PathLike, None] = None, kind: str = "F32",
+               name: Optional[str] = None) -> list[str]:
     """Write a model as one GGUF file; the file appears complete or not at all.
 
     Args:
@@ -45,7 +55,6 @@ def write_gguf(path, config, tensors, tokenizer_source=None, kind="F32", name=No
         ConfigError: a setting that llama.cpp does not have; TokenizerError: a tokenizer that it does not have.
     """
     from gguf import GGUFValueType, GGUFWriter
-    from colora_ms.models.checkpoint import check_shapes
 
     path = os.path.abspath(os.fspath(path))
     check_type(kind)
@@ -62,7 +71,7 @@ def write_gguf(path, config, tensors, tokenizer_source=None, kind="F32", name=No
     entries.update(described)
     plan, few = _plan(config, kind)
     notes += more + few
-    writer = GGUFWriter(None, config.model_type)
+    writer = GGUFWriter(None, family(config.model_type).gguf)
     for key, (value, number, inner) in entries.items():
         if not isinstance(value, (str, list)) or len(value):
             writer.add_key_value(key, value, GGUFValueType(number), None if inner is None else GGUFValueType(inner))
@@ -79,14 +88,14 @@ def write_gguf(path, config, tensors, tokenizer_source=None, kind="F32", name=No
     return notes
 
 
-def check_type(kind):
+def check_type(kind: str) -> None:
     """CheckpointError unless ``kind`` can be written."""
     if kind not in GGUF_TYPES:
         raise CheckpointError(f"the GGUF type {kind!r} cannot be written; choose one of {', '.join(GGUF_TYPES)}."
                               + near(kind, GGUF_TYPES))
 
 
-def encode(kind, array, name):
+def encode(kind: str, array: np.ndarray, name: str) -> np.ndarray:
     """An array's bytes in a type: float32, float16 or uint8 array of the type's byte shape.
 
     Raises:
@@ -104,7 +113,7 @@ def encode(kind, array, name):
     return quantize(array, GGMLQuantizationType[kind])
 
 
-def stored_type(kind, shape):
+def stored_type(kind: str, shape: tuple[int, ...]) -> str:
     """The type in which a tensor of this shape is written where ``kind`` is asked for."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -115,10 +124,10 @@ def stored_type(kind, shape):
 
 def _plan(config, kind):
     """({Hugging Face name: (llama.cpp's name, type)}, notes)."""
-    plan, odd = {}, []
+    plan, odd, record = {}, [], family(config.model_type)
     for name, shape in config.parameter_shapes().items():
         own = stored_type(kind, shape)
-        plan[name] = (gguf_name(name), own)
+        plan[name] = (gguf_name(name, record), own)
         if own != kind and len(shape) > 1:
             odd.append((name, shape[-1]))
     if not odd:
@@ -150,8 +159,7 @@ def _write(writer, path, config, tensors, plan, factors):
         if factors is not None:
             writer.write_tensor_data(factors)
         for name, (_, kind) in plan.items():
-            heads = interleaved_heads(config.model_type, name.rpartition(".")[0], config.num_attention_heads,
-                                      config.num_key_value_heads)
+            heads = interleaved_heads(config, name.rpartition(".")[0])
             writer.write_tensor_data(encode(kind, interleave_rows(np.asarray(tensors[name]), heads), name))
     finally:
         writer.close()
@@ -159,9 +167,12 @@ def _write(writer, path, config, tensors, plan, factors):
 
 def _config_entries(config):
     """({key: (value, type, None)}, the factors of the rotary frequencies or None, notes) of a config."""
-    key = config.model_type + "."
-    if config.model_type == "qwen3" and config.attention_bias:
-        raise ConfigError("a qwen3 model with attention_bias cannot be written as GGUF: llama.cpp has no such biases")
+    record = family(config.model_type)
+    key = record.gguf + "."
+    biases = [option for option, field in record.keys().items() if getattr(config, field)]
+    if biases and not record.gguf_biases:
+        raise ConfigError(f"a {record.name} model with {' and '.join(biases)} cannot be written as GGUF: llama.cpp has "
+                          "no such biases")
     entries = {
         "context_length": (config.max_position_embeddings, UINT32), "embedding_length": (config.hidden_size, UINT32),
         "block_count": (config.num_hidden_layers, UINT32), "feed_forward_length": (config.intermediate_size, UINT32),
@@ -185,9 +196,10 @@ def _config_entries(config):
                 entries[f"rope.scaling.yarn_{name}"] = (float(scaling.pop(name)), FLOAT32)
         scaling = _unusual(scaling)
     elif kind == "llama3":
-        if config.model_type != "llama":
-            raise ConfigError(f"rope_scaling of type llama3 on {config.model_type} cannot be written as GGUF: "
-                              "llama.cpp has the factors for llama only")
+        if not record.gguf_rope_factors:
+            others = [one.gguf for one in FAMILIES.values() if one.gguf_rope_factors]
+            raise ConfigError(f"rope_scaling of type llama3 on {record.name} cannot be written as GGUF: "
+                              f"llama.cpp has the factors for {', '.join(others)} only")
         plain, _ = rope_frequencies(_without_scaling(config))
         factors = (plain / rope_frequencies(config)[0]).astype(np.float32)
         own = {other: (float(scaling[name]), FLOAT32, None) for name, other in LLAMA3_KEYS.items()}

@@ -4,42 +4,26 @@ Reading is lazy (memory-mapped, a tensor at a time); writing is atomic: everythi
 into a temporary folder beside the target, which is renamed only when it is complete.
 """
 
-import contextlib
+from __future__ import annotations
+
 import json
 import math
 import os
 import shutil
-import tempfile
+from collections.abc import Iterable
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError
+from colora_ms.files import read_json, replacing_folder
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.formats import BFLOAT16, StoredWeight, stored_float
 from colora_ms.models.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, WRITE_DTYPES, \
     SafetensorsFile, write_safetensors
+from colora_ms.models.tensors import check_shapes
+from colora_ms.models.tokenizer import load_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_MAX_JSON_BYTES = 64 << 20
-
-
-def read_json(path):
-    """A JSON file as a Python value.
-
-    Raises:
-        CheckpointError: missing, unreadable, too large, or not JSON.
-    """
-    try:
-        if os.path.getsize(path) > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {os.path.getsize(path)} bytes, expected a JSON file "
-                                  f"of at most {_MAX_JSON_BYTES}")
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
 
 
 def read_config(folder):
@@ -128,19 +112,26 @@ class SafetensorsFolder:
         self.files = list(files)
         self.shapes = {name: file.shape(name) for name, file in self._where.items()}
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """The tensor, float32."""
         return self._where[name].read(name)
 
-    def dtype(self, name):
+    def stored(self, name: str) -> StoredWeight:
+        """The tensor as it is stored; float16 and float64, in which no weight is kept, as float32."""
+        if self.dtype(name) != BFLOAT16.code:
+            return stored_float(self.read(name))
+        shape = self.shapes[name]
+        return StoredWeight(BFLOAT16, shape, np.frombuffer(self.raw(name), BFLOAT16.dtype).reshape(shape))
+
+    def dtype(self, name: str) -> str:
         """The dtype's name in the file, such as "F32"."""
         return self._where[name].entries[name][0]
 
-    def raw(self, name):
+    def raw(self, name: str) -> np.ndarray:
         """The bytes of the tensor, uint8 (n,)."""
         return self._where[name].raw(name)
 
-    def check_dtypes(self, names):
+    def check_dtypes(self, names: Iterable[str]) -> None:
         """CheckpointError if one of the tensors does not hold floating-point numbers."""
         for name in names:
             dtype = self._where[name].entries[name][0]
@@ -149,7 +140,7 @@ class SafetensorsFolder:
                     f"{self._where[name].path}: tensor {name!r} has dtype {dtype}; weights are "
                     f"read from {', '.join(FLOAT_DTYPES)} (quantized models: use a GGUF file)")
 
-    def same_bytes(self, first, second):
+    def same_bytes(self, first: str, second: str) -> bool:
         """Whether two tensors are stored with identical shape, dtype and bytes."""
         one, two = self._where[first], self._where[second]
         if one.entries[first][:2] != two.entries[second][:2]:
@@ -251,7 +242,6 @@ def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dty
                        max_shard_bytes=4 << 30, overwrite=False, files=None):
     """``write_hf_folder`` for any config.json: ``values`` is its content, ``shapes`` are the
     tensors that it calls for ({name: shape}); the other arguments, errors and result as there."""
-    from colora_ms.models.checkpoint import check_shapes
     path = os.path.abspath(os.fspath(path))
     if dtype not in WRITE_DTYPES:
         raise CheckpointError(f"dtype {dtype!r} cannot be written; choose one of "
@@ -264,7 +254,6 @@ def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dty
     return path
 
 
-@contextlib.contextmanager
 def new_folder(path, overwrite=False):
     """A private folder to write into, which takes its name ``path`` when the block ends without an error.
 
@@ -277,22 +266,7 @@ def new_folder(path, overwrite=False):
     if os.path.lexists(path) and not overwrite and (not os.path.isdir(path) or os.listdir(path)):
         raise CheckpointError(f"{path} exists already; choose another folder or pass "
                               "overwrite=True (in Python)")
-    parent = os.path.dirname(path)
-    try:
-        os.makedirs(parent, exist_ok=True)
-        work = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", dir=parent)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
-    try:
-        yield work
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(work, 0o777 & ~mask)  # mkdtemp makes private folders
-        _move_into_place(work, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    return replacing_folder(path, lambda reason: CheckpointError(f"{path} cannot be written: {reason}"))
 
 
 def write_description(folder, values, tokenizer_source, files=None):
@@ -303,7 +277,6 @@ def write_description(folder, values, tokenizer_source, files=None):
                   if values[key] is not None}
     _write_json(os.path.join(folder, "generation_config.json"), generation)
     if tokenizer_source is not None:
-        from colora_ms.models.tokenizer import load_tokenizer
         load_tokenizer(tokenizer_source).save(folder)
     for name, source in (files or {}).items():
         shutil.copyfile(source, os.path.join(folder, name))
@@ -337,22 +310,3 @@ def _write_json(path, value):
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _move_into_place(work, path):
-    """Rename the finished folder to its name; an old one is moved aside first, then removed."""
-    if not os.path.lexists(path) or (os.path.isdir(path) and not os.path.islink(path)
-                                     and not os.listdir(path)):
-        os.rename(work, path)
-        return
-    aside = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.old.", dir=os.path.dirname(path))
-    kept = os.path.join(aside, "old")
-    os.rename(path, kept)
-    try:
-        os.rename(work, path)
-    except OSError:
-        os.rename(kept, path)
-        raise
-    finally:
-        if os.path.lexists(path):
-            shutil.rmtree(aside, ignore_errors=True)

@@ -6,12 +6,16 @@ whole text is encoded once and cut behind the prompt.  A token that holds text o
 to the continuation.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import unicodedata
+from collections.abc import Iterable
 
 import numpy as np
 
 from colora_ms.errors import TokenizerError
+from colora_ms.models.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class JointIds:
     spanning: bool
 
 
-def encode_joint(tokenizer, prompt, continuation, add_special_tokens=True):
+def encode_joint(tokenizer: Tokenizer, prompt: str, continuation: str, add_special_tokens: bool = True) -> JointIds:
     """Encode a prompt together with what follows it.
 
     Args:
@@ -58,7 +62,8 @@ def encode_joint(tokenizer, prompt, continuation, add_special_tokens=True):
     return JointIds(ids, boundary, spanning)
 
 
-def encode_spans(tokenizer, text, spans, add_special_tokens=False):
+def encode_spans(tokenizer: Tokenizer, text: str, spans: Iterable[tuple[int, int]],
+                 add_special_tokens: bool = False) -> tuple[list[int], np.ndarray]:
     """Encode a text and find the tokens of some of its parts.
 
     Args:

@@ -1,15 +1,16 @@
 """``LowRankLinear``: a linear whose weight is a product of small factors, in the place of :class:`layers.Linear`."""
 
-import numpy as np
+from __future__ import annotations
 
-import mindspore as ms
+from collections.abc import Mapping
+from typing import Optional
+
 from mindspore import Parameter, Tensor, nn
 
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 from colora_ms.kernels.operands import linear_of, product_of
-
-#: Last parts of the names of a LowRankLinear's factors, in memory and on disk.
-INNER, CORE, OUTER = "inner.weight", "core.weight", "outer.weight"
+from colora_ms.models.formats import BFLOAT16, FLOAT32, StoredFactors, WeightFormat
+from colora_ms.models.low_rank_folder import CORE, INNER, OUTER
 
 
 class LowRankLinear(nn.Cell):
@@ -20,6 +21,7 @@ class LowRankLinear(nn.Cell):
         outer: Parameter (out, r) of the same dtype.
         core: Parameter (r, r) of the same dtype, or None in the form with two factors.
         bias: Parameter (out,) float32 or None.
+        factor_format: the format of the factors.
 
     Source: arXiv 2405.06626: W ~ U1 core U2; here outer = U1 and inner = U2.
     """
@@ -27,9 +29,13 @@ class LowRankLinear(nn.Cell):
     #: As of :class:`colora_ms.models.layers.Linear`.
     fusible = True
 
-    def __init__(self, inner, outer, core=None, bias=None):
+    def __init__(self, inner: Parameter, outer: Parameter, core: Optional[Parameter] = None,
+                 bias: Optional[Parameter] = None, factor_format: WeightFormat = FLOAT32) -> None:
         super().__init__(auto_prefix=False)
         bind()
+        for factor in (inner, outer, *(() if core is None else (core,))):
+            factor_format.check(factor, None)
+        self.format = factor_format
         self.rank, self.in_features = inner.shape
         self.out_features = outer.shape[0]
         self.inner = inner
@@ -39,50 +45,58 @@ class LowRankLinear(nn.Cell):
         self.bias = ABSENT if bias is None else bias
         self.has_bias = bias is not None
 
-    def base(self):
+    def base(self) -> tuple:
         """What the Cell multiplies with, see :mod:`colora_ms.kernels.operands`."""
         return product_of(self.inner, self.outer, self.core, self.bias)
 
-    def operands(self):
+    def operands(self) -> tuple:
         """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes (no adapter here)."""
         return linear_of(self.base())
 
-    def construct(self, x, slots):
+    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
         """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> y: (..., out) float32."""
         return multi_lora_linear(x, slots, self.operands())
 
-    def factor_parameters(self):
+    def factor_parameters(self) -> dict[str, Parameter]:
         """{last part of the name: Parameter} of the factors."""
         core = {CORE: self.core} if self.factors == 3 else {}
         return {INNER: self.inner, **core, OUTER: self.outer}
 
-    def product(self):
-        """The weight that the factors stand for, (out, in) float32."""
-        values = [parameter.astype(ms.float32).asnumpy() for parameter in self.factor_parameters().values()]
-        return np.linalg.multi_dot(values[::-1]) if len(values) == 3 else values[1] @ values[0]
+    def stored(self) -> StoredFactors:
+        """The arrays of the factors."""
+        return StoredFactors(self.format.stored(self.inner), self.format.stored(self.outer),
+                             self.format.stored(self.core) if self.factors == 3 else None)
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-                f"factors={self.factors}, dtype={self.inner.dtype}")
+                f"factors={self.factors}, format={self.format.name}")
 
 
-def low_rank_linear(path, values, weight_format, bias=None):
-    """A LowRankLinear from arrays.
+def factor_format(weight_format: str) -> WeightFormat:
+    """The format of factors in a model of a weight format: float32 in float32, bfloat16 in all others.
+
+    Factors are small, and integers would cost accuracy where next to nothing is left to save.
+    """
+    return FLOAT32 if weight_format == FLOAT32.name else BFLOAT16
+
+
+def low_rank_linear(path: str, factors: StoredFactors, weight_format: str,
+                    bias: Optional[Parameter] = None) -> LowRankLinear:
+    """A LowRankLinear of stored factors.
 
     Args:
         path: the module's name; the Parameters are called ``<path>.inner.weight`` and so on.
-        values: {"inner.weight", "core.weight" (three factors only), "outer.weight": float32 array}.
-        weight_format: the model's; factors are float32 with "float32", and bfloat16 with all others: factors are small,
-            and integers would cost accuracy where next to nothing is left to save.
-        bias: the Parameter that the module had, or None.
+        factors: as they are stored.
+        weight_format: the model's; see :func:`factor_format`.
+        bias: the Parameter that the module has, or None.
     """
-    dtype = ms.float32 if weight_format == "float32" else ms.bfloat16
-    made = {name: Parameter(Tensor(np.ascontiguousarray(value, np.float32)).astype(dtype), name=f"{path}.{name}",
-                            requires_grad=False) for name, value in values.items()}
-    return LowRankLinear(made[INNER], made[OUTER], made.get(CORE), bias)
+    wanted = factor_format(weight_format)
+    made = {name: Parameter(wanted.pack(one.values()).tensors()[0], name=f"{path}.{name}", requires_grad=False)
+            for name, one in ((INNER, factors.inner), (CORE, factors.core), (OUTER, factors.outer)) if one is not None}
+    return LowRankLinear(made[INNER], made[OUTER], made.get(CORE), bias, wanted)
 
 
-def replace_linears(net, cells):
+def replace_linears(net: nn.Cell, cells: Mapping[str, nn.Cell]) -> None:
     """Put Cells in the places of a decoder's linears; all parameters keep their names.
 
     Args:

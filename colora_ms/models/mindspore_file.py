@@ -4,11 +4,14 @@ The only reader that needs MindSpore (imported on use); it reads the whole file 
 the format has no index.
 """
 
+from __future__ import annotations
+
 import os
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError
+from colora_ms.files import PathLike
 
 # What MindSpore's optimizers and training loops save beside the weights.
 STATE_PREFIXES = ("adam_m.", "adam_v.", "moment1.", "moment2.", "moments.", "accum.", "exp_avg.",
@@ -29,7 +32,7 @@ class MindSporeFile:
         CheckpointError: MindSpore cannot read the file.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: PathLike) -> None:
         path = os.fspath(path)
         if not os.path.isfile(path) or os.path.getsize(path) == 0:
             raise CheckpointError(f"{path} is missing or empty")
@@ -47,10 +50,7 @@ class MindSporeFile:
                 self._values[name] = value
         self.shapes = {name: tuple(value.shape) for name, value in self._values.items()}
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """The tensor, float32."""
         import mindspore
-        value = self._values[name]
-        if value.dtype == mindspore.bfloat16:
-            value = value.astype(mindspore.float32)
-        return np.ascontiguousarray(value.asnumpy(), dtype=np.float32)
+        return np.ascontiguousarray(self._values[name].astype(mindspore.float32).asnumpy())

@@ -3,13 +3,18 @@
 Nothing is loaded: names, the keys of one small JSON file, and the first bytes of a file decide.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
 
+from colora_ms.files import PathLike
+
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                  "pytorch_model.bin.index.json")
 
 #: Keys that mlx-lm writes into an adapter_config.json, and PEFT does not.
 _MLX_KEYS = ("fine_tune_type", "lora_parameters", "lora_layers", "adapter_path")
@@ -17,7 +22,7 @@ _MLX_KEYS = ("fine_tune_type", "lora_parameters", "lora_layers", "adapter_path")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def is_gguf(path):
+def is_gguf(path: PathLike) -> bool:
     """Whether a path is a file that begins as a GGUF does."""
     try:
         with open(path, "rb") as file:
@@ -26,7 +31,7 @@ def is_gguf(path):
         return False
 
 
-def not_an_adapter(path):
+def not_an_adapter(path: PathLike) -> str:
     """Why a path cannot be loaded as a PEFT adapter folder, or "" if it looks like one (or is unknown).
 
     Args:
@@ -51,8 +56,8 @@ def not_an_adapter(path):
     names = sorted(one.name for one in path.iterdir())
     ggufs = [name for name in names if name.endswith(".gguf")]
     if _is_model(path) and not any(name in names for name in _ADAPTER_WEIGHTS):
-        return (f"{path} is a model, not an adapter: it has {_model_files(names)} and no {ADAPTER_CONFIG}; give it as the "
-                "model (--model), and the folder that holds the adapter's adapter_config.json as the adapter")
+        return (f"{path} is a model, not an adapter: it has {_model_files(names)} and no {ADAPTER_CONFIG}; give it as "
+                "the model (--model), and the folder that holds the adapter's adapter_config.json as the adapter")
     if ggufs:
         return (f"{path} holds {ggufs[0]}, a GGUF file, and no {ADAPTER_CONFIG}; name the file itself if it is a LoRA")
     if any(name in names for name in _ADAPTER_WEIGHTS):
@@ -63,7 +68,7 @@ def not_an_adapter(path):
             + f", an adapter has {ADAPTER_CONFIG} and adapter_model.safetensors")
 
 
-def not_a_model(path):
+def not_a_model(path: PathLike) -> str:
     """Why a path is an adapter and not a model, or "" if it is none.
 
     Args:
@@ -85,21 +90,22 @@ def not_a_model(path):
         made_for = f", made for {base!r:.200}" if isinstance(base, str) and base else ""
         if mlx:
             return f"{mlx}{made_for}; it is no model"
-        return (f"{path} is an adapter ({values.get('peft_type', 'of an unknown kind')!s:.40}{made_for}), not a model; give "
-                "its base model as the model and this folder as the adapter (--adapter), or merge the two first")
+        return (f"{path} is an adapter ({values.get('peft_type', 'of an unknown kind')!s:.40}{made_for}), not a model; "
+                "give its base model as the model and this folder as the adapter (--adapter), or merge the two first")
     inside = _adapters_inside(path)
     if inside and "config.json" not in names:
-        return (f"{path} is a folder above adapters ({_listed(path, inside)}), not a model; give the base model as the model "
-                f"and {inside[-1]} as the adapter (--adapter)")
+        return (f"{path} is a folder above adapters ({_listed(path, inside)}), not a model; give the base model as the "
+                f"model and {inside[-1]} as the adapter (--adapter)")
     return ""
 
 
 def _file_as_adapter(path):
     if is_gguf(path):
-        return (f"{path} is a GGUF file, which is loaded as an adapter where one file can stand (--adapter); a folder of it is "
-                f"made by: colora-ms convert --adapter {path} --to FOLDER --base MODEL")
+        return (f"{path} is a GGUF file, which is loaded as an adapter where one file can stand (--adapter); a folder of "
+                f"it is made by: colora-ms convert --adapter {path} --to FOLDER --base MODEL")
     if path.name == "adapters.safetensors":
-        return _mlx(path.parent) or f"{path} is an mlx adapter's file; fuse the adapter there, or train it again with PEFT"
+        return _mlx(path.parent) or (f"{path} is an mlx adapter's file; fuse the adapter there, or train it again with "
+                                     "PEFT")
     if path.suffix in (".safetensors", ".bin", ".json"):
         return f"{path} is a file; an adapter is the folder that holds it: {path.parent}"
     return f"{path} is a file; an adapter is a folder with {ADAPTER_CONFIG} and adapter_model.safetensors"
@@ -107,14 +113,16 @@ def _file_as_adapter(path):
 
 def _mlx(path):
     """A sentence if a folder is an adapter of mlx-lm."""
-    own_file = (path / "adapters.safetensors").is_file() and not any((path / name).is_file() for name in _ADAPTER_WEIGHTS)
+    own_file = (path / "adapters.safetensors").is_file() and \
+        not any((path / name).is_file() for name in _ADAPTER_WEIGHTS)
     values = _config(path)
     own_keys = [key for key in _MLX_KEYS if key in values]
     if not (own_file or own_keys) or "peft_type" in values:
         return ""
     signs = (["adapters.safetensors"] if own_file else []) + own_keys
-    return (f"{path} is an mlx adapter ({', '.join(signs[:3])}), which names, transposes and scales its factors in another "
-            "way than PEFT; fuse it into its model there (mlx_lm.fuse) and load that model, or convert it to PEFT's format")
+    return (f"{path} is an mlx adapter ({', '.join(signs[:3])}), which names, transposes and scales its factors in "
+            "another way than PEFT; fuse it into its model there (mlx_lm.fuse) and load that model, or convert it to "
+            "PEFT's format")
 
 
 def _config(path):

@@ -9,11 +9,23 @@ Supported ``rope_scaling`` types: ``default``, ``linear`` (position interpolatio
 (arXiv 2309.00071).  Pure NumPy.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Optional, Protocol
 
 import numpy as np
 
 from colora_ms.errors import ConfigError, near
+
+class RotarySettings(Protocol):
+    """What is read of a ``DecoderConfig``."""
+
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: Optional[dict]
+
 
 # type -> (required keys, optional keys) of a rope_scaling dictionary
 SCALING_KEYS = {
@@ -30,7 +42,7 @@ SCALING_KEYS = {
 _HARMLESS_KEYS = ("rope_type", "type", "finetuned")
 
 
-def normalize_scaling(scaling):
+def normalize_scaling(scaling: object) -> tuple[Optional[dict], list[str]]:
     """Bring a ``rope_scaling`` dictionary into one form, or refuse it.
 
     Args:
@@ -100,7 +112,7 @@ def _range_problems(kind, kept):
     return problems
 
 
-def rope_frequencies(config):
+def rope_frequencies(config: RotarySettings) -> tuple[np.ndarray, float]:
     """The rotation per position of each pair of channels.
 
     Args:
@@ -183,7 +195,7 @@ def _yarn_scale(factor, mscale):
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def rope_tables(config, max_len):
+def rope_tables(config: RotarySettings, max_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of the positions 0 .. max_len-1.
 
     Rotation of a head's vector x (head_dim,), with the halves x1 = x[:head_dim/2] and

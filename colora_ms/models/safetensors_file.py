@@ -6,20 +6,27 @@ Every size in a header is checked against the file before anything is allocated,
 hostile file gives a ``CheckpointError``.  Pure NumPy (bfloat16 is handled through its bits).
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
 import struct
+from collections.abc import Callable, Mapping
+from typing import Optional
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError
+from colora_ms.files import PathLike
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
               "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 FLOAT_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 WRITE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+_CHUNK = 1 << 16  # numbers that are rounded at a time: the temporaries stay in a core's cache
 
 
 class SafetensorsFile:
@@ -34,7 +41,7 @@ class SafetensorsFile:
         CheckpointError: the file cannot be opened, is truncated, or its header is not valid.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: PathLike) -> None:
         self.path = os.fspath(path)
         self._bytes = map_file(self.path)
         self.entries, self.metadata = self._parse()
@@ -89,11 +96,11 @@ class SafetensorsFile:
                                 f"{end - begin} bytes")
         return dtype, tuple(shape), begin, end
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, a tuple of ints."""
         return self.entries[name][1]
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """One tensor as float32.
 
         A float32 tensor is a read-only view of the mapped file (no copy); float64, float16 and
@@ -116,7 +123,7 @@ class SafetensorsFile:
         with np.errstate(over="ignore"):
             return raw.astype(np.float32)
 
-    def raw(self, name):
+    def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor, uint8 (n,), a view of the mapped file."""
         _, _, begin, end = self.entries[name]
         return self._bytes[begin:end]
@@ -126,7 +133,8 @@ class SafetensorsFile:
                                "truncated; fetch or save it again")
 
 
-def write_safetensors(path, shapes, get, dtype="float32", metadata=None):
+def write_safetensors(path: PathLike, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], np.ndarray],
+                      dtype: str = "float32", metadata: Optional[Mapping[str, str]] = None) -> None:
     """Write one safetensors file, holding one tensor in memory at a time.
 
     Args:
@@ -178,23 +186,32 @@ def _encode(name, array, dtype):
     return array
 
 
-def bfloat16_to_float32(bits):
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     """uint16 bit patterns of bfloat16, any shape, to float32 (exact)."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def float32_to_bfloat16(array):
+def float32_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """float32 to bfloat16 bit patterns (uint16), rounded to nearest, ties to even; NaN stays."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    with np.errstate(over="ignore"):
-        rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-    # a NaN's payload could carry over into the sign or be rounded to infinity
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x0040)
-    return np.where(np.isnan(array), quiet, rounded).astype("<u2")
+    array = np.ascontiguousarray(array, dtype=np.float32)
+    bits, out = array.reshape(-1).view(np.uint32), np.empty(array.size, "<u2")
+    for begin in range(0, bits.size, _CHUNK):
+        part = bits[begin:begin + _CHUNK]
+        rounded = part >> np.uint32(16)
+        rounded &= np.uint32(1)
+        rounded += np.uint32(0x7FFF)
+        with np.errstate(over="ignore"):
+            rounded += part
+        rounded >>= np.uint32(16)
+        # a NaN's payload could carry over into the sign or be rounded to infinity
+        nan = (part & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        if nan.any():
+            rounded[nan] = (part[nan] >> np.uint32(16)) | np.uint32(0x0040)
+        out[begin:begin + _CHUNK] = rounded
+    return out.reshape(array.shape)
 
 
-def map_file(path):
+def map_file(path: PathLike) -> np.ndarray:
     """A file's bytes as a read-only memory-mapped uint8 array (empty for an empty file)."""
     try:
         if os.path.isfile(path) and os.path.getsize(path) == 0:

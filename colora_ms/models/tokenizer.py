@@ -4,18 +4,28 @@ Sources: ``tokenizer.json``, a SentencePiece ``tokenizer.model``, the tables ins
 ``tokenizers`` library does the work for all of them.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import os
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Optional, Union
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, TokenizerError
+from colora_ms.files import PathLike, replacing
 from colora_ms.models import chat_template, detokenizer, tokenizer_build, turn_ends
+from colora_ms.models.added_tokens import add_tokens, settings_of
 from colora_ms.models.detokenizer import StreamDecoder
 from colora_ms.models.gguf_parts import open_gguf
-from colora_ms.models.tokenizer_files import FLAG_CLASSES, NAMED, add_tokens, read_tokenizer_files, settings_of
+from colora_ms.models.tokenizer_classes import FLAG_CLASSES
+from colora_ms.models.tokenizer_files import NAMED, read_tokenizer_files
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 _WITH_ID = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -34,7 +44,7 @@ class Tokenizer:
         backend: the ``tokenizers.Tokenizer``.
     """
 
-    def __init__(self, backend, settings):
+    def __init__(self, backend: Backend, settings: Mapping) -> None:
         """
         Args:
             backend: ``tokenizers.Tokenizer``.
@@ -73,7 +83,7 @@ class Tokenizer:
         if self.vocab_size < 1:
             raise TokenizerError("the tokenizer has an empty vocabulary")
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
 
         Special tokens that are spelled out in the text become their ids, as in a rendered chat.
@@ -93,7 +103,7 @@ class Tokenizer:
         ids = self._encoding(text).ids
         return self._begin + ids if add_special_tokens else ids
 
-    def encode_offsets(self, text, add_special_tokens=True):
+    def encode_offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], np.ndarray]:
         """``encode``, with the place of each token in the text.
 
         Args:
@@ -121,7 +131,7 @@ class Tokenizer:
             offsets = np.concatenate([np.zeros((len(self._begin), 2), np.int64), offsets])
         return ids, offsets
 
-    def normalize(self, text):
+    def normalize(self, text: str) -> str:
         """The text as the tokenizer's normaliser changes it before it is cut into tokens."""
         normalizer = self.backend.normalizer
         return text if normalizer is None else normalizer.normalize_str(text)
@@ -136,7 +146,7 @@ class Tokenizer:
                                  f"{text[error.start]!r} at position {error.start}") from None
         return self._plain.encode(text, add_special_tokens=False)
 
-    def decode(self, ids, skip_special_tokens=True, before=()):
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, before: Iterable[int] = ()) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD.
 
         Ids without a token (rows that only pad a model's embedding) give no text.
@@ -151,12 +161,13 @@ class Tokenizer:
         """
         return detokenizer.decode(self, ids, before, skip_special_tokens)
 
-    def stream(self, skip_special_tokens=True, before=()):
+    def stream(self, skip_special_tokens: bool = True, before: Iterable[int] = ()) -> StreamDecoder:
         """A fresh ``StreamDecoder`` of this tokenizer."""
         return StreamDecoder(self, skip_special_tokens, before)
 
-    def apply_chat_template(self, messages, add_generation_prompt=True, return_spans=False,
-                            continue_final_message=False, **variables):
+    def apply_chat_template(self, messages: Sequence[Mapping], add_generation_prompt: bool = True,
+                            return_spans: bool = False, continue_final_message: bool = False,
+                            **variables: object) -> Union[str, tuple[str, list[tuple[int, int]]]]:
         """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
 
         Of several named templates the one called "tool_use" is taken where tools are given, else
@@ -186,11 +197,11 @@ class Tokenizer:
                                     continue_final_message)
 
     @functools.cached_property
-    def closing_tokens(self):
+    def closing_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids that the chat template writes behind an assistant's text, see ``turn_ends.closing_tokens``."""
         return turn_ends.closing_tokens(self)
 
-    def marks_generation(self, tools=None):
+    def marks_generation(self, tools: Optional[list] = None) -> bool:
         """Whether the chat template marks the assistant's turns with ``{% generation %}`` blocks.
 
         Args:
@@ -209,7 +220,7 @@ class Tokenizer:
                                  "none called 'default'")
         return self.chat_templates["default"]
 
-    def save(self, folder):
+    def save(self, folder: PathLike) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as transformers reads them.
 
         Raises:
@@ -229,19 +240,18 @@ class Tokenizer:
         elif self.chat_templates:
             config["chat_template"] = [{"name": name, "template": template}
                                        for name, template in self.chat_templates.items()]
+        def refused(reason):
+            return TokenizerError(f"the tokenizer cannot be written to {folder}: {reason}")
+
         try:
             os.makedirs(folder, exist_ok=True)
             for name, text in (("tokenizer.json", self.backend.to_str()),
                                ("tokenizer_config.json",
                                 json.dumps(config, indent=2, ensure_ascii=False))):
-                # a reader never sees half a file
-                path = os.path.join(folder, name)
-                with open(path + ".tmp", "w", encoding="utf-8") as file:
-                    file.write(text + "\n")
-                os.replace(path + ".tmp", path)
+                with replacing(os.path.join(folder, name), refused) as temporary:
+                    temporary.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise TokenizerError(f"the tokenizer cannot be written to {folder}: "
-                                 f"{error.strerror or error}") from None
+            raise refused(error.strerror or error) from None
 
 
 def _without_processor(backend):
@@ -278,7 +288,7 @@ def _begin_ids(backend, plain):
                          "implemented")
 
 
-def load_tokenizer(source):
+def load_tokenizer(source: Union[Tokenizer, PathLike, None]) -> Tokenizer:
     """Read a tokenizer.
 
     Args:
@@ -337,7 +347,7 @@ def _from_folder(folder, name):
             warnings.warn(f"add_prefix_space calls for {path}, but {error}; tokenizer.json is used as it is",
                           stacklevel=3)
     if backend is None:
-        backend = _read_json_backend(os.path.join(folder, name))
+        backend = tokenizer_build.from_json(os.path.join(folder, name))
     add_tokens(backend, files, folder)
     settings = settings_of(files, backend, base)
     flags = FLAG_CLASSES.get("LlamaTokenizer" if name.endswith(".model") and kind not in FLAG_CLASSES else kind)
@@ -360,22 +370,6 @@ def _from_folder(folder, name):
                       f"post-processor of {name} decides, as in transformers, and puts {puts} begin token",
                       stacklevel=3)
     return tokenizer
-
-
-def _read_json_backend(path):
-    from tokenizers import Tokenizer as Backend
-    try:
-        backend = Backend.from_file(path)
-        with open(path, encoding="utf-8") as file:
-            added = json.load(file).get("added_tokens") or []
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(f"{path} is not a usable tokenizer.json: {str(error)[:200]}") from None
-    for token in added:
-        # the library counts on from the last id, whatever the file says
-        if backend.token_to_id(token["content"]) != token["id"]:
-            raise TokenizerError(f"{path} gives the added token {token['content']!r:.60} the id {token['id']}, but its "
-                                 f"vocabulary leaves {backend.token_to_id(token['content'])} for it")
-    return backend
 
 
 def _byte_level(backend):

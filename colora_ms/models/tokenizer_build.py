@@ -1,13 +1,21 @@
-"""Building a ``tokenizers.Tokenizer`` from a GGUF's metadata or a SentencePiece ``.model``.
+"""Building a ``tokenizers.Tokenizer`` from a GGUF's metadata, a SentencePiece ``.model`` or a ``tokenizer.json``.
 
-Both are brought into the form that a ``tokenizer.json`` has, so that one code path encodes,
+The first two are brought into the form that a ``tokenizer.json`` has, so that one code path encodes,
 decodes and saves all of them.  Only byte-pair models are built (the Llama and Qwen families have
 no others).
 """
 
+from __future__ import annotations
+
+import json
 import struct
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Optional
 
 from colora_ms.errors import TokenizerError, near
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -25,7 +33,7 @@ _END_NAMES = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "
               "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>"}
 
 
-def from_gguf(metadata, where):
+def from_gguf(metadata: Mapping, where: str) -> tuple[Backend, dict]:
     """The tokenizer inside a GGUF file.
 
     Args:
@@ -157,7 +165,28 @@ def _byte_level(metadata, pieces, types, where):
     return tokenizer
 
 
-def from_sentencepiece(path, prefix=None, legacy=True):
+def from_json(path: str) -> Backend:
+    """The tokenizer of a ``tokenizer.json``.
+
+    Raises:
+        TokenizerError: unreadable, damaged, or with ids that the library would give otherwise.
+    """
+    from tokenizers import Tokenizer
+    try:
+        backend = Tokenizer.from_file(path)
+        with open(path, encoding="utf-8") as file:
+            added = json.load(file).get("added_tokens") or []
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(f"{path} is not a usable tokenizer.json: {str(error)[:200]}") from None
+    for token in added:
+        # the library counts on from the last id, whatever the file says
+        if backend.token_to_id(token["content"]) != token["id"]:
+            raise TokenizerError(f"{path} gives the added token {token['content']!r:.60} the id {token['id']}, but its "
+                                 f"vocabulary leaves {backend.token_to_id(token['content'])} for it")
+    return backend
+
+
+def from_sentencepiece(path: str, prefix: Optional[bool] = None, legacy: bool = True) -> tuple[Backend, dict]:
     """The tokenizer of a SentencePiece ``.model`` of type BPE.
 
     Args:
@@ -300,7 +329,7 @@ def _add_tokens(tokenizer, pieces, types):
     tokenizer.add_tokens(plain)
 
 
-def add_template(tokenizer, begin, end):
+def add_template(tokenizer: Backend, begin: Optional[str], end: Optional[str]) -> None:
     """Let the post-processor put ``begin`` and ``end`` (token strings or None) around every text, and nothing else."""
     from tokenizers import processors
     single = ([begin] if begin else []) + ["$A"] + ([end] if end else [])

@@ -7,22 +7,30 @@ warning says so: if ``tokenizer_config.json`` has ``added_tokens_decoder``, it s
 files; if not, ``special_tokens_map.json`` stands before it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Optional, Union
 
 from colora_ms.errors import TokenizerError
-from colora_ms.models.hf_folder import read_json
+from colora_ms.files import read_json
+from colora_ms.models.tokenizer_classes import CLASS_TOKENS, tokenizer_class
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 #: Tokens that have a name of their own.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-_CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+TOKENIZER_CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 # Without these the vocabulary cannot be what the model was trained with; the others (of models that only
 # understand text) are left out with a warning if the vocabulary lacks them.
-_NEEDED = ("bos_token", "eos_token", "unk_token", "pad_token")
+NEEDED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 _USED = {*NAMED, "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "add_bos_token",
          "add_eos_token", "add_prefix_space", "legacy", "chat_template", "split_special_tokens", "tokenizer_class",
@@ -65,37 +73,38 @@ class TokenizerFiles:
     added: dict
     source: str
     options: dict
-    kind: str
+    kind: Optional[str]
     templates: dict
     ends: dict
 
-    def named_in(self, backend, base=()):
+    def named_in(self, backend: Backend,
+                 base: Union[Mapping[str, str], Iterable[tuple[str, str]]] = ()) -> dict[str, str]:
         """The named tokens: the files' own, else those of ``base``, else the class's where the vocabulary has them."""
         defaults = {name: token for name, token in self.defaults.items() if backend.token_to_id(token) is not None}
         said = {name: token for name, token in self.named.items()
-                if name in _NEEDED or backend.token_to_id(token) is not None}
+                if name in NEEDED or backend.token_to_id(token) is not None}
         return {**defaults, **dict(base), **said}
 
 
-def read_tokenizer_files(folder):
+def read_tokenizer_files(folder: str) -> TokenizerFiles:
     """Read all of them; a file that is not there says nothing.
 
     Raises:
         TokenizerError: a value of a wrong type, or two tokens with one id in a file.
         CheckpointError: a file that is no JSON.
     """
-    config, older = _object(folder, _CONFIG), _object(folder, _MAP)
+    config, older = _object(folder, TOKENIZER_CONFIG), _object(folder, _MAP)
     model = _object(folder, "config.json")
     decoder = config.get("added_tokens_decoder")
     leading = decoder is not None
-    kind = _kind(folder, config, model)
-    named, defaults, flags = {}, dict(_DEFAULTS.get(kind, {})), {}
+    kind = tokenizer_class(folder, config, model)
+    named, defaults, flags = {}, dict(CLASS_TOKENS.get(kind, {})), {}
     for name in NAMED:
         described = [_token(folder, name, source[name]) if source.get(name) is not None else None
                      for source in (config, older)]
         first, second = described if leading else reversed(described)
         if first and second and first["content"] != second["content"]:
-            warnings.warn(f"{folder}: {name} is {described[0]['content']!r} in {_CONFIG} and "
+            warnings.warn(f"{folder}: {name} is {described[0]['content']!r} in {TOKENIZER_CONFIG} and "
                           f"{described[1]['content']!r} in {_MAP}; {first['content']!r} is used, as in transformers",
                           stacklevel=2)
         chosen = first or second
@@ -111,7 +120,7 @@ def read_tokenizer_files(folder):
         additional += given
     else:
         _say_ignored(folder, [token for token in given if token not in additional and token not in _contents(decoder)])
-    source = _CONFIG if leading else _ADDED
+    source = TOKENIZER_CONFIG if leading else _ADDED
     added = _decoder(folder, decoder) if leading else _encoder(folder, {*flags, *additional})
     if leading:
         _compare_added(folder, added)
@@ -121,128 +130,6 @@ def read_tokenizer_files(folder):
         _templates(folder, config),
         {name: _end_ids(folder, name, values) for name, values in
          (("config.json", model), ("generation_config.json", _object(folder, "generation_config.json")))})
-
-
-def add_tokens(backend, files, folder):
-    """Add the tokens that the files name to a ``tokenizers.Tokenizer``, with the ids that they give.
-
-    Tokens that are only listed as special get the next free ids, in the order of the list.
-
-    Raises:
-        TokenizerError: an id that another token has, a token with another id, or a gap before an id.
-    """
-    from tokenizers import AddedToken
-    named = {name: token for name, token in {**files.named, **files.extra}.items()
-             if backend.token_to_id(token) is not None or token in {item["content"] for item in files.added.values()}}
-    special = {*named.values(), *files.additional, *files.extra.values(),
-               *(token for token in files.defaults.values() if backend.token_to_id(token) is not None)}
-    for name, token in files.named.items():
-        if name not in named and name not in _NEEDED:  # Tokenizer refuses those that are needed
-            warnings.warn(f"{folder}: {name} is {token!r:.60}, which the vocabulary does not have; it is left out",
-                          stacklevel=3)
-    known = backend.get_added_tokens_decoder()
-    _check_ids(backend, files, folder)
-    adding = []
-    for index in sorted(files.added):
-        token = AddedToken(**files.added[index])
-        # as in transformers: flags of tokenizer_config.json stand before those of tokenizer.json
-        if index not in known or files.source == _CONFIG and repr(known[index]) != repr(token):
-            token.special = token.special or token.content in special
-            adding.append(_matched(backend, token))
-    have = {token.content for token in known.values()} | {token.content for token in adding}
-    # In the order of transformers: the named ones by their names, then the lists; each gets the next free id.
-    listed = [files.named[name] for name in NAMED if files.named.get(name) in special]
-    listed += sorted(token for token in special if token not in files.additional and token not in files.extra.values())
-    for content in dict.fromkeys([*listed, *files.additional, *files.extra.values()]):
-        if content not in have:
-            adding.append(AddedToken(content, **{**files.flags.get(content, {}), "special": True}))
-    backend.add_tokens(adding)
-    for index, token in files.added.items():
-        if backend.token_to_id(token["content"]) != index:
-            raise TokenizerError(f"{folder}: {files.source} gives {token['content']!r:.60} the id {index}, but the "
-                                 f"vocabulary has gaps, so it would get {backend.token_to_id(token['content'])}")
-
-
-def _matched(backend, token):
-    """The token, matched in the text as it is written where the normaliser would change its own spelling.
-
-    SentencePiece's normaliser puts a blank in front, so "<|im_end|>" would only be found behind one: transformers' fast
-    tokenizers lose it there, its slow ones do not.
-    """
-    from tokenizers import AddedToken
-    if not token.normalized or backend.normalizer is None or \
-            backend.normalizer.normalize_str(token.content) == token.content:
-        return token
-    return AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, single_word=token.single_word,
-                      special=token.special, normalized=False)
-
-
-def _check_ids(backend, files, folder):
-    """TokenizerError unless each added token is there with its id, or has the id behind the last."""
-    last = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-    before = backend.id_to_token(last)
-    for index in sorted(files.added):
-        content = files.added[index]["content"]
-        says = f"{folder}: {files.source} gives {content!r:.60} the id {index}"
-        there, other = backend.token_to_id(content), backend.id_to_token(index)
-        if there is not None and there != index:
-            raise TokenizerError(f"{says}, but the vocabulary has it at {there}" + (
-                f" and {other!r:.60} at {index}" if other is not None else "") + "; they are of different models")
-        if there is None and other is not None:
-            raise TokenizerError(f"{says}, where the vocabulary has {other!r:.60}; they are of different models")
-        if there is None and index != last + 1:
-            raise TokenizerError(f"{says}, but the token before it, {before!r:.60}, has {last}; the ids {last + 1} to "
-                                 f"{index - 1} have no token")
-        if there is None:
-            last, before = index, content
-
-
-def settings_of(files, backend, base=()):
-    """The ``settings`` of ``Tokenizer`` that follow from the files.
-
-    Args:
-        files: ``TokenizerFiles``.
-        backend: ``tokenizers.Tokenizer`` with all tokens.
-        base: named tokens of the vocabulary's own file.
-    """
-    return {**files.named_in(backend, base), "additional_special_tokens": list(files.additional),
-            "extra_special_tokens": files.extra, "chat_template": files.templates, "stored_ends": files.ends}
-
-
-# ------------------------------------------------------------------------------------------ transformers' classes
-
-#: Classes of transformers that put the begin token by their flags, not by the file's post-processor: (begin, end) if
-#: the config does not say.
-FLAG_CLASSES = {"LlamaTokenizer": (True, False), "CodeLlamaTokenizer": (True, False), "GemmaTokenizer": (True, False),
-                "CohereTokenizer": (True, False), "GPTNeoXTokenizer": (False, False)}
-
-# names that the classes have without a config
-_DEFAULTS = {
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "CodeLlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
-    "CohereTokenizer": {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>"},
-    "GPTNeoXTokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
-    "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
-    "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
-}
-
-# the class of a folder whose tokenizer_config.json names none, by config.json's model_type
-_BY_MODEL = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "mixtral": "LlamaTokenizer",
-             "phi3": "LlamaTokenizer",
-             "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer", "gemma3_text": "GemmaTokenizer",
-             "cohere": "CohereTokenizer", "cohere2": "CohereTokenizer", "qwen2": "Qwen2Tokenizer",
-             "qwen3": "Qwen2Tokenizer", "qwen2_moe": "Qwen2Tokenizer", "qwen3_moe": "Qwen2Tokenizer",
-             "olmo2": "GPTNeoXTokenizer", "gpt2": "GPT2Tokenizer", "granite": "GPT2Tokenizer"}
-
-
-def _kind(folder, config, model):
-    name = config.get("tokenizer_class")
-    if name is None:
-        name = _BY_MODEL.get(model.get("model_type")) if isinstance(model.get("model_type"), str) else None
-    if name is not None and not isinstance(name, str):
-        raise TokenizerError(f"{folder}: tokenizer_class is {name!r:.60}, expected a name")
-    return name.removesuffix("Fast") if name else None
 
 
 # ------------------------------------------------------------------------------------------ single entries
@@ -310,7 +197,7 @@ def _decoder(folder, decoder):
             raise TokenizerError(f"{folder}: added_tokens_decoder has the key {key!r:.60}, expected a token id")
         token = _token(folder, f"added_tokens_decoder[{key}]", value)
         added[int(key)] = {"special": False, **token}
-    return _unique(folder, _CONFIG, added)
+    return _unique(folder, TOKENIZER_CONFIG, added)
 
 
 def _encoder(folder, special):
@@ -377,7 +264,7 @@ def _templates(folder, config):
             raise TokenizerError(f"{path} cannot be read: {error}") from None
         if name in found and found[name] != templates[name]:
             warnings.warn(f"{folder}: {os.path.relpath(path, folder)} differs from the chat template {name!r} in "
-                          f"{_CONFIG}; the file is used, as in transformers", stacklevel=4)
+                          f"{TOKENIZER_CONFIG}; the file is used, as in transformers", stacklevel=4)
     return templates
 
 
@@ -398,15 +285,16 @@ def _compare_added(folder, added):
     wrong = [f"{content!r:.60} ({index!r:.20}, not {by_content[content]})" for content, index in other.items()
              if content in by_content and by_content[content] != index]
     if wrong:
-        warnings.warn(f"{folder}: {_ADDED} has other ids than {_CONFIG} for {', '.join(wrong[:5])}; those of "
-                      f"{_CONFIG} are used, as in transformers", stacklevel=3)
+        warnings.warn(f"{folder}: {_ADDED} has other ids than {TOKENIZER_CONFIG} for {', '.join(wrong[:5])}; those of "
+                      f"{TOKENIZER_CONFIG} are used, as in transformers", stacklevel=3)
     _say_ignored(folder, [content for content in other if content not in by_content], _ADDED)
 
 
 def _say_ignored(folder, tokens, name=_MAP):
     if tokens:
         warnings.warn(f"{folder}: {name} names {', '.join(map(repr, tokens[:5]))}, which are not in the "
-                      f"added_tokens_decoder of {_CONFIG}; they are left out, as in transformers", stacklevel=3)
+                      f"added_tokens_decoder of {TOKENIZER_CONFIG}; they are left out, as in transformers",
+                      stacklevel=3)
 
 
 def _say_unknown(folder, config):
@@ -414,4 +302,4 @@ def _say_unknown(folder, config):
                if name not in _USED and name not in _QUIET and value not in (None, {}, [])
                and not (name.endswith("_token") and isinstance(value, (str, dict)))]
     if unknown:
-        warnings.warn(f"{folder}: {_CONFIG} has keys that are not read: {'; '.join(unknown)}", stacklevel=3)
+        warnings.warn(f"{folder}: {TOKENIZER_CONFIG} has keys that are not read: {'; '.join(unknown)}", stacklevel=3)

@@ -5,12 +5,22 @@ with ``<|im_end|>``, a GGUF names one end token of several.  So the union of all
 that has written any of these tokens has said what it had to say.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Collection
+from typing import Any, Optional, Protocol
 
 from colora_ms.errors import TokenizerError
 
 # two words that no template uses, so that they are found again in what it renders
 _USER, _ANSWER = "Zuerst", "Zweitens"
+
+
+class EndIds(Protocol):
+    """What is read of a ``DecoderConfig``."""
+
+    eos_token_ids: tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +34,11 @@ class TurnEnd:
     """
 
     id: int
-    token: str
+    token: Optional[str]
     sources: tuple
 
 
-def turn_ends(config, tokenizer):
+def turn_ends(config: EndIds, tokenizer: Any) -> tuple[TurnEnd, ...]:
     """The tokens that end an answer.
 
     Args:
@@ -63,7 +73,7 @@ def turn_ends(config, tokenizer):
                  for index, sources in found.items())
 
 
-def template_end(closing, known=()):
+def template_end(closing: tuple[tuple[int, ...], tuple[int, ...]], known: Collection[int] = ()) -> tuple[int, ...]:
     """The id with which a chat template ends the assistant's turns, as a tuple of one, or of none.
 
     Args:
@@ -83,7 +93,7 @@ def template_end(closing, known=()):
     return within[:1] or last[:1]
 
 
-def closing_tokens(tokenizer):
+def closing_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special tokens that a chat template writes right behind an assistant's text.
 
     Args:

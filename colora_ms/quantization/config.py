@@ -1,13 +1,15 @@
 """``LrQatConfig``: the settings of quantisation-aware training and of the round-to-nearest baseline."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
-from colora_ms.quantization.grids import DOWNCASTS, Grid
 from colora_ms.errors import ConfigError, near
 from colora_ms.models.activation_quant import ACTIVATIONS, activation_bits
+from colora_ms.quantization.grids import DOWNCASTS, Grid
 
 #: "lrqat": low-rank correction; "rtn": round to nearest, nothing is trained; "scales": only the scales are trained;
 #: "full": the whole weight is trained (full quantisation-aware training, for comparison).
@@ -24,7 +26,7 @@ class LrQatConfig:
 
     #: Bits of a weight: 8, 4, 3 or 2.
     bits: int = 4
-    #: Inputs that share a scale; null: one scale an output channel. Smaller groups are more exact and store more scales.
+    #: Inputs that share a scale; null: one scale an output channel. Smaller groups are more exact, with more scales.
     group: Optional[int] = None
     #: Symmetric grid; null: symmetric except at 2 bits, as in the paper.
     symmetric: Optional[bool] = None
@@ -61,7 +63,7 @@ class LrQatConfig:
         if self.downcast == "fixed" and self.bits == 8:
             raise ConfigError("downcast fixed leaves 8-bit weights no fractional bits; use int or float")
 
-    def problems(self):
+    def problems(self) -> list[str]:
         """All that is wrong with single values, as a list of sentences."""
         found = []
         try:
@@ -71,7 +73,8 @@ class LrQatConfig:
         if self.symmetric not in (None, True, False):
             found.append(f"symmetric is {self.symmetric!r}, expected true, false or null")
         if self.method not in METHODS:
-            found.append(f"method is {self.method!r}, expected one of {', '.join(METHODS)}.{near(self.method, METHODS)}")
+            found.append(f"method is {self.method!r}, expected one of {', '.join(METHODS)}."
+                         + near(self.method, METHODS))
         for name in ("r", "range_candidates"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
@@ -95,20 +98,20 @@ class LrQatConfig:
         return found
 
     @property
-    def scaling(self):
+    def scaling(self) -> float:
         """alpha / r."""
         return self.lora_alpha / self.r
 
-    def activation_bits(self, path):
+    def activation_bits(self, path: str) -> tuple[int, int]:
         """(bits of the input, bits of the output) of the linear called ``path``; 0 = float."""
         return activation_bits(self.activations, path)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The settings as a plain dictionary; :meth:`from_dict` reads it back equal."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> LrQatConfig:
         """Build a config from a parsed file; ConfigError names unknown settings."""
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict):

@@ -9,12 +9,15 @@ so the zero point needs no operation of its own: an asymmetric grid is a symmetr
 largest positive value of a symmetric grid is 2^(b-1) - 1, hence s = range / 7 (not / 8) at four bits.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 
 from colora_ms.errors import ConfigError
-from colora_ms.models.quantize import pack_int4
+from colora_ms.models.formats import INT4, INT8, WeightFormat
 
 #: Bits that a weight may have.
 BITS = (8, 4, 3, 2)
@@ -39,50 +42,52 @@ class Grid:
     """
 
     bits: int
-    group: int = None
+    group: Optional[int] = None
     symmetric: bool = True
 
     def __post_init__(self):
         if self.bits not in BITS or isinstance(self.bits, bool):
             raise ConfigError(f"bits is {self.bits!r}, expected one of {', '.join(map(str, BITS))}")
-        if self.group is not None and (not isinstance(self.group, int) or isinstance(self.group, bool) or self.group < 1):
-            raise ConfigError(f"group is {self.group!r}, expected a number of inputs from 1 on, or null for one scale an "
-                              "output channel")
+        whole = isinstance(self.group, int) and not isinstance(self.group, bool)
+        if self.group is not None and (not whole or self.group < 1):
+            raise ConfigError(f"group is {self.group!r}, expected a number of inputs from 1 on, or null for one scale "
+                              "an output channel")
         if not self.symmetric and self.bits > 3:
-            raise ConfigError(f"an asymmetric grid of {self.bits} bits does not fit its container; use symmetric, or 2 or "
-                              "3 bits")
+            raise ConfigError(f"an asymmetric grid of {self.bits} bits does not fit its container; use symmetric, or 2 "
+                              "or 3 bits")
 
     @property
-    def levels(self):
+    def levels(self) -> int:
         """2^bits - 1: the distance from the lowest to the highest integer."""
         return 2 ** self.bits - 1
 
     @property
-    def lowest(self):
+    def lowest(self) -> int:
         """The lowest integer of a symmetric grid."""
         return -(2 ** (self.bits - 1))
 
-    def container(self, in_features):
-        """"int4" or "int8": what stores the integers. int4 packs pairs, so an odd number of inputs takes int8."""
-        return "int4" if self.bits <= 4 and in_features % 2 == 0 else "int8"
+    def container(self, in_features: int) -> WeightFormat:
+        """The format that stores the integers. int4 packs pairs, so an odd number of inputs takes int8."""
+        return INT4 if self.bits <= 4 and in_features % 2 == 0 else INT8
 
-    def group_of(self, in_features, name="the weight"):
+    def group_of(self, in_features: int, name: str = "the weight") -> int:
         """Inputs of one scale for a weight with that many inputs; ConfigError if the group does not divide them."""
         if self.group is None:
             return in_features
         if in_features % self.group:
             fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if in_features % g == 0]
             hint = f"; these would: {', '.join(map(str, fits))}" if fits else ""
-            raise ConfigError(f"group {self.group} does not divide the {in_features} inputs of {name}{hint}, or leave group "
-                              "out for one scale an output channel")
+            raise ConfigError(f"group {self.group} does not divide the {in_features} inputs of {name}{hint}, or leave "
+                              "group out for one scale an output channel")
         return self.group
 
-    def rows(self, weight, name="the weight"):
+    def rows(self, weight: np.ndarray, name: str = "the weight") -> np.ndarray:
         """The weight (out, in) as a view (rows, inputs of one scale)."""
         return weight.reshape(-1, self.group_of(weight.shape[1], name))
 
 
-def search_range(weight, grid, norm=4.0, candidates=100):
+def search_range(weight: np.ndarray, grid: Grid, norm: float = 4.0,
+                 candidates: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """Scale and lowest integer of each row, by the clipping threshold of least error.
 
     The threshold runs over ``candidates`` equal parts of the row's range; the one with the smallest
@@ -134,20 +139,20 @@ def _power_sum(error, norm):
     return (np.abs(error) ** np.float32(norm)).sum(1)
 
 
-def round_to_grid(weight, scale, low, grid):
+def round_to_grid(weight: np.ndarray, scale: np.ndarray, low: np.ndarray, grid: Grid) -> np.ndarray:
     """Round-to-nearest integers (ties to even) as float32; weight (rows, inputs), scale and low (rows,)."""
     low = np.asarray(low, np.float32)[:, None]
     return np.clip(np.rint(weight / scale[:, None]), low, low + np.float32(grid.levels))
 
 
-def downcast(weight, scale, low, grid, how):
+def downcast(weight: np.ndarray, scale: np.ndarray, low: np.ndarray, grid: Grid, how: str) -> np.ndarray:
     """phi(W / s0), the frozen weight of LR-QAT as it is stored.
 
     Args:
         weight: (rows, inputs) float32; scale, low: (rows,) of :func:`search_range`.
         how: "float": W / s0, float32, not clipped; "fixed": int8 fixed point Qb.(8-b), clipped to the grid, value
-            ``stored * 2^(b-8)`` (+ the middle of the grid if it is asymmetric), 2 to 7 bits; "int": the int8 integers of
-            round-to-nearest.
+            ``stored * 2^(b-8)`` (+ the middle of the grid if it is asymmetric), 2 to 7 bits; "int": the int8 integers
+            of round-to-nearest.
 
     Returns:
         (rows, inputs) float32 or int8.
@@ -166,20 +171,14 @@ def downcast(weight, scale, low, grid, how):
     return np.clip(np.rint(value * np.float32(2 ** (8 - grid.bits))), -128, 127).astype(np.int8)
 
 
-def middle(low, grid):
+def middle(low: np.ndarray, grid: Grid) -> np.ndarray:
     """What the stored numbers of a fixed-point downcast are relative to: 0 on a symmetric grid."""
     return np.asarray(low, np.float32) - np.float32(grid.lowest)
 
 
-def upcast(stored, low, grid, how):
+def upcast(stored: np.ndarray, low: np.ndarray, grid: Grid, how: str) -> np.ndarray:
     """The inverse of :func:`downcast` up to its rounding: float32 on the integer grid."""
     value = stored.astype(np.float32)
     if how == "fixed":
         value = value * np.float32(2.0 ** (grid.bits - 8)) + middle(np.asarray(low)[:, None], grid)
     return value
-
-
-def to_container(q, grid):
-    """Integers (out, in) of any number type as their container: (out, in / 2) uint8 packed, or (out, in) int8."""
-    q = np.asarray(q).astype(np.int8)
-    return pack_int4(q) if grid.container(q.shape[1]) == "int4" else q

@@ -1,14 +1,23 @@
 """What a run leaves to read: rows of a results table, ``result.json`` and ``table.md``."""
 
+from __future__ import annotations
+
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from colora_ms.adapters.patterns import in_order
-from colora_ms.evaluation.evaluate import write_json, write_text
+from colora_ms.evaluation.item_log import write_json, write_text
+
+if TYPE_CHECKING:
+    from colora_ms.recipes.decoders import Choice
+    from colora_ms.recipes.settings import EvaluationSettings
+    from colora_ms.training.config import TrainingConfig
 
 
-def row_of(chosen, result, speed=None):
+def row_of(chosen: Choice, result: Any, speed: float | None = None) -> dict:
     """The numbers of one decoder as JSON values.
 
     Args:
@@ -16,7 +25,7 @@ def row_of(chosen, result, speed=None):
         result: EvaluationResult, ChoiceResult or TextPerplexity.
         speed: tokens/s of an earlier call, for an evaluation that generated nothing in this one.
     """
-    row = {"key": chosen.key, "decoder": chosen.label}
+    row: dict[str, Any] = {"key": chosen.key, "decoder": chosen.label}
     if chosen.contrast is not None:
         row["contrast"] = {name: getattr(chosen.contrast, name) for name in ("alpha", "beta", "adapt", "skip_copies")}
     if hasattr(result, "word_perplexity"):
@@ -25,13 +34,14 @@ def row_of(chosen, result, speed=None):
     row.update(accuracy=result.accuracy, correct=sum(item["correct"] for item in result.items), items=len(result.items),
                interval=list(result.interval))
     if hasattr(result, "tokens_per_second"):
-        row.update(tokens_per_second=result.tokens_per_second or speed or 0.0, changed_share=result.changed_share or 0.0,
+        row.update(tokens_per_second=result.tokens_per_second or speed or 0.0,
+                   changed_share=result.changed_share or 0.0,
                    refused=result.refused, mean_tokens=result.to_json()["mean_tokens"],
                    hashes={name: result.setup[name] for name in ("template", "examples")})
     return row
 
 
-def pair(rows, outcomes):
+def pair(rows: Sequence[dict], outcomes: dict[str, dict[str, bool]]) -> None:
     """Give every row the paired test against greedy decoding, where there is one; ``outcomes`` {key: {id: right}}."""
     from colora_ms.evaluation.significance import mcnemar
 
@@ -41,7 +51,7 @@ def pair(rows, outcomes):
             row["against_greedy"] = {"fixed": test.second_only, "broken": test.first_only, "p_value": test.p_value}
 
 
-def table(rows):
+def table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table; columns that no row has a value for are left out."""
     if any("perplexity" in row for row in rows):
         lines = ["| model | perplexity a token | a word | tokens |", "|---|---|---|---|"]
@@ -64,12 +74,13 @@ def table(rows):
     return "\n".join(lines)
 
 
-def summary_text(result):
+def summary_text(result: dict) -> str:
     """The table and what it takes to understand it, as Markdown."""
     lines = [f"# {result['recipe']}", "", table(result["decoders"]), ""]
     if any("against_greedy" in row for row in result["decoders"]):
         lines += ["fixed, broken, p: items against greedy decoding of the same adapter, exact McNemar test.", ""]
-    lines += [f"{row['decoder']}: {row['refused']} items were refused (a prompt too long, say) and count as wrong." + "\n"
+    lines += [f"{row['decoder']}: {row['refused']} items were refused (a prompt too long, say) and count as wrong."
+              + "\n"
               for row in result["decoders"] if row.get("refused")]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join(lines + [
@@ -79,21 +90,22 @@ def summary_text(result):
         f"* {versions}; {result['processors']} processors.", ""])
 
 
-def recipe_hash(config):
+def recipe_hash(config: TrainingConfig) -> str:
     """Digest of all settings of a recipe."""
     values = config.to_dict()
     values["adapter"] = in_order(values["adapter"])
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def setup_hash(settings, hashes):
+def setup_hash(settings: EvaluationSettings, hashes: dict[str, str]) -> str:
     """Name of the folder of an evaluation's items: other settings or other weights have another one."""
     values = {name: value for name, value in vars(settings).items() if name != "decoders"}
     return hashlib.sha256(json.dumps([values, hashes], sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def earlier_speeds(path, answers):
-    """{decoder's key: tokens/s} of the ``result.json`` of an earlier call with the same folder of answers, or nothing."""
+def earlier_speeds(path: Path, answers: str) -> dict[str, float]:
+    """{decoder's key: tokens/s} of the ``result.json`` of an earlier call with the same folder of answers, or
+    nothing."""
     try:
         old = json.loads(Path(path).read_text(encoding="utf-8"))
         if old["answers"] != str(answers):
@@ -103,7 +115,7 @@ def earlier_speeds(path, answers):
         return {}
 
 
-def write(folder, result):
+def write(folder: str | Path, result: dict) -> None:
     """Write ``result.json`` and ``table.md`` into ``folder``.
 
     Raises:

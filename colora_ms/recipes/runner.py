@@ -1,22 +1,30 @@
 """``run``: train as a recipe says, evaluate the decoders that it names, write the table; each part is done once."""
 
-import os
-from pathlib import Path
+from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ConfigError
 from colora_ms.recipes import report
 from colora_ms.recipes.decoders import Subject, choices, read_items
 from colora_ms.recipes.settings import evaluation_settings, expand, quantizes, shorten
 from colora_ms.recipes.training import train_once
 from colora_ms.versions import versions
-from colora_ms.distributed.workers import Workers
+
+if TYPE_CHECKING:
+    from colora_ms.training.config import TrainingConfig
 
 
-def run(config, *, fast=False, limit=None, name="recipe", team=Workers(), say=print):
+def run(config: TrainingConfig, *, fast: bool = False, limit: int | None = None, name: str = "recipe",
+        team: Workers = Workers(), say: Callable[[str], Any] = print) -> dict:
     """Train, evaluate, and write ``result.json`` and ``table.md`` into the recipe's output folder.
 
-    All that can be checked is checked before the training: the recipe, the test's data, the decoders, the model's files.
-    Called again, it goes on where it stopped: a finished training and evaluated items are not repeated.
+    All that can be checked is checked before the training: the recipe, the test's data, the decoders, the model's
+    files. Called again, it goes on where it stopped: a finished training and evaluated items are not repeated.
 
     Args:
         config: what ``settings.read_config`` gave.
@@ -49,8 +57,8 @@ def run(config, *, fast=False, limit=None, name="recipe", team=Workers(), say=pr
 
     subject = Subject(config, trained.folder, settings.rows, quantised)
     place = folder / "evaluation" / report.setup_hash(settings, subject.hashes)
-    speeds = report.earlier_speeds(folder / "result.json", place)
-    result = {
+    speeds = report.earlier_speeds(folder / "result.json", str(place))
+    result: dict[str, Any] = {
         "recipe": name, "model": config.model, "task": settings.task, "output": str(folder), "seed": config.loop.seed,
         "adapter": config.adapter, "training": trained.to_json(), "training_summary": trained.summary(),
         "answers": str(place), "evaluate": {**vars(settings)}, unit: len(items), "decoders": [], "complete": False,
@@ -70,18 +78,19 @@ def run(config, *, fast=False, limit=None, name="recipe", team=Workers(), say=pr
     return result
 
 
-def kind_of(config):
+def kind_of(config: TrainingConfig) -> str:
     """What the trained model is called in the table."""
     if quantizes(config):
         made = config.quantization()
-        return f"{ {'lrqat': 'LR-QAT', 'rtn': 'rounded', 'scales': 'scales', 'full': 'full QAT'}[made.method]} W{made.bits}"
-    adapter = config.adapter_config()
+        kinds = {"lrqat": "LR-QAT", "rtn": "rounded", "scales": "scales", "full": "full QAT"}
+        return f"{kinds[made.method]} W{made.bits}"
+    adapter: Any = config.adapter_config()
     if adapter.peft_type == "LILY":
         return "Lily"
     return "DoRA" if getattr(adapter, "use_dora", False) else "LoRA"
 
 
-def line_of(row):
+def line_of(row: dict) -> str:
     """One row as a line of text."""
     if "perplexity" in row:
         return f"perplexity {row['perplexity']:.3f} of {row['tokens']} tokens"

@@ -1,16 +1,23 @@
-"""The training of a recipe's run: made once, recognised when it is there already, and what its log says of its speed."""
+"""The training of a recipe's run: made once, recognised when it is there already, and what its log says of its
+speed."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from colora_ms.adapters.patterns import in_order
+from colora_ms.distributed.workers import Workers
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.report import read_log
 from colora_ms.training.settings import read_yaml, short
-from colora_ms.distributed.workers import Workers
+
+if TYPE_CHECKING:
+    from colora_ms.training.config import TrainingConfig
 
 #: Settings of the loop that change nothing about what is trained.
 _HARMLESS = ("log_every", "save_every", "keep_checkpoints", "progress")
@@ -33,17 +40,17 @@ class Trained:
     folder: Path
     anew: bool
     steps: int
-    loss: float = None
-    seconds: float = None
-    ms_per_step: float = None
-    compile_seconds: float = None
+    loss: float | None = None
+    seconds: float | None = None
+    ms_per_step: float | None = None
+    compile_seconds: float | None = None
 
-    def to_json(self):
+    def to_json(self) -> dict:
         """The numbers, without the folder."""
         values = dataclasses.asdict(self)
         return {key: value for key, value in values.items() if key not in ("folder", "anew")}
 
-    def summary(self):
+    def summary(self) -> str:
         """One line for people."""
         if not self.steps:
             return "no training"
@@ -57,7 +64,7 @@ class Trained:
         return text + (f", last loss {self.loss:.4f}" if self.loss is not None else "")
 
 
-def train_once(config, quantised=False, team=Workers()):
+def train_once(config: TrainingConfig, quantised: bool = False, team: Workers = Workers()) -> Trained:
     """Train what the recipe says, go on with an interrupted training, or find a finished one.
 
     Returns:
@@ -72,17 +79,18 @@ def train_once(config, quantised=False, team=Workers()):
     if quantised:
         from colora_ms.training.quantize import quantize_model
 
-        quantize_model(config, resume=True)
+        recipe: Any = config
+        quantize_model(recipe, resume=True)
     else:
         from colora_ms.training.run import train
 
         train(config, resume=True, rank=team.rank, world=team.world)
     team.wait()
-    made = team.share(_described(config, quantised) if team.first else None)
+    made: Any = team.share(_described(config, quantised) if team.first else None)
     return dataclasses.replace(made, anew=True)
 
 
-def finished(config, quantised=False):
+def finished(config: TrainingConfig, quantised: bool = False) -> Trained | None:
     """The :class:`Trained` of a finished training in the recipe's output folder, or None.
 
     Raises:
@@ -94,8 +102,8 @@ def finished(config, quantised=False):
         return None
     different = differences(folder / "recipe.yaml", config)
     if different:
-        raise CheckpointError(f"{folder} holds a run of another recipe: {'; '.join(different[:6])}; choose another folder "
-                              "(--set output=FOLDER), or move this one away")
+        raise CheckpointError(f"{folder} holds a run of another recipe: {'; '.join(different[:6])}; choose another "
+                              "folder (--set output=FOLDER), or move this one away")
     state = _state(found[-1][1])
     if found[-1][0] < state.get("recipe", {}).get("steps", float("inf")):
         return None
@@ -104,7 +112,7 @@ def finished(config, quantised=False):
     return made if (made.folder / expected).is_file() else None
 
 
-def differences(path, config):
+def differences(path: Path, config: TrainingConfig) -> list[str]:
     """Texts that say how the recipe at ``path``, which a run has written, differs in what is trained.
 
     The test may be another one than the run's only if its questions were left out of the training data, too.
@@ -113,7 +121,8 @@ def differences(path, config):
         before = read_yaml(path)
         old = _flat(_trained_part(before))
     except Exception as error:
-        raise CheckpointError(f"the run's own recipe cannot be read, so that nobody can tell what it has trained: {error}") \
+        raise CheckpointError("the run's own recipe cannot be read, so that nobody can tell what it has trained: "
+                              f"{error}") \
             from None
     now = json.loads(json.dumps(config.to_dict(), default=str))
     new = _flat(_trained_part(now))
@@ -124,7 +133,7 @@ def differences(path, config):
                     for one in _tested(now) if one not in left_out]
 
 
-def _trained_part(recipe):
+def _trained_part(recipe: dict) -> dict:
     part = {name: recipe.get(name) for name in ("model", "weight_format", "adapter", "data", "optimizer", "dpo")}
     part["adapter"] = in_order(part["adapter"] or {})
     part["train"] = recipe.get("train") or "sft"
@@ -132,17 +141,17 @@ def _trained_part(recipe):
     return {**part, "loop": {name: value for name, value in loop.items() if name not in _HARMLESS}}
 
 
-def _tested(recipe):
+def _tested(recipe: dict) -> list:
     """The sources of the section ``evaluate`` whose questions leave the training data."""
     settings = recipe.get("evaluate") or {}
     return _sources(settings.get("data")) if settings.get("task", "problems") == "problems" else []
 
 
-def _sources(value):
+def _sources(value: Any) -> list:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _flat(values, prefix=""):
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
     found = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
@@ -152,7 +161,7 @@ def _flat(values, prefix=""):
     return found
 
 
-def _state(checkpoint):
+def _state(checkpoint: Path) -> dict:
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         return state if isinstance(state, dict) else {}
@@ -160,7 +169,7 @@ def _state(checkpoint):
         return {}  # resuming will say what is wrong with it
 
 
-def _described(config, quantised):
+def _described(config: TrainingConfig, quantised: bool) -> Trained:
     """The :class:`Trained` of the output folder as its files tell it."""
     folder = Path(config.output)
     found = checkpoints.list_checkpoints(folder)

@@ -23,8 +23,8 @@ DecodingError (prompt or settings), QueueFullError, EngineClosedError. What come
 
 A request's tokens are the same alone and in any mix of neighbours, and what fails (a value, a row, a listener) ends its
 own request. One thread, the engine's, runs the graphs; between chunks of steps requests join and leave the batch and
-adapters are put into slots. Shapes stay static throughout: no adapter, setting or mix of requests compiles a graph; only
-the buckets of rows and of prompt lengths do, once each.
+adapters are put into slots. Shapes stay static throughout: no adapter, setting or mix of requests compiles a graph;
+only the buckets of rows and of prompt lengths do, once each.
 """
 
 from colora_ms.serving.bank import AdapterBank

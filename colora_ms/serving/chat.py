@@ -1,10 +1,14 @@
 """A conversation in the terminal over the engine."""
 
-import sys
+from __future__ import annotations
 
-from colora_ms.decoding import Contrast
-from colora_ms.decoding.completion import changes
+import sys
+from typing import Any, Dict, Iterable, List, Optional, TextIO
+
+from colora_ms.decoding.completion import Completion, changes
+from colora_ms.decoding.options import Contrast, Sampling
 from colora_ms.errors import ColoraError, DecodingError, UnknownAdapterError, near
+from colora_ms.serving.engine import Engine
 
 HELP = {
     "/adapter NAME": "answer with this adapter; /adapter off: with the base model; /adapter: list them",
@@ -30,24 +34,26 @@ class Chat:
         out: text file for everything that is said.
     """
 
-    def __init__(self, engine, name="base", contrast=None, sampling=None, max_new_tokens=256, system=None, plain=False, out=None):
+    def __init__(self, engine: Engine, name: str = "base", contrast: Optional[Contrast] = None,
+                 sampling: Optional[Sampling] = None, max_new_tokens: int = 256, system: Optional[str] = None,
+                 plain: bool = False, out: Optional[TextIO] = None) -> None:
         self.engine = engine
         self.name = name
         self.usual = contrast or Contrast()
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.out = out or sys.stdout
-        self.adapter = None
-        self.contrast = None
-        self.last = None  # the last Completion
+        self.adapter: Optional[str] = None
+        self.contrast: Optional[Contrast] = None
+        self.last: Optional[Completion] = None
         self.plain = plain
         if not plain and not getattr(engine.tokenizer, "chat_template", None):
             self.plain = True
             self._say("this model has no chat template: each line is continued as it is")
-        self._start = [] if system is None else [{"role": "system", "content": system}]
+        self._start: List[Dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._start)
 
-    def loop(self, lines, prompt=""):
+    def loop(self, lines: Iterable[str], prompt: str = "") -> None:
         """Read lines until they end or one is /quit."""
         if prompt:
             self._say(f"{self.name}; /help lists the commands")
@@ -64,14 +70,15 @@ class Chat:
                 self._say(str(error))
             self._write(prompt)
 
-    def command(self, line):
+    def command(self, line: str) -> bool:
         """Carry out a command; False if it was /quit.
 
         Raises:
             ColoraError: it cannot be carried out.
         """
         word, *rest = line.split()
-        known = {"/adapter": self._adapter, "/contrast": self._contrast, "/why": self._why, "/new": self._new, "/help": self._help}
+        known: Dict[str, Any] = {"/adapter": self._adapter, "/contrast": self._contrast, "/why": self._why,
+                                 "/new": self._new, "/help": self._help}
         if word == "/quit":
             return False
         if word not in known:
@@ -79,7 +86,7 @@ class Chat:
         known[word](*rest)
         return True
 
-    def ask(self, text):
+    def ask(self, text: str) -> None:
         """Say something, and stream the answer.
 
         Raises:
@@ -101,7 +108,7 @@ class Chat:
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
-    def _adapter(self, name=None, *more):
+    def _adapter(self, name: Optional[str] = None, *more: str) -> None:
         names = [] if self.engine.bank is None else self.engine.bank.names()
         if name is None:
             self._say(f"now: {self.adapter or self.name}; adapters: {', '.join(names) or 'none'}")
@@ -118,7 +125,7 @@ class Chat:
         self.adapter = name
         self._say(f"answers come from {self.name} with {name}")
 
-    def _contrast(self, *values):
+    def _contrast(self, *values: str) -> None:
         if values == ("off",):
             self.contrast = None
             self._say("contrast off")
@@ -129,29 +136,30 @@ class Chat:
             try:
                 alpha, beta = (float(v) for v in values)
             except ValueError:
-                raise DecodingError("say /contrast on, /contrast off, or /contrast ALPHA BETA, such as /contrast 0.1 0.5") \
-                    from None
+                raise DecodingError("say /contrast on, /contrast off, or /contrast ALPHA BETA, such as "
+                                    "/contrast 0.1 0.5") from None
             wanted = Contrast(alpha, beta)
         if self.adapter is None:
-            raise DecodingError("a contrast compares an adapter with the base model: choose one with /adapter NAME first")
+            raise DecodingError("a contrast compares an adapter with the base model: choose one with /adapter NAME "
+                                "first")
         self.contrast = self.usual = wanted
         self._say(f"contrast: {wanted.label}")
 
-    def _why(self):
+    def _why(self) -> None:
         if self.last is None:
             raise DecodingError("nothing has been answered yet")
         self._say(changes(self.last))
 
-    def _new(self):
+    def _new(self) -> None:
         self.messages = list(self._start)
         self._say("the conversation is forgotten")
 
-    def _help(self):
+    def _help(self) -> None:
         for command, meaning in HELP.items():
             self._say(f"{command:28s} {meaning}")
 
-    def _say(self, text):
+    def _say(self, text: str) -> None:
         self._write(text + "\n")
 
-    def _write(self, text):
+    def _write(self, text: str) -> None:
         print(text, end="", file=self.out, flush=True)

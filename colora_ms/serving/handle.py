@@ -1,9 +1,14 @@
 """``RequestHandle``: what a caller has of a request, from any thread."""
 
+from __future__ import annotations
+
 import logging
 import threading
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Callable, Deque, Iterator, List, Optional, Tuple
+
+from colora_ms.decoding.completion import Completion, TokenRecord
 
 _log = logging.getLogger(__name__)
 
@@ -19,8 +24,8 @@ class Piece:
     """
 
     text: str
-    tokens: tuple = ()
-    records: tuple = ()
+    tokens: Tuple[int, ...] = ()
+    records: Tuple[TokenRecord, ...] = ()
 
 
 @dataclass
@@ -28,9 +33,9 @@ class Timing:
     """When a request passed its stages, in seconds of ``time.monotonic()``; None where it has not yet."""
 
     submitted: float
-    admitted: float = None
-    first_token: float = None
-    finished: float = None
+    admitted: Optional[float] = None
+    first_token: Optional[float] = None
+    finished: Optional[float] = None
 
 
 @dataclass
@@ -44,10 +49,10 @@ class Usage:
 
 @dataclass
 class _State:
-    pieces: deque = field(default_factory=deque)
-    completion: object = None
-    error: Exception = None
-    listeners: list = field(default_factory=list)
+    pieces: Deque[Piece] = field(default_factory=deque)
+    completion: Optional[Completion] = None
+    error: Optional[Exception] = None
+    listeners: List[Callable[[], None]] = field(default_factory=list)
 
 
 class RequestHandle:
@@ -61,7 +66,8 @@ class RequestHandle:
         timing: :class:`Timing`; usage: :class:`Usage`.
     """
 
-    def __init__(self, number, adapter, timing, usage, cancel):
+    def __init__(self, number: int, adapter: Optional[str], timing: Timing, usage: Usage,
+                 cancel: Callable[[RequestHandle], None]) -> None:
         self.id = number
         self.adapter = adapter
         self.timing = timing
@@ -71,16 +77,16 @@ class RequestHandle:
         self._state = _State()
 
     @property
-    def done(self):
+    def done(self) -> bool:
         """Whether it ended, in whatever way."""
         return self._state.completion is not None or self._state.error is not None
 
-    def cancel(self):
-        """End it soon; ``result`` then has what there is, with finish_reason "cancelled". Harmless when it has ended."""
+    def cancel(self) -> None:
+        """End it soon; ``result`` then has what there is, with finish_reason "cancelled"; harmless when it ended."""
         if not self.done:
             self._cancel(self)
 
-    def result(self, timeout=None):
+    def result(self, timeout: Optional[float] = None) -> Completion:
         """Wait for the end.
 
         Args:
@@ -91,16 +97,18 @@ class RequestHandle:
 
         Raises:
             TimeoutError: it has not ended yet; it goes on.
-            AdapterError, ServingError, EngineClosedError: it failed.
+            AdapterError, CheckpointError, DecodingError: its logits are not finite, see ``Generator.generate``.
+            ServingError, EngineClosedError: it failed.
         """
         with self._news:
             if not self._news.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"request {self.id} has not ended within {timeout} s; it goes on, cancel() ends it")
         if self._state.error is not None:
             raise self._state.error
+        assert self._state.completion is not None
         return self._state.completion
 
-    def pieces(self, timeout=None):
+    def pieces(self, timeout: Optional[float] = None) -> Iterator[Piece]:
         """Iterate over :class:`Piece` until the end; raises as :meth:`result` does.
 
         Args:
@@ -116,26 +124,27 @@ class RequestHandle:
                 return
             yield piece
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return (piece.text for piece in self.pieces() if piece.text)
 
-    def poll(self):
+    def poll(self) -> List[Piece]:
         """The pieces that are there now, without waiting."""
         with self._news:
             found = list(self._state.pieces)
             self._state.pieces.clear()
             return found
 
-    def subscribe(self, listener):
-        """Have ``listener()`` called, from the engine's thread, whenever there is a new piece and at the end; it must be
-        quick (for asyncio: ``loop.call_soon_threadsafe(event.set)``)."""
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Have ``listener()`` called, from the engine's thread, whenever there is a new piece and at the end; it must
+        be quick (for asyncio: ``loop.call_soon_threadsafe(event.set)``)."""
         with self._news:
             self._state.listeners.append(listener)
         listener()
 
     # -- the engine's side -----------------------------------------------------------------------------------------
 
-    def push(self, piece=None, completion=None, error=None):
+    def push(self, piece: Optional[Piece] = None, completion: Optional[Completion] = None,
+             error: Optional[Exception] = None) -> None:
         """Add a piece, or the end."""
         with self._news:
             if piece is not None:

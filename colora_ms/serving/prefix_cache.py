@@ -9,13 +9,16 @@ Only prompt tokens are reused, and only such as were computed as a prompt: gener
 one, whose sums may round otherwise, and an answer must not depend on what happened to be in the cache.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import List, Optional, Tuple
 
 import numpy as np
 
 
 @dataclass
-class Row:
+class CacheRow:
     """One row of the cache.
 
     Attributes:
@@ -41,17 +44,17 @@ class PrefixCache:
         smallest: a shared prefix of fewer tokens is computed anew.
     """
 
-    def __init__(self, rows, smallest=8):
-        self.rows = [Row(i) for i in range(rows)]
+    def __init__(self, rows: int, smallest: int = 8) -> None:
+        self.rows: List[CacheRow] = [CacheRow(i) for i in range(rows)]
         self.smallest = smallest
         self._clock = 0
 
     @property
-    def free(self):
+    def free(self) -> int:
         """Rows that no request holds."""
         return sum(not row.used for row in self.rows)
 
-    def best(self, key, ids):
+    def best(self, key: str, ids: np.ndarray) -> Tuple[Optional[CacheRow], int]:
         """The row with the longest common prefix.
 
         Args:
@@ -69,7 +72,7 @@ class PrefixCache:
                 found, length = row, same
         return (found, length) if found is not None else (None, 0)
 
-    def take(self, avoid=None):
+    def take(self, avoid: Optional[CacheRow] = None) -> CacheRow:
         """A free row for new content, the one that has not been used for longest; ``avoid`` only if there is no other.
 
         Its old content is forgotten.
@@ -79,23 +82,23 @@ class PrefixCache:
         row.used, row.tokens = True, row.tokens[:0]
         return row
 
-    def occupy(self, row, key, tokens):
+    def occupy(self, row: CacheRow, key: str, tokens: np.ndarray) -> None:
         """Mark a row as used with this content."""
         row.used, row.key, row.tokens = True, key, np.asarray(tokens, np.int32)
 
-    def release(self, row, keep=True):
+    def release(self, row: CacheRow, keep: bool = True) -> None:
         """Give a row back; ``keep=False`` forgets what it holds."""
         self._clock += 1
         row.used, row.stamp = False, self._clock
         if not keep:
             row.tokens = row.tokens[:0]
 
-    def clear(self):
+    def clear(self) -> None:
         """Forget the content of all rows; none may be in use."""
-        self.rows = [Row(row.index) for row in self.rows]
+        self.rows = [CacheRow(row.index) for row in self.rows]
 
 
-def common(a, b):
+def common(a: np.ndarray, b: np.ndarray) -> int:
     """How many tokens two id arrays have in common at their beginning."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])

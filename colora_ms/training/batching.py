@@ -12,13 +12,17 @@ The last batch of a bucket is filled up with rows of length 0: nothing is left o
 shape arises.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, DataError
-from colora_ms.training.encoding import IGNORE, fingerprint
+from colora_ms.training.encoding import IGNORE, EncodedExample, EncodedSet, fingerprint
 from colora_ms.training.packing import METHOD, fed_tokens, most_segments, pack_examples
 
 
@@ -29,25 +33,26 @@ class Batch:
     ids: np.ndarray
     labels: np.ndarray
     lengths: np.ndarray
-    segments: "np.ndarray | None" = None
+    segments: np.ndarray | None = None
 
     @property
-    def parts(self):
+    def parts(self) -> np.ndarray:
         """What the graphs take as lengths: ``segments`` of a packed batch, ``lengths`` of another."""
         return self.lengths if self.segments is None else self.segments
 
     @property
-    def answer_tokens(self):
+    def answer_tokens(self) -> int:
         """Number of labels that count for the loss."""
         return int((self.labels != IGNORE).sum())
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Number of real (not padding) tokens."""
         return int(self.lengths.sum())
 
 
-def choose_buckets(lengths, max_buckets=3, multiple=16, limit=None):
+def choose_buckets(lengths: Sequence[int], max_buckets: int = 3, multiple: int = 16,
+                   limit: int | None = None) -> list[int]:
     """Bucket lengths that waste the least padding.
 
     Args:
@@ -73,8 +78,8 @@ def choose_buckets(lengths, max_buckets=3, multiple=16, limit=None):
     values, counts = np.unique(rounded, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
     # cost[b][j]: tokens after padding when b buckets cover the first j distinct lengths.
-    best = [(0 if j == 0 else np.inf) for j in range(len(values) + 1)]
-    choice = []
+    best: list = [(0 if j == 0 else np.inf) for j in range(len(values) + 1)]
+    choice: list[list[int]] = []
     for _ in range(min(max_buckets, len(values))):
         now, back = [0], [0]
         for j in range(1, len(values) + 1):
@@ -93,7 +98,7 @@ def choose_buckets(lengths, max_buckets=3, multiple=16, limit=None):
     return sorted(buckets)
 
 
-def collate(rows, size, bucket, segments=None):
+def collate(rows: Sequence[Sequence[EncodedExample]], size: int, bucket: int, segments: int | None = None) -> Batch:
     """The ``Batch`` of some rows, each a list of ``EncodedExample`` that stand one after the other in it.
 
     Args:
@@ -135,9 +140,10 @@ class BatchLoader:
         ConfigError, DataError: bad arguments, no data, an example longer than every bucket.
     """
 
-    def __init__(self, data, batch_size, seed=0, buckets=None, max_buckets=3, multiple=16,
-                 packing=False, rank=0, world=1, shuffle=True):
-        items = getattr(data, "items", data)
+    def __init__(self, data: EncodedSet | Sequence[EncodedExample], batch_size: int, seed: int = 0,
+                 buckets: Sequence[int] | None = None, max_buckets: int = 3, multiple: int = 16, packing: bool = False,
+                 rank: int = 0, world: int = 1, shuffle: bool = True) -> None:
+        items: Any = getattr(data, "items", data)
         if not len(items):
             raise DataError("the data set is empty: there is nothing to train on")
         for name, value, least in (("batch_size", batch_size, 1), ("world", world, 1),
@@ -165,7 +171,7 @@ class BatchLoader:
 
     # -- order ---------------------------------------------------------------------------------
 
-    def _make_plan(self, epoch):
+    def _make_plan(self, epoch: int) -> list[tuple[int, list[list[int]]]]:
         """The batches of an epoch for all ranks: list of (bucket, rows), a row = positions."""
         count = len(self._items)
         generator = np.random.default_rng([self._seed, epoch])
@@ -192,15 +198,15 @@ class BatchLoader:
                 rest = rest[size:]
         return plan
 
-    def _bucket_of(self, length):
+    def _bucket_of(self, length: int) -> int:
         return next(bucket for bucket in self.buckets if bucket >= length)
 
     @property
-    def batches_per_epoch(self):
+    def batches_per_epoch(self) -> int:
         """Number of batches in the current epoch (with packing it may differ between epochs)."""
         return len(self._plan)
 
-    def summary(self):
+    def summary(self) -> str:
         """One line for the log: how many batches of which shapes, and how much of them is real."""
         tokens = sum(fed_tokens(item) for item in self._items)
         counts = {bucket: sum(one == bucket for one, _ in self._plan) for bucket in self.buckets}
@@ -209,18 +215,18 @@ class BatchLoader:
         return f"{len(self._plan)} an epoch ({shapes} tokens), {100 * tokens / area:.0f} % of them real tokens"
 
     @property
-    def epoch(self):
+    def epoch(self) -> int:
         """Number of whole epochs that have been handed out."""
         return self._epoch
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         """Rows of a batch on this rank."""
         return self._batch_size
 
     # -- updates -------------------------------------------------------------------------------
 
-    def updates(self, epochs, accumulation=1):
+    def updates(self, epochs: float, accumulation: int = 1) -> tuple[int, tuple[int, int]]:
         """How many updates so many passes over the data make.
 
         A window of ``accumulation`` batches ends with its epoch, so the last update of an epoch
@@ -234,7 +240,7 @@ class BatchLoader:
             ``(updates, end)``; ``end`` is for ``window``: (epoch, batches of it) where the last
             pass ends.
         """
-        def count(epoch):
+        def count(epoch: int) -> int:
             # Packing may make another number of rows of every order of the examples.
             return len(self._make_plan(epoch) if self._packing else self._plan)
 
@@ -248,7 +254,7 @@ class BatchLoader:
         end = (whole, part) if part else (whole - 1, count(whole - 1))
         return updates + -(-part // accumulation), end
 
-    def window(self, count, end=None):
+    def window(self, count: int, end: tuple[int, int] | None = None) -> list[Batch]:
         """The next batches, those of one update: at most ``count``, fewer at the end of an epoch.
 
         Args:
@@ -268,7 +274,7 @@ class BatchLoader:
 
     # -- batches -------------------------------------------------------------------------------
 
-    def next(self):
+    def next(self) -> Batch:
         """The next batch; after the last one of an epoch a new epoch begins."""
         if self._position >= len(self._plan):
             self._epoch += 1
@@ -278,28 +284,28 @@ class BatchLoader:
         self._position += 1
         return self._collate(bucket, rows[self._rank::self._world])
 
-    def epoch_batches(self):
+    def epoch_batches(self) -> Iterator[Batch]:
         """Iterate over all batches of the current epoch from its start; the state stays."""
         for bucket, rows in self._plan:
             yield self._collate(bucket, rows[self._rank::self._world])
 
-    def _collate(self, bucket, rows):
-        rows = [[self._items[k] for k in row] for row in rows]
-        return collate(rows, self._batch_size, bucket, self._segments)
+    def _collate(self, bucket: int, rows: list[list[int]]) -> Batch:
+        examples = [[self._items[k] for k in row] for row in rows]
+        return collate(examples, self._batch_size, bucket, self._segments)
 
     # -- state ---------------------------------------------------------------------------------
 
-    def state(self):
+    def state(self) -> dict:
         """A dictionary (JSON values) from which ``restore`` continues with the very next batch."""
         return {"epoch": self._epoch, "position": self._position, "seed": self._seed,
                 "settings": self._settings(), "data": self._fingerprint}
 
-    def _settings(self):
+    def _settings(self) -> dict:
         return {"rows": self._batch_size * self._world, "buckets": self.buckets,
                 "packing": METHOD if self._packing else False, "shuffle": bool(self._shuffle),
                 "examples": len(self._items)}
 
-    def restore(self, state):
+    def restore(self, state: dict) -> None:
         """Continue where ``state`` was taken.
 
         Raises:
@@ -318,7 +324,8 @@ class BatchLoader:
         if wrong:
             raise CheckpointError("the checkpoint was made with other training data or settings, "
                                   "so the run cannot continue exactly: " + "; ".join(wrong))
-        epoch, position = state.get("epoch"), state.get("position")
+        epoch: Any = state.get("epoch")
+        position: Any = state.get("position")
         for name, value in (("epoch", epoch), ("position", position)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise CheckpointError(f"the checkpoint's data {name} is {value!r}, expected an "

@@ -9,6 +9,8 @@ It is written under a temporary name, flushed to disk and renamed, so that a fol
 is complete even if the machine stops in between.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -16,60 +18,42 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
 
 from colora_ms.errors import CheckpointError
-from colora_ms.files import flush_to_disk, replacing
+from colora_ms.files import replacing, replacing_folder
+
+if TYPE_CHECKING:
+    from colora_ms.training.optimizer import AdamW
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
-def checkpoint_name(step):
+def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint after ``step`` updates."""
     return f"checkpoint-{step:06d}"
 
 
-@contextlib.contextmanager
-def atomic_folder(path):
-    """A temporary folder that becomes ``path`` when the block ends without an error.
+def atomic_folder(path: str | Path) -> contextlib.AbstractContextManager[Path]:
+    """A temporary folder that becomes ``path``, flushed to the disk, when the block ends without an error.
 
-    Files are flushed to disk before the rename. An existing folder is replaced; on an error it
-    stays as it was and the temporary one is removed.
+    An existing folder is replaced; on an error it stays as it was and the temporary one is removed.
 
     Raises:
         CheckpointError: the folder cannot be written (names the reason, for example a full disk).
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for item in sorted(temporary.rglob("*")):
-            if item.is_file():
-                flush_to_disk(item)
-        flush_to_disk(temporary)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
-        flush_to_disk(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            os.rename(old, path)  # the second rename failed: the old folder is still the valid one
-        shutil.rmtree(old, ignore_errors=True)
+    return replacing_folder(path, lambda reason: CheckpointError(f"cannot write {path}: {reason}"))
 
 
-def writing(path):
+def writing(path: str | Path) -> contextlib.AbstractContextManager[Path]:
     """A temporary file name that becomes ``path``, flushed to the disk, when the block ends without an error.
 
     Raises:
@@ -78,7 +62,7 @@ def writing(path):
     return replacing(path, lambda reason: CheckpointError(f"cannot write {path}: {reason}"), flush=True)
 
 
-def check_writable(folder):
+def check_writable(folder: str | Path) -> None:
     """Create ``folder`` if needed and write a test file into it, before anything long begins.
 
     Raises:
@@ -95,7 +79,8 @@ def check_writable(folder):
                               f"({error.strerror or error}); choose another one") from None
 
 
-def save_checkpoint(folder, step, optimizer, state, keep=2, streams=()):
+def save_checkpoint(folder: str | Path, step: int, optimizer: AdamW, state: dict, keep: int = 2,
+                    streams: Iterable[Parameter] = ()) -> Path:
     """Write ``checkpoint-<step>`` below ``folder`` and delete the oldest beyond ``keep``.
 
     Args:
@@ -116,7 +101,8 @@ def save_checkpoint(folder, step, optimizer, state, keep=2, streams=()):
     return write_checkpoint(folder, step, tensors, state, keep)
 
 
-def write_checkpoint(folder, step, tensors, state, keep=2, more=None):
+def write_checkpoint(folder: str | Path, step: int, tensors: Mapping[str, np.ndarray], state: dict, keep: int = 2,
+                     more: Callable[[Path], None] | None = None) -> Path:
     """Write ``checkpoint-<step>`` with any tensors and the states of the random generators.
 
     Args:
@@ -146,7 +132,7 @@ def write_checkpoint(folder, step, tensors, state, keep=2, more=None):
     return path
 
 
-def list_checkpoints(folder):
+def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     """``[(step, path)]`` of the complete checkpoints below ``folder``, oldest first."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -159,7 +145,7 @@ def list_checkpoints(folder):
     return sorted(found)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     """Read and check a checkpoint.
 
     Args:
@@ -195,13 +181,14 @@ def read_checkpoint(path):
     return values, load(blob)
 
 
-def _older(path):
+def _older(path: Path) -> str:
     """A hint at a checkpoint before ``path``."""
     earlier = [item for _, item in list_checkpoints(path.parent) if item.name < path.name]
     return f"; resume from {earlier[-1]} instead" if earlier else ""
 
 
-def restore(optimizer, tensors, random_state=True, streams=()):
+def restore(optimizer: AdamW, tensors: Mapping[str, np.ndarray], random_state: bool = True,
+            streams: Iterable[Parameter] = ()) -> None:
     """Put the tensors of ``read_checkpoint`` back; ``streams`` as for ``save_checkpoint``.
 
     Raises:
@@ -211,7 +198,8 @@ def restore(optimizer, tensors, random_state=True, streams=()):
     restore_parameters(dict(_named(optimizer, streams)), tensors, random_state)
 
 
-def restore_parameters(named, tensors, random_state=True):
+def restore_parameters(named: Mapping[str, Parameter], tensors: Mapping[str, np.ndarray],
+                       random_state: bool = True) -> None:
     """Put the tensors of ``read_checkpoint`` into Parameters.
 
     Args:
@@ -245,17 +233,17 @@ def restore_parameters(named, tensors, random_state=True):
         _restore_random(tensors)
 
 
-def _named(optimizer, streams):
+def _named(optimizer: AdamW, streams: Iterable[Parameter]) -> Iterator[tuple[str, Parameter]]:
     for parameter in optimizer.trained:
         yield f"parameter.{parameter.name}", parameter
     for parameter in (*optimizer.mean, *optimizer.square, *streams):
         yield parameter.name, parameter
 
 
-def _random_state():
+def _random_state() -> dict[str, np.ndarray]:
     """The states of Python's, NumPy's and MindSpore's generators as arrays."""
     python = random.getstate()
-    numpy = np.random.get_state()
+    numpy: Any = np.random.get_state()
     return {
         "random.python": np.array(python[1], np.int64),
         "random.python_gauss": np.array([] if python[2] is None else [python[2]], np.float64),
@@ -265,7 +253,7 @@ def _random_state():
     }
 
 
-def _restore_random(tensors):
+def _restore_random(tensors: Mapping[str, np.ndarray]) -> None:
     names = ("python", "python_gauss", "numpy", "numpy_rest", "mindspore")
     if any(f"random.{name}" not in tensors for name in names):
         raise CheckpointError("the checkpoint holds no random states, so the run cannot continue "

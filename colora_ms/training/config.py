@@ -12,13 +12,32 @@ A recipe looks like the sections of ``TrainingConfig``:
     loop: {steps: 200}
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from colora_ms.errors import AdapterError, ConfigError, DataError, near
+from colora_ms.models.formats import WEIGHT_FORMATS
 from colora_ms.training.encoding import LOSSES, ON_LONG
-from colora_ms.training.settings import (REQUIRED, Section, above, at_least, build, fraction, is_int,
-                                         one_of, override, read_yaml, setting)
+from colora_ms.training.settings import (
+    REQUIRED,
+    Section,
+    above,
+    at_least,
+    build,
+    fraction,
+    is_int,
+    one_of,
+    override,
+    read_yaml,
+    setting,
+)
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.peft_config import PeftConfig
 
 
 #: Folder inside a run's, where it keeps the adapter that it started from.
@@ -41,8 +60,8 @@ class DataConfig(Section):
                                "its questions from the training data.")
     template: str = setting("{prompt}\nAnswer: {completion}", "\"chat\" for the model's chat "
                             "template, or a text with {prompt} that ends with {completion}.")
-    system: "str | None" = setting(None, "System message in front of chats that have none (only "
-                                   "with the chat template).")
+    system: str | None = setting(None, "System message in front of chats that have none (only "
+                                 "with the chat template).")
     columns: object = setting(None, "Which columns of files are read: a list of names, or {name in the layout: name in "
                               "the file}; all others are left out without a warning. Left out: all that the layout "
                               "knows, and the others are named in a warning. A source's own columns go before.",
@@ -58,11 +77,11 @@ class DataConfig(Section):
     batch_size: int = setting(8, "Examples in one batch on each process.", *at_least(1))
     packing: bool = setting(False, "Put several examples into a row, where none sees another: less padding, so "
                             "faster. A batch keeps its size in tokens, and so holds more examples.")
-    buckets: "list | None" = setting(None, "Lengths of the batches; chosen from the data when "
-                                     "left out.",
-                                     lambda value: bool(value) and all(is_int(item) and item > 0
-                                                                       for item in value),
-                                     "a list of integers above 0")
+    buckets: list | None = setting(None, "Lengths of the batches; chosen from the data when "
+                                   "left out.",
+                                   lambda value: bool(value) and all(is_int(item) and item > 0
+                                                                     for item in value),
+                                   "a list of integers above 0")
     max_buckets: int = setting(3, "At most this many lengths: more waste less padding, but each "
                                "one compiles a graph.", *at_least(1))
     bucket_multiple: int = setting(16, "Chosen lengths are multiples of this.", *at_least(1))
@@ -87,8 +106,8 @@ class OptimizerConfig(Section):
     epsilon: float = setting(1e-8, "Added to the root of the squared mean.", *above(0))
     weight_decay: float = setting(0.0, "Share of each weight that is taken away per unit of "
                                   "learning rate.", *at_least(0))
-    max_grad_norm: "float | None" = setting(1.0, "Gradients of a larger global norm are scaled "
-                                            "down to it; null switches that off.", *above(0))
+    max_grad_norm: float | None = setting(1.0, "Gradients of a larger global norm are scaled "
+                                          "down to it; null switches that off.", *above(0))
     accumulation_steps: int = setting(1, "Batches whose gradients make one update.",
                                       *at_least(1))
     loraplus_lr_ratio: float = setting(1.0, "Learning rate of the up factors relative to the down "
@@ -104,20 +123,20 @@ class LoopConfig(Section):
 
     _title = "section loop"
 
-    steps: "int | None" = setting(None, "Number of updates; give this or epochs.", *at_least(1))
-    epochs: "float | None" = setting(None, "Passes over the data; give this or steps.", *above(0))
+    steps: int | None = setting(None, "Number of updates; give this or epochs.", *at_least(1))
+    epochs: float | None = setting(None, "Passes over the data; give this or steps.", *above(0))
     seed: int = setting(0, "Seed of the adapter's start, the order of the data, and dropout.",
                         lambda value: 0 <= value < 2 ** 31, "an integer from 0 to 2^31 - 1")
     log_every: int = setting(1, "Updates between two lines of the log.", *at_least(1))
-    evaluate_every: "int | None" = setting(None, "Updates between two evaluations on the "
-                                           "validation data; null: only at the end.",
-                                           *at_least(1))
-    save_every: "int | None" = setting(None, "Updates between two checkpoints; null: only at the "
-                                       "end.", *at_least(1))
+    evaluate_every: int | None = setting(None, "Updates between two evaluations on the "
+                                         "validation data; null: only at the end.",
+                                         *at_least(1))
+    save_every: int | None = setting(None, "Updates between two checkpoints; null: only at the "
+                                     "end.", *at_least(1))
     keep_checkpoints: int = setting(2, "Newest checkpoints that stay on disk.", *at_least(1))
     progress: bool = setting(True, "Show a progress bar.")
 
-    def _relations(self):
+    def _relations(self) -> list[str]:
         if (self.steps is None) == (self.epochs is None):
             return ["exactly one of steps and epochs must be given"]
         return []
@@ -139,11 +158,14 @@ class PreferenceConfig(Section):
     length_normalised: bool = setting(False, "Average log-probabilities over the answer's tokens in place of adding "
                                       "them up.")
 
-    def _relations(self):
+    def _relations(self) -> list[str]:
         if self.label_smoothing and self.loss != "sigmoid":
             return [f"label_smoothing is {self.label_smoothing}, which loss {self.loss} does not have; use loss: "
                     "sigmoid"]
         return []
+
+
+_C = TypeVar("_C", bound="TrainingConfig")
 
 
 @dataclasses.dataclass
@@ -158,26 +180,26 @@ class TrainingConfig(Section):
 
     output: str = setting(REQUIRED, "Folder of the run: adapter, checkpoints, log, loss curve.",
                           lambda value: bool(value.strip()), "a path")
-    data: object = setting(REQUIRED, "What to train on; see DataConfig.")
-    loop: object = setting(REQUIRED, "Length of the run; see LoopConfig.")
+    data: DataConfig = setting(REQUIRED, "What to train on; see DataConfig.")
+    loop: LoopConfig = setting(REQUIRED, "Length of the run; see LoopConfig.")
     model: str = setting("smollm2-135m", "Name of a known model, or the path of a folder or file.",
                          lambda value: bool(value.strip()), "a name or a path")
     weight_format: str = setting("float32", "Format of the frozen weights.",
-                                 *one_of("float32", "bfloat16", "int8", "int4"))
+                                 *one_of(*WEIGHT_FORMATS))
     train: str = setting("sft", "What the adapter learns from: sft (answers) or dpo (pairs of a better and a worse "
                          "answer).", *one_of("sft", "dpo"))
-    dpo: object = setting(None, "Preference training, with train: dpo; see PreferenceConfig.")
+    dpo: PreferenceConfig | None = setting(None, "Preference training, with train: dpo; see PreferenceConfig.")
     adapter: dict = setting(None, "Settings of the adapter: method (lora or lily; lora if left out), and the "
                             "names of LoraConfig or LilyConfig (PEFT's); or start_from, the folder of an adapter to "
                             "go on with, which brings its own settings.",
                             factory=lambda: {"r": 8, "lora_alpha": 16,
                                              "target_modules": "all-linear"})
-    optimizer: object = setting(None, "AdamW and its schedule; see OptimizerConfig.",
-                                factory=lambda: OptimizerConfig())
-    evaluate: "dict | None" = setting(None, "What ``colora-ms run`` measures after the training; see "
-                                      "colora_ms.recipes.settings. Its questions leave the training data.")
+    optimizer: OptimizerConfig = setting(None, "AdamW and its schedule; see OptimizerConfig.",
+                                         factory=lambda: OptimizerConfig())
+    evaluate: dict | None = setting(None, "What ``colora-ms run`` measures after the training; see "
+                                    "colora_ms.recipes.settings. Its questions leave the training data.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.train == "dpo" and self.dpo is None:
             self.dpo = PreferenceConfig()
         elif self.dpo is not None and not isinstance(self.dpo, PreferenceConfig):
@@ -188,12 +210,13 @@ class TrainingConfig(Section):
                 setattr(self, name, build(section, value, f"section {name}"))
         super().__post_init__()
 
-    def _relations(self):
+    def _relations(self) -> list[str]:
         try:
             if self.start_from is not None:
                 problems = self._start_problems()
                 if problems:
                     return problems
+            kind: Any  # a dataclass
             kind, settings = self._adapter_kind()
             if self.start_from is not None:
                 settings = {}
@@ -209,7 +232,7 @@ class TrainingConfig(Section):
             return ["loop.evaluate_every is given, but data.validation is not"]
         return self._preference_problems() + self._template_problems()
 
-    def _preference_problems(self):
+    def _preference_problems(self) -> list[str]:
         if self.train != "dpo":
             return [] if self.dpo is None else [f"section dpo is given, but train is {self.train}; set train: dpo"]
         problems = []
@@ -222,11 +245,11 @@ class TrainingConfig(Section):
         # What training starts from is on the disk, and never of this kind: such adapters are saved as plain LoRA.
         if self.adapter.get("start_from") is None and getattr(self.adapter_config(), "changes_base", False):
             problems.append(f"section adapter: init_lora_weights is {self.adapter.get('init_lora_weights')!r}, which "
-                            "changes the base weights, but with train: dpo the base model is the reference; use true or "
-                            "gaussian")
+                            "changes the base weights, but with train: dpo the base model is the reference; use true "
+                            "or gaussian")
         return problems
 
-    def _template_problems(self):
+    def _template_problems(self) -> list[str]:
         from colora_ms.training.templates import TextTemplate
         if self.data.template == "chat":
             return []
@@ -238,7 +261,7 @@ class TrainingConfig(Section):
             return [f"data.template: {error}"]
         return []
 
-    def _adapter_kind(self):
+    def _adapter_kind(self) -> tuple[type[PeftConfig], dict]:
         """(config class of the adapter's method, the settings without ``method`` and ``start_from``)."""
         from colora_ms.adapters import registry
         settings = dict(self.adapter)
@@ -247,18 +270,20 @@ class TrainingConfig(Section):
         return method.config, settings
 
     @property
-    def start_from(self):
+    def start_from(self) -> str | None:
         """Folder of the adapter that training goes on with, or None for a new one."""
         return self.adapter.get("start_from")
 
     @property
-    def start_folder(self):
-        """Where that adapter is read: the copy that a run with checkpoints keeps of it, otherwise ``start_from`` itself."""
+    def start_folder(self) -> Path:
+        """Where the adapter to go on with is read: the copy that a run with checkpoints keeps of it, otherwise
+        ``start_from`` itself."""
         from colora_ms.training.checkpoint import list_checkpoints
         kept = Path(self.output) / START_FOLDER
-        return kept if kept.is_dir() and list_checkpoints(self.output) else Path(self.start_from)
+        given: Any = self.start_from
+        return kept if kept.is_dir() and list_checkpoints(self.output) else Path(given)
 
-    def _start_problems(self):
+    def _start_problems(self) -> list[str]:
         """What is wrong with ``start_from`` and the settings beside it, as far as the adapter's config tells."""
         from colora_ms.adapters import continuing, registry
         if not isinstance(self.start_from, str) or not self.start_from.strip():
@@ -271,11 +296,11 @@ class TrainingConfig(Section):
             return []  # a run's own copy: it was compared when the run began
         asked = registry.named(self.adapter.get("method", config.peft_type), "section adapter").config.peft_type
         if asked != config.peft_type:
-            return [f"section adapter: method is {self.adapter['method']!r}, but the adapter in {self.start_from} is of the "
-                    f"method {config.peft_type.lower()!r}; leave it out, it comes from the adapter"]
+            return [f"section adapter: method is {self.adapter['method']!r}, but the adapter in {self.start_from} is "
+                    f"of the method {config.peft_type.lower()!r}; leave it out, it comes from the adapter"]
         return [f"section adapter: {one}" for one in continuing.disagreements(given, config, self.start_from)]
 
-    def adapter_config(self):
+    def adapter_config(self) -> PeftConfig:
         """The adapter's settings as its method's config, ``LoraConfig`` if no method is named; those of the folder that
         training starts from, if it does."""
         if self.start_from is not None:
@@ -284,17 +309,17 @@ class TrainingConfig(Section):
         kind, settings = self._adapter_kind()
         return kind(**settings)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """The recipe as plain dictionaries; ``from_dict`` reads them back equal."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls: type[_C], values: dict) -> _C:
         """Build a recipe from nested dictionaries (a parsed YAML file)."""
         return build(cls, values, "recipe")
 
     @classmethod
-    def from_yaml(cls, path, overrides=()):
+    def from_yaml(cls: type[_C], path: str | Path, overrides: Iterable[str] = ()) -> _C:
         """Read a recipe file.
 
         Args:

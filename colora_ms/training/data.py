@@ -11,12 +11,27 @@
 """
 
 from colora_ms.training.batching import Batch, BatchLoader, choose_buckets, pack_examples
-from colora_ms.training.encoding import (IGNORE, EncodedExample, EncodedSet, encode_example, encode_examples,
-                                         end_token, prompt_ids)
+from colora_ms.training.encoding import (
+                                         IGNORE,
+                                         EncodedExample,
+                                         EncodedSet,
+                                         encode_example,
+                                         encode_examples,
+                                         end_token,
+                                         prompt_ids,
+)
 from colora_ms.training.examples import Example, Preference
-from colora_ms.training.layouts import LAYOUTS, Layout, example_from_record
-from colora_ms.training.sources import (hugging_face_examples, load_examples, load_preferences, read_jsonl,
-                                        reasoning_gym_examples, with_columns, without_overlap)
+from colora_ms.training.layouts import LAYOUTS, Layout
+from colora_ms.training.row_reader import example_from_record
+from colora_ms.training.sources import (
+                                         hugging_face_examples,
+                                         load_examples,
+                                         load_preferences,
+                                         read_jsonl,
+                                         reasoning_gym_examples,
+                                         with_columns,
+                                         without_overlap,
+)
 from colora_ms.training.templates import ChatTemplate, TextTemplate, make_template
 
 __all__ = [

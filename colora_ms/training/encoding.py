@@ -5,13 +5,22 @@ a plain text, what the chat template writes behind the assistant's turn) and ``I
 convention; the shift by one happens in the batches.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from colora_ms.errors import ConfigError, DataError, TokenizerError
 from colora_ms.models.joint import encode_joint, encode_spans
+
+if TYPE_CHECKING:
+    from colora_ms.models.tokenizer import Tokenizer
+    from colora_ms.training.examples import Example
+    from colora_ms.training.templates import ChatTemplate, Rendering, TextTemplate
 
 #: Label of a token that carries no loss.
 IGNORE = -100
@@ -34,7 +43,7 @@ class EncodedExample:
     labels: np.ndarray
     index: int = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
 
@@ -53,27 +62,27 @@ class EncodedSet:
         notes: further sentences that the user should read.
     """
 
-    items: list
-    skipped: list
+    items: list[EncodedExample]
+    skipped: list[str]
     longest_skipped: int
     max_length: int
-    unlearned: list = ()
+    unlearned: Sequence[str] = ()
     left_tokens: int = 0
     spanning: int = 0
-    notes: tuple = ()
+    notes: tuple[str, ...] = ()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> EncodedExample:
         return self.items[index]
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """``fingerprint`` of the items."""
         return fingerprint(self.items)
 
-    def summary(self):
+    def summary(self) -> str:
         """One line for the log: how many, how long, how many were skipped and why."""
         lengths = [len(item) for item in self.items]
         answers = sum(int((item.labels != IGNORE).sum()) for item in self.items)
@@ -81,11 +90,11 @@ class EncodedSet:
                 f"(mean {sum(lengths) / len(lengths):.0f}), {answers} answer tokens")
         return "; ".join([text, *self._left_out()])
 
-    def warnings(self):
+    def warnings(self) -> list[str]:
         """Sentences of all that was left out, and of what the user should know of the data; ``[]`` if all is well."""
         return [*self._left_out(), *self.notes]
 
-    def report(self):
+    def report(self) -> dict:
         """What was used and what was left out, as JSON values for a run's log."""
         return {"examples": len(self.items), "tokens": sum(len(item) for item in self.items),
                 "max_length": self.max_length, "skipped": len(self.skipped),
@@ -94,7 +103,7 @@ class EncodedSet:
                 "unlearned_ids": list(self.unlearned[:_LISTED]), "left_tokens": self.left_tokens,
                 "spanning": self.spanning, "notes": list(self.notes)}
 
-    def _left_out(self):
+    def _left_out(self) -> list[str]:
         found = []
         if self.skipped:
             found.append(f"skipped {len(self.skipped)} longer than {self.max_length} tokens "
@@ -107,7 +116,9 @@ class EncodedSet:
         return found
 
 
-def encode_examples(examples, tokenizer, template, max_length, on_long="skip", vocab_size=None, loss="last"):
+def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, template: TextTemplate | ChatTemplate,
+                    max_length: int, on_long: str = "skip", vocab_size: int | None = None,
+                    loss: str = "last") -> EncodedSet:
     """Encode examples for training.
 
     Prompt and answer are one text, encoded once; the answer's tokens are those behind the prompt's. A document
@@ -179,7 +190,7 @@ def encode_examples(examples, tokenizer, template, max_length, on_long="skip", v
     return EncodedSet(items, skipped, longest, max_length, unlearned, 0, len(spanned), tuple(notes))
 
 
-def _open_end(tokenizer, items):
+def _open_end(tokenizer: Tokenizer, items: Sequence[EncodedExample]) -> list[str]:
     """A sentence if an assistant's turn does not end with a special token, at which generation could stop."""
     backend = getattr(tokenizer, "backend", None)
     if backend is None or not items:
@@ -188,12 +199,13 @@ def _open_end(tokenizer, items):
     last = int(items[0].labels[items[0].labels != IGNORE][-1])
     if last in added or last == getattr(tokenizer, "eos_token_id", None):
         return []
-    return [f"what is learned of an assistant's turn ends with {tokenizer.decode([last])!r}, which is no special token: "
-            "the chat template writes none there, or none inside its {% generation %} block, so that answers will end at a "
-            "stop text or at the length, not by themselves"]
+    return [f"what is learned of an assistant's turn ends with {tokenizer.decode([last])!r}, which is no special "
+            "token: the chat template writes none there, or none inside its {% generation %} block, so that answers "
+            "will end at a stop text or at the length, not by themselves"]
 
 
-def template_notes(spanned, count, template, parted=0):
+def template_notes(spanned: Sequence[str], count: int, template: TextTemplate | ChatTemplate,
+                   parted: int = 0) -> list[str]:
     """Sentences about data and template that do not fit.
 
     Args:
@@ -204,10 +216,10 @@ def template_notes(spanned, count, template, parted=0):
     """
     found = []
     if len(spanned) > SPANNING_SHARE * count:
-        found.append(f"in {len(spanned)} of {count} examples one token holds the end of the prompt and the beginning of "
-                     f"the answer (the first: {spanned[0]}). The model is asked with the prompt alone, which ends with "
-                     "other tokens than it has learned from: let prompts end where a token ends, that is behind a word, "
-                     "with the blank or line break behind it at the beginning of the answer")
+        found.append(f"in {len(spanned)} of {count} examples one token holds the end of the prompt and the beginning "
+                     f"of the answer (the first: {spanned[0]}). The model is asked with the prompt alone, which ends "
+                     "with other tokens than it has learned from: let prompts end where a token ends, that is behind a "
+                     "word, with the blank or line break behind it at the beginning of the answer")
     for name in template.unwritten:
         found.append(f"the chat template does not write {name}, which some examples have, so that it is not learned")
     found += [f"{name} is not learned" for name in template.unlearned]
@@ -230,7 +242,8 @@ class EncodedText:
     spanning: str = ""
 
 
-def encode_example(example, tokenizer, template, loss="last"):
+def encode_example(example: Example, tokenizer: Tokenizer, template: TextTemplate | ChatTemplate,
+                   loss: str = "last") -> list[EncodedText]:
     """The ids and labels of one example.
 
     Args:
@@ -246,20 +259,21 @@ def encode_example(example, tokenizer, template, loss="last"):
     if example.text is not None:
         ids = list(tokenizer.encode(example.text, add_special_tokens=True))
         end = end_token(tokenizer)
-        ids = np.array(ids if ids[-1:] == [end] else ids + [end], np.int32)
-        return [EncodedText(ids, ids)]
+        array = np.array(ids if ids[-1:] == [end] else ids + [end], np.int32)
+        return [EncodedText(array, array)]
     made = []
     for rendering in template.renderings(example, loss):
         ids, mask, spanning = _encode(tokenizer, rendering, template.adds_special_tokens, example)
         if rendering.closed:
             ids, mask = [*ids, end_token(tokenizer)], np.append(mask, True)
         if mask.any():
-            ids = np.array(ids, np.int32)
-            made.append(EncodedText(ids, np.where(mask, ids, IGNORE).astype(np.int32), spanning))
+            array = np.array(ids, np.int32)
+            made.append(EncodedText(array, np.where(mask, array, IGNORE).astype(np.int32), spanning))
     return made
 
 
-def _encode(tokenizer, rendering, special, example):
+def _encode(tokenizer: Tokenizer, rendering: Rendering, special: bool,
+            example: Example) -> tuple[list[int], np.ndarray, str]:
     """(ids, mask of the tokens that carry a loss, the place of a token that spans the first border or "")."""
     text, spans = rendering.text, rendering.spans
     begin, end = spans[0]
@@ -281,12 +295,12 @@ def _encode(tokenizer, rendering, special, example):
     return first.ids, mask, spanning
 
 
-def windows(count, length):
+def windows(count: int, length: int) -> list[tuple[int, int]]:
     """Places (begin, end) of windows of at most ``length`` tokens in ``count``; neighbours share one token."""
     return [(begin, min(begin + length, count)) for begin in range(0, max(count - 1, 1), length - 1)]
 
 
-def fingerprint(items):
+def fingerprint(items: Sequence[EncodedExample]) -> str:
     """A digest of all tokens and labels: a resumed run checks that its data is the same."""
     digest = hashlib.sha256()
     for item in items:
@@ -294,7 +308,7 @@ def fingerprint(items):
     return digest.hexdigest()[:32]
 
 
-def prompt_ids(example, tokenizer, template):
+def prompt_ids(example: Example, tokenizer: Tokenizer, template: TextTemplate | ChatTemplate) -> list[int]:
     """The token ids that stand in front of the answer, as a list of int.
 
     Raises:
@@ -307,7 +321,7 @@ def prompt_ids(example, tokenizer, template):
     return ids
 
 
-def end_token(tokenizer):
+def end_token(tokenizer: Tokenizer) -> int:
     """The id that ends an answer: the tokenizer's first end-of-text token.
 
     Raises:

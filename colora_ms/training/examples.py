@@ -1,7 +1,10 @@
 """What training and evaluation work on: one question with its answer, one document, or a pair of answers."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
+from collections.abc import Sequence
 
 from colora_ms.errors import DataError
 from colora_ms.training.messages import clean_messages, clean_tools, short
@@ -28,21 +31,21 @@ class Example:
     """
 
     completion: str = ""
-    prompt: str = None
-    messages: tuple = None
+    prompt: str | None = None
+    messages: tuple | None = None
     id: str = ""
     meta: dict = dataclasses.field(default_factory=dict)
-    answer: tuple = None
+    answer: tuple | None = None
     tools: tuple = ()
-    text: str = None
+    text: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             self._check()
         except DataError as error:
             raise DataError(f"example {self.id or '(no id)'}: {error}") from None
 
-    def _check(self):
+    def _check(self) -> None:
         if sum(item is not None for item in (self.prompt, self.messages, self.text)) != 1:
             raise DataError("exactly one of prompt, messages and text must be given")
         if self.text is not None:
@@ -70,23 +73,23 @@ class Example:
             raise DataError("two assistant messages stand at the end of the conversation, expected one")
 
     @property
-    def conversation(self):
+    def conversation(self) -> tuple[dict, ...]:
         """The question as a tuple of messages; a plain prompt is a user's message."""
         return ({"role": "user", "content": self.prompt},) if self.messages is None else self.messages
 
     @property
-    def reply(self):
+    def reply(self) -> tuple[dict, ...]:
         """The answer as a tuple of messages."""
         return ({"role": "assistant", "content": self.completion},) if self.answer is None else self.answer
 
     @property
-    def question(self):
+    def question(self) -> str:
         """A string that is equal for two examples exactly if they ask the same."""
         if self.text is not None:
             return self.text
         return _asked(self.conversation)
 
-    def asked(self, loss="last"):
+    def asked(self, loss: str = "last") -> list[str]:
         """The questions that the example teaches to answer, as strings like ``question``.
 
         Args:
@@ -112,15 +115,17 @@ class Preference:
             ``<id>#chosen`` and ``<id>#rejected``.
     """
 
-    chosen: object
-    rejected: object
-    prompt: str = None
-    messages: tuple = None
+    chosen: str | tuple
+    rejected: str | tuple
+    prompt: str | None = None
+    messages: tuple | None = None
     id: str = ""
     meta: dict = dataclasses.field(default_factory=dict)
     tools: tuple = ()
+    chosen_example: Example = dataclasses.field(init=False, repr=False, compare=False)
+    rejected_example: Example = dataclasses.field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         made = {}
         for side in ("chosen", "rejected"):
             value = getattr(self, side)
@@ -139,21 +144,21 @@ class Preference:
         object.__setattr__(self, "tools", made["chosen"].tools)
 
     @property
-    def question(self):
+    def question(self) -> str:
         """A string that is equal for two pairs exactly if they ask the same."""
         return self.chosen_example.question
 
-    def asked(self, loss="last"):
+    def asked(self, loss: str = "last") -> list[str]:
         """``Example.asked`` of the question."""
         return self.chosen_example.asked(loss)
 
 
-def _check_text(value, what):
+def _check_text(value: object, what: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"the {what} is {short(value)}, expected a text that is not empty")
 
 
-def _answer(messages):
+def _answer(messages: object) -> tuple[dict, ...]:
     """The checked messages of an answer."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise DataError(f"the answer is {short(messages)}, expected a list of messages")
@@ -164,7 +169,7 @@ def _answer(messages):
     return messages
 
 
-def _asked(messages):
+def _asked(messages: Sequence[dict]) -> str:
     """The question of a conversation as a string."""
     if len(messages) == 1 and messages[0]["role"] == "user" and set(messages[0]) <= {"role", "content", "weight"}:
         return messages[0]["content"]

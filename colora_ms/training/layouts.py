@@ -12,11 +12,13 @@
 ``LAYOUTS`` has one record a layout, so that a further one is a further record. ``null`` equals absent.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import warnings
+from collections.abc import Callable
+from typing import Any
 
 from colora_ms.errors import DataError, near
-from colora_ms.training.examples import Example, Preference
 from colora_ms.training.messages import clean_messages, parse_json, short
 
 #: What ShareGPT's ``from`` may say, and the role that it means.
@@ -39,21 +41,22 @@ class Layout:
     """
 
     name: str
-    needs: tuple
-    read: object
-    takes: tuple = ()
-    lists: bool = None
+    needs: tuple[str, ...]
+    read: Callable[[dict], dict]
+    takes: tuple[str, ...] = ()
+    lists: bool | None = None
     family: str = ""
 
     @property
-    def columns(self):
+    def columns(self) -> tuple[str, ...]:
         """All columns that are read."""
         return self.needs + self.takes
 
-    def fits(self, row):
+    def fits(self, row: dict) -> bool:
         """Whether a row (without nulls) has this layout."""
         return all(name in row for name in self.needs) and \
             (self.lists is None or self.lists == any(isinstance(row[name], (list, tuple)) for name in self.needs))
+
 
 _EQUAL = "chosen and rejected are equal, so that there is nothing to prefer"
 
@@ -61,23 +64,23 @@ _EQUAL = "chosen and rejected are equal, so that there is nothing to prefer"
 # -- readers: a row without nulls, as the fields of an Example or a Preference ---------------------------------------
 
 
-def _read_text(row):
+def _read_text(row: dict) -> dict:
     return {"text": row["text"]}
 
 
-def _read_completion(row):
+def _read_completion(row: dict) -> dict:
     return {"prompt": row["prompt"], "completion": row["completion"], "tools": _tools(row)}
 
 
-def _read_completion_messages(row):
+def _read_completion_messages(row: dict) -> dict:
     return {**_question(row["prompt"]), "answer": _side(row["completion"], "completion"), "tools": _tools(row)}
 
 
-def _read_messages(row):
+def _read_messages(row: dict) -> dict:
     return _conversation(row["messages"], "messages", _tools(row))
 
 
-def _read_sharegpt(row):
+def _read_sharegpt(row: dict) -> dict:
     turns = row["conversations"]
     if not isinstance(turns, (list, tuple)):
         raise DataError(f"conversations is {short(turns)}, expected a list of {{'from', 'value'}}")
@@ -89,7 +92,7 @@ def _read_sharegpt(row):
     return _conversation(messages, "conversations", _tools(row))
 
 
-def _turn(turn, where):
+def _turn(turn: Any, where: str) -> dict:
     """A turn of ShareGPT as a message; ``{"role", "content"}`` is one already."""
     if not isinstance(turn, dict):
         raise DataError(f"{where} is {short(turn)}, expected {{'from', 'value'}}")
@@ -111,7 +114,7 @@ def _turn(turn, where):
             if isinstance(calls, list) else calls}
 
 
-def _read_alpaca(row):
+def _read_alpaca(row: dict) -> dict:
     """The user says the instruction, and behind a blank line the input if there is one."""
     for name in ("instruction", "input", "system"):
         if not isinstance(row.get(name, ""), str):
@@ -131,7 +134,7 @@ def _read_alpaca(row):
     return {**question, "completion": row["output"], "tools": _tools(row)}
 
 
-def _read_preference(row):
+def _read_preference(row: dict) -> dict:
     sides = row["chosen"], row["rejected"]
     texts = [isinstance(side, str) for side in sides]
     if texts[0] != texts[1]:
@@ -139,15 +142,15 @@ def _read_preference(row):
     if texts[0]:
         question, sides = _split_texts(row.get("prompt"), *sides)
         return {**question, "chosen": sides[0], "rejected": sides[1], "tools": _tools(row)}
-    sides = [clean_messages(_list(side, name), name) for side, name in zip(sides, ("chosen", "rejected"))]
+    answers = [clean_messages(_list(side, name), name) for side, name in zip(sides, ("chosen", "rejected"))]
     asked = [] if "prompt" not in row else _question(row["prompt"]).get("messages")
     if asked is None:
         asked = [{"role": "user", "content": row["prompt"]}]
-    asked, sides = _split_messages(clean_messages(asked, "prompt"), *sides)
-    return {"messages": asked, "chosen": sides[0], "rejected": sides[1], "tools": _tools(row)}
+    asked, (chosen, rejected) = _split_messages(clean_messages(asked, "prompt"), *answers)
+    return {"messages": asked, "chosen": chosen, "rejected": rejected, "tools": _tools(row)}
 
 
-def _split_texts(prompt, chosen, rejected):
+def _split_texts(prompt: Any, chosen: Any, rejected: Any) -> tuple[dict, tuple[str, str]]:
     """The question, and both answers without it; where no prompt is given, it is all words that both begin with."""
     if prompt is not None:
         if isinstance(prompt, str) and prompt.strip() and chosen.startswith(prompt) and rejected.startswith(prompt):
@@ -166,7 +169,8 @@ def _split_texts(prompt, chosen, rejected):
     return {"prompt": head}, (chosen[len(head):], rejected[len(head):])
 
 
-def _split_messages(asked, chosen, rejected):
+def _split_messages(asked: tuple[dict, ...], chosen: Any,
+                    rejected: Any) -> tuple[tuple[dict, ...], tuple[tuple[dict, ...], tuple[dict, ...]]]:
     """The question's messages, and both answers without them, if they repeat the question (TRL's implicit prompt)."""
     if asked and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return asked, (chosen, rejected)
@@ -185,25 +189,25 @@ def _split_messages(asked, chosen, rejected):
     return chosen[:length], (chosen[length:], rejected[length:])
 
 
-def _question(prompt):
+def _question(prompt: Any) -> dict:
     """A prompt column, text or messages, as a field of an ``Example``."""
     return {"messages": prompt} if isinstance(prompt, (list, tuple)) else {"prompt": prompt}
 
 
-def _side(value, name):
+def _side(value: Any, name: str) -> list[dict] | tuple[dict, ...]:
     """An answer's column as messages."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     return clean_messages(_list(value, name), name)
 
 
-def _list(value, name):
+def _list(value: Any, name: str) -> list | tuple:
     if not isinstance(value, (list, tuple)) or not value:
         raise DataError(f"{name} is {short(value)}, expected a text or a list of messages")
     return value
 
 
-def _conversation(turns, column, tools):
+def _conversation(turns: Any, column: str, tools: Any) -> dict:
     """A conversation that ends with its answer."""
     if not isinstance(turns, (list, tuple)) or len(turns) < 2 or not isinstance(turns[-1], dict) \
             or turns[-1].get("role") != "assistant":
@@ -213,7 +217,7 @@ def _conversation(turns, column, tools):
     return {"messages": turns[:-1], "answer": turns[-1:], "tools": tools}
 
 
-def _tools(row):
+def _tools(row: dict) -> Any:
     """The tools of a row, ``functions`` in OpenAI's older lines."""
     if row.get("functions"):
         if row.get("tools"):
@@ -237,7 +241,7 @@ LAYOUTS = (
 )
 
 
-def layout_named(name):
+def layout_named(name: str) -> Layout:
     """The layout called ``name``.
 
     Raises:
@@ -247,152 +251,3 @@ def layout_named(name):
     if name not in names:
         raise DataError(f"there is no layout {name!r}; there are {', '.join(names)}.{near(name, names)}")
     return LAYOUTS[names.index(name)]
-
-
-class RowReader:
-    """Reads the rows of one file: recognises their layout, holds all rows to it, and notes which columns it leaves.
-
-    Args:
-        file: what the warning calls the file.
-        layout: name of the layout; recognised from the first row if left out.
-        columns: the columns to read, a list of names, or ``{name in the layout: name in the file}``; all others are
-            left out without a warning. All that the layout knows if left out.
-        prompt_key, completion_key, messages_key: names in the file of these three columns.
-
-    Raises:
-        DataError: an unknown layout, or columns of a wrong form.
-    """
-
-    def __init__(self, file, layout=None, columns=None, prompt_key="prompt", completion_key="completion",
-                 messages_key="messages"):
-        self.file, self._chosen, self._first = file, None if layout is None else layout_named(layout), None
-        self._only, self._names = _columns(columns)
-        keys = {"prompt": prompt_key, "completion": completion_key, "messages": messages_key}
-        keys = {name: key for name, key in keys.items() if key != name}
-        both = [name for name in keys if name in self._names]
-        if both:
-            raise DataError(f"{file}: columns and {both[0]}_key both say where {both[0]} is, expected one of them")
-        # Whoever names these columns says that the rows have a question and an answer.
-        self._family = "answers" if keys else None
-        self._names.update(keys)
-        if self._only is not None:  # a list may call these columns as the file does
-            self._only = {next((name for name in keys if keys[name] == one), one) for one in self._only}
-        self._left = {}
-
-    def read(self, row, name):
-        """A row as an ``Example`` or a ``Preference``.
-
-        Args:
-            row: a dictionary.
-            name: ``file:line``; the id if the row has none.
-
-        Raises:
-            DataError: the row cannot be used; says where it is and what is wrong.
-        """
-        if not isinstance(row, dict):
-            raise DataError(f"{name}: found {short(row)}, expected a JSON object")
-        view = self._view(row)
-        layout = self._layout(row, view, name)
-        read = {self._names.get(column, column) for column in layout.columns if column in view}
-        self._check_columns(layout, name)
-        meta = {key: value for key, value in row.items() if key not in read and key != "id"}
-        if self._only is None:
-            self._left.update({key: None for key, value in meta.items() if value not in (None, "", [])})
-        identity = name if row.get("id") is None else str(row["id"])
-        try:
-            fields = layout.read(view)
-            return (Preference if "chosen" in fields else Example)(id=identity, meta=meta, **fields)
-        except DataError as error:
-            # With an id from the file, the line is still what the reader needs to find it.
-            text = str(error).removeprefix(f"example {identity}: ").removeprefix(f"pair {identity}: ")
-            raise DataError(f"{name}: {text}") from None
-
-    def warn(self):
-        """Say once which columns were not read, if there are any."""
-        if self._left:
-            read = [self._names.get(name, name) for name in self._first.columns]
-            which = f"s {', '.join(self._left)} are" if len(self._left) > 1 else f" {next(iter(self._left))} is"
-            warnings.warn(f"{self.file}: the column{which} not read (layout {self._first.name} reads {', '.join(read)}); "
-                          "name what is read with columns to say that this is meant", stacklevel=2)
-            self._left = {}
-
-    def _view(self, row):
-        """The row under the layout's names, without nulls and without columns that are not to be read."""
-        moved = set(self._names.values())
-        view = {key: value for key, value in row.items()
-                if value is not None and key not in self._names and key not in moved
-                and (self._only is None or key in self._only)}
-        view.update({name: row[key] for name, key in self._names.items() if row.get(key) is not None})
-        return view
-
-    def _layout(self, row, view, name):
-        """The row's layout; the first row's, or one of its family."""
-        if self._chosen is not None:
-            if all(column in view for column in self._chosen.needs):
-                self._first = self._first or self._chosen
-                return self._chosen
-            raise self._missing(row, view, name, [self._chosen])
-        layouts = [one for one in LAYOUTS if self._family in (None, one.family)]
-        found = next((one for one in layouts if one.fits(view)), None)
-        if found is None:
-            raise self._missing(row, view, name, layouts)
-        if self._first is None:
-            self._first = found
-        if found is not self._first and found.family != (self._first.family or None):
-            raise DataError(f"{name}: the layout is {found.name}, but that of the lines before it {self._first.name}; "
-                            "the lines of a file must have one layout (name it with layout, or give several files)")
-        return found
-
-    def _missing(self, row, view, name, layouts):
-        """The error for a row that has no layout: the columns that the nearest layout lacks."""
-        nearest = max(layouts, key=lambda one: (sum(column in self._names for column in one.needs),
-                                                sum(column in view for column in one.needs),
-                                                sum(column in view for column in one.takes), one.name == "completion"))
-        missing = [self._names.get(column, column) for column in nearest.needs if column not in view]
-        null = [key for key in missing if key in row and row[key] is None]
-        if null:
-            return DataError(f"{name}: {' and '.join(map(repr, null))} is null, which counts as absent; a line needs a value "
-                             "there")
-        absent = sorted(key for key in {*(self._only or ()), *self._names.values()}
-                        if self._names.get(key, key) not in row and key not in row)
-        if self._only is not None and absent:
-            return DataError(f"{name}: {' and '.join(map(repr, absent))} is missing, which columns names; the line has "
-                             f"{short(sorted(map(str, row)))}.{near(absent[0], row)}")
-        hint = "".join(near(key, row) for key in missing[:1])
-        forms = [" and ".join(repr(self._names.get(column, column)) for column in one.needs) for one in layouts]
-        return DataError(f"{name}: the key {' and '.join(map(repr, missing))} is missing; a line needs "
-                         f"{', or '.join(dict.fromkeys(forms))}; found {short(sorted(map(str, row)))}.{hint}")
-
-    def _check_columns(self, layout, name):
-        """Columns that were asked for must be such as the layout reads."""
-        for column in self._only or ():
-            if column not in layout.columns and column != "id":
-                raise DataError(f"{name}: columns has {column!r}, which the layout {layout.name} does not read; it "
-                                f"reads {', '.join(layout.columns)}.{near(column, layout.columns)}")
-
-
-def example_from_record(record, name, **options):
-    """One parsed JSON object as an ``Example`` or a ``Preference``.
-
-    Args:
-        record: the dictionary.
-        name: id of the example if the record has no ``"id"``.
-        **options: ``layout``, ``columns``, ``prompt_key``, ``completion_key``, ``messages_key`` of ``RowReader``.
-
-    Raises:
-        DataError: columns are missing or values cannot be used; the message names them.
-    """
-    return RowReader(name, **options).read(record, name)
-
-
-def _columns(columns):
-    """(names that are read or None for all, ``{name in the layout: name in the file}`` where they differ)."""
-    if columns is None:
-        return None, {}
-    if isinstance(columns, (list, tuple)):
-        columns = {name: name for name in columns if isinstance(name, str)} if \
-            all(isinstance(name, str) for name in columns) else None
-    if not isinstance(columns, dict) or not columns or not all(isinstance(name, str) for name in columns.values()):
-        raise DataError(f"columns is {short(columns)}, expected a list of names, or "
-                        "{name in the layout: name in the file}")
-    return set(columns), {name: key for name, key in columns.items() if name != key}

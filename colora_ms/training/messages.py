@@ -6,9 +6,14 @@ JSON text are parsed, or a template would write them as JSON a second time. Open
 ``function`` become ``tool_calls`` and role ``tool``. A field that is not known is an error, never left out.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from colora_ms.errors import DataError, near
+from colora_ms.errors import short as cut
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "weight")
@@ -22,21 +27,21 @@ class Arguments(dict):
     (the very text that the data held, if it held one), and not Python's notation.
     """
 
-    def __init__(self, values, text=None):
+    def __init__(self, values: dict, text: str | None = None) -> None:
         super().__init__(values)
         self._text = text
 
-    def __str__(self):
+    def __str__(self) -> str:
         return json.dumps(self, ensure_ascii=False) if self._text is None else self._text
 
-    def __add__(self, other):
+    def __add__(self, other: str) -> str:
         return str(self) + other
 
-    def __radd__(self, other):
+    def __radd__(self, other: str) -> str:
         return other + str(self)
 
 
-def clean_messages(messages, what="messages"):
+def clean_messages(messages: Sequence[Any], what: str = "messages") -> tuple[dict, ...]:
     """A tuple of checked messages: dictionaries with ``role``, ``content`` and whatever else of ``FIELDS`` they have.
 
     ``content`` is a str, or ``None`` in an assistant's message that only calls tools. ``weight`` is 0 or 1.
@@ -51,7 +56,7 @@ def clean_messages(messages, what="messages"):
     return tuple(_clean(item, f"{what}[{number}]") for number, item in enumerate(messages))
 
 
-def _clean(item, where):
+def _clean(item: Any, where: str) -> dict:
     if not isinstance(item, dict):
         raise DataError(f"{where} is {short(item)}, expected {{'role', 'content'}}")
     item = {key: value for key, value in item.items() if value is not None}
@@ -81,7 +86,7 @@ def _clean(item, where):
     return made
 
 
-def _without_legacy(item, where):
+def _without_legacy(item: Any, where: str) -> dict:
     """``item`` with OpenAI's older names replaced by today's."""
     if item.get("role") == "function":
         item = {**item, "role": "tool"}
@@ -93,7 +98,7 @@ def _without_legacy(item, where):
     return item
 
 
-def _text_of(content, where):
+def _text_of(content: Any, where: str) -> str | None:
     """The content as one text; ``None`` stays."""
     if content is None or isinstance(content, str):
         return content
@@ -112,7 +117,7 @@ def _text_of(content, where):
     return "".join(texts)
 
 
-def _weight(value, role, where):
+def _weight(value: Any, role: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in (0, 1):
         raise DataError(f"{where} has the weight {short(value)}, expected 0 (no loss) or 1")
     if value and role != "assistant":
@@ -120,13 +125,13 @@ def _weight(value, role, where):
     return int(value)
 
 
-def _calls(calls, where):
+def _calls(calls: Any, where: str) -> list[dict]:
     if not isinstance(calls, (list, tuple)):
         raise DataError(f"{where} has the tool_calls {short(calls)}, expected a list")
     return [_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
 
 
-def _call(call, where):
+def _call(call: Any, where: str) -> dict:
     """A call with its arguments parsed; ``{"function": {...}}`` and the bare function are both kept as they come."""
     if not isinstance(call, dict):
         raise DataError(f"{where} is {short(call)}, expected "
@@ -146,7 +151,7 @@ def _call(call, where):
     return {**outer, **_function({key: call[key] for key in ("name", "arguments") if key in call}, where)}
 
 
-def _function(function, where):
+def _function(function: Any, where: str) -> dict:
     if not isinstance(function, dict):
         raise DataError(f"{where} is {short(function)}, expected {{'name', 'arguments'}}")
     function = {key: value for key, value in function.items() if value is not None}
@@ -159,7 +164,7 @@ def _function(function, where):
     return {**function, "arguments": _arguments(function.get("arguments", {}), where)}
 
 
-def _arguments(value, where):
+def _arguments(value: Any, where: str) -> dict:
     text = None
     if isinstance(value, Arguments):
         return value
@@ -170,7 +175,7 @@ def _arguments(value, where):
     return Arguments(value, text)
 
 
-def clean_tools(tools):
+def clean_tools(tools: Any) -> tuple[dict, ...]:
     """The tools that a conversation may call, as a tuple of dictionaries; ``()`` if there are none.
 
     Args:
@@ -199,7 +204,7 @@ def clean_tools(tools):
     return tuple(made)
 
 
-def parse_json(text, what):
+def parse_json(text: str, what: str) -> Any:
     """A JSON text's value.
 
     Raises:
@@ -213,7 +218,7 @@ def parse_json(text, what):
     return value
 
 
-def strict_json(text):
+def strict_json(text: str) -> Any:
     """``json.loads`` that refuses an object with a key twice, of which Python would silently keep the last.
 
     Raises:
@@ -222,7 +227,7 @@ def strict_json(text):
     return json.loads(text, object_pairs_hook=_object)
 
 
-def _object(pairs):
+def _object(pairs: list[tuple[str, Any]]) -> dict:
     made = dict(pairs)
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -230,13 +235,12 @@ def _object(pairs):
     return made
 
 
-def why_no_json(error):
+def why_no_json(error: Exception) -> str:
     """What an error of ``strict_json`` says, in a few words."""
     return "nested too deeply" if isinstance(error, RecursionError) else \
         (getattr(error, "msg", None) or str(error)).partition(";")[0]
 
 
-def short(value):
+def short(value: object) -> str:
     """A value for an error message, at most 100 characters."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+    return cut(value, 100)

@@ -10,7 +10,11 @@ Rate and bias corrections come in as tensors, computed in float64 outside, so th
 compiles anything.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +23,11 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from colora_ms.errors import ConfigError
 
+if TYPE_CHECKING:
+    from colora_ms.training.config import OptimizerConfig
 
-def learning_rate(config, step, steps):
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of one update.
 
     Rises linearly over ``warmup_ratio * steps`` updates, then falls along half a cosine or a line
@@ -46,15 +53,15 @@ def learning_rate(config, step, steps):
     return config.learning_rate * (1 - (1 - config.min_ratio) * part)
 
 
-def is_up_factor(name):
-    """Whether LoRA+ gives a parameter the higher rate: the second factor of an adapter (``....lora_B``, ``....up``) and, as
-    in PEFT, vectors such as biases and DoRA's magnitudes."""
+def is_up_factor(name: str) -> bool:
+    """Whether LoRA+ gives a parameter the higher rate: the second factor of an adapter (``....lora_B``, ``....up``)
+    and, as in PEFT, vectors such as biases and DoRA's magnitudes."""
     last = name.removesuffix(".weight").rsplit(".", 1)[-1]
     return last in ("up", "lora_up", "lora_B", "lora_embedding_B", "lily_B", "lora_bias", "lora_up_bias",
                     "lora_magnitude_vector")
 
 
-def is_learned_scale(name):
+def is_learned_scale(name: str) -> bool:
     """Whether a parameter holds the learned scales of quantised weights (``....learned_scale``)."""
     return name.rsplit(".", 1)[-1] == "learned_scale"
 
@@ -64,13 +71,14 @@ _adam = ops.MultitypeFuncGraph("adam")
 
 
 @_half_square.register("Tensor")
-def _half_square_of(grad):
+def _half_square_of(grad: Tensor) -> Tensor:
     """sum(grad^2) / 2 in one operator."""
     return ops.L2Loss()(grad)
 
 
 @_adam.register("Function", *["Tensor"] * 10)
-def _adam_of(update, rate, beta1, beta2, epsilon, decay, factor, parameter, mean, square, grad):
+def _adam_of(update: Any, rate: Tensor, beta1: Tensor, beta2: Tensor, epsilon: Tensor, decay: Tensor, factor: Tensor,
+             parameter: Tensor, mean: Tensor, square: Tensor, grad: Tensor) -> Any:
     """Update one parameter in place. 0 * inf would be NaN; MulNoNan gives 0 for a factor of 0."""
     return update(parameter, mean, square, rate, beta1, beta2, epsilon, decay,
                   ops.MulNoNan()(grad, factor))
@@ -92,7 +100,7 @@ class AdamW(nn.Cell):
         ConfigError: no parameters, or one that is not float32.
     """
 
-    def __init__(self, parameters, config):
+    def __init__(self, parameters: Iterable[Parameter], config: OptimizerConfig) -> None:
         super().__init__()
         parameters = list(parameters)
         if not parameters:
@@ -118,7 +126,7 @@ class AdamW(nn.Cell):
         self.update = ops.AdamWeightDecay()
         self.map = ops.HyperMap()
 
-    def hyper(self, step, steps):
+    def hyper(self, step: int, steps: int) -> Tensor:
         """The numbers of one update as a float32 tensor (3,).
 
         They are: rate with both bias corrections, epsilon in the uncorrected scale, and the decay
@@ -130,7 +138,7 @@ class AdamW(nn.Cell):
         decay = self.config.weight_decay * rate / corrected if corrected else 0.0
         return Tensor(np.array([corrected, self.config.epsilon * root, decay], np.float32))
 
-    def construct(self, grads, divisor, hyper):
+    def construct(self, grads: tuple[Tensor, ...], divisor: Tensor, hyper: Tensor) -> Tensor:
         """Divide the gradients, clip them, update the parameters in place.
 
         Args:
@@ -175,17 +183,17 @@ class AdamW(nn.Cell):
         return norm
 
 
-    def whole(self, grads):
+    def whole(self, grads: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         """The gradients to update with, and half the square of their norm (0-d float32); a split model's differ from
         those that one of its workers computes."""
         return grads, half_square(self.map, grads)
 
 
-def half_square(hyper_map, grads):
+def half_square(hyper_map: ops.HyperMap, grads: tuple[Tensor, ...]) -> Tensor:
     """Half the sum of squares of all gradients, 0-d float32; ``hyper_map``: an ``ops.HyperMap``."""
     return ops.addn(hyper_map(_half_square, grads))
 
 
-def _zeros(parameter, prefix):
+def _zeros(parameter: Parameter, prefix: str) -> Parameter:
     return Parameter(Tensor(np.zeros(parameter.shape, np.float32)),
                      name=f"{prefix}.{parameter.name}", requires_grad=False)

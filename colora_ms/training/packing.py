@@ -1,11 +1,15 @@
 """Packing: several examples in a row of a batch, which do not see each other.
 
-A row's segments stand one after another; ``kernels.causal_attention`` takes their lengths and treats each as if it stood
-alone, with positions from 0. Nothing of one example reaches another, so their losses and gradients are those of each
-example by itself, and a row has no padding but what no example fits into.
+A row's segments stand one after another; ``kernels.causal_attention`` takes their lengths and treats each as if it
+stood alone, with positions from 0. Nothing of one example reaches another, so their losses and gradients are those of
+each example by itself, and a row has no padding but what no example fits into.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence, Sized
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +23,13 @@ WELL_FILLED = 0.98
 METHOD = f"best fit of {WINDOW}"
 
 
-def fed_tokens(item):
+def fed_tokens(item: Sized) -> int:
     """Tokens of an example that are fed to the model: all but the last, which is only a label."""
     return len(item) - 1
 
 
-def pack_examples(items, length, order, size=len, window=WINDOW):
+def pack_examples(items: Sequence, length: int, order: Any, size: Callable[[Any], int] = len,
+                  window: int = WINDOW) -> list[list[int]]:
     """Join examples to rows of at most ``length`` tokens: best fit of the longest first, window by window of the order.
 
     Args:
@@ -45,7 +50,7 @@ def pack_examples(items, length, order, size=len, window=WINDOW):
     return rows
 
 
-def _pack(part, sizes, length):
+def _pack(part: Sequence[int], sizes: Sequence[int], length: int) -> list[list[int]]:
     """Rows of one window; sizes: those of the positions ``part``."""
     rows, room = [], []  # places in part of each row; (tokens left, row), in rising order
     for place in sorted(range(len(part)), key=lambda place: -sizes[place]):
@@ -61,7 +66,7 @@ def _pack(part, sizes, length):
     return [[part[place] for place in sorted(row)] for row in sorted(rows)]
 
 
-def packed_shape(items, rows, multiple=16):
+def packed_shape(items: Sequence[Sized], rows: int, multiple: int = 16) -> tuple[int, int]:
     """Rows and tokens of a packed batch with room for ``rows`` rows of the longest example.
 
     Rows are as long as the longest example if that fills them well; otherwise there are fewer and longer ones, since
@@ -86,6 +91,6 @@ def packed_shape(items, rows, multiple=16):
         rows = rows // 2
 
 
-def most_segments(items, length):
+def most_segments(items: Sequence[Sized], length: int) -> int:
     """The largest number of examples that fit into a row of ``length`` tokens, at least 1."""
     return max(1, int((np.cumsum(sorted(fed_tokens(item) for item in items)) <= length).sum()))

@@ -17,15 +17,23 @@ The reference needs no second model: each row stands in the batch twice, with th
 both go through the weights in one pass.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 from colora_ms.adapters import adapters_of
 from colora_ms.adapters.tree import takes_slots
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_token_cross_entropy, linear_token_losses, token_losses_of_logits
+from colora_ms.models.formats import is_float_matrix
 from colora_ms.training.encoding import IGNORE
-from colora_ms.training.step import has_plain_head
+
+if TYPE_CHECKING:
+    from colora_ms.models.decoder import Decoder
+    from colora_ms.training.config import PreferenceConfig
 
 
 class PreferenceLossCell(nn.Cell):
@@ -44,16 +52,16 @@ class PreferenceLossCell(nn.Cell):
 
     figures = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
 
-    def __init__(self, decoder, config):
+    def __init__(self, decoder: Decoder, config: PreferenceConfig) -> None:
         super().__init__(auto_prefix=False)
         bind()
         check_reference(decoder)
         self.decoder = decoder
-        self.fused = has_plain_head(decoder)
+        self.fused = is_float_matrix(decoder.lm_head)
         self.beta, self.smoothing = config.beta, config.label_smoothing
         self.ipo, self.normalised = config.loss == "ipo", config.length_normalised
 
-    def construct(self, ids, labels, lengths, slots):
+    def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The summed loss of the pairs; rows 2p and 2p + 1 are the chosen and the rejected answer of pair p.
 
         Args:
@@ -79,7 +87,7 @@ class PreferenceLossCell(nn.Cell):
         rows = ops.stack((right, margin, rewards[:, 0], rewards[:, 1], logprobs[:, 0], logprobs[:, 1]))
         return loss, counts.sum(), (rows * counts).sum(1)
 
-    def pair_losses(self, ratio):
+    def pair_losses(self, ratio: Tensor) -> Tensor:
         """The loss of each pair from its difference of log-ratios, both (pairs,) float32."""
         if self.ipo:
             return ops.square(ratio - 1.0 / (2.0 * self.beta))
@@ -89,7 +97,7 @@ class PreferenceLossCell(nn.Cell):
         plain = shift + ops.log(ops.exp(-shift) + ops.exp(-z - shift))
         return plain + self.smoothing * z  # -log sigmoid(-z) is -log sigmoid(z) + z
 
-    def token_losses(self, ids, labels, lengths, slots):
+    def token_losses(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """-log p of each label, with the adapter and without it: (rows, tokens) float32 both, 0 where there is none.
 
         The second has no gradient, and the backward pass does not compute its rows' products.
@@ -112,7 +120,7 @@ class PreferenceLossCell(nn.Cell):
         return losses.reshape(labels.shape), reference.reshape(labels.shape)
 
 
-def check_reference(decoder):
+def check_reference(decoder: Decoder) -> None:
     """Refuse a model whose rows with slot -1 are not its base model, or would not stay it.
 
     Raises:

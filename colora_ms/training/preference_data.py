@@ -4,13 +4,22 @@ Each of the two answers of a ``Preference`` becomes an ``Example`` with the same
 ``<id>#rejected``, and is encoded like all others.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from colora_ms.errors import DataError
-from colora_ms.training.batching import BatchLoader, collate
+from colora_ms.training.batching import Batch, BatchLoader, collate
 from colora_ms.training.encoding import EncodedExample, EncodedSet, encode_examples
+
+if TYPE_CHECKING:
+    from colora_ms.models.tokenizer import Tokenizer
+    from colora_ms.training.examples import Preference
+    from colora_ms.training.templates import ChatTemplate, TextTemplate
 
 _REPORTED = 5  # pairs named in one error; the rest are counted
 
@@ -23,17 +32,17 @@ class EncodedPair:
     rejected: EncodedExample
     index: int = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Tokens of the longer of the two rows."""
         return max(len(self.chosen), len(self.rejected))
 
     @property
-    def ids(self):
+    def ids(self) -> np.ndarray:
         """The ids of both, one after the other (what a fingerprint is made of)."""
         return np.concatenate([self.chosen.ids, self.rejected.ids])
 
     @property
-    def labels(self):
+    def labels(self) -> np.ndarray:
         """The labels of both."""
         return np.concatenate([self.chosen.labels, self.rejected.labels])
 
@@ -42,12 +51,13 @@ class EncodedPairs(EncodedSet):
     """The result of :func:`encode_preferences`: ``items`` are ``EncodedPair``, ``skipped`` and ``unlearned`` name
     pairs."""
 
-    def summary(self):
+    def summary(self) -> str:
         """One line for the log."""
         return super().summary().replace(" examples,", " pairs of answers,", 1)
 
 
-def encode_preferences(preferences, tokenizer, template, max_length, on_long="skip", vocab_size=None):
+def encode_preferences(preferences: Sequence[Preference], tokenizer: Tokenizer, template: TextTemplate | ChatTemplate,
+                       max_length: int, on_long: str = "skip", vocab_size: int | None = None) -> EncodedPairs:
     """Encode pairs for training; arguments and errors as for ``encode_examples``.
 
     A pair of which one answer is longer than ``max_length``, or carries no loss, is left out whole.
@@ -66,11 +76,12 @@ def encode_preferences(preferences, tokenizer, template, max_length, on_long="sk
              if pair.chosen == pair.rejected], len(preferences))
     halves = [half for pair in preferences for half in (pair.chosen_example, pair.rejected_example)]
     encoded = encode_examples(halves, tokenizer, template, max_length, on_long, vocab_size)
-    rows = [[] for _ in halves]
+    rows: list[list[EncodedExample]] = [[] for _ in halves]
     for item in encoded.items:
         rows[item.index].append(item)
     too_long, without_loss = set(encoded.skipped), set(encoded.unlearned)
-    items, skipped, unlearned, problems = [], [], [], []
+    items: list[Any] = []
+    skipped, unlearned, problems = [], [], []
     for index, pair in enumerate(preferences):
         names = {pair.chosen_example.id, pair.rejected_example.id}
         if names & too_long:
@@ -81,20 +92,20 @@ def encode_preferences(preferences, tokenizer, template, max_length, on_long="sk
             problems.append(f"pair {pair.id}: an answer has several turns, which the chat template does not write one "
                             "after another, so that it is no single row; give its last turn alone")
         else:
-            pair_of = EncodedPair(*rows[2 * index], *rows[2 * index + 1], index)
+            pair_of = EncodedPair(rows[2 * index][0], rows[2 * index + 1][0], index)
             items.append(pair_of)
             if np.array_equal(pair_of.chosen.ids, pair_of.rejected.ids):
                 problems.append(f"pair {pair.id}: the chosen and the rejected answer have the same tokens")
     _refuse(problems, len(preferences))
     if not items:
-        raise DataError(f"none of the {len(preferences)} pairs can be used: in {len(skipped)} an answer with its prompt is "
-                        f"longer than max_length={max_length} tokens (longest: {encoded.longest_skipped}), in "
-                        f"{len(unlearned)} one carries no loss")
+        raise DataError(f"none of the {len(preferences)} pairs can be used: in {len(skipped)} an answer with its "
+                        f"prompt is longer than max_length={max_length} tokens (longest: {encoded.longest_skipped}), "
+                        f"in {len(unlearned)} one carries no loss")
     return EncodedPairs(items, skipped, encoded.longest_skipped, max_length, unlearned, 0, encoded.spanning,
                         encoded.notes)
 
 
-def _refuse(problems, total):
+def _refuse(problems: list[str], total: int) -> None:
     if problems:
         more = f" (and {len(problems) - _REPORTED} more)" if len(problems) > _REPORTED else ""
         raise DataError(f"{len(problems)} of {total} preference pairs cannot be used: "
@@ -106,13 +117,13 @@ class PairLoader(BatchLoader):
     before its rejected one. Both rows of a pair are always in the same batch; the pairs that fill up a last batch carry
     no label."""
 
-    def summary(self):
+    def summary(self) -> str:
         """One line for the log."""
         lengths = ", ".join(str(bucket) for bucket in self.buckets)
         return (f"{self.batches_per_epoch} an epoch, of {self._batch_size} pairs each: {2 * self._batch_size} rows of "
                 f"{lengths} tokens with the adapter, and the same without it")
 
-    def _collate(self, bucket, rows):
-        pairs = [self._items[position] for row in rows for position in row]
+    def _collate(self, bucket: int, rows: list[list[int]]) -> Batch:
+        pairs: list[Any] = [self._items[position] for row in rows for position in row]
         halves = [[half] for pair in pairs for half in (pair.chosen, pair.rejected)]
         return collate(halves, 2 * self._batch_size, bucket)

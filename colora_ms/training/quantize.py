@@ -11,16 +11,24 @@ The output folder holds what ``trainer`` writes (``adapter/`` are the trained sc
 exported model.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from colora_ms.errors import CheckpointError, ConfigError
+from colora_ms.models.formats import weight_format
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import TrainingConfig
 from colora_ms.training.run import data_report, warn_left_out
 from colora_ms.training.settings import setting
 from colora_ms.training.text import encode_text, read_text
-from colora_ms.training.trainer import Trainer
+from colora_ms.training.trainer import Callback, Trainer, TrainingResult
+
+if TYPE_CHECKING:
+    from colora_ms.quantization import LrQatConfig, QuantizedModel
 
 
 @dataclasses.dataclass
@@ -29,10 +37,10 @@ class QuantizationConfig(TrainingConfig):
 
     adapter: dict = setting(None, "Settings of the quantisation; see LrQatConfig.", factory=dict)
 
-    def _relations(self):
+    def _relations(self) -> list[str]:
         if self.train != "sft" or self.dpo is not None:
-            return [f"train is {self.train}: a quantised model has no adapter that can be switched off for a reference; leave "
-                    "out train and dpo"]
+            return [f"train is {self.train}: a quantised model has no adapter that can be switched off for a "
+                    "reference; leave out train and dpo"]
         try:
             method = self.quantization().method
         except ConfigError as error:
@@ -41,20 +49,21 @@ class QuantizationConfig(TrainingConfig):
             value = getattr(self.data, name)
             if not isinstance(value, str) and (name == "train" and method != "rtn" or value is not None):
                 return [f"data.{name} is {value!r:.60}, expected the path of a text file"]
-        if self.weight_format not in ("float32", "bfloat16"):
+        if not weight_format(self.weight_format).is_float:
             return [f"weight_format is {self.weight_format}: quantisation starts from float weights, expected float32 or "
                     "bfloat16"]
         if self.loop.evaluate_every is not None and self.data.validation is None:
             return ["loop.evaluate_every is given, but data.validation is not"]
         return []
 
-    def quantization(self):
-        """The settings as a :class:`colora_ms.quantization.config.LrQatConfig`."""
-        from colora_ms.quantization.config import LrQatConfig
+    def quantization(self) -> LrQatConfig:
+        """The settings as a :class:`colora_ms.quantization.LrQatConfig`."""
+        from colora_ms.quantization import LrQatConfig
         return LrQatConfig.from_dict(self.adapter)
 
 
-def quantize_model(config, resume=False, callbacks=()):
+def quantize_model(config: QuantizationConfig | str | Path, resume: bool | str | Path = False,
+                   callbacks: Iterable[Callback] = ()) -> tuple[Path, TrainingResult | None, QuantizedModel]:
     """Quantise a model: load, replace the linears, train unless the method is "rtn", export.
 
     Args:
@@ -63,26 +72,29 @@ def quantize_model(config, resume=False, callbacks=()):
 
     Returns:
         ``(folder, result, quantized)``: path of the exported model, ``TrainingResult`` (``None`` for "rtn"), and the
-        :class:`colora_ms.quantization.model.QuantizedModel`.
+        :class:`colora_ms.quantization.QuantizedModel`.
 
     Raises:
         ColoraError: in one of its kinds; data, recipe and output folder are checked before anything is loaded.
     """
     from colora_ms import models
-    from colora_ms.quantization.model import quantize
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
+    from colora_ms.quantization import quantize
     if not isinstance(config, QuantizationConfig):
         config = QuantizationConfig.from_yaml(config)
+    train: Any = config.data.train  # a path, which _relations has checked
     settings, trains = config.quantization(), config.quantization().method != "rtn"
-    text = read_text(config.data.train) if trains else None
-    held_out = read_text(config.data.validation) if trains and config.data.validation else None
+    held: Any = config.data.validation
+    text = read_text(train) if trains else ""
+    held_out = read_text(held) if trains and config.data.validation else None
     folder = Path(config.output) / "model"
     if not resume and (checkpoints.list_checkpoints(config.output) or folder.exists()):
         raise CheckpointError(f"{config.output} holds a run already; continue it with resume (--resume), or choose "
                               "another output folder")
     source = open_checkpoint(resolve_model(config.model)).tokenizer_source
     decoder, tokenizer = models.load_model(config.model, weight_format=config.weight_format)
-    data = validation = None
+    data: Any = None
+    validation: Any = None
     if trains:
         size = min(config.data.max_length, decoder.max_positions + 1), decoder.config.vocab_size
         data = encode_text(text, tokenizer, size[0], size[1])

@@ -1,7 +1,11 @@
 """What a run leaves to read: JSON lines of every update, and the loss curve as a picture."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.files import replacing
@@ -17,7 +21,7 @@ class RunLog:
             0 begins anew.
     """
 
-    def __init__(self, path, keep_until=0):
+    def __init__(self, path: str | Path, keep_until: int = 0) -> None:
         self.path = Path(path)
         kept = [row for row in read_log(self.path) if row["step"] <= keep_until] \
             if keep_until and self.path.exists() else []
@@ -29,19 +33,19 @@ class RunLog:
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from None
 
-    def add(self, kind, step, **values):
+    def add(self, kind: str, step: int, **values: Any) -> dict:
         """Append one record and flush it; returns it."""
         row = {"kind": kind, "step": step, **values}
         self._handle.write(json.dumps(row) + "\n")
         self._handle.flush()
         return row
 
-    def close(self):
+    def close(self) -> None:
         """Close the file."""
         self._handle.close()
 
 
-def read_log(path):
+def read_log(path: str | Path) -> list[dict]:
     """The records of a log, as a list of dictionaries; half-written or foreign lines are left out.
 
     Raises:
@@ -62,7 +66,7 @@ def read_log(path):
     return rows
 
 
-def smooth(values, span=20):
+def smooth(values: Sequence[float], span: int = 20) -> list[float]:
     """Running mean over at most the last ``span`` values; a list of the same length."""
     result, total = [], 0.0
     for index, value in enumerate(values):
@@ -73,7 +77,8 @@ def smooth(values, span=20):
     return result
 
 
-def draw_loss_curve(log_path, picture_path, label="loss per answer token (nats)"):
+def draw_loss_curve(log_path: str | Path, picture_path: str | Path,
+                    label: str = "loss per answer token (nats)") -> bool:
     """Draw training loss, its running mean and the validation losses of a log as PNG; ``label``: of the loss's axis.
 
     Returns:

@@ -1,7 +1,11 @@
 """Training from a recipe: its data, its model, its adapter, and the loop over them."""
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from colora_ms import models
 from colora_ms.adapters import inject
@@ -10,15 +14,21 @@ from colora_ms.adapters.vocabulary import copy_tokenizer, tokenizer_for
 from colora_ms.errors import CheckpointError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import START_FOLDER, TrainingConfig
-from colora_ms.training.data import (encode_examples, load_examples, load_preferences, make_template,
-                                      without_overlap)
+from colora_ms.training.data import encode_examples, load_examples, load_preferences, make_template, without_overlap
 from colora_ms.training.preference import PreferenceLossCell
 from colora_ms.training.preference_data import PairLoader, encode_preferences
 from colora_ms.training.progress import Progress
-from colora_ms.training.trainer import Trainer
+from colora_ms.training.trainer import Callback, Trainer, TrainingResult
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
+    from colora_ms.models.decoder import Decoder
+    from colora_ms.models.tokenizer import Tokenizer
+    from colora_ms.training.encoding import EncodedSet
 
 
-def train(config, resume=False, callbacks=(), rank=0, world=1):
+def train(config: TrainingConfig | str | Path, resume: bool | str | Path = False, callbacks: Iterable[Callback] = (),
+          rank: int = 0, world: int = 1) -> TrainingResult:
     """Train an adapter as a recipe says: load the model, inject, encode the data, run the loop.
 
     Args:
@@ -57,7 +67,7 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     if rank == 0:
         warn_left_out(report)
 
-    def save(folder):
+    def save(folder: str | Path) -> None:
         handle.save(folder, "default", as_lora=True)
         if own_tokenizer is not None:
             copy_tokenizer(own_tokenizer, folder)
@@ -66,8 +76,11 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     if pairs and config.adapter.get("start_from") is not None:
         say("the reference is the base model alone, not the adapter that the training starts from; to prefer over that "
             "one, merge it into the model first")
-    kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader} if pairs else {}
-    trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world, data_report=report, **kind)
+    kind: dict[str, Any] = {}
+    if config.train == "dpo" and config.dpo is not None:
+        kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader}
+    trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world, data_report=report,
+                      **kind)
     say(f"batches: {trainer.loader.summary()}")
     if world > 1:
         unit = "pairs" if pairs else "rows"
@@ -76,13 +89,14 @@ def train(config, resume=False, callbacks=(), rank=0, world=1):
     return trainer.train(resume)
 
 
-def begin_adapter(config, decoder, tokenizer=None, rank=0):
-    """Put a recipe's adapter into ``decoder``: a new one, or the one that it starts from, of which the run keeps a copy, so
-    that it can be resumed whatever becomes of the original.
+def begin_adapter(config: TrainingConfig, decoder: Decoder, tokenizer: Any = None,
+                  rank: int = 0) -> tuple[Adapters, Any, Path | None]:
+    """Put a recipe's adapter into ``decoder``: a new one, or the one that it starts from, of which the run keeps a
+    copy, so that it can be resumed whatever becomes of the original.
 
     Returns:
-        ``(handle, tokenizer, folder)``: the tokenizer to use, and the folder that it is from where that is the adapter's,
-        otherwise None.
+        ``(handle, tokenizer, folder)``: the tokenizer to use, and the folder that it is from where that is the
+        adapter's, otherwise None.
 
     Raises:
         AdapterError: what ``inject`` or loading the folder refuses; the model is unchanged.
@@ -102,20 +116,20 @@ def begin_adapter(config, decoder, tokenizer=None, rank=0):
     return handle, own, None if own is tokenizer else folder
 
 
-def load_data(config):
+def load_data(config: TrainingConfig) -> tuple[list, list, int]:
     """The examples of a recipe.
 
     Returns:
         ``(train, validation, removed)``: two lists of ``Example``, or of ``Preference`` with train:
-        dpo (the second may be empty), and the number of examples taken out of the first because their question stands in
-        ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
+        dpo (the second may be empty), and the number of examples taken out of the first because their question stands
+        in ``data.validation``, ``data.held_out`` or ``evaluate.data``. The test keeps all its items:
         taking the shared ones out of the test instead would leave it the unusual, harder questions.
     """
-    columns = config.data.columns
-    load = load_preferences if config.train == "dpo" else load_examples
+    columns: Any = config.data.columns
+    load: Callable[..., list] = load_preferences if config.train == "dpo" else load_examples
     train_examples = load(config.data.train, columns)
     validation = load(config.data.validation, columns) if config.data.validation else []
-    test = load_examples(config.data.held_out, columns) if config.data.held_out else []
+    test: list = load_examples(config.data.held_out, columns) if config.data.held_out else []
     asked = config.evaluate or {}
     if asked.get("data") and asked.get("task", "problems") == "problems":
         test = test + load_examples(asked["data"])
@@ -125,12 +139,14 @@ def load_data(config):
     return train_examples, validation, removed
 
 
-def encode_data(config, tokenizer, train_examples, held_out, decoder):
+def encode_data(config: TrainingConfig, tokenizer: Tokenizer, train_examples: list, held_out: list,
+                decoder: Decoder) -> tuple[EncodedSet, EncodedSet | None]:
     """The examples of a recipe as ``(EncodedSet, EncodedSet or None)``."""
     template = make_template(config.data.template, tokenizer, config.data.system)
     limit = min(config.data.max_length, decoder.max_positions)
     vocabulary = decoder.config.vocab_size
-    options = {"on_long": config.data.on_long, "vocab_size": vocabulary}
+    options: dict[str, Any] = {"on_long": config.data.on_long, "vocab_size": vocabulary}
+    encode: Callable[..., EncodedSet]
     if config.train == "dpo":
         encode = encode_preferences
     else:
@@ -140,7 +156,7 @@ def encode_data(config, tokenizer, train_examples, held_out, decoder):
     return data, validation
 
 
-def data_report(data, validation=None, removed=0):
+def data_report(data: EncodedSet, validation: EncodedSet | None = None, removed: int = 0) -> dict:
     """What a run was given and what was left out, for its log.
 
     Args:
@@ -159,7 +175,7 @@ def data_report(data, validation=None, removed=0):
     return {**report, "warnings": said}
 
 
-def warn_left_out(report):
+def warn_left_out(report: dict) -> None:
     """Say what ``data_report`` says was left out, whether there is a progress bar or not."""
     for text in report["warnings"]:
         warnings.warn(text, stacklevel=3)

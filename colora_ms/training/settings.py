@@ -4,18 +4,25 @@ A section's field is made by ``setting``: its default, a sentence about it, and 
 impossible values are errors that name the setting and suggest the nearest one.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from colora_ms.errors import ConfigError, near
+from colora_ms.training.messages import short
 
 _MAX_RECIPE_BYTES = 1 << 20
 REQUIRED = object()
+_S = TypeVar("_S", bound="Section")
 
 
-def setting(default, sentence, check=None, expected="", factory=None):
+def setting(default: Any, sentence: str, check: Callable[[Any], bool] | None = None, expected: str = "",
+            factory: Callable[[], Any] | None = None) -> Any:
     """A dataclass field with its sentence, and a check with the words that describe it."""
     metadata = {"help": sentence, "check": check, "expected": expected}
     if factory is not None:
@@ -25,28 +32,38 @@ def setting(default, sentence, check=None, expected="", factory=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def at_least(least):
+def at_least(least: float) -> tuple[Callable[[Any], bool], str]:
+    """Check and words of a :func:`setting`, as the other functions here: a number from ``least`` on."""
     return (lambda value: value >= least), f"a number of at least {least}"
 
 
-def above(least):
+def above(least: float) -> tuple[Callable[[Any], bool], str]:
+    """A number above ``least``."""
     return (lambda value: value > least), f"a number above {least}"
 
 
-def fraction():
+def fraction() -> tuple[Callable[[Any], bool], str]:
+    """A number from 0 to below 1."""
     return (lambda value: 0 <= value < 1), "a number from 0 to below 1"
 
 
-def one_of(*names):
+def one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    """One of these values."""
     return (lambda value: value in names), "one of " + ", ".join(names)
 
 
+@dataclasses.dataclass
 class Section:
     """Checks types and values of a dataclass when it is built; subclasses are the recipe's sections."""
 
     _title = "recipe"
+    _kinds: ClassVar[dict[str, type[Section]]] = {}  # by name: what a field's annotation may say
 
-    def __post_init__(self):
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Section._kinds[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
         problems = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -62,12 +79,12 @@ class Section:
         if problems:
             raise ConfigError(f"{self._title}: " + "; ".join(problems))
 
-    def _relations(self):
+    def _relations(self) -> list[str]:
         """Problems between settings, as a list of texts."""
         return []
 
     @classmethod
-    def settings(cls):
+    def settings(cls) -> list[tuple[str, Any, str]]:
         """``[(name, default, sentence)]`` of the section, for help texts."""
         rows = []
         for field in dataclasses.fields(cls):
@@ -79,7 +96,7 @@ class Section:
         return rows
 
 
-def build(section, values, title):
+def build(section: type[_S], values: object, title: str) -> _S:
     """A section from a dictionary; unknown and missing names are errors."""
     if not isinstance(values, dict):
         raise ConfigError(f"{title} is {short(values)}, expected settings (name: value)")
@@ -95,7 +112,7 @@ def build(section, values, title):
     return section(**values)
 
 
-def read_yaml(path):
+def read_yaml(path: str | Path) -> dict:
     """The parsed YAML file at ``path``: a dictionary.
 
     Raises:
@@ -106,7 +123,7 @@ def read_yaml(path):
     class Loader(yaml.SafeLoader):
         """Refuses doubled keys, which YAML's own loader resolves silently."""
 
-    def mapping(loader, node, deep=False):
+    def mapping(loader: Any, node: Any, deep: bool = False) -> dict:
         keys = set()
         for key_node, _ in node.value:
             key = loader.construct_object(key_node, deep=True)
@@ -141,7 +158,7 @@ def read_yaml(path):
     return values
 
 
-def override(values, overrides):
+def override(values: dict, overrides: Iterable[str]) -> dict:
     """``values`` with texts like "loop.steps=50" applied."""
     import yaml
     values = dict(values)
@@ -166,13 +183,15 @@ def override(values, overrides):
     return values
 
 
-def coerce(value, kind):
+def coerce(value: Any, kind: str | type) -> tuple[Any, str]:
     """``(value, problem)``: the value in its declared type, or what is wrong with it."""
     kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
     kinds = [part.strip() for part in kind.split("|")]
     if "object" in kinds or value is None and "None" in kinds:
         return value, ""
     for name in kinds:
+        if name in Section._kinds and isinstance(value, Section._kinds[name]):
+            return value, ""
         if name == "bool" and isinstance(value, bool):
             return value, ""
         if name == "int" and is_int(value):
@@ -189,13 +208,9 @@ def coerce(value, kind):
             return value, ""
     words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text",
              "dict": "settings (name: value)", "list": "a list", "None": "null"}
-    return value, "expected " + " or ".join(words[name] for name in kinds)
+    return value, "expected " + " or ".join(words.get(name, words["dict"]) for name in kinds)
 
 
-def is_int(value):
+def is_int(value: Any) -> bool:
+    """Whether a value is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def short(value):
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -11,21 +11,27 @@ A source is described by a dictionary (a list entry in a recipe):
 What the rows look like is ``layouts``' business: it is recognised from their columns, or named with ``layout``.
 """
 
+from __future__ import annotations
+
+import functools
 import hashlib
 import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from colora_ms.errors import DataError, near
 from colora_ms.training.examples import Example, Preference
-from colora_ms.training.layouts import RowReader
 from colora_ms.training.messages import short, strict_json, why_no_json
+from colora_ms.training.row_reader import RowReader
 
 _REPORTED = 5  # problems shown in one error; the rest are counted
 # Tasks whose items carry a worked solution in their metadata, and where it is.
 _WORKED_SOLUTIONS = {"gsm_symbolic": "answer_cot"}
 
 
-def reasoning_gym_examples(task, size, seed, options=None, worked_solution=True):
+def reasoning_gym_examples(task: str, size: int, seed: int, options: dict | None = None,
+                           worked_solution: bool = True) -> list[Example]:
     """Generate examples of a reasoning-gym task; nothing is downloaded.
 
     Most generators make item ``i`` from the number ``seed + i``: two sets whose seeds are closer
@@ -86,7 +92,7 @@ def reasoning_gym_examples(task, size, seed, options=None, worked_solution=True)
     return examples
 
 
-def _check_options(task, options, config_class):
+def _check_options(task: str, options: dict, config_class: type) -> None:
     known = [name for name in inspect.signature(config_class).parameters
              if name not in ("size", "seed")]
     for name in options:
@@ -95,14 +101,15 @@ def _check_options(task, options, config_class):
                             f"{', '.join(known)}.{near(name, known)}")
 
 
-def read_jsonl(path, limit=None, layout=None, columns=None, prompt_key="prompt", completion_key="completion",
-               messages_key="messages"):
+def read_jsonl(path: str | Path, limit: int | None = None, layout: str | None = None,
+               columns: Sequence[str] | dict[str, str] | None = None, prompt_key: str = "prompt",
+               completion_key: str = "completion", messages_key: str = "messages") -> list[Example] | list[Preference]:
     """Read a file with one JSON object a line (UTF-8; blank lines are skipped).
 
     Args:
         path: the file.
         limit: read at most this many lines.
-        layout, columns, prompt_key, completion_key, messages_key: see ``layouts.RowReader``.
+        layout, columns, prompt_key, completion_key, messages_key: see ``row_reader.RowReader``.
 
     Returns:
         List of ``Example``, or of ``Preference`` if the lines are pairs; one without ``"id"`` is called
@@ -117,8 +124,10 @@ def read_jsonl(path, limit=None, layout=None, columns=None, prompt_key="prompt",
     return _read_rows(_lines(path, reader), reader, path, limit, "line")
 
 
-def json_examples(path, limit=None, layout=None, columns=None, prompt_key="prompt", completion_key="completion",
-                  messages_key="messages"):
+def json_examples(path: str | Path, limit: int | None = None, layout: str | None = None,
+                  columns: Sequence[str] | dict[str, str] | None = None, prompt_key: str = "prompt",
+                  completion_key: str = "completion",
+                  messages_key: str = "messages") -> list[Example] | list[Preference]:
     """Read one JSON array of objects, the form of many published sets.
 
     Args:
@@ -143,8 +152,10 @@ def json_examples(path, limit=None, layout=None, columns=None, prompt_key="promp
     return _read_rows(calls, reader, path, limit, "item")
 
 
-def hugging_face_examples(path, name=None, split="train", limit=None, layout=None, columns=None, prompt_key="prompt",
-                          completion_key="completion", messages_key="messages"):
+def hugging_face_examples(path: str | Path, name: str | None = None, split: str = "train", limit: int | None = None,
+                          layout: str | None = None, columns: Sequence[str] | dict[str, str] | None = None,
+                          prompt_key: str = "prompt", completion_key: str = "completion",
+                          messages_key: str = "messages") -> list[Example] | list[Preference]:
     """Read rows through the Hugging Face ``datasets`` library (online, or a local folder).
 
     The library gives all structs of a column the same fields and fills them up with ``None``. Such fields are left out
@@ -182,14 +193,14 @@ def hugging_face_examples(path, name=None, split="train", limit=None, layout=Non
     return _read_rows(calls, reader, f"{path} (split {split!r})", limit, "row")
 
 
-def _without_filling(value):
+def _without_filling(value: Any) -> Any:
     """``value`` without the fields that are ``None``, at every depth."""
     if isinstance(value, dict):
         return {key: _without_filling(item) for key, item in value.items() if item is not None}
     return [_without_filling(item) for item in value] if isinstance(value, list) else value
 
 
-def _lines(path, reader):
+def _lines(path: Path, reader: RowReader) -> Iterator[Callable[[], Example | Preference]]:
     """A function a line of a JSON lines file, which reads it."""
     try:
         with open(path, "rb") as handle:
@@ -201,12 +212,16 @@ def _lines(path, reader):
                                         "kind: json")
                     first = False
                     name = f"{path.name}:{number}"
-                    yield lambda raw=raw, name=name: reader.read(_parse(raw, name), name)
+                    yield functools.partial(_read_line, reader, raw, name)
     except OSError as error:
         raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from None
 
 
-def _parse(raw, name):
+def _read_line(reader: RowReader, raw: bytes, name: str) -> Example | Preference:
+    return reader.read(_parse(raw, name), name)
+
+
+def _parse(raw: bytes, name: str) -> Any:
     try:
         return strict_json(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -215,7 +230,8 @@ def _parse(raw, name):
         raise DataError(f"{name}: not valid JSON ({why_no_json(error)}): {short(raw[:80])}") from None
 
 
-def _read_rows(calls, reader, what, limit, word):
+def _read_rows(calls: Iterable[Callable[[], Example | Preference]], reader: RowReader, what: object, limit: int | None,
+               word: str) -> list:
     """The results of ``calls``; problems of all of them in one error, and a warning of columns that were not read."""
     examples, problems, count = [], [], 0
     for call in calls:
@@ -237,22 +253,23 @@ def _read_rows(calls, reader, what, limit, word):
     return examples
 
 
-_KINDS = {
+_KINDS: dict[str, tuple[Callable[..., list], tuple[str, ...]]] = {
     "jsonl": (read_jsonl, ("path",)),
     "json": (json_examples, ("path",)),
     "reasoning_gym": (reasoning_gym_examples, ("task", "size", "seed")),
     "datasets": (hugging_face_examples, ("path",)),
 }
 _FILES = ("jsonl", "json", "datasets")
+_E = TypeVar("_E", Example, Preference)
 
 
-def load_examples(sources, columns=None):
+def load_examples(sources: Any, columns: Sequence[str] | dict[str, str] | None = None) -> list[Example]:
     """Read one source, or several in a row.
 
     Args:
         sources: a source description (see the head of this module), or a list of them. A plain
             string is the path of a JSON lines file.
-        columns: ``columns`` of the files that do not have their own, see ``layouts.RowReader``.
+        columns: ``columns`` of the files that do not have their own, see ``row_reader.RowReader``.
 
     Returns:
         List of ``Example``.
@@ -268,7 +285,7 @@ def load_examples(sources, columns=None):
     return examples
 
 
-def load_preferences(sources, columns=None):
+def load_preferences(sources: Any, columns: Sequence[str] | dict[str, str] | None = None) -> list[Preference]:
     """``load_examples`` for preference pairs.
 
     Returns:
@@ -285,11 +302,11 @@ def load_preferences(sources, columns=None):
     return pairs
 
 
-def _load(sources, columns):
+def _load(sources: Any, columns: Sequence[str] | dict[str, str] | None) -> list:
     return [example for source in with_columns(sources, columns) for example in _load_one(source)]
 
 
-def with_columns(sources, columns):
+def with_columns(sources: Any, columns: Sequence[str] | dict[str, str] | None) -> list:
     """The sources as a list of descriptions; those of files that have no ``columns`` get these.
 
     Raises:
@@ -310,7 +327,7 @@ def with_columns(sources, columns):
     return made
 
 
-def _option_problem(name, value):
+def _option_problem(name: str, value: object) -> str:
     """What an option of a source was expected to be, or ""."""
     if name == "limit" and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         return "a whole number of at least 1, or null"
@@ -321,7 +338,7 @@ def _option_problem(name, value):
     return ""
 
 
-def _load_one(source):
+def _load_one(source: Any) -> list:
     if not isinstance(source, dict):
         raise DataError(f"the data source {source!r} is not a description like "
                         "{'kind': 'jsonl', 'path': ...}")
@@ -347,7 +364,8 @@ def _load_one(source):
     return function(**options)
 
 
-def without_overlap(train, held_out, loss="last"):
+def without_overlap(train: list[_E], held_out: Iterable[Example | Preference],
+                    loss: str = "last") -> tuple[list[_E], int]:
     """Remove from ``train`` every example whose question also stands in ``held_out``.
 
     Args:
@@ -369,6 +387,6 @@ def without_overlap(train, held_out, loss="last"):
     return kept, len(train) - len(kept)
 
 
-def _digest(question):
+def _digest(question: str) -> bytes:
     # White space at the ends or doubled inside does not make another question.
     return hashlib.sha256(" ".join(question.split()).encode()).digest()

@@ -10,6 +10,11 @@ A loss is a Cell ``construct(ids, labels, lengths, slots) -> (loss_sum, count)``
 count, sums)`` with sums (n,) float32 of further figures, whose names are its attribute ``figures``.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 import mindspore as ms
@@ -19,8 +24,14 @@ from colora_ms import runtime
 from colora_ms.adapters.dropout import dropout_streams
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_cross_entropy, token_losses_of_logits
+from colora_ms.models.formats import is_float_matrix
 from colora_ms.training.encoding import IGNORE
 from colora_ms.training.optimizer import AdamW
+
+if TYPE_CHECKING:
+    from colora_ms.models.decoder import Decoder
+    from colora_ms.training.batching import Batch
+    from colora_ms.training.config import OptimizerConfig
 
 
 class CausalLossCell(nn.Cell):
@@ -32,13 +43,13 @@ class CausalLossCell(nn.Cell):
             (rows, segments), and no segment may see another.
     """
 
-    def __init__(self, decoder):
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__(auto_prefix=False)
         bind()
         self.decoder = decoder
-        self.fused = has_plain_head(decoder)
+        self.fused = is_float_matrix(decoder.lm_head)
 
-    def construct(self, ids, labels, lengths, slots):
+    def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses, and number of the labels that count.
 
         Args:
@@ -61,15 +72,7 @@ class CausalLossCell(nn.Cell):
         return loss, count
 
 
-def has_plain_head(decoder):
-    """Whether ``lm_head`` is one float matrix: no adapter on it, not quantized, no bias."""
-    head = decoder.lm_head
-    weight = getattr(head, "weight", None)
-    return (isinstance(weight, Parameter) and weight.dtype in (ms.float32, ms.bfloat16)
-            and not getattr(head, "has_bias", False))
-
-
-def masked_cross_entropy(logits, labels):
+def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of the labels that are not -100, through the whole logits.
 
     Args:
@@ -89,13 +92,14 @@ class TrainStep(nn.Cell):
         optimizer: ``AdamW``; only its parameters are differentiated.
     """
 
-    def __init__(self, loss_cell, optimizer):
+    def __init__(self, loss_cell: nn.Cell, optimizer: AdamW) -> None:
         super().__init__(auto_prefix=False)
         self.loss_cell = loss_cell
         self.optimizer = optimizer
         self.gradient = ops.value_and_grad(loss_cell, None, optimizer.trained, has_aux=True)
 
-    def construct(self, ids, labels, lengths, slots, hyper):
+    def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor,
+                  hyper: Tensor) -> tuple[Tensor, ...]:
         """Returns the loss's results and the norm of the gradient of the mean loss, 0-d float32."""
         results, grads = self.gradient(ids, labels, lengths, slots)
         norm = self.optimizer(grads, ops.maximum(results[1], Tensor(1.0, ms.float32)), hyper)
@@ -108,17 +112,17 @@ _clear = ops.MultitypeFuncGraph("clear")
 
 
 @_add_to.register("Tensor", "Tensor")
-def _add_to_buffer(buffer, grad):
+def _add_to_buffer(buffer: Tensor, grad: Tensor) -> Tensor:
     return ops.assign_add(buffer, grad)
 
 
 @_read.register("Function", "Tensor")
-def _read_total(all_reduce, buffer):
+def _read_total(all_reduce: Any, buffer: Tensor) -> Tensor:
     return all_reduce(buffer)
 
 
 @_clear.register("Tensor")
-def _clear_buffer(buffer):
+def _clear_buffer(buffer: Tensor) -> Tensor:
     return ops.assign(buffer, ops.zeros_like(buffer))
 
 
@@ -129,7 +133,7 @@ class GradientStep(nn.Cell):
         loss_cell, optimizer: as for ``TrainStep``.
     """
 
-    def __init__(self, loss_cell, optimizer):
+    def __init__(self, loss_cell: nn.Cell, optimizer: AdamW) -> None:
         super().__init__(auto_prefix=False)
         self.loss_cell = loss_cell
         self.gradient = ops.value_and_grad(loss_cell, None, optimizer.trained, has_aux=True)
@@ -140,7 +144,7 @@ class GradientStep(nn.Cell):
                                requires_grad=False)
         self.map = ops.HyperMap()
 
-    def construct(self, ids, labels, lengths, slots):
+    def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
         """Returns the loss's results for the batch."""
         results, grads = self.gradient(ids, labels, lengths, slots)
         done = self.map(_add_to, self.buffers, grads)
@@ -157,7 +161,7 @@ class UpdateStep(nn.Cell):
         world: number of processes; above 1, MindSpore's communication must be initialized.
     """
 
-    def __init__(self, gradient_step, optimizer, world=1):
+    def __init__(self, gradient_step: GradientStep, optimizer: AdamW, world: int = 1) -> None:
         super().__init__(auto_prefix=False)
         self.buffers, self.count = gradient_step.buffers, gradient_step.count
         self.optimizer = optimizer
@@ -166,7 +170,7 @@ class UpdateStep(nn.Cell):
         if world > 1:
             self.all_reduce = ops.AllReduce(ops.ReduceOp.SUM)
 
-    def construct(self, hyper, sums):
+    def construct(self, hyper: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Update from the buffers.
 
         Args:
@@ -199,18 +203,18 @@ class EvaluationStep(nn.Cell):
         figures: ``{name: mean}`` of the loss's further figures in the last :meth:`run`.
     """
 
-    def __init__(self, loss_cell):
+    def __init__(self, loss_cell: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.loss_cell = loss_cell
-        self.figures = {}
+        self.figures: dict[str, float] = {}
 
-    def construct(self, ids, labels, lengths, slots):
+    def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
         """Returns the loss's results."""
         return self.loss_cell(ids, labels, lengths, slots)
 
-    def run(self, batches, stepper, world=1):
+    def run(self, batches: Iterable[Batch], stepper: Stepper, world: int = 1) -> float:
         """Mean loss over all that counts in ``batches`` (answer tokens, pairs), on all processes."""
-        sums = 0.0
+        sums: Any = 0.0
         self.loss_cell.set_train(False)
         try:
             for batch in batches:
@@ -223,12 +227,12 @@ class EvaluationStep(nn.Cell):
         return float(sums[0]) / max(float(sums[1]), 1.0)
 
 
-def _numbers(results):
+def _numbers(results: Sequence[Tensor]) -> np.ndarray:
     """The results of a loss as one float64 array: its sum, the count, the sums of further figures."""
     return np.concatenate([item.asnumpy().reshape(-1) for item in results]).astype(np.float64)
 
 
-def _means(loss_cell, numbers):
+def _means(loss_cell: nn.Cell, numbers: np.ndarray) -> dict[str, float]:
     """``{name: mean}`` of a loss's further figures; numbers: sums as ``_numbers`` gives them."""
     names = getattr(loss_cell, "figures", ())
     return {name: float(value) / max(float(numbers[1]), 1.0) for name, value in zip(names, numbers[2:])}
@@ -249,7 +253,8 @@ class Stepper:
         ConfigError: nothing is trainable.
     """
 
-    def __init__(self, decoder, config, slot=0, world=1, loss_cell=None, optimizer=AdamW):
+    def __init__(self, decoder: Decoder, config: OptimizerConfig, slot: int = 0, world: int = 1,
+                 loss_cell: nn.Cell | None = None, optimizer: type[AdamW] = AdamW) -> None:
         self.loss_cell = CausalLossCell(decoder) if loss_cell is None else loss_cell
         parameters = self.loss_cell.trainable_params()
         self.optimizer = optimizer(parameters, config)
@@ -262,17 +267,18 @@ class Stepper:
         self.config, self.slot, self.world = config, slot, world
         #: Of the last update, over all processes: real tokens fed, whether one asked to stop, and
         #: {name: mean} of the loss's further figures.
-        self.tokens, self.stop_asked, self.figures = 0, False, {}
+        self.tokens, self.stop_asked = 0, False
+        self.figures: dict[str, float] = {}
         self.loss_cell.set_train(True)
         if config.accumulation_steps == 1 and world == 1:
-            self.whole = TrainStep(self.loss_cell, self.optimizer)
+            self.whole: TrainStep | None = TrainStep(self.loss_cell, self.optimizer)
             self.part = self.update = None
         else:
             self.whole = None
             self.part = GradientStep(self.loss_cell, self.optimizer)
             self.update = UpdateStep(self.part, self.optimizer, world)
 
-    def __call__(self, batches, step, steps, stop=False):
+    def __call__(self, batches: Sequence[Batch], step: int, steps: int, stop: bool = False) -> tuple[float, float]:
         """Make one update.
 
         Args:
@@ -286,7 +292,8 @@ class Stepper:
             of the gradient before clipping, as float; equal on all processes.
         """
         hyper = self.optimizer.hyper(step, steps)
-        sums, norm = 0.0, 0.0
+        sums: Any = 0.0
+        norm: Any = 0.0
         for batch in batches:
             tensors = self.tensors(batch)
             if self.whole is not None:
@@ -305,13 +312,13 @@ class Stepper:
         self.figures = _means(self.loss_cell, sums)
         return float(sums[0]) / max(float(sums[1]), 1.0), float(norm.asnumpy())
 
-    def tensors(self, batch):
+    def tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The batch as the tensors that the graphs take."""
         slots = np.full(len(batch.lengths), self.slot, np.int32)
         return (Tensor(batch.ids), Tensor(batch.labels), Tensor(batch.parts), Tensor(slots))
 
 
-def is_stacked_with_others(parameter):
+def is_stacked_with_others(parameter: Parameter) -> bool:
     """Whether an adapter parameter (``<path>.lora_A``, ``<path>.lily_B`` ...) holds more than one slot."""
     stacked = ".lora_" in parameter.name or ".lily_" in parameter.name
     return stacked and parameter.ndim >= 2 and parameter.shape[0] > 1

@@ -11,12 +11,20 @@
     adds_special_tokens -> bool   whether the tokenizer still has to add a beginning-of-text token
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from colora_ms.errors import ConfigError, DataError, TokenizerError, near
 from colora_ms.training.turns import learned_turns, renderings_of, unlearned_notes
+
+if TYPE_CHECKING:
+    from colora_ms.models.tokenizer import Tokenizer
+    from colora_ms.training.examples import Example
 
 DEFAULT_TEXT = "{prompt}\nAnswer: {completion}"
 
@@ -56,7 +64,7 @@ class TextTemplate:
     adds_special_tokens = True
     unwritten, unlearned, parted = (), {}, 0
 
-    def __init__(self, text=DEFAULT_TEXT):
+    def __init__(self, text: str = DEFAULT_TEXT) -> None:
         if not isinstance(text, str):
             raise ConfigError(f"the prompt template is {text!r}, expected a text")
         fields = re.findall(r"\{([A-Za-z_]\w*)\}", text)
@@ -75,7 +83,7 @@ class TextTemplate:
         self._blanks = head[len(self._head):]
         self.digest = hashlib.sha256(b"text\0" + text.encode()).hexdigest()[:16]
 
-    def prompt(self, example):
+    def prompt(self, example: Example) -> str:
         """The text in front of the answer."""
         asked = _messages(example)
         if len(asked) != 1:
@@ -85,15 +93,15 @@ class TextTemplate:
         _refuse_parts(example, asked)
         return self._head.replace("{prompt}", example.question)
 
-    def request(self, example):
+    def request(self, example: Example) -> str:
         """The prompt as text: the generator adds a beginning-of-text token if the model has one."""
         return self.prompt(example)
 
-    def answer(self, example):
+    def answer(self, example: Example) -> str:
         """The text of the answer, with the blanks that belong to it."""
         return self._blanks + example.completion
 
-    def renderings(self, example, loss="last"):
+    def renderings(self, example: Example, loss: str = "last") -> list[Rendering]:
         """The texts to train on as a list of ``Rendering``: one, or none if the answer carries no loss.
 
         Raises:
@@ -127,38 +135,40 @@ class ChatTemplate:
 
     adds_special_tokens = False  # a chat template writes the beginning-of-text token itself
 
-    def __init__(self, tokenizer, system=None):
+    def __init__(self, tokenizer: Tokenizer, system: str | None = None) -> None:
         if system is not None and not isinstance(system, str):
             raise ConfigError(f"the system message is {system!r}, expected a text")
         self._tokenizer = tokenizer
         self._system = system
-        self._developer = None
+        self._developer: bool | None = None
         self.parted = 0
-        self._tried, self._written, self._dropped = {}, set(), {}
+        self._tried: dict[str, Any] = {}
+        self._written: set[str] = set()
+        self._dropped: dict[str, None] = {}
         self._seen, self.unlearned = set(), {}
         probe = self.render(self._said([{"role": "user", "content": "?"}]), generation=True)
         self.digest = hashlib.sha256(b"chat\0" + probe.encode()).hexdigest()[:16]
 
     @property
-    def unwritten(self):
+    def unwritten(self) -> tuple[str, ...]:
         """Names of such fields, and of messages whose text the template has left out."""
         return tuple(name for name in self._tried if name not in self._written) + tuple(self._dropped)
 
-    def prompt(self, example):
+    def prompt(self, example: Example) -> str:
         """The rendered conversation up to where the assistant starts to speak."""
         return self.render(self._said(_messages(example)), getattr(example, "tools", ()), generation=True)
 
-    def request(self, example):
+    def request(self, example: Example) -> list[int]:
         """The prompt as token ids, because the rendered text holds all special tokens already."""
         return list(self._tokenizer.encode(self.prompt(example), add_special_tokens=False))
 
-    def answer(self, example):
+    def answer(self, example: Example) -> str:
         """What the template writes behind the prompt: the answer and the end of its turn."""
         asked = self._said(_messages(example))
         text, spans = renderings_of(_Renderer(self, example), [*asked, *example.reply], [len(asked)], example.id)[0]
         return text[spans[0][0]:]
 
-    def renderings(self, example, loss="last"):
+    def renderings(self, example: Example, loss: str = "last") -> list[Rendering]:
         """The texts to train on as a list of ``Rendering``.
 
         There is one with all turns that are learned, or one a turn where the template writes earlier turns differently
@@ -182,12 +192,12 @@ class ChatTemplate:
         self.parted += bool(made and render.parted)
         return made
 
-    def marks_generation(self, tools=()):
+    def marks_generation(self, tools: Sequence[dict] = ()) -> bool:
         """Whether the model's template says with ``{% generation %}`` blocks what the assistant writes."""
         marks = getattr(self._tokenizer, "marks_generation", None)
         return marks is not None and marks(list(tools) or None)
 
-    def _said(self, messages):
+    def _said(self, messages: Sequence[dict]) -> list[dict]:
         """The messages with the recipe's system message, developers' messages in a form that the template writes."""
         messages = [dict(item) for item in messages]
         if self._system is not None and messages[0]["role"] not in ("system", "developer"):
@@ -197,7 +207,7 @@ class ChatTemplate:
                 item["role"] = "system"
         return messages
 
-    def _writes_developer(self):
+    def _writes_developer(self) -> bool:
         """Whether the template writes a developer's message; those that leave it out or refuse it know it as system."""
         if self._developer is None:
             probe = [{"role": "developer", "content": "be#brief"}, {"role": "user", "content": "?"}]
@@ -207,14 +217,15 @@ class ChatTemplate:
                 self._developer = False
         return self._developer
 
-    def render(self, messages, tools=(), generation=False, spans=False):
+    def render(self, messages: Sequence[dict], tools: Sequence[dict] = (), generation: bool = False,
+               spans: bool = False) -> Any:
         """The text of a conversation, or (text, spans) with ``spans``.
 
         An assistant's message without a text is given as ``None``, as OpenAI's are; where a template would fail on
         that, or write the word None, it is given as an empty text.
         """
         messages = [{key: value for key, value in item.items() if key != "weight"} for item in messages]
-        options = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        options: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
         if spans:
             options["return_spans"] = True
         try:
@@ -231,7 +242,7 @@ class ChatTemplate:
         except TokenizerError as error:
             raise DataError(str(error)) from None
 
-    def _watch(self, messages, tools):
+    def _watch(self, messages: Sequence[dict], tools: Sequence[dict]) -> None:
         """Note whether the template writes the fields that these messages have."""
         found = {name for item in messages for name in ("reasoning_content", "tool_calls", "name")
                  if name in item and (name != "name" or item["role"] != "tool")}
@@ -247,9 +258,9 @@ class ChatTemplate:
             if not same:
                 self._written.add(name)
 
-
-    def _watch_contents(self, messages, tools, texts):
-        """Note messages whose text the template leaves out; it is looked for first, and probed where it is not found."""
+    def _watch_contents(self, messages: Sequence[dict], tools: Sequence[dict], texts: Any) -> None:
+        """Note messages whose text the template leaves out; it is looked for first, and probed where it is not
+        found."""
         for k, item in enumerate(messages):
             content = (item["content"] or "").strip()
             beside = " beside tool_calls" if item.get("tool_calls") else ""
@@ -271,15 +282,15 @@ class ChatTemplate:
 class _Renderer:
     """``render`` of a ``ChatTemplate`` with the tools of an example, as ``turns`` needs it."""
 
-    def __init__(self, template, example):
+    def __init__(self, template: ChatTemplate, example: Example) -> None:
         self._template, self._tools = template, getattr(example, "tools", ())
         self.marked, self.parted = template.marks_generation(self._tools), False
 
-    def __call__(self, messages, generation=False, spans=False):
+    def __call__(self, messages: Sequence[dict], generation: bool = False, spans: bool = False) -> Any:
         return self._template.render(messages, self._tools, generation, spans)
 
 
-def _messages(example):
+def _messages(example: Example) -> tuple[dict, ...]:
     """An example's question as messages.
 
     Raises:
@@ -292,7 +303,7 @@ def _messages(example):
     return ({"role": "user", "content": example.prompt},)
 
 
-def _refuse_parts(example, messages, what=""):
+def _refuse_parts(example: Example, messages: Sequence[dict], what: str = "") -> None:
     """Refuse what a plain text has no place for."""
     parts = {key for item in messages for key in item} - {"role", "content", "weight"}
     if getattr(example, "tools", ()):
@@ -305,7 +316,7 @@ def _refuse_parts(example, messages, what=""):
                         "template (template: chat)")
 
 
-def make_template(spec, tokenizer, system=None):
+def make_template(spec: str, tokenizer: Any, system: str | None = None) -> TextTemplate | ChatTemplate:
     """The template that a recipe asks for.
 
     Args:

@@ -1,14 +1,20 @@
 """Plain text as training data: windows of tokens, every token predicted from those before it."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from colora_ms.errors import DataError
 from colora_ms.training.encoding import EncodedExample, EncodedSet, windows
 
+if TYPE_CHECKING:
+    from colora_ms.models.tokenizer import Tokenizer
 
-def read_text(path):
+
+def read_text(path: str | Path) -> str:
     """The content of a UTF-8 text file.
 
     Raises:
@@ -25,11 +31,11 @@ def read_text(path):
     return text
 
 
-def encode_text(text, tokenizer, max_length, vocab_size=None):
+def encode_text(text: str, tokenizer: Tokenizer, max_length: int, vocab_size: int | None = None) -> EncodedSet:
     """Cut a text into windows for next-token training.
 
-    Neighbouring windows share one token, so that every token but the first is predicted once. The end that does not fill
-    a window is left out: all windows have one length, one graph.
+    Neighbouring windows share one token, so that every token but the first is predicted once. The end that does not
+    fill a window is left out: all windows have one length, one graph.
 
     Args:
         text: any length.
@@ -47,11 +53,11 @@ def encode_text(text, tokenizer, max_length, vocab_size=None):
     if max_length < 2:
         raise DataError(f"a window has {max_length} tokens, expected at least 2")
     if len(ids) < max_length:
-        raise DataError(f"the text has {len(ids)} tokens, which do not fill a window of {max_length}; give more text or a "
-                        "smaller max_length")
+        raise DataError(f"the text has {len(ids)} tokens, which do not fill a window of {max_length}; give more text "
+                        "or a smaller max_length")
     if vocab_size is not None and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise DataError(f"the tokenizer gave the id {ids.max()}, but the model has {vocab_size} rows; do the two belong "
-                        "together?")
+        raise DataError(f"the tokenizer gave the id {ids.max()}, but the model has {vocab_size} rows; do the two "
+                        "belong together?")
     places = [(begin, end) for begin, end in windows(len(ids), max_length) if end - begin == max_length]
     items = [EncodedExample(ids[begin:end], ids[begin:end], number) for number, (begin, end) in enumerate(places)]
     return EncodedSet(items, [], 0, max_length, left_tokens=len(ids) - places[-1][1])

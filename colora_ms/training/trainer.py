@@ -12,17 +12,23 @@ A run's folder holds
     recipe.yaml          the settings
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
 import math
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindspore import nn
 
 from colora_ms import runtime
-from colora_ms.distributed import workers
 from colora_ms.adapters import lily_lengths
 from colora_ms.adapters.patterns import in_order
+from colora_ms.distributed import workers
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.data import BatchLoader
@@ -31,6 +37,12 @@ from colora_ms.training.packing import packed_shape
 from colora_ms.training.progress import Progress, StopSignals, pair_text
 from colora_ms.training.report import RunLog, draw_loss_curve
 from colora_ms.training.step import EvaluationStep, Stepper
+
+if TYPE_CHECKING:
+    from colora_ms.models.decoder import Decoder
+    from colora_ms.training.batching import Batch
+    from colora_ms.training.config import TrainingConfig
+    from colora_ms.training.encoding import EncodedSet
 
 
 class TrainingError(ColoraError, RuntimeError):
@@ -51,10 +63,10 @@ class TrainingResult:
     """
 
     steps: int
-    losses: list
-    validation: list
-    best_step: int
-    best_loss: float
+    losses: list[float]
+    validation: list[tuple[int, float]]
+    best_step: int | None
+    best_loss: float | None
     adapter: Path
     seconds: float
     tokens: int
@@ -63,13 +75,13 @@ class TrainingResult:
 class Callback:
     """Base of callbacks; every method may be left as it is."""
 
-    def on_step(self, trainer, record):
+    def on_step(self, trainer: Trainer, record: dict) -> None:
         """After an update; ``record`` is its line of the log."""
 
-    def on_evaluation(self, trainer, record):
+    def on_evaluation(self, trainer: Trainer, record: dict) -> None:
         """After an evaluation on the validation data."""
 
-    def on_end(self, trainer, result):
+    def on_end(self, trainer: Trainer, result: TrainingResult) -> None:
         """After the last update, with the ``TrainingResult``."""
 
 
@@ -96,8 +108,10 @@ class Trainer:
             adapter that pools over rows.
     """
 
-    def __init__(self, decoder, data, config, save_adapter, validation=None, callbacks=(), slot=0,
-                 rank=0, world=1, loss_cell=None, loader=BatchLoader, data_report=None):
+    def __init__(self, decoder: Decoder, data: EncodedSet, config: TrainingConfig, save_adapter: Callable[[Path], Any],
+                 validation: EncodedSet | None = None, callbacks: Iterable[Callback] = (), slot: int = 0, rank: int = 0,
+                 world: int = 1, loss_cell: nn.Cell | None = None,
+                 loader: type[BatchLoader] = BatchLoader, data_report: dict | None = None) -> None:
         self.folder = Path(config.output)
         if rank == 0:
             checkpoints.check_writable(self.folder)
@@ -114,20 +128,24 @@ class Trainer:
             raise ConfigError(lily_lengths.PACKED)
         self._loader_kind = loader
         self.loader = self._loader(data, rank, world)
-        self.validation = None
+        self.validation: BatchLoader | None = None
         if validation is not None:
             self.validation = self._loader(validation, rank, world, shuffle=False)
         self.stepper = Stepper(decoder, config.optimizer, slot, world, loss_cell)
         self.evaluation = EvaluationStep(self.stepper.loss_cell)
-        self.steps, self.end = config.loop.steps, None
-        if self.steps is None:
-            self.steps, self.end = self.loader.updates(config.loop.epochs,
-                                                       config.optimizer.accumulation_steps)
-        self.step, self.best_step, self.best_loss = 0, None, None
+        self.steps: int
+        self.end: tuple[int, int] | None = None
+        if config.loop.epochs is None:
+            self.steps = config.loop.steps or 0
+        else:
+            self.steps, self.end = self.loader.updates(config.loop.epochs, config.optimizer.accumulation_steps)
+        self.step = 0
+        self.best_step: int | None = None
+        self.best_loss: float | None = None
         self.seconds_before = 0.0
         self.stopped_by = ""  # who asked to stop after this update: a signal, or a callback that sets it
 
-    def _loader(self, data, rank, world, shuffle=True):
+    def _loader(self, data: EncodedSet, rank: int, world: int, shuffle: bool = True) -> BatchLoader:
         options = self.config.data
         rows, buckets = options.batch_size, options.buckets
         if not shuffle:
@@ -143,7 +161,7 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def train(self, resume=False):
+    def train(self, resume: bool | str | Path = False) -> TrainingResult:
         """Run until ``steps`` updates are made.
 
         Args:
@@ -190,7 +208,7 @@ class Trainer:
                         log.add("step", self.step, **record)
                     self._call("on_step", {"step": self.step, **record})
                     if self._due(self.config.loop.evaluate_every) and self.validation is not None:
-                        validation.append((self.step, self._evaluate(log, progress)))
+                        validation.append((self.step, self._evaluate(self.validation, log, progress)))
                     # Several processes stop after the same update, or some would wait for ever.
                     stop = self.stopped_by if self.world == 1 else self.stepper.stop_asked
                     if self._due(self.config.loop.save_every) or stop:
@@ -218,15 +236,15 @@ class Trainer:
         self._call("on_end", result)
         return result
 
-    def _due(self, every):
+    def _due(self, every: int | None) -> bool:
         """Whether something that happens every so many updates, and after the last, is due now."""
         return self.step == self.steps or (every is not None and self.step % every == 0)
 
-    def _call(self, method, value):
+    def _call(self, method: str, value: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, method)(self, value)
 
-    def _update(self, batches):
+    def _update(self, batches: list[Batch]) -> tuple[float, float]:
         step = self.step + 1
         try:
             # Only several processes have to agree on stopping.
@@ -253,10 +271,10 @@ class Trainer:
                                 f"were before it: {advice}.{last}")
         return loss, norm
 
-    def _evaluate(self, log, progress):
+    def _evaluate(self, validation: BatchLoader, log: RunLog | None, progress: Progress) -> float:
         """Validation loss; keeps the adapter if it is the best so far."""
         began = time.perf_counter()
-        loss = self.evaluation.run(self.validation.epoch_batches(), self.stepper, self.world)
+        loss = self.evaluation.run(validation.epoch_batches(), self.stepper, self.world)
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss = self.step, loss
             if self.rank == 0:
@@ -272,7 +290,7 @@ class Trainer:
 
     # -- several processes ---------------------------------------------------------------------
 
-    def _check_equal_start(self):
+    def _check_equal_start(self) -> None:
         """Sums of gradients mean nothing unless all processes start from the same values and data."""
         if self.world == 1:
             return
@@ -290,13 +308,13 @@ class Trainer:
                                 + "; ".join(problems) + "; give all of them the same recipe, model "
                                 "files and output folder")
 
-    def _wait(self):
+    def _wait(self) -> None:
         if self.world > 1:
             workers.current().wait()
 
     # -- checkpoints ---------------------------------------------------------------------------
 
-    def _begin(self, resume):
+    def _begin(self, resume: bool | str | Path) -> None:
         found = checkpoints.list_checkpoints(self.folder)
         if not resume:
             if found:
@@ -322,7 +340,7 @@ class Trainer:
         self.best_step, self.best_loss = values.get("best_step"), values.get("best_loss")
         self.seconds_before = values.get("seconds", 0.0)
 
-    def _save(self, started):
+    def _save(self, started: float) -> None:
         if self.rank != 0:
             return
         state = {"data": self.loader.state(), "recipe": self._recipe(),
@@ -331,7 +349,7 @@ class Trainer:
         checkpoints.save_checkpoint(self.folder, self.step, self.stepper.optimizer, state,
                                     self.config.loop.keep_checkpoints, self.stepper.streams)
 
-    def _recipe(self):
+    def _recipe(self) -> dict:
         """What must be equal for a resumed run to continue exactly."""
         values = self.config.to_dict()
         exact = {key: values[key] for key in ("model", "weight_format", "adapter", "optimizer")}
@@ -341,7 +359,7 @@ class Trainer:
         exact["world"] = self.world
         return json.loads(json.dumps(exact, default=str))
 
-    def _write_recipe(self):
+    def _write_recipe(self) -> None:
         import yaml
         with checkpoints.writing(self.folder / "recipe.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(json.loads(json.dumps(self.config.to_dict(),
@@ -349,7 +367,7 @@ class Trainer:
                                                 sort_keys=False), encoding="utf-8")
 
 
-def _differences(old, new):
+def _differences(old: dict, new: dict) -> list[str]:
     """Texts that say which settings of two recipes differ."""
     texts = []
     for key in new:
@@ -363,7 +381,7 @@ def _differences(old, new):
     return texts
 
 
-def _is_out_of_memory(error):
+def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(
         words in text for words in ("out of memory", "malloc", "bad_alloc", "alloc memory",

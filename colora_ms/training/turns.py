@@ -9,28 +9,33 @@ A turn ends with what the template writes behind it. White space behind that (Ch
 read, but carries no loss: it is not generated.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from colora_ms.errors import DataError
 
 
-def learned_turns(messages, begin, marked=False):
+def learned_turns(messages: Sequence[dict], begin: int, marked: bool = False) -> list[int]:
     """Indices from ``begin`` on of the assistant's messages that carry a loss.
 
     A message of weight 0 carries none, nor does one that says nothing (to learn it would be to learn silence), nor one
-    that opens a conversation: nothing asks for it. Generation blocks (``marked``) hold that one, too, as in transformers.
+    that opens a conversation: nothing asks for it. Generation blocks (``marked``) hold that one, too, as in
+    transformers.
     """
     return [k for k in range(begin if marked else max(begin, 1), len(messages))
             if messages[k]["role"] == "assistant" and messages[k].get("weight", 1) and says_something(messages[k])]
 
 
-def says_something(message):
+def says_something(message: dict) -> bool:
     """Whether an assistant's message has a text, a call or a thought."""
     return bool((message["content"] or "").strip() or message.get("tool_calls")
                 or (message.get("reasoning_content") or "").strip())
 
 
-def unlearned_notes(messages, begin, learned):
+def unlearned_notes(messages: Sequence[dict], begin: int, learned: Sequence[int]) -> list[str]:
     """Names of what these messages have and the loss leaves out without anybody's asking, for a warning."""
     found = []
     for k, item in enumerate(messages):
@@ -45,7 +50,8 @@ def unlearned_notes(messages, begin, learned):
     return found
 
 
-def renderings_of(render, messages, turns, name):
+def renderings_of(render: Any, messages: Sequence[dict], turns: Sequence[int],
+                  name: str) -> list[tuple[str, list[tuple[int, int]]]]:
     """The texts to train on.
 
     Args:
@@ -71,20 +77,23 @@ def renderings_of(render, messages, turns, name):
             return [found] if found[1] else []
         text = render(messages)
         spans = [_span(render, messages, k, text) for k in turns]
-        if None not in spans:
-            return [(text, spans)]
+        whole = [span for span in spans if span is not None]
+        if len(whole) == len(spans):
+            return [(text, whole)]
         alone = [(k, render(messages[:k + 1])) for k in turns]
-        made = [(text, _span(render, messages[:k + 1], k, text)) for k, text in alone]
+        made = [(k, text, _span(render, messages[:k + 1], k, text)) for k, text in alone]
     except DataError as error:
         raise DataError(f"example {name}: {error}") from None
-    for k, (_, span) in zip(turns, made):
+    texts = []
+    for k, text, span in made:
         if span is None:
             raise DataError(f"example {name}: the chat template writes the conversation before message {k} differently "
                             "once the answer follows, so that nobody can tell where the answer begins")
-    return [(text, [span]) for text, span in made]
+        texts.append((text, [span]))
+    return texts
 
 
-def _marked(render, messages, turns):
+def _marked(render: Any, messages: Sequence[dict], turns: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
     """(text, spans) by generation blocks."""
     text, spans = render(messages, spans=True)
     said = [k for k, item in enumerate(messages) if item["role"] == "assistant"]
@@ -97,7 +106,7 @@ def _marked(render, messages, turns):
     return text, [span for k in turns for span in spans[counts[k]:counts[k + 1]]]
 
 
-def _span(render, messages, k, text):
+def _span(render: Any, messages: Sequence[dict], k: int, text: str) -> tuple[int, int] | None:
     """(begin, end) of turn k in ``text``; None if the text does not begin with the conversation up to it."""
     upto = text if k == len(messages) - 1 else render(messages[:k + 1])
     if not text.startswith(upto):

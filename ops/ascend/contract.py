@@ -16,7 +16,8 @@ ACL_TYPES = {"int": "int64_t", "bool": "bool", "float": "double"}
 
 def parse_definition(text):
     """One *_def.cpp -> {"name", "inputs": [(name, param type, dtypes)], "outputs", "attributes", "units"}."""
-    tensors = re.compile(r'this->(Input|Output)\("(\w+)"\)\.ParamType\((\w+)\)\.DataType\(\{(.*?)\}\)\.Format\(\{(.*?)\}\)', re.S)
+    tensors = re.compile(r'this->(Input|Output)\("(\w+)"\)\.ParamType\((\w+)\)'
+                         r"\.DataType\(\{(.*?)\}\)\.Format\(\{(.*?)\}\)", re.S)
     parsed = {"name": re.search(r"OP_ADD\((\w+)\)", text).group(1), "inputs": [], "outputs": [], "attributes": []}
     for kind, name, presence, types, formats in tensors.findall(text):
         types = [DTYPES[t.strip().removeprefix("ge::")] for t in types.split(",")]
@@ -59,7 +60,8 @@ def header(definition):
     arguments += [f"const aclTensor *{n}" for n, *_ in definition["outputs"]]
     arguments += ["uint64_t *workspaceSize", "aclOpExecutor **executor"]
     return (f"aclnnStatus aclnn{name}GetWorkspaceSize(\n    " + ",\n    ".join(arguments) + ");\n\n"
-            f"aclnnStatus aclnn{name}(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream);\n")
+            f"aclnnStatus aclnn{name}(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream "
+            "stream);\n")
 
 
 def write(folder):

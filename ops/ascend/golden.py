@@ -3,7 +3,8 @@
     python ops/ascend/golden.py write FOLDER
     python ops/ascend/golden.py run FOLDER [--target Ascend|CPU]
 
-`run` prints a table and ends with 0 if every case is within its allowance, else 1. Target CPU takes the emulated operators.
+`run` prints a table and ends with 0 if every case is within its allowance, else 1. Target CPU takes the emulated
+operators.
 """
 import argparse
 import sys
@@ -14,10 +15,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDING = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "float32": 2.0 ** -24}
 LORA = [  # tokens, in, rank, out, dtype
-    (1, 4096, 16, 4096, "float16"), (32, 4096, 16, 4096, "float16"), (7, 1000, 24, 1000, "float16"), (2, 64, 256, 576, "float16"),
-    (1, 4096, 16, 4096, "bfloat16"), (33, 576, 3, 192, "bfloat16"), (300, 1000, 64, 64, "bfloat16"), (5, 576, 8, 1536, "float32")]
-PACKED = [(1, 4096, 32, 16, 4096, "float16"), (7, 576, 18, 8, 192, "bfloat16"), (33, 1000, 1, 24, 100, "float32")]  # + scales a row
-MIX = [(1, 4, 16, 4096, "float16"), (9, 3, 8, 1000, "bfloat16"), (2, 4, 64, 64, "float32")]  # tokens, experts, rank, out, dtype
+    (1, 4096, 16, 4096, "float16"), (32, 4096, 16, 4096, "float16"), (7, 1000, 24, 1000, "float16"),
+    (2, 64, 256, 576, "float16"),
+    (1, 4096, 16, 4096, "bfloat16"), (33, 576, 3, 192, "bfloat16"), (300, 1000, 64, 64, "bfloat16"),
+    (5, 576, 8, 1536, "float32")]
+# + scales a row
+PACKED = [(1, 4096, 32, 16, 4096, "float16"), (7, 576, 18, 8, 192, "bfloat16"), (33, 1000, 1, 24, 100, "float32")]
+# tokens, experts, rank, out, dtype
+MIX = [(1, 4, 16, 4096, "float16"), (9, 3, 8, 1000, "bfloat16"), (2, 4, 64, 64, "float32")]
 SELECT = [(1, 151936, "float16"), (16, 49152, "bfloat16"), (3, 262144, "float32")]
 
 
@@ -34,8 +39,12 @@ def rounded(values, dtype):
 
 def lora_case(tokens, hidden, rank, width, dtype, bank=4):
     rng = np.random.default_rng([tokens, hidden, rank, width])
-    normal = lambda *shape: rounded(rng.standard_normal(shape), dtype)
-    case = {"x": normal(tokens, hidden), "down": rounded(rng.standard_normal((bank, rank, hidden)) * hidden ** -0.5, dtype),
+
+    def normal(*shape):
+        return rounded(rng.standard_normal(shape), dtype)
+
+    case = {"x": normal(tokens, hidden),
+            "down": rounded(rng.standard_normal((bank, rank, hidden)) * hidden ** -0.5, dtype),
             "up": normal(bank, rank, width), "scale": rng.uniform(0.25, 2, bank).astype(np.float32),
             "slots": rng.integers(-1, bank, tokens).astype(np.int32), "y": normal(tokens, width)}
     case["slots"][0] = bank - 1
@@ -45,7 +54,8 @@ def lora_case(tokens, hidden, rank, width, dtype, bank=4):
             h = float(case["scale"][s]) * (case["down"][s].astype(np.float64) @ case["x"][t])
             terms = np.abs(h) @ np.abs(case["up"][s])
             want[t] += h @ case["up"][s]
-            allowed[t] = ROUNDING[dtype] * np.abs(want[t]) * 1.01 + terms * (2.0 ** -11 if dtype == "float16" else 2.0 ** -17)
+            allowed[t] = ROUNDING[dtype] * np.abs(want[t]) * 1.01 + terms * (2.0 ** -11 if dtype == "float16"
+                                                                             else 2.0 ** -17)
     return {**case, "want": want, "allowed": allowed, "dtype": dtype, "kind": "lora"}
 
 
@@ -72,7 +82,8 @@ def mix_case(tokens, experts, rank, width, dtype, bank=3):
     case = {"h": rng.standard_normal((tokens, rank)).astype(np.float32),
             "weights": (weights / weights.sum(1, keepdims=True)).astype(np.float32),
             "up": rounded(rng.standard_normal((bank, experts, rank, width)), dtype),
-            "scale": rng.uniform(0.25, 2, bank).astype(np.float32), "slots": rng.integers(-1, bank, tokens).astype(np.int32),
+            "scale": rng.uniform(0.25, 2, bank).astype(np.float32),
+            "slots": rng.integers(-1, bank, tokens).astype(np.int32),
             "y": rounded(rng.standard_normal((tokens, width)), dtype)}
     case["slots"][0] = bank - 1
     want, allowed = case["y"].astype(np.float64), np.zeros((tokens, width))
@@ -81,7 +92,8 @@ def mix_case(tokens, experts, rank, width, dtype, bank=3):
             coefficients = float(case["scale"][s]) * np.outer(case["weights"][t], case["h"][t]).astype(np.float64)
             want[t] += np.einsum("er,erw->w", coefficients, case["up"][s].astype(np.float64))
             terms = np.einsum("er,erw->w", np.abs(coefficients), np.abs(case["up"][s]))
-            allowed[t] = ROUNDING[dtype] * np.abs(want[t]) * 1.01 + terms * (2.0 ** -11 if dtype == "float16" else 2.0 ** -17)
+            allowed[t] = ROUNDING[dtype] * np.abs(want[t]) * 1.01 + terms * (2.0 ** -11 if dtype == "float16"
+                                                                             else 2.0 ** -17)
     return {**case, "want": want, "allowed": allowed, "dtype": dtype, "kind": "mix"}
 
 
@@ -135,14 +147,20 @@ def run(folder, target):
     print(f"{'case':<44} {'worst error / allowed':>22}  result")
     for file in files:
         case = np.load(file)
-        typed = lambda name: ms.Tensor(case[name]).astype(getattr(ms, str(case["dtype"])))
-        plain = lambda name: ms.Tensor(case[name])
+
+        def plain(name, case=case):
+            return ms.Tensor(case[name])
+
+        def typed(name, case=case):
+            return ms.Tensor(case[name]).astype(getattr(ms, str(case["dtype"])))
+
         try:
             if str(case["kind"]) != "select":
                 if str(case["kind"]) == "lora":
                     out = Lora()(typed("x"), plain("slots"), typed("down"), typed("up"), plain("scale"), typed("y"))
                 elif str(case["kind"]) == "packed":
-                    out = Packed()(typed("x"), plain("slots"), plain("weight"), plain("weight_scale"), typed("down"), typed("up"),
+                    out = Packed()(typed("x"), plain("slots"), plain("weight"), plain("weight_scale"), typed("down"),
+                                   typed("up"),
                                    plain("scale"))
                 else:
                     out = Mix()(plain("h"), plain("weights"), plain("slots"), typed("up"), plain("scale"), typed("y"))

@@ -49,7 +49,8 @@ def kernel_arguments(text, name):
 def registration(symbol, count):
     """C++ lines that make a compiled kernel known to emulator_launch under its symbol's name."""
     pointers = ", ".join(f"static_cast<uint8_t*>(a[{i}])" for i in range(count))
-    return f'static emulator::Registered registered_{symbol}("{symbol}", {count}, [](void** a) {{ {symbol}({pointers}); }});\n'
+    call = f"[](void** a) {{ {symbol}({pointers}); }}"
+    return f'static emulator::Registered registered_{symbol}("{symbol}", {count}, {call});\n'
 
 
 def wrapper(name):
@@ -70,7 +71,8 @@ def flags(optimise="-O3"):
     native = [] if optimise == "-O0" else ["-march=native"]
     include = [f"-I{HERE / 'include'}", f"-I{ASCEND / 'common' / 'op_kernel'}",
                f"-I{ASCEND / 'common' / 'op_host'}", f"-I{ASCEND}"]
-    return ["-std=c++17", optimise, *native, "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-unused-parameter", *include]
+    return ["-std=c++17", optimise, *native, "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall",
+            "-Wno-unused-parameter", *include]
 
 
 def compiler():

@@ -15,13 +15,13 @@ from mindspore import Tensor
 
 from colora_ms import Contrast, Generator, runtime
 from colora_ms.distributed import workers
-from colora_ms.distributed.tensor_parallel import save_whole, shard_decoder
+from colora_ms.distributed import save_whole, shard_decoder
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.tokenizer import load_tokenizer
 from colora_ms.training.batching import Batch
 from colora_ms.training.config import OptimizerConfig
 from colora_ms.training.step import Stepper
-from colora_ms.distributed.training import SplitAdamW
+from colora_ms.training.split import SplitAdamW
 
 PROMPTS = ["one and two", "f", "five five five"]
 IDS = np.array([[5, 9, 200, 31, 7], [8, 100, 3, 0, 0], [77, 0, 0, 0, 0]], np.int32)

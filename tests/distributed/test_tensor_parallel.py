@@ -12,10 +12,10 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from colora_ms.distributed import tensor_parallel
-from colora_ms.distributed.tensor_parallel import (
-    joined, load_sharded, local_config, shard_adapter, shard_decoder, share_of,
-)
+from colora_ms.distributed import loading
+from colora_ms.distributed.adapter_files import shard_adapter
+from colora_ms.distributed.loading import load_sharded, shard_decoder
+from colora_ms.distributed.shares import joined, local_config, share_of
 from colora_ms.cli import main
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.models.config import DecoderConfig
@@ -146,7 +146,7 @@ def test_what_cannot_be_split_is_refused(tmp_path, monkeypatch, capsys):
         shard_adapter(tmp_path / "empty", tmp_path / "out", Workers(0, 2))
     for kind, words in [({"quantized": object(), "low_rank": {}}, "integer linears"),
                         ({"quantized": None, "low_rank": {"a": None}}, "decomposed linears")]:
-        monkeypatch.setattr(tensor_parallel, "open_checkpoint", lambda path, kind=kind: SimpleNamespace(path=path, **kind))
+        monkeypatch.setattr(loading, "open_checkpoint", lambda path, kind=kind: SimpleNamespace(path=path, **kind))
         with pytest.raises(ConfigError, match=f"empty has {words}.*cannot be split"):
             load_sharded(str(tmp_path / "empty"), Workers(0, 2))
     assert main(["generate", "--tensor-parallel", "one"]) == 2 and "needs several workers" in capsys.readouterr().err

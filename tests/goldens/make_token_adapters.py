@@ -15,7 +15,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 
-from make_goldens import KEPT_POSITIONS, SIZES, forward, load, save_adapter, store_adapter_logits  # noqa: E402
+from make_goldens import KEPT_POSITIONS, SIZES, forward, load, save_adapter  # noqa: E402
 
 LORA = dict(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"])
 ROWS = [3, 90, 7]

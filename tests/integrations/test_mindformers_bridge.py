@@ -151,7 +151,7 @@ def test_contrast_in_mindformers_generation(tiny_llama):
 
     from mindformers.generation import LogitsProcessorList
 
-    from colora_ms.decoding.contrast import Contrast, contrastive_scores
+    from colora_ms.decoding import Contrast, contrastive_scores
     from colora_ms.integrations.mindformers.contrast import BaseLogits, ContrastProcessor
 
     net = tiny_llama()

@@ -404,7 +404,7 @@ def graph(mindspore, isa):
 def graph_linears(ms, rng, kinds, columns, outs, rank=5):
     """Linears as graphs take them; the second has no adapters, the first a bias."""
     from colora_ms.kernels.aot import ABSENT
-    from colora_ms.kernels.operands import base_of, linear_of
+    from colora_ms.kernels.operands import FORMATS, base_of, linear_of
 
     linears = []
     for i, (kind, out) in enumerate(zip(kinds, outs)):
@@ -415,7 +415,8 @@ def graph_linears(ms, rng, kinds, columns, outs, rank=5):
             tensor = ms.Tensor(weight)
         adapters = [ms.Tensor(a) for a in make_adapters(rng, 3, rank, columns, out)] if i != 1 else [ABSENT] * 3
         bias = ms.Tensor(rng.normal(size=out).astype(np.float32)) if i == 0 else ABSENT
-        base = base_of(tensor, ABSENT if weight_scale is None else ms.Tensor(weight_scale), bias)
+        form = [name for name, _ in FORMATS].index(kind.split()[0])
+        base = base_of(form, tensor, ABSENT if weight_scale is None else ms.Tensor(weight_scale), bias)
         linears.append(linear_of(base, *adapters))
     return tuple(linears)
 
@@ -436,13 +437,13 @@ def cell(ms, function, linears):
 def test_graph_face_and_gradient_of_a_product(graph, rank):
     """LoRA on a decomposed linear, as it is trained: x, down and up have gradients, the factors are frozen."""
     from colora_ms.kernels.aot import ABSENT
-    from colora_ms.kernels.operands import base_of, linear_of, product_of
+    from colora_ms.kernels.operands import FLOAT32, base_of, linear_of, product_of
 
     ms, linear = graph
     rng = np.random.default_rng(12)
     inner, outer, core, _ = make_product(rng, 12, 36, False, True)
     base = product_of(*(ms.Tensor(one) for one in (inner, outer, core)), ms.Tensor(np.ones(12, np.float32)))
-    weight = base_of(ms.Tensor(make_weight(rng, 12, 36, "float32")[0]))
+    weight = base_of(FLOAT32, ms.Tensor(make_weight(rng, 12, 36, "float32")[0]))
     down, up, scale = [ms.Tensor(a) for a in make_adapters(rng, 3, rank, 36, 12)] if rank else [ABSENT] * 3
     x, slots = ms.Tensor(rng.normal(size=(4, 3, 36)).astype(np.float32)), ms.Tensor(np.array([0, -1, 2, 0], np.int32))
 

@@ -74,11 +74,21 @@ def test_options_begin_with_their_defaults_and_refuse_what_is_out_of_range():
 
 
 def test_what_a_request_asks_for_comes_from_the_fields_that_the_table_names():
-    from colora_ms.decoding.contrast import Contrast, Sampling, operands as batch
+    from colora_ms.decoding.options import Contrast, Sampling
 
-    rows = batch([(Contrast(0.3, 0.7, "margin", skip_copies=True), Sampling(0.8, 2**40, 0.9)), (None, Sampling())], 3)
-    column = options.COLUMN
-    assert list(rows.whole[:, column["mode"]]) == [11, 0, 0] and list(rows.whole[:, column["top_k"]]) == [2**31 - 1, 0, 0]
+    rows, column = OptionRows(3), options.COLUMN
+    rows.take(0, "contrast", Contrast(0.3, 0.7, "margin", skip_copies=True))
+    rows.take(0, "sampling", Sampling(0.8, 2**40, 0.9))
+    assert list(rows.whole[:, column["mode"]]) == [11, 0, 0]
+    assert list(rows.whole[:, column["top_k"]]) == [2**31 - 1, 0, 0]
     for name, value in (("alpha", 0.3), ("beta", 0.7), ("temperature", 0.8), ("top_p", 0.9)):
         assert rows.real[0, column[name]] == np.float32(value)
         assert np.array_equal(rows.real[1], rows.real[2])
+
+
+def test_the_tags_of_the_formats_are_the_numbers_of_the_bases():
+    from colora_ms.models import formats
+
+    known = [one for one in vars(formats).values() if isinstance(one, formats.WeightFormat) and one.tag is not None]
+    assert known and all(operands.FORMATS[one.tag][0] == one.name for one in known)
+    assert all(("weight_scale" in operands.FORMATS[one.tag][1]) == one.scaled for one in known)

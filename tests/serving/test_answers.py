@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from colora_ms.decoding import Contrast, Generator, Sampling
 from colora_ms.decoding.answer import Answer
-from colora_ms.decoding.settings import Settings
+from colora_ms.decoding.options import Options
 from colora_ms.errors import DecodingError
 from colora_ms.serving import Engine
 from colora_ms.serving.http import Server, Settings as HttpSettings, create_app
@@ -61,7 +61,7 @@ def test_an_answer_by_its_definition(ids, stop, stop_ids, budget, end, cuts):
     if reason is None:
         ids = ids + [EOS]  # every answer ends somewhere
         text, kept, reason = expected(ids, stop, stop_ids, budget)
-    answer = Answer(Pieces(), [], Settings(None, Sampling(), budget, tuple(stop), tuple(stop_ids), records=True),
+    answer = Answer(Pieces(), [], Options(None, Sampling(), budget, tuple(stop), tuple(stop_ids), records=True),
                     (EOS,))
     news = [("", (), ())]
     for place, one in enumerate(ids):
@@ -82,7 +82,7 @@ def test_an_answer_by_its_definition(ids, stop, stop_ids, budget, end, cuts):
     ([7, 3], ["bc", "abc"], "", 1), ([5, 8, 3], ["ab", "abc"], "", 1), ([12, 12, 3], ["bca", "cc"], "ca", 2),
 ])
 def test_overlapping_stop_strings(ids, stop, text, count):
-    answer = Answer(Pieces(), [], Settings(None, Sampling(), 4, tuple(stop)), (EOS,))
+    answer = Answer(Pieces(), [], Options(None, Sampling(), 4, tuple(stop)), (EOS,))
     for one in ids:
         answer.take(one)
     assert (answer.text, len(answer.tokens)) == (text, count) and answer.finish_reason == "stop"

@@ -3,7 +3,7 @@
 import numpy as np
 
 from colora_ms.models.cache import KeyValueCache
-from colora_ms.serving.worker import Graphs
+from colora_ms.serving.graphs import Graphs
 
 
 def test_keys_and_values_are_the_same_however_a_prompt_is_cut(tiny_decoder):

@@ -303,7 +303,7 @@ def test_a_tokenizer_that_fails_ends_its_request(engine, alone, monkeypatch):
     neighbour = engine.submit([7, 8, 9], **NEIGHBOUR)
     handle = engine.submit([5], max_new_tokens=8)
     # The stand-in of the tokenizer is one for all; only this request's decoder is broken.
-    request = next((r for r in engine._starting + engine._running if r.handle is handle), None) or next(
+    request = next((r for r in engine._rounds.starting + engine._rounds.running if r.handle is handle), None) or next(
         item[2] for item in engine._waiting._items if item[2].handle is handle)
     monkeypatch.setattr(request.answer._stream, "push", lambda one: 1 / 0)
     with pytest.raises(ServingError, match="division"):

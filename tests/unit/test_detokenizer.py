@@ -175,13 +175,13 @@ def test_work_is_linear(stories, monkeypatch):
     """2,000 ids in chunks of 16: each is looked up once."""
     from colora_ms.decoding import Sampling
     from colora_ms.decoding.answer import Answer
-    from colora_ms.decoding.settings import Settings
+    from colora_ms.decoding.options import Options
 
     calls, push = [], StreamDecoder.push
     monkeypatch.setattr(StreamDecoder, "push", lambda self, one: calls.append(one) or push(self, one))
     ids = np.random.default_rng(5).integers(3, 512, 2000).tolist()
     prompt = stories.encode("Once upon a time")
-    answer = Answer(stories, prompt, Settings(None, Sampling(), 2000, stop=("never met", "nor this")))
+    answer = Answer(stories, prompt, Options(None, Sampling(), 2000, stop=("never met", "nor this")))
     text = ""
     for start in range(0, 2000, 16):
         for one in ids[start:start + 16]:

@@ -166,10 +166,10 @@ def sentencepiece_tokenizer():
 def byte_level_tokenizer(rule):
     """A byte-level tokenizer with a few merges, cutting words by one of the known rules."""
     from tokenizers import AddedToken
-    from colora_ms.models.detokenizer import _byte_alphabet
+    from colora_ms.models.detokenizer_steps import byte_alphabet
     from colora_ms.models.tokenizer_build import from_gguf
 
-    pieces = sorted(_byte_alphabet(), key=_byte_alphabet().get)
+    pieces = sorted(byte_alphabet(), key=byte_alphabet().get)
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2"), ("Ġ", "Ġ"), ("'", "s"), ("Ċ", "Ċ")]
     pieces += ["".join(pair) for pair in merges]
     backend, _ = from_gguf({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": rule,

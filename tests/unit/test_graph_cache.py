@@ -95,3 +95,16 @@ def test_key_depends_on_structure_and_shapes(tiny_decoder):
     assert key != graph_key(tiny_decoder(num_key_value_heads=4), (ids,), "f")
     inject(decoder, LoraConfig(r=2, target_modules=["q_proj"]))
     assert key != graph_key(decoder, (ids,), "f")
+
+
+def test_a_mindspore_without_the_name_that_is_replaced_runs_without_the_cache(tmp_path):
+    script = "import mindspore.graph.api as api\ndel api._get_compile_cache_dep_files\n" + SCRIPT
+    env = {**os.environ, "COLORA_CACHE": str(tmp_path / "cache"), "GLOG_v": "3"}
+    path = tmp_path / "script.py"
+    path.write_text(script + "runtime.configure()\n")
+    done = subprocess.run([sys.executable, str(path), "3x4", "5x4"], env=env, capture_output=True, text=True, check=True,
+                          timeout=300)
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == [[[6.0] * 4, [10.0] * 4], None, None]
+    assert done.stderr.count("has no mindspore.graph.api._get_compile_cache_dep_files") == 1
+    assert "compiles them anew" in done.stderr
+    assert not (tmp_path / "cache").exists()

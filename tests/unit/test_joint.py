@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import tokenizer_kinds as kinds
 from colora_ms.errors import TokenizerError
 from colora_ms.models.joint import encode_joint, encode_spans
-from colora_ms.models.detokenizer import _byte_level_bytes
+from colora_ms.models.detokenizer_steps import byte_level_bytes
 from colora_ms.models.tokenizer import load_tokenizer
 
 HERE = os.path.dirname(__file__)
@@ -51,7 +51,7 @@ def test_byte_level_border_is_where_the_tokens_bytes_pass_the_prompts(made, rule
         found = encode_joint(tokenizer, text[:cut], text[cut:])
         assert found.ids == tokenizer.encode(text)
         begin = found.ids[:1] == [0] and rule == "llama3"
-        sizes = [len(_byte_level_bytes(tokenizer.backend.id_to_token(index))) for index in found.ids[begin:]]
+        sizes = [len(byte_level_bytes(tokenizer.backend.id_to_token(index))) for index in found.ids[begin:]]
         ends = np.cumsum(sizes)
         assert sum(sizes) == len(text.encode())
         wanted = int((ends <= len(text[:cut].encode())).sum())
@@ -190,7 +190,7 @@ def test_spans_are_what_two_borders_give(made, data, text):
     spans = list(zip(places[::2], places[1::2]))
     ids, mask = encode_spans(tokenizer, text, spans, add_special_tokens=True)
     assert ids == tokenizer.encode(text) and mask.shape == (len(ids),) and not mask[0]
-    ends = np.cumsum([len(_byte_level_bytes(tokenizer.backend.id_to_token(index))) for index in ids[1:]])
+    ends = np.cumsum([len(byte_level_bytes(tokenizer.backend.id_to_token(index))) for index in ids[1:]])
     begins = np.concatenate([[0], ends[:-1]]).astype(int)
     wanted = np.zeros(len(ids) - 1, bool)
     for begin, end in spans:

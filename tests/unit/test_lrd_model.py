@@ -13,6 +13,7 @@ from colora_ms.errors import AdapterError, CheckpointError, ColoraError, ConfigE
 from colora_ms.kernels import fuses_steps
 from colora_ms.models import build_decoder
 from colora_ms.models.checkpoint import open_checkpoint
+from colora_ms.models.formats import StoredFactors, stored_float
 from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
 from colora_ms.runtime import run
 from model_gradients import gradients
@@ -48,14 +49,16 @@ def test_the_cell_against_numpy(mindspore, out, inner, rank, factors, shape, wei
     if factors == 2:
         del values["core.weight"]
     bias = mindspore.Parameter(Tensor(random.standard_normal(out).astype(np.float32)), name="bias")
-    cell = low_rank_linear("p", values, weight_format, bias)
+    parts = StoredFactors(*(stored_float(values[f"{part}.weight"]) if f"{part}.weight" in values else None
+                            for part in ("inner", "outer", "core")))
+    cell = low_rank_linear("p", parts, weight_format, bias)
     stored = {name: one.astype(mindspore.float32).asnumpy() for name, one in cell.factor_parameters().items()}
     assert cell.inner.dtype == getattr(mindspore, weight_format) and cell.factors == factors and cell.fusible
     x = random.standard_normal((*shape, inner)).astype(np.float32)
     y = run(cell, Tensor(x), Tensor(np.full(shape[0], -1, np.int32))).asnumpy()
     want = x.astype(np.float64) @ numpy_product(stored).T + bias.asnumpy()
     assert y.shape == (*shape, out) and np.abs(y - want).max() < 1e-5 * max(np.abs(want).max(), 1) * rank
-    assert np.allclose(cell.product(), numpy_product(stored), atol=1e-4)
+    assert np.allclose(cell.stored().values(), numpy_product(stored), atol=1e-4)
 
 
 @pytest.mark.parametrize("factors", [2, 3])

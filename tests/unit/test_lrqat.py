@@ -7,13 +7,12 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
-from colora_ms.quantization.lrqat import QuantizedMatmul, round_to_nearest
+from colora_ms.quantization.cells import QuantizedMatmul, round_to_nearest
 from colora_ms.quantization.config import LrQatConfig
-from colora_ms.quantization.model import quantize
+from colora_ms.quantization import quantize
 from colora_ms.quantization.grids import downcast, search_range
 from colora_ms.kernels import ABSENT
 from colora_ms.models import load_model
-from colora_ms.models.quantize import unpack_int4
 
 ms.set_context(mode=ms.GRAPH_MODE)
 
@@ -146,9 +145,11 @@ def test_round_to_nearest_is_where_training_with_integers_starts(tiny_decoder):
         config = LrQatConfig(bits=bits, downcast="int", r=2)
         quantized = quantize(tiny_decoder(), config)
         found = quantized.exported("model.layers.0.mlp.up_proj")
-        for one, other in zip(found, round_to_nearest(weight, config)):
-            np.testing.assert_array_equal(one, other)
-        q = unpack_int4(found[0]) if bits <= 4 else found[0]
+        expected = round_to_nearest(weight, config)
+        assert found.format is expected.format and found.format.name == ("int4" if bits <= 4 else "int8")
+        np.testing.assert_array_equal(found.data, expected.data)
+        np.testing.assert_array_equal(found.scale, expected.scale)
+        q = found.integers()
         spread = q.max(1).astype(int) - q.min(1)
         assert spread.max() <= 2 ** bits - 1 and spread.max() > 2 ** bits // 2
 

@@ -8,7 +8,7 @@ from mindspore import Tensor
 
 from colora_ms import runtime
 from colora_ms.quantization.config import LrQatConfig
-from colora_ms.quantization.model import quantize
+from colora_ms.quantization import quantize
 from colora_ms.errors import AdapterError, CheckpointError, ConfigError, DataError
 from colora_ms.models import load_model
 from colora_ms.training.config import OptimizerConfig

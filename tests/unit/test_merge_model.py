@@ -132,7 +132,7 @@ def test_packed_bases(mindspore, small, tmp_path):
     """Into a dequantised copy of integers, of GGUF blocks, of factors; and it is said."""
     from colora_ms.adapters.merge_model import merge_model
     from colora_ms.quantization.config import LrQatConfig
-    from colora_ms.quantization.model import quantize
+    from colora_ms.quantization import quantize
     from colora_ms.models.gguf_writer import write_gguf
 
     source = open_checkpoint(tiny("llama"))

@@ -15,7 +15,7 @@ from colora_ms.training import run as module
 from colora_ms.training.config import PreferenceConfig, TrainingConfig
 from colora_ms.training.data import encode_examples, make_template
 from colora_ms.training.encoding import IGNORE, EncodedExample
-from colora_ms.training.layouts import example_from_record
+from colora_ms.training.row_reader import example_from_record
 from colora_ms.training.preference_data import EncodedPair, PairLoader, encode_preferences
 from colora_ms.training.quantize import QuantizationConfig
 from colora_ms.training.report import read_log

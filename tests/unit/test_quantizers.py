@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from colora_ms.quantization.grids import BITS, Grid, downcast, round_to_grid, search_range, to_container, upcast
 from colora_ms.errors import ConfigError
-from colora_ms.models.quantize import unpack_int4
+from colora_ms.quantization.grids import BITS, Grid, downcast, round_to_grid, search_range, upcast
 
 
 def test_the_fixed_point_vector_of_the_paper():
@@ -57,7 +56,8 @@ def test_an_asymmetric_grid_holds_zero_and_fits_the_container():
     assert low.tolist() == [0, -3, 0] and np.isfinite(scale).all() and (scale > 0).all()
     q = round_to_grid(weight, scale, low, grid)
     assert q.tolist() == [[0, 3, 3, 1], [-3, 0, -1, -2], [0, 0, 0, 0]]
-    assert unpack_int4(to_container(q, grid)).tolist() == q.tolist()
+    stored = grid.container(q.shape[1]).of_integers(q, scale)
+    assert stored.data.shape == (3, 2) and stored.integers().tolist() == q.tolist()
     for how in ("fixed", "float", "int"):
         stored = downcast(weight, scale, low, grid, how)
         error = upcast(stored, low, grid, how) - weight / scale[:, None]
@@ -67,7 +67,7 @@ def test_an_asymmetric_grid_holds_zero_and_fits_the_container():
 def test_odd_inputs_take_the_int8_container_and_groups_are_rows():
     grid = Grid(4, group=3)
     weight = np.arange(18, dtype=np.float32).reshape(2, 9)
-    assert grid.rows(weight).shape == (6, 3) and to_container(weight % 7, grid).shape == (2, 9)
+    assert grid.rows(weight).shape == (6, 3) and grid.container(9).of_integers(weight % 7, None).data.shape == (2, 9)
     with pytest.raises(ConfigError, match="group 3 does not divide the 8 inputs of q"):
         grid.group_of(8, "q")
     for bad in (dict(bits=16), dict(bits=True), dict(bits=4, group=-1), dict(bits=8, symmetric=False)):

@@ -265,18 +265,18 @@ def a_call(arguments, **more):
 
 
 def test_arguments_that_are_a_json_text_are_parsed():
-    for given in ('{"x": [1, null], "y": "é"}', {"x": [1, None], "y": "é"}):
-        made = read_message(content=None, **a_call(given))
+    for arguments in ('{"x": [1, null], "y": "é"}', {"x": [1, None], "y": "é"}):
+        made = read_message(content=None, **a_call(arguments))
         assert made["content"] is None and made["tool_calls"][0]["function"]["arguments"] == {"x": [1, None], "y": "é"}
     again = read_message(**made)  # what is checked once may be checked again
     assert again == made
     place = r"d:1: messages\[1\].tool_calls\[0\].function"
-    for given, word in (("{x: 1}", place + ".arguments is the text '{x: 1}', which is not valid JSON"),
+    for text, word in (("{x: 1}", place + ".arguments is the text '{x: 1}', which is not valid JSON"),
                         ("", "not valid JSON"), ("3", "arguments 3"), ('"x"', "arguments 'x'"),
                         (7, "arguments 7"),
                         ("[" * 100000, "not valid JSON")):
         with pytest.raises(DataError, match=word):
-            read_message(content="x", **a_call(given))
+            read_message(content="x", **a_call(text))
 
 
 @pytest.mark.parametrize("source, given, text", [

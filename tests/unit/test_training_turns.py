@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from colora_ms.errors import ConfigError, DataError
 from colora_ms.training import data
 from colora_ms.training.data import IGNORE, Example, TextTemplate
-from test_training_layouts import TEMPLATES, quiet, tokenizer_of, write
+from test_training_layouts import TEMPLATES, tokenizer_of
 
 KINDS = ["byte_level", "sentencepiece"]
 

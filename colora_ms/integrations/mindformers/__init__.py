@@ -1,13 +1,18 @@
-"""colora_ms inside mindformers 1.9: its linears as targets, pet types, weight names, LoRA files, CoLD in its generation.
+"""colora_ms inside mindformers 1.9: its linears as targets, pet types, weight names, LoRA files, CoLD in its
+generation.
 
     import colora_ms.integrations.mindformers as bridge
     bridge.register()                 # pet_config: {pet_type: colora_lora, ...} trains through mindformers' Trainer
     inject(llama, LoraConfig(target_modules=["wq", "wv"]))          # needs no registration
 
-``cells`` makes mindformers' Cells known to ``inject`` (which imports it by itself); ``pet`` registers pet types; ``names``
-maps weights to Hugging Face's names and back; ``lora_files`` reads and writes mindformers' LoRA tensors; ``contrast`` is
-CoLD as a logits processor.
+``cells`` makes mindformers' Cells known to ``inject`` (which imports it by itself); ``pet`` registers pet types;
+``names`` maps weights to Hugging Face's names and back; ``lora_files`` reads and writes mindformers' LoRA tensors;
+``contrast`` is CoLD as a logits processor.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 _EXPORTS = {
     "BaseLogits": "contrast",
@@ -25,7 +30,7 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # mindformers takes seconds to import, and not every part of this package needs it.
     if name in _EXPORTS:
         import importlib
@@ -34,5 +39,5 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])

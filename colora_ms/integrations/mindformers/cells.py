@@ -10,7 +10,11 @@
 With ``skip_bias_add`` the second result is the bias, which the caller adds: it is passed on as it is.
 """
 
+from __future__ import annotations
+
 import functools
+
+import numpy as np
 
 from mindformers.models.llama.llama_layer import LlamaEmbedding, LlamaRMSNorm
 from mindformers.modules.layers import Linear
@@ -21,6 +25,7 @@ from mindformers.parallel_core.training_graph.transformer import norm as trainin
 from mindformers.parallel_core.training_graph.transformer.multi_token_prediction import MtpSharedVocabParallelEmbedding
 from mindformers.pynative.base_models.common.embeddings.vocab_embedding import VocabEmbedding
 from mindformers.pynative.layers import linear as pynative
+from mindspore import Tensor
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.tree import Traits
@@ -29,7 +34,7 @@ from colora_ms.adapters.tree import Traits
 class ActivatedCall:
     """``modules.layers.Linear``, which applies its activation in its computing dtype."""
 
-    def activate(self, y):
+    def activate(self, y: Tensor) -> Tensor:
         """y: (..., out) -> the same shape and dtype."""
         return self.activation(y.astype(self.base_layer.dtype)).astype(y.dtype)
 
@@ -37,7 +42,7 @@ class ActivatedCall:
 class WeightCall:
     """The call of a linear that takes its weight as a second argument where it is tied to another one."""
 
-    def construct(self, x, weight=None):
+    def construct(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x: (..., in), weight: None or (out, in) -> (..., out) of x's dtype."""
         if weight is None:
             y = self.base_layer(x)
@@ -49,7 +54,7 @@ class WeightCall:
 class PairCall:
     """The call of a linear of ``training_graph``, which returns its result and the bias that it did not add."""
 
-    def construct(self, x, weight=None):
+    def construct(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x: (..., in), weight: None or (out, in) -> ((..., out) of x's dtype, None or bias (out,))."""
         if weight is None:
             y, bias = self.base_layer(x)
@@ -61,7 +66,7 @@ class PairCall:
 class Transposed:
     """A base weight that is stored (in, out)."""
 
-    def delta(self, slot):
+    def delta(self, slot: int) -> np.ndarray:
         """What a slot adds to the base weight as it is stored, float32."""
         return super().delta(slot).T
 
@@ -86,8 +91,8 @@ def _is_split(cell):
     parts = cell.tensor_parallel_group_size
     if parts == 1:
         return ""
-    return (f"its weight is split over {parts} devices; merge the adapter into the weights before they are loaded, or run "
-            "on one device")
+    return (f"its weight is split over {parts} devices; merge the adapter into the weights before they are loaded, or "
+            "run on one device")
 
 
 def _add(cls, kind, traits):

@@ -1,32 +1,41 @@
-"""Contrastive LoRA Decoding in mindformers' generation: a logits processor with its ``process_ms`` / ``process_np`` pair.
+"""Contrastive LoRA Decoding in mindformers' generation: a logits processor with its ``process_ms`` / ``process_np``
+pair.
 
     processors = LogitsProcessorList()
     processors.append(ContrastProcessor(BaseLogits(net, adapters, pad_token_id), Contrast(alpha=0.1, beta=0.5)))
     net.generate(ids, logits_processor=processors, do_sample=False, max_new_tokens=64)
 
-The logits that come in are the expert's; the amateur's are computed by the same network with its adapter switched off, over
-the whole sequence so far. That costs one full forward a token: it is for networks that run without a key/value cache
-(``use_past: False``). With mindformers' paged cache a second forward would overwrite the expert's keys and values.
+The logits that come in are the expert's; the amateur's are computed by the same network with its adapter switched off,
+over the whole sequence so far. That costs one full forward a token: it is for networks that run without a key/value
+cache (``use_past: False``). With mindformers' paged cache a second forward would overwrite the expert's keys and
+values.
 """
 
+from __future__ import annotations
+
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import Tensor, ops
-
 from mindformers.generation import LogitsProcessor
+from mindspore import Tensor, nn, ops
 
-from colora_ms.decoding.contrast import Contrast, contrastive_scores
+from colora_ms.decoding import Contrast, contrastive_scores
 from colora_ms.errors import DecodingError
+
+if TYPE_CHECKING:
+    from colora_ms.adapters.handle import Adapters
 
 
 class BaseLogits:
     """The base model's logits of the next token: a function of the padded ids.
 
     Args:
-        net: a mindformers model without key/value cache, called with ids (rows, seq_length); a tuple's first part counts.
+        net: a mindformers model without key/value cache, called with ids (rows, seq_length); a tuple's first part
+            counts.
         adapters: handle of its adapters.
         pad_token_id: what follows a row's last token; the prompt must not end with it.
 
@@ -34,14 +43,14 @@ class BaseLogits:
         DecodingError: the model has a key/value cache.
     """
 
-    def __init__(self, net, adapters, pad_token_id):
+    def __init__(self, net: nn.Cell, adapters: Adapters, pad_token_id: int) -> None:
         if getattr(getattr(net, "config", None), "use_past", False):
-            raise DecodingError("the model has use_past: True, so that a second forward would write into the expert's cache; "
-                                "build it with use_past: False, or decode with colora_ms.Generator")
+            raise DecodingError("the model has use_past: True, so that a second forward would write into the expert's "
+                                "cache; build it with use_past: False, or decode with colora_ms.Generator")
         self.net, self.adapters, self.pad = net, adapters, pad_token_id
         self.lock = threading.Lock()
 
-    def __call__(self, ids):
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
         """ids: (rows, seq_length) integers, padded at the right -> (rows, vocab) float32 array."""
         ids = np.asarray(ids)
         real = ids != self.pad
@@ -65,11 +74,11 @@ class ContrastProcessor(LogitsProcessor):
         contrast: :class:`colora_ms.decoding.Contrast`.
     """
 
-    def __init__(self, amateur, contrast=Contrast()):
+    def __init__(self, amateur: Callable[[np.ndarray], np.ndarray], contrast: Contrast = Contrast()) -> None:
         super().__init__()
         self.amateur, self.contrast = amateur, contrast
 
-    def process_ms(self, logits, sequence_ids, **kwargs):
+    def process_ms(self, logits: Tensor, sequence_ids: Tensor, **kwargs: Any) -> Tensor:
         """logits (rows, vocab) and ids (rows, length) Tensors -> (rows, vocab) float32, -inf outside the alpha-cut."""
         alpha, beta = self.contrast.alpha, self.contrast.beta
         expert = logits.astype(ms.float32)
@@ -80,7 +89,7 @@ class ContrastProcessor(LogitsProcessor):
             scores = (1.0 + beta) * expert - beta * amateur
         return ops.where(expert >= cut, scores, ops.full_like(scores, float("-inf")))
 
-    def process_np(self, logits, sequence_ids):
+    def process_np(self, logits: np.ndarray, sequence_ids: np.ndarray) -> np.ndarray:
         """The same with arrays."""
         beta = self.contrast.beta
         amateur = self.amateur(sequence_ids) if beta > 0 else np.zeros_like(logits, np.float32)

@@ -8,12 +8,18 @@ mindformers has three namings, all read here:
 | ``mindpet`` | ``.mindpet_delta_lora_a`` (r, in), ``.mindpet_delta_lora_b`` (out, r) | pet_type lora of legacy models |
 | ``slora`` | ``.lora_a`` (adapters, r, in), ``.lora_b`` (adapters, r, out), the scale multiplied in | pet_type slora |
 
-A linear that mindformers fuses has one pair for its parts. To Hugging Face's names every part gets the same down and its
-own rows of up; the other way the parts' pairs are put side by side (ranks add up), with the same product either way.
+A linear that mindformers fuses has one pair for its parts. To Hugging Face's names every part gets the same down and
+its own rows of up; the other way the parts' pairs are put side by side (ranks add up), with the same product either
+way.
 """
+
+from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,8 +27,11 @@ from colora_ms.adapters import LoraConfig, matching, store
 from colora_ms.adapters.key_names import PREFIX, plain_names
 from colora_ms.adapters.matching import Module
 from colora_ms.errors import AdapterError
-from colora_ms.integrations.mindformers.names import Names, layout_of, part_sizes, parts
+from colora_ms.integrations.mindformers.names import Layout, Names, layout_of, part_sizes, parts
 from colora_ms.models.safetensors_file import SafetensorsFile, write_safetensors
+
+if TYPE_CHECKING:
+    from colora_ms.models.config import DecoderConfig
 
 _PATTERNS = {
     "mcore": re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight"),
@@ -34,7 +43,7 @@ _PATTERNS = {
 _STATE = ("adam_m.", "adam_v.", "exp_avg.", "exp_avg_sq.", "accu_grads.")
 
 
-def read_pairs(tensors, adapter=0):
+def read_pairs(tensors: Mapping[str, np.ndarray], adapter: int = 0) -> tuple[str, dict[str, dict[str, np.ndarray]]]:
     """The low-rank pairs of a mindformers checkpoint, whichever naming it uses.
 
     Args:
@@ -42,8 +51,8 @@ def read_pairs(tensors, adapter=0):
         adapter: which one of an ``slora`` checkpoint.
 
     Returns:
-        (naming, {module in mindformers' names: {"down": (r, in), "up": (out, r)}}), float32. The up factors of ``slora``
-        contain the scale.
+        (naming, {module in mindformers' names: {"down": (r, in), "up": (out, r)}}), float32. The up factors of
+        ``slora`` contain the scale.
 
     Raises:
         AdapterError: no LoRA tensor, several namings, half of a pair, or shapes that do not fit; all in one message.
@@ -56,11 +65,12 @@ def read_pairs(tensors, adapter=0):
             match = pattern.fullmatch(name)
             if match:
                 namings.add(naming)
-                found.setdefault(match["module"], {})["down" if match["side"] in "aA" else "up"] = np.asarray(value, np.float32)
+                side = "down" if match["side"] in "aA" else "up"
+                found.setdefault(match["module"], {})[side] = np.asarray(value, np.float32)
                 break
     if not found:
-        raise AdapterError("the checkpoint has no LoRA tensors (.lora_A.weight, .mindpet_delta_lora_a or .lora_a); it has "
-                           f"{', '.join(list(tensors)[:3]) or 'nothing'}")
+        raise AdapterError("the checkpoint has no LoRA tensors (.lora_A.weight, .mindpet_delta_lora_a or .lora_a); it "
+                           f"has {', '.join(list(tensors)[:3]) or 'nothing'}")
     problems = []
     if len(namings) > 1:
         problems.append(f"tensors are named in {len(namings)} ways: {', '.join(sorted(namings))}")
@@ -70,18 +80,20 @@ def read_pairs(tensors, adapter=0):
             continue
         if "slora" in namings:
             if pair["down"].ndim != 3 or pair["up"].ndim != 3 or not 0 <= adapter < len(pair["down"]):
-                problems.append(f"{module} has shapes {pair['down'].shape}, {pair['up'].shape}; expected (adapters, r, in) and "
-                                f"(adapters, r, out) with more than {adapter} adapters")
+                problems.append(f"{module} has shapes {pair['down'].shape}, {pair['up'].shape}; expected (adapters, r, "
+                                f"in) and (adapters, r, out) with more than {adapter} adapters")
                 continue
             pair["down"], pair["up"] = pair["down"][adapter], np.ascontiguousarray(pair["up"][adapter].T)
         if pair["down"].ndim != 2 or pair["up"].ndim != 2 or pair["down"].shape[0] != pair["up"].shape[1]:
-            problems.append(f"{module} has shapes {pair['down'].shape} and {pair['up'].shape}; expected (r, in) and (out, r)")
+            problems.append(f"{module} has shapes {pair['down'].shape} and {pair['up'].shape}; expected (r, in) and "
+                            "(out, r)")
     if problems:
         raise AdapterError("the LoRA tensors cannot be read: " + "; ".join(problems[:8]))
     return namings.pop(), found
 
 
-def to_peft(tensors, folder, config, alpha=None, layout=None, adapter=0):
+def to_peft(tensors: Mapping[str, np.ndarray], folder: str | Path, config: DecoderConfig, alpha: float | None = None,
+            layout: Layout | str | None = None, adapter: int = 0) -> LoraConfig:
     """Write a PEFT folder from mindformers' LoRA tensors.
 
     Args:
@@ -112,15 +124,18 @@ def to_peft(tensors, folder, config, alpha=None, layout=None, adapter=0):
             rows = np.split(up, np.cumsum(part_sizes(config, kind))[:-1])
             for part, own in zip(parts(kind), rows):
                 found[f"model.layers.{layer}.{part}"] = {"down": pair["down"], "up": own}
-        elif names.to_huggingface(module):
-            found[names.to_huggingface(module)] = pair
+            continue
+        plain = names.to_huggingface(module)
+        if plain:
+            found[plain] = pair
         else:
             unknown.append(module)
     if unknown:
         raise AdapterError(f"{', '.join(unknown[:5])} have no name in Hugging Face's {config.model_type}")
     ranks = {module: len(pair["down"]) for module, pair in found.items()}
     r = max(ranks.values())
-    settings = LoraConfig(r=r, lora_alpha=r if alpha is None else alpha, target_modules=sorted(found), task_type="CAUSAL_LM",
+    settings = LoraConfig(r=r, lora_alpha=r if alpha is None else alpha, target_modules=sorted(found),
+                          task_type="CAUSAL_LM",
                           rank_pattern={module: rank for module, rank in ranks.items() if rank != r},
                           alpha_pattern={} if alpha is not None else
                           {module: rank for module, rank in ranks.items() if rank != r})
@@ -138,7 +153,8 @@ def to_peft(tensors, folder, config, alpha=None, layout=None, adapter=0):
     return settings
 
 
-def from_peft(folder, config, layout, naming="mindpet"):
+def from_peft(folder: str | Path, config: DecoderConfig, layout: Layout | str,
+              naming: str = "mindpet") -> tuple[dict[str, np.ndarray], dict]:
     """mindformers' LoRA tensors from a PEFT folder.
 
     Args:
@@ -146,9 +162,9 @@ def from_peft(folder, config, layout, naming="mindpet"):
         naming: "mindpet" (legacy models) or "mcore".
 
     Returns:
-        (tensors {name: float32 array}, {"lora_rank", "lora_alpha"} for mindformers' pet_config). mindformers has one rank
-        and one alpha for all modules: lower ranks are padded with zeros, and where the scales differ they are multiplied
-        into the up factors.
+        (tensors {name: float32 array}, {"lora_rank", "lora_alpha"} for mindformers' pet_config). mindformers has one
+        rank and one alpha for all modules: lower ranks are padded with zeros, and where the scales differ they are
+        multiplied into the up factors.
 
     Raises:
         AdapterError: the folder is no LoRA adapter, or a module has no name in mindformers.
@@ -171,8 +187,10 @@ def from_peft(folder, config, layout, naming="mindpet"):
         fused = names.fused_part(module)
         if fused:
             waiting.setdefault(fused, {})[module.split(".", 3)[3]] = (pair["down"], up)
-        elif names.to_mindformers(module):
-            ready[names.to_mindformers(module)] = (pair["down"], up)
+            continue
+        theirs = names.to_mindformers(module)
+        if theirs:
+            ready[theirs] = (pair["down"], up)
         else:
             unknown.append(module)
     if unknown:
@@ -191,7 +209,7 @@ def from_peft(folder, config, layout, naming="mindpet"):
     return tensors, {"lora_rank": rank, "lora_alpha": scale * rank}
 
 
-def _side_by_side(have, config, kind, order):
+def _side_by_side(have: Any, config: DecoderConfig, kind: str, order: Any) -> tuple[np.ndarray, np.ndarray]:
     """One pair (r, in), (out, r) for a fused linear from the pairs of its parts; parts without one stay zero."""
     total = sum(len(down) for down, _ in have.values())
     up = np.zeros((sum(part_sizes(config, kind)), total), np.float32)

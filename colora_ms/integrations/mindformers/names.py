@@ -8,18 +8,25 @@ mindformers has three ways to name and store the same decoder:
 | ``mcore`` | ``decoder.layers.0.self_attention.linear_qkv`` | one linear | one linear |
 | ``mcore-separate`` | ``decoder.layers.0.self_attention.linear_q`` | three | two (``gating``, ``hidden``) |
 
-A fused linear holds its rows in one of two orders: "grouped" (for each key/value head its query heads, its key, its value;
-and gate and up alternating), which training uses, and "joined" (all of q, then k, then v; gate, then up), which inference
-and ``use_contiguous_weight_layout_attention`` use. The row order is a permutation, so that weights, biases and the up
-factors of LoRA follow the same rule. Pure NumPy: mindformers is not imported.
+A fused linear holds its rows in one of two orders: "grouped" (for each key/value head its query heads, its key, its
+value; and gate and up alternating), which training uses, and "joined" (all of q, then k, then v; gate, then up), which
+inference and ``use_contiguous_weight_layout_attention`` use. The row order is a permutation, so that weights, biases
+and the up factors of LoRA follow the same rule. Pure NumPy: mindformers is not imported.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, near
+
+if TYPE_CHECKING:
+    from colora_ms.models.config import DecoderConfig
 
 _QKV, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -28,7 +35,8 @@ _LEGACY = ({"model.embed_tokens": "model.tok_embeddings", "model.norm": "model.n
            "model.layers",
            {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
             "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-            "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"})
+            "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
+            "post_attention_layernorm": "ffn_norm"})
 _MCORE = ({"model.embed_tokens": "embedding.word_embeddings", "model.norm": "decoder.final_layernorm",
            "lm_head": "output_layer"},
           "decoder.layers",
@@ -51,10 +59,10 @@ class Layout:
     """
 
     family: str
-    qkv: str = None
-    mlp: str = None
+    qkv: str | None = None
+    mlp: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.family not in ("legacy", "mcore"):
             raise ConfigError(f"the layout's family is {self.family!r}, expected 'legacy' or 'mcore'")
         for name in ("qkv", "mlp"):
@@ -62,11 +70,11 @@ class Layout:
                 raise ConfigError(f"the layout's {name} is {getattr(self, name)!r}, expected one of {ORDERS}")
 
     @property
-    def tables(self):
+    def tables(self) -> tuple[dict[str, str], str, dict[str, str]]:
         """(names outside layers, the layers' prefix, names inside a layer)."""
         return _LEGACY if self.family == "legacy" else _MCORE
 
-    def fused(self, kind):
+    def fused(self, kind: str) -> str:
         """The fused linear of a layer: kind "qkv" or "mlp"."""
         names = {"legacy": {"qkv": "attention.w_qkv", "mlp": "feed_forward.w_gate_hidden"},
                  "mcore": {"qkv": "self_attention.linear_qkv", "mlp": "mlp.linear_fc1"}}
@@ -83,7 +91,7 @@ LAYOUTS = {
 }
 
 
-def layout_of(names):
+def layout_of(names: Iterable[str]) -> Layout:
     """The layout that a model's parameter names show; row orders as training stores them (pass a Layout to say else).
 
     Raises:
@@ -98,7 +106,7 @@ def layout_of(names):
                             for kind in ("qkv", "mlp")))
 
 
-def resolve(layout):
+def resolve(layout: Layout | str) -> Layout:
     """A Layout from its name, or as it is."""
     if isinstance(layout, Layout):
         return layout
@@ -107,7 +115,7 @@ def resolve(layout):
     return LAYOUTS[layout]
 
 
-def row_order(config, kind, order):
+def row_order(config: DecoderConfig, kind: str, order: str) -> np.ndarray:
     """For each row of a fused linear, its row in [q; k; v] or [gate; up].
 
     Args:
@@ -128,14 +136,14 @@ def row_order(config, kind, order):
     return np.concatenate([part.reshape(groups, -1) for part in (q, k, v)], axis=1).reshape(-1)
 
 
-def part_sizes(config, kind):
+def part_sizes(config: DecoderConfig, kind: str) -> list[int]:
     """Rows of q, k, v, or of gate, up."""
     if kind == "mlp":
         return [config.intermediate_size] * 2
     return [config.num_attention_heads * config.head_dim] + [config.num_key_value_heads * config.head_dim] * 2
 
 
-def parts(kind):
+def parts(kind: str) -> list[str]:
     """Hugging Face's names, inside a layer, of what a fused linear holds."""
     return [f"self_attn.{one}" for one in _QKV] if kind == "qkv" else [f"mlp.{one}" for one in _MLP]
 
@@ -147,29 +155,29 @@ class Names:
         layout: a Layout or its name.
     """
 
-    def __init__(self, layout):
+    def __init__(self, layout: Layout | str) -> None:
         self.layout = resolve(layout)
         self.outer, self.prefix, self.inner = self.layout.tables
         self.back_outer = {value: key for key, value in self.outer.items()}
         self.back_inner = {value: key for key, value in self.inner.items()}
 
-    def to_mindformers(self, module):
+    def to_mindformers(self, module: str) -> str | None:
         """mindformers' name of a Hugging Face module (q_proj becomes wq even where the layout fuses it), or None."""
         if module in self.outer:
             return self.outer[module]
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
         inner = self.inner.get(match[2]) if match else None
-        return f"{self.prefix}.{match[1]}.{inner}" if inner else None
+        return f"{self.prefix}.{match[1]}.{inner}" if match and inner else None
 
-    def to_huggingface(self, module):
+    def to_huggingface(self, module: str) -> str | None:
         """Hugging Face's name of a mindformers module that is not fused, or None."""
         if module in self.back_outer:
             return self.back_outer[module]
         match = re.fullmatch(re.escape(self.prefix) + r"\.(\d+)\.(.+)", module)
         inner = self.back_inner.get(match[2]) if match else None
-        return f"model.layers.{match[1]}.{inner}" if inner else None
+        return f"model.layers.{match[1]}.{inner}" if match and inner else None
 
-    def fused_part(self, module):
+    def fused_part(self, module: str) -> tuple[int, str] | None:
         """(layer, kind) of a Hugging Face module that the layout fuses, or None."""
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
         for kind in ("qkv", "mlp"):
@@ -177,7 +185,7 @@ class Names:
                 return int(match[1]), kind
         return None
 
-    def fused_module(self, module):
+    def fused_module(self, module: str) -> tuple[int, str] | None:
         """(layer, kind) of a fused mindformers module, or None."""
         match = re.fullmatch(re.escape(self.prefix) + r"\.(\d+)\.(.+)", module)
         for kind in ("qkv", "mlp"):
@@ -185,16 +193,17 @@ class Names:
                 return int(match[1]), kind
         return None
 
-    def fused_name(self, layer, kind):
+    def fused_name(self, layer: int, kind: str) -> str:
         """mindformers' name of a fused linear."""
         return f"{self.prefix}.{layer}.{self.layout.fused(kind)}"
 
-    def order(self, config, kind):
+    def order(self, config: DecoderConfig, kind: str) -> np.ndarray:
         """The row order of a fused linear of this layout; see :func:`row_order`."""
         return row_order(config, kind, getattr(self.layout, kind) or "grouped")
 
 
-def to_mindformers(tensors, config, layout):
+def to_mindformers(tensors: Mapping[str, np.ndarray], config: DecoderConfig,
+                   layout: Layout | str) -> dict[str, np.ndarray]:
     """Hugging Face's tensors under mindformers' names.
 
     Args:
@@ -233,7 +242,8 @@ def to_mindformers(tensors, config, layout):
     return found
 
 
-def to_huggingface(tensors, config, layout=None):
+def to_huggingface(tensors: Mapping[str, np.ndarray], config: DecoderConfig,
+                   layout: Layout | str | None = None) -> dict[str, np.ndarray]:
     """mindformers' tensors under Hugging Face's names; the inverse of :func:`to_mindformers`.
 
     Args:
@@ -244,7 +254,8 @@ def to_huggingface(tensors, config, layout=None):
         {name: array}; fused linears are split, arrays that are not rearranged are the same objects.
 
     Raises:
-        CheckpointError: lists names that are unknown and fused linears whose rows are not as many as the config asks for.
+        CheckpointError: lists names that are unknown and fused linears whose rows are not as many as the config asks
+            for.
     """
     names = Names(layout if layout is not None else layout_of(tensors))
     found, problems = {}, []
@@ -272,7 +283,7 @@ def to_huggingface(tensors, config, layout=None):
     return found
 
 
-def _refuse(problems):
+def _refuse(problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError("the weights cannot be renamed: " + "; ".join(problems[:8]) + more)

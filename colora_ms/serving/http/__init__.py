@@ -12,8 +12,8 @@
 | GET /healthz, /metrics | liveness; Prometheus metrics |
 
 Fields beyond OpenAI's: ``contrast: {alpha, beta, adapt, skip_copies}``, ``top_k``, ``stop_token_ids``, ``priority``,
-``ignore_eos`` and ``records``, which returns what the contrast did at each token. A field that would change the answer and is not
-implemented is refused, never ignored.
+``ignore_eos`` and ``records``, which returns what the contrast did at each token. A field that would change the answer
+and is not implemented is refused, never ignored.
 """
 
 from colora_ms.serving.http.app import create_app

@@ -1,8 +1,10 @@
 """The routes."""
 
 import asyncio
+from typing import Any, AsyncIterator, Dict, Iterable, List, Union
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -12,15 +14,19 @@ from colora_ms import __version__
 from colora_ms.decoding import Completion
 from colora_ms.errors import AdapterError, ColoraError, ConfigError, UnknownAdapterError
 from colora_ms.models.detokenizer import stream_of
+from colora_ms.serving.bank import AdapterBank
+from colora_ms.serving.engine import Engine
+from colora_ms.serving.handle import RequestHandle
 from colora_ms.serving.http.answers import DONE, Answers, event
 from colora_ms.serving.http.failures import RequestError, describe, respond
 from colora_ms.serving.http.follow import follow, unless_gone
 from colora_ms.serving.http.guard import Guard
 from colora_ms.serving.http.metrics import Metrics
-from colora_ms.serving.http.schema import ChatBody, CompletionBody
+from colora_ms.serving.http.schema import ChatBody, CompletionBody, GenerationBody
+from colora_ms.serving.http.settings import Settings
 
 
-def create_app(engine, settings):
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The ASGI application over an engine.
 
     Args:
@@ -51,33 +57,35 @@ def create_app(engine, settings):
 
 
 class Front:
-    """The functions behind the routes. What reads files or tokenizes runs in a pool of threads (``def``, not ``async``)."""
+    """The functions behind the routes. What reads files or tokenizes runs in a pool of threads (``def``, not
+    ``async``)."""
 
-    def __init__(self, engine, settings):
+    def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
         self.settings = settings
         self.folder = None if engine.bank is None else engine.bank.folder
         self.metrics = Metrics(engine)
 
-    async def failed(self, request, error):
+    async def failed(self, request: HttpRequest, error: Exception) -> JSONResponse:
         return respond(error, self.folder)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    async def complete(self, body: CompletionBody, request: Request):
+    async def complete(self, body: CompletionBody, request: HttpRequest) -> Response:
         prompts = body.prompts()
         if len(prompts) > self.settings.most_prompts:
-            raise RequestError(f"{len(prompts)} prompts in one request; this server takes {self.settings.most_prompts}", "prompt")
+            raise RequestError(f"{len(prompts)} prompts in one request; this server takes {self.settings.most_prompts}",
+                               "prompt")
         return await self._answer(body, prompts, request, chat=False)
 
-    async def chat(self, body: ChatBody, request: Request):
+    async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
         return await self._answer(body, [body.conversation()], request, chat=True)
 
-    async def _answer(self, body, prompts, request, chat):
+    async def _answer(self, body: GenerationBody, prompts: List[Any], request: HttpRequest, chat: bool) -> Response:
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options is only for \"stream\": true", "stream_options")
         handles = await run_in_threadpool(self._submit, body, prompts)
-        echo = [self._text(prompt) for prompt in prompts] if not chat and body.echo else None
+        echo = [self._text(prompt) for prompt in prompts] if getattr(body, "echo", False) else None
         answers = Answers(chat, body.model, bool(body.records), echo)
         if body.stream:
             counts = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -90,17 +98,17 @@ class Front:
             return Response(status_code=499)  # nobody reads it; nginx's number for a client that left
         return JSONResponse(answers.whole(completions))
 
-    def _text(self, prompt):
+    def _text(self, prompt: Union[str, List[int]]) -> str:
         """A prompt's text: as it came, or what its ids give; a character that the answer completes is the answer's."""
         if isinstance(prompt, str):
             return prompt
         stream = stream_of(self.engine.tokenizer)
         return "".join([stream.push(one) for one in prompt])
 
-    def _submit(self, body, prompts):
+    def _submit(self, body: GenerationBody, prompts: List[Any]) -> List[RequestHandle]:
         """Handles of all prompts, or of none."""
         arguments = body.submission(self.settings)
-        handles = []
+        handles: List[RequestHandle] = []
         try:
             for prompt in prompts:
                 handles.append(self.engine.submit(prompt, **arguments))
@@ -110,7 +118,7 @@ class Front:
             raise
         return handles
 
-    def finish(self, handles):
+    def finish(self, handles: Iterable[RequestHandle]) -> None:
         """Cancel what still runs, and take the latencies of what has ended."""
         for handle in handles:
             if handle.done:
@@ -120,29 +128,29 @@ class Front:
 
     # -- models and adapters -----------------------------------------------------------------------------------------
 
-    def models(self):
+    def models(self) -> Dict[str, Any]:
         return {"object": "list", "data": [self._model(name) for name in [self.settings.base_model, *self._names()]]}
 
-    def model(self, name: str):
+    def model(self, name: str) -> Dict[str, Any]:
         if name != self.settings.base_model and name not in self._names():
             raise UnknownAdapterError(f"there is no model {name!r:.80}; GET /v1/models lists them")
         return self._model(name)
 
-    def _names(self):
+    def _names(self) -> List[str]:
         return [] if self.engine.bank is None else self.engine.bank.names()
 
-    def _model(self, name):
+    def _model(self, name: str) -> Dict[str, Any]:
         base = self.settings.base_model
         return {"id": name, "object": "model", "created": 0, "owned_by": "colora_ms", "root": base,
                 "parent": None if name == base else base}
 
-    def adapters(self):
+    def adapters(self) -> Dict[str, Any]:
         info = self._bank().info()
         return {"object": "list", "data": info["adapters"], "slots": info["max_loaded"], "max_rank": info["max_rank"],
                 "adapter_format": info["adapter_format"], "slot_bytes": info["slot_bytes"],
                 "host_bytes": info["host_bytes"], "host_limit": info["host_limit"]}
 
-    def load(self, body: dict):
+    def load(self, body: dict) -> Dict[str, Any]:
         if set(body) != {"name"} or not isinstance(body["name"], str):
             raise RequestError(f"expected {{\"name\": \"an adapter's folder name\"}}, got {body!r:.80}", "name")
         name = body["name"]
@@ -151,33 +159,35 @@ class Front:
         self._bank().load(name)
         entry = next((one for one in self._bank().info()["adapters"] if one["name"] == name), None)
         if entry is None:
-            raise UnknownAdapterError(f"adapter {name!r} was unloaded by another request while it was loaded; load it again")
+            raise UnknownAdapterError(f"adapter {name!r} was unloaded by another request while it was loaded; load it "
+                                      "again")
         return entry
 
-    def unload(self, name: str):
+    def unload(self, name: str) -> Dict[str, Any]:
         self._bank().unload(name)
         return {"id": name, "object": "adapter", "deleted": True}
 
-    def _bank(self):
+    def _bank(self) -> AdapterBank:
         if self.engine.bank is None:
             raise AdapterError("this server was started without adapters")
         return self.engine.bank
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    def health(self):
+    def health(self) -> Dict[str, Any]:
         stats = self.engine.stats()
         return {"status": "ok", **{key: stats[key] for key in ("waiting", "running", "rows", "rows_used", "failures")}}
 
-    def measure(self):
+    def measure(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 class EventStream(Response):
     """The response of a streamed request; ends its handles when the client leaves, however the stream ends."""
 
-    def __init__(self, front, handles, answers, counts):
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},  # proxies must not hold events back
+    def __init__(self, front: Front, handles: List[RequestHandle], answers: Answers, counts: bool) -> None:
+        # Proxies must not hold events back.
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                          media_type="text/event-stream")
         del self.headers["content-length"]
         self.front = front
@@ -185,20 +195,20 @@ class EventStream(Response):
         self.answers = answers
         self.counts = counts
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await unless_gone(receive, self._send(send))
         finally:
             self.front.finish(self.handles)
 
-    async def _send(self, send):
+    async def _send(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for part in self._parts():
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _parts(self):
-        ended = {}
+    async def _parts(self) -> AsyncIterator[bytes]:
+        ended: Dict[int, Completion] = {}
         try:
             for index in range(len(self.handles)):
                 yield self.answers.opening(index) or b""
@@ -218,7 +228,7 @@ class EventStream(Response):
         yield DONE
 
 
-async def _collect(handles):
+async def _collect(handles: List[RequestHandle]) -> List[Completion]:
     """The completions of all handles, in their order."""
     found = {}
     async for index, one in follow(handles):

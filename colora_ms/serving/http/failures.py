@@ -1,12 +1,24 @@
 """Errors as OpenAI's clients expect them: a status and ``{"error": {"message", "type", "param", "code"}}``."""
 
+from __future__ import annotations
+
 import logging
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from colora_ms.errors import AdapterError, ColoraError, EngineClosedError, QueueFullError, ServingError, UnknownAdapterError
+from colora_ms.errors import (
+    AdapterError,
+    CheckpointError,
+    ColoraError,
+    EngineClosedError,
+    QueueFullError,
+    ServingError,
+    UnknownAdapterError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -18,14 +30,15 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 class RequestError(Exception):
     """A request that the front itself refuses."""
 
-    def __init__(self, message, param=None, code=None, status=400):
+    def __init__(self, message: str, param: Optional[str] = None, code: Optional[str] = None,
+                 status: int = 400) -> None:
         super().__init__(message)
         self.param = param
         self.code = code
         self.status = status
 
 
-def describe(error, folder=None):
+def describe(error: Exception, folder: Optional[Path] = None) -> Tuple[int, Dict[str, Any]]:
     """(status, body) of an exception.
 
     Args:
@@ -49,7 +62,7 @@ def describe(error, folder=None):
     elif isinstance(error, EngineClosedError):
         status, code = 503, "shutting_down"
     elif isinstance(error, ColoraError):
-        status = 500 if isinstance(error, ServingError) else 400
+        status = 500 if isinstance(error, (CheckpointError, ServingError)) else 400
     else:
         _log.error("a request failed unexpectedly", exc_info=error)
         message = "the server failed at this request; its log says why"
@@ -59,7 +72,7 @@ def describe(error, folder=None):
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def respond(error, folder=None):
+def respond(error: Exception, folder: Optional[Path] = None) -> JSONResponse:
     """The response of an exception."""
     status, body = describe(error, folder)
     headers = dict(getattr(error, "headers", None) or {})
@@ -70,7 +83,7 @@ def respond(error, folder=None):
     return JSONResponse(body, status, headers)
 
 
-def _first_problem(error):
+def _first_problem(error: RequestValidationError) -> Tuple[Optional[str], str]:
     """(field, sentence) of the first thing that is wrong with a body."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":

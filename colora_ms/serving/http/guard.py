@@ -1,10 +1,15 @@
 """What every request passes first: the bearer token, the limit of its body, and the count of its response."""
 
+from __future__ import annotations
+
 import hmac
+from typing import Any, Awaitable, Callable, Dict, Optional
 
 from fastapi import HTTPException
 
 from colora_ms.serving.http.failures import RequestError, respond
+from colora_ms.serving.http.metrics import Metrics
+from colora_ms.serving.http.settings import Settings
 
 #: The only path that needs no token: a load balancer's probe has none.
 OPEN_PATHS = ("/healthz",)
@@ -19,16 +24,16 @@ class Guard:
         metrics: :class:`colora_ms.serving.http.metrics.Metrics`.
     """
 
-    def __init__(self, app, settings, metrics):
+    def __init__(self, app: Any, settings: Settings, metrics: Metrics) -> None:
         self.app = app
         self.settings = settings
         self.metrics = metrics
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
-        async def counted(message):
+        async def counted(message: Dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 # The route's pattern: names in paths would make a series each.
                 route = getattr(scope.get("route"), "path", "other")
@@ -41,7 +46,7 @@ class Guard:
             return await respond(error)(scope, receive, counted)
         return await self.app(scope, self._limited(receive), counted)
 
-    def _refusal(self, path, headers):
+    def _refusal(self, path: str, headers: Dict[bytes, bytes]) -> Optional[RequestError]:
         if self.settings.token is not None and path not in OPEN_PATHS:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             fits = hmac.compare_digest(given.strip(), self.settings.token.encode())
@@ -50,23 +55,22 @@ class Guard:
                                     "(the openai client: api_key=TOKEN)", code="invalid_api_key", status=401)
         size = headers.get(b"content-length", b"0")
         if size.isdigit() and int(size[:20]) > self.settings.max_body_bytes:
-            return self._too_large(RequestError, status=413)
+            return RequestError(self._too_large(), status=413)
         return None
 
-    def _too_large(self, kind, **arguments):
-        return kind(f"the body has more than {self.settings.max_body_bytes} bytes, which is all that this server takes",
-                    **arguments)
+    def _too_large(self) -> str:
+        return f"the body has more than {self.settings.max_body_bytes} bytes, which is all that this server takes"
 
-    def _limited(self, receive):
+    def _limited(self, receive: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
         """``receive`` with a count, for bodies that do not say their length."""
         total = 0
 
-        async def limited():
+        async def limited() -> Any:
             nonlocal total
             message = await receive()
             total += len(message.get("body", b""))
             if total > self.settings.max_body_bytes:
-                raise HTTPException(413, str(self._too_large(RequestError)))
+                raise HTTPException(413, self._too_large())
             return message
 
         return limited

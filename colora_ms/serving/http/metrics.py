@@ -1,7 +1,14 @@
 """Prometheus metrics: what the engine counts, and the latencies of requests."""
 
+from __future__ import annotations
+
+from typing import Any, Iterator, Sequence, Tuple
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from colora_ms.serving.engine import Engine
+from colora_ms.serving.handle import RequestHandle
 
 #: (key of ``Engine.stats``, name, whether it only grows, meaning).
 ENGINE = (
@@ -49,12 +56,12 @@ class Metrics:
         engine: :class:`colora_ms.serving.Engine`.
     """
 
-    def __init__(self, engine):
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
-        def histogram(name, meaning, buckets=_SECONDS):
+        def histogram(name: str, meaning: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
             return Histogram(name, meaning, buckets=buckets, registry=self._registry)
 
         self._queue = histogram("colora_queue_seconds", "From submission to the batch.")
@@ -64,7 +71,7 @@ class Metrics:
         self.responses = Counter("colora_http_responses", "HTTP responses.", ("method", "route", "status"),
                                  registry=self._registry)
 
-    def observe(self, handle):
+    def observe(self, handle: RequestHandle) -> None:
         """Take the latencies of a request that ended."""
         timing, count = handle.timing, handle.usage.generated
         for histogram, end in ((self._queue, timing.admitted), (self._first, timing.first_token),
@@ -74,17 +81,17 @@ class Metrics:
         if count > 1 and timing.finished is not None:
             self._token.observe((timing.finished - timing.first_token) / (count - 1))
 
-    def text(self):
+    def text(self) -> bytes:
         """All metrics in Prometheus' text format, as bytes."""
         return generate_latest(self._registry)
 
-    def collect(self):
+    def collect(self) -> Iterator[Any]:
         """The engine's and the bank's counters (called by the registry)."""
         stats = self._engine.stats()
         for table, values in ((ENGINE, stats), (BANK, stats["bank"])):
             for key, name, grows, meaning in table if values else ():
                 yield (CounterMetricFamily if grows else GaugeMetricFamily)(name, meaning, values[key])
 
-    def describe(self):
+    def describe(self) -> Tuple[()]:
         """Nothing: the registry then does not collect when it is made."""
         return ()

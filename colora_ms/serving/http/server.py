@@ -1,9 +1,12 @@
 """The server process around the application: uvicorn, in this thread or in one of its own."""
 
+from __future__ import annotations
+
 import contextlib
 import signal
 import socket
 import threading
+from typing import Any, Iterator, Optional
 
 import uvicorn
 
@@ -18,7 +21,7 @@ class _Uvicorn(uvicorn.Server):
     the process down before the engine is closed."""
 
     @contextlib.contextmanager
-    def capture_signals(self):
+    def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -43,7 +46,7 @@ class Server:
         ServingError: the address cannot be taken.
     """
 
-    def __init__(self, app, host="127.0.0.1", port=0, log_level="warning"):
+    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0, log_level: str = "warning") -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,20 +61,20 @@ class Server:
         config = uvicorn.Config(app, log_level=log_level, access_log=log_level in ("info", "debug"), backlog=BACKLOG,
                                 lifespan="off", timeout_graceful_shutdown=5, server_header=False)
         self._server = _Uvicorn(config)
-        self._thread = None
+        self._thread: Optional[threading.Thread] = None
 
-    def run(self):
+    def run(self) -> None:
         """Serve until a signal (Ctrl-C, SIGTERM); answers that are being given have some seconds to end."""
         self._server.run([self._socket])
 
-    def __enter__(self):
+    def __enter__(self) -> Server:
         self._thread = threading.Thread(target=self.run, name="colora-http", daemon=True)
         self._thread.start()
         while not self._server.started and self._thread.is_alive():
             self._thread.join(0.01)
         return self
 
-    def __exit__(self, *reason):
+    def __exit__(self, *reason: Any) -> None:
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()

@@ -1,6 +1,9 @@
 """What an operator decides about the HTTP front."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Optional
 
 from colora_ms.errors import ConfigError
 
@@ -19,14 +22,14 @@ class Settings:
     """
 
     base_model: str = "base"
-    token: str = None
+    token: Optional[str] = None
     max_body_bytes: int = 1 << 20
     max_tokens: int = 4096
     default_tokens: int = 128
     most_prompts: int = 16
-    timeout: float = 600.0
+    timeout: Optional[float] = 600.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_tokens", "default_tokens", "most_prompts"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -2,25 +2,30 @@
 
     W^ = s * clip(round(phi + (alpha / r) * up @ down), low, high)        y = x @ W^.T + bias
 
-phi = phi(W0 / s0) is frozen and stored in 8 bits; s starts at s0 and is learned, as are up (zeros) and down. One unit of
-``up @ down`` is one step of the grid. After training only integers and s are left: a plain quantised linear.
+phi = phi(W0 / s0) is frozen and stored in 8 bits; s starts at s0 and is learned, as are up (zeros) and down. One unit
+of ``up @ down`` is one step of the grid. After training only integers and s are left: a plain quantised linear.
 
 The forward hands the integers to the same kernel that runs the exported model (:func:`multi_lora_linear` with int4 or
-int8 weights), so that training and inference agree to the last bit. Nothing of a weight's size is kept for the backward:
-integers and mask are computed again from phi, up and down.
+int8 weights), so that training and inference agree to the last bit. Nothing of a weight's size is kept for the
+backward: integers and mask are computed again from phi, up and down.
 """
 
+from __future__ import annotations
+
 import functools
+from typing import Any, Optional
 
 import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from colora_ms.quantization.grids import (SMALLEST_SCALE, downcast, round_to_grid, search_range, to_container)
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
 from colora_ms.kernels.operands import base_of, linear_of
 from colora_ms.models.activation_quant import ActivationQuantizer
+from colora_ms.models.formats import StoredWeight
+from colora_ms.quantization.config import LrQatConfig
+from colora_ms.quantization.grids import SMALLEST_SCALE, Grid, downcast, round_to_grid, search_range
 
 
 class QuantizedMatmul(nn.Cell):
@@ -40,7 +45,7 @@ class QuantizedMatmul(nn.Cell):
         scaling: alpha / r; None in the full-rank form, where phi itself (float32) is trained.
     """
 
-    def __init__(self, grid, out_features, in_features, how, scaling):
+    def __init__(self, grid: Grid, out_features: int, in_features: int, how: str, scaling: Optional[float]) -> None:
         super().__init__(auto_prefix=False)
         bind()
         group = grid.group_of(in_features)
@@ -48,7 +53,9 @@ class QuantizedMatmul(nn.Cell):
         self.row_shape = (out_features * in_features // group, group)
         self.levels, self.symmetric = float(grid.levels), grid.symmetric
         self.lowest = float(grid.lowest)
-        self.packed = grid.container(in_features) == "int4"
+        container = grid.container(in_features)
+        self.packed, self.element = container.values > 1, getattr(ms, container.element)
+        self.tag = container.tag
         self.how, self.step = how, 2.0 ** (grid.bits - 8)
         self.full_rank, self.scaling = scaling is None, 0.0 if scaling is None else float(scaling)
         self.rint = ops.Rint()
@@ -57,7 +64,7 @@ class QuantizedMatmul(nn.Cell):
         self.right = ops.MatMul(transpose_b=True)
         self.nibbles = Tensor([[1.0], [16.0]], ms.float32)
 
-    def rounded(self, phi, low, up, down):
+    def rounded(self, phi: Tensor, low: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """round(Z) as float32 (rows, inputs of one scale)."""
         value = phi.astype(ms.float32).reshape(self.row_shape)
         if self.how == "fixed":
@@ -73,20 +80,20 @@ class QuantizedMatmul(nn.Cell):
             return value + self.rint(change)
         return self.rint(value + change)
 
-    def clipped(self, rounded, low):
+    def clipped(self, rounded: Tensor, low: Tensor) -> Tensor:
         """The integers as float32."""
         if self.symmetric:
             return ops.minimum(ops.maximum(rounded, self.lowest), self.lowest + self.levels)
         return ops.minimum(ops.maximum(rounded, low), low + self.levels)
 
-    def integers(self, phi, low, up, down):
+    def integers(self, phi: Tensor, low: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """The integers in their container: (out, in / 2) uint8 or (out, in) int8."""
         q = self.clipped(self.rounded(phi, low, up, down), low)
         if not self.packed:
-            return q.reshape(self.weight_shape).astype(ms.int8)
+            return q.reshape(self.weight_shape).astype(self.element)
         # Two neighbours make a byte; a product of small integers is exact, and faster than strided slices.
         pairs = self.matmul((q + 8.0).reshape((-1, 2)), self.nibbles)
-        return pairs.reshape((self.weight_shape[0], self.weight_shape[1] // 2)).astype(ms.uint8)
+        return pairs.reshape((self.weight_shape[0], self.weight_shape[1] // 2)).astype(self.element)
 
     def construct(self, x, slots, phi, low, up, down, scale, bias):
         """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> (..., out) float32.
@@ -97,7 +104,7 @@ class QuantizedMatmul(nn.Cell):
         """
         # Tied to x, or the scheduler may build the integers of all layers before it runs the first one.
         weight = self.integers(ops.depend(phi, x), low, ops.depend(up, x), down)
-        return multi_lora_linear(x, slots, linear_of(base_of(weight, ops.maximum(scale, SMALLEST_SCALE), bias)))
+        return multi_lora_linear(x, slots, linear_of(base_of(self.tag, weight, ops.maximum(scale, SMALLEST_SCALE), bias)))
 
     def bprop(self, x, slots, phi, low, up, down, scale, bias, out, dout):
         """Gradients of x, up, down, scale (and phi in the full-rank form); zeros for the rest."""
@@ -122,8 +129,8 @@ class QuantizedMatmul(nn.Cell):
 
 
 @functools.lru_cache(maxsize=None)
-def shared_matmul(*settings):
-    """One :class:`QuantizedMatmul` for all linears of a shape: it holds no Parameters, and is parsed once, not 200 times."""
+def shared_matmul(*settings: Any) -> QuantizedMatmul:
+    """One :class:`QuantizedMatmul` for all linears of a shape: it holds no Parameters; parsed once, not 200 times."""
     return QuantizedMatmul(*settings)
 
 
@@ -145,7 +152,8 @@ class LrQatLinear(nn.Cell):
 
     fusible = False
 
-    def __init__(self, base, path, weight, config, random):
+    def __init__(self, base: nn.Cell, path: str, weight: np.ndarray, config: LrQatConfig,
+                 random: np.random.Generator) -> None:
         super().__init__(auto_prefix=False)
         bind()
         self.path, self.config, self.grid = path, config, config.grid
@@ -174,14 +182,14 @@ class LrQatLinear(nn.Cell):
         self.quantize_input = ActivationQuantizer(inputs) if inputs else None
         self.quantize_output = ActivationQuantizer(outputs) if outputs else None
 
-    def construct(self, x, slots):
+    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
         """x: (rows, tokens, in) or (rows, in); slots: (rows,) int32 -> y: (..., out) float32."""
         if self.quantize_input is not None:
             x = self.quantize_input(x)
         y = self.matmul(x, slots, self.phi, self.low, self.up, self.down, self.scale, self.bias)
         return y if self.quantize_output is None else self.quantize_output(y)
 
-    def trained(self):
+    def trained(self) -> dict[str, Parameter]:
         """{field: Parameter} of what is trained or would be, in the order of the files."""
         found = {"scale": self.scale}
         if self.low_rank:
@@ -190,18 +198,18 @@ class LrQatLinear(nn.Cell):
             found["phi"] = self.phi
         return found
 
-    def exported_scale(self):
+    def exported_scale(self) -> np.ndarray:
         """The scales as the forward uses them, (out, groups) float32 array."""
         return np.maximum(self.scale.asnumpy(), SMALLEST_SCALE)
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bits={self.grid.bits}, "
                 f"method={self.config.method}")
 
 
-def round_to_nearest(weight, config, name="the weight"):
-    """The baseline: a weight (out, in) float32 -> (container array, scale (out, groups) float32), no training."""
+def round_to_nearest(weight: np.ndarray, config: LrQatConfig, name: str = "the weight") -> StoredWeight:
+    """The baseline: a weight (out, in) float32 as integers with a scale (out, groups), no training."""
     rows = config.grid.rows(np.ascontiguousarray(weight, np.float32), name)
     scale, low = search_range(rows, config.grid, config.range_norm, config.range_candidates)
     q = round_to_grid(rows, scale, low, config.grid).reshape(weight.shape)
-    return to_container(q, config.grid), scale.reshape(weight.shape[0], -1)
+    return config.grid.container(q.shape[1]).of_integers(q, scale.reshape(weight.shape[0], -1))

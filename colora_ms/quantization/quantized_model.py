@@ -3,29 +3,40 @@
     quantized = quantize(decoder, LrQatConfig(bits=4, lora_alpha=32))   # train quantized.trainable_params()
     quantized.export("model-w4", tokenizer_source)                      # a folder for load_model
 
-LR-QAT changes the base model and has no slots, so it stands beside the adapter methods, not among them: LoRA adapters and
-the contrast come on top of the exported model.
+LR-QAT changes the base model and has no slots, so it stands beside the adapter methods, not among them: LoRA adapters
+and the contrast come on top of the exported model.
 """
 
+from __future__ import annotations
+
+import json
+import os
 import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from mindspore import ParameterTuple, Tensor, nn
 
 from colora_ms import runtime
 from colora_ms.adapters import tree
-from colora_ms.quantization.lrqat import LrQatLinear
 from colora_ms.adapters.slots import to_float32
 from colora_ms.adapters.store import read_config, regular_file, write_folder
 from colora_ms.errors import AdapterError, ConfigError, near
 from colora_ms.models import layers
-from colora_ms.models.quantized_folder import write_quantized_folder
+from colora_ms.models.formats import StoredWeight
+from colora_ms.models.safetensors_file import SafetensorsFile
+from colora_ms.quantization.cells import LrQatLinear
+from colora_ms.quantization.config import LrQatConfig
+from colora_ms.quantization.export import write_quantized_folder
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def quantize(net, config, seed=0):
+def quantize(net: nn.Cell, config: LrQatConfig, seed: int = 0) -> QuantizedModel:
     """Put quantised linears in the place of a decoder's linears, in place. All other parameters are frozen.
 
     Args:
@@ -67,10 +78,10 @@ def _targets(net, config):
     if not found:
         raise AdapterError("the model has no plain linears: it has adapters already, or is quantised; start from the "
                            "unadapted float model")
-    integers = [path for path, cell in found.items() if cell.weight_scale.ndim]
+    integers = [path for path, cell in found.items() if not cell.format.is_float]
     if integers:
-        raise AdapterError(f"{integers[0]} holds integers already; quantisation-aware training starts from float weights "
-                           "(weight_format float32 or bfloat16)")
+        raise AdapterError(f"{integers[0]} holds integers already; quantisation-aware training starts from float "
+                           "weights (weight_format float32 or bfloat16)")
     if config.target_modules is None:
         return found
     chosen, unused = {}, []
@@ -103,26 +114,23 @@ class QuantizedModel:
         net: the decoder; config: :class:`LrQatConfig`; cells: {path: :class:`LrQatLinear`}.
     """
 
-    def __init__(self, net, config, cells):
+    def __init__(self, net: nn.Cell, config: LrQatConfig, cells: dict[str, LrQatLinear]) -> None:
         self.net, self.config, self.cells = net, config, cells
         self._graphs = {}
 
-    def trainable_params(self):
+    def trainable_params(self) -> ParameterTuple:
         """The Parameters that training changes; empty for method "rtn"."""
         return ParameterTuple([item for cell in self.cells.values() for item in cell.get_parameters()
                                if item.requires_grad])
 
     # -- saving --------------------------------------------------------------------------------
 
-    def save(self, folder):
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the trained values (scales and factors) and the config; whole or not at all.
 
         Raises:
             AdapterError: the folder cannot be written.
         """
-        import json
-
-        from safetensors.numpy import save_file
         values = {"peft_type": "LRQAT", **self.config.to_dict()}
         arrays = {f"{path}.{field}": np.ascontiguousarray(item.asnumpy())
                   for path, cell in self.cells.items() for field, item in cell.trained().items()}
@@ -133,16 +141,13 @@ class QuantizedModel:
 
         write_folder(folder, write)
 
-    def load(self, folder):
+    def load(self, folder: str | os.PathLike[str]) -> None:
         """Put the values of :meth:`save` back.
 
         Raises:
             AdapterError: lists every missing, unexpected, mis-shaped or non-finite tensor and every setting that
                 differs; nothing is changed then.
         """
-        from pathlib import Path
-
-        from colora_ms.models.safetensors_file import SafetensorsFile
         stored = read_config(folder)
         if not isinstance(stored, dict) or stored.get("peft_type") != "LRQAT":
             raise AdapterError(f"{folder} holds no LR-QAT values (peft_type is "
@@ -150,7 +155,8 @@ class QuantizedModel:
         problems = [f"{name} is {stored.get(name)!r} there, {value!r} here"
                     for name, value in self.config.to_dict().items() if stored.get(name) != value]
         file = SafetensorsFile(regular_file(Path(folder) / _WEIGHTS))
-        wanted = {f"{path}.{field}": item for path, cell in self.cells.items() for field, item in cell.trained().items()}
+        wanted = {f"{path}.{field}": item for path, cell in self.cells.items()
+                  for field, item in cell.trained().items()}
         problems += [f"{name} is missing" for name in wanted if name not in file.entries]
         problems += [f"{name} is unexpected" for name in file.entries if name not in wanted]
         values = {}
@@ -171,15 +177,16 @@ class QuantizedModel:
 
     # -- integers ------------------------------------------------------------------------------
 
-    def exported(self, path):
-        """(weight, scale) of one linear: container (out, in / 2) uint8 or (out, in) int8, and (out, groups) float32."""
+    def exported(self, path: str) -> StoredWeight:
+        """One linear as integers, with a scale (out, groups)."""
         cell = self.cells[path]
         key = (cell.out_features, cell.in_features)
         graph = self._graphs.setdefault(key, _Integers(cell.matmul))
-        weight = runtime.run(graph, cell.phi, cell.low, cell.up, cell.down).asnumpy()
-        return weight, cell.exported_scale()
+        data = runtime.run(graph, cell.phi, cell.low, cell.up, cell.down).asnumpy()
+        return StoredWeight(cell.grid.container(cell.in_features), key, data, cell.exported_scale())
 
-    def export(self, folder, tokenizer_source=None, overwrite=False, files=None):
+    def export(self, folder: str | os.PathLike[str], tokenizer_source: Any = None, overwrite: bool = False,
+               files: Optional[Mapping[str, str]] = None) -> str:
         """Write the model as integers and scales, for :func:`colora_ms.load_model`.
 
         In float32 the exported model gives the same numbers as the training forward, bit for bit.
@@ -198,10 +205,10 @@ class QuantizedModel:
                 Nothing is left behind.
         """
         quantized = {path: self.exported(path) for path in self.cells}
-        wrong = [path for path, (_, scale) in quantized.items() if not np.isfinite(scale).all()]
+        wrong = [path for path, stored in quantized.items() if not np.isfinite(stored.scale).all()]
         if wrong:
-            raise AdapterError(f"the scales of {wrong[0]} are not finite ({len(wrong)} linears in all); train with a lower "
-                               "learning rate")
+            raise AdapterError(f"the scales of {wrong[0]} are not finite ({len(wrong)} linears in all); train with a "
+                               "lower learning rate")
         tensors = {parameter.name: parameter for parameter in self.net.get_parameters()}
         return write_quantized_folder(folder, self.net.config, _AsArrays(tensors), quantized, self._settings(),
                                       tokenizer_source, overwrite, files)
@@ -211,13 +218,13 @@ class QuantizedModel:
         return {"bits": config.bits, "group_size": config.group, "symmetric": config.symmetric,
                 "activations": config.activations, "method": config.method}
 
-    def sizes(self):
+    def sizes(self) -> tuple[int, int]:
         """(bytes of the quantised linears as integers and scales, bytes of the same linears in float32)."""
         stored = plain = 0
         for cell in self.cells.values():
             weights = cell.out_features * cell.in_features
-            packed = cell.grid.container(cell.in_features) == "int4"
-            stored += (weights // 2 if packed else weights) + 4 * int(np.prod(cell.scale.shape))
+            stored += cell.out_features * cell.grid.container(cell.in_features).row_bytes(cell.in_features,
+                                                                                         cell.scale.shape[1])
             plain += 4 * weights
         return stored, plain
 

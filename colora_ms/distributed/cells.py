@@ -1,0 +1,100 @@
+"""The Cells that put a split decoder's parts together: two sums over the workers for each block of a layer.
+
+Every worker has the whole gradient of its activations, since the one of a column-split block's input is summed; of the
+factors that every worker has whole each has a part (see ``colora_ms.training.split``).
+"""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn, ops
+
+from colora_ms.models.decoder import Decoder
+
+
+class SumOfParts(nn.Cell):
+    """The sum of the workers' x; the gradient of the sum is that of each x."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.sum = ops.AllReduce(ops.ReduceOp.SUM)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x: any shape, float32 -> the same shape, equal on all workers."""
+        return self.sum(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """The operator's own gradient would sum dout, which all workers have in full."""
+        return (dout,)
+
+
+class SumOfGradients(nn.Cell):
+    """x itself; its gradient is the sum of the workers' gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.sum = ops.AllReduce(ops.ReduceOp.SUM)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x: any shape, float32 -> x."""
+        return x
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """dx: the sum of what the workers' column-split linears give."""
+        return (self.sum(dout),)
+
+
+class SplitInput(nn.Cell):
+    """The norm before a block of column-split linears.
+
+    Args:
+        norm: the whole norm.
+    """
+
+    #: The layers' own operator is for whole layers.
+    fusible = False
+
+    def __init__(self, norm: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm = norm
+        self.split = SumOfGradients()
+
+    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
+        """As of the norm."""
+        return self.split(self.norm(x, slots))
+
+    def add(self, x: Tensor, residual: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """As of the norm; the residual goes on whole."""
+        y, residual = self.norm.add(x, residual, slots)
+        return self.split(y), residual
+
+
+class SummedLinear(nn.Cell):
+    """The sum of a row-split linear's outputs over all workers.
+
+    Args:
+        linear: the worker's linear, with its adapter.
+    """
+
+    #: The layers' own operator knows nothing of the sum.
+    fusible = False
+
+    def __init__(self, linear: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.linear = linear
+        self.sum = SumOfParts()
+
+    def construct(self, x: Tensor, slots: Tensor) -> Tensor:
+        """x: (..., in / workers); slots: (rows,) int32 -> (..., out) float32, equal on all workers."""
+        return self.sum(self.linear(x, slots))
+
+
+def join_parts(decoder: Decoder) -> None:
+    """Put the sums into a decoder of one worker's shares, in place; Parameters keep their names."""
+    names = [(parameter, parameter.name) for parameter in decoder.get_parameters()]
+    for layer in decoder.model.layers:
+        layer.input_layernorm = SplitInput(layer.input_layernorm)
+        layer.post_attention_layernorm = SplitInput(layer.post_attention_layernorm)
+        layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj)
+        layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj)
+    for parameter, name in names:
+        parameter.name = name

@@ -1,0 +1,122 @@
+"""From stored weights to a decoder's leaf Cells: the one place where a Cell is chosen for what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Optional, Union
+
+import numpy as np
+
+from mindspore import Parameter, Tensor
+
+from colora_ms.errors import CheckpointError
+from colora_ms.models.activation_quant import ActivationQuantizedLinear
+from colora_ms.models.config import DecoderConfig
+from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float, weight_format
+from colora_ms.models.layers import Embedding, Linear, RMSNorm
+from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
+
+#: What a decoder is built from; see :class:`Builder`.
+Weights = Mapping[str, Union[StoredWeight, StoredFactors, np.ndarray]]
+
+
+class Builder:
+    """Makes the leaf Cells of a decoder.
+
+    Args:
+        config: :class:`colora_ms.models.config.DecoderConfig`, for the shapes.
+        weights: mapping of Hugging Face names to stored weights or float arrays, read one at a time; None for random
+            weights (normal, standard deviation 0.02, seed 0; norms of ones).
+        wanted: name of the format of matrices that are stored as floats; integers are kept.
+
+    Attributes:
+        names: {id: (Parameter, its name)}. A Cell renames the Parameters that are put into it; the names of the
+            checkpoint are the ones that count, so they are given back when the tree is complete.
+    """
+
+    def __init__(self, config: DecoderConfig, weights: Optional[Weights], wanted: str) -> None:
+        self.shapes = config.parameter_shapes()
+        self.weights = weights
+        self.wanted = weight_format(wanted)
+        self.eps = config.rms_norm_eps
+        self.random = np.random.default_rng(0)
+        self.names: dict[int, tuple[Parameter, str]] = {}
+
+    def stored(self, name: str) -> Union[StoredWeight, StoredFactors]:
+        """What is stored under a name.
+
+        Raises:
+            CheckpointError: nothing, or of another shape than the config's.
+        """
+        shape = tuple(self.shapes[name])
+        if self.weights is None:
+            if name.endswith("norm.weight"):
+                return stored_float(np.ones(shape, np.float32))
+            return stored_float((self.random.standard_normal(shape, np.float32) * np.float32(0.02)).astype(np.float32))
+        if name not in self.weights:
+            raise CheckpointError(f"tensor {name!r} of shape {shape} is missing")
+        found = self.weights[name]
+        found = found if isinstance(found, (StoredWeight, StoredFactors)) else stored_float(found)
+        if tuple(found.shape) != shape:
+            raise CheckpointError(f"tensor {name!r} has shape {tuple(found.shape)}, the config asks for {shape}")
+        return found
+
+    def linear(self, prefix: str) -> Union[Linear, LowRankLinear, ActivationQuantizedLinear]:
+        """The linear called ``prefix``: of one matrix, of factors, or with rounded activations."""
+        stored = self.stored(f"{prefix}.weight")
+        bias = self.vector(f"{prefix}.bias") if f"{prefix}.bias" in self.shapes else None
+        if isinstance(stored, StoredFactors):
+            cell = low_rank_linear(prefix, stored, self.wanted.name, bias)
+            for part, parameter in cell.factor_parameters().items():
+                self._keep(parameter, f"{prefix}.{part}")
+            return cell
+        cell = linear_of(prefix, stored.as_format(self.wanted), bias)
+        self._keep_weight(cell, prefix)
+        inputs, outputs = stored.activations
+        return ActivationQuantizedLinear(cell, inputs, outputs) if inputs or outputs else cell
+
+    def embedding(self, prefix: str) -> Embedding:
+        """The embedding called ``prefix``.
+
+        Raises:
+            CheckpointError: it is stored as only a linear can be.
+        """
+        stored = self.stored(f"{prefix}.weight")
+        if isinstance(stored, StoredFactors) or any(stored.activations):
+            raise CheckpointError(f"the embedding {prefix} is stored as factors or with rounded activations, which "
+                                  "only linears can be")
+        stored = stored.as_format(self.wanted)
+        weight, scale = weight_parameters(prefix, stored)
+        cell = Embedding(weight, stored.shape[1], weight_scale=scale, weight_format=stored.format)
+        self._keep_weight(cell, prefix)
+        return cell
+
+    def norm(self, prefix: str) -> RMSNorm:
+        """The norm called ``prefix``."""
+        return RMSNorm(self.vector(f"{prefix}.weight"), self.eps)
+
+    def vector(self, name: str) -> Parameter:
+        """A float32 Parameter, for what is no matrix."""
+        return self._keep(Parameter(Tensor(self.stored(name).values()), name=name, requires_grad=False), name)
+
+    def _keep_weight(self, cell: Union[Linear, Embedding], prefix: str) -> None:
+        self._keep(cell.weight, f"{prefix}.weight")
+        if cell.format.scaled:
+            self._keep(cell.weight_scale, f"{prefix}.weight_scale")
+
+    def _keep(self, parameter: Parameter, name: str) -> Parameter:
+        self.names[id(parameter)] = (parameter, name)
+        return parameter
+
+
+def weight_parameters(path: str, stored: StoredWeight) -> tuple[Parameter, Optional[Parameter]]:
+    """(``<path>.weight``, ``<path>.weight_scale`` or None), frozen."""
+    weight, scale = stored.tensors()
+    return (Parameter(weight, name=f"{path}.weight", requires_grad=False),
+            None if scale is None else Parameter(scale, name=f"{path}.weight_scale", requires_grad=False))
+
+
+def linear_of(path: str, stored: StoredWeight, bias: Optional[Parameter]) -> Linear:
+    """A Linear of a stored matrix (out, in), in its own format; ``bias``: its Parameter (out,) or None."""
+    weight, scale = weight_parameters(path, stored)
+    return Linear(weight, stored.shape[1], stored.shape[0], weight_scale=scale, bias=bias, weight_format=stored.format)

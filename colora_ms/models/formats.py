@@ -1,0 +1,374 @@
+"""Weight formats: one record a format, in one table, and the weights that are stored in them.
+
+A format says how the values of a matrix (out, in) lie in memory: the shape of the stored tensor and of its scale, how
+float32 values are packed and unpacked, how many bytes a row takes, and the number under which the kernels know it.
+Files hand out :class:`StoredWeight`; a Cell keeps its format as ``cell.format``. Nothing may be told from a dtype: two
+formats can share one (packed 4-bit values and blocks of bytes are both uint8).
+
+Integer weights are symmetric: ``w ~ scale * q``. int8 keeps q in -127..127 with one scale an output channel or a group
+of neighbouring inputs; int4 keeps q in -8..7 with one scale a group and packs two columns into a byte: the low nibble
+is the even column, stored as q + 8.
+
+A new format is one record here and, if the kernels are to compute in it, one case in ``ops/cpu/weights.h``; without a
+kernel tag it can be read from files, and a decoder that is built from it packs it into the format that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+
+from colora_ms.errors import CheckpointError, ConfigError, near
+from colora_ms.models.safetensors_file import WRITE_DTYPES, bfloat16_to_float32, float32_to_bfloat16
+
+if TYPE_CHECKING:
+    from mindspore import Tensor
+
+#: Inputs that share one scale in int4, where they divide a row.
+GROUP = 32
+
+_TINY = np.float32(1e-12)
+
+#: What packs a matrix: (float32 (out, in), group or None) -> (data, scale or None).
+Pack = Callable[[np.ndarray, Optional[int]], "tuple[np.ndarray, Optional[np.ndarray]]"]
+#: What unpacks it: (data, scale or None, zero points or None) -> float32 (out, in).
+Unpack = Callable[[np.ndarray, Optional[np.ndarray], Optional[np.ndarray]], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightFormat:
+    """How the values of a weight are stored.
+
+    Attributes:
+        name: as in ``weight_format=...``.
+        dtype: NumPy's name of the stored elements (bfloat16 as its bits, "<u2").
+        element: MindSpore's name of them.
+        code: their name in a safetensors file; None for a format that no such file has.
+        tag: number of the format in the kernels (``Format`` in ops/cpu/weights.h); None: they do not compute in it.
+        values, items: a row is a run of blocks; so many values of a row are so many stored elements.
+        scaled: whether a float32 scale comes with the tensor, (out,) or (out, groups).
+        encode, decode: the arithmetic of :meth:`pack` and :meth:`unpack`.
+        join, split: of formats of scaled integers, from the integers (out, in) int8 to the stored tensor, and back.
+    """
+
+    name: str
+    dtype: str
+    element: str
+    code: Optional[str]
+    tag: Optional[int]
+    encode: Pack = field(repr=False)
+    decode: Unpack = field(repr=False)
+    values: int = 1
+    items: int = 1
+    scaled: bool = False
+    join: Optional[Callable[[np.ndarray], np.ndarray]] = field(default=None, repr=False)
+    split: Optional[Callable[[np.ndarray], np.ndarray]] = field(default=None, repr=False)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the stored elements are the values themselves: what is added to them is not rounded away."""
+        return not self.scaled and self.values == self.items
+
+    @property
+    def bits(self) -> int:
+        """Bits that a value takes, without its scale."""
+        return 8 * np.dtype(self.dtype).itemsize * self.items // self.values
+
+    def data_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the stored tensor of a weight of ``shape`` (..., in).
+
+        Raises:
+            ConfigError: a row is no whole number of blocks.
+        """
+        if shape[-1] % self.values:
+            raise ConfigError(f"{self.name} packs {self.values} columns into {self.items}, but the weight of shape "
+                              f"{tuple(shape)} has {shape[-1]} on its last axis")
+        return (*shape[:-1], shape[-1] // self.values * self.items)
+
+    def shape(self, data_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape (..., in) of the weight whose stored tensor has that shape: the inverse of :meth:`data_shape`."""
+        return (*data_shape[:-1], data_shape[-1] // self.items * self.values)
+
+    def row_bytes(self, columns: int, groups: int = 1) -> int:
+        """Bytes of a row of so many values, with its ``groups`` scales where the format has them."""
+        return self.data_shape((columns,))[0] * np.dtype(self.dtype).itemsize + 4 * groups * self.scaled
+
+    def pack(self, weight: np.ndarray, group: Optional[int] = None) -> StoredWeight:
+        """Store values, rounded to nearest.
+
+        Args:
+            weight: (out, in) float32; a vector where the format has no scale.
+            group: inputs that share a scale; None: the format's own choice (int8: a whole row; int4: ``GROUP`` where
+                that divides a row, else the row). Without effect where there is no scale.
+
+        Raises:
+            ConfigError: rows that cannot be packed, or that the group does not divide.
+        """
+        weight = np.ascontiguousarray(weight, np.float32)
+        self.data_shape(weight.shape)
+        if self.scaled and weight.ndim != 2:
+            raise ConfigError(f"{self.name} stores matrices, but the weight has shape {weight.shape}")
+        if self.scaled and group is not None and (group < 1 or weight.shape[1] % group):
+            raise ConfigError(f"group {group} does not divide the {weight.shape[1]} inputs of the weight")
+        data, scale = self.encode(weight, group)
+        return StoredWeight(self, weight.shape, data, scale)
+
+    def of_integers(self, q: np.ndarray, scale: np.ndarray) -> StoredWeight:
+        """Store integers that are rounded already.
+
+        Args:
+            q: (out, in), of any number type, in the format's range; scale: (out,) or (out, groups) float32.
+        """
+        return StoredWeight(self, q.shape, self.join(np.asarray(q).astype(np.int8)), scale)
+
+    def unpack(self, data: np.ndarray, scale: Optional[np.ndarray] = None,
+               zero: Optional[np.ndarray] = None) -> np.ndarray:
+        """The values of a stored tensor, float32; of float32 itself the array that was given."""
+        return self.decode(data, scale, zero)
+
+    def stored(self, weight: Tensor, scale: Optional[Tensor] = None) -> StoredWeight:
+        """The arrays behind a Cell's tensors; ``scale``: None or ``kernels.ABSENT`` (rank 0) for none."""
+        data = weight.asnumpy()
+        data = data.view(self.dtype) if data.dtype != np.dtype(self.dtype) else data
+        own = None if scale is None or not scale.ndim else scale.asnumpy()
+        return StoredWeight(self, self.shape(tuple(weight.shape)), data, own)
+
+    def check(self, weight: Tensor, scale: Optional[Tensor]) -> None:
+        """ConfigError unless a Cell's tensors can be of this format."""
+        kind = str(weight.dtype).lower()
+        if kind != self.element or self.scaled != (scale is not None):
+            raise ConfigError(f"a weight of dtype {kind} {'without' if scale is None else 'with'} a scale is none of "
+                              f"the format {self.name}, which is {self.element} {'with' if self.scaled else 'without'} "
+                              "one")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A tensor as a file or a Cell holds it.
+
+    Attributes:
+        format: how it is stored; shape: of its values, (out, in) or (n,).
+        data: array of the format's dtype and :meth:`WeightFormat.data_shape`; scale: (out,) or (out, groups) float32,
+            or None; zero: zero points, for formats that have them.
+        activations: (bits of the linear's input, bits of its output) to which a model of rounded activations rounds
+            them; 0: not at all.
+    """
+
+    format: WeightFormat
+    shape: tuple[int, ...]
+    data: np.ndarray
+    scale: Optional[np.ndarray] = None
+    zero: Optional[np.ndarray] = None
+    activations: tuple[int, int] = (0, 0)
+
+    @property
+    def group(self) -> Optional[int]:
+        """Inputs that share a scale; None where a whole row does, or there is no scale."""
+        return None if self.scale is None or self.scale.ndim == 1 else self.shape[1] // self.scale.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(array.nbytes for array in (self.data, self.scale, self.zero) if array is not None)
+
+    def values(self) -> np.ndarray:
+        """The values, float32 of ``shape``."""
+        return self.format.unpack(self.data, self.scale, self.zero)
+
+    def integers(self) -> np.ndarray:
+        """The integers (out, in) int8 of a format of scaled integers."""
+        return self.format.split(self.data)
+
+    def as_format(self, wanted: WeightFormat) -> StoredWeight:
+        """Its values packed anew; itself where it is in the wanted format, or in one that was chosen when it was
+        stored: integers that the kernels compute in are not rounded again."""
+        if self.format is wanted or not self.format.is_float and self.format.tag is not None:
+            return self
+        return wanted.pack(self.values())
+
+    def and_rows(self, rows: np.ndarray) -> StoredWeight:
+        """With more rows (n, in) float32 below it, packed alike."""
+        more = self.format.pack(rows, self.group)
+        scale = None if self.scale is None else np.concatenate([self.scale, more.scale])
+        return StoredWeight(self.format, (self.shape[0] + len(rows), *self.shape[1:]),
+                            np.concatenate([self.data, more.data]), scale, activations=self.activations)
+
+    def tensors(self) -> tuple[Tensor, Optional[Tensor]]:
+        """(weight, scale or None) as a Cell takes them."""
+        import mindspore as ms
+
+        dtype = ms.dtype_to_nptype(getattr(ms, self.format.element))
+        data = self.data if self.data.dtype == dtype else self.data.view(dtype)
+        return ms.Tensor(data), None if self.scale is None else ms.Tensor(self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFactors:
+    """A weight (out, in) that is stored as a product ``outer @ core @ inner``, or ``outer @ inner``.
+
+    Attributes:
+        inner: (r, in); outer: (out, r); core: (r, r) or None.
+    """
+
+    inner: StoredWeight
+    outer: StoredWeight
+    core: Optional[StoredWeight] = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.outer.shape[0], self.inner.shape[1]
+
+    def values(self) -> np.ndarray:
+        """The product, float32."""
+        parts = [one.values() for one in (self.outer, self.core, self.inner) if one is not None]
+        return np.linalg.multi_dot(parts) if len(parts) == 3 else parts[0] @ parts[1]
+
+
+def stored_float(values: Any) -> StoredWeight:
+    """Any float array as a float32 :class:`StoredWeight`; a float32 array is not copied."""
+    array = np.asarray(values, np.float32)
+    return StoredWeight(FLOAT32, array.shape, array)
+
+
+def weight_format(name: str) -> WeightFormat:
+    """The format of a name that the kernels compute in.
+
+    Raises:
+        ConfigError: there is none; says which there are.
+    """
+    if name not in WEIGHT_FORMATS:
+        raise ConfigError(f"weight format {name!r} is not known; use one of {', '.join(WEIGHT_FORMATS)}."
+                          + near(name, WEIGHT_FORMATS))
+    return FORMATS[name]
+
+
+def format_of_code(code: str) -> WeightFormat:
+    """The format of a safetensors dtype, of those that the kernels compute in.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = next((one for one in FORMATS.values() if one.code == code and one.tag is not None), None)
+    if found is None:
+        raise CheckpointError(f"no weight format is stored as {code}; there are "
+                              + ", ".join(f"{one.code} ({one.name})" for one in FORMATS.values() if one.code))
+    return found
+
+
+def weight_values(cell: Any) -> np.ndarray:
+    """The weight of a Cell that carries its format, float32 (out, in)."""
+    return cell.format.stored(cell.weight, cell.weight_scale).values()
+
+
+def logical_shape(cell: Any) -> tuple[int, ...]:
+    """The shape (out, in) of such a Cell's weight."""
+    return cell.format.shape(tuple(cell.weight.shape))
+
+
+def holds_floats(cell: Any, parameter: Tensor) -> bool:
+    """Whether a Cell's parameter is stored as floats: its weight's format says so, otherwise (biases, norms, Cells of
+    another library) its dtype."""
+    own = getattr(cell, "format", None)
+    if isinstance(own, WeightFormat) and parameter is getattr(cell, "weight", None):
+        return own.is_float
+    return parameter.is_floating_point()
+
+
+def is_float_matrix(cell: Any) -> bool:
+    """Whether a linear is one matrix of floats and nothing else: no factors, no integers, no bias, no adapter on it."""
+    weight = getattr(cell, "weight", None)
+    return weight is not None and holds_floats(cell, weight) and not getattr(cell, "has_bias", False)
+
+
+# -- the arithmetic of each format ------------------------------------------------------------------------------------
+
+def _pack_float32(weight, group):
+    return weight, None
+
+
+def _unpack_float32(data, scale, zero):
+    return data
+
+
+def _pack_bfloat16(weight, group):
+    return float32_to_bfloat16(weight), None
+
+
+def _unpack_bfloat16(data, scale, zero):
+    return bfloat16_to_float32(data)
+
+
+def _blocks(weight, size):
+    return weight.reshape(weight.shape[0], weight.shape[1] // size, size)  # (out, groups, inputs of one scale)
+
+
+def _pack_int8(weight, group):
+    blocks = _blocks(weight, group or weight.shape[1])
+    scale = np.maximum(np.abs(blocks).max(axis=2) / np.float32(127), _TINY).astype(np.float32)
+    q = np.rint(blocks / scale[..., None]).clip(-127, 127).astype(np.int8).reshape(weight.shape)
+    return q, scale[:, 0] if group is None else scale
+
+
+def _unpack_int8(data, scale, zero):
+    return _scaled(data, scale)
+
+
+def _itself(q):
+    return q
+
+
+def _pack_int4(weight, group):
+    """The value of largest magnitude in a group maps to -8, as in llama.cpp's Q4_0: it keeps the whole signed range."""
+    inner = weight.shape[1]
+    blocks = _blocks(weight, group or (GROUP if inner % GROUP == 0 else inner))
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
+    scale = (extreme / np.float32(-8)).astype(np.float32)
+    scale = np.where(np.abs(scale) < _TINY, _TINY, scale).astype(np.float32)
+    q = np.rint(blocks / scale[..., None]).clip(-8, 7).astype(np.int8).reshape(weight.shape)
+    return pack_int4(q), scale
+
+
+def _unpack_int4(data, scale, zero):
+    return _scaled(unpack_int4(data), scale)
+
+
+def pack_int4(q: np.ndarray) -> np.ndarray:
+    """(out, in) integers in -8..7 -> (out, in/2) uint8."""
+    biased = (q + 8).astype(np.uint8)
+    return biased[:, 0::2] | (biased[:, 1::2] << 4)
+
+
+def unpack_int4(packed: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`pack_int4`: (out, in/2) uint8 -> (out, in) int8."""
+    q = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
+    q[:, 0::2] = (packed & 15).astype(np.int8) - 8
+    q[:, 1::2] = (packed >> 4).astype(np.int8) - 8
+    return q
+
+
+def _scaled(q, scale):
+    """Integers (out, in), scale (out,) or (out, groups) -> float32 (out, in): one rounding a weight, as in kernels."""
+    if scale.ndim == 1:
+        return q.astype(np.float32) * scale[:, None]
+    blocks = _blocks(q.astype(np.float32), q.shape[1] // scale.shape[1])
+    return (blocks * scale[:, :, None]).reshape(q.shape)
+
+
+FLOAT32 = WeightFormat("float32", "<f4", "float32", "F32", 0, _pack_float32, _unpack_float32)
+BFLOAT16 = WeightFormat("bfloat16", "<u2", "bfloat16", "BF16", 1, _pack_bfloat16, _unpack_bfloat16)
+INT8 = WeightFormat("int8", "|i1", "int8", "I8", 2, _pack_int8, _unpack_int8, scaled=True, join=_itself, split=_itself)
+INT4 = WeightFormat("int4", "|u1", "uint8", "U8", 3, _pack_int4, _unpack_int4, values=2, items=1, scaled=True,
+                    join=pack_int4, split=unpack_int4)
+
+#: {name: record}.
+FORMATS = {one.name: one for one in (FLOAT32, BFLOAT16, INT8, INT4)}
+
+#: Names of the formats that a decoder can be loaded in.
+WEIGHT_FORMATS = tuple(name for name, one in FORMATS.items() if one.tag is not None)
+
+#: What the weights of a folder can be written as: floats, and integers rounded to nearest.
+FOLDER_TYPES = (*WRITE_DTYPES, *(name for name in WEIGHT_FORMATS if FORMATS[name].join is not None))
