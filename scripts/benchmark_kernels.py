@@ -63,13 +63,11 @@ def linear_call(rng, x, slots, outs, kind, adapters):
     for out in outs:
         weight, scale, nbytes = make_weight(rng, out, x.shape[-1], kind)
         size += nbytes
-        operands += [weight, scale, None]
+        pair = ()
         if adapters:
-            operands += [random(rng, adapters, RANK, x.shape[-1]), random(rng, adapters, out, RANK),
-                         np.ones(adapters, np.float32)]
+            pair = (random(rng, adapters, RANK, x.shape[-1]), random(rng, adapters, out, RANK), np.ones(adapters, np.float32))
             adapter_size += RANK * (x.shape[-1] + out) * 4
-        else:
-            operands += [None, None, None]
+        operands += call.linear(weight, scale, None, *pair)
         outputs.append((x.shape[:-1] + (out,), "float32"))
     return call.Prepared("multi_lora_linear", [x, slots, *operands], outputs), size, adapter_size
 
@@ -95,14 +93,12 @@ def linears(rng):
                         weights[i] = [make_weight(rng, out, columns, kind) for out in outs]
                     operands, outputs = [], []
                     for out, (weight, scale, nbytes) in zip(outs, weights[i]):
-                        operands += [weight, scale, None]
+                        pair = ()
                         moved += nbytes
                         if with_adapter:
-                            operands += [random(rng, 1, RANK, columns), random(rng, 1, out, RANK),
-                                         np.ones(1, np.float32)]
+                            pair = (random(rng, 1, RANK, columns), random(rng, 1, out, RANK), np.ones(1, np.float32))
                             moved += RANK * (columns + out) * 4
-                        else:
-                            operands += [None, None, None]
+                        operands += call.linear(weight, scale, None, *pair)
                         outputs.append(((rows, 1, out), "float32"))
                     calls.append(call.Prepared("multi_lora_linear", [x[columns], slots, *operands], outputs))
 
@@ -180,11 +176,9 @@ def others(rng):
         requests = max(1, rows // 2)
         logits = random(rng, 2 * requests, VOCABULARY) * 20
 
-        def options(value, n=requests):
-            return np.full(n, value, np.float32)
-
-        inputs = [logits, np.arange(requests, dtype=np.int32) * 2, np.arange(requests, dtype=np.int32) * 2 + 1,
-                  options(0.1), options(0.5), options(0.0), np.zeros(requests, np.int32), options(1.0), options(0.5)]
+        first = np.arange(requests, dtype=np.int32) * 2
+        inputs = [logits, *call.options(dict(expert_rows=first, amateur_rows=first + 1), dict(alpha=0.1, beta=0.5)),
+                  np.full(requests, 0.5, np.float32)]
         choose = call.Prepared("contrastive_select", inputs, [((requests, 3), "int32"), ((requests, 4), "float32")])
         yield Row(f"contrastive_select_requests{requests}", choose, logits.nbytes)
 

@@ -143,8 +143,9 @@ def operator_calls(shape, rows, tokens, call):
         for out in outs:
             weight, down, up = floats(out, columns), floats(1, RANK, columns), floats(1, out, RANK)
             scale = np.ones(1, np.float32)
-            operands += [weight, None, None, down, up, scale]
-            inputs += [floats(rows, tokens, out), weight, None, down, up, scale]
+            linear = call.linear(weight, None, None, down, up, scale)
+            operands += linear
+            inputs += [floats(rows, tokens, out), *linear]
             grads += [(down.shape, "float32"), (up.shape, "float32")]
         work = 2 * n * columns * sum(outs)
         calls.append((f"{label}, forward", shape["layers"], call.Prepared(

@@ -37,9 +37,10 @@ def step_calls(shape, weight_format, requests, kind, call, position=24):
         return [weight, scale, None, down, up, np.ones(1, np.float32) if adapted else None]
 
     def product(label, columns, *outs, adapted=True):
-        operands = [tensor for out in outs for tensor in linear(out, columns, adapted)]
-        arrays = [t[0] if isinstance(t, tuple) else t for t in operands]
-        size = sum(a.nbytes for i, a in enumerate(arrays) if a is not None and (i % 6 < 3 or kind != "base"))
+        linears = [linear(out, columns, adapted) for out in outs]
+        operands = [tensor for one in linears for tensor in call.linear(*one)]
+        arrays = [t[0] if isinstance(t, tuple) else t for one in linears for t in (one[:3] if kind == "base" else one)]
+        size = sum(a.nbytes for a in arrays if a is not None)
         return label, size, call.Prepared("multi_lora_linear", [floats(rows, 1, columns), slots, *operands],
                                           [((rows, 1, out), "float32") for out in outs])
 
@@ -69,10 +70,10 @@ def step_calls(shape, weight_format, requests, kind, call, position=24):
                   ("swiglu", 0, swiglu), product("linear down", inner, hidden)]
     calls += [norm(), product("linear head", hidden, vocab, adapted=False)]
     contrast = [requests + i if kind == "cold" else -1 for i in range(requests)]
-    settings = [np.full(requests, v, np.float32) for v in (ALPHA, BETA, 0.0)] + [ints([0] * requests)] \
-        + [np.full(requests, v, np.float32) for v in (1.0, 0.5)]
+    settings = call.options(dict(expert_rows=ints(range(requests)), amateur_rows=ints(contrast)),
+                            dict(alpha=ALPHA, beta=BETA))
     return calls + [("contrastive_select", 0, call.Prepared(
-        "contrastive_select", [floats(rows, vocab), ints(range(requests)), ints(contrast), *settings],
+        "contrastive_select", [floats(rows, vocab), *settings, np.full(requests, 0.5, np.float32)],
         [((requests, 3), "int32"), ((requests, 4), "float32")]))]
 
 

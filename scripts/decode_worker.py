@@ -64,9 +64,9 @@ class Ours:
         cells = [cell for _, cell in self.decoder.cells_and_names() if hasattr(cell, "operands")]
         found = {"base": {}, "adapter": {}}
         for cell in cells:
-            for i, tensor in enumerate(cell.operands()):
-                if tensor.ndim > 0:
-                    found["adapter" if i >= 3 else "base"][id(tensor)] = int(tensor.size) * tensor.itemsize
+            (_, tensors, bias), adapter = cell.operands()
+            for name, group in (("base", tensors + bias), ("adapter", adapter)):
+                found[name].update({id(tensor): int(tensor.size) * tensor.itemsize for tensor in group})
         return {name: sum(sizes.values()) for name, sizes in found.items()}
 
     def encode(self, texts):

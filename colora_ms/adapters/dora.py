@@ -23,6 +23,7 @@ from colora_ms.adapters.lora import LoraLinear
 from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.slots import get, owned_slots, put, rows_where, stacked
 from colora_ms.kernels import ABSENT, lora_expand_reference, lora_shrink_reference, multi_lora_linear
+from colora_ms.kernels.operands import linear_of, without_bias
 from colora_ms.models.rows import slots_of
 
 
@@ -127,12 +128,11 @@ class DoraLinear(Dora, LoraLinear):
             # As in PEFT: the base sees x, the factor's correction and the pair see what dropout leaves of it.
             dropped = self.dropout(x)
             y = self.base_layer(x, rows)
-            weight, weight_scale = self.base_layer.operands()[:2]
-            z = multi_lora_linear(dropped, slots, weight, weight_scale, ABSENT, ABSENT, ABSENT, ABSENT)
+            z = multi_lora_linear(dropped, slots, linear_of(without_bias(self.base_layer.base())))
             v = lora_shrink_reference(dropped, slots, self.down, self.scale)
             total = lora_expand_reference(v, slots, self.up, z)
             return rows_where(own >= 0, y - z + g * total, y - z + total)
-        y = multi_lora_linear(x, slots, *self.operands())
+        y = multi_lora_linear(x, slots, self.operands())
         if not self.base_bias:
             return g * y
         bias = self.base_layer.bias
@@ -142,9 +142,8 @@ class DoraLinear(Dora, LoraLinear):
         """g of all slots, (slots, out), from the values that the factors have now."""
         down, up = ops.stop_gradient(self.down), ops.stop_gradient(self.up)
         slots, rank, inner = down.shape
-        weight, weight_scale = self.base_layer.operands()[:2]
-        w_down = multi_lora_linear(down.reshape((slots * rank, inner)), ABSENT, weight, weight_scale, ABSENT, ABSENT,
-                                   ABSENT, ABSENT).reshape((slots, rank, -1))
+        base = linear_of(without_bias(self.base_layer.base()))
+        w_down = multi_lora_linear(down.reshape((slots * rank, inner)), ABSENT, base).reshape((slots, rank, -1))
         scale = self.scale.reshape((-1, 1))
         cross = (up * ops.transpose(w_down, (0, 2, 1))).sum(-1)
         square = (ops.bmm(up, ops.bmm(down, ops.transpose(down, (0, 2, 1)))) * up).sum(-1)

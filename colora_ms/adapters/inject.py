@@ -20,7 +20,6 @@ from colora_ms.adapters.fitting import stage
 from colora_ms.adapters.foreign import LoraDense, LoraLookup, SavedCell
 from colora_ms.adapters.handle import HANDLE, Adapters
 from colora_ms.adapters.lora import LoraEmbedding, LoraLinear
-from colora_ms.adapters.lora_over_low_rank import LoraOverLowRank
 from colora_ms.adapters.matching import Matched, Module, widest
 from colora_ms.adapters.outside import leaf, load_integrations
 from colora_ms.adapters.peft_format import StoredAdapter
@@ -30,7 +29,6 @@ from colora_ms.adapters.starting import check_start
 from colora_ms.adapters.store import check_name
 from colora_ms.adapters.tokens import TokenEmbedding, TokenHead
 from colora_ms.errors import AdapterError, near
-from colora_ms.models.low_rank import LowRankLinear
 from colora_ms.models.replacing import check_names, replace_cells
 
 
@@ -292,8 +290,6 @@ def wrap_lora(cell: nn.Cell, path: str, site: Site) -> nn.Cell:
         return LoraLookup(cell, path, site.active_slot, site.slots, site.max_rank, site.trainable)
     dropout = Dropout(site.dropout, site.seed, path) if site.dropout and site.max_rank else None
     rest = (site.slots, site.max_rank, dropout, site.bias, site.trainable)
-    if isinstance(cell, LowRankLinear):
-        return LoraOverLowRank(cell, path, *rest)
     dora, up_bias = (site.target.dora, site.target.up_bias) if site.target else (False, False)
     if face.takes_rows:
         if dora:

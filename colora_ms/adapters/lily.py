@@ -27,6 +27,7 @@ from colora_ms.kernels import (
     lora_shrink_reference,
     multi_lora_linear,
 )
+from colora_ms.kernels.operands import linear_of
 from colora_ms.models.rows import slots_of
 
 #: Why a row of several sequences is refused.
@@ -274,14 +275,14 @@ class StaticLilyLinear(LilyCell):
     fusible = True
 
     def operands(self) -> tuple:
-        """The six tensors of :func:`colora_ms.kernels.multi_lora_linear`."""
+        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes."""
         weights = ops.softmax(self.router, -1)
         up = (self.up * weights.reshape((-1, 1, self.experts, 1))).sum(axis=2)
-        return self.base_layer.operands()[:3] + (self.down, up, self.scale)
+        return linear_of(self.base_layer.base(), self.down, up, self.scale)
 
     def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
-        return multi_lora_linear(x, slots_of(rows), *self.operands())
+        return multi_lora_linear(x, slots_of(rows), self.operands())
 
 
 class LilyDense(LateActivation, LilyRouted):

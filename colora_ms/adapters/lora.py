@@ -16,6 +16,7 @@ from colora_ms.adapters.dropout import Dropout
 from colora_ms.adapters.matching import Module, Target
 from colora_ms.adapters.slots import get, owned_slots, rows_where
 from colora_ms.kernels import ABSENT, lora_expand_reference, lora_shrink_reference, multi_lora_linear
+from colora_ms.kernels.operands import linear_of
 from colora_ms.models.rows import slots_of
 
 
@@ -23,7 +24,8 @@ class LoraLinear(LowRankCell):
     """A decoder's linear with a low-rank pair, and if asked biases, for each slot.
 
     Args:
-        base_layer: :class:`colora_ms.models.layers.Linear` in any weight format; it is not changed.
+        base_layer: :class:`colora_ms.models.layers.Linear` in any weight format, or
+            :class:`colora_ms.models.low_rank.LowRankLinear`; it is not changed.
         path: its name in the model; the new Parameters are called ``<path>.lora_A`` (down), ``<path>.lora_B`` (up),
             ``<path>.lora_scale`` and ``<path>.lora_bias``.
         slots: adapters that it can hold.
@@ -69,8 +71,8 @@ class LoraLinear(LowRankCell):
         return self.dropout is not None and self.training
 
     def operands(self) -> tuple:
-        """The six tensors of :func:`colora_ms.kernels.multi_lora_linear`."""
-        return self.base_layer.operands()[:3] + (self.down, self.up, self.scale)
+        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes."""
+        return linear_of(self.base_layer.base(), self.down, self.up, self.scale)
 
     def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
@@ -95,7 +97,7 @@ class LoraLinear(LowRankCell):
         if self.drops:
             v = lora_shrink_reference(self.dropout(x), slots, self.down, self.scale)
             return lora_expand_reference(v, slots, self.up, self.base_layer(x, rows))
-        return multi_lora_linear(x, slots, *self.operands())
+        return multi_lora_linear(x, slots, self.operands())
 
     def extend_repr(self) -> str:
         """What ``repr`` adds to the name of the class."""

@@ -6,43 +6,14 @@ of place i; the rows behind the leading ones follow. Places and rows that only f
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Iterable, List, Sequence, Tuple
 
 import numpy as np
 
 from mindspore import Tensor
 
-from colora_ms.decoding.options import Contrast, Options, Sampling
 from colora_ms.decoding.request import AMATEUR, Running
-from colora_ms.decoding.values import LARGEST_WHOLE
-
-#: Columns of the options that the graph takes: their names, in its order, and their types.
-COLUMNS = {"alpha": np.float32, "beta": np.float32, "temperature": np.float32, "top_k": np.int32, "top_p": np.float32,
-           "mode": np.int32}
-
-#: What a request asks for that neither contrasts nor samples.
-_PLAIN = (Contrast(alpha=1.0, beta=0.0), Sampling())
-
-
-def columns(options: Sequence[Options], size: int) -> Dict[str, np.ndarray]:
-    """The options of requests as the graph takes them: each column is the attribute of its name of the request's
-    contrast or sampling.
-
-    Args:
-        options: of each request.
-        size: places; those that are left get a greedy request without a contrast.
-
-    Returns:
-        {name: (size,) float32 or int32}, in the order of :data:`COLUMNS`.
-    """
-    asked = [(one.contrast or _PLAIN[0], _PLAIN[1] if one.sampling.greedy else one.sampling) for one in options]
-    asked += [_PLAIN] * (size - len(asked))
-    return {name: np.array([_cast(next(getattr(one, name) for one in records if hasattr(one, name)))
-                            for records in asked], kind) for name, kind in COLUMNS.items()}
-
-
-def _cast(value: Any) -> Any:
-    return min(value, LARGEST_WHOLE) if isinstance(value, int) else value
+from colora_ms.kernels.options import OptionRows
 
 
 class Batch:
@@ -51,9 +22,7 @@ class Batch:
     Attributes:
         requests: :class:`colora_ms.decoding.request.Running`, in the order of their places; size: places.
         rows: rows that are used.
-        layout: int32 Tensors: row_request (rows,), slots (rows,), cache_rows (rows,), expert_rows (places,),
-            amateur_rows (places,), -1 where there is none.
-        options: Tensors (places,), the columns of :data:`COLUMNS` but the last one; mode: that one.
+        layout: int32 Tensors: row_request (rows,), slots (rows,), cache_rows (rows,).
         eos: (ends,) int32 Tensor, ids that end answers.
 
     Args:
@@ -72,7 +41,6 @@ class Batch:
         row_request[:places] = np.arange(places)
         slots = np.full(rows, -1, np.int32)
         cache_rows = np.arange(rows, dtype=np.int32)
-        expert = np.arange(places, dtype=np.int32)
         amateur = np.full(places, -1, np.int32)
         for place, one in enumerate(self.requests):
             for number, row in enumerate(one.request.rows):
@@ -85,9 +53,16 @@ class Batch:
                 if one.cache_rows:
                     cache_rows[at] = one.cache_rows[number]
         self.rows = following
-        self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows, expert, amateur))
-        *options, mode = columns([one.request.options for one in self.requests], places).values()
-        self.options, self.mode = tuple(Tensor(a) for a in options), Tensor(mode)
+        self.layout = tuple(Tensor(a) for a in (row_request, slots, cache_rows))
+        self._options = OptionRows(places)
+        self._options.put(slice(None), "expert_rows", np.arange(places))
+        self._options.put(slice(None), "amateur_rows", amateur)
+        for place, one in enumerate(self.requests):
+            asked = one.request.options
+            if asked.contrast is not None:
+                self._options.take(place, "contrast", asked.contrast)
+            if not asked.sampling.greedy:
+                self._options.take(place, "sampling", asked.sampling)
         self.eos = Tensor(np.array(sorted(eos) or [-1], np.int32))  # -1 is no token id: there is none
 
     @property
@@ -101,9 +76,11 @@ class Batch:
         return (self.array([token for token, _ in last], 0, np.int32),
                 self.array([place for _, place in last], 0, np.int32), self.array([True] * len(last), False, bool))
 
-    def budget(self) -> Tensor:
-        """(places,) int32: tokens that each request may still take."""
-        return self.array([one.left for one in self.requests], 0, np.int32)
+    def options(self) -> Tuple[Tensor, Tensor]:
+        """The requests' options as they are now, the budget among them: (places, columns) int32 and float32, see
+        :mod:`colora_ms.kernels.options`."""
+        self._options.put(slice(0, len(self.requests)), "budget", [one.left for one in self.requests])
+        return Tensor(self._options.whole), Tensor(self._options.real)
 
     def fresh(self) -> Tensor:
         """(places,) bool: whether a request has no token of its own yet."""

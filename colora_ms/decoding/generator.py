@@ -210,15 +210,15 @@ class Generator:
         width = min(bucket(max(len(one.request.ids) for one in requests)), self.cache.max_length)
         prompt = batch.prompts(width)
         (ints, floats), (later_ints, later_floats, counts, state) = runtime.run(
-            self._first, *prompt, *batch.layout, *batch.options, batch.uniforms(1 + capacity), batch.budget(),
-            batch.eos, Tensor(1 + capacity, ms.int32), batch.mode)
+            self._first, *prompt, *batch.layout, *batch.options(), batch.uniforms(1 + capacity), batch.eos,
+            Tensor(1 + capacity, ms.int32))
         _take(requests, ints.asnumpy()[None], floats.asnumpy()[None], np.ones(size, np.int32))
         _take(requests, later_ints.asnumpy(), later_floats.asnumpy(), counts.asnumpy())
         while (active := self._going(indexed, state[2].asnumpy(), on_text)).any():
             state = (state[0], state[1], batch.array(active.tolist(), False, bool))
             ints, floats, counts, state = runtime.run(
-                self._later, *state, *batch.layout, *batch.options, batch.uniforms(capacity), batch.budget(),
-                batch.eos, Tensor(capacity, ms.int32), batch.mode, *prompt)
+                self._later, *state, *batch.layout, *batch.options(), batch.uniforms(capacity), batch.eos,
+                Tensor(capacity, ms.int32), *prompt)
             _take(requests, ints.asnumpy(), floats.asnumpy(), counts.asnumpy())
 
     def _going(self, indexed: List[Tuple[int, Running]], active: np.ndarray, on_text: Any) -> np.ndarray:

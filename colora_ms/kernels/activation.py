@@ -1,7 +1,9 @@
 """The gated activation of Llama-like feed-forward blocks (SwiGLU, arXiv 2002.05202)."""
 
+from __future__ import annotations
+
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
@@ -9,7 +11,7 @@ from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require_dtype, require_shape
 
 
-def swiglu(gate, up):
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU of the gate times ``up``, element by element.
 
     Semantics: ``y = gate / (1 + exp(-gate)) * up`` (arXiv 2002.05202, eq. 6 with beta = 1).
@@ -29,7 +31,7 @@ def swiglu(gate, up):
     return bound.swiglu(gate, up)
 
 
-def swiglu_reference(gate, up):
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """:func:`swiglu` in built-in operators; differentiable, any device."""
     return gate * ops.sigmoid(gate) * up
 

@@ -1,8 +1,12 @@
 """Loading of the compiled CPU operators; which form of an operation runs is chosen in ``registry``."""
 
+from __future__ import annotations
+
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Optional
 
 import mindspore as ms
 from mindspore import Tensor, ops
@@ -17,13 +21,23 @@ class KernelError(ColoraError, RuntimeError):
     """A custom operator refused its arguments or is not available; the message names operator, argument and value."""
 
 
-def library_path():
+def library_path() -> Path:
     """Path of the compiled CPU library; it exists only if a C++ compiler was there at installation."""
     override = os.environ.get("COLORA_CPU_LIBRARY")
     return Path(override) if override else Path(__file__).resolve().parent.parent / "_lib" / "libcolora_cpu.so"
 
 
-def custom(name, shape_fn, dtype_fn, bprop=None):
+class _Operator(ops.Custom):
+    """An ``ops.Custom`` whose dtype function gets the shapes too: what the tensors of a call are may hang on these."""
+
+    def __infer__(self, *args):
+        shapes = tuple(x["shape"] for x in args)
+        return {"shape": self.out_shape(*shapes), "dtype": self.out_dtype(shapes, *(x["dtype"] for x in args)),
+                "value": None}
+
+
+def custom(name: str, shape_fn: Callable[..., Any], dtype_fn: Callable[..., Any], bprop: Optional[Callable[..., Any]] = None,
+           by_shapes: bool = False) -> ops.Custom:
     """An ``ops.Custom`` primitive for the C function ``colora_<name>`` of the CPU library.
 
     Args:
@@ -31,14 +45,15 @@ def custom(name, shape_fn, dtype_fn, bprop=None):
         shape_fn: maps the input shapes (lists of int) to the output shape, or a tuple of them.
         dtype_fn: maps the input dtypes to the output dtype, or a tuple of them.
         bprop: gradient function ``(*inputs, out, dout) -> tuple``; without it gradients are refused by MindSpore.
+        by_shapes: the dtype function's first argument is the tuple of the input shapes.
 
     Returns:
         The primitive, to be called with tensors inside ``construct``.
     """
-    return ops.Custom(f"{library_path()}:colora_{name}", shape_fn, dtype_fn, "aot", bprop=bprop)
+    return (_Operator if by_shapes else ops.Custom)(f"{library_path()}:colora_{name}", shape_fn, dtype_fn, "aot", bprop=bprop)
 
 
-def last_error():
+def last_error() -> str:
     """Text of the last refusal inside the CPU library ("" if there was none, or no library)."""
     if not library_path().is_file():
         return ""

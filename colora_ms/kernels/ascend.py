@@ -10,6 +10,8 @@ out), so that one row of weights lies along the outputs. :func:`rank_major` conv
 Not yet run on an NPU: ``scripts/verify_on_npu.sh`` is there for the first who can.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import importlib.util
@@ -17,7 +19,7 @@ import os
 from pathlib import Path
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 from mindspore.ops import CustomRegOp
 
 from colora_ms.kernels import bound
@@ -233,14 +235,14 @@ def load(target):
 
 # -- the faces ----------------------------------------------------------------------------------------------------------
 
-def rank_major(up):
+def rank_major(up: Tensor) -> Tensor:
     """(slots, out, rank) -> (slots, rank, out), the layout in which the device reads ``up``."""
     if up.dtype == ms.bfloat16:  # a CPU has no Transpose for it; the way through float32 is exact
         return ops.transpose(up.astype(ms.float32), (0, 2, 1)).astype(ms.bfloat16)
     return ops.transpose(up, (0, 2, 1))
 
 
-def multi_lora(x, slots, down, up, scale, y):
+def multi_lora(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     """``y[t] + scale[s] * (x[t] @ down[s].T) @ up[s].T`` with s = slots[t]; ``y[t]``'s own bits where s = -1.
 
     Args:
@@ -262,14 +264,15 @@ def multi_lora(x, slots, down, up, scale, y):
     return bound.device_multi_lora(x, down, up, scale, slots, y)
 
 
-def low_rank(x, slots, down, up, scale):
+def low_rank(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
     """``scale[s] * (x[r] @ down[s].T) @ up[s].T`` of each row's slot, zeros where it is -1: the place of
     ``colora_ms.kernels.lora.low_rank_reference``, with ``up`` in the project's layout (slots, out, rank)."""
     y = ops.zeros(x.shape[:-1] + (up.shape[1],), x.dtype)
     return multi_lora(x, slots, down.astype(x.dtype), rank_major(up.astype(x.dtype)), scale, y)
 
 
-def multi_lora_segments(x, starts, slots, down, up, scale, y):
+def multi_lora_segments(x: Tensor, starts: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor,
+                        y: Tensor) -> Tensor:
     """:func:`multi_lora` for a prefill: tokens ``starts[k]`` to ``starts[k + 1] - 1`` use adapter ``slots[k]``.
 
     Args:
@@ -278,17 +281,18 @@ def multi_lora_segments(x, starts, slots, down, up, scale, y):
     return bound.device_multi_lora_segments(x, down, up, scale, starts, slots, y)
 
 
-def lora_shrink(x, slots, down, scale):
+def lora_shrink(x: Tensor, slots: Tensor, down: Tensor, scale: Tensor) -> Tensor:
     """``scale[s] * x[t] @ down[s].T`` as (tokens, rank) float32; zeros where slots[t] = -1. Arguments as multi_lora's."""
     return bound.device_lora_shrink(x, down, scale, slots)
 
 
-def lora_expand(h, slots, up, y):
+def lora_expand(h: Tensor, slots: Tensor, up: Tensor, y: Tensor) -> Tensor:
     """``y[t] + h[t] @ up[s].T`` for h (tokens, rank) float32 and a rank-major ``up``; a new tensor like y."""
     return bound.device_lora_expand(h, up, slots, y)
 
 
-def contrastive_token(expert, amateur, alpha, beta, mask=None):
+def contrastive_token(expert: Tensor, amateur: Tensor, alpha: Tensor, beta: Tensor,
+                      mask: Tensor | None = None) -> Tensor:
     """The token of each request by the CoLD rule (arXiv 2505.14620), ties to the smallest index.
 
     Args:
@@ -303,7 +307,8 @@ def contrastive_token(expert, amateur, alpha, beta, mask=None):
     return bound.device_contrastive_select(expert, amateur, ops.log(alpha), beta, nothing)
 
 
-def w4_lora(x, slots, weight, weight_scale, down, up, scale):
+def w4_lora(x: Tensor, slots: Tensor, weight: Tensor, weight_scale: Tensor, down: Tensor, up: Tensor,
+            scale: Tensor) -> Tensor:
     """``x[t] @ W.T + scale[s] * (x[t] @ down[s].T) @ up[s].T`` with an int4 weight and s = slots[t], in one launch; the
     first term alone where s = -1.
 
@@ -324,7 +329,7 @@ def w4_lora(x, slots, weight, weight_scale, down, up, scale):
     return bound.device_w4_lora(x, weight, weight_scale, down, up, scale, slots)
 
 
-def lily_mix(h, weights, slots, up, scale, y):
+def lily_mix(h: Tensor, weights: Tensor, slots: Tensor, up: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     """``y[t] + scale[s] * h[t] @ sum_e(weights[t, e] * up[s, e])`` with s = slots[t] (Lily, arXiv 2407.09946), without
     forming the sum; ``y[t]``'s own bits where s = -1.
 

@@ -5,10 +5,12 @@ x1 and x2 becomes ``(x1 cos - x2 sin, x2 cos + x1 sin)``. Query head h reads key
 (grouped-query attention, arXiv 2305.13245).
 """
 
+from __future__ import annotations
+
 import math
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
@@ -19,7 +21,8 @@ from colora_ms.kernels.shapes import element_type, require, require_dtype, requi
 _MASKED = -1e30
 
 
-def cached_attention(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length):
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
+                     cache_rows: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """Rotate q and k, append k and v to the cache in place, and attend over each row's own past.
 
     Semantics, for token t < length[r] of row r at position p = start[r] + t, in cache row c = cache_rows[r]:
@@ -53,7 +56,7 @@ def cached_attention(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, len
     return bound.cached_attention(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length)
 
 
-def causal_attention(q, k, v, cos, sin, lengths):
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
     """Causal attention of whole sequences that start at position 0, without a cache: the form for training.
 
     Semantics: as :func:`cached_attention` with start = 0, keys and values not rounded. A row may hold several sequences
@@ -79,7 +82,7 @@ def causal_attention(q, k, v, cos, sin, lengths):
     return bound.causal_attention(q, k, v, cos, sin, lengths)
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotary embedding in built-in operators.
 
     Args:
@@ -94,7 +97,8 @@ def rotate(x, cos, sin):
     return ops.concat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def cached_attention_reference(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length):
+def cached_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor,
+                               v_cache: Tensor, cache_rows: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """:func:`cached_attention` in built-in operators, any device; row numbers and positions are not checked.
 
     On a CPU the caches must be float32 (the framework has no bfloat16 assignment there).
@@ -125,7 +129,7 @@ def cached_attention_reference(q, k, v, cos, sin, k_cache, v_cache, cache_rows, 
     return ops.where(real.reshape((rows, tokens, 1)), out, ops.zeros_like(out))
 
 
-def causal_attention_reference(q, k, v, cos, sin, lengths):
+def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
     """:func:`causal_attention` in built-in operators; differentiable, any device; lengths are not checked."""
     rows, tokens, _ = q.shape
     dim = 2 * cos.shape[1]

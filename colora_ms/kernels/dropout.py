@@ -1,5 +1,7 @@
 """Dropout (Srivastava et al., JMLR 15, 2014) whose mask is a function of a key and the element's place."""
 
+from __future__ import annotations
+
 import numpy as np
 
 import mindspore as ms
@@ -14,7 +16,7 @@ from colora_ms.kernels.shapes import element_type, require, require_dtype, requi
 _BITS = 24
 
 
-def dropout(x, key, least, scale):
+def dropout(x: Tensor, key: Tensor, least: Tensor, scale: Tensor) -> Tensor:
     """Zero elements at random and scale the others, so that the mean stays.
 
     Semantics, with x seen as (rows, columns) and all numbers modulo 2^32::
@@ -40,12 +42,12 @@ def dropout(x, key, least, scale):
     return bound.dropout(x, key, least, scale)
 
 
-def dropout_constants(rate):
+def dropout_constants(rate: float) -> tuple:
     """(least (1,) int32, scale (1,) float32) of :func:`dropout` for a probability 0 <= rate < 1 of dropping."""
     return Tensor(np.array([round(rate * 2 ** _BITS)], np.int32)), Tensor(np.array([1 / (1 - rate)], np.float32))
 
 
-def dropout_reference(x, key, least, scale):
+def dropout_reference(x: Tensor, key: Tensor, least: Tensor, scale: Tensor) -> Tensor:
     """:func:`dropout` in built-in operators; differentiable, any device."""
     shape = x.shape
     x = x.reshape((-1, shape[-1]))

@@ -1,7 +1,9 @@
 """Rows of a table picked by token ids, from any of the weight formats of the linears."""
 
+from __future__ import annotations
+
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
@@ -9,7 +11,7 @@ from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype
 
 
-def embedding(ids, weight, weight_scale):
+def embedding(ids: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """Row ``ids[i]`` of ``weight``, in float32.
 
     Semantics: ``y[i, :] = weight[ids[i], :] * weight_scale[ids[i], ...]`` (no scale for float32 and bfloat16).
@@ -32,7 +34,7 @@ def embedding(ids, weight, weight_scale):
     return bound.embedding(ids, weight, weight_scale)
 
 
-def embedding_reference(ids, weight, weight_scale):
+def embedding_reference(ids: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """:func:`embedding` in built-in operators; differentiable for float weights, any device; ids are not checked."""
     flat = ids.reshape((-1,))
     # The framework has no bfloat16 gather on a CPU: the whole table is widened first.

@@ -1,32 +1,30 @@
 """Consecutive decoder layers over a key/value cache as one operator: what a decoding step mostly is."""
 
+from __future__ import annotations
+
 import mindspore as ms
+from mindspore import Tensor
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
+from colora_ms.kernels.linear_operator import check_linear, check_linear_dtypes
+from colora_ms.kernels.operands import LAYER, read_layer
 from colora_ms.kernels.registry import operation
-from colora_ms.kernels.linear import OPERANDS, check_linear, check_operand_dtypes
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
 _NAME = "decoder_layers"
 
-#: Tensors before those of the layers: x, residual, slots, cos, sin, cache_rows, start, length.
-FIXED = 8
-
-#: Tensors of one layer, in order: (name, how many). Norms are weight and eps, linears the six of multi_lora_linear, or in
-#: the place of a weight a product of small ones: ABSENT, ABSENT, bias, inner (r, in), outer (out, r), core (r, r) or ABSENT.
-LAYOUT = (("input_layernorm", 2), ("q_proj", OPERANDS), ("k_proj", OPERANDS), ("v_proj", OPERANDS), ("q_norm", 2),
-          ("k_norm", 2), ("k_cache", 1), ("v_cache", 1), ("o_proj", OPERANDS), ("post_attention_layernorm", 2),
-          ("gate_proj", OPERANDS), ("up_proj", OPERANDS), ("down_proj", OPERANDS))
-PER_LAYER = sum(count for _, count in LAYOUT)
+#: Inputs before those of the layers, in order; ops/cpu/operands.h has the same.
+ARGUMENTS = ("x", "residual", "slots", "cos", "sin", "cache_rows", "start", "length")
 
 
-def fuses_layers():
+def fuses_layers() -> bool:
     """Whether this device has the operator; elsewhere a model calls the operators of its parts."""
     return bound.fuses_layers
 
 
-def decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *operands):
+def decoder_layers(x: Tensor, residual: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, cache_rows: Tensor,
+                   start: Tensor, length: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
     """Layers of the Llama family, one after another: pre-norm attention over the cache, then a gated MLP.
 
     Semantics of one layer, each line the operator of that name to the last bit::
@@ -41,7 +39,7 @@ def decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *ope
         x, residual: (rows, tokens, hidden) float32.
         slots: (rows,) int32, adapter slots, -1 for none.
         cos, sin, cache_rows, start, length: as for :func:`colora_ms.kernels.cached_attention`.
-        operands: the tensors of ``LAYOUT`` for every layer; q_norm and k_norm ``ABSENT`` where the model has none.
+        operands: the tensors of every layer, as :func:`colora_ms.kernels.operands.flat_layer` puts them.
 
     Returns:
         (x, residual), both (rows, tokens, hidden) float32: the input of the next layer or of the last norm.
@@ -55,86 +53,82 @@ def decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *ope
     return bound.decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length, *operands)
 
 
-def _split(tensors):
-    """{name: its tensors} of one layer."""
-    parts, at = {}, 0
-    for name, count in LAYOUT:
-        parts[name] = tensors[at:at + count]
-        at += count
-    return parts
+def check_norm(op: str, name: str, weight: list, eps: list, width: int) -> None:
+    """Shapes of a norm's weight and eps.
+
+    Raises:
+        KernelError: one does not fit.
+    """
+    require_shape(op, name, weight, (width,))
+    require(list(eps) in ([], [1]), op, f"eps of {name}", eps, "one element")
 
 
-def check_norm(op, name, norm, width, optional=False):
-    """Shapes of a norm's (weight, eps)."""
-    weight, eps = norm
-    if weight or not optional:
-        require_shape(op, name, weight, (width,))
-        require(list(eps) in ([], [1]), op, f"eps of {name}", eps, "one element")
+def _check_layer(op, hidden, layer, shapes):
+    given = {name: [shapes[place] for place in layer[name]] for name, kind in LAYER if kind != "linear"}
 
+    def outputs(name, columns):
+        return check_linear(op, layer[name], shapes, columns, f" of {name}")
 
-def _check_product(op, name, columns, operands):
-    """Shapes of a linear of a layer, or of the product in its place -> number of outputs."""
-    weight, weight_scale, bias, inner, outer, core = operands
-    if weight or not inner:
-        return check_linear(0, columns, operands, op)
-    require(not weight_scale, op, f"weight_scale of {name}", weight_scale, "absent where there is no weight")
-    rank = columns
-    for argument, factor in (("inner", inner), ("core", core), ("outer", outer)):
-        if factor or argument != "core":
-            require(len(factor) == 2 and factor[1] == rank, op, f"{argument} of {name}", factor, f"(outputs, {rank})")
-            rank = factor[0]
-    if bias:
-        require_shape(op, f"bias of {name}", bias, (rank,))
-    return rank
-
-
-def _check_layer(op, hidden, layer):
-    check_norm(op, "input_layernorm", layer["input_layernorm"], hidden)
-    check_norm(op, "post_attention_layernorm", layer["post_attention_layernorm"], hidden)
-    k_cache, v_cache = layer["k_cache"][0], layer["v_cache"][0]
+    for name, kind in LAYER:
+        if kind == "norm":
+            check_norm(op, name, *given[name], hidden)
+    k_cache, v_cache = given["k_cache"][0], given["v_cache"][0]
     require(len(k_cache) == 4, op, "k_cache", k_cache, "(cache_rows_total, kv_heads, max_len, head_dim)")
     require_shape(op, "v_cache", v_cache, k_cache)
     kv_width, dim = k_cache[1] * k_cache[3], k_cache[3]
-    queries, keys, values = (_check_product(op, name, hidden, layer[name]) for name in ("q_proj", "k_proj", "v_proj"))
+    queries, keys, values = (outputs(name, hidden) for name in ("q_proj", "k_proj", "v_proj"))
     require(queries > 0 and queries % kv_width == 0, op, "outputs of q_proj", queries,
             f"a multiple of kv_heads * head_dim = {kv_width}")
     require(keys == values == kv_width, op, "outputs of k_proj and v_proj", f"{keys} and {values}",
             f"kv_heads * head_dim = {kv_width} as in k_cache")
-    check_norm(op, "q_norm", layer["q_norm"], dim, optional=True)
-    check_norm(op, "k_norm", layer["k_norm"], dim, optional=True)
-    inner = _check_product(op, "gate_proj", hidden, layer["gate_proj"])
+    for name, kind in LAYER:
+        if kind == "optional_norm" and given[name]:
+            check_norm(op, name, *given[name], dim)
+    inner = outputs("gate_proj", hidden)
     for name, columns, wanted in (("o_proj", queries, hidden), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
-        out = _check_product(op, name, columns, layer[name])
+        out = outputs(name, columns)
         require(out == wanted, op, f"outputs of {name}", out, wanted)
+    return k_cache
 
 
-def check_layer_shapes(op, hidden, cos, operands):
-    """Shapes of the tensors of ``LAYOUT`` for every layer; cos: shape of the rotary table."""
-    require(len(operands) >= PER_LAYER and len(operands) % PER_LAYER == 0, op, "number of operands", len(operands),
-            f"{PER_LAYER} a layer")
-    for at in range(0, len(operands), PER_LAYER):
-        layer = _split(operands[at:at + PER_LAYER])
-        _check_layer(op, hidden, layer)
-        _, _, max_len, dim = layer["k_cache"][0]
+def _layers(op, shapes, at):
+    """The parts of all layers from input ``at`` on, see ``read_layer``."""
+    found = []
+    while not found or at < len(shapes):
+        layer, at = read_layer(op, shapes, at)
+        found.append(layer)
+    return found
+
+
+def check_layer_shapes(op: str, hidden: int, cos: list, shapes: tuple, at: int) -> None:
+    """Shapes of all layers, which begin at input ``at``; cos: shape of the rotary table.
+
+    Raises:
+        KernelError: one does not fit.
+    """
+    for layer in _layers(op, shapes, at):
+        _, _, max_len, dim = _check_layer(op, hidden, layer, shapes)
         require(cos[1] * 2 == dim and cos[0] >= max_len, op, "cos", cos,
                 f"head_dim / 2 = {dim // 2} columns and at least the cache's {max_len} positions")
 
 
-def check_layer_dtypes(op, kinds):
-    """Types of the tensors of ``LAYOUT`` for every layer."""
-    for at in range(0, len(kinds), PER_LAYER):
-        for name, (first, *others) in _split(kinds[at:at + PER_LAYER]).items():
-            allowed = (ms.float32, ms.bfloat16)
-            if name.endswith("_proj"):
-                require_dtype(op, name, first, allowed + (ms.int8, ms.uint8))
-                check_operand_dtypes(f"{op} ({name})", others, (ms.float32, ms.bfloat16))
+def check_layer_dtypes(op: str, shapes: tuple, kinds: list, at: int) -> None:
+    """Types of the tensors of all layers, which begin at input ``at``.
+
+    Raises:
+        KernelError: one is not of the types that its place may have.
+    """
+    for layer in _layers(op, shapes, at):
+        for name, kind in LAYER:
+            if kind == "linear":
+                check_linear_dtypes(f"{op} ({name})", layer[name], kinds)
                 continue
-            require_dtype(op, name, first, allowed)
-            for other in others:
-                require_dtype(op, name, other, (ms.float32,))
+            for i, place in enumerate(layer[name]):
+                require_dtype(op, name, kinds[place], (ms.float32,) if i else (ms.float32, ms.bfloat16))
 
 
-def _shapes(x, residual, slots, cos, sin, cache_rows, start, length, *operands):
+def _shapes(*shapes):
+    x, residual, slots, cos, sin, cache_rows, start, length = shapes[:len(ARGUMENTS)]
     require(len(x) == 3 and x[2] > 0, _NAME, "x", x, "(rows, tokens, hidden)")
     require_shape(_NAME, "residual", residual, x)
     require(len(cos) == 2, _NAME, "cos", cos, "(max_len, head_dim / 2)")
@@ -143,20 +137,20 @@ def _shapes(x, residual, slots, cos, sin, cache_rows, start, length, *operands):
         require_shape(_NAME, "slots", slots, x[:1])
     for argument, shape in (("cache_rows", cache_rows), ("start", start), ("length", length)):
         require_shape(_NAME, argument, shape, x[:1])
-    check_layer_shapes(_NAME, x[2], cos, operands)
+    check_layer_shapes(_NAME, x[2], cos, shapes, len(ARGUMENTS))
     return x, x
 
 
-def _dtypes(*dtypes):
+def _dtypes(shapes, *dtypes):
     kinds = [element_type(dtype) for dtype in dtypes]
-    for name, kind in zip(("x", "residual", "slots", "cos", "sin", "cache_rows", "start", "length"), kinds):
+    for name, kind in zip(ARGUMENTS, kinds):
         wanted = {"slots": (ms.int32, ms.float32)}.get(
             name, (ms.int32,) if name in ("cache_rows", "start", "length") else (ms.float32,))
         require_dtype(_NAME, name, kind, wanted)
-    check_layer_dtypes(_NAME, kinds[FIXED:])
+    check_layer_dtypes(_NAME, shapes, kinds, len(ARGUMENTS))
     return ms.float32, ms.float32
 
 
-operation("decoder_layers", cpu=lambda: custom(_NAME, _shapes, _dtypes))
+operation("decoder_layers", cpu=lambda: custom(_NAME, _shapes, _dtypes, by_shapes=True))
 # With device sources for a part of a layer, emulated or not, a layer is not one operator.
 operation("fuses_layers", reference=lambda: False, cpu=lambda: True, emulator=lambda: False, ascend=lambda: False)

@@ -1,7 +1,9 @@
 """The two halves of a LoRA product, each row (or segment of tokens) with its own adapter."""
 
+from __future__ import annotations
+
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import ABSENT, custom
@@ -9,7 +11,7 @@ from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
 
-def lora_shrink(x, slots, down, scale, segments=ABSENT):
+def lora_shrink(x: Tensor, slots: Tensor, down: Tensor, scale: Tensor, segments: Tensor = ABSENT) -> Tensor:
     """The first half: from ``in`` columns to ``rank``.
 
     Semantics: ``v[r] = scale[s] * (x[r] @ down[s].T)`` with s = slots[r]; zeros where s = -1.
@@ -36,7 +38,7 @@ def lora_shrink(x, slots, down, scale, segments=ABSENT):
     return bound.lora_shrink(x, slots, down, scale, segments)
 
 
-def lora_expand(v, slots, up, y, segments=ABSENT):
+def lora_expand(v: Tensor, slots: Tensor, up: Tensor, y: Tensor, segments: Tensor = ABSENT) -> Tensor:
     """The second half: from ``rank`` columns to ``out``, added to y.
 
     Semantics: ``result[r] = y[r] + v[r] @ up[s].T`` with s = slots[r]; ``y[r]`` where s = -1.
@@ -62,7 +64,7 @@ def lora_expand(v, slots, up, y, segments=ABSENT):
     return bound.lora_expand(v, slots, up, y, segments)
 
 
-def lora_shrink_reference(x, slots, down, scale, segments=ABSENT):
+def lora_shrink_reference(x: Tensor, slots: Tensor, down: Tensor, scale: Tensor, segments: Tensor = ABSENT) -> Tensor:
     """:func:`lora_shrink` in built-in operators (gather, then batched product); differentiable, any device."""
     slots = _slots_of_rows(x, slots, segments)
     chosen, used = _gathered(down, slots)
@@ -70,14 +72,14 @@ def lora_shrink_reference(x, slots, down, scale, segments=ABSENT):
     return ops.where(_per_row(used, x), v, ops.zeros_like(v))
 
 
-def lora_expand_reference(v, slots, up, y, segments=ABSENT):
+def lora_expand_reference(v: Tensor, slots: Tensor, up: Tensor, y: Tensor, segments: Tensor = ABSENT) -> Tensor:
     """:func:`lora_expand` in built-in operators; differentiable, any device."""
     slots = _slots_of_rows(v, slots, segments)
     chosen, used = _gathered(up, slots)
     return ops.where(_per_row(used, v), y + _product(v, chosen), y)
 
 
-def low_rank_reference(x, slots, down, up, scale):
+def low_rank_reference(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
     """The whole low-rank part, ``scale * (x·downᵀ)·upᵀ`` of each row's slot and 0 where it is -1."""
     v = lora_shrink_reference(x, slots, down, scale)
     chosen, used = _gathered(up, slots)

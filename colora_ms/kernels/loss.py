@@ -1,7 +1,9 @@
 """Cross-entropy of a language model's head, fused with the head's product so that no (tokens, vocab) matrix is kept."""
 
+from __future__ import annotations
+
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
@@ -12,7 +14,7 @@ from colora_ms.kernels.shapes import element_type, require, require_dtype, requi
 IGNORED = -100
 
 
-def linear_cross_entropy(hidden, weight, labels):
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy of ``softmax(hidden @ weight.T)``.
 
     Semantics, over the tokens n with ``labels[n] != -100``: ``loss_sum = sum(logsumexp(z[n]) - z[n, labels[n]])`` with
@@ -37,7 +39,7 @@ def linear_cross_entropy(hidden, weight, labels):
     return bound.linear_cross_entropy(hidden, weight, labels)
 
 
-def linear_token_cross_entropy(hidden, weight, labels):
+def linear_token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of each token, for losses that weigh answers or tokens; the arguments of linear_cross_entropy.
 
     As there, the forward pass also computes the gradient of ``hidden``; the gradient that arrives from behind
@@ -55,7 +57,7 @@ def linear_token_cross_entropy(hidden, weight, labels):
     return bound.linear_token_cross_entropy(hidden, weight, labels)
 
 
-def linear_token_losses(hidden, weight, labels):
+def linear_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of each token, for perplexity and multiple choice; the arguments of linear_cross_entropy.
 
     Returns:
@@ -70,12 +72,12 @@ def linear_token_losses(hidden, weight, labels):
     return bound.linear_token_losses(hidden, weight, labels)
 
 
-def linear_token_losses_reference(hidden, weight, labels):
+def linear_token_losses_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """:func:`linear_token_losses` in built-in operators; differentiable, any device; labels are not checked."""
     return token_losses_of_logits(ops.matmul(hidden, weight.astype(ms.float32).transpose((1, 0))), labels)
 
 
-def token_losses_of_logits(logits, labels):
+def token_losses_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of each token through the whole logits, for heads that are not one float matrix.
 
     Args:
@@ -90,7 +92,7 @@ def token_losses_of_logits(logits, labels):
     return ops.where(labels == IGNORED, ops.zeros_like(losses), losses)
 
 
-def linear_cross_entropy_reference(hidden, weight, labels):
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """:func:`linear_cross_entropy` in built-in operators; differentiable, any device; labels are not checked."""
     losses = linear_token_losses_reference(hidden, weight, labels)
     return losses.sum(), (labels != IGNORED).astype(ms.float32).sum()

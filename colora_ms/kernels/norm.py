@@ -1,7 +1,9 @@
 """Root-mean-square normalization (arXiv 1910.07467), alone and fused with the residual addition before it."""
 
+from __future__ import annotations
+
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import ABSENT, custom
@@ -9,7 +11,7 @@ from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     """Root-mean-square norm over the last axis.
 
     Semantics: ``y = weight * x / sqrt(mean(x^2) + eps)``, in float32; no mean is subtracted (arXiv 1910.07467, eq. 4).
@@ -31,7 +33,7 @@ def rms_norm(x, weight, eps):
     return bound.rms_norm(x, weight, eps)
 
 
-def rms_norm_residual(x, residual, weight, eps):
+def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """The norm of ``x + residual``, and that sum.
 
     Args:
@@ -52,14 +54,14 @@ def rms_norm_residual(x, residual, weight, eps):
     return bound.rms_norm_residual(x, residual, weight, eps)
 
 
-def rms_norm_reference(x, weight, eps):
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     """:func:`rms_norm` in built-in operators; differentiable, any device."""
     x = x.astype(ms.float32)
     inverse = ops.rsqrt(ops.mean(ops.square(x), -1, True) + eps.reshape(()))
     return x * inverse * weight.astype(ms.float32)
 
 
-def rms_norm_residual_reference(x, residual, weight, eps):
+def rms_norm_residual_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`rms_norm_residual` in built-in operators; differentiable, any device."""
     total = x + residual
     return rms_norm_reference(total, weight, eps), total

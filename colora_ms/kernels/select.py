@@ -1,17 +1,23 @@
 """The next token of each request: contrastive scores of expert and amateur, then argmax or sampling."""
 
+from __future__ import annotations
+
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import ascend, bound
 from colora_ms.kernels.aot import custom
+from colora_ms.kernels.options import COLUMN, REAL, WHOLE
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
+
+_EXPERT, _AMATEUR, _TOP_K = COLUMN["expert_rows"], COLUMN["amateur_rows"], COLUMN["top_k"]
+_ALPHA, _BETA, _TEMPERATURE, _TOP_P = COLUMN["alpha"], COLUMN["beta"], COLUMN["temperature"], COLUMN["top_p"]
 
 _MASKED = -3.0e38  # below every finite logit, and finite, so that differences with it are no NaN
 
 
-def contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform):
+def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Pick one token per request by Contrastive LoRA Decoding (arXiv 2505.14620), in float32.
 
     Semantics, with e and a the logits rows of the request's expert and amateur::
@@ -26,14 +32,13 @@ def contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperatu
 
     Args:
         logits: (rows, vocab) float32.
-        expert_rows: (R,) int32, the logits row of each request; -1: the request is inactive, nothing is read and all
-            its results are 0.
-        amateur_rows: (R,) int32; -1: no contrast, plain scores s = e with every token valid (alpha, beta not read).
-        alpha: (R,) float32 in (0, 1].
-        beta: (R,) float32 >= 0.
-        temperature: (R,) float32 >= 0; 0: argmax (top_k, top_p, uniform not read).
-        top_k: (R,) int32, 0: off.
-        top_p: (R,) float32 in (0, 1], 1: off.
+        whole, real: (R, columns) int32 and float32, the requests' options (:mod:`colora_ms.kernels.options`). Read are
+            expert_rows: the logits row of each request; -1: the request is inactive, nothing is read and all its results
+            are 0;
+            amateur_rows: -1: no contrast, plain scores s = e with every token valid (alpha, beta not read);
+            alpha in (0, 1]; beta >= 0;
+            temperature >= 0; 0: argmax (top_k, top_p, uniform not read);
+            top_k, 0: off; top_p in (0, 1], 1: off.
         uniform: (R,) float32 in [0, 1), the random number of the draw.
 
     Returns:
@@ -47,12 +52,14 @@ def contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperatu
 
     Gradients: refused.
     """
-    return bound.contrastive_select(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
+    return bound.contrastive_select(logits, whole, real, uniform)
 
 
-def _with_device_token(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform):
+def _with_device_token(logits, whole, real, uniform):
     """:func:`contrastive_select` with the tokens of greedy requests chosen by the Ascend C operator."""
-    ints, floats = bound.select_records(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform)
+    ints, floats = bound.select_records(logits, whole, real, uniform)
+    expert_rows, amateur_rows = whole[:, _EXPERT], whole[:, _AMATEUR]  # (R,)
+    alpha, beta, temperature = real[:, _ALPHA], real[:, _BETA], real[:, _TEMPERATURE]
     contrast = amateur_rows >= 0
     expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)
     amateur = ops.gather(logits, ops.maximum(ops.where(contrast, amateur_rows, expert_rows), 0), 0)
@@ -63,8 +70,10 @@ def _with_device_token(logits, expert_rows, amateur_rows, alpha, beta, temperatu
     return ops.concat((ops.where(greedy, token, ints[:, 0]).reshape(-1, 1), ints[:, 1:]), 1), floats
 
 
-def contrastive_select_reference(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform):
+def contrastive_select_reference(logits: Tensor, whole: Tensor, real: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`contrastive_select` in built-in operators, any device; values are not checked."""
+    expert_rows, amateur_rows, top_k = whole[:, _EXPERT], whole[:, _AMATEUR], whole[:, _TOP_K]  # (R,)
+    alpha, beta, temperature, top_p = real[:, _ALPHA], real[:, _BETA], real[:, _TEMPERATURE], real[:, _TOP_P]
     requests, vocab = expert_rows.shape[0], logits.shape[1]
     active, contrast = expert_rows >= 0, amateur_rows >= 0
     expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)  # (R, vocab)
@@ -108,30 +117,39 @@ def contrastive_select_reference(logits, expert_rows, amateur_rows, alpha, beta,
 
 # -- the CPU operator -------------------------------------------------------------------------------------------------
 
-_ARGUMENTS = ("logits", "expert_rows", "amateur_rows", "alpha", "beta", "temperature", "top_k", "top_p", "uniform")
+_NAME = "contrastive_select"
 
 
-def _shapes(*shapes):
-    require(len(shapes[0]) == 2, "contrastive_select", "logits", shapes[0], "(rows, vocab)")
-    require(len(shapes[1]) == 1, "contrastive_select", "expert_rows", shapes[1], "(requests,)")
-    for argument, shape in zip(_ARGUMENTS[2:], shapes[2:]):
-        require_shape("contrastive_select", argument, shape, shapes[1])
-    return [shapes[1][0], 3], [shapes[1][0], 4]
+def check_option_shapes(op: str, whole: list, real: list) -> int:
+    """Shapes of the two tensors of options -> number of requests.
+
+    Raises:
+        KernelError: one is wrong.
+    """
+    require(len(whole) == 2 and whole[1] == len(WHOLE), op, "whole", whole, f"(requests, {len(WHOLE)})")
+    require_shape(op, "real", real, (whole[0], len(REAL)))
+    return whole[0]
+
+
+def _shapes(logits, whole, real, uniform):
+    require(len(logits) == 2, _NAME, "logits", logits, "(rows, vocab)")
+    requests = check_option_shapes(_NAME, whole, real)
+    require_shape(_NAME, "uniform", uniform, (requests,))
+    return [requests, 3], [requests, 4]
 
 
 def _dtypes(*dtypes):
-    for argument, dtype in zip(_ARGUMENTS, dtypes):
-        whole = argument in ("expert_rows", "amateur_rows", "top_k")
-        require_dtype("contrastive_select", argument, element_type(dtype), (ms.int32,) if whole else (ms.float32,))
+    for argument, dtype in zip(("logits", "whole", "real", "uniform"), dtypes):
+        require_dtype(_NAME, argument, element_type(dtype), (ms.int32,) if argument == "whole" else (ms.float32,))
     return ms.int32, ms.float32
 
 
-def _no_gradient(logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform, out, dout):
+def _no_gradient(logits, whole, real, uniform, out, dout):
     raise RuntimeError("contrastive_select has no gradient; it picks tokens")
 
 
 def _operator():
-    return custom("contrastive_select", _shapes, _dtypes, _no_gradient)
+    return custom(_NAME, _shapes, _dtypes, _no_gradient)
 
 
 operation("contrastive_select", reference=lambda: contrastive_select_reference, cpu=_operator,

@@ -4,10 +4,15 @@ A shape function runs while a graph is compiled, so that what it raises reaches 
 names operator, argument and value, before anything is computed.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 from colora_ms.kernels.aot import KernelError
 
 
-def require(condition, operator, argument, value, expected):
+def require(condition: bool, operator: str, argument: str, value: Any, expected: Any) -> None:
     """Raise :class:`KernelError` unless ``condition`` holds.
 
     Args:
@@ -24,19 +29,19 @@ def require(condition, operator, argument, value, expected):
     raise KernelError(f"{operator}: {argument} is {value}, expected {expected}")
 
 
-def require_shape(operator, argument, shape, expected):
+def require_shape(operator: str, argument: str, shape: Sequence, expected: Sequence) -> None:
     """Raise :class:`KernelError` unless ``shape`` equals ``expected`` (both lists or tuples of int)."""
     require(list(shape) == list(expected), operator, argument, shape, str(tuple(expected)))
 
 
-def require_dtype(operator, argument, dtype, allowed):
+def require_dtype(operator: str, argument: str, dtype: Any, allowed: Sequence) -> None:
     """Raise :class:`KernelError` unless ``dtype`` is one of ``allowed`` (MindSpore dtypes)."""
     if dtype not in allowed:
         names = " or ".join(str(one) for one in allowed)
         raise KernelError(f"{operator}: {argument} has dtype {dtype}, expected {names}")
 
 
-def element_type(dtype):
+def element_type(dtype: Any) -> Any:
     """The element dtype of what a dtype function is given (a dtype, or a tensor type that holds one)."""
     inner = getattr(dtype, "element_type", None)
     return inner() if inner is not None else dtype

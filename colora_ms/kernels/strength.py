@@ -1,11 +1,15 @@
 """How strongly each request contrasts at this step: beta of an adaptive contrast."""
 
+from __future__ import annotations
+
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
+from colora_ms.kernels.options import COLUMN
 from colora_ms.kernels.registry import operation
+from colora_ms.kernels.select import check_option_shapes
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
 #: The forms of a contrast and their numbers in ``mode``.
@@ -14,10 +18,14 @@ FORMS = {"fixed": 0, "entropy": 1, "divergence": 2, "margin": 3}
 #: Added to ``mode``: no contrast where the expert's favourite goes on with a span of the prompt.
 SKIP_COPIES = 8
 
+_EXPERT, _AMATEUR, _MODE = COLUMN["expert_rows"], COLUMN["amateur_rows"], COLUMN["mode"]
+_ALPHA, _BETA = COLUMN["alpha"], COLUMN["beta"]
+
 _LOWEST = -3.0e38  # below every finite logit, and finite
 
 
-def contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, prompt, lengths):
+def contrast_strength(logits: Tensor, whole: Tensor, real: Tensor, previous: Tensor, prompt: Tensor,
+                      lengths: Tensor) -> Tensor:
     """The weight that ``contrastive_select`` is to give to each amateur at this step.
 
     Semantics, with e and a the logits rows of expert and amateur, V = {i : e[i] >= log(alpha) + max e} the expert's
@@ -33,10 +41,9 @@ def contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, prev
 
     Args:
         logits: (rows, vocab) float32.
-        expert_rows, amateur_rows: (R,) int32, rows of each request; -1 in either: its strength is 0.
-        alpha: (R,) float32 in (0, 1].
-        beta: (R,) float32 >= 0.
-        mode: (R,) int32.
+        whole, real: (R, columns) int32 and float32, the requests' options (:mod:`colora_ms.kernels.options`). Read are
+            expert_rows, amateur_rows: rows of each request; -1 in either: its strength is 0;
+            alpha in (0, 1]; beta >= 0; mode.
         previous: (R,) int32, the token generated last; -1: there is none yet.
         prompt: (R, P) int32, padded at the right; lengths: (R,) int32, tokens of each prompt.
 
@@ -49,11 +56,14 @@ def contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, prev
 
     Gradients: refused.
     """
-    return bound.contrast_strength(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, prompt, lengths)
+    return bound.contrast_strength(logits, whole, real, previous, prompt, lengths)
 
 
-def contrast_strength_reference(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, prompt, lengths):
+def contrast_strength_reference(logits: Tensor, whole: Tensor, real: Tensor, previous: Tensor, prompt: Tensor,
+                                lengths: Tensor) -> Tensor:
     """:func:`contrast_strength` in built-in operators, any device; values are not checked."""
+    expert_rows, amateur_rows, mode = whole[:, _EXPERT], whole[:, _AMATEUR], whole[:, _MODE]  # (R,)
+    alpha, beta = real[:, _ALPHA], real[:, _BETA]
     requests, vocab = expert_rows.shape[0], logits.shape[1]
     contrast = ops.logical_and(expert_rows >= 0, amateur_rows >= 0)
     expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)  # (R, vocab)
@@ -103,31 +113,29 @@ def contrast_strength_reference(logits, expert_rows, amateur_rows, alpha, beta, 
 
 # -- the CPU operator -------------------------------------------------------------------------------------------------
 
-_ARGUMENTS = ("logits", "expert_rows", "amateur_rows", "alpha", "beta", "mode", "previous", "prompt", "lengths")
+_NAME = "contrast_strength"
+_ARGUMENTS = ("logits", "whole", "real", "previous", "prompt", "lengths")
 
 
-def _shapes(*shapes):
-    require(len(shapes[0]) == 2, "contrast_strength", "logits", shapes[0], "(rows, vocab)")
-    require(len(shapes[1]) == 1, "contrast_strength", "expert_rows", shapes[1], "(requests,)")
-    for argument, shape in zip(_ARGUMENTS[2:], shapes[2:]):
-        if argument == "prompt":
-            require(len(shape) == 2 and shape[0] == shapes[1][0], "contrast_strength", "prompt", shape,
-                    f"({shapes[1][0]}, prompt length)")
-        else:
-            require_shape("contrast_strength", argument, shape, shapes[1])
-    return shapes[1]
+def _shapes(logits, whole, real, previous, prompt, lengths):
+    require(len(logits) == 2, _NAME, "logits", logits, "(rows, vocab)")
+    requests = check_option_shapes(_NAME, whole, real)
+    require_shape(_NAME, "previous", previous, (requests,))
+    require(len(prompt) == 2 and prompt[0] == requests, _NAME, "prompt", prompt, f"({requests}, prompt length)")
+    require_shape(_NAME, "lengths", lengths, (requests,))
+    return [requests]
 
 
 def _dtypes(*dtypes):
     for argument, dtype in zip(_ARGUMENTS, dtypes):
-        real = argument in ("logits", "alpha", "beta")
-        require_dtype("contrast_strength", argument, element_type(dtype), (ms.float32,) if real else (ms.int32,))
+        require_dtype(_NAME, argument, element_type(dtype),
+                      (ms.float32,) if argument in ("logits", "real") else (ms.int32,))
     return ms.float32
 
 
-def _no_gradient(logits, expert_rows, amateur_rows, alpha, beta, mode, previous, prompt, lengths, out, dout):
+def _no_gradient(logits, whole, real, previous, prompt, lengths, out, dout):
     raise RuntimeError("contrast_strength has no gradient; it picks tokens")
 
 
 operation("contrast_strength", reference=lambda: contrast_strength_reference,
-          cpu=lambda: custom("contrast_strength", _shapes, _dtypes, _no_gradient))
+          cpu=lambda: custom(_NAME, _shapes, _dtypes, _no_gradient))

@@ -7,7 +7,6 @@ The Cell tree has Hugging Face's names, so a parameter's name is its name in the
 from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.kernels import (
-    ABSENT,
     bind,
     cached_attention,
     causal_attention,
@@ -17,6 +16,7 @@ from colora_ms.kernels import (
     multi_lora_linear,
     swiglu,
 )
+from colora_ms.kernels.operands import flat_layer, flat_linears, linear_of
 from colora_ms.models.builder import Builder
 from colora_ms.models.layers import Linear
 from colora_ms.models.rope import rope_tables
@@ -44,8 +44,8 @@ class Attention(nn.Cell):
     def project(self, x: Tensor, rows: tuple) -> tuple:
         """x: (rows, tokens, hidden) -> q (rows, tokens, heads * head_dim), k, v (rows, tokens, kv_heads * head_dim)."""
         if self.q_proj.fusible and self.k_proj.fusible and self.v_proj.fusible:
-            q, k, v = multi_lora_linear(
-                x, rows[0], *(self.q_proj.operands() + self.k_proj.operands() + self.v_proj.operands()))
+            linears = (self.q_proj.operands(), self.k_proj.operands(), self.v_proj.operands())
+            q, k, v = multi_lora_linear(x, rows[0], *linears)
         else:
             q, k, v = self.q_proj(x, rows), self.k_proj(x, rows), self.v_proj(x, rows)
         if self.qk_norm:
@@ -84,7 +84,7 @@ class Mlp(nn.Cell):
     def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (rows, tokens, hidden) float32 -> the same shape."""
         if self.gate_proj.fusible and self.up_proj.fusible:
-            gate, up = multi_lora_linear(x, rows[0], *(self.gate_proj.operands() + self.up_proj.operands()))
+            gate, up = multi_lora_linear(x, rows[0], self.gate_proj.operands(), self.up_proj.operands())
         else:
             gate, up = self.gate_proj(x, rows), self.up_proj(x, rows)
         return self.down_proj(swiglu(gate, up), rows)
@@ -126,7 +126,7 @@ class DecoderLayer(nn.Cell):
         cells = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
                  mlp.down_proj, self.input_layernorm, self.post_attention_layernorm]
         cells += [attention.q_norm, attention.k_norm] if attention.qk_norm else []
-        return all(cell.fusible or getattr(cell, "fusible_in_layer", False) for cell in cells)
+        return all(cell.fusible for cell in cells)
 
     @property
     def fused(self):
@@ -137,13 +137,14 @@ class DecoderLayer(nn.Cell):
         """The layer's tensors in :func:`colora_ms.kernels.decoder_layers`."""
         attention, mlp = self.self_attn, self.mlp
         before, after = self.input_layernorm, self.post_attention_layernorm
-        head_norms = (ABSENT, ABSENT, ABSENT, ABSENT)
+        q_norm, k_norm = (), ()
         if attention.qk_norm:
-            head_norms = (attention.q_norm.weight, attention.q_norm.eps, attention.k_norm.weight, attention.k_norm.eps)
-        return ((before.weight, before.eps) + attention.q_proj.operands() + attention.k_proj.operands()
-                + attention.v_proj.operands() + head_norms + (keys, values) + attention.o_proj.operands()
-                + (after.weight, after.eps) + mlp.gate_proj.operands() + mlp.up_proj.operands()
-                + mlp.down_proj.operands())
+            q_norm = (attention.q_norm.weight, attention.q_norm.eps)
+            k_norm = (attention.k_norm.weight, attention.k_norm.eps)
+        return flat_layer((before.weight, before.eps), attention.q_proj.operands(), attention.k_proj.operands(),
+                          attention.v_proj.operands(), q_norm, k_norm, (keys, values), attention.o_proj.operands(),
+                          (after.weight, after.eps), mlp.gate_proj.operands(), mlp.up_proj.operands(),
+                          mlp.down_proj.operands())
 
 
 class DecoderModel(nn.Cell):
@@ -283,5 +284,5 @@ class Decoder(nn.Cell):
         """The model's tensors in :func:`colora_ms.kernels.decode_steps`."""
         model = self.model
         embed, norm = model.embed_tokens, model.norm
-        return ((model.rope_cos, model.rope_sin, embed.weight, embed.weight_scale, norm.weight, norm.eps)
-                + self.lm_head.operands() + model.layer_operands(cache))
+        ends = flat_linears((linear_of(embed.base()), self.lm_head.operands()))
+        return (model.rope_cos, model.rope_sin, norm.weight, norm.eps) + ends + model.layer_operands(cache)

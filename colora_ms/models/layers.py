@@ -19,6 +19,7 @@ from colora_ms.kernels import (
     rms_norm,
     rms_norm_residual,
 )
+from colora_ms.kernels.operands import base_of, linear_of
 from colora_ms.models.formats import FLOAT32, WeightFormat
 from colora_ms.models.leaf import Leaf
 from colora_ms.models.rows import slots_of
@@ -44,6 +45,7 @@ class Linear(Leaf, nn.Cell):
         bind()
         weight_format.check(weight, weight_scale)
         self.format = weight_format
+        self.tag = weight_format.tag
         self.in_features = in_features
         self.out_features = out_features
         self.weight = weight
@@ -51,13 +53,17 @@ class Linear(Leaf, nn.Cell):
         self.bias = ABSENT if bias is None else bias
         self.has_bias = bias is not None
 
+    def base(self) -> tuple:
+        """What the Cell multiplies with, see :mod:`colora_ms.kernels.operands`."""
+        return base_of(self.tag, self.weight, self.weight_scale, self.bias)
+
     def operands(self) -> tuple:
-        """The six tensors of one linear in :func:`colora_ms.kernels.multi_lora_linear` (no adapter here)."""
-        return (self.weight, self.weight_scale, self.bias, ABSENT, ABSENT, ABSENT)
+        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes (no adapter here)."""
+        return linear_of(self.base())
 
     def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (rows, tokens, in) or (rows, in); rows: (slots, lengths) -> y: (..., out) float32."""
-        return multi_lora_linear(x, slots_of(rows), *self.operands())
+        return multi_lora_linear(x, slots_of(rows), self.operands())
 
     def sizes(self) -> tuple[int, int]:
         """As :class:`colora_ms.models.leaf.Leaf` says."""
@@ -82,7 +88,7 @@ class TrainableLinear(Linear):
 
     def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """As the base Cell is called."""
-        return multi_lora_linear_reference(x, slots_of(rows), *self.operands())
+        return multi_lora_linear_reference(x, slots_of(rows), self.operands())
 
 
 class Embedding(Leaf, nn.Cell):
@@ -98,9 +104,14 @@ class Embedding(Leaf, nn.Cell):
         bind()
         weight_format.check(weight, weight_scale)
         self.format = weight_format
+        self.tag = weight_format.tag
         self.hidden_size = hidden_size
         self.weight = weight
         self.weight_scale = ABSENT if weight_scale is None else weight_scale
+
+    def base(self) -> tuple:
+        """The table as a linear's base, see :mod:`colora_ms.kernels.operands`."""
+        return base_of(self.tag, self.weight, self.weight_scale)
 
     def construct(self, ids: Tensor, rows: tuple) -> Tensor:
         """ids: (rows, tokens) int32; rows: for adapters -> (rows, tokens, hidden) float32."""

@@ -19,8 +19,9 @@ from colora_ms.models.formats import WeightFormat, logical_shape, weight_values
 class Leaf:
     """The face of a Cell with weights.
 
-    A linear of the decoder has, beside it, ``in_features``, ``out_features``, ``bias``, ``has_bias``, ``fusible`` and
-    ``operands()`` as :class:`colora_ms.models.layers.Linear` has them; LoRA's pair goes into the same kernel call.
+    A linear of the decoder has, beside it, ``in_features``, ``out_features``, ``bias``, ``has_bias``, ``fusible``,
+    ``base()`` and ``operands()`` as :class:`colora_ms.models.layers.Linear` has them; LoRA's pair goes into the same
+    kernel call.
 
     Attributes:
         kind: "linear", "embedding" or "norm".

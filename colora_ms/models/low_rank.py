@@ -5,6 +5,7 @@ from typing import Optional
 from mindspore import Parameter, Tensor, nn
 
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
+from colora_ms.kernels.operands import linear_of, product_of
 from colora_ms.models.formats import BFLOAT16, FLOAT32, StoredFactors, WeightFormat
 from colora_ms.models.leaf import Leaf
 from colora_ms.models.low_rank_folder import CORE, INNER, OUTER
@@ -27,8 +28,8 @@ class LowRankLinear(Leaf, nn.Cell):
     plain, whole, decomposed = False, False, True
     fixed = ("is decomposed into factors, whose product has too low a rank for it; use the adapter unmerged, or "
              "recompose(model) before you load it")
-    #: It is no single linear that could share a kernel call with others, but can be a part of a fused layer.
-    fusible, fusible_in_layer = False, True
+    #: As of :class:`colora_ms.models.layers.Linear`.
+    fusible = True
 
     def __init__(self, inner: Parameter, outer: Parameter, core: Optional[Parameter] = None,
                  bias: Optional[Parameter] = None, factor_format: WeightFormat = FLOAT32) -> None:
@@ -46,17 +47,17 @@ class LowRankLinear(Leaf, nn.Cell):
         self.bias = ABSENT if bias is None else bias
         self.has_bias = bias is not None
 
-    def construct(self, x: Tensor, rows: tuple) -> Tensor:
-        """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
-        slots = slots_of(rows)
-        x = multi_lora_linear(x, slots, self.inner, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
-        if self.factors == 3:
-            x = multi_lora_linear(x, slots, self.core, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT)
-        return multi_lora_linear(x, slots, self.outer, ABSENT, self.bias, ABSENT, ABSENT, ABSENT)
+    def base(self) -> tuple:
+        """What the Cell multiplies with, see :mod:`colora_ms.kernels.operands`."""
+        return product_of(self.inner, self.outer, self.core, self.bias)
 
     def operands(self) -> tuple:
-        """The six tensors of a product in :func:`colora_ms.kernels.decoder_layers`; numbers as of ``construct``."""
-        return (ABSENT, ABSENT, self.bias, self.inner, self.outer, self.core)
+        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes (no adapter here)."""
+        return linear_of(self.base())
+
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
+        return multi_lora_linear(x, slots_of(rows), self.operands())
 
     def sizes(self) -> tuple[int, int]:
         """As :class:`colora_ms.models.leaf.Leaf` says."""

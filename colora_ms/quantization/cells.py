@@ -21,6 +21,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.kernels import ABSENT, bind, multi_lora_linear
+from colora_ms.kernels.operands import base_of, linear_of
 from colora_ms.models.activation_quant import ActivationQuantizer
 from colora_ms.models.formats import StoredWeight
 from colora_ms.models.rows import slots_of
@@ -55,6 +56,7 @@ class QuantizedMatmul(nn.Cell):
         self.lowest = float(grid.lowest)
         container = grid.container(in_features)
         self.packed, self.element = container.values > 1, getattr(ms, container.element)
+        self.tag = container.tag
         self.how, self.step = how, 2.0 ** (grid.bits - 8)
         self.full_rank, self.scaling = scaling is None, 0.0 if scaling is None else float(scaling)
         self.rint = ops.Rint()
@@ -103,7 +105,7 @@ class QuantizedMatmul(nn.Cell):
         """
         # Tied to x, or the scheduler may build the integers of all layers before it runs the first one.
         weight = self.integers(ops.depend(phi, x), low, ops.depend(up, x), down)
-        return multi_lora_linear(x, slots, weight, ops.maximum(scale, SMALLEST_SCALE), bias, ABSENT, ABSENT, ABSENT)
+        return multi_lora_linear(x, slots, linear_of(base_of(self.tag, weight, ops.maximum(scale, SMALLEST_SCALE), bias)))
 
     def bprop(self, x, slots, phi, low, up, down, scale, bias, out, dout):
         """Gradients of x, up, down, scale (and phi in the full-rank form); zeros for the rest."""

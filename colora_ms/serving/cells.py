@@ -31,16 +31,14 @@ class ServingLoop(ContinueLoop):
 
     def previous(self, token: Tensor, adapt: Any) -> Tensor:
         """As the base class; -1 in a chunk that makes a request's first token."""
-        return ops.where(adapt[3], -self.one, token)
+        return ops.where(adapt[2], -self.one, token)
 
-    def construct(self, token, position, active, row_request, slots, cache_rows, expert_rows, amateur_rows, alpha, beta,
-                  temperature, top_k, top_p, uniforms, budget, eos, steps, mode, ids, lengths, fresh) -> Any:
+    def construct(self, token, position, active, row_request, slots, cache_rows, whole, real, uniforms, eos, steps, ids,
+                  lengths, fresh) -> Any:
         """As the base class; fresh: (requests,) bool, whether a request has no token of its own yet. Chunks in which
         that matters (``Contrast.skip_copies``) have one step."""
-        layout = (row_request, slots, cache_rows, expert_rows, amateur_rows)
-        options = (alpha, beta, temperature, top_k, top_p)
-        return self.run((token, position, active), layout, options, uniforms, budget, eos, steps,
-                        (mode, ids, lengths, fresh))
+        return self.run((token, position, active), (row_request, slots, cache_rows), (whole, real), uniforms, eos,
+                        steps, (ids, lengths, fresh))
 
 
 class CopyRow(nn.Cell):

@@ -58,8 +58,8 @@ class Graphs:
             ints (capacity, places, 3) int32, floats (capacity, places, 4) float32, counts (places,) int32.
         """
         ints, floats, counts, _ = runtime.run(
-            self._loop, *batch.state(), *batch.layout, *batch.options, batch.uniforms(capacity), batch.budget(),
-            batch.eos, Tensor(np.array(steps, np.int32)), batch.mode, *self._prompts(batch), batch.fresh())
+            self._loop, *batch.state(), *batch.layout, *batch.options(), batch.uniforms(capacity), batch.eos,
+            Tensor(np.array(steps, np.int32)), *self._prompts(batch), batch.fresh())
         return ints.asnumpy(), floats.asnumpy(), counts.asnumpy()
 
     def _prompts(self, batch: Batch) -> Tuple[Tensor, Tensor]:

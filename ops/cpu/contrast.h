@@ -10,8 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "check.h"
-#include "vec_math.h"
+#include "select.h"
 
 namespace COLORA_ISA_NAMESPACE {
 constexpr int32_t kEntropy = 1, kDivergence = 2, kMargin = 3, kSkipCopies = 8;
@@ -102,11 +101,12 @@ inline float strength_share(const float* logits, int64_t vocab, const StrengthOp
   return float(std::min(std::max((std::log(mass) - moment / mass) / std::log(double(valid)), 0.0), 1.0));
 }
 
-// Refuses a form that does not exist.
-inline int32_t checked_mode(const colora::Tensor& mode, int64_t r) {
-  const int32_t value = mode.data<int32_t>()[r];
+// The form of request r; refuses one that does not exist.
+inline int32_t checked_mode(const Options& options, int64_t r) {
+  const int32_t value = options.get(r, Whole::mode);
   if ((value & ~kSkipCopies) < 0 || (value & ~kSkipCopies) > kMargin)
-    mode.fail("is %lld in request %lld, expected 0 to 3, or 8 more to skip copies", (long long)value, (long long)r);
+    options.named(Whole::mode).fail("is %lld in request %lld, expected 0 to 3, or 8 more to skip copies", (long long)value,
+                                    (long long)r);
   return value;
 }
 

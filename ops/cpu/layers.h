@@ -8,19 +8,17 @@
 
 namespace COLORA_ISA_NAMESPACE {
 
-constexpr int kPerLayer = 52;  // tensors of one layer
-
 struct Norm {
   const float* weight = nullptr;
   float eps = 0;
   std::vector<float> buffer;  // of a bfloat16 weight
 };
 
-inline void read_norm(const colora::Call& call, int at, const char* name, int64_t n, Norm& norm) {
-  const colora::Tensor weight = call.in(at, name);
-  if (weight.absent()) return;
+// A norm of n columns from its weight and its eps.
+inline void read_norm(const colora::Tensor& weight, const colora::Tensor& eps, int64_t n, Norm& norm) {
+  if (weight.absent()) weight.fail("is absent");
   weight.expect_dtype("float32", "bfloat16").expect_rank(1).expect_dim(0, n, "the normed axis");
-  norm.eps = read_eps(call.in(at + 1, "eps"));
+  norm.eps = read_eps(eps);
   norm.weight = widened(weight, norm.buffer);
 }
 
@@ -38,59 +36,53 @@ struct StackInputs {
   int64_t hidden;
 };
 
-// A linear of a layer: the six operands of read_linear, or in the place of a weight a product of small matrices, which are
-// then inner (r, in), outer (out, r) and core (r, r) or nothing, and take no adapters.
-inline Linear read_product(const colora::Call& call, int at, const char* name, int64_t in, const colora::Tensor& slots) {
-  const colora::Tensor inner = call.in(at + 3, "inner"), outer = call.in(at + 4, "outer"), core = call.in(at + 5, "core");
-  if (!call.in(at, name).absent() || inner.absent() || outer.absent()) return read_linear(call, at, in, slots);
-  Linear l;
-  const auto add = [&](const colora::Tensor& factor, int64_t columns) {
-    l.factors.emplace_back();
-    l.factors.back().weight = weight_of(factor, call.in(at + 1, "weight_scale"), columns);
-    return l.factors.back().weight.out;
-  };
-  const int64_t rank = add(inner, in);
-  add(outer, core.absent() ? rank : add(core, rank));
-  l.weight = l.factors.back().weight;
-  l.factors.back().bias = read_bias(call.in(at + 2, "bias"), l.weight.out);
-  return l;
+inline colora::Tensor named(colora::Tensor tensor, LayerPart part) {
+  tensor.name = name_of(part);
+  return tensor;
 }
 
-inline void expect_outputs(const colora::Call& call, int at, const char* name, const Linear& l, int64_t n,
-                           const char* what) {
-  if (l.weight.out != n)
-    call.in(at, name).fail("has %lld outputs, expected %lld, %s", (long long)l.weight.out, (long long)n, what);
+inline void expect_outputs(LayerPart part, const Linear& l, int64_t n, const char* what) {
+  if (l.out() != n)
+    named(l.base.last, part).fail("has %lld outputs, expected %lld, %s", (long long)l.out(), (long long)n, what);
 }
 
 // All checks of one layer; nothing is computed before every layer has passed.
-inline void read_layer(const colora::Call& call, int at, const StackInputs& s, Layer& layer) {
-  read_norm(call, at, "input_layernorm", s.hidden, layer.before_attention);
-  if (!layer.before_attention.weight) call.in(at, "input_layernorm").fail("is absent");
-  const char* const qkv[] = {"q_proj", "k_proj", "v_proj"};
-  for (int i = 0; i < 3; ++i) layer.qkv.push_back(read_product(call, at + 2 + 6 * i, qkv[i], s.hidden, s.slots));
-  const colora::Tensor k_cache = call.in(at + 24, "k_cache"), v_cache = call.in(at + 25, "v_cache"),
-               q_weight = call.in(at + 2, "q_proj"), k_weight = call.in(at + 8, "k_proj");
-  const int64_t width = layer.qkv[0].weight.out;
-  layer.sizes = cached_sizes(k_cache, v_cache, s.cos, s.sin, 0, 0, width, q_weight);
+inline void read_layer(Reader& reader, const StackInputs& s, Layer& layer) {
+  const LayerTensors tensors = read_layer_places(reader);
+  const auto norm = [&](LayerPart part, int64_t n, Norm& to) {
+    if (!tensors.has(part)) return;
+    Reader r = tensors.at(part);
+    const colora::Tensor weight = r.next(name_of(part));
+    read_norm(weight, r.next("eps"), n, to);
+  };
+  const auto linear = [&](LayerPart part, int64_t in) {
+    Reader r = tensors.at(part);
+    return read_linear(r, in, s.slots);
+  };
+  norm(LayerPart::input_layernorm, s.hidden, layer.before_attention);
+  for (const LayerPart part : {LayerPart::q_proj, LayerPart::k_proj, LayerPart::v_proj})
+    layer.qkv.push_back(linear(part, s.hidden));
+  const colora::Tensor k_cache = tensors.at(LayerPart::k_cache).next("k_cache"),
+                       v_cache = tensors.at(LayerPart::v_cache).next("v_cache");
+  const int64_t width = layer.qkv[0].out();
+  layer.sizes = cached_sizes(k_cache, v_cache, s.cos, s.sin, 0, 0, width, named(layer.qkv[0].base.last, LayerPart::q_proj));
   layer.cache_total = k_cache.dim(0);
   for (int i = 1; i < 3; ++i)
-    if (layer.qkv[size_t(i)].weight.out != layer.sizes.kv_heads * layer.sizes.dim)
-      k_weight.fail("(or v_proj) has %lld outputs, expected kv_heads * head_dim = %lld as in k_cache",
-                    (long long)layer.qkv[size_t(i)].weight.out, (long long)(layer.sizes.kv_heads * layer.sizes.dim));
-  read_norm(call, at + 20, "q_norm", layer.sizes.dim, layer.q_norm);
-  read_norm(call, at + 22, "k_norm", layer.sizes.dim, layer.k_norm);
+    if (layer.qkv[size_t(i)].out() != layer.sizes.kv_heads * layer.sizes.dim)
+      named(layer.qkv[1].base.last, LayerPart::k_proj)
+          .fail("(or v_proj) has %lld outputs, expected kv_heads * head_dim = %lld as in k_cache",
+                (long long)layer.qkv[size_t(i)].out(), (long long)(layer.sizes.kv_heads * layer.sizes.dim));
+  norm(LayerPart::q_norm, layer.sizes.dim, layer.q_norm);
+  norm(LayerPart::k_norm, layer.sizes.dim, layer.k_norm);
   layer.k_cache = k_cache.raw, layer.v_cache = v_cache.raw, layer.half_width = k_cache.is("bfloat16");
-  layer.o.push_back(read_product(call, at + 26, "o_proj", width, s.slots));
-  expect_outputs(call, at + 26, "o_proj", layer.o[0], s.hidden, "the last axis of x");
-  read_norm(call, at + 32, "post_attention_layernorm", s.hidden, layer.before_mlp);
-  if (!layer.before_mlp.weight) call.in(at + 32, "post_attention_layernorm").fail("is absent");
-  const char* const gate_up[] = {"gate_proj", "up_proj"};
-  for (int i = 0; i < 2; ++i)
-    layer.gate_up.push_back(read_product(call, at + 34 + 6 * i, gate_up[i], s.hidden, s.slots));
-  const int64_t inner = layer.gate_up[0].weight.out;
-  expect_outputs(call, at + 40, "up_proj", layer.gate_up[1], inner, "the outputs of gate_proj");
-  layer.down.push_back(read_product(call, at + 46, "down_proj", inner, s.slots));
-  expect_outputs(call, at + 46, "down_proj", layer.down[0], s.hidden, "the last axis of x");
+  layer.o.push_back(linear(LayerPart::o_proj, width));
+  expect_outputs(LayerPart::o_proj, layer.o[0], s.hidden, "the last axis of x");
+  norm(LayerPart::post_attention_layernorm, s.hidden, layer.before_mlp);
+  for (const LayerPart part : {LayerPart::gate_proj, LayerPart::up_proj}) layer.gate_up.push_back(linear(part, s.hidden));
+  const int64_t inner = layer.gate_up[0].out();
+  expect_outputs(LayerPart::up_proj, layer.gate_up[1], inner, "the outputs of gate_proj");
+  layer.down.push_back(linear(LayerPart::down_proj, inner));
+  expect_outputs(LayerPart::down_proj, layer.down[0], s.hidden, "the last axis of x");
 }
 
 // RMS norm of every head, in place.
@@ -101,23 +93,27 @@ inline void norm_heads(const Norm& norm, int64_t heads, int64_t dim, float* x) {
   });
 }
 
-// What differs from call to call: rows of tokens, each an array entry a row. slots null: no adapters.
+// What differs from call to call: rows of tokens, each an array entry a row; row_slots: the slots of these.
 struct StackStep {
   int64_t rows, tokens;
-  const int32_t *slots, *cache_rows, *start, *length;
+  RowSlots& row_slots;
+  const int32_t *cache_rows, *start, *length;
 };
 
 // Consecutive layers, read from a call once and run any number of times.
 class LayerStack {
  public:
-  LayerStack(const colora::Call& call, int first, int count, const StackInputs& inputs)
+  // Reads all layers that are left in the call.
+  LayerStack(Reader& reader, const StackInputs& inputs)
       : cos_(inputs.cos.data<float>()), sin_(inputs.sin.data<float>()), hidden_(inputs.hidden) {
-    layers_.resize(size_t(count));
-    for (int i = 0; i < count; ++i) read_layer(call, first + i * kPerLayer, inputs, layers_[size_t(i)]);
+    do {
+      layers_.emplace_back();
+      read_layer(reader, inputs, layers_.back());
+    } while (reader.more());
     for (const Layer& l : layers_) {
-      widths_[1] = widths_[4] = std::max(widths_[1], l.qkv[0].weight.out);
-      widths_[2] = widths_[3] = std::max(widths_[2], l.qkv[1].weight.out);
-      widths_[5] = widths_[6] = std::max(widths_[5], l.gate_up[0].weight.out);
+      widths_[1] = widths_[4] = std::max(widths_[1], l.qkv[0].out());
+      widths_[2] = widths_[3] = std::max(widths_[2], l.qkv[1].out());
+      widths_[5] = widths_[6] = std::max(widths_[5], l.gate_up[0].out());
     }
     widths_[0] = hidden_;
   }
@@ -143,24 +139,25 @@ class LayerStack {
     }
     float *h = memory_[0].data(), *q = memory_[1].data(), *k = memory_[2].data(), *v = memory_[3].data(),
           *attended = memory_[4].data(), *gate = memory_[5].data(), *up = memory_[6].data();
+    RowSlots& slots = step.row_slots;
     for (Layer& l : layers_) {
-      const int64_t n = l.qkv[0].weight.out, mlp = l.gate_up[0].weight.out, dim = l.sizes.dim;
+      const int64_t n = l.qkv[0].out(), mlp = l.gate_up[0].out(), dim = l.sizes.dim;
       l.sizes.rows = step.rows, l.sizes.tokens = step.tokens;
       add_norm_rows(x, residual, l.before_attention.weight, l.before_attention.eps, tokens, hidden_, sum, h, nullptr);
       l.qkv[0].y = q, l.qkv[1].y = k, l.qkv[2].y = v;
-      run_linears(l.qkv, h, tokens, step.tokens, hidden_, step.slots);
+      run_linears(l.qkv, h, hidden_, slots);  // q (tokens, heads * dim), k and v (tokens, kv_heads * dim)
       norm_heads(l.q_norm, tokens * l.sizes.heads, dim, q);
       norm_heads(l.k_norm, tokens * l.sizes.kv_heads, dim, k);
       attend_cached({l.sizes, q, k, v, cos_, sin_, step.cache_rows, step.start, step.length, attended}, l.k_cache,
-                    l.v_cache, l.half_width);
+                    l.v_cache, l.half_width);  // attended (tokens, heads * dim)
       l.o[0].y = out;
-      run_linears(l.o, attended, tokens, step.tokens, n, step.slots);
+      run_linears(l.o, attended, n, slots);  // out (tokens, hidden)
       add_norm_rows(out, sum, l.before_mlp.weight, l.before_mlp.eps, tokens, hidden_, sum, h, nullptr);
       l.gate_up[0].y = gate, l.gate_up[1].y = up;
-      run_linears(l.gate_up, h, tokens, step.tokens, hidden_, step.slots);
+      run_linears(l.gate_up, h, hidden_, slots);  // gate, up (tokens, inner)
       swiglu_forward(gate, up, tokens * mlp, gate);
       l.down[0].y = out;
-      run_linears(l.down, gate, tokens, step.tokens, mlp, step.slots);
+      run_linears(l.down, gate, mlp, slots);  // out (tokens, hidden)
       x = out, residual = sum;
     }
   }

@@ -7,33 +7,63 @@
 #pragma once
 
 #include <atomic>
-#include <memory>
 
 #include "gemm.h"
-#include "lora.h"
+#include "operands.h"
 #include "pages.h"
 #include "scratch.h"
-#include "weights.h"
 
 namespace COLORA_ISA_NAMESPACE {
 
 constexpr int64_t kFewRows = 32;
 constexpr int64_t kAhead = 8192;  // bytes that unpacking prefetches ahead
 
-struct Linear {
+// The rows of a call and their adapters: token t belongs to row t / per_row. Made once a step and used by every linear.
+class RowSlots {
+ public:
+  // row_slot: (tokens / per_row,) slots, or null: no adapters.
+  void set(int64_t tokens, int64_t per_row, const int32_t* row_slot) {
+    tokens_ = tokens, per_row_ = per_row, row_slot_ = row_slot, grouped_ = false;
+  }
+  int64_t tokens() const { return tokens_; }
+  bool given() const { return row_slot_ != nullptr; }
+  int32_t slot(int64_t token) const { return row_slot_[token / per_row_]; }
+  // The tokens by slot. Only for linears with adapters, whose slots were checked when they were read.
+  const SlotGroups& groups() {
+    if (!grouped_) group_by_slot(tokens_, per_row_, row_slot_, groups_);
+    grouped_ = true;
+    return groups_;
+  }
+
+ private:
+  int64_t tokens_ = 0, per_row_ = 1;
+  const int32_t* row_slot_ = nullptr;
+  bool grouped_ = false;
+  SlotGroups groups_;
+};
+
+// One matrix that Forward multiplies with: a linear, or a factor of one.
+struct Product {
   Weight weight;
   const float* bias = nullptr;
-  Adapters adapters;
+  const Adapters* adapters = nullptr;  // null: none
   float* y = nullptr;
+  Shrink shrink;
   std::vector<float> v;  // (tokens, padded rank)
-  SlotGroups groups;
-  std::unique_ptr<Shrink> shrink;
   std::vector<RowAdapter> row_adapters;
   std::vector<float*> y_rows;
-  // A product of small matrices in the place of one, in the order in which x meets them; weight is then the last of them.
-  std::vector<Linear> factors;
-  std::vector<float> between;  // y of a factor that is not the last
   bool rearranged() const { return weight.format == Format::kInt4 && regular_groups(weight); }
+  int64_t rank() const { return adapters ? adapters->rank : 0; }
+};
+
+// A linear of a call: its base, its adapters, where y goes, and what a step needs.
+struct Linear {
+  Base base;
+  Adapters adapters;
+  float* y = nullptr;
+  std::vector<Product> chain;                // one for each factor of the base
+  std::vector<std::vector<float>> between;  // y of the factors before the last
+  int64_t out() const { return base.out(); }
 };
 
 // Dequantises the rows [o0, o1) into tiles of kOuts packed rows, `vectors` vectors each; missing rows become zeros.
@@ -92,17 +122,18 @@ struct Activations {
 
 class Forward {
  public:
-  Forward(const std::vector<Linear*>& linears, const float* x, int64_t tokens, int64_t in)
-      : linears_(linears), x_(x), tokens_(tokens), in_(in) {
+  // x: (tokens, in), read by every product.
+  Forward(const std::vector<Product*>& products, const float* x, int64_t tokens, int64_t in)
+      : products_(products), x_(x), tokens_(tokens), in_(in) {
     many_ = tokens > kFewRows;
-    for (const Linear* l : linears) {
+    for (const Product* l : products) {
       many_ |= tokens > kRows && l->weight.scale != nullptr;
       many_ |= !regular_groups(l->weight);
     }
     plain_.columns = in;
     even_odd_.columns = Int4Reader::padded(in);
     int64_t outs = 0;
-    for (const Linear* l : linears) {
+    for (const Product* l : products) {
       (l->rearranged() ? even_odd_ : plain_).needed = true;
       outs += l->weight.out;
     }
@@ -128,7 +159,7 @@ class Forward {
       panels_.resize(panel_size_ * threads_);
     }
     int64_t bytes = 0;
-    for (const Linear* l : linears) {
+    for (const Product* l : products) {
       first_block_.push_back(total_);
       total_ += (l->weight.out + width_ - 1) / width_;
       bytes += l->weight.bytes();
@@ -142,8 +173,8 @@ class Forward {
     const bool copies = plain_.copied || even_odd_.copied;
     const int64_t copy_shares = copies ? std::min<int64_t>(threads_, std::max<int64_t>(1, tokens_ * in_ >> 13)) : 0;
     for (int64_t i = 0; i < copy_shares; ++i) first.emplace_back(nullptr, i);
-    for (const Linear* l : linears_)
-      for (int64_t i = 0; l->shrink && i < l->shrink->tasks(); ++i) first.emplace_back(l->shrink.get(), i);
+    for (const Product* l : products_)
+      for (int64_t i = 0; i < l->shrink.tasks(); ++i) first.emplace_back(&l->shrink, i);
     // One region for both parts: a share of the product waits until the last piece before it is done, which by then runs
     // in another thread or is over, since tasks are claimed in order.
     const int64_t pieces = int64_t(first.size());
@@ -187,8 +218,8 @@ class Forward {
   static float* place(Activations& a, int64_t t) { return a.copy.data() + t * packed_vectors(a.columns) * kLanes; }
 
   void blocks(int64_t begin, int64_t end, float* panel) {
-    for (size_t i = 0; i < linears_.size(); ++i) {
-      const Linear& l = *linears_[i];
+    for (size_t i = 0; i < products_.size(); ++i) {
+      const Product& l = *products_[i];
       const int64_t last = first_block_[i] + (l.weight.out + width_ - 1) / width_;
       const int64_t b0 = std::max(begin, first_block_[i]), b1 = std::min(end, last);
       if (b0 >= b1) continue;
@@ -196,7 +227,7 @@ class Forward {
     }
   }
 
-  void outputs(const Linear& l, int64_t o0, int64_t o1, float* panel) {
+  void outputs(const Product& l, int64_t o0, int64_t o1, float* panel) {
     Activations& x = l.rearranged() ? even_odd_ : plain_;
     const Weight& w = l.weight;
     const int64_t block = column_block(in_);
@@ -205,7 +236,7 @@ class Forward {
     rows.x = x.rows.data();
     rows.y = l.y_rows.data();
     rows.adapters = l.row_adapters.empty() ? nullptr : l.row_adapters.data();
-    rows.rank = l.adapters.rank;
+    rows.rank = l.rank();
     if (many_) {
       const int64_t vectors = packed_vectors(x.columns);
       for (int64_t o = o0; o < o1; o += width_) {
@@ -223,7 +254,7 @@ class Forward {
     }
   }
 
-  const std::vector<Linear*>& linears_;
+  const std::vector<Product*>& products_;
   const float* x_;
   int64_t tokens_, in_, width_ = 0, total_ = 0, shares_ = 0, panel_size_ = 0;
   int threads_ = 1;
@@ -233,66 +264,67 @@ class Forward {
   std::vector<int64_t> first_block_;
 };
 
-inline const float* read_bias(const colora::Tensor& bias, int64_t out) {
-  if (bias.absent()) return nullptr;
-  bias.expect_dtype("float32").expect_rank(1).expect_dim(0, out, "the output rows of the weight");
-  return bias.data<const float>();
-}
-
-// One linear from its six operands, which begin at input `at` of the call; everything but y is set and checked.
-inline Linear read_linear(const colora::Call& call, int at, int64_t in, const colora::Tensor& slots) {
+// One linear with `in` columns, from its tag on; everything but y is set and checked.
+inline Linear read_linear(Reader& reader, int64_t in, const colora::Tensor& slots) {
   Linear l;
-  l.weight = weight_of(call.in(at, "weight"), call.in(at + 1, "weight_scale"), in);
-  l.bias = read_bias(call.in(at + 2, "bias"), l.weight.out);
-  l.adapters = adapters_of(call.in(at + 3, "down"), call.in(at + 4, "up"), call.in(at + 5, "scale"), in, l.weight.out);
-  if (!slots.absent() && l.adapters.present()) colora::check_slots(slots, l.adapters.slots);
+  const Tag tag = Tag::of(reader.next("linear"));
+  l.base = read_base(reader, tag, in);
+  l.adapters = read_adapters(reader, tag, in, l.out(), slots);
+  l.chain.resize(l.base.factors.size());
+  l.between.resize(l.base.factors.size() - 1);
+  for (size_t i = 0; i < l.chain.size(); ++i) l.chain[i].weight = l.base.factors[i];
+  l.chain.back().bias = l.base.bias;
   return l;
 }
 
-// y of linears without factors, as one region of work.
-inline void run_group(const std::vector<Linear*>& linears, const float* x, int64_t tokens, int64_t per_row, int64_t in,
-                      const int32_t* row_slot) {
-  for (Linear* one : linears) {
-    Linear& l = *one;
+// y of products that share `from` (tokens, width), as one region of work. The adapters read x (tokens, in), which is what
+// the linear got: a product's last factor adds them.
+inline void run_group(const std::vector<Product*>& products, const float* from, int64_t width, const float* x, int64_t in,
+                      RowSlots& rows) {
+  const int64_t tokens = rows.tokens();
+  for (Product* one : products) {
+    Product& l = *one;
     colora::prefer_huge_pages(l.weight.data, size_t(l.weight.bytes()));
     l.y_rows.resize(size_t(tokens));
     for (int64_t t = 0; t < tokens; ++t) l.y_rows[size_t(t)] = l.y + t * l.weight.out;
     l.row_adapters.clear();
-    l.shrink.reset();
-    if (!l.adapters.present() || !row_slot) continue;
-    l.groups = group_by_slot(tokens, l.adapters.slots, [&](int64_t t) { return row_slot[t / per_row]; });
-    if (l.groups.tokens.empty()) continue;
-    const int64_t stride = padded_rank(l.adapters.rank);
+    l.shrink.clear();
+    if (!l.adapters || !rows.given()) continue;
+    const SlotGroups& groups = rows.groups();
+    if (groups.tokens.empty()) continue;
+    const int64_t rank = l.adapters->rank, stride = padded_rank(rank);
     l.v.resize(size_t(tokens * stride));
-    l.shrink = std::make_unique<Shrink>(l.adapters, l.groups, x, in, l.v.data(), stride, colora::thread_count());
+    l.shrink.prepare(*l.adapters, groups, x, in, l.v.data(), stride, colora::thread_count());
     l.row_adapters.resize(size_t(tokens));
-    for (int64_t t : l.groups.tokens)
-      l.row_adapters[size_t(t)] = {l.v.data() + t * stride,
-                                   l.adapters.up.from(row_slot[t / per_row] * l.weight.out * l.adapters.rank)};
+    for (int64_t t : groups.tokens)
+      l.row_adapters[size_t(t)] = {l.v.data() + t * stride, l.adapters->up.from(rows.slot(t) * l.weight.out * rank)};
   }
-  Forward(linears, x, tokens, in).run();
+  Forward(products, from, tokens, width).run();
 }
 
-// y of all linears. x: (tokens, in); token t belongs to row t / per_row; row_slot: the rows' slots, or null.
-inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t tokens, int64_t per_row, int64_t in,
-                        const int32_t* row_slot) {
-  std::vector<Linear*> whole;
+// y of all linears. x: (tokens, in).
+inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t in, RowSlots& rows) {
+  std::vector<Product*> whole;
   for (Linear& l : linears) {
-    if (l.factors.empty()) {
-      whole.push_back(&l);
+    l.chain.back().adapters = l.adapters.present() ? &l.adapters : nullptr;
+    l.chain.back().y = l.y;
+    if (!l.base.product()) {
+      whole.push_back(&l.chain[0]);
       continue;
     }
     const float* from = x;
     int64_t width = in;
-    for (Linear& f : l.factors) {
-      const bool last = &f == &l.factors.back();
-      if (!last) f.between.resize(size_t(tokens * f.weight.out));
-      f.y = last ? l.y : f.between.data();
-      run_group({&f}, from, tokens, per_row, width, nullptr);
-      from = f.y, width = f.weight.out;
+    for (size_t i = 0; i < l.chain.size(); ++i) {
+      Product& factor = l.chain[i];
+      if (i + 1 < l.chain.size()) {
+        l.between[i].resize(size_t(rows.tokens() * factor.weight.out));
+        factor.y = l.between[i].data();
+      }
+      run_group({&factor}, from, width, x, in, rows);
+      from = factor.y, width = factor.weight.out;  // (tokens, rank)
     }
   }
-  if (!whole.empty()) run_group(whole, x, tokens, per_row, in, row_slot);
+  if (!whole.empty()) run_group(whole, x, in, x, in, rows);
 }
 
 }  // namespace COLORA_ISA_NAMESPACE

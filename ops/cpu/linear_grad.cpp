@@ -1,34 +1,35 @@
 // Gradient of multi_lora_linear with a frozen base weight, for 1 to 4 linears that share x.
 //
-// Inputs: count (1,) int32 = number of linears; x, slots as in the forward; then per linear dy, weight, weight_scale,
-// down, up, scale. Outputs: dx, then (ddown, dup) of every linear; rank 0 and set to 0 where it has no adapters.
+// Inputs: count (1,) int32 = number of linears; x, slots as in the forward; then of each linear dy and its tensors, see
+// operands.h. Outputs: dx, then (ddown, dup) of every linear; rank 0 and set to 0 where it has no adapters.
 //
 //   v = scale·x·downᵀ (computed again)      dup[s]   = sum over the rows of s of dyᵀ·v
 //   u = scale·dy·up                         ddown[s] = sum over the rows of s of uᵀ·x
 //   dx = sum over the linears of dy·W + u·down[slot]
 // A slot that no row uses gets zeros. Tokens at the end that no gradient reaches (rows of the base model that stand
-// behind the adapter's as a reference) cost nothing: their dx is 0 without a product.
-#include <memory>
-
+// behind the adapter's as a reference) cost nothing: their dx is 0 without a product. A base that is a product of small
+// matrices is gone back one factor after another; W is then the one that meets x first, and dy what reaches it.
 #include "gemm.h"
-#include "lora.h"
+#include "operands.h"
 #include "outer.h"
-#include "weights.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
 
 struct LinearGrad {
-  Weight weight;
+  Base base;
   Adapters adapters;
-  const float* dy = nullptr;
+  int64_t out = 0;
+  const float* dy = nullptr;      // (tokens, out)
+  const float* behind = nullptr;  // (tokens, rows of the first factor): what reaches it; dy where it is the only one
+  std::vector<float> buffer;      // of `behind`
   float *ddown = nullptr, *dup = nullptr;
   std::vector<float> v, u;  // (tokens, stride), by token
   int64_t stride = 0;
-  SlotGroups groups;
   std::vector<std::vector<Run>> runs;  // per group
   std::vector<Run> all_runs;           // by first token
-  std::unique_ptr<Shrink> shrink;
+  Shrink shrink;
+  const Weight& weight() const { return base.factors.front(); }
 };
 
 // Rows [o0, o1), columns [k0, k1) of W as float32, row stride kOuterColumns.
@@ -49,8 +50,10 @@ void pack(const Weight& w, int64_t o0, int64_t o1, int64_t k0, int64_t k1, float
 
 class Backward {
  public:
-  Backward(std::vector<LinearGrad>& linears, const float* x, float* dx, int64_t all_tokens, int64_t in)
-      : linears_(linears), x_(x), dx_(dx), tokens_(reached(linears, all_tokens)), in_(in) {
+  // x, dx: (tokens, in); groups: the tokens by slot, empty without adapters.
+  Backward(std::vector<LinearGrad>& linears, const SlotGroups& groups, const float* x, float* dx, int64_t all_tokens,
+           int64_t in)
+      : linears_(linears), groups_(groups), x_(x), dx_(dx), tokens_(reached(linears, all_tokens)), in_(in) {
     const int64_t tokens = tokens_;
     std::memset(dx + tokens * in, 0, size_t((all_tokens - tokens) * in) * sizeof(float));
     panels_ = (in + kOuterColumns - 1) / kOuterColumns;
@@ -68,14 +71,14 @@ class Backward {
       }
       const int64_t cells = l.adapters.slots * l.adapters.rank;
       std::memset(l.ddown, 0, size_t(cells * in_) * sizeof(float));
-      std::memset(l.dup, 0, size_t(cells * l.weight.out) * sizeof(float));
-      for (size_t g = 0; g < l.groups.groups.size(); ++g) {
-        std::vector<Run> runs = runs_of(l.groups, l.groups.groups[g]);
+      std::memset(l.dup, 0, size_t(cells * l.out) * sizeof(float));
+      for (const SlotGroups::Group& group : groups_.groups) {
+        std::vector<Run> runs = runs_of(groups_, group);
         l.all_runs.insert(l.all_runs.end(), runs.begin(), runs.end());
         l.runs.push_back(std::move(runs));
       }
       std::sort(l.all_runs.begin(), l.all_runs.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
-      if (l.shrink) parallel_tasks(l.shrink->tasks(), [&](int64_t i) { l.shrink->run(i); });
+      if (l.shrink.tasks()) parallel_tasks(l.shrink.tasks(), [&](int64_t i) { l.shrink.run(i); });
       const int64_t piece = 8 * kOuterRows;
       parallel_tasks((tokens_ + piece - 1) / piece, [&](int64_t i) { expand_back(l, i * piece, (i + 1) * piece); });
       adapter_gradients(l);
@@ -93,15 +96,15 @@ class Backward {
     const auto is_zero = [](float value) { return value == 0.0f; };
     for (; tokens > 0; --tokens)
       for (const LinearGrad& l : linears) {
-        const float* dy = l.dy + (tokens - 1) * l.weight.out;
-        if (!std::all_of(dy, dy + l.weight.out, is_zero)) return tokens;
+        const float* dy = l.dy + (tokens - 1) * l.out;
+        if (!std::all_of(dy, dy + l.out, is_zero)) return tokens;
       }
     return 0;
   }
 
   // u = scale·dy·up for the tokens [begin, end) that have an adapter
   void expand_back(LinearGrad& l, int64_t begin, int64_t end) {
-    const int64_t rank = l.adapters.rank, out = l.weight.out;
+    const int64_t rank = l.adapters.rank, out = l.out;
     for (const Run& run : l.all_runs) {
       const int64_t t0 = std::max(begin, run.begin), t1 = std::min(end, run.end);
       if (t0 >= t1) continue;
@@ -115,7 +118,7 @@ class Backward {
   }
 
   void adapter_gradients(LinearGrad& l) {
-    const int64_t rank = l.adapters.rank, out = l.weight.out, wide = 16 * kOuterRows;
+    const int64_t rank = l.adapters.rank, out = l.out, wide = 16 * kOuterRows;
     const int64_t down_tasks = panels_, up_tasks = (out + wide - 1) / wide, per_group = down_tasks + up_tasks;
     parallel_tasks(int64_t(l.runs.size()) * per_group, [&](int64_t task) {
       const std::vector<Run>& runs = l.runs[size_t(task / per_group)];
@@ -148,11 +151,11 @@ class Backward {
     float* to = dx_ + t0 * in_ + k0;
     const float* from = nullptr;
     for (const LinearGrad& l : linears_) {
-      const int64_t out = l.weight.out;
+      const int64_t out = l.weight().out;
       for (int64_t o = 0; o < out; o += kOuterDepth) {
         const int64_t depth = std::min(kOuterDepth, out - o);
-        pack(l.weight, o, o + depth, k0, k1, packed);
-        outer_panel(t1 - t0, k1 - k0, depth, l.dy + t0 * out + o, out, 1, packed, kOuterColumns,
+        pack(l.weight(), o, o + depth, k0, k1, packed);
+        outer_panel(t1 - t0, k1 - k0, depth, l.behind + t0 * out + o, out, 1, packed, kOuterColumns,
                     from, to, in_);
         from = to;
       }
@@ -167,61 +170,87 @@ class Backward {
   }
 
   std::vector<LinearGrad>& linears_;
+  const SlotGroups& groups_;
   const float* x_;
   float* dx_;
   int64_t tokens_, in_, panels_, rows_;
 };
+
+// What reaches the first factor of a product: dy through the factors behind it, last first.
+void go_back(LinearGrad& l, int64_t tokens) {
+  l.behind = l.dy;
+  for (size_t i = l.base.factors.size(); i-- > 1;) {
+    const Weight& factor = l.base.factors[i];
+    std::vector<LinearGrad> one(1);
+    float nothing[2];
+    one[0].base.factors.push_back(factor);
+    one[0].out = factor.out, one[0].dy = one[0].behind = l.behind;
+    one[0].ddown = nothing, one[0].dup = nothing + 1;
+    std::vector<float> dx(size_t(tokens * factor.in));  // (tokens, columns of the factor)
+    Backward(one, {}, nullptr, dx.data(), tokens, factor.in).run();
+    l.buffer.swap(dx);
+    l.behind = l.buffer.data();
+  }
+}
 
 }  // namespace
 }  // namespace COLORA_ISA_NAMESPACE
 
 COLORA_OPERATOR(multi_lora_linear_grad) {
   using namespace COLORA_ISA_NAMESPACE;
-  if (call.count() < 12) colora::refuse("%s: got %d tensors, expected at least 12", call.op(), call.count());
-  const colora::Tensor count = call.in(0, "count");
+  Reader reader(call, 0, 1);
+  const colora::Tensor count = reader.next("count");
   count.expect_dtype("int32").expect_rank(1).expect_dim(0, 1, "one number");
   const int n = count.data<const int32_t>()[0];
   if (n < 1 || n > 64) count.fail("is %d, expected the number of linears", n);
-  call.expect(3 + 6 * n, 1 + 2 * n);
-  const colora::Tensor x = call.in(1, "x"), slots = call.in(2, "slots"), dx = call.out(0, "dx");
+  const colora::Tensor x = reader.next("x"), slots = reader.next("slots");
   x.expect_dtype("float32").expect_rank(2, 3);
-  dx.expect_dtype("float32").expect_same_shape(x);
   const int64_t in = x.dim(-1), rows = x.dim(0), per_row = x.ndim == 3 ? x.dim(1) : 1, tokens = rows * per_row;
   if (in < 1) x.fail("has shape %s, expected at least one column", x.shape_text().c_str());
   if (!slots.absent()) slots.expect_dtype("int32").expect_rank(1).expect_dim(0, rows, "one slot per row of 'x'");
 
   std::vector<LinearGrad> linears(static_cast<size_t>(n));
-  for (int i = 0; i < n; ++i) {
-    LinearGrad& l = linears[size_t(i)];
-    const int at = 3 + 6 * i;
-    const colora::Tensor dy = call.in(at, "dy");
-    l.weight = weight_of(call.in(at + 1, "weight"), call.in(at + 2, "weight_scale"), in);
+  std::vector<colora::Tensor> downs, ups;
+  for (LinearGrad& l : linears) {
+    const colora::Tensor dy = reader.next("dy");
+    const Tag tag = Tag::of(reader.next("linear"));
+    l.base = read_base(reader, tag, in);
+    l.out = l.base.out();
     dy.expect_dtype("float32").expect_rank(x.ndim).expect_dim(0, rows, "the rows of 'x'");
     if (x.ndim == 3) dy.expect_dim(1, per_row, "the tokens of 'x'");
-    dy.expect_dim(-1, l.weight.out, "the output rows of the weight");
-    l.dy = dy.data<const float>();
-    const colora::Tensor down = call.in(at + 3, "down"), up = call.in(at + 4, "up");
-    for (const colora::Tensor* t : {&down, &up})
+    dy.expect_dim(-1, l.out, "the output rows of the weight");
+    l.dy = dy.data<const float>();  // (rows, tokens, out)
+    Reader pair = reader;
+    downs.push_back(tag.adapter ? pair.next("down") : reader.absent("down"));
+    ups.push_back(tag.adapter ? pair.next("up") : reader.absent("up"));
+    for (const colora::Tensor* t : {&downs.back(), &ups.back()})
       if (!t->absent()) t->expect_dtype("float32");
-    l.adapters = adapters_of(down, up, call.in(at + 5, "scale"), in, l.weight.out);
+    l.adapters = read_adapters(reader, tag, in, l.out, slots);
+  }
+  call.expect(reader.at(), 1 + 2 * n);
+  const colora::Tensor dx = call.out(0, "dx");
+  dx.expect_dtype("float32").expect_same_shape(x);
+  for (int i = 0; i < n; ++i) {
     const colora::Tensor ddown = call.out(1 + 2 * i, "ddown"), dup = call.out(2 + 2 * i, "dup");
-    ddown.expect_dtype("float32").expect_same_shape(down);
-    dup.expect_dtype("float32").expect_same_shape(up);
-    l.ddown = ddown.data<float>();
-    l.dup = dup.data<float>();
-    if (!slots.absent() && l.adapters.present()) colora::check_slots(slots, l.adapters.slots);
+    ddown.expect_dtype("float32").expect_same_shape(downs[size_t(i)]);
+    dup.expect_dtype("float32").expect_same_shape(ups[size_t(i)]);
+    linears[size_t(i)].ddown = ddown.data<float>();
+    linears[size_t(i)].dup = dup.data<float>();
   }
 
   const int32_t* row_slot = slots.absent() ? nullptr : slots.data<const int32_t>();
+  SlotGroups groups;
+  bool grouped = false;
   for (LinearGrad& l : linears) {
+    go_back(l, tokens);
     if (!l.adapters.present() || !row_slot) continue;
-    l.groups = group_by_slot(tokens, l.adapters.slots, [&](int64_t t) { return row_slot[t / per_row]; });
-    if (l.groups.tokens.empty()) continue;
+    if (!grouped) group_by_slot(tokens, per_row, row_slot, groups);
+    grouped = true;
+    if (groups.tokens.empty()) continue;
     l.stride = padded_rank(l.adapters.rank);
     l.v.resize(size_t(tokens * l.stride));
     l.u.resize(size_t(tokens * l.stride));
-    l.shrink = std::make_unique<Shrink>(l.adapters, l.groups, x.data<const float>(), in, l.v.data(), l.stride,
-                                        colora::thread_count());
+    l.shrink.prepare(l.adapters, groups, x.data<const float>(), in, l.v.data(), l.stride, colora::thread_count());
   }
-  Backward(linears, x.data<const float>(), dx.data<float>(), tokens, in).run();
+  Backward(linears, groups, x.data<const float>(), dx.data<float>(), tokens, in).run();
 }

@@ -81,8 +81,10 @@ COLORA_OPERATOR(lora_shrink) {
   for (int64_t t = 0; t < tokens; ++t)
     if (slot[size_t(t)] < 0) std::memset(to + t * rank, 0, size_t(rank) * sizeof(float));
   if (rank == 0) return;
-  const SlotGroups groups = group_by_slot(tokens, adapters.slots, [&](int64_t t) { return slot[size_t(t)]; });
-  const Shrink shrink(adapters, groups, x.data<const float>(), in, to, rank, colora::thread_count());
+  SlotGroups groups;
+  group_by_slot(tokens, 1, slot.data(), groups);
+  Shrink shrink;
+  shrink.prepare(adapters, groups, x.data<const float>(), in, to, rank, colora::thread_count());
   if (int64_t(groups.tokens.size()) * rank * in < (1 << 15)) {
     for (int64_t i = 0; i < shrink.tasks(); ++i) shrink.run(i);
   } else {
@@ -105,7 +107,8 @@ COLORA_OPERATOR(lora_expand) {
   const int64_t tokens = int64_t(slot.size()), out = up.dim(1), rank = up.dim(2);
   const float *from = y.data<const float>(), *low = v.data<const float>(), *stack = up.data<const float>();
   float* to = result.data<float>();
-  const SlotGroups groups = group_by_slot(tokens, up.dim(0), [&](int64_t t) { return slot[size_t(t)]; });
+  SlotGroups groups;
+  group_by_slot(tokens, 1, slot.data(), groups);
   std::vector<std::vector<Run>> runs;
   for (const SlotGroups::Group& group : groups.groups) runs.push_back(runs_of(groups, group));
   for (int64_t t = 0; t < tokens; ++t)

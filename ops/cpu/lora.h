@@ -54,23 +54,26 @@ struct SlotGroups {
   };
   std::vector<int64_t> tokens;
   std::vector<Group> groups;
+  std::vector<int64_t> start;  // of group_by_slot, kept so that a step allocates nothing
 };
 
-// slot_of(token) -> slot or -1
-template <class SlotOf>
-inline SlotGroups group_by_slot(int64_t tokens, int64_t slots, const SlotOf& slot_of) {
-  SlotGroups result;
-  std::vector<int64_t> start(size_t(slots) + 1, 0);
+// The groups of `tokens` tokens; token t belongs to row t / per_row, whose slot is row_slot[t / per_row], -1: none.
+inline void group_by_slot(int64_t tokens, int64_t per_row, const int32_t* row_slot, SlotGroups& result) {
+  result.groups.clear(), result.tokens.clear();
+  int32_t most = -1;
+  for (int64_t r = 0; r * per_row < tokens; ++r) most = std::max(most, row_slot[r]);
+  std::vector<int64_t>& start = result.start;
+  start.assign(size_t(most) + 2, 0);
   for (int64_t t = 0; t < tokens; ++t)
-    if (slot_of(t) >= 0) ++start[size_t(slot_of(t)) + 1];
-  for (int64_t s = 0; s < slots; ++s) {
-    if (start[s + 1] > 0) result.groups.push_back({int32_t(s), start[s], start[s] + start[s + 1]});
-    start[s + 1] += start[s];
+    if (row_slot[t / per_row] >= 0) ++start[size_t(row_slot[t / per_row]) + 1];
+  for (int64_t s = 0; s <= most; ++s) {
+    if (start[size_t(s) + 1] > 0)
+      result.groups.push_back({int32_t(s), start[size_t(s)], start[size_t(s)] + start[size_t(s) + 1]});
+    start[size_t(s) + 1] += start[size_t(s)];
   }
-  result.tokens.resize(size_t(start[slots]));
+  result.tokens.resize(size_t(start[size_t(most) + 1]));
   for (int64_t t = 0; t < tokens; ++t)
-    if (slot_of(t) >= 0) result.tokens[size_t(start[slot_of(t)]++)] = t;
-  return result;
+    if (row_slot[t / per_row] >= 0) result.tokens[size_t(start[size_t(row_slot[t / per_row])]++)] = t;
 }
 
 // Consecutive tokens of one slot.
@@ -91,15 +94,14 @@ inline std::vector<Run> runs_of(const SlotGroups& groups, const SlotGroups::Grou
   return runs;
 }
 
-// The shrink of one linear, cut into independent tasks.
+// The shrink of one linear, cut into independent tasks. It may be prepared again for other tokens.
 class Shrink {
  public:
   // v: (tokens, stride) with stride >= rank; columns from rank on are set to 0. x: (tokens, in).
-  Shrink(const Adapters& adapters, const SlotGroups& groups, const float* x, int64_t in, float* v, int64_t stride,
-         int threads)
-      : adapters_(adapters), groups_(groups), in_(in), stride_(stride) {
-    x_.reserve(groups.tokens.size());
-    v_.reserve(groups.tokens.size());
+  void prepare(const Adapters& adapters, const SlotGroups& groups, const float* x, int64_t in, float* v, int64_t stride,
+               int threads) {
+    adapters_ = &adapters, in_ = in, stride_ = stride;
+    x_.clear(), v_.clear(), tasks_.clear();
     for (int64_t t : groups.tokens) {
       x_.push_back(x + t * in);
       v_.push_back(v + t * stride);
@@ -121,11 +123,13 @@ class Shrink {
     }
   }
 
+  // Nothing to do, until it is prepared again.
+  void clear() { tasks_.clear(); }
   int64_t tasks() const { return int64_t(tasks_.size()); }
 
   void run(int64_t i) const {
     const Task& task = tasks_[size_t(i)];
-    const Factor down = adapters_.down.from(int64_t(task.slot) * adapters_.rank * in_);
+    const Factor down = adapters_->down.from(int64_t(task.slot) * adapters_->rank * in_);
     Rows rows;
     rows.count = task.end - task.begin;
     rows.x = x_.data() + task.begin;
@@ -137,11 +141,11 @@ class Shrink {
       products(Bfloat16Reader(down.bf(), in_));
     else
       products(Float32Reader(down.f32(), in_));
-    const float scale = adapters_.scale[task.slot];
+    const float scale = adapters_->scale[task.slot];
     for (int64_t r = 0; r < rows.count; ++r) {
       for (int64_t j = task.j0; j < task.j1; ++j) rows.y[r][j] *= scale;
-      if (task.j1 == adapters_.rank)
-        for (int64_t j = adapters_.rank; j < stride_; ++j) rows.y[r][j] = 0;
+      if (task.j1 == adapters_->rank)
+        for (int64_t j = adapters_->rank; j < stride_; ++j) rows.y[r][j] = 0;
     }
   }
 
@@ -150,9 +154,8 @@ class Shrink {
     int32_t slot;
     int64_t begin, end, j0, j1;
   };
-  const Adapters& adapters_;
-  const SlotGroups& groups_;
-  int64_t in_, stride_;
+  const Adapters* adapters_ = nullptr;
+  int64_t in_ = 0, stride_ = 0;
   std::vector<const float*> x_;
   std::vector<float*> v_;
   std::vector<Task> tasks_;

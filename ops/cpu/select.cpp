@@ -5,29 +5,29 @@
 
 #include "parallel.h"
 
-// (logits, expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p, uniform) -> (ints, floats)
+// (logits (rows, vocab), whole (requests, ...), real (requests, ...), uniform (requests,)) -> (ints, floats)
 COLORA_OPERATOR(contrastive_select) {
   using namespace COLORA_ISA_NAMESPACE;
   using colora::Tensor;
-  call.expect(9, 2);
-  const Tensor logits = call.in(0, "logits"), uniform = call.in(8, "uniform"), ints = call.out(0, "ints"),
-               floats = call.out(1, "floats");
-  const SelectTensors tensors{call.in(1, "expert_rows"), call.in(2, "amateur_rows"), call.in(3, "alpha"),
-                              call.in(4, "beta"),        call.in(5, "temperature"),  call.in(6, "top_k"),
-                              call.in(7, "top_p")};
+  Reader reader(call, 0, 2);
+  const Tensor logits = reader.next("logits"), whole = reader.next("whole"), real = reader.next("real"),
+               uniform = reader.next("uniform");
+  call.expect(reader.at(), 2);
+  const Tensor ints = call.out(0, "ints"), floats = call.out(1, "floats");
   logits.expect_dtype("float32").expect_rank(2);
   const int64_t rows = logits.dim(0), vocab = logits.dim(1);
   if (vocab < 1 || vocab > std::numeric_limits<int32_t>::max())
     logits.fail("has shape %s, expected (rows, vocab) with vocab >= 1", logits.shape_text().c_str());
-  const int64_t requests = tensors.check();
-  uniform.expect_dtype("float32").expect_rank(1).expect_dim(0, requests, "requests, as in expert_rows");
+  const Options given(whole, real);
+  const int64_t requests = given.requests();
+  uniform.expect_dtype("float32").expect_rank(1).expect_dim(0, requests, "requests, as in whole");
   ints.expect_dtype("int32").expect_rank(2).expect_dim(0, requests, "requests").expect_dim(1, 3, "three numbers");
   floats.expect_dtype("float32").expect_rank(2).expect_dim(0, requests, "requests").expect_dim(1, 4, "four numbers");
 
   std::vector<SelectOptions> options(size_t(requests), SelectOptions{});
   for (int64_t r = 0; r < requests; ++r) {
     SelectOptions& o = options[size_t(r)];
-    o = tensors.read(r, rows);
+    o = given.read(r, rows);
     if (o.expert >= 0 && o.temperature > 0.0f) o.uniform = checked_uniform(uniform, uniform.data<float>()[r], r);
   }
 

@@ -12,10 +12,27 @@
 #include <string>
 #include <vector>
 
-#include "check.h"
+#include "operands.h"
 #include "vec_math.h"
 
+// The columns of the requests' options: `whole` (requests, columns) int32 and `real` (requests, columns) float32, as in
+// colora_ms/kernels/options.py (tests/kernels/test_operands.py compares them).
+#define COLORA_WHOLE_OPTIONS(X) \
+  X(expert_rows)                \
+  X(amateur_rows)               \
+  X(top_k)                      \
+  X(budget)                     \
+  X(mode)
+#define COLORA_REAL_OPTIONS(X) \
+  X(alpha)                     \
+  X(beta)                      \
+  X(temperature)               \
+  X(top_p)
+
 namespace COLORA_ISA_NAMESPACE {
+COLORA_NAMES(Whole, COLORA_WHOLE_OPTIONS)
+COLORA_NAMES(Real, COLORA_REAL_OPTIONS)
+
 constexpr int64_t kSelectBlock = 256;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -242,53 +259,69 @@ inline Choice choose(const float* logits, int64_t vocab, const SelectOptions& o)
   return choice;
 }
 
-// The tensors of the requests' options.
-struct SelectTensors {
-  colora::Tensor expert_rows, amateur_rows, alpha, beta, temperature, top_k, top_p;
-
-  // Refuses wrong types and shapes; returns the number of requests.
-  int64_t check() const {
-    expert_rows.expect_dtype("int32").expect_rank(1);
-    const int64_t requests = expert_rows.dim(0);
-    for (const colora::Tensor* t : {&amateur_rows, &top_k})
-      t->expect_dtype("int32").expect_rank(1).expect_dim(0, requests, "requests, as in expert_rows");
-    for (const colora::Tensor* t : {&alpha, &beta, &temperature, &top_p})
-      t->expect_dtype("float32").expect_rank(1).expect_dim(0, requests, "requests, as in expert_rows");
-    return requests;
+// The options of all requests.
+class Options {
+ public:
+  // Refuses wrong types and shapes.
+  Options(const colora::Tensor& whole, const colora::Tensor& real) : whole_(whole), real_(real) {
+    whole.expect_dtype("int32").expect_rank(2).expect_dim(1, int64_t(Whole::count), "a column for each whole option");
+    real.expect_dtype("float32").expect_rank(2).expect_dim(0, whole.dim(0), "requests, as in whole");
+    real.expect_dim(1, int64_t(Real::count), "a column for each real option");
   }
 
-  // Options of request r but its random number; refuses what is out of range. expert -1: inactive, nothing else is read.
+  int64_t requests() const { return whole_.dim(0); }
+  int32_t get(int64_t r, Whole option) const { return whole_.data<int32_t>()[r * int64_t(Whole::count) + int64_t(option)]; }
+  float get(int64_t r, Real option) const { return real_.data<float>()[r * int64_t(Real::count) + int64_t(option)]; }
+
+  // The tensor of an option, by the option's name, for messages.
+  colora::Tensor named(Whole option) const { return renamed(whole_, name_of(option)); }
+  colora::Tensor named(Real option) const { return renamed(real_, name_of(option)); }
+
+  // A row of the logits, -1: `none`; refuses others than those of `rows`.
+  int64_t row(int64_t r, Whole option, int64_t rows, const char* none) const {
+    const int64_t value = get(r, option);
+    if (value < -1 || value >= rows)
+      named(option).fail("is %lld in request %lld, expected -1 (%s) or 0 to %lld", (long long)value, (long long)r, none,
+                         (long long)rows - 1);
+    return value;
+  }
+
+  float number(int64_t r, Real option, float low, float high, const char* expected) const {
+    const float value = get(r, option);
+    if (!(value >= low && value <= high))
+      named(option).fail("is %g in request %lld, expected %s", double(value), (long long)r, expected);
+    return value;
+  }
+  float alpha(int64_t r) const { return number(r, Real::alpha, kLeast, 1.0f, "a number in (0, 1]"); }
+  float beta(int64_t r) const { return number(r, Real::beta, 0.0f, kMost, "a finite number >= 0"); }
+
+  // What the selection takes of request r but its random number; refuses what is out of range. expert -1: inactive,
+  // nothing else is read.
   SelectOptions read(int64_t r, int64_t rows) const {
     SelectOptions o{};
-    o.expert = expert_rows.data<int32_t>()[r];
-    o.amateur = amateur_rows.data<int32_t>()[r];
-    if (o.expert < -1 || o.expert >= rows)
-      expert_rows.fail("is %lld in request %lld, expected -1 (inactive) or 0 to %lld", (long long)o.expert,
-                       (long long)r, (long long)rows - 1);
+    o.amateur = get(r, Whole::amateur_rows);
+    o.expert = row(r, Whole::expert_rows, rows, "inactive");
     if (o.expert < 0) return o;
-    if (o.amateur < -1 || o.amateur >= rows)
-      amateur_rows.fail("is %lld in request %lld, expected -1 (no contrast) or 0 to %lld", (long long)o.amateur,
-                        (long long)r, (long long)rows - 1);
-    constexpr float kMost = std::numeric_limits<float>::max(), kLeast = std::numeric_limits<float>::denorm_min();
-    if (o.amateur >= 0) {
-      o.alpha = number(alpha, r, kLeast, 1.0f, "a number in (0, 1]");
-      o.beta = number(beta, r, 0.0f, kMost, "a finite number >= 0");
-    }
-    o.temperature = number(temperature, r, 0.0f, kMost, "a finite number >= 0 (0: argmax)");
+    row(r, Whole::amateur_rows, rows, "no contrast");
+    if (o.amateur >= 0) o.alpha = alpha(r), o.beta = beta(r);
+    o.temperature = number(r, Real::temperature, 0.0f, kMost, "a finite number >= 0 (0: argmax)");
     if (!(o.temperature > 0.0f)) return o;
-    o.top_p = number(top_p, r, kLeast, 1.0f, "a number in (0, 1]");
-    o.top_k = top_k.data<int32_t>()[r];
+    o.top_p = number(r, Real::top_p, kLeast, 1.0f, "a number in (0, 1]");
+    o.top_k = get(r, Whole::top_k);
     if (o.top_k < 0)
-      top_k.fail("is %lld in request %lld, expected 0 (off) or more", (long long)o.top_k, (long long)r);
+      named(Whole::top_k).fail("is %lld in request %lld, expected 0 (off) or more", (long long)o.top_k, (long long)r);
     return o;
   }
 
-  static float number(const colora::Tensor& t, int64_t r, float low, float high, const char* expected) {
-    const float value = t.data<float>()[r];
-    if (!(value >= low && value <= high))
-      t.fail("is %g in request %lld, expected %s", double(value), (long long)r, expected);
-    return value;
+ private:
+  static constexpr float kMost = std::numeric_limits<float>::max(), kLeast = std::numeric_limits<float>::denorm_min();
+
+  static colora::Tensor renamed(colora::Tensor t, const char* name) {
+    t.name = name;
+    return t;
   }
+
+  colora::Tensor whole_, real_;
 };
 
 // Refuses a random number outside [0, 1).

@@ -6,10 +6,10 @@
 // rows of requests that have ended, rows that only fill a bucket, and the amateur's logits of tokens that do not survive
 // the expert's cut (the head is multiplied for the blocks of survivors alone).
 //
-// Inputs: token, position, active, previous (requests); slots, cache_rows (rows); expert_rows, amateur_rows, alpha, beta,
-//   temperature, top_k, top_p (requests); uniforms (requests, capacity); budget (requests); eos (any); steps,
-//   forgiving (1); mode (requests) or absent, prompt (requests, width), lengths (requests); cos, sin; weight and scale of
-//   the embedding; weight and eps of the last norm; six of the head; kPerLayer of each layer.
+// Inputs: those of COLORA_STEPS_ARGUMENTS, then the embedding's base, the head and the layers; see operands.h.
+//   token, position, active, previous (requests); slots, cache_rows (rows); whole, real (requests, options), see select.h;
+//   uniforms (requests, capacity); eos (any); steps, forgiving (1); prompt (requests, width) and lengths (requests), or
+//   absent where no contrast adapts; cos, sin; norm, norm_eps: weight and eps of the last norm.
 // Outputs: ints (capacity, requests, 3), floats (capacity, requests, 4), counts, token, position, active (requests).
 #include <memory>
 #include <new>
@@ -24,7 +24,9 @@ namespace {
 
 using colora::Tensor;
 
-constexpr int kFixed = 33, kOutputs = 6;
+using A = StepsArgument;
+
+constexpr int kOutputs = 6;
 constexpr int64_t kFewBlocks = 8;  // the amateur's head is multiplied as a whole beyond this share of its blocks
 
 struct Request {
@@ -38,18 +40,16 @@ struct Request {
 
 class Steps {
  public:
-  explicit Steps(const colora::Call& call)
-      : slots_(call.in(4, "slots")), cache_rows_(call.in(5, "cache_rows")), uniforms_(call.in(13, "uniforms")),
-        eos_(call.in(15, "eos")) {
-    const SelectTensors options{call.in(6, "expert_rows"), call.in(7, "amateur_rows"), call.in(8, "alpha"),
-                                call.in(9, "beta"),        call.in(10, "temperature"), call.in(11, "top_k"),
-                                call.in(12, "top_p")};
-    const int64_t count = options.check();
-    const Tensor steps = call.in(16, "steps"), forgiving = call.in(17, "forgiving");
+  explicit Steps(colora::Call& call)
+      : slots_(in(call, A::slots)), cache_rows_(in(call, A::cache_rows)), uniforms_(in(call, A::uniforms)),
+        eos_(in(call, A::eos)) {
+    const Options options(in(call, A::whole), in(call, A::real));
+    const int64_t count = options.requests();
+    const Tensor steps = in(call, A::steps), forgiving = in(call, A::forgiving);
     slots_.expect_dtype("int32").expect_rank(1);
     rows_ = slots_.dim(0);
     cache_rows_.expect_dtype("int32").expect_rank(1).expect_dim(0, rows_, "rows, as in slots");
-    uniforms_.expect_dtype("float32").expect_rank(2).expect_dim(0, count, "requests, as in expert_rows");
+    uniforms_.expect_dtype("float32").expect_rank(2).expect_dim(0, count, "requests, as in whole");
     eos_.expect_dtype("int32").expect_rank(1);
     for (const Tensor* t : {&steps, &forgiving}) t->expect_dtype("int32").expect_rank(1).expect_dim(0, 1, "one number");
     capacity_ = uniforms_.dim(1);
@@ -87,36 +87,42 @@ class Steps {
   }
 
  private:
-  void read_model(const colora::Call& call) {
-    table_ = weight_of(call.in(23, "embed_tokens"), call.in(24, "scale of embed_tokens"), -1);
-    read_norm(call, 25, "norm", table_.in, norm_);
-    if (!norm_.weight) call.in(25, "norm").fail("is absent");
-    head_.push_back(read_linear(call, 27, table_.in, slots_));
-    if (head_[0].weight.out < 1 || head_[0].weight.out > table_.out)
-      call.in(27, "lm_head").fail("has %lld outputs, expected 1 to %lld, the tokens of embed_tokens",
-                                  (long long)head_[0].weight.out, (long long)table_.out);
-    const int count = (call.count() - kFixed - kOutputs) / kPerLayer;
-    stack_ = std::make_unique<LayerStack>(call, kFixed, count,
-                                          StackInputs{slots_, call.in(21, "cos"), call.in(22, "sin"), table_.in});
+  void read_model(colora::Call& call) {
+    Reader reader(call, int(A::count), kOutputs);
+    const Tag tag = Tag::of(reader.next("embed_tokens"));
+    const Base table = read_base(reader, tag, -1, "embed_tokens");
+    if (table.product() || tag.bias || tag.adapter) table.last.fail("is no table: expected one matrix alone");
+    table_ = table.matrix();
+    read_norm(in(call, A::norm), in(call, A::norm_eps), table_.in, norm_);
+    head_.push_back(read_linear(reader, table_.in, slots_));
+    if (head_[0].out() < 1 || head_[0].out() > table_.out) {
+      Tensor head = head_[0].base.last;
+      head.name = "lm_head";
+      head.fail("has %lld outputs, expected 1 to %lld, the tokens of embed_tokens", (long long)head_[0].out(),
+                (long long)table_.out);
+    }
+    stack_ = std::make_unique<LayerStack>(reader, StackInputs{slots_, in(call, A::cos), in(call, A::sin), table_.in});
+    call.expect(reader.at(), kOutputs);
   }
 
-  void read_requests(const colora::Call& call, const SelectTensors& options, int64_t count) {
-    const Tensor token = call.in(0, "token"), position = call.in(1, "position"), active = call.in(2, "active"),
-                 previous = call.in(3, "previous"), budget = call.in(14, "budget"), mode = call.in(18, "mode"),
-                 prompt = call.in(19, "prompt"), lengths = call.in(20, "lengths");
-    for (const Tensor* t : {&token, &position, &active, &previous, &budget})
-      t->expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in expert_rows");
-    if (!mode.absent()) {
-      for (const Tensor* t : {&mode, &lengths})
-        t->expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in expert_rows");
-      prompt.expect_dtype("int32").expect_rank(2).expect_dim(0, count, "requests, as in expert_rows");
+  void read_requests(const colora::Call& call, const Options& options, int64_t count) {
+    const Tensor token = in(call, A::token), position = in(call, A::position), active = in(call, A::active),
+                 previous = in(call, A::previous), prompt = in(call, A::prompt), lengths = in(call, A::lengths);
+    for (const Tensor* t : {&token, &position, &active, &previous})
+      t->expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in whole");
+    const bool adaptive = !lengths.absent();
+    if (adaptive) {
+      lengths.expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in whole");
+      prompt.expect_dtype("int32").expect_rank(2).expect_dim(0, count, "requests, as in whole");
     }
+    const bool head_adapted = head_[0].adapters.present();
+    const bool head_whole = head_[0].base.product() || !regular_groups(head_[0].base.matrix());
     requests_.resize(size_t(count));
     for (int64_t r = 0; r < count; ++r) {
       Request& q = requests_[size_t(r)];
       q.select = options.read(r, rows_);
       q.token = token.data<int32_t>()[r], q.position = position.data<int32_t>()[r];
-      q.previous = previous.data<int32_t>()[r], q.budget = budget.data<int32_t>()[r];
+      q.previous = previous.data<int32_t>()[r], q.budget = options.get(r, Whole::budget);
       q.active = active.data<int32_t>()[r] != 0 && q.budget > 0 && q.select.expert >= 0;
       if (!q.active) continue;
       if (q.token < 0 || q.token >= table_.out)
@@ -125,14 +131,16 @@ class Steps {
         for (int64_t i = 0; i < std::min<int64_t>(steps_, q.budget); ++i)
           checked_uniform(uniforms_, uniforms_.data<float>()[r * capacity_ + i], r);
       if (q.select.amateur < 0) continue;
-      const bool adapted = head_[0].adapters.present() && slots_.data<int32_t>()[q.select.amateur] >= 0;
-      q.whole = adapted || !regular_groups(head_[0].weight);
-      if (mode.absent()) continue;
+      q.whole = head_whole || (head_adapted && slots_.data<int32_t>()[q.select.amateur] >= 0);
       StrengthOptions& s = q.strength;
-      s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(mode, r);
+      s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(options, r);
+      if (!adaptive) {
+        if (s.mode) lengths.fail("is absent, but the contrast of request %lld adapts (mode %d)", (long long)r, s.mode);
+        continue;
+      }
       q.whole |= (s.mode & ~kSkipCopies) == kDivergence;
       s.length = checked_length(lengths, r, prompt.dim(1));
-      s.prompt = prompt.data<int32_t>() + r * prompt.dim(1);
+      s.prompt = prompt.data<int32_t>() + r * prompt.dim(1);  // (width,)
     }
   }
 
@@ -191,21 +199,23 @@ class Steps {
     const int64_t rows = int64_t(ids_.size()), hidden = table_.in;
     if (rows > reserved_) {
       for (AlignedFloats* m : {&x_, &sum_, &h_}) m->resize(rows * hidden);
-      logits_.resize(rows * head_[0].weight.out);
+      logits_.resize(rows * head_[0].out());
       reserved_ = rows;
     }
-    embed_rows(table_, ids_.data(), rows, x_.data());
+    embed_rows(table_, ids_.data(), rows, x_.data());  // (rows, hidden)
     std::fill(sum_.data(), sum_.data() + rows * hidden, 0.0f);
-    stack_->run({rows, 1, slot_.data(), cache_row_.data(), start_.data(), ones_.data()}, x_.data(), sum_.data(), x_.data(),
+    row_slots_.set(rows, 1, slot_.data());
+    stack_->run({rows, 1, row_slots_, cache_row_.data(), start_.data(), ones_.data()}, x_.data(), sum_.data(), x_.data(),
                 sum_.data());
     add_norm_rows(x_.data(), sum_.data(), norm_.weight, norm_.eps, rows, hidden, sum_.data(), h_.data(), nullptr);
-    head_[0].y = logits_.data();
-    run_linears(head_, h_.data(), full_, 1, hidden, slot_.data());
+    head_[0].y = logits_.data();  // (full rows, vocab)
+    if (full_ != rows) row_slots_.set(full_, 1, slot_.data());
+    run_linears(head_, h_.data(), hidden, row_slots_);
   }
 
   // The amateur's logits of the expert's survivors, in whole blocks of outputs.
   void amateur_logits(Request& q) {
-    const Weight& w = head_[0].weight;
+    const Weight& w = head_[0].base.matrix();
     float* to = logits_.data() + q.amateur * w.out;
     const float *e = logits_.data() + q.expert * w.out, *h = h_.data() + q.amateur * w.in;
     const float cut = std::log(q.select.alpha) + highest_of(e, w.out);
@@ -216,12 +226,15 @@ class Steps {
       o = blocks.back() + kOuts - 1;
     }
     if (int64_t(blocks.size()) * kOuts * kFewBlocks > w.out) blocks.assign(1, -1);
+    const float* bias = head_[0].base.bias;
+    RowSlots alone;
+    alone.set(1, 1, nullptr);
     for (const int64_t o : blocks) {
-      std::vector<Linear> part(1);
-      part[0].weight = o < 0 ? w : rows_of(w, o, std::min(w.out, o + kOuts));
-      part[0].bias = head_[0].bias ? head_[0].bias + std::max<int64_t>(o, 0) : nullptr;
-      part[0].y = to + std::max<int64_t>(o, 0);
-      run_linears(part, h, 1, 1, w.in, nullptr);
+      Product part;
+      part.weight = o < 0 ? w : rows_of(w, o, std::min(w.out, o + kOuts));
+      part.bias = bias ? bias + std::max<int64_t>(o, 0) : nullptr;
+      part.y = to + std::max<int64_t>(o, 0);
+      run_group({&part}, h, w.in, h, w.in, alone);
     }
   }
 
@@ -233,7 +246,7 @@ class Steps {
   }
 
   void choose_all() {
-    const int64_t vocab = head_[0].weight.out;
+    const int64_t vocab = head_[0].out();
     choices_.assign(requests_.size(), Choice());
     const auto work = [&](int64_t r) {
       Request& q = requests_[size_t(r)];
@@ -284,6 +297,7 @@ class Steps {
   std::vector<Request> requests_;
   std::vector<Choice> choices_;
   std::vector<int32_t> ids_, slot_, cache_row_, start_, ones_;
+  RowSlots row_slots_;
   AlignedFloats x_, sum_, h_, logits_;
 };
 
@@ -292,10 +306,5 @@ class Steps {
 
 COLORA_OPERATOR(decode_steps) {
   using namespace COLORA_ISA_NAMESPACE;
-  const int layers = (call.count() - kFixed - kOutputs) / kPerLayer;
-  if (layers < 1 || call.count() != kFixed + layers * kPerLayer + kOutputs)
-    colora::refuse("%s: got %d tensors, expected %d, %d a layer, and %d outputs", call.op(), call.count(), kFixed,
-                   kPerLayer, kOutputs);
-  call.expect(kFixed + layers * kPerLayer, kOutputs);
   Steps(call).run(call);
 }

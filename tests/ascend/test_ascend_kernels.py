@@ -142,6 +142,7 @@ def test_w4_lora_reads_what_the_exporter_packs(emulator):
     """The packing of colora_ms.models.formats and the float reference of multi_lora_linear, against the device
     source."""
     from colora_ms.kernels.linear import multi_lora_linear_reference
+    from colora_ms.kernels.operands import INT4, base_of, linear_of
     from colora_ms.models.formats import pack_int4
 
     case = W4Case(6, 128, 8, 40, "float32", 4)
@@ -153,7 +154,8 @@ def test_w4_lora_reads_what_the_exporter_packs(emulator):
         def construct(self, x, slots, weight, weight_scale, down, up, scale):
             none = ms.Tensor(0.0, ms.float32)
             return (ascend.w4_lora(x, slots, weight, weight_scale, down, ascend.rank_major(up), scale),
-                    multi_lora_linear_reference(x, slots, weight, weight_scale, none, down, up, scale))
+                    multi_lora_linear_reference(
+                        x, slots, linear_of(base_of(INT4, weight, weight_scale, none), down, up, scale)))
 
     ours, reference = Both()(x, slots, weight, weight_scale, down, up, scale)
     assert np.abs((ours - reference).asnumpy()).max() < 2e-5

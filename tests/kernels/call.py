@@ -114,6 +114,46 @@ class Prepared:
         return self.outputs
 
 
+def options(whole, real):
+    """The two tensors of options (``colora_ms/kernels/options.py``) of requests, from a dict of numbers or arrays each.
+
+    The first one of ``whole`` has an entry a request. Options that are not given have their defaults; values out of range
+    stay what they are, where ``OptionRows`` would refuse them.
+    """
+    from colora_ms.kernels.options import COLUMN, OptionRows
+
+    rows = OptionRows(np.size(next(iter(whole.values()))))
+    for values, array in ((whole, rows.whole), (real, rows.real)):
+        for name, value in values.items():
+            array[:, COLUMN[name]] = value
+    return [rows.whole, rows.real]
+
+
+def linear(weight, weight_scale=None, bias=None, down=None, up=None, scale=None):
+    """The tensors of a linear, its tag first; see ``colora_ms/kernels/operands.py``. None: not given."""
+    dtype = weight[1] if isinstance(weight, tuple) else np.asarray(weight).dtype.name
+    if dtype == "uint8":
+        form = "int4"
+    else:
+        form = "int8" if dtype == "int8" or weight_scale is not None else "bfloat16" if dtype == "bfloat16" else "float32"
+    return _tagged(form, [weight, weight_scale] if form.startswith("int") else [weight], bias, (down, up, scale))
+
+
+def product(inner, outer, core=None, bias=None, down=None, up=None, scale=None):
+    """The tensors of a linear that is a product of small matrices, its tag first."""
+    if core is None:
+        return _tagged("product", [inner, outer], bias, (down, up, scale))
+    return _tagged("product_with_core", [inner, core, outer], bias, (down, up, scale))
+
+
+def _tagged(form, tensors, bias, adapter):
+    from colora_ms.kernels.operands import FORMATS, tag_length
+
+    given = any(one is not None for one in adapter)
+    length = tag_length([name for name, _ in FORMATS].index(form), int(bias is not None), int(given))
+    return [np.zeros(length, np.int8), *tensors, *([] if bias is None else [bias]), *(adapter if given else ())]
+
+
 def call(name, inputs, outputs):
     """Run colora_<name>.
 

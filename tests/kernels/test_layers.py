@@ -1,13 +1,44 @@
 """decoder_layers: the C operator against the operators of its parts, to the last bit, and the face's checks."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
+import call as direct
 from call import Refused, call, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colora_ms.kernels import layers
 from colora_ms.kernels.aot import KernelError
+from colora_ms.kernels.operands import read_layer
+
+
+class Product(NamedTuple):
+    """In the place of a linear's six tensors: a product of two or three small matrices, with adapters or without."""
+
+    inner: object
+    outer: object
+    core: object = None
+    bias: object = None
+    down: object = None
+    up: object = None
+    scale: object = None
+
+
+def flat_layer(layer):
+    """A layer's tensors as the operators take them, its tag first."""
+    from colora_ms.kernels.operands import LAYER, OPTIONAL
+
+    mask = sum(1 << i for i, name in enumerate(OPTIONAL) if layer[name][0] is not None)
+    found = [np.zeros(1 + mask, np.int8)]
+    for name, kind in LAYER:
+        part = layer[name]
+        if kind == "linear":
+            found += direct.product(*part) if isinstance(part, Product) else direct.linear(*part)
+        elif kind != "optional_norm" or part[0] is not None:
+            found += part
+    return found
 
 
 class Case:
@@ -68,13 +99,16 @@ class Case:
         found = [self.normal(rank, columns), self.normal(out, wide if three else rank), self.normal(wide, rank) if three else None]
         if self.weights == "bfloat16":
             found = [None if factor is None else to_bf16(factor) for factor in found]
-        return [None, None, self.normal(out) if self.bias else None, *found]
+        adapter = [None] * 3
+        if self.rank:
+            adapter = [self.normal(3, self.rank, columns), self.normal(3, out, self.rank), self.normal(3)]
+        return Product(*found, self.normal(out) if self.bias else None, *adapter)
 
     def fixed(self):
         return [self.x, self.residual, self.slots, self.cos, self.sin, self.cache_rows, self.start, self.length]
 
     def inputs(self):
-        return self.fixed() + [tensor for layer in self.layers for part in layer.values() for tensor in part]
+        return self.fixed() + [tensor for layer in self.layers for tensor in flat_layer(layer)]
 
     def run(self):
         return call("decoder_layers", self.inputs(), [(self.x.shape, "float32")] * 2)
@@ -109,18 +143,20 @@ class Case:
         return call("rms_norm", [heads, *norm], [(heads.shape, "float32"), (heads.shape[:1], "float32")])[0].reshape(x.shape)
 
     def product(self, x, layer, *names):
-        if any(layer[name][0] is None for name in names):
+        if any(isinstance(layer[name], Product) for name in names):
             return [self.chain(x, layer[name]) for name in names]
         outs = [first_shape(layer[name][0])[0] for name in names]
-        return call("multi_lora_linear", [x, self.slots] + [t for name in names for t in layer[name]],
+        return call("multi_lora_linear", [x, self.slots] + [t for name in names for t in direct.linear(*layer[name])],
                     [(x.shape[:2] + (out,), "float32") for out in outs])
 
     def chain(self, x, operands):
-        """A linear, or the product in its place, by itself."""
-        weight, _, bias, inner, outer, core = operands
-        if weight is not None:
+        """A linear by itself; of a product without adapters, the factors one by one."""
+        if not isinstance(operands, Product):
             return self.product(x, {"only": operands}, "only")[0]
-        for factor, shift in ((inner, None), (core, None), (outer, bias)):
+        if operands.down is not None:
+            return call("multi_lora_linear", [x, self.slots, *direct.product(*operands)],
+                        [(x.shape[:2] + first_shape(operands.outer)[:1], "float32")])[0]
+        for factor, shift in ((operands.inner, None), (operands.core, None), (operands.outer, operands.bias)):
             if factor is not None:
                 x, = self.product(x, {"only": [factor, None, shift, None, None, None]}, "only")
         return x
@@ -194,15 +230,30 @@ def shapes(case):
     return [list(first_shape(value)) if value is not None else [] for value in case.inputs()]
 
 
+def places(good, layer=0):
+    """{(part, name of the tensor): its place among the inputs} of one layer."""
+    at = len(layers.ARGUMENTS)
+    for _ in range(layer + 1):
+        parts, at = read_layer("decoder_layers", good, at)
+    found = {}
+    for part, where in parts.items():
+        if isinstance(where, tuple) and not hasattr(where, "form"):
+            found.update({(part, i): place for i, place in enumerate(where)})
+        else:
+            found.update({(part, name): place for name, place in (*where.base.items(), *where.adapter.items())})
+    return found
+
+
 def test_shapes_are_checked_when_the_graph_is_compiled():
     case = Case(7, qk_norm=True, rank=0)
     good = shapes(case)
     assert layers._shapes(*good) == ([2, 1, 24], [2, 1, 24])
-    at = layers.FIXED
-    for place, shape, message in [(1, [2, 1, 23], "residual"), (3, [12, 4], "sin"), (6, [3], "start"),
-                                  (at, [23], "input_layernorm"), (at + 2, [13, 24], "outputs of q_proj"),
-                                  (at + 8, [5, 24], "outputs of k_proj"), (at + 24, [3, 1, 12], "k_cache"),
-                                  (at + 46, [24, 19], "weight")]:
+    fixed, at = layers.ARGUMENTS.index, places(good)
+    for place, shape, message in [(fixed("residual"), [2, 1, 23], "residual"), (fixed("sin"), [12, 4], "sin"),
+                                  (fixed("start"), [3], "start"), (at["input_layernorm", 0], [23], "input_layernorm"),
+                                  (at["q_proj", "weight"], [13, 24], "outputs of q_proj"),
+                                  (at["k_proj", "weight"], [5, 24], "outputs of k_proj"),
+                                  (at["k_cache", 0], [3, 1, 12], "k_cache"), (at["down_proj", "weight"], [24, 19], "weight")]:
         with pytest.raises(KernelError, match=message):
             layers._shapes(*(shape if i == place else s for i, s in enumerate(good)))
     with pytest.raises(KernelError, match="number of operands"):
@@ -211,12 +262,13 @@ def test_shapes_are_checked_when_the_graph_is_compiled():
 
 def test_shapes_of_products_are_checked_when_the_graph_is_compiled():
     case = Case(7, rank=0, products=1.0)
-    case.layers[0]["down_proj"] = [None, None, None, case.normal(5, 20), case.normal(24, 4), case.normal(4, 5)]
+    case.layers[0]["down_proj"] = Product(case.normal(5, 20), case.normal(24, 4), case.normal(4, 5), case.normal(24))
     good = shapes(case)
     assert layers._shapes(*good) == ([2, 1, 24], [2, 1, 24])
-    at = layers.FIXED + 46
-    for place, shape, message in [(at + 3, [5, 19], "inner of down_proj"), (at + 4, [24, 5], "outer of down_proj"),
-                                  (at + 5, [4, 4], "core of down_proj"), (at + 4, [23, 4], "outputs of down_proj"),
-                                  (at + 2, [23], "bias of down_proj"), (at + 1, [24], "weight_scale of down_proj")]:
+    at = places(good)
+    for name, shape, message in [("inner", [5, 19], "inner of down_proj"), ("outer", [24, 5], "outer of down_proj"),
+                                 ("core", [4, 4], "core of down_proj"), ("outer", [23, 4], "outputs of down_proj|bias of"),
+                                 ("bias", [23], "bias of down_proj")]:
+        place = at["down_proj", name]
         with pytest.raises(KernelError, match=message):
             layers._shapes(*(shape if i == place else s for i, s in enumerate(good)))

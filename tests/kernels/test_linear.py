@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from call import Refused, available_isas, call, from_bf16, set_threads, to_bf16
+from call import Refused, available_isas, call, from_bf16, linear, product, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,8 +45,8 @@ def out_of(weight):
 
 def run(x, slots, *linears):
     """Each linear: weight, weight_scale, bias, down, up, scale."""
-    outputs = [(x.shape[:-1] + (out_of(linear[0]),), "float32") for linear in linears]
-    return call("multi_lora_linear", [x, slots] + [tensor for linear in linears for tensor in linear], outputs)
+    outputs = [(x.shape[:-1] + (out_of(one[0]),), "float32") for one in linears]
+    return call("multi_lora_linear", [x, slots] + [tensor for one in linears for tensor in linear(*one)], outputs)
 
 
 def expected(x, slots, dense, bias, adapters):
@@ -113,14 +113,14 @@ def test_a_row_is_the_same_in_any_batch(kind):
         bias = rng.normal(size=out).astype(np.float32)
         x = rng.normal(size=(70, columns)).astype(np.float32)
         slots = rng.integers(-1, 4, 70).astype(np.int32)
-        linear = [weight, weight_scale, bias, *adapters]
-        alone = np.concatenate([run(x[i : i + 1], slots[i : i + 1], linear)[0] for i in range(70)])
+        one = [weight, weight_scale, bias, *adapters]
+        alone = np.concatenate([run(x[i : i + 1], slots[i : i + 1], one)[0] for i in range(70)])
         for n in [*range(1, 33), 33, 64, 70]:
             start = int(rng.integers(0, 71 - n))
-            (y,) = run(x[start : start + n], slots[start : start + n], linear)
+            (y,) = run(x[start : start + n], slots[start : start + n], one)
             assert np.array_equal(y, alone[start : start + n]), (out, columns, n)
-        (y,) = run(x[:66].reshape(2, 33, columns), np.array([2, -1], np.int32), linear)
-        first = run(x[5:6], np.array([2], np.int32), linear)[0]
+        (y,) = run(x[:66].reshape(2, 33, columns), np.array([2, -1], np.int32), one)
+        first = run(x[5:6], np.array([2], np.int32), one)[0]
         assert np.array_equal(y[0, 5:6], first)
 
 
@@ -152,8 +152,8 @@ def test_fused_linears_are_the_single_ones():
         x = rng.normal(size=(rows, 1, 192)).astype(np.float32)
         slots = rng.integers(-1, 3, rows).astype(np.int32)
         for n in range(1, 5):
-            for linear, y in zip(linears, run(x, slots, *linears[:n])):
-                assert np.array_equal(y, run(x, slots, linear)[0])
+            for one, y in zip(linears, run(x, slots, *linears[:n])):
+                assert np.array_equal(y, run(x, slots, one)[0])
 
 
 def test_a_smaller_rank_padded_with_zeros_is_the_same_adapter():
@@ -179,7 +179,7 @@ def gradients(x, slots, linears, dys):
     inputs = [np.array([len(linears)], np.int32), x, slots]
     outputs = [(x.shape, "float32")]
     for (weight, weight_scale, down, up, scale), dy in zip(linears, dys):
-        inputs += [dy, weight, weight_scale, down, up, scale]
+        inputs += [dy, *linear(weight, weight_scale, None, down, up, scale)]
         outputs += [(() if down is None else down.shape, "float32"), (() if up is None else up.shape, "float32")]
     return call("multi_lora_linear_grad", inputs, outputs)
 
@@ -265,11 +265,81 @@ def test_gradients_are_the_finite_differences_of_the_forward():
             assert abs((above - below) / (2 * step) - gradient[at]) < 2e-4
 
 
+def make_product(rng, out, columns, half, three):
+    """-> (inner, outer, core or None, their product in float64)."""
+    rank, wide = 5, 7 if three else 5
+    factors = [(rng.normal(size=shape) * 0.3).astype(np.float32) for shape in ((rank, columns), (out, wide), (wide, rank))]
+    dense = [one.astype(np.float64) for one in factors]
+    if half:
+        factors = [to_bf16(one) for one in factors]
+        dense = [from_bf16(one).astype(np.float64) for one in factors]
+    inner, outer, core = factors
+    return inner, outer, core if three else None, dense[1] @ (dense[2] @ dense[0] if three else dense[0])
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("three", [False, True])
+@FEW
+@given(rows=st.integers(1, 9), tokens=st.sampled_from([1, 1, 5, 40]), out=st.integers(1, 41), columns=st.integers(1, 90),
+       rank=st.sampled_from([0, 3, 16]), seed=st.integers(0, 9999))
+def test_products_match_float64(half, three, rows, tokens, out, columns, rank, seed):
+    """A product with adapters beside a matrix; rows without one are, bit for bit, what the factors one by one give."""
+    rng = np.random.default_rng(seed)
+    inner, outer, core, dense = make_product(rng, out, columns, half, three)
+    adapters = make_adapters(rng, 3, rank, columns, out) if rank else None
+    bias = rng.normal(size=out).astype(np.float32) if seed % 2 else None
+    x, slots = rng.normal(size=(rows, tokens, columns)).astype(np.float32), rng.integers(-1, 3, rows).astype(np.int32)
+    weight = make_weight(rng, 4, columns, "float32")[0]
+    y, beside = call("multi_lora_linear", [x, slots, *product(inner, outer, core, bias, *(adapters or ())), *linear(weight)],
+                     [((rows, tokens, out), "float32"), ((rows, tokens, 4), "float32")])
+    close(y, expected(x, slots, dense, bias, adapters))
+    assert np.array_equal(beside, run(x, slots, [weight] + [None] * 5)[0])
+    chain = run(x, None, [inner] + [None] * 5)[0]
+    if three:
+        chain = run(chain, None, [core] + [None] * 5)[0]
+    chain = run(chain, None, [outer, None, bias, None, None, None])[0]
+    plain = slots < 0 if rank else slots < 9
+    assert np.array_equal(y[plain], chain[plain])
+
+
+@pytest.mark.parametrize("three", [False, True])
+@FEW
+@given(rows=st.integers(1, 5), tokens=st.sampled_from([1, 3, 30]), out=st.integers(1, 150), columns=st.integers(1, 150),
+       rank=st.sampled_from([0, 3, 17]), seed=st.integers(0, 9999))
+def test_gradients_of_products_match_float64(three, rows, tokens, out, columns, rank, seed):
+    rng = np.random.default_rng(seed)
+    inner, outer, core, dense = make_product(rng, out, columns, False, three)
+    down, up, scale = adapters = make_adapters(rng, 2, rank, columns, out) if rank else (None, None, None)
+    x, slots = rng.normal(size=(rows, tokens, columns)).astype(np.float32), rng.integers(-1, 2, rows).astype(np.int32)
+    dy = rng.normal(size=(rows, tokens, out)).astype(np.float32)
+    outputs = [(x.shape, "float32")] + [(one.shape if rank else (), "float32") for one in (down, up)] if rank else \
+        [(x.shape, "float32"), ((), "float32"), ((), "float32")]
+    found = call("multi_lora_linear_grad", [np.array([1], np.int32), x, slots, dy, *product(inner, outer, core, None,
+                                                                                           *adapters)], outputs)
+    dx = dy.astype(np.float64) @ dense
+    wanted = [np.zeros(()), np.zeros(())]
+    if rank:
+        wanted = [np.zeros(down.shape), np.zeros(up.shape)]
+        for row, slot in enumerate(slots):
+            if slot >= 0:
+                u = scale[slot].astype(np.float64) * dy[row].astype(np.float64) @ up[slot]
+                wanted[0][slot] += u.T @ x[row]
+                wanted[1][slot] += dy[row].T.astype(np.float64) @ (scale[slot] * x[row].astype(np.float64) @ down[slot].T)
+                dx[row] += u @ down[slot]
+    for got, want in zip(found, [dx, *wanted]):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * max(1.0, np.abs(want).max()))
+
+
 GOOD = {
     "x": np.ones((2, 1, 8), np.float32), "slots": np.array([0, -1], np.int32), "weight": np.ones((5, 8), np.float32),
     "weight_scale": None, "bias": None, "down": np.ones((2, 3, 8), np.float32),
     "up": np.ones((2, 5, 3), np.float32), "scale": np.ones(2, np.float32),
 }
+
+
+def inputs_of(values):
+    x, slots, *operands = values.values()
+    return [x, slots, *linear(*operands)]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -295,7 +365,7 @@ GOOD = {
     ({"scale": np.ones(2, np.float64)}, ["scale", "float64"]),
 ])
 def test_bad_arguments_are_named_and_nothing_is_written(change, words):
-    given_values = list({**GOOD, **change}.values())
+    given_values = inputs_of({**GOOD, **change})
     y = np.full((2, 1, 5), 7, np.float32)
     with pytest.raises(Refused) as refused:
         call("multi_lora_linear", given_values, [y])
@@ -305,14 +375,14 @@ def test_bad_arguments_are_named_and_nothing_is_written(change, words):
 
 
 def test_wrong_numbers_of_tensors_and_outputs_are_refused():
-    values = list(GOOD.values())
-    with pytest.raises(Refused, match="got 8 tensors"):
+    values = inputs_of(GOOD)
+    with pytest.raises(Refused, match="got 7 tensors"):
         call("multi_lora_linear", values[:-1], [((2, 1, 5), "float32")])
     with pytest.raises(Refused, match="'y' has shape .*expected 5"):
         call("multi_lora_linear", values, [((2, 1, 6), "float32")])
     short = {**GOOD, "down": to_bf16(GOOD["down"]), "up": to_bf16(GOOD["up"])}
-    inputs = [np.array([1], np.int32), short["x"], short["slots"], np.ones((2, 1, 5), np.float32), short["weight"], None,
-              short["down"], short["up"], short["scale"]]
+    inputs = [np.array([1], np.int32), short["x"], short["slots"], np.ones((2, 1, 5), np.float32),
+              *linear(short["weight"], None, None, short["down"], short["up"], short["scale"])]
     with pytest.raises(Refused, match="down.*bfloat16"):
         call("multi_lora_linear_grad", inputs, [((2, 1, 8), "float32"), ((2, 3, 8), "float32"), ((2, 5, 3), "float32")])
     with pytest.raises(Refused, match="count.* is 0"):
@@ -331,10 +401,12 @@ def graph(mindspore, isa):
     return mindspore, linear
 
 
-def graph_operands(ms, rng, kinds, columns, outs, rank=5):
+def graph_linears(ms, rng, kinds, columns, outs, rank=5):
+    """Linears as graphs take them; the second has no adapters, the first a bias."""
     from colora_ms.kernels.aot import ABSENT
+    from colora_ms.kernels.operands import FORMATS, base_of, linear_of
 
-    operands = []
+    linears = []
     for i, (kind, out) in enumerate(zip(kinds, outs)):
         weight, weight_scale, _ = make_weight(rng, out, columns, kind)
         if kind == "bfloat16":
@@ -343,31 +415,62 @@ def graph_operands(ms, rng, kinds, columns, outs, rank=5):
             tensor = ms.Tensor(weight)
         adapters = [ms.Tensor(a) for a in make_adapters(rng, 3, rank, columns, out)] if i != 1 else [ABSENT] * 3
         bias = ms.Tensor(rng.normal(size=out).astype(np.float32)) if i == 0 else ABSENT
-        operands += [tensor, ABSENT if weight_scale is None else ms.Tensor(weight_scale), bias, *adapters]
-    return tuple(operands)
+        form = [name for name, _ in FORMATS].index(kind.split()[0])
+        base = base_of(form, tensor, ABSENT if weight_scale is None else ms.Tensor(weight_scale), bias)
+        linears.append(linear_of(base, *adapters))
+    return tuple(linears)
 
 
-def cell(ms, function, operands):
+def cell(ms, function, linears):
     class Net(ms.nn.Cell):
         def __init__(self):
             super().__init__()
-            self.operands = operands
+            self.linears = linears
 
         def construct(self, x, slots):
-            return function(x, slots, *self.operands)
+            return function(x, slots, *self.linears)
 
     return Net()
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_graph_face_and_gradient_of_a_product(graph, rank):
+    """LoRA on a decomposed linear, as it is trained: x, down and up have gradients, the factors are frozen."""
+    from colora_ms.kernels.aot import ABSENT
+    from colora_ms.kernels.operands import FLOAT32, base_of, linear_of, product_of
+
+    ms, linear = graph
+    rng = np.random.default_rng(12)
+    inner, outer, core, _ = make_product(rng, 12, 36, False, True)
+    base = product_of(*(ms.Tensor(one) for one in (inner, outer, core)), ms.Tensor(np.ones(12, np.float32)))
+    weight = base_of(FLOAT32, ms.Tensor(make_weight(rng, 12, 36, "float32")[0]))
+    down, up, scale = [ms.Tensor(a) for a in make_adapters(rng, 3, rank, 36, 12)] if rank else [ABSENT] * 3
+    x, slots = ms.Tensor(rng.normal(size=(4, 3, 36)).astype(np.float32)), ms.Tensor(np.array([0, -1, 2, 0], np.int32))
+
+    def value_and_gradients(function):
+        class Loss(ms.nn.Cell):
+            def construct(self, x, slots, down, up):
+                a, b = function(x, slots, linear_of(base, down, up, scale), (weight, ()))
+                return (a * b * a).sum()
+
+        return ms.value_and_grad(Loss(), (0, 2, 3))(x, slots, down, up)
+
+    (fast, fast_grads), (slow, slow_grads) = map(value_and_gradients, (linear.multi_lora_linear,
+                                                                       linear.multi_lora_linear_reference))
+    np.testing.assert_allclose(fast.asnumpy(), slow.asnumpy(), rtol=1e-5)
+    for got, want in list(zip(fast_grads, slow_grads))[:3 if rank else 1]:
+        np.testing.assert_allclose(got.asnumpy(), want.asnumpy(), rtol=0, atol=5e-6 * np.abs(want.asnumpy()).max())
 
 
 @pytest.mark.parametrize("shape", [(4, 64), (4, 3, 64)])
 def test_graph_face_equals_reference_form(graph, shape):
     ms, linear = graph
     rng = np.random.default_rng(9)
-    operands = graph_operands(ms, rng, ("float32", "int8", "int4 grouped", "bfloat16"), 64, (12, 10, 7, 6))
+    linears = graph_linears(ms, rng, ("float32", "int8", "int4 grouped", "bfloat16"), 64, (12, 10, 7, 6))
     x = ms.Tensor(rng.normal(size=shape).astype(np.float32))
     slots = ms.Tensor(np.array([0, -1, 2, 1], np.int32))
-    fast = cell(ms, linear.multi_lora_linear, operands)(x, slots)
-    slow = cell(ms, linear.multi_lora_linear_reference, operands)(x, slots)
+    fast = cell(ms, linear.multi_lora_linear, linears)(x, slots)
+    slow = cell(ms, linear.multi_lora_linear_reference, linears)(x, slots)
     for a, b in zip(fast, slow):
         close(a.asnumpy(), b.asnumpy())
 
@@ -377,12 +480,12 @@ def test_bfloat16_adapters_in_a_graph_equal_the_reference_form_and_have_no_gradi
 
     ms, linear = graph
     rng = np.random.default_rng(11)
-    operands = [one.astype(ms.bfloat16) if one.ndim == 3 else one
-                for one in graph_operands(ms, rng, ("float32", "int8"), 64, (12, 10))]
+    linears = [(base, tuple(one.astype(ms.bfloat16) if one.ndim == 3 else one for one in adapter))
+               for base, adapter in graph_linears(ms, rng, ("float32", "int8"), 64, (12, 10))]
     x = ms.Tensor(rng.normal(size=(4, 64)).astype(np.float32))
     slots = ms.Tensor(np.array([0, -1, 2, 1], np.int32))
-    net = cell(ms, linear.multi_lora_linear, tuple(operands))
-    for a, b in zip(net(x, slots), cell(ms, linear.multi_lora_linear_reference, tuple(operands))(x, slots)):
+    net = cell(ms, linear.multi_lora_linear, tuple(linears))
+    for a, b in zip(net(x, slots), cell(ms, linear.multi_lora_linear_reference, tuple(linears))(x, slots)):
         close(a.asnumpy(), b.asnumpy())
 
     def total(x):
@@ -396,14 +499,15 @@ def test_bfloat16_adapters_in_a_graph_equal_the_reference_form_and_have_no_gradi
 def test_graph_gradients_equal_those_of_the_reference_form(graph):
     ms, linear = graph
     rng = np.random.default_rng(10)
-    operands = graph_operands(ms, rng, ("float32", "int8 grouped", "bfloat16"), 36, (12, 10, 7))
-    head = graph_operands(ms, rng, ("float32",), 12, (5,))
+    (first, (_, _, scale)), second, (third, (down3_, up3, scale3)) = linears = graph_linears(
+        ms, rng, ("float32", "int8 grouped", "bfloat16"), 36, (12, 10, 7))
+    head, = graph_linears(ms, rng, ("float32",), 12, (5,))
 
     def gradients_with(function):
         class Loss(ms.nn.Cell):
             def construct(self, x, slots, down, up, down3):
-                a, b, c = function(x, slots, *operands[:3], down, up, *operands[5:15], down3, *operands[16:])
-                d = function(a, slots, *head)
+                a, b, c = function(x, slots, (first, (down, up, scale)), second, (third, (down3, up3, scale3)))
+                d = function(a, slots, head)
                 return (a * a).sum() + (b * c[:, :, :1]).sum() + (d * d * d).sum()
 
         class Gradient(ms.nn.Cell):
@@ -417,7 +521,7 @@ def test_graph_gradients_equal_those_of_the_reference_form(graph):
 
         x = ms.Tensor(np.random.default_rng(1).normal(size=(4, 3, 36)).astype(np.float32))
         slots = ms.Tensor(np.array([0, -1, 2, 0], np.int32))
-        return Gradient()(x, slots, operands[3], operands[4], operands[15])
+        return Gradient()(x, slots, *linears[0][1][:2], down3_)
 
     fast = gradients_with(linear.multi_lora_linear)
     slow = gradients_with(linear.multi_lora_linear_reference)
@@ -429,20 +533,28 @@ def test_graph_gradients_equal_those_of_the_reference_form(graph):
 
 def test_graph_errors_reach_python(graph):
     ms, linear = graph
-    from colora_ms.kernels.aot import KernelError, last_error
+    from colora_ms.kernels.aot import ABSENT, KernelError, last_error
+    from colora_ms.kernels.operands import flat_linears, linear_of
 
     rng = np.random.default_rng(11)
-    operands = graph_operands(ms, rng, ("float32",), 8, (5,))
+    linears = graph_linears(ms, rng, ("float32",), 8, (5,))
     x = ms.Tensor(np.ones((2, 8), np.float32))
     with pytest.raises(RuntimeError, match="multi_lora_linear"):
-        cell(ms, linear.multi_lora_linear, operands)(x, ms.Tensor(np.array([0, 9], np.int32))).asnumpy()
+        cell(ms, linear.multi_lora_linear, linears)(x, ms.Tensor(np.array([0, 9], np.int32))).asnumpy()
     assert "slot 9 at index 1" in last_error()
     slots = ms.Tensor(np.array([0, 1], np.int32))
     with pytest.raises(KernelError, match=r"weight has shape \(5, 8\), expected 7 columns"):
-        cell(ms, linear.multi_lora_linear, operands)(x[:, :7], slots)
-    with pytest.raises(KernelError, match="number of operands is 5"):
-        cell(ms, linear.multi_lora_linear, operands[:5])(x, slots)
+        cell(ms, linear.multi_lora_linear, linears)(x[:, :7], slots)
+    from colora_ms.kernels.linear_operator import _shapes
+
+    flat = [list(one.shape) for one in flat_linears(linears)]
+    with pytest.raises(KernelError, match=f"number of operands is {len(flat) + 1}"):
+        _shapes([2, 8], [2], *flat[:-1])
     with pytest.raises(KernelError, match="'down', 'up' and 'scale' come together"):
-        cell(ms, linear.multi_lora_linear, operands[:3] + (linear.ABSENT,) + operands[4:])(x, slots)
+        (base, (_, up, scale)), = linears
+        cell(ms, linear.multi_lora_linear, (linear_of(base, ABSENT, up, scale),))(x, slots)
     with pytest.raises(KernelError, match="x has dtype Float16"):
-        cell(ms, linear.multi_lora_linear, operands)(x.astype(ms.float16), slots)
+        cell(ms, linear.multi_lora_linear, linears)(x.astype(ms.float16), slots)
+    with pytest.raises(KernelError, match="weight has dtype Int8"):
+        (_, tensors, bias), adapter = linears[0]
+        cell(ms, linear.multi_lora_linear, (((0, (tensors[0].astype(ms.int8),), bias), adapter),))(x, slots)

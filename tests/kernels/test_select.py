@@ -5,7 +5,7 @@ import math
 import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, set_threads
+from call import Refused, call, options, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor, ops
@@ -19,10 +19,9 @@ ms.set_context(mode=ms.GRAPH_MODE)
 def arguments(logits, expert, amateur, alpha=0.1, beta=0.5, temperature=0.0, top_k=0, top_p=1.0, uniform=0.0):
     """The operator's inputs; numbers are spread over the requests."""
     expert = np.atleast_1d(np.asarray(expert, np.int32))
-    spread = [np.broadcast_to(np.asarray(x, np.float32), expert.shape).copy() for x in
-              (alpha, beta, temperature, top_p, uniform)]
-    whole = [np.broadcast_to(np.asarray(x, np.int32), expert.shape).copy() for x in (amateur, top_k)]
-    return [np.asarray(logits, np.float32), expert, whole[0], spread[0], spread[1], spread[2], whole[1], *spread[3:]]
+    real = dict(alpha=alpha, beta=beta, temperature=temperature, top_p=top_p)
+    uniform = np.broadcast_to(np.asarray(uniform, np.float32), expert.shape).copy()
+    return [np.asarray(logits, np.float32), *options(dict(expert_rows=expert, amateur_rows=amateur, top_k=top_k), real), uniform]
 
 
 def select(*given_, **named):

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from call import Refused, call, set_threads
+from call import Refused, call, linear, options, product, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layers import Case, bits, copied, first_shape
+from test_layers import Case, Product, bits, copied, first_shape, flat_layer
 
 from colora_ms.kernels import steps as face
 from colora_ms.kernels.aot import KernelError
@@ -44,11 +44,19 @@ class Loop(Case):
         self.prompt, self.lengths = random.integers(0, vocab, (requests, prompt)).astype(np.int32), whole(0, prompt + 1)
 
     def inputs(self):
-        adapt = [None] * 3 if self.mode is None else [self.mode, self.prompt, self.lengths]
-        return [self.token, self.position, self.active, self.previous, self.slots, self.cache_rows, self.expert, self.amateur,
-                self.alpha, self.beta, self.temperature, self.top_k, self.top_p, self.uniforms, self.budget, self.eos,
-                np.int32([self.steps]), np.int32([self.forgiving]), *adapt, self.cos, self.sin, *self.embed,
-                *self.last_norm, *self.head, *(t for layer in self.layers for part in layer.values() for t in part)]
+        adapt = [None] * 2 if self.mode is None else [self.prompt, self.lengths]
+        return [self.token, self.position, self.active, self.previous, self.slots, self.cache_rows, *self.options(),
+                self.uniforms, self.eos, np.int32([self.steps]), np.int32([self.forgiving]), *adapt, self.cos, self.sin,
+                *self.last_norm, *linear(*self.embed),
+                *(product(*self.head) if isinstance(self.head, Product) else linear(*self.head)),
+                *(t for layer in self.layers for t in flat_layer(layer))]
+
+    def options(self, expert=None, beta=None):
+        """The two tensors of options, with these columns in the place of the case's own."""
+        whole = dict(expert_rows=self.expert if expert is None else expert, amateur_rows=self.amateur, top_k=self.top_k,
+                     budget=self.budget, mode=0 if self.mode is None else self.mode)
+        return options(whole, dict(alpha=self.alpha, beta=self.beta if beta is None else beta,
+                                   temperature=self.temperature, top_p=self.top_p))
 
     def run(self):
         r, c = self.requests, self.capacity
@@ -69,11 +77,10 @@ class Loop(Case):
             expert = np.where(active, self.expert, -1).astype(np.int32)
             beta = self.beta
             if self.mode is not None:
-                beta = call("contrast_strength", [logits, expert, self.amateur, self.alpha, self.beta, self.mode, previous,
-                                                  self.prompt, self.lengths], [((self.requests,), "float32")])[0]
+                beta = call("contrast_strength", [logits, *self.options(expert), previous, self.prompt, self.lengths],
+                            [((self.requests,), "float32")])[0]
             ints[step], floats[step] = call(
-                "contrastive_select", [logits, expert, self.amateur, self.alpha, beta, self.temperature, self.top_k,
-                                       self.top_p, np.ascontiguousarray(self.uniforms[:, step])],
+                "contrastive_select", [logits, *self.options(expert, beta), np.ascontiguousarray(self.uniforms[:, step])],
                 [((self.requests, 3), "int32"), ((self.requests, 4), "float32")])
             token = np.where(active, ints[step, :, 0], token)
             previous = np.where(active, token, previous)
@@ -90,10 +97,11 @@ class Loop(Case):
         x = call("embedding", [ids.reshape(-1, 1), *self.embed], [((self.rows, 1, self.hidden), "float32")])[0]
         layers = [{**layer, "k_cache": [k], "v_cache": [v]} for layer, (k, v) in zip(self.layers, caches)]
         x, residual = call("decoder_layers", [x, np.zeros_like(x), self.slots, self.cos, self.sin, self.cache_rows, start,
-                                              length, *(t for layer in layers for part in layer.values() for t in part)],
+                                              length, *(t for layer in layers for t in flat_layer(layer))],
                            [(x.shape, "float32")] * 2)
         x = self.add_norm(x, residual, self.last_norm)[0].reshape(self.rows, -1)
-        return call("multi_lora_linear", [x, self.slots, *self.head], [((self.rows, self.vocab), "float32")])[0]
+        head = product(*self.head) if isinstance(self.head, Product) else linear(*self.head)
+        return call("multi_lora_linear", [x, self.slots, *head], [((self.rows, self.vocab), "float32")])[0]
 
 
 def check(case):
@@ -134,6 +142,28 @@ def test_usual_sizes_on_one_and_two_threads(weights, requests):
         case.active[:] = 1
         case.budget[:] = 6
         check(case)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_head_and_layers_that_are_products(adapted):
+    """Decomposed linears with adapters, the head among them."""
+    case = Loop(4, products=0.6, mode=(ENTROPY, DIVERGENCE), rank=3)
+    case.embed = [case.normal(29, 24), None]
+    down, up, scale = (case.normal(3, 2, 24), case.normal(3, 29, 2), case.normal(3)) if adapted else [None] * 3
+    case.head = Product(case.normal(5, 24), case.normal(29, 5), None, None, down, up, scale)
+    case.active[:], case.budget[:] = 1, 4
+    check(case)
+
+
+def test_a_contrast_that_adapts_needs_the_prompts():
+    case = Loop(5, mode=ENTROPY)
+    case.expert, case.amateur = np.int32([0, 1, 2]), np.int32([3, 4, 5])
+    case.active[:], case.budget[:] = 1, 4
+    inputs = case.inputs()
+    inputs[face.ARGUMENTS.index("prompt")] = inputs[face.ARGUMENTS.index("lengths")] = None
+    r, c = case.requests, case.capacity
+    with pytest.raises(Refused, match=r"'lengths' is absent, but the contrast of request 0 adapts \(mode 1\)"):
+        call("decode_steps", inputs, [((c, r, 3), "int32"), ((c, r, 4), "float32"), *[((r,), "int32")] * 4])
 
 
 def test_nothing_to_do():

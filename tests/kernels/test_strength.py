@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, set_threads
+from call import Refused, call, options, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
@@ -17,10 +17,10 @@ FIXED, ENTROPY, DIVERGENCE, MARGIN, SKIP = 0, 1, 2, 3, 8
 def arguments(logits, mode, expert=0, amateur=1, alpha=0.1, beta=0.5, previous=-1, prompt=((0,),), lengths=0):
     """The operator's inputs; numbers are spread over the requests."""
     mode = np.atleast_1d(np.asarray(mode, np.int32))
-    spread = [np.broadcast_to(np.asarray(x, np.float32), mode.shape).copy() for x in (alpha, beta)]
-    whole = [np.broadcast_to(np.asarray(x, np.int32), mode.shape).copy() for x in (expert, amateur, previous, lengths)]
+    previous, lengths = (np.broadcast_to(np.asarray(x, np.int32), mode.shape).copy() for x in (previous, lengths))
     prompt = np.broadcast_to(np.asarray(prompt, np.int32), (len(mode), len(prompt[0]))).copy()
-    return [np.asarray(logits, np.float32), *whole[:2], *spread, mode, whole[2], prompt, whole[3]]
+    both = options(dict(mode=mode, expert_rows=expert, amateur_rows=amateur), dict(alpha=alpha, beta=beta))
+    return [np.asarray(logits, np.float32), *both, previous, prompt, lengths]
 
 
 def strength(*given_, **named):
@@ -149,7 +149,7 @@ def test_face_and_reference_agree_in_graph_mode():
     prompt[:, 4] = logits[np.arange(n) * 2].argmax(1)  # the favourite follows `previous` in every prompt
     inputs = arguments(logits, np.arange(n) % 4 + SKIP * (np.arange(n) // 4 % 2), expert, amateur,
                        alpha=rng.uniform(0.01, 1, n), beta=rng.uniform(0, 2, n), previous=previous)
-    inputs[7], inputs[8] = prompt.astype(np.int32), rng.integers(3, 10, n).astype(np.int32)
+    inputs[4], inputs[5] = prompt.astype(np.int32), rng.integers(3, 10, n).astype(np.int32)
     tensors = [Tensor(x) for x in inputs]
     got = ms.jit(contrast_strength)(*tensors).asnumpy()
     want = ms.jit(contrast_strength_reference)(*tensors).asnumpy()

@@ -9,7 +9,8 @@ from mindspore import Parameter, Tensor, nn
 from colora_ms.adapters import LoraConfig, inject, load_adapter
 from colora_ms.adapters.outside import leaf
 from colora_ms.errors import AdapterError
-from colora_ms.kernels import ABSENT, multi_lora_linear
+from colora_ms.kernels import multi_lora_linear
+from colora_ms.kernels.operands import FLOAT32, base_of, linear_of
 from colora_ms.models.formats import FORMATS
 from colora_ms.models.layers import Linear
 from colora_ms.models.leaf import Leaf
@@ -33,11 +34,14 @@ class HalvedLinear(Leaf, nn.Cell):
         self.doubled = Parameter(Tensor(2 * base.weight.asnumpy()), name=f"{path}.doubled", requires_grad=False)
         self.bias, self.has_bias = base.bias, base.has_bias
 
+    def base(self):
+        return base_of(FLOAT32, self.doubled * 0.5, bias=self.bias)
+
     def operands(self):
-        return (self.doubled * 0.5, ABSENT, self.bias, ABSENT, ABSENT, ABSENT)
+        return linear_of(self.base())
 
     def construct(self, x, rows):
-        return multi_lora_linear(x, slots_of(rows), *self.operands())
+        return multi_lora_linear(x, slots_of(rows), self.operands())
 
     def sizes(self):
         return self.in_features, self.out_features

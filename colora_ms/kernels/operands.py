@@ -1,0 +1,180 @@
+"""How the tensors of linears and layers are laid out for the operators: the one place on this side that knows it.
+
+``ops/cpu/operands.h`` is the other; ``tests/kernels/test_operands.py`` holds the names and their order equal, and no number
+of an operand is written down anywhere.
+
+In Python and in graphs a linear is one value, ``(base, adapter)``, made by :func:`linear_of`:
+
+* base: ``(format, tensors, bias)``: the number of a format in ``FORMATS``, its tensors in that order, and ``()`` or
+  ``(bias,)``; made by :func:`base_of` or :func:`product_of`. (A plain tuple, because MindSpore's graphs lose the fields
+  of a NamedTuple that holds Parameters under a gradient.)
+* adapter: ``()`` or ``(down, up, scale)``.
+
+An operator gets, for each linear, a tag and only the tensors that are there. The tag is an int8 tensor whose *length* says
+which: a length is known while a graph is compiled, when nobody sees values. The table of weights that will replace the list
+of tensors goes in behind :func:`flat_linears`, :func:`flat_layer`, :func:`read_linear` and :func:`read_layer`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mindspore import Tensor
+
+from colora_ms.kernels.aot import ABSENT
+from colora_ms.kernels.shapes import require
+
+#: Formats of a base: (name, its tensors); the first ones have the numbers of ``Format`` in ops/cpu/weights.h, which are
+#: the tags of ``models.formats``. A product is the chain of its tensors, the first one meets x.
+FORMATS = (("float32", ("weight",)), ("bfloat16", ("weight",)), ("int8", ("weight", "weight_scale")),
+           ("int4", ("weight", "weight_scale")), ("product", ("inner", "outer")),
+           ("product_with_core", ("inner", "core", "outer")))
+FLOAT32, BFLOAT16, INT8, INT4, PRODUCT, PRODUCT_WITH_CORE = range(len(FORMATS))
+
+#: Tensors of a linear's adapters, which come together.
+ADAPTER = ("down", "up", "scale")
+
+#: Parts of a layer, in order: (name, kind). A norm is weight and eps, a tensor itself.
+LAYER = (("input_layernorm", "norm"), ("q_proj", "linear"), ("k_proj", "linear"), ("v_proj", "linear"),
+         ("q_norm", "optional_norm"), ("k_norm", "optional_norm"), ("k_cache", "tensor"), ("v_cache", "tensor"),
+         ("o_proj", "linear"), ("post_attention_layernorm", "norm"), ("gate_proj", "linear"), ("up_proj", "linear"),
+         ("down_proj", "linear"))
+OPTIONAL = tuple(name for name, kind in LAYER if kind == "optional_norm")
+
+#: Most tensors of one linear: tag, base, bias, adapters. Least: tag and weight.
+MOST_TENSORS = 2 + max(len(tensors) for _, tensors in FORMATS) + len(ADAPTER)
+LEAST_TENSORS = 2
+
+
+def _tag(length):
+    return Tensor(np.zeros(length, np.int8))
+
+
+def tag_length(form: int, bias: int, adapter: int) -> int:
+    """Length of a linear's tag; form: a number in ``FORMATS``; bias, adapter: 1 where there is one, else 0."""
+    return 1 + (form * 2 + bias) * 2 + adapter
+
+
+_TAGS = tuple(tuple(tuple(_tag(tag_length(form, bias, adapter)) for adapter in (0, 1)) for bias in (0, 1))
+              for form in range(len(FORMATS)))
+_LAYER_TAGS = tuple(_tag(1 + mask) for mask in range(1 << len(OPTIONAL)))
+
+
+# -- in graphs --------------------------------------------------------------------------------------------------------
+
+
+def base_of(form: int, weight: Tensor, weight_scale: Tensor = ABSENT, bias: Tensor = ABSENT) -> tuple:
+    """The base of a linear that is one matrix.
+
+    Args:
+        form: the tag of its format (``models.formats.WeightFormat.tag``), FLOAT32 to INT4; weight, weight_scale, bias: as
+            for :func:`colora_ms.kernels.multi_lora_linear`.
+    """
+    bias = () if bias.ndim == 0 else (bias,)
+    if form == INT8 or form == INT4:
+        return (form, (weight, weight_scale), bias)
+    return (form, (weight,), bias)
+
+
+def product_of(inner: Tensor, outer: Tensor, core: Tensor = ABSENT, bias: Tensor = ABSENT) -> tuple:
+    """The base of a linear that is a product: inner (r, in), outer (out, r'), core (r', r) or ``ABSENT`` (then r' = r)."""
+    bias = () if bias.ndim == 0 else (bias,)
+    if core.ndim == 0:
+        return (PRODUCT, (inner, outer), bias)
+    return (PRODUCT_WITH_CORE, (inner, core, outer), bias)
+
+
+def without_bias(base: tuple) -> tuple:
+    """A base without its bias."""
+    return (base[0], base[1], ())
+
+
+def linear_of(base: tuple, down: Tensor = ABSENT, up: Tensor = ABSENT, scale: Tensor = ABSENT) -> tuple:
+    """A linear: its base, and its adapters unless all three are ``ABSENT``."""
+    if down.ndim == 0 and up.ndim == 0 and scale.ndim == 0:
+        return (base, ())
+    return (base, (down, up, scale))
+
+
+def flat_linears(linears: tuple) -> tuple[Tensor, ...]:
+    """The tensors of linears for an operator, one linear after another."""
+    flat = ()
+    for base, adapter in linears:
+        form, tensors, bias = base
+        flat = flat + (_TAGS[form][len(bias)][1 if len(adapter) > 0 else 0],) + tensors + bias + adapter
+    return flat
+
+
+def flat_layer(input_layernorm: tuple, q_proj: tuple, k_proj: tuple, v_proj: tuple, q_norm: tuple, k_norm: tuple,
+               caches: tuple, o_proj: tuple, post_attention_layernorm: tuple, gate_proj: tuple, up_proj: tuple,
+               down_proj: tuple) -> tuple[Tensor, ...]:
+    """The tensors of a layer for an operator: norms are (weight, eps), q_norm and k_norm may be (), caches two tensors."""
+    mask = (1 if len(q_norm) > 0 else 0) + (2 if len(k_norm) > 0 else 0)
+    return ((_LAYER_TAGS[mask],) + input_layernorm + flat_linears((q_proj, k_proj, v_proj)) + q_norm + k_norm + caches
+            + flat_linears((o_proj,)) + post_attention_layernorm + flat_linears((gate_proj, up_proj, down_proj)))
+
+
+# -- while a graph is compiled ----------------------------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    """Where the tensors of a linear stand among an operator's inputs.
+
+    Attributes:
+        form: the name of its format; base: {name: place} of its tensors and its bias; adapter: {name: place}, or {}.
+    """
+
+    form: str
+    base: dict
+    adapter: dict
+
+    def of(self, values: tuple) -> dict:
+        """{name: value} of all its tensors, given one value an input."""
+        return {name: values[place] for name, place in (*self.base.items(), *self.adapter.items())}
+
+
+def read_linear(op: str, shapes: tuple, at: int) -> tuple[Places, int]:
+    """The linear whose tag is input ``at``, and the place behind it.
+
+    Raises:
+        KernelError: there is no tag, or tensors are missing.
+    """
+    tag = _tag_at(op, shapes, at, tag_length(len(FORMATS) - 1, 1, 1), "a linear's tag")
+    number = tag - 1
+    name, tensors = FORMATS[number // 4]
+    names = tensors + (("bias",) if number & 2 else ())
+    adapter = ADAPTER if number & 1 else ()
+    end = at + 1 + len(names) + len(adapter)
+    require(end <= len(shapes), op, "number of operands", len(shapes), f"at least {end}, for a linear of {name}")
+    places = range(at + 1, end)
+    return Places(name, dict(zip(names, places)), dict(zip(adapter, places[len(names):]))), end
+
+
+def read_layer(op: str, shapes: tuple, at: int) -> tuple[dict, int]:
+    """({part: Places of a linear, or the places of a norm or a tensor as a tuple}, the place behind the layer).
+
+    Raises:
+        KernelError: there is no tag, or tensors are missing.
+    """
+    mask = _tag_at(op, shapes, at, len(_LAYER_TAGS), "a layer's tag") - 1
+    at += 1
+    parts = {}
+    for name, kind in LAYER:
+        if kind == "linear":
+            parts[name], at = read_linear(op, shapes, at)
+            continue
+        there = kind != "optional_norm" or mask >> OPTIONAL.index(name) & 1
+        count = 0 if not there else 1 if kind == "tensor" else 2
+        parts[name] = tuple(range(at, at + count))
+        at += count
+    require(at <= len(shapes), op, "number of operands", len(shapes), f"at least {at}")
+    return parts, at
+
+
+def _tag_at(op, shapes, at, most, what):
+    require(at < len(shapes), op, "number of operands", len(shapes), f"one more, {what}")
+    shape = list(shapes[at])
+    require(len(shape) == 1 and 1 <= shape[0] <= most, op, f"operand {at}", shape, f"{what}: 1 to {most} numbers")
+    return shape[0]

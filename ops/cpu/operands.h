@@ -1,0 +1,264 @@
+// How the tensors of linears and layers are laid out in a call: the one place on this side that knows it, as
+// colora_ms/kernels/operands.py is on the other. Every list of names below stands there too, in the same order
+// (tests/kernels/test_operands.py compares them), and no number of a tensor is written down anywhere.
+//
+// A linear is a tag, the tensors of its base (those of the tag's format, then its bias if it has one) and the adapters'
+// down, up and scale if there are any; what is not there has no place. The tag is an int8 tensor whose *length* says
+// which of them there are: a length is known while a graph is compiled, when nobody sees values.
+#pragma once
+
+#include <vector>
+
+#include "check.h"
+#include "lora.h"
+#include "weights.h"
+
+// An enum class whose members' names are texts too: name_of(Enum::member) is "member".
+#define COLORA_MEMBER(name) name,
+#define COLORA_TEXT(name) #name,
+#define COLORA_NAMES(Enum, LIST)                                \
+  enum class Enum : int { LIST(COLORA_MEMBER) count };          \
+  inline const char* name_of(Enum member) {                     \
+    static constexpr const char* kNames[] = {LIST(COLORA_TEXT)}; \
+    return kNames[int(member)];                                 \
+  }
+
+// Formats of a base and how many tensors each has, its bias not counted.
+#define COLORA_BASE_FORMATS(X) \
+  X(float32, 1)                \
+  X(bfloat16, 1)               \
+  X(int8, 2)                   \
+  X(int4, 2)                   \
+  X(product, 2)                \
+  X(product_with_core, 3)
+
+// The parts of a layer, in order, and what each consists of: weight and eps of a norm (an optional one may have no place,
+// which the layer's tag says), a linear, or one tensor.
+#define COLORA_LAYER_PARTS(X)       \
+  X(input_layernorm, norm)          \
+  X(q_proj, linear)                 \
+  X(k_proj, linear)                 \
+  X(v_proj, linear)                 \
+  X(q_norm, optional_norm)          \
+  X(k_norm, optional_norm)          \
+  X(k_cache, tensor)                \
+  X(v_cache, tensor)                \
+  X(o_proj, linear)                 \
+  X(post_attention_layernorm, norm) \
+  X(gate_proj, linear)              \
+  X(up_proj, linear)                \
+  X(down_proj, linear)
+
+// Inputs of decoder_layers before those of the layers.
+#define COLORA_LAYERS_ARGUMENTS(X) \
+  X(x)                             \
+  X(residual)                      \
+  X(slots)                         \
+  X(cos)                           \
+  X(sin)                           \
+  X(cache_rows)                    \
+  X(start)                         \
+  X(length)
+
+// Inputs of decode_steps before the embedding (a linear's base), the head (a linear) and the layers.
+#define COLORA_STEPS_ARGUMENTS(X) \
+  X(token)                        \
+  X(position)                     \
+  X(active)                       \
+  X(previous)                     \
+  X(slots)                        \
+  X(cache_rows)                   \
+  X(whole)                        \
+  X(real)                         \
+  X(uniforms)                     \
+  X(eos)                          \
+  X(steps)                        \
+  X(forgiving)                    \
+  X(prompt)                       \
+  X(lengths)                      \
+  X(cos)                          \
+  X(sin)                          \
+  X(norm)                         \
+  X(norm_eps)
+
+namespace COLORA_ISA_NAMESPACE {
+
+COLORA_NAMES(LayersArgument, COLORA_LAYERS_ARGUMENTS)
+COLORA_NAMES(StepsArgument, COLORA_STEPS_ARGUMENTS)
+
+#define COLORA_FIRST(name, second) name,
+#define COLORA_SECOND(name, second) second,
+enum class BaseFormat : int { COLORA_BASE_FORMATS(COLORA_FIRST) count };
+enum class LayerPart : int { COLORA_LAYER_PARTS(COLORA_FIRST) count };
+enum class PartKind { norm, optional_norm, linear, tensor };
+
+inline const char* name_of(BaseFormat format) {
+#define COLORA_FIRST_TEXT(name, second) #name,
+  static constexpr const char* kNames[] = {COLORA_BASE_FORMATS(COLORA_FIRST_TEXT)};
+  return kNames[int(format)];
+}
+
+inline const char* name_of(LayerPart part) {
+  static constexpr const char* kNames[] = {COLORA_LAYER_PARTS(COLORA_FIRST_TEXT)};
+  return kNames[int(part)];
+}
+
+inline PartKind kind_of(LayerPart part) {
+  using enum_kind = PartKind;
+#define COLORA_KIND(name, second) enum_kind::second,
+  static constexpr PartKind kKinds[] = {COLORA_LAYER_PARTS(COLORA_KIND)};
+  return kKinds[int(part)];
+}
+
+template <class Argument>
+colora::Tensor in(const colora::Call& call, Argument argument) {
+  return call.in(int(argument), name_of(argument));
+}
+
+// What a linear's tag says.
+struct Tag {
+  BaseFormat format;
+  bool bias, adapter;
+
+  static Tag of(const colora::Tensor& tag) {
+    const int most = int(BaseFormat::count) * 4;
+    if (!tag.is("int8") || tag.ndim != 1 || tag.dim(0) < 1 || tag.dim(0) > most)
+      tag.fail("is %s of shape %s, expected int8 of 1 to %d numbers, which begins a linear", tag.dtype,
+               tag.shape_text().c_str(), most);
+    const int number = int(tag.dim(0)) - 1;
+    return {BaseFormat(number / 4), (number & 2) != 0, (number & 1) != 0};
+  }
+
+  // Tensors of the linear, the tag itself counted.
+  int tensors() const {
+    static constexpr int kTensors[] = {COLORA_BASE_FORMATS(COLORA_SECOND)};
+    return 1 + kTensors[int(format)] + bias + 3 * adapter;
+  }
+};
+
+// Reads the tensors of a call one after another, up to the last input.
+class Reader {
+ public:
+  Reader(const colora::Call& call, int at, int outputs) : call_(&call), at_(at), end_(call.count() - outputs) {}
+
+  int at() const { return at_; }
+  bool more() const { return at_ < end_; }
+  colora::Tensor next(const char* name) {
+    if (!more()) colora::refuse("%s: got %d tensors, expected one more as '%s'", call_->op(), call_->count(), name);
+    return call_->in(at_++, name);
+  }
+  // An input that is not given, for the checks that name it.
+  colora::Tensor absent(const char* name) const {
+    colora::Tensor t;
+    t.op = call_->op(), t.name = name;
+    return t;
+  }
+  // A reader from here on; this one goes on behind `tensors` of them.
+  Reader skip(int tensors) {
+    Reader here = *this;
+    at_ += tensors;
+    if (at_ > end_) colora::refuse("%s: got %d tensors, expected at least %d inputs", call_->op(), call_->count(), at_);
+    return here;
+  }
+
+ private:
+  const colora::Call* call_;
+  int at_, end_;
+};
+
+// What a linear multiplies with, whatever it is stored as: one matrix, or a product of small ones in the order in which x
+// meets them; and its bias.
+struct Base {
+  BaseFormat format = BaseFormat::float32;
+  std::vector<Weight> factors;
+  const float* bias = nullptr;
+  colora::Tensor last;  // the tensor of the last factor, for messages
+
+  bool product() const { return factors.size() > 1; }
+  const Weight& matrix() const { return factors.back(); }  // the whole weight where it is no product
+  int64_t out() const { return factors.back().out; }
+};
+
+inline BaseFormat stored_format(const Weight& w) {
+  switch (w.format) {
+    case Format::kFloat32: return BaseFormat::float32;
+    case Format::kBfloat16: return BaseFormat::bfloat16;
+    case Format::kInt8: return BaseFormat::int8;
+    case Format::kInt4: break;
+  }
+  return BaseFormat::int4;
+}
+
+// The base of a linear with `in` columns (< 0: any number) behind its tag. `name`: of a matrix that is no product.
+inline Base read_base(Reader& reader, const Tag& tag, int64_t in, const char* name = "weight") {
+  Base base;
+  base.format = tag.format;
+  const auto factor = [&](const char* what, int64_t columns) {
+    base.last = reader.next(what);
+    base.factors.push_back(weight_of(base.last, reader.absent("weight_scale"), columns));
+    return base.factors.back().out;
+  };
+  if (tag.format == BaseFormat::product || tag.format == BaseFormat::product_with_core) {
+    int64_t rank = factor("inner", in);
+    if (tag.format == BaseFormat::product_with_core) rank = factor("core", rank);
+    factor("outer", rank);
+  } else {
+    const bool scaled = tag.format == BaseFormat::int8 || tag.format == BaseFormat::int4;
+    base.last = reader.next(name);
+    base.factors.push_back(
+        weight_of(base.last, scaled ? reader.next("weight_scale") : reader.absent("weight_scale"), in));
+    if (stored_format(base.matrix()) != tag.format)
+      base.last.fail("has dtype %s, but its tag says that it is %s", base.last.dtype, name_of(tag.format));
+  }
+  if (tag.bias) {
+    const colora::Tensor bias = reader.next("bias");
+    bias.expect_dtype("float32").expect_rank(1).expect_dim(0, base.out(), "the output rows of the weight");
+    base.bias = bias.data<const float>();
+  }
+  return base;
+}
+
+// The adapters of a linear behind its base.
+inline Adapters read_adapters(Reader& reader, const Tag& tag, int64_t in, int64_t out, const colora::Tensor& slots) {
+  if (!tag.adapter) return {};
+  const colora::Tensor down = reader.next("down"), up = reader.next("up"), scale = reader.next("scale");
+  const Adapters adapters = adapters_of(down, up, scale, in, out);
+  if (!slots.absent() && adapters.present()) colora::check_slots(slots, adapters.slots);
+  return adapters;
+}
+
+// Where the parts of one layer begin.
+struct LayerTensors {
+  std::vector<Reader> parts;
+  std::vector<bool> there;
+  bool has(LayerPart part) const { return there[size_t(part)]; }
+  Reader at(LayerPart part) const { return parts[size_t(part)]; }
+};
+
+// Finds the parts of the layer that begins with its tag: an int8 tensor whose length is 1, and 1, 2, 4, ... more for the
+// first, second, ... optional norm that is there.
+inline LayerTensors read_layer_places(Reader& reader) {
+  constexpr int kParts = int(LayerPart::count);
+  int optional = 0;
+  for (int i = 0; i < kParts; ++i) optional += kind_of(LayerPart(i)) == PartKind::optional_norm;
+  const colora::Tensor tag = reader.next("layer");
+  if (!tag.is("int8") || tag.ndim != 1 || tag.dim(0) < 1 || tag.dim(0) > (1 << optional))
+    tag.fail("is %s of shape %s, expected int8 of 1 to %d numbers, which begins a layer", tag.dtype,
+             tag.shape_text().c_str(), 1 << optional);
+  const int mask = int(tag.dim(0)) - 1;
+  LayerTensors found;
+  for (int i = 0, bit = 0; i < kParts; ++i) {
+    const PartKind kind = kind_of(LayerPart(i));
+    const bool there = kind != PartKind::optional_norm || (mask >> bit++ & 1);
+    int tensors = kind == PartKind::tensor ? 1 : 2;  // weight and eps of a norm
+    if (kind == PartKind::linear) {
+      Reader linear = reader;
+      tensors = Tag::of(linear.next(name_of(LayerPart(i)))).tensors();
+    }
+    found.there.push_back(there);
+    found.parts.push_back(reader.skip(there ? tensors : 0));
+  }
+  return found;
+}
+
+}  // namespace COLORA_ISA_NAMESPACE
