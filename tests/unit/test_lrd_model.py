@@ -11,7 +11,7 @@ from colora_ms.adapters import LoraConfig, inject, load_adapter
 from colora_ms.decoding import Contrast, Generator
 from colora_ms.decomposition import LrdPlan, decompose, decompose_checkpoint, recompose, save_decomposed
 from colora_ms.errors import AdapterError, CheckpointError, ColoraError, ConfigError
-from colora_ms.kernels import fuses_steps
+from colora_ms.kernels import ABSENT, fuses_steps
 from colora_ms.models import build_decoder
 from colora_ms.models.checkpoint import open_checkpoint
 from colora_ms.models.formats import StoredFactors, stored_float
@@ -58,7 +58,7 @@ def test_the_cell_against_numpy(mindspore, out, inner, rank, factors, shape, wei
     stored = {name: one.astype(mindspore.float32).asnumpy() for name, one in cell.factor_parameters().items()}
     assert cell.inner.dtype == getattr(mindspore, weight_format) and cell.factors == factors and cell.fusible
     x = random.standard_normal((*shape, inner)).astype(np.float32)
-    y = run(cell, Tensor(x), Tensor(np.full(shape[0], -1, np.int32))).asnumpy()
+    y = cell(Tensor(x), (Tensor(np.full(shape[0], -1, np.int32)), ABSENT)).asnumpy()
     want = x.astype(np.float64) @ numpy_product(stored).T + bias.asnumpy()
     assert y.shape == (*shape, out) and np.abs(y - want).max() < 1e-5 * max(np.abs(want).max(), 1) * rank
     assert np.allclose(cell.stored().values(), numpy_product(stored), atol=1e-4)
