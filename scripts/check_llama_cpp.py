@@ -55,7 +55,7 @@ def compare(model, adapter, tokens, python, size=0.02):
     Raises:
         BenchmarkError: llama.cpp is not there, or fails.
     """
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
     from colora_ms.recipes.merge_model import merge_model
     from colora_ms.decoding import Generator
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model

@@ -48,7 +48,7 @@ def test_logits_of_the_tiny_models(name, llama_cpp, goldens, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "llama_bias", "qwen2", "qwen3"])
 def test_logits_with_a_lora_file(name, llama_cpp, mindspore, goldens, tmp_path):
     from colora_ms.adapters import load_adapter
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
     from colora_ms.models.checkpoint import open_checkpoint
     from colora_ms.models.gguf_writer import write_gguf
     from test_gguf_lora import ALL, adapter, decoder, logits

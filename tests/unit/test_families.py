@@ -201,7 +201,7 @@ def test_an_adapter_of_a_made_up_family_as_llama_cpps_file(made, tmp_path):
     pytest.importorskip("gguf")
     from safetensors.numpy import load_file, save_file
 
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
     from colora_ms.models.gguf_reader import GgufFile
     write_hf_folder(tmp_path / "folder", made, tensors_of(made))
     random, adapter = np.random.default_rng(3), {}

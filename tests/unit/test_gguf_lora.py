@@ -66,7 +66,7 @@ def test_the_table_of_modules_is_that_of_the_model(mindspore):
 
 def test_layout_of_llama_cpps_converter(tmp_path):
     """Metadata, names, shapes and types; q and k permuted like the weight's rows, the rest as it is."""
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
 
     made, values = adapter(tmp_path / "a", target_modules=[*ALL, "embed_tokens", "lm_head"])
     assert convert_adapter(tmp_path / "a", tmp_path / "lora.gguf") == []
@@ -103,7 +103,7 @@ def change_of(tensors, alpha, name, heads):
        st.sampled_from(["llama", "qwen2", "qwen3"]))
 def test_the_product_is_the_adapters(tmp_path, r, alpha, rslora, ranks, alphas, model):
     """Property: patterns and rslora folded into lora_b, for any of them; exact where the factor is a power of two."""
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
 
     target = tmp_path / "lora.gguf"
     target.unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def logits(net, handle):
     ("qwen3", {"use_rslora": True, "r": 3}), ("qwen2", {"alpha_pattern": {"down_proj": 3.0}})])
 def test_read_back_into_the_same_model(model, options, mindspore, tmp_path):
     from colora_ms.adapters import digest, load_adapter
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
 
     adapter(tmp_path / "a", model, **options)
     convert_adapter(tmp_path / "a", tmp_path / "lora.gguf")
@@ -161,7 +161,7 @@ def test_read_back_into_the_same_model(model, options, mindspore, tmp_path):
 
 def test_adapter_beside_a_loaded_one(mindspore, tmp_path):
     from colora_ms.adapters import load_adapter
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
 
     adapter(tmp_path / "a")
     convert_adapter(tmp_path / "a", tmp_path / "lora.gguf")
@@ -268,7 +268,7 @@ def test_a_lora_file_is_no_model(tmp_path):
     ("dora", "DoRA"), ("bias_lora_only", "bias of"), ("lora_bias", "bias on lora_B"), ("save_lm_head", "whole"),
     ("tokens", "tokens"), ("larger", "rows for tokens")])
 def test_what_llama_cpp_cannot_say_is_refused(folder, words, goldens, tmp_path):
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
 
     values = json.loads((goldens / "peft" / folder / "adapter_config.json").read_text())
     with pytest.raises(AdapterError, match=words) as caught:
@@ -278,7 +278,7 @@ def test_what_llama_cpp_cannot_say_is_refused(folder, words, goldens, tmp_path):
 
 def test_pissa_becomes_plain_lora(goldens, tmp_path, mindspore):
     from colora_ms.adapters import load_adapter
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
 
     folder = goldens / "peft" / "pissa"
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"].split("/")[-1]

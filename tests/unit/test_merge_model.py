@@ -117,7 +117,7 @@ def test_several_adapters(mindspore, tmp_path):
 
 
 def test_a_lora_gguf_is_merged_too(mindspore, small, tmp_path):
-    from colora_ms.adapters.gguf_lora import convert_adapter
+    from colora_ms.adapters.gguf_convert import convert_adapter
     from colora_ms.recipes.merge_model import merge_model
 
     convert_adapter(small, tmp_path / "lora.gguf")
