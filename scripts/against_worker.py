@@ -1,4 +1,5 @@
-"""One revision in a process of its own, for benchmark_against.py: the package that PYTHONPATH names, by its public API only.
+"""One revision in a process of its own, for benchmark_against.py: the package that PYTHONPATH names, by its public API
+only.
 
     against_worker.py worker               answers questions on standard input, see ``benchmark_common.serve``
     against_worker.py first-token ADAPTER  loads model and adapter, says "first token" when there is one
@@ -81,7 +82,8 @@ class Revision:
 
 
 def first_token(adapter: str) -> None:
-    """What a user's script does: load the model and an adapter, ask for a contrastive answer, stop at its first token."""
+    """What a user's script does: load the model and an adapter, ask for a contrastive answer, stop at its first
+    token."""
     from colora_ms import Contrast, Generator
 
     generator = Generator.from_pretrained(adapters={"one": adapter})

@@ -2,7 +2,8 @@
 
 The older revision gets a git work tree of its own with its operators compiled there, and each side a folder of compiled
 graphs of its own. A worker process a side and weight format answers the same requests; rounds alternate which side goes
-first, and a ratio is the median of the ratios within a round, old over new: 1 and more means that this tree is no slower.
+first, and a ratio is the median of the ratios within a round, old over new: 1 and more means that this tree is no
+slower.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ TRAINING_ROWS, TRAINING_TOKENS = 4, 128
 
 @dataclasses.dataclass
 class Timed:
-    """One thing that both sides did: its name, and each side's seconds, one entry a round; what counts for the minimum."""
+    """One thing that both sides did: its name, and each side's seconds, one entry a round; what counts for the
+    minimum."""
 
     name: str
     seconds: dict = dataclasses.field(default_factory=lambda: {side: [] for side in SIDES})
@@ -56,7 +58,8 @@ def measures_of(timed: Iterable[Timed], peaks: dict[str, dict[str, int]]) -> lis
     """
     timed = list(timed)
     found = [measure(f"{one.name}_old_over_new", one.ratio, "ratio") for one in timed]
-    found += [measure(f"peak_{name}_old_over_new", sides["old"] / sides["new"], "ratio") for name, sides in peaks.items()]
+    found += [measure(f"peak_{name}_old_over_new", sides["old"] / sides["new"], "ratio")
+              for name, sides in peaks.items()]
     decode = [one.ratio for one in timed if one.decode]
     smallest = min(one["value"] for one in found)
     if decode:
@@ -66,9 +69,11 @@ def measures_of(timed: Iterable[Timed], peaks: dict[str, dict[str, int]]) -> lis
 
 def results_table(timed: Iterable[Timed], peaks: dict[str, dict[str, int]]) -> str:
     """The Markdown table of both sides."""
-    rows = [(one.name, *(f"{1e3 * statistics.median(one.seconds[side]):.2f}" for side in SIDES), "ms", f"{one.ratio:.3f}")
+    rows = [(one.name, *(f"{1e3 * statistics.median(one.seconds[side]):.2f}" for side in SIDES), "ms",
+             f"{one.ratio:.3f}")
             for one in timed]
-    rows += [(f"peak_{name}", *(f"{sides[side] / 2**20:.0f}" for side in SIDES), "MiB", f"{sides['old'] / sides['new']:.3f}")
+    rows += [(f"peak_{name}", *(f"{sides[side] / 2**20:.0f}" for side in SIDES), "MiB",
+              f"{sides['old'] / sides['new']:.3f}")
              for name, sides in peaks.items()]
     return table(("", "old", "new", "unit", "old / new"), rows)
 
@@ -90,7 +95,8 @@ class Sides:
 
     def workers(self) -> dict[str, Worker]:
         """A worker of each side."""
-        return {side: Worker([sys.executable, WORKER, "worker"], self.environment(side), timeout=1800) for side in SIDES}
+        return {side: Worker([sys.executable, WORKER, "worker"], self.environment(side), timeout=1800)
+                for side in SIDES}
 
     def check(self, side: str, package: str) -> None:
         """Refuse a worker that measured another package.
@@ -144,7 +150,8 @@ def training(sides: Sides, adapter: str, arguments: Any) -> tuple[Timed, dict[st
     workers, timed, peaks = sides.workers(), Timed("train_step"), dict.fromkeys(SIDES, 0)
     try:
         for side in SIDES:
-            sides.check(side, workers[side].ask("load_training", adapter=adapter, rows=TRAINING_ROWS, tokens=TRAINING_TOKENS))
+            sides.check(side, workers[side].ask("load_training", adapter=adapter, rows=TRAINING_ROWS,
+                                                tokens=TRAINING_TOKENS))
         for number in range(arguments.repeats):
             for side in order(number):
                 answer = workers[side].ask("train", steps=1)
@@ -157,14 +164,16 @@ def training(sides: Sides, adapter: str, arguments: Any) -> tuple[Timed, dict[st
 
 
 def first_tokens(sides: Sides, adapter: str, rounds: int) -> list[Timed]:
-    """Seconds from process start to the first token: with an empty folder of compiled graphs, then with a filled one."""
+    """Seconds from process start to the first token: with an empty folder of compiled graphs, then with a filled
+    one."""
     cold, warm = Timed("first_token_cold"), Timed("first_token_warm")
     for number in range(rounds):
         for side in order(number):
             with tempfile.TemporaryDirectory(dir=sides.caches) as cache:
                 for timed in (cold, warm):
                     start = time.perf_counter()
-                    with subprocess.Popen([sys.executable, WORKER, "first-token", adapter], stdout=subprocess.PIPE, text=True,
+                    with subprocess.Popen([sys.executable, WORKER, "first-token", adapter], stdout=subprocess.PIPE,
+                                          text=True,
                                           env={**os.environ, **sides.environment(side, Path(cache))}) as process:
                         if not any(line.startswith("first token") for line in iter(process.stdout.readline, "")):
                             raise BenchmarkError(f"the first-token process of {side} failed; its message is above")
@@ -197,7 +206,8 @@ def benchmark(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict], 
                 timed += found
                 print(results_table(found, {weight_format: peaks[weight_format]}), flush=True)
             if not arguments.quick:
-                found, peaks["mixed8"] = decode(sides, "float32", [MIXED], adapters, "bfloat16", arguments, {MIXED: "mixed8"})
+                found, peaks["mixed8"] = decode(sides, "float32", [MIXED], adapters, "bfloat16", arguments,
+                                                {MIXED: "mixed8"})
                 found[0].decode = False  # a measure of its own
                 timed += found
                 found, peaks["training"] = training(sides, adapters["a0"], arguments)
@@ -208,4 +218,5 @@ def benchmark(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict], 
     measures = measures_of(timed, peaks)
     print("\n" + results_table(timed, peaks) + "\n\n" + table(("measure", "value"), [
         (m["name"], f"{m['value']:.4g}") for m in measures if m["name"].endswith("_min")]), flush=True)
-    return measures, used, {"against": arguments.against, "seconds": {one.name: one.seconds for one in timed}, "peaks": peaks}
+    return measures, used, {"against": arguments.against, "seconds": {one.name: one.seconds for one in timed},
+                            "peaks": peaks}

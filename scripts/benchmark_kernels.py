@@ -65,7 +65,8 @@ def linear_call(rng, x, slots, outs, kind, adapters):
         size += nbytes
         pair = ()
         if adapters:
-            pair = (random(rng, adapters, RANK, x.shape[-1]), random(rng, adapters, out, RANK), np.ones(adapters, np.float32))
+            pair = (random(rng, adapters, RANK, x.shape[-1]), random(rng, adapters, out, RANK),
+                    np.ones(adapters, np.float32))
             adapter_size += RANK * (x.shape[-1] + out) * 4
         operands += call.linear(weight, scale, None, *pair)
         outputs.append((x.shape[:-1] + (out,), "float32"))

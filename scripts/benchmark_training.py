@@ -313,8 +313,7 @@ def parse():
     parser.add_argument("--steps", type=int, default=2, help="steps of either side in a round")
     parser.add_argument("--packing", action="store_true", help="measure packing against padding in buckets instead")
     parser.add_argument("--data", type=Path, metavar="FILE", help="with --packing: JSON lines to train on (default: "
-                                                                  "GSM8K's "
-                        "training file in ../shared)")
+                                                                  "GSM8K's training file in ../shared)")
     parser.add_argument("--batches", type=int, default=16, help="with --packing: padded batches of a pass, about")
     parser.add_argument("--buckets", type=int, default=3, help="with --packing: lengths of the padded side, at most")
     parser.add_argument("--max-length", type=int, default=1024, help="with --packing: longer examples are left out")

@@ -56,10 +56,10 @@ def compare(model, adapter, tokens, python, size=0.02):
         BenchmarkError: llama.cpp is not there, or fails.
     """
     from colora_ms.adapters.gguf_convert import convert_adapter
-    from colora_ms.recipes.merge_model import merge_model
     from colora_ms.decoding import Generator
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
     from colora_ms.models.gguf_writer import write_gguf
+    from colora_ms.recipes.merge_model import merge_model
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

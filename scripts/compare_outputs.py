@@ -1,9 +1,10 @@
 """Hold what this tree answers against an older revision, bit for bit.
 
-    python scripts/compare_outputs.py --against COMMIT [--recorded FILE] [--formats float32 int4] [--steps 20] [--json FILE]
+    python scripts/compare_outputs.py --against COMMIT [--recorded FILE] [--formats float32 int4] [--steps 20] [--json
+    FILE]
 
-Tokens, records and logits of 20 mixed requests in four weight formats and the losses of a training of 20 updates, once by
-the older revision in a work tree of its own and once by this one. Exit code 1 where anything differs.
+Tokens, records and logits of 20 mixed requests in four weight formats and the losses of a training of 20 updates, once
+by the older revision in a work tree of its own and once by this one. Exit code 1 where anything differs.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def record(tree: Path, folder: Path, formats: "list[str]", steps: int) -> dict:
     folder.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tree), "COLORA_CACHE": str(folder / "cache")}
     file = folder / "outputs.json"
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "record_outputs.py"), str(file), str(folder / "work"), "--steps",
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "record_outputs.py"), str(file), str(folder / "work"),
+                    "--steps",
                     str(steps), "--formats", *formats], check=True, env=environment, cwd=folder)
     found = json.loads(file.read_text())
     package = Path(found.pop("package"))

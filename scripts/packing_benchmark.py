@@ -143,8 +143,7 @@ def benchmark(arguments, folder):
         print(f"\n{host['cpu']}, {arguments.threads} threads, {host['memory_gib']} GiB; "
               + ", ".join(f"{k} {v}" for k, v in used.items())
               + f"; {found['examples']} of {found['of']} examples ({found['left_out']} too long), {arguments.repeats} "
-                "rounds; "
-              f"compiled in {found['compile_s']:.0f} s", flush=True)
+                f"rounds; compiled in {found['compile_s']:.0f} s", flush=True)
         rounds = {"padded": [], "packed": []}
         for number in range(arguments.repeats):
             for side in sorted(rounds, reverse=not number % 2):

@@ -1,9 +1,10 @@
-"""What a revision answers, in one file: the worker of compare_outputs.py, run against the package that PYTHONPATH names.
+"""What a revision answers, in one file: the worker of compare_outputs.py, run against the package that PYTHONPATH
+names.
 
     record_outputs.py FILE FOLDER [--formats float32 ...] [--steps N]
 
-Only the public API is used, so that older revisions can be asked, too. FILE is written as JSON: tokens, records and digests
-of logits of 20 mixed requests for each weight format, and the losses of a training.
+Only the public API is used, so that older revisions can be asked, too. FILE is written as JSON: tokens, records and
+digests of logits of 20 mixed requests for each weight format, and the losses of a training.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def write_adapter(folder: Path, shapes: "dict[str, tuple[int, ...]]", seed: int)
     write_safetensors(folder / "adapter_model.safetensors", {name: value.shape for name, value in tensors.items()},
                       tensors.__getitem__)
     (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "smollm2-135m", "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "smollm2-135m",
+        "inference_mode": True,
         "r": RANK, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none", "target_modules": TARGETS}))
 
 
@@ -70,7 +72,8 @@ def answers(weight_format: str, adapters: "dict[str, str]") -> dict:
     requests = mixed_requests()
     columns = {name: [one[name] for one in requests] for name in ("adapter", "contrast", "sampling", "max_new_tokens")}
     done = generator.generate([one["prompt"] for one in requests], **columns, records=True)
-    stopped = generator.generate([one["prompt"] for one in requests[:6]], adapter="one", max_new_tokens=12, stop=["\n", " the"])
+    stopped = generator.generate([one["prompt"] for one in requests[:6]], adapter="one", max_new_tokens=12,
+                                 stop=["\n", " the"])
     ids = np.random.default_rng(3).integers(5, 40000, (4, 24)).astype(np.int32)
     lengths, slots = np.array([24, 3, 11, 17], np.int32), np.array([-1, 0, 1, 0], np.int32)
     logits = runtime.run(generator.decoder, Tensor(ids), Tensor(lengths), Tensor(slots)).asnumpy()

@@ -120,7 +120,8 @@ def tiny_decoder(mindspore):
 
 @pytest.fixture
 def one_layer_model(monkeypatch, tiny_decoder, goldens):
-    """A function (tokenizer): from then on every model that is loaded is the tiny decoder with one layer and this tokenizer."""
+    """A function (tokenizer): from then on every model that is loaded is the tiny decoder with one layer and this
+    tokenizer."""
     def use(tokenizer):
         def load(name, weight_format="float32"):
             return tiny_decoder(num_hidden_layers=1), tokenizer

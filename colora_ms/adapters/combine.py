@@ -158,8 +158,7 @@ def _pair(kind, own, rank, path, density, majority, clamp, random):
         return _clamped(v[:rank], u[:, :rank] * s[:rank], clamp)
     if len({down.shape for _, down, _, _ in own}) > 1:
         raise AdapterError(f"combination_type {kind!r} adds the factors themselves, but at {path} the adapters have "
-                           "ranks "
-                           + ", ".join(str(down.shape[0]) for _, down, _, _ in own) + "; use 'cat' or 'svd'")
+                           "ranks " + ", ".join(str(down.shape[0]) for _, down, _, _ in own) + "; use 'cat' or 'svd'")
     roots = [math.sqrt(abs(weight * scaling)) for weight, _, _, scaling in own]
     # The sign goes to one factor only, or it would cancel in the product.
     signed = [root if weight * scaling >= 0 else -root for root, (weight, _, _, scaling) in zip(roots, own)]

@@ -261,8 +261,8 @@ def _one_alpha(matched):
     folded = [name for name, factor in factors.items() if factor != 1]
     notes = []
     if folded:
+        how = (f"; in {len(rounded)} of them the factor is no power of two, and values are rounded to float32 once more"
+               if rounded else ", exactly")
         notes.append(f"lora_b of {len(folded)} modules is multiplied by what their alpha and rank ask for beside the "
-                     "file's one "
-                     f"alpha ({alpha:g})" + (f"; in {len(rounded)} of them the factor is no power of two, and values "
-                                             "are rounded to float32 once more" if rounded else ", exactly"))
+                     f"file's one alpha ({alpha:g}){how}")
     return float(alpha), factors, notes

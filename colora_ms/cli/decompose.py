@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the parser the command\'s options."""
     parser.add_argument("model", nargs="?", default="smollm2-135m", help="known name, folder or GGUF file")
     parser.add_argument("--plan", default=None, metavar="FILE", help="YAML or JSON: layers, tensors, rank, factors, "
-                                                                     "method, "
-                        "modules (exceptions by name)")
+                                                                     "method, modules (exceptions by name)")
     parser.add_argument("--preset", default=None, help='"lrd-9": 9 %% fewer parameters, from blocks apart from each '
                                                        'other')
     parser.add_argument("--layers", default=None, help='blocks: "all" or numbers and ranges such as 9,13,18-20')

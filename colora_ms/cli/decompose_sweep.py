@@ -33,9 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--text-tokens", type=int, default=2049, help="tokens of it, from the start")
     group.add_argument("--choices", default=None, metavar="FILE", help="multiple-choice set for the accuracy (JSON)")
     group.add_argument("--items", type=int, default=120, help="items of it, from the start")
-    group.add_argument("--accuracy-top", type=int, default=None, metavar="N", help="accuracy only of the model itself "
-                                                                                   "and of "
-                       "the N variants with the best perplexity")
+    group.add_argument("--accuracy-top", type=int, default=None, metavar="N",
+                       help="accuracy only of the model itself and of the N variants with the best perplexity")
     group.add_argument("--latency", action="store_true", help="also time every variant; needs an idle machine")
     group.add_argument("--latency-only", action="store_true", help="only time the variants of the --json file, into "
                                                                    "that file")

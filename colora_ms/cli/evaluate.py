@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='prompt template, or "chat"; by default "{prompt}\\nAnswer: {completion}", and for gsm8k '
                         '"Question: {prompt}\\nAnswer: {completion}"')
     parser.add_argument("--scorer", default="number", help="how an answer is scored: number, exact, normalised")
-    parser.add_argument("--shots", type=int, default=0, help="gsm8k, choice: worked examples in front of each "
-                                                             "question; 0 "
-                        "for an adapter that was trained on the template")
-    parser.add_argument("--shots-data", default=None, metavar="FILE", help="gsm8k, choice: where they are taken from, "
-                                                                           "the "
-                        "first ones (train.jsonl); a question that stands there itself is shown others in its place")
+    parser.add_argument("--shots", type=int, default=0,
+                        help="gsm8k, choice: worked examples in front of each question; 0 for an adapter that was "
+                             "trained on the template")
+    parser.add_argument("--shots-data", default=None, metavar="FILE",
+                        help="gsm8k, choice: where they are taken from, the first ones (train.jsonl); a question that "
+                             "stands there itself is shown others in its place")
     parser.add_argument("--form", default="text", choices=("text", "label"),
                         help="choice: rank the answers' texts, or the labels that an adapter was trained to write")
     parser.add_argument("--normalise", default="token", choices=("none", "token", "byte"),

@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     import dataclasses
 
-    from colora_ms.recipes.merge_model import merge_model
     from colora_ms.cli.options import write_json
+    from colora_ms.recipes.merge_model import merge_model
 
     check_format_option(is_gguf(arguments.target), arguments.dtype, arguments.type)
     report = merge_model(

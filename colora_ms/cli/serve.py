@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                      "name")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--token-file", default=None, help="file with the bearer token that requests must carry; "
-                                                           f"none: {TOKEN} "
-                        "from the environment, and without it no token is asked for")
+    parser.add_argument("--token-file", default=None,
+                        help=f"file with the bearer token that requests must carry; none: {TOKEN} "
+                             "from the environment, and without it no token is asked for")
     parser.add_argument("--rows", type=int, default=16, help="rows of the batch; a contrastive request takes two")
     parser.add_argument("--chunk", type=int, default=8, help="steps between which requests join and leave")
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait; more are refused with 429")

@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="float32", choices=WEIGHT_FORMATS,
                         help="format of the base weights")
     parser.add_argument("--adapter", required=True, metavar="FOLDER", help="PEFT adapter folder")
-    parser.add_argument("--data", required=True, help="validation problems, never the test's: JSON lines, or a source "
-                                                      "as "
-                        "YAML like '{kind: reasoning_gym, task: chain_sum, size: 100, seed: 7}'")
+    parser.add_argument("--data", required=True,
+                        help="validation problems, never the test's: JSON lines, or a source as "
+                             "YAML like '{kind: reasoning_gym, task: chain_sum, size: 100, seed: 7}'")
     parser.add_argument("--template", default="{prompt}\nAnswer: {completion}", help='prompt template, or "chat"')
     parser.add_argument("--scorer", default="number", help="how an answer is scored: number, exact, normalised")
     parser.add_argument("--limit", type=int, default=200, help="only the first problems")

@@ -6,8 +6,8 @@ elsewhere it is a ``while`` of the graph over the operators of a step. Both make
 A *request* is one answer to be generated; it owns one row of the batch, or two when it is contrastive (expert and
 amateur, which see the same tokens). What it asks for travels in two tensors with a column for each option (see
 :mod:`colora_ms.kernels.options`), ``whole`` (requests, columns) int32 and ``real`` (requests, columns) float32. All
-shapes depend on four numbers only (requests, rows, prompt length, steps), so a graph is compiled once for each bucket of
-those and reused for every adapter, contrast and sampling setting.
+shapes depend on four numbers only (requests, rows, prompt length, steps), so a graph is compiled once for each bucket
+of those and reused for every adapter, contrast and sampling setting.
 """
 
 from __future__ import annotations
@@ -135,10 +135,11 @@ class _Loop(nn.Cell):
 
 
 class GenerationLoop(_Loop):
-    """Prefill of the prompts and the token loop in one graph. The arguments are flat tensors, so that none is a constant
-    of the graph."""
+    """Prefill of the prompts and the token loop in one graph. The arguments are flat tensors, so that none is a
+    constant of the graph."""
 
-    def construct(self, ids, lengths, row_request, slots, cache_rows, whole, real, uniforms, eos, steps):
+    def construct(self, ids: Tensor, lengths: Tensor, row_request: Tensor, slots: Tensor, cache_rows: Tensor,
+                  whole: Tensor, real: Tensor, uniforms: Tensor, eos: Tensor, steps: Tensor) -> tuple:
         """Read the prompts, choose the first token from their last logits, then loop.
 
         Args:
@@ -174,8 +175,10 @@ class GenerationLoop(_Loop):
 class ContinueLoop(_Loop):
     """Goes on where a :class:`GenerationLoop` with the same cache stopped: the graph of the later chunks."""
 
-    def construct(self, token, position, active, row_request, slots, cache_rows, whole, real, uniforms, eos, steps,
-                  ids, lengths):
+    def construct(self, token: Tensor, position: Tensor, active: Tensor, row_request: Tensor, slots: Tensor,
+                  cache_rows: Tensor, whole: Tensor, real: Tensor, uniforms: Tensor, eos: Tensor, steps: Tensor,
+                  ids: Tensor, lengths: Tensor) -> tuple:
         """Arguments and results as of :meth:`_Loop.run`, flat; ids, lengths: the prompts."""
-        return self.run((token, position, active), (row_request, slots, cache_rows), (whole, real), uniforms, eos, steps,
+        return self.run((token, position, active), (row_request, slots, cache_rows), (whole, real), uniforms, eos,
+                        steps,
                         (ids, lengths))

@@ -36,7 +36,8 @@ class _Operator(ops.Custom):
                 "value": None}
 
 
-def custom(name: str, shape_fn: Callable[..., Any], dtype_fn: Callable[..., Any], bprop: Optional[Callable[..., Any]] = None,
+def custom(name: str, shape_fn: Callable[..., Any], dtype_fn: Callable[..., Any],
+           bprop: Optional[Callable[..., Any]] = None,
            by_shapes: bool = False) -> ops.Custom:
     """An ``ops.Custom`` primitive for the C function ``colora_<name>`` of the CPU library.
 
@@ -50,7 +51,8 @@ def custom(name: str, shape_fn: Callable[..., Any], dtype_fn: Callable[..., Any]
     Returns:
         The primitive, to be called with tensors inside ``construct``.
     """
-    return (_Operator if by_shapes else ops.Custom)(f"{library_path()}:colora_{name}", shape_fn, dtype_fn, "aot", bprop=bprop)
+    return (_Operator if by_shapes else ops.Custom)(f"{library_path()}:colora_{name}", shape_fn, dtype_fn, "aot",
+                                                    bprop=bprop)
 
 
 def last_error() -> str:

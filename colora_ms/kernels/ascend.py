@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any, Optional
 
 import mindspore as ms
 from mindspore import Tensor, ops
@@ -36,13 +37,15 @@ _FLOAT, _INT, _BYTE = (_F32,) * 3, (_I32,) * 3, (_U8,) * 3
 #: order of the kernels' arguments. tests/ascend/test_contract.py holds the OpDef sources to this table.
 OPERATORS = {
     "MultiLora": {
-        "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True), ("slots", _INT, True),
+        "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True),
+                   ("slots", _INT, True),
                    ("y", _T, True)],
         "outputs": [("out", _T)],
         "attributes": [("offset", "int", 0), ("exact", "bool", False)],
     },
     "MultiLoraSegments": {
-        "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True), ("starts", _INT, True),
+        "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True),
+                   ("starts", _INT, True),
                    ("slots", _INT, True), ("y", _T, True)],
         "outputs": [("out", _T)],
         "attributes": [("offset", "int", 0), ("exact", "bool", False)],
@@ -78,7 +81,7 @@ OPERATORS = {
 }
 
 
-def registration(name, target="Ascend"):
+def registration(name: str, target: str = "Ascend") -> dict:
     """The ``reg_info`` of an operator, as ``CustomRegOp`` builds it.
 
     Args:
@@ -102,7 +105,7 @@ def registration(name, target="Ascend"):
 
 # -- where the compiled operators are -------------------------------------------------------------------------------
 
-def find_package():
+def find_package() -> Path:
     """Make the built Ascend package visible to MindSpore and return its path.
 
     Raises:
@@ -116,12 +119,12 @@ def find_package():
                 os.environ["ASCEND_CUSTOM_OPP_PATH"] = ":".join([path] + paths)
             return Path(path)
     raise KernelError(
-        f"the Ascend operators are not built: looked in ASCEND_CUSTOM_OPP_PATH={':'.join(paths) or '(not set)'} and {own}; "
-        "run `bash ops/ascend/build.sh` on a machine with the CANN toolkit"
+        f"the Ascend operators are not built: looked in ASCEND_CUSTOM_OPP_PATH={':'.join(paths) or '(not set)'} and "
+        f"{own}; run `bash ops/ascend/build.sh` on a machine with the CANN toolkit"
     )
 
 
-def emulator_library():
+def emulator_library() -> Path:
     """Path of the emulated operators; built on first use when the sources are there.
 
     ``COLORA_EMULATOR_LIBRARY`` names another file. Raises KernelError when there is neither a library nor a source.
@@ -151,13 +154,13 @@ _PRIMITIVES = {}
 _LIBRARIES = {}  # path of an emulated operators' library -> sha256 of what it held when a primitive was made from it
 
 
-def libraries_in_use():
-    """[(path, sha256)] of the emulated libraries that this process has made primitives from: a compiled graph names such
-    a library by its path, so both belong to the key under which it is kept."""
+def libraries_in_use() -> "list[tuple[str, str]]":
+    """[(path, sha256)] of the emulated libraries that this process has made primitives from: a compiled graph names
+    such a library by its path, so both belong to the key under which it is kept."""
     return sorted(_LIBRARIES.items())
 
 
-def primitive(name, target=None, **attributes):
+def primitive(name: str, target: Optional[str] = None, **attributes: Any) -> ops.Custom:
     """The ``ops.Custom`` primitive of an operator; made once per name, target and attributes.
 
     Args:
@@ -188,7 +191,8 @@ def primitive(name, target=None, **attributes):
     return _PRIMITIVES[key]
 
 
-# -- dtypes -------------------------------------------------------------------------------------------------------------
+# -- dtypes
+# -------------------------------------------------------------------------------------------------------------
 
 def _dtype_function(name):
     spec = OPERATORS[name]
@@ -223,7 +227,7 @@ for _face, _operator in _FACES.items():
               ascend=functools.partial(primitive, _operator, "Ascend"))
 
 
-def load(target):
+def load(target: str) -> None:
     """Make the primitives of the faces below usable beside another column of the table, for tests and golden files.
 
     Args:
@@ -233,7 +237,8 @@ def load(target):
     vars(bound).update({face: primitive(operator, target) for face, operator in _FACES.items()})
 
 
-# -- the faces ----------------------------------------------------------------------------------------------------------
+# -- the faces
+# ----------------------------------------------------------------------------------------------------------
 
 def rank_major(up: Tensor) -> Tensor:
     """(slots, out, rank) -> (slots, rank, out), the layout in which the device reads ``up``."""
@@ -259,7 +264,8 @@ def multi_lora(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor
     if x.ndim == 3:
         rows, tokens, _ = x.shape
         each = ops.broadcast_to(slots.reshape((rows, 1)), (rows, tokens)).reshape((rows * tokens,))
-        flat = bound.device_multi_lora(x.reshape((rows * tokens, -1)), down, up, scale, each, y.reshape((rows * tokens, -1)))
+        flat = bound.device_multi_lora(x.reshape((rows * tokens, -1)), down, up, scale, each,
+                                       y.reshape((rows * tokens, -1)))
         return flat.reshape(y.shape)
     return bound.device_multi_lora(x, down, up, scale, slots, y)
 
@@ -282,7 +288,8 @@ def multi_lora_segments(x: Tensor, starts: Tensor, slots: Tensor, down: Tensor, 
 
 
 def lora_shrink(x: Tensor, slots: Tensor, down: Tensor, scale: Tensor) -> Tensor:
-    """``scale[s] * x[t] @ down[s].T`` as (tokens, rank) float32; zeros where slots[t] = -1. Arguments as multi_lora's."""
+    """``scale[s] * x[t] @ down[s].T`` as (tokens, rank) float32; zeros where slots[t] = -1. Arguments as
+    multi_lora's."""
     return bound.device_lora_shrink(x, down, scale, slots)
 
 
@@ -347,7 +354,8 @@ def lily_mix(h: Tensor, weights: Tensor, slots: Tensor, up: Tensor, scale: Tenso
     return bound.device_lily_mix(h, weights, up, scale, slots, y)
 
 
-# -- what the NPU has built in ------------------------------------------------------------------------------------------
+# -- what the NPU has built in
+# ------------------------------------------------------------------------------------------
 
 #: kernel of this package -> how Ascend's built-in operator is called: the MindSpore primitive, the construction
 #: arguments, the call arguments in their order ("None" where one is left out) and the conversions before and after.
@@ -359,8 +367,8 @@ BUILT_IN = {
     "rotary": {
         "primitive": "ApplyRotaryPosEmb", "init": ("cos_format",),
         "call": ("query", "key", "cos", "sin", "position_ids"),
-        "note": "query, key (tokens, heads * head_dim) float16 or bfloat16; cos, sin (tokens, head_dim); cos_format=0 for "
-                "one cos row a token; the halves convention of Llama",
+        "note": "query, key (tokens, heads * head_dim) float16 or bfloat16; cos, sin (tokens, head_dim); cos_format=0 "
+                "for one cos row a token; the halves convention of Llama",
     },
     "cache_append": {
         "primitive": "ReshapeAndCache", "init": (),
@@ -371,7 +379,8 @@ BUILT_IN = {
     "decode_attention": {
         "primitive": "PagedAttention", "init": ("head_num", "scale_value", "kv_head_num"),
         "call": ("query", "key_cache", "value_cache", "block_tables", "context_lens"),
-        "note": "one query token a row; block_tables int32 (rows, blocks), context_lens int32 (rows,) counts the new token",
+        "note": "one query token a row; block_tables int32 (rows, blocks), context_lens int32 (rows,) counts the new "
+                "token",
     },
     "prefill_attention": {
         "primitive": "FlashAttentionScore",
@@ -389,7 +398,8 @@ BUILT_IN = {
     "quantized_linear": {
         "primitive": "WeightQuantBatchMatmul", "init": ("transpose_x", "transpose_weight", "antiquant_group_size"),
         "call": ("x", "weight", "antiquant_scale", "antiquant_offset", "quant_scale", "quant_offset", "bias"),
-        "note": "x float16 or bfloat16 (tokens, in); weight int8 or qint4x2 (out, in) with transpose_weight=True; scale in "
-                "x's dtype, (out, 1) or (out, groups); values are signed, so the packed nibbles (stored + 8) lose 8 first",
+        "note": "x float16 or bfloat16 (tokens, in); weight int8 or qint4x2 (out, in) with transpose_weight=True; "
+                "scale in x's dtype, (out, 1) or (out, groups); values are signed, so the packed nibbles (stored + 8) "
+                "lose 8 first",
     },
 }

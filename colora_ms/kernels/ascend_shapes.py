@@ -49,7 +49,8 @@ def _select_shapes(expert, amateur, log_alpha, beta, mask):
     require_shape(name, "amateur", amateur, expert)
     require_shape(name, "log_alpha", log_alpha, expert[:1])
     require_shape(name, "beta", beta, expert[:1])
-    require(list(mask) == [1] or (len(mask) == 2 and mask[1] == expert[1] and mask[0] in (1, expert[0])), name, "mask", mask,
+    require(list(mask) == [1] or (len(mask) == 2 and mask[1] == expert[1] and mask[0] in (1, expert[0])), name, "mask",
+            mask,
             f"(1,) for none, (1, {expert[1]}) or {tuple(expert)}")
     return [expert[0]]
 
@@ -57,7 +58,8 @@ def _select_shapes(expert, amateur, log_alpha, beta, mask):
 def _w4_shapes(x, weight, weight_scale, down, up, scale, slots):
     name = "W4Lora"
     require(len(x) == 2, name, "x", x, "(tokens, in)")
-    require(len(weight) == 2 and weight[1] * 2 == x[1], name, "weight", weight, f"(out, {x[1] / 2:g}), two values a byte")
+    require(len(weight) == 2 and weight[1] * 2 == x[1], name, "weight", weight,
+            f"(out, {x[1] / 2:g}), two values a byte")
     out = weight[0]
     require(len(weight_scale) in (1, 2) and weight_scale[0] == out, name, "weight_scale", weight_scale,
             f"({out},) or ({out}, groups)")
@@ -74,7 +76,8 @@ def _w4_shapes(x, weight, weight_scale, down, up, scale, slots):
 def _mix_shapes(h, weights, up, scale, slots, y):
     name = "LilyMix"
     require(len(h) == 2 and 1 <= h[1] <= MOST_RANKS, name, "h", h, f"(tokens, rank), rank 1..{MOST_RANKS}")
-    require(len(weights) == 2 and weights[0] == h[0] and weights[1] >= 1, name, "weights", weights, f"({h[0]}, experts)")
+    require(len(weights) == 2 and weights[0] == h[0] and weights[1] >= 1, name, "weights", weights,
+            f"({h[0]}, experts)")
     require(len(up) == 4 and up[1] == weights[1] and up[2] == h[1], name, "up", up,
             f"(slots, {weights[1]}, {h[1]}, out), rank-major")
     # The kernel refuses by the bytes of its dtype; the larger of the two forms is asked for here.

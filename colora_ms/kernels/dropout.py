@@ -93,7 +93,8 @@ def _dtypes(x, key, least, scale):
 
 
 def _bprop(x, key, least, scale, out, dout):
-    return bound.dropout_operator(dout, key, least, scale), ops.zeros_like(key), ops.zeros_like(least), ops.zeros_like(scale)
+    return bound.dropout_operator(dout, key, least,
+                                  scale), ops.zeros_like(key), ops.zeros_like(least), ops.zeros_like(scale)
 
 
 def _dropout(x, key, least, scale):

@@ -85,7 +85,8 @@ def _check_layer(op, hidden, layer, shapes):
         if kind == "optional_norm" and given[name]:
             check_norm(op, name, *given[name], dim)
     inner = outputs("gate_proj", hidden)
-    for name, columns, wanted in (("o_proj", queries, hidden), ("up_proj", hidden, inner), ("down_proj", inner, hidden)):
+    for name, columns, wanted in (("o_proj", queries, hidden), ("up_proj", hidden, inner),
+                                  ("down_proj", inner, hidden)):
         out = outputs(name, columns)
         require(out == wanted, op, f"outputs of {name}", out, wanted)
     return k_cache

@@ -17,10 +17,10 @@ def multi_lora_linear(x: Tensor, slots: Tensor, *linears: tuple) -> Tensor | tup
     """One to four linear layers on the same input, each row with its own LoRA adapter or none.
 
     Semantics, for every linear and row r with s = slots[r]:
-    ``y[r] = x[r] @ W.T + bias + (scale[s] * (x[r] @ down[s].T)) @ up[s].T``; the last term is skipped where s = -1 (what
-    an unused adapter holds, NaN included, never reaches a result). Sums are float32; a row's result is bit-identical
-    whatever other rows are in the call and however many tokens it has. W may be a product of small matrices; x then goes
-    through them one after another, and W is never made.
+    ``y[r] = x[r] @ W.T + bias + (scale[s] * (x[r] @ down[s].T)) @ up[s].T``; the last term is skipped where s = -1
+    (what an unused adapter holds, NaN included, never reaches a result). Sums are float32; a row's result is
+    bit-identical whatever other rows are in the call and however many tokens it has. W may be a product of small
+    matrices; x then goes through them one after another, and W is never made.
 
     Args:
         x: (rows, tokens, in) or (rows, in) float32.
@@ -108,7 +108,8 @@ def dequantize(weight: Tensor, weight_scale: Tensor = ABSENT) -> Tensor:
         return values * weight_scale.reshape((-1, 1))
     out, columns = values.shape
     groups = weight_scale.shape[1]
-    return (values.reshape((out, groups, columns // groups)) * ops.expand_dims(weight_scale, -1)).reshape((out, columns))
+    return (values.reshape((out, groups, columns // groups))
+            * ops.expand_dims(weight_scale, -1)).reshape((out, columns))
 
 
 def _multi_lora_linear(x, slots, *linears):

@@ -11,7 +11,14 @@ from mindspore import ops
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
 from colora_ms.kernels.operands import (
-    ADAPTER, FORMATS, LEAST_TENSORS, MOST_TENSORS, Places, flat_linears, read_linear, without_bias,
+    ADAPTER,
+    FORMATS,
+    LEAST_TENSORS,
+    MOST_TENSORS,
+    Places,
+    flat_linears,
+    read_linear,
+    without_bias,
 )
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
@@ -23,7 +30,8 @@ _WEIGHTS = {"float32": ms.float32, "bfloat16": ms.bfloat16, "int8": ms.int8, "in
 _DENSE = (ms.float32, ms.bfloat16)
 
 
-# -- checks, which decoder_layers and decode_steps share ------------------------------------------------------------------
+# -- checks, which decoder_layers and decode_steps share
+# ------------------------------------------------------------------
 
 
 def check_base(op: str, places: Places, shapes: tuple, columns: int, tag: str = "") -> int:
@@ -50,7 +58,8 @@ def check_base(op: str, places: Places, shapes: tuple, columns: int, tag: str = 
                 f"{columns} columns like x ({columns / 2:g} for packed int4)")
         if "weight_scale" in given:
             scale = given["weight_scale"]
-            require(len(scale) in (1, 2) and scale[0] == out, op, "weight_scale" + tag, scale, f"({out},) or ({out}, groups)")
+            require(len(scale) in (1, 2) and scale[0] == out, op, "weight_scale" + tag, scale,
+                    f"({out},) or ({out}, groups)")
             if len(scale) == 2:
                 require(scale[1] > 0 and found % scale[1] == 0, op, "weight_scale" + tag, scale,
                         f"a number of groups that divides {found}")
@@ -161,7 +170,8 @@ def _grad_dtypes(shapes, *dtypes):
 
 
 def gradient_operator() -> ops.Custom:
-    """The primitive of the gradient: count, x, slots, then dy and the tensors of each linear -> dx, (ddown, dup) of each."""
+    """The primitive of the gradient: count, x, slots, then dy and the tensors of each linear -> dx, (ddown, dup) of
+    each."""
     return custom(_NAME + "_grad", _grad_shapes, _grad_dtypes, by_shapes=True)
 
 
@@ -206,8 +216,8 @@ def _gradients(x, slots, flat, douts):
 def _backward(linears: int, tensors: int) -> Callable:
     """The gradient function of the primitive for so many linears with so many tensors together.
 
-    MindSpore passes a gradient function its arguments one by one and does not fill a ``*args``, so there is one function
-    for each number; and it reads their source, so this puts where ``inspect`` looks for it.
+    MindSpore passes a gradient function its arguments one by one and does not fill a ``*args``, so there is one
+    function for each number; and it reads their source, so this puts where ``inspect`` looks for it.
     """
     names = ", ".join(f"t{i}" for i in range(tensors))
     douts = "dout" if linears > 1 else "(dout,)"

@@ -1,7 +1,7 @@
 """How the tensors of linears and layers are laid out for the operators: the one place on this side that knows it.
 
-``ops/cpu/operands.h`` is the other; ``tests/kernels/test_operands.py`` holds the names and their order equal, and no number
-of an operand is written down anywhere.
+``ops/cpu/operands.h`` is the other; ``tests/kernels/test_operands.py`` holds the names and their order equal, and no
+number of an operand is written down anywhere.
 
 In Python and in graphs a linear is one value, ``(base, adapter)``, made by :func:`linear_of`:
 
@@ -10,9 +10,10 @@ In Python and in graphs a linear is one value, ``(base, adapter)``, made by :fun
   of a NamedTuple that holds Parameters under a gradient.)
 * adapter: ``()`` or ``(down, up, scale)``.
 
-An operator gets, for each linear, a tag and only the tensors that are there. The tag is an int8 tensor whose *length* says
-which: a length is known while a graph is compiled, when nobody sees values. The table of weights that will replace the list
-of tensors goes in behind :func:`flat_linears`, :func:`flat_layer`, :func:`read_linear` and :func:`read_layer`.
+An operator gets, for each linear, a tag and only the tensors that are there. The tag is an int8 tensor whose *length*
+says
+which: a length is known while a graph is compiled, when nobody sees values. The table of weights that will replace the
+list of tensors goes in behind :func:`flat_linears`, :func:`flat_layer`, :func:`read_linear` and :func:`read_layer`.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def base_of(form: int, weight: Tensor, weight_scale: Tensor = ABSENT, bias: Tens
     """The base of a linear that is one matrix.
 
     Args:
-        form: the tag of its format (``models.formats.WeightFormat.tag``), FLOAT32 to INT4; weight, weight_scale, bias: as
-            for :func:`colora_ms.kernels.multi_lora_linear`.
+        form: the tag of its format (``models.formats.WeightFormat.tag``), FLOAT32 to INT4; weight, weight_scale, bias:
+            as for :func:`colora_ms.kernels.multi_lora_linear`.
     """
     bias = () if bias.ndim == 0 else (bias,)
     if form == INT8 or form == INT4:
@@ -79,7 +80,8 @@ def base_of(form: int, weight: Tensor, weight_scale: Tensor = ABSENT, bias: Tens
 
 
 def product_of(inner: Tensor, outer: Tensor, core: Tensor = ABSENT, bias: Tensor = ABSENT) -> tuple:
-    """The base of a linear that is a product: inner (r, in), outer (out, r'), core (r', r) or ``ABSENT`` (then r' = r)."""
+    """The base of a linear that is a product: inner (r, in), outer (out, r'), core (r', r) or ``ABSENT`` (then r' =
+    r)."""
     bias = () if bias.ndim == 0 else (bias,)
     if core.ndim == 0:
         return (PRODUCT, (inner, outer), bias)
@@ -110,7 +112,8 @@ def flat_linears(linears: tuple) -> tuple[Tensor, ...]:
 def flat_layer(input_layernorm: tuple, q_proj: tuple, k_proj: tuple, v_proj: tuple, q_norm: tuple, k_norm: tuple,
                caches: tuple, o_proj: tuple, post_attention_layernorm: tuple, gate_proj: tuple, up_proj: tuple,
                down_proj: tuple) -> tuple[Tensor, ...]:
-    """The tensors of a layer for an operator: norms are (weight, eps), q_norm and k_norm may be (), caches two tensors."""
+    """The tensors of a layer for an operator: norms are (weight, eps), q_norm and k_norm may be (), caches two
+    tensors."""
     mask = (1 if len(q_norm) > 0 else 0) + (2 if len(k_norm) > 0 else 0)
     return ((_LAYER_TAGS[mask],) + input_layernorm + flat_linears((q_proj, k_proj, v_proj)) + q_norm + k_norm + caches
             + flat_linears((o_proj,)) + post_attention_layernorm + flat_linears((gate_proj, up_proj, down_proj)))

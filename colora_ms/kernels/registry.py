@@ -3,8 +3,8 @@
 Every kernel has one Python face and several forms: ``reference`` (built-in operators of MindSpore, any device), ``cpu``
 (the C++ library built from ``ops/cpu``), ``emulator`` (the Ascend C sources compiled for the host) and ``ascend``. The
 environment variable ``COLORA_KERNELS`` names a column, otherwise the device target does; a CPU without the compiled
-library takes ``reference``. Nothing is chosen at import: :func:`bind` does it when the first Cell that needs an operation
-is constructed, and what was bound then holds for the life of the process, because graphs may hold it.
+library takes ``reference``. Nothing is chosen at import: :func:`bind` does it when the first Cell that needs an
+operation is constructed, and what was bound then holds for the life of the process, because graphs may hold it.
 """
 
 import os
@@ -43,8 +43,8 @@ def operation(name: str, **forms: Callable[[], Any]) -> None:
     Args:
         name: under which :mod:`colora_ms.kernels.bound` has the chosen form.
         forms: column -> a function without arguments that returns the form: a function that a graph can parse, an
-            ``ops.Custom`` primitive, or a constant. It is called once, when the column is bound, so that no primitive of
-            another device is ever made.
+            ``ops.Custom`` primitive, or a constant. It is called once, when the column is bound, so that no primitive
+            of another device is ever made.
 
     Raises:
         KernelError: an unknown column, or a second row of that name.
@@ -88,7 +88,8 @@ def bind() -> Choice:
         _BOUND = choice
     elif choice != _BOUND:
         raise KernelError(f"the operations were bound to {_describe(_BOUND)} when the first Cell was constructed, now "
-                          f"{_describe(choice)} is asked for; choose device and COLORA_KERNELS before that, in a new process")
+                          f"{_describe(choice)} is asked for; choose device and COLORA_KERNELS before that, in a new "
+                          "process")
     return _BOUND
 
 

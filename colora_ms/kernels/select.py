@@ -33,8 +33,8 @@ def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, uniform: Ten
     Args:
         logits: (rows, vocab) float32.
         whole, real: (R, columns) int32 and float32, the requests' options (:mod:`colora_ms.kernels.options`). Read are
-            expert_rows: the logits row of each request; -1: the request is inactive, nothing is read and all its results
-            are 0;
+            expert_rows: the logits row of each request; -1: the request is inactive, nothing is read and all its
+            results are 0;
             amateur_rows: -1: no contrast, plain scores s = e with every token valid (alpha, beta not read);
             alpha in (0, 1]; beta >= 0;
             temperature >= 0; 0: argmax (top_k, top_p, uniform not read);

@@ -17,7 +17,8 @@ from colora_ms.kernels.shapes import element_type, require, require_dtype, requi
 _NAME = "decode_steps"
 
 #: Inputs before the embedding, the head and the layers, in order; ops/cpu/operands.h has the same.
-ARGUMENTS = ("token", "position", "active", "previous", "slots", "cache_rows", "whole", "real", "uniforms", "eos", "steps",
+ARGUMENTS = ("token", "position", "active", "previous", "slots", "cache_rows", "whole", "real", "uniforms", "eos",
+             "steps",
              "forgiving", "prompt", "lengths", "cos", "sin", "norm", "norm_eps")
 
 _PER_REQUEST = ("token", "position", "active", "previous")
@@ -30,7 +31,8 @@ def fuses_steps() -> bool:
 
 
 def decode_steps(token: Tensor, position: Tensor, active: Tensor, previous: Tensor, slots: Tensor, cache_rows: Tensor,
-                 whole: Tensor, real: Tensor, uniforms: Tensor, eos: Tensor, steps: Tensor, forgiving: Tensor, prompt: Tensor,
+                 whole: Tensor, real: Tensor, uniforms: Tensor, eos: Tensor, steps: Tensor, forgiving: Tensor,
+                 prompt: Tensor,
                  lengths: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, norm_eps: Tensor,
                  *operands: Tensor) -> tuple[Tensor, ...]:
     """Make tokens for every active request until all have ended or ``steps`` steps were made.
@@ -44,8 +46,8 @@ def decode_steps(token: Tensor, position: Tensor, active: Tensor, previous: Tens
         ints, floats = contrastive_select(logits, whole, real with beta', uniforms[:, step])
         token = previous = ints[:, 0];  position += 1;  a request ends at a token of eos or when its budget is used up
 
-    Only what is read is computed: rows of ended requests are left out, and the logits of a request's amateur are those of
-    the tokens in the expert's alpha-cut (all of them for the divergence).
+    Only what is read is computed: rows of ended requests are left out, and the logits of a request's amateur are those
+    of the tokens in the expert's alpha-cut (all of them for the divergence).
 
     Args:
         token: (R,) int32, the last token of each request; position: (R,) int32, the position it takes.
@@ -57,7 +59,8 @@ def decode_steps(token: Tensor, position: Tensor, active: Tensor, previous: Tens
         uniforms: (R, capacity) float32, a random number a step.
         eos: (ends,) int32.
         steps: (1,) int32, at most ``capacity``.
-        forgiving: (1,) int32; 1: logits that are not finite end their request with results of zeros, 0: they are refused.
+        forgiving: (1,) int32; 1: logits that are not finite end their request with results of zeros, 0: they are
+            refused.
         prompt, lengths: as for :func:`colora_ms.kernels.contrast_strength`; ``ABSENT``: no contrast adapts.
         cos, sin: as for :func:`colora_ms.kernels.cached_attention`.
         norm, norm_eps: weight and eps of the last norm.

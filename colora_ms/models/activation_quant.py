@@ -43,11 +43,12 @@ class ActivationQuantizer(nn.Cell):
         q = ops.minimum(ops.maximum(self.rint(x / scale) + zero, 0.0), self.levels)
         return (q - zero) * scale
 
-    def bprop(self, x, out, dout):
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """The dynamic range clips nothing, so the gradient passes everywhere."""
         return (dout,)
 
     def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return f"bits={self.bits}"
 
 

@@ -41,7 +41,7 @@ class KeyValueCache(nn.Cell):
         return sum(int(p.size) * p.itemsize for p in (*self.keys, *self.values))
 
     @staticmethod
-    def _parameters(kind, shape, layers, dtype):
+    def _parameters(kind, shape, layers, dtype) -> ParameterTuple:
         return ParameterTuple([
             Parameter(Tensor(np.zeros(shape, np.float32), dtype), name=f"cache.{kind}.{i}", requires_grad=False)
             for i in range(layers)

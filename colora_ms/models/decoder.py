@@ -120,7 +120,7 @@ class DecoderLayer(nn.Cell):
         return self.mlp(h, rows), residual
 
     @property
-    def fusible(self):
+    def fusible(self) -> bool:
         """Whether ``layer_operands()`` tells all that the layer computes, so that layers can share one kernel call."""
         attention, mlp = self.self_attn, self.mlp
         cells = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
@@ -129,11 +129,11 @@ class DecoderLayer(nn.Cell):
         return all(cell.fusible for cell in cells)
 
     @property
-    def fused(self):
+    def fused(self) -> bool:
         """Whether the layer runs as one operator in a step."""
         return fuses_layers() and self.fusible
 
-    def layer_operands(self, keys, values):
+    def layer_operands(self, keys: Parameter, values: Parameter) -> tuple:
         """The layer's tensors in :func:`colora_ms.kernels.decoder_layers`."""
         attention, mlp = self.self_attn, self.mlp
         before, after = self.input_layernorm, self.post_attention_layernorm
@@ -170,11 +170,11 @@ class DecoderModel(nn.Cell):
         return x
 
     @property
-    def fused(self):
+    def fused(self) -> bool:
         """Whether all layers of a step run as one operator."""
         return all(layer.fused for layer in self.layers)
 
-    def layer_operands(self, cache):
+    def layer_operands(self, cache: nn.Cell) -> tuple:
         """The tensors of all layers in :func:`colora_ms.kernels.decoder_layers`."""
         keys, values = cache.keys, cache.values
         operands = ()
@@ -274,13 +274,13 @@ class Decoder(nn.Cell):
         return self.lm_head(x, (slots, length)).reshape(x.shape[0], -1)
 
     @property
-    def fused(self):
+    def fused(self) -> bool:
         """Whether whole steps, from token to token, run as one operator; see :meth:`step_operands`."""
         model = self.model
         ends = model.embed_tokens.fusible and model.norm.fusible and self.lm_head.fusible
         return fuses_steps() and ends and model.fused
 
-    def step_operands(self, cache):
+    def step_operands(self, cache: nn.Cell) -> tuple:
         """The model's tensors in :func:`colora_ms.kernels.decode_steps`."""
         model = self.model
         embed, norm = model.embed_tokens, model.norm

@@ -102,7 +102,7 @@ class StreamDecoder:
         return self._through(steps, [token], ends=False) or self._through(steps, [], ends=True)[-1:]
 
     @staticmethod
-    def _through(steps, parts, ends):
+    def _through(steps, parts, ends) -> str:
         for step in steps:
             out = []
             for part in parts:

@@ -66,14 +66,14 @@ class GgufDecoder:
         self.config = self._read_config(tied)
         self.shapes = {name: file.tensors[source].shape for name, source in self._source.items()}
 
-    def packed_types(self):
+    def packed_types(self) -> "list[str]":
         """Names of the quantised types that the file's tensors have, in its order."""
         from gguf import GGMLQuantizationType
         types = dict.fromkeys(self._file.tensors[source].type for source in self._source.values())
         names = [GGMLQuantizationType(number).name for number in types]
         return [name for name in names if name not in ("F64", "F32", "F16", "BF16")]
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """The tensor of a Hugging Face name, float32."""
         heads = interleaved_heads(self.config, name.rpartition(".")[0])
         return restore_rows(self._file.read(self._source[name]), heads)

@@ -86,14 +86,14 @@ class GgufParts:
                                   f"{len(self.tensors)}; fetch them again")
 
     @staticmethod
-    def _open(path, index, count, given):
+    def _open(path, index, count, given) -> GgufFile:
         if not os.path.isfile(path):
             raise CheckpointError(f"{given} is one of {count} parts, but part {index + 1}, {os.path.basename(path)}, "
                                   "is missing beside it; fetch it too")
         return GgufFile(path)
 
     @staticmethod
-    def _check(parts, count):
+    def _check(parts, count) -> None:
         first = parts[0]
         for index, part in enumerate(parts):
             number, own = _whole(part, _NUMBER, None), _whole(part, _COUNT, 1)

@@ -30,8 +30,9 @@ _RULES = ("smollm", "gpt-2", "qwen2", "llama-bpe")
 #: Texts on which rules and tokenizers are compared: words, digits, contractions, blanks, line ends, other scripts.
 PROBES = (
     "Hello world", " two  blanks   and\ttabs\t\tand\n\nlines \n  \r\n end ", "I'll we're DON'T it's 'tis 'S",
-    "1 12 123 1234 12345678 3.14159 v2.0 x1y22z333", "foo_bar(baz)[i] = {'a': 1};//!!! ... ---->", "CamelCaseAndUPPER",
-    "Ünïcödé naïve élève straße", "北京大学 日本語テキスト 한국어", "Привет, мир! العربية ١٢٣ हिन्दी १२", "😀😃 👩‍👩‍👧 🇫🇷",
+    "1 12 123 1234 12345678 3.14159 v2.0 x1y22z333", "foo_bar(baz)[i] = {'a': 1};//!!! ... ---->",
+    "CamelCaseAndUPPER", "Ünïcödé naïve élève straße", "北京大学 日本語テキスト 한국어",
+    "Привет, мир! العربية ١٢٣ हिन्दी १२", "😀😃 👩‍👩‍👧 🇫🇷",
     "\u00a0nbsp\u3000wide\u200bzero", "a\nb\n\nc\n\n\nd", "   leading", "trailing   ", "", "\n",
     "e\u0301 NFD", "≠±×÷√∞ $€£¥",
 )

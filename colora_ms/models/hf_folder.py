@@ -10,7 +10,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from colora_ms.models.tokenizer import load_tokenizer
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def read_config(folder):
+def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
     """The ``DecoderConfig`` of a folder; end tokens of ``generation_config.json`` are added.
 
     Raises:
@@ -42,7 +44,7 @@ def read_config(folder):
     return parse_config(folder, path, values)
 
 
-def parse_config(folder, path, values):
+def parse_config(folder: str | os.PathLike[str], path: str, values: Any) -> DecoderConfig:
     """``read_config`` for the content of a config.json that has been read already."""
     generation = os.path.join(folder, "generation_config.json")
     if isinstance(values, dict) and os.path.isfile(generation):
@@ -56,7 +58,7 @@ def parse_config(folder, path, values):
         raise ConfigError(f"{path}: {error}") from None
 
 
-def quantization_of(folder):
+def quantization_of(folder: str | os.PathLike[str]) -> dict | None:
     """The ``quantization_config`` of a folder with this package's integer linears, or ``None``."""
     path = os.path.join(folder, "config.json")
     return _integer_settings(read_json(path)) if os.path.isfile(path) else None
@@ -147,7 +149,7 @@ class SafetensorsFolder:
         return np.array_equal(one.raw(first), two.raw(second))
 
 
-def find_weights(folder):
+def find_weights(folder: str | os.PathLike[str]) -> dict[str, list[str] | None] | None:
     """Which safetensors files make up the model in a folder.
 
     Returns:
@@ -204,13 +206,14 @@ TRAVELLING = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spe
               "generation_config.json")
 
 
-def travelling_files(folder):
+def travelling_files(folder: str | os.PathLike[str]) -> dict[str, str]:
     """{name: path} of the tokenizer's files, chat template and generation config that a model folder holds."""
     return {name: os.path.join(folder, name) for name in TRAVELLING if os.path.isfile(os.path.join(folder, name))}
 
 
-def write_hf_folder(path, config, tensors, tokenizer_source=None, dtype="float32",
-                    max_shard_bytes=4 << 30, overwrite=False, files=None):
+def write_hf_folder(path: str | os.PathLike[str], config: DecoderConfig, tensors: Mapping[str, np.ndarray],
+                    tokenizer_source: Any = None, dtype: str = "float32", max_shard_bytes: int = 4 << 30,
+                    overwrite: bool = False, files: Mapping[str, str] | None = None) -> str:
     """Write a model in Hugging Face's layout; the folder appears complete or not at all.
 
     Args:
@@ -237,8 +240,10 @@ def write_hf_folder(path, config, tensors, tokenizer_source=None, dtype="float32
                               tokenizer_source, dtype, max_shard_bytes, overwrite, files)
 
 
-def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dtype="float32",
-                       max_shard_bytes=4 << 30, overwrite=False, files=None):
+def write_model_folder(path: str | os.PathLike[str], values: dict, shapes: Mapping[str, tuple[int, ...]],
+                       tensors: Mapping[str, np.ndarray], tokenizer_source: Any = None, dtype: str = "float32",
+                       max_shard_bytes: int = 4 << 30, overwrite: bool = False,
+                       files: Mapping[str, str] | None = None) -> str:
     """``write_hf_folder`` for any config.json: ``values`` is its content, ``shapes`` are the
     tensors that it calls for ({name: shape}); the other arguments, errors and result as there."""
     path = os.path.abspath(os.fspath(path))
@@ -253,7 +258,7 @@ def write_model_folder(path, values, shapes, tensors, tokenizer_source=None, dty
     return path
 
 
-def new_folder(path, overwrite=False):
+def new_folder(path: str, overwrite: bool = False) -> AbstractContextManager:
     """A private folder to write into, which takes its name ``path`` when the block ends without an error.
 
     Args:
@@ -268,7 +273,8 @@ def new_folder(path, overwrite=False):
     return replacing_folder(path, lambda reason: CheckpointError(f"{path} cannot be written: {reason}"))
 
 
-def write_description(folder, values, tokenizer_source, files=None):
+def write_description(folder: str | os.PathLike[str], values: dict, tokenizer_source: Any,
+                      files: Mapping[str, str] | None = None) -> None:
     """Write ``config.json`` with ``values``, the generation config that follows from it, and the tokenizer's files;
     ``files`` ({name: path}) are copied as they are, in the place of those."""
     _write_json(os.path.join(folder, "config.json"), values)

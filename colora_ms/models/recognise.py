@@ -101,8 +101,8 @@ def not_a_model(path: PathLike) -> str:
 
 def _file_as_adapter(path):
     if is_gguf(path):
-        return (f"{path} is a GGUF file, which is loaded as an adapter where one file can stand (--adapter); a folder of "
-                f"it is made by: colora-ms convert --adapter {path} --to FOLDER --base MODEL")
+        return (f"{path} is a GGUF file, which is loaded as an adapter where one file can stand (--adapter); a folder "
+                f"of it is made by: colora-ms convert --adapter {path} --to FOLDER --base MODEL")
     if path.name == "adapters.safetensors":
         return _mlx(path.parent) or (f"{path} is an mlx adapter's file; fuse the adapter there, or train it again with "
                                      "PEFT")

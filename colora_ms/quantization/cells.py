@@ -96,7 +96,8 @@ class QuantizedMatmul(nn.Cell):
         pairs = self.matmul((q + 8.0).reshape((-1, 2)), self.nibbles)
         return pairs.reshape((self.weight_shape[0], self.weight_shape[1] // 2)).astype(self.element)
 
-    def construct(self, x, slots, phi, low, up, down, scale, bias):
+    def construct(self, x: Tensor, slots: Tensor, phi: Tensor, low: Tensor, up: Tensor, down: Tensor, scale: Tensor,
+                  bias: Tensor) -> Tensor:
         """x: (rows, tokens, in) or (rows, in) float32; slots: (rows,) int32 -> (..., out) float32.
 
         Args:
@@ -105,9 +106,11 @@ class QuantizedMatmul(nn.Cell):
         """
         # Tied to x, or the scheduler may build the integers of all layers before it runs the first one.
         weight = self.integers(ops.depend(phi, x), low, ops.depend(up, x), down)
-        return multi_lora_linear(x, slots, linear_of(base_of(self.tag, weight, ops.maximum(scale, SMALLEST_SCALE), bias)))
+        return multi_lora_linear(x, slots,
+                                 linear_of(base_of(self.tag, weight, ops.maximum(scale, SMALLEST_SCALE), bias)))
 
-    def bprop(self, x, slots, phi, low, up, down, scale, bias, out, dout):
+    def bprop(self, x: Tensor, slots: Tensor, phi: Tensor, low: Tensor, up: Tensor, down: Tensor, scale: Tensor,
+              bias: Tensor, out: Tensor, dout: Tensor) -> tuple:
         """Gradients of x, up, down, scale (and phi in the full-rank form); zeros for the rest."""
         # Tied to dout, or what the forward computed would be kept in place of being computed again.
         z = self.rounded(ops.depend(phi, dout), low, ops.depend(up, dout), down)
@@ -204,6 +207,7 @@ class LrQatLinear(nn.Cell):
         return np.maximum(self.scale.asnumpy(), SMALLEST_SCALE)
 
     def extend_repr(self) -> str:
+        """What ``repr`` adds to the name of the class."""
         return (f"in_features={self.in_features}, out_features={self.out_features}, bits={self.grid.bits}, "
                 f"method={self.config.method}")
 

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Optional, Union
 
 from colora_ms.adapters import LoraConfig, adapter_path, check_name, inject
 from colora_ms.adapters.store import CONFIG_FILE
@@ -186,7 +186,7 @@ class AdapterBank:
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
-    def lease(self, digest):
+    def lease(self, digest: str) -> Optional[Lease]:
         """Pin the slot that holds a content, put it there first if it is in host memory.
 
         Returns:
@@ -221,7 +221,7 @@ class AdapterBank:
         self._counters.loads += 1
         return True
 
-    def release(self, lease):
+    def release(self, lease: Lease) -> None:
         """Give a lease back."""
         if lease.slot < 0:
             return
@@ -267,11 +267,12 @@ class AdapterBank:
         """The state of the bank.
 
         Returns:
-            dict: ``max_loaded``, ``max_rank``, ``adapter_format``, ``loaded`` and ``pinned`` (slots), ``slot_bytes`` (all
-            slots, whether used or not), ``host_bytes`` (used) and ``host_limit``; counters ``hits``, ``loads``, ``evictions`` (slots),
-            ``reads`` (folders), ``host_evictions``; ``read_ms`` and ``place_ms`` of the last folder read and the last
-            slot written; ``adapters``: a list with a dict for each name: ``name``, ``state`` ("slot", "host" or
-            "disk"), ``slot``, ``pins``, ``digest``, ``rank``, ``bytes`` (None where it is not known yet).
+            dict: ``max_loaded``, ``max_rank``, ``adapter_format``, ``loaded`` and ``pinned`` (slots), ``slot_bytes``
+            (all slots, whether used or not), ``host_bytes`` (used) and ``host_limit``; counters ``hits``, ``loads``,
+            ``evictions`` (slots), ``reads`` (folders), ``host_evictions``; ``read_ms`` and ``place_ms`` of the last
+            folder read and the last slot written; ``adapters``: a list with a dict for each name: ``name``, ``state``
+            ("slot", "host" or "disk"), ``slot``, ``pins``, ``digest``, ``rank``, ``bytes`` (None where it is not known
+            yet).
         """
         names = self.names()
         with self._lock:

@@ -1,10 +1,13 @@
 """What the bank keeps of an adapter in host memory: one folder, read and checked, independent of its files."""
 
+import os
 from dataclasses import dataclass
+from typing import Union
 
 import numpy as np
 
 from colora_ms.adapters.fitting import check_fits, stage
+from colora_ms.adapters.handle import Adapters
 from colora_ms.adapters.peft_format import StoredAdapter
 from colora_ms.errors import AdapterError
 
@@ -28,7 +31,8 @@ class Content:
     nbytes: int
 
 
-def read_content(handle, folder, max_rank, max_bytes, allow_pickle=False):
+def read_content(handle: Adapters, folder: Union[str, os.PathLike], max_rank: int, max_bytes: int,
+                 allow_pickle: bool = False) -> Content:
     """Read an adapter folder and check it in full; nothing of the model changes. Any thread may call this.
 
     Args:
@@ -44,8 +48,8 @@ def read_content(handle, folder, max_rank, max_bytes, allow_pickle=False):
     stored = StoredAdapter(folder, allow_pickle)
     size = sum(end - begin for _, _, begin, end in stored.file.entries.values())
     if size > max_bytes:
-        raise AdapterError(f"the adapter in {folder} has {size} bytes of tensors, the bank keeps {max_bytes} in memory; "
-                           "make the bank with a larger host_bytes")
+        raise AdapterError(f"the adapter in {folder} has {size} bytes of tensors, the bank keeps {max_bytes} in "
+                           "memory; make the bank with a larger host_bytes")
 
     def check(config, matched):
         ranks = {name: target.r for name, target in matched.targets.items()}

@@ -25,9 +25,8 @@ def mindformers(mindspore):
 @pytest.fixture(scope="session")
 def tiny_llama(mindformers):
     """A function that builds mindformers' own LlamaForCausalLM in float32 with the same random weights each time."""
-    from mindspore import Tensor
-
     from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
+    from mindspore import Tensor
 
     def build(**changes):
         net = LlamaForCausalLM(LlamaConfig(**{**SIZES, **FLOAT32, **ON_CPU, **changes}))

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+import mindformers
 import mindspore.dataset as ds
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import nn
 from mindspore.train import Callback
-
-import mindformers
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 import colora_ms.integrations.mindformers as bridge
 from colora_ms.integrations.mindformers import pet
@@ -56,7 +55,8 @@ def main(pet_type="colora_lora"):
     trainer.train()
     handle = handles[0]
     changed = [p.name for p in handle.net.get_parameters() if not np.array_equal(p.asnumpy(), start[p.name])]
-    print("RESULT", json.dumps({"losses": snapshot.losses, "changed": sorted(changed), "targets": len(handle.matched().targets),
+    print("RESULT", json.dumps({"losses": snapshot.losses, "changed": sorted(changed),
+                                "targets": len(handle.matched().targets),
                                 "trained": sorted(p.name for p in handle.trainable_params()), "state": snapshot.state}))
 
 

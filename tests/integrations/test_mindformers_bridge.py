@@ -1,4 +1,5 @@
-"""Weight names, LoRA files, pet types and CoLD on mindformers' own models, against its functions and this package's decoder."""
+"""Weight names, LoRA files, pet types and CoLD on mindformers' own models, against its functions and this package's
+decoder."""
 
 import json
 import os
@@ -21,13 +22,15 @@ def decoder_config(model_type="llama", **changes):
 
     sizes = dict(model_type=model_type, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
-                 rms_norm_eps=1e-5, eos_token_ids=(2,), attention_bias=model_type == "qwen2", qk_norm=model_type == "qwen3")
+                 rms_norm_eps=1e-5, eos_token_ids=(2,), attention_bias=model_type == "qwen2",
+                 qk_norm=model_type == "qwen3")
     return DecoderConfig(**{**sizes, **changes})
 
 
 def weights_of(config):
     random = np.random.default_rng(5)
-    return {name: (random.standard_normal(shape) * 0.3).astype(np.float32) for name, shape in config.parameter_shapes().items()}
+    return {name: (random.standard_normal(shape) * 0.3).astype(np.float32)
+            for name, shape in config.parameter_shapes().items()}
 
 
 def our_logits(decoder, slots=-1):
@@ -94,7 +97,8 @@ def test_name_refusals(mindspore):
 
 @pytest.mark.parametrize("qkv_concat", [False, True])
 def test_llama_gives_the_logits_of_our_decoder(tiny_llama, tmp_path, qkv_concat):
-    """mindformers' Llama, its weights renamed, and an adapter trained there and saved: equal logits in both frameworks."""
+    """mindformers' Llama, its weights renamed, and an adapter trained there and saved: equal logits in both
+    frameworks."""
     from mindspore import Tensor
 
     from colora_ms.integrations.mindformers.lora_files import from_peft, to_peft
@@ -139,7 +143,8 @@ def test_lora_file_refusals(mindspore, tmp_path):
     with pytest.raises(AdapterError, match="a has down alone"):
         read_pairs({"a.lora_A.weight": down})
     with pytest.raises(AdapterError, match="named in 2 ways"):
-        read_pairs({"a.lora_A.weight": down, "a.lora_B.weight": up, "b.mindpet_delta_lora_a": down, "b.mindpet_delta_lora_b": up})
+        read_pairs({"a.lora_A.weight": down, "a.lora_B.weight": up, "b.mindpet_delta_lora_a": down,
+                    "b.mindpet_delta_lora_b": up})
     pair = {"model.layers.0.attention.wo.lora_A.weight": down, "model.layers.0.attention.wo.lora_B.weight": up}
     with pytest.raises(AdapterError, match="give alpha"):
         to_peft(pair, tmp_path / "x", decoder_config())
@@ -147,9 +152,8 @@ def test_lora_file_refusals(mindspore, tmp_path):
 
 def test_contrast_in_mindformers_generation(tiny_llama):
     """net.generate with the processor gives the tokens of a NumPy loop; process_ms and process_np agree."""
-    from mindspore import Tensor, ops
-
     from mindformers.generation import LogitsProcessorList
+    from mindspore import Tensor, ops
 
     from colora_ms.decoding import Contrast, contrastive_scores
     from colora_ms.integrations.mindformers.contrast import BaseLogits, ContrastProcessor

@@ -21,7 +21,8 @@ def training(name):
         from mindformers.parallel_core.utils.init_method import init_method_normal
 
         config = transformer_config(params_dtype, compute_dtype)
-        return getattr(layers, name)(IN, out, config, init_method=init_method_normal(0.5, config.params_dtype), **options)
+        return getattr(layers, name)(IN, out, config, init_method=init_method_normal(0.5, config.params_dtype),
+                                     **options)
     return build
 
 
@@ -35,10 +36,9 @@ def inference(name, *sizes):
 
 
 def pynative(params_dtype="float32", compute_dtype="float32", **options):
+    import mindspore as ms
     from mindformers.parallel_core.utils.init_method import init_method_normal
     from mindformers.pynative.layers.linear import Linear
-
-    import mindspore as ms
 
     return Linear(IN, OUT, compute_dtype, params_dtype, init_method=init_method_normal(0.5, ms.float32), **options)
 
@@ -50,7 +50,8 @@ def transformer_config(params_dtype, compute_dtype):
                              compute_dtype=compute_dtype)
 
 
-# (name, builder, options). In training_graph, a weight stored (in, out) works in mindformers itself only if it is square.
+# (name, builder, options). In training_graph, a weight stored (in, out) works in mindformers itself only if it is
+# square.
 CASES = [
     ("Linear", legacy, dict(compute_dtype="float32")),
     ("Linear", legacy, dict(compute_dtype="float32", transpose_b=False, has_bias=False)),
@@ -148,7 +149,8 @@ def test_every_linear_class(mindformers, name, build, options):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_half_precision(mindformers, dtype, activation):
-    """Switched off, a half-precision linear gives the base's bits; bfloat16 has no CPU MatMul, only merging is checked."""
+    """Switched off, a half-precision linear gives the base's bits; bfloat16 has no CPU MatMul, only merging is
+    checked."""
     import mindspore as ms
     from mindspore import Tensor
 
@@ -168,7 +170,8 @@ def test_half_precision(mindformers, dtype, activation):
     handle.merge()
     merged = handle.sites["lin", "lora"].base_layer.weight
     assert merged.dtype == compute
-    assert np.array_equal(merged.float().asnumpy(), Tensor((weight + delta).astype(np.float32)).astype(compute).float().asnumpy())
+    assert np.array_equal(merged.float().asnumpy(),
+                          Tensor((weight + delta).astype(np.float32)).astype(compute).float().asnumpy())
     handle.unmerge()
     assert merged.float().asnumpy().tobytes() == before
 

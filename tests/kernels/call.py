@@ -117,8 +117,8 @@ class Prepared:
 def options(whole, real):
     """The two tensors of options (``colora_ms/kernels/options.py``) of requests, from a dict of numbers or arrays each.
 
-    The first one of ``whole`` has an entry a request. Options that are not given have their defaults; values out of range
-    stay what they are, where ``OptionRows`` would refuse them.
+    The first one of ``whole`` has an entry a request. Options that are not given have their defaults; values out of
+    range stay what they are, where ``OptionRows`` would refuse them.
     """
     from colora_ms.kernels.options import COLUMN, OptionRows
 
@@ -135,7 +135,8 @@ def linear(weight, weight_scale=None, bias=None, down=None, up=None, scale=None)
     if dtype == "uint8":
         form = "int4"
     else:
-        form = "int8" if dtype == "int8" or weight_scale is not None else "bfloat16" if dtype == "bfloat16" else "float32"
+        floats = "bfloat16" if dtype == "bfloat16" else "float32"
+        form = "int8" if dtype == "int8" or weight_scale is not None else floats
     return _tagged(form, [weight, weight_scale] if form.startswith("int") else [weight], bias, (down, up, scale))
 
 

@@ -1,6 +1,7 @@
 """Every test of the C operators runs once for each instruction set of this machine."""
 
 import pytest
+
 from call import available_isas, set_isa
 
 ISAS = available_isas()

@@ -1,13 +1,14 @@
 """swiglu: the C operator against NumPy float64, the face in graph mode."""
 
-import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mindspore as ms
 from mindspore import Tensor, ops
 
+from call import Refused, call, set_threads
 from colora_ms.kernels.activation import swiglu, swiglu_reference
 
 ms.set_context(mode=ms.GRAPH_MODE)

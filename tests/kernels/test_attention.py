@@ -1,15 +1,15 @@
 """cached_attention and causal_attention: the C operators against NumPy float64, the faces in graph mode."""
 
-import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, from_bf16, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from colora_ms.kernels import attention
-from colora_ms.kernels import backend
+from call import Refused, call, from_bf16, set_threads, to_bf16
+from colora_ms.kernels import attention, backend
 from colora_ms.kernels.aot import KernelError
 
 ms.set_context(mode=ms.GRAPH_MODE)
@@ -335,7 +335,8 @@ def run_causal(inputs):
 
 
 def run_causal_gradients(inputs, dout):
-    return call("causal_attention_grad", [*inputs, *run_causal(inputs), dout], [(x.shape, "float32") for x in inputs[:3]])
+    return call("causal_attention_grad", [*inputs, *run_causal(inputs), dout],
+                [(x.shape, "float32") for x in inputs[:3]])
 
 
 def check_causal_gradients(rng, inputs, dout):
@@ -443,7 +444,8 @@ def test_packed_causal_gradients_match_finite_differences(cut, kv_heads, group, 
 @settings(max_examples=25, deadline=None)
 @given(threads=st.sampled_from([1, 2, 3]), **PACKED)
 def test_a_segment_is_to_the_last_bit_what_it_is_alone(cut, kv_heads, group, dim, seed, threads):
-    """Outputs and gradients, whatever stands beside it (NaN in the padding too), wherever it stands, for any threads."""
+    """Outputs and gradients, whatever stands beside it (NaN in the padding too), wherever it stands, for any
+    threads."""
     rng = np.random.default_rng(seed)
     inputs = packed_inputs(rng, cut, kv_heads, group, dim)
     dout = rng.normal(size=inputs[0].shape).astype(np.float32)

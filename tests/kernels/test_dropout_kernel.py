@@ -1,11 +1,12 @@
 """dropout: the C operator against NumPy's uint32 arithmetic, its statistics, face and reference in graph mode."""
 
-import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, set_threads
+
+import mindspore as ms
 from mindspore import Tensor, ops
 
+from call import Refused, call, set_threads
 from colora_ms.kernels.dropout import dropout, dropout_constants, dropout_reference
 
 ms.set_context(mode=ms.GRAPH_MODE)
@@ -63,7 +64,8 @@ def test_masks_are_independent_of_one_another_and_of_their_neighbours():
     rng = np.random.default_rng(5)
     words = rng.integers(-2 ** 31, 2 ** 31 - 64, (4, 2))  # four places in a model
     ones = np.ones(shape, np.float32)
-    draws = np.array([[((run(ones, w + k, rate) > 0) - (1 - rate)) / spread for k in range(6)] for w in words], np.float32)
+    draws = np.array([[((run(ones, w + k, rate) > 0) - (1 - rate)) / spread for k in range(6)] for w in words],
+                     np.float32)
 
     def check(products):
         z = products.sum(dtype=np.float64) / np.sqrt(products.size)

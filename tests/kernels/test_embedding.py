@@ -1,13 +1,14 @@
 """embedding: every weight format against NumPy, bad ids, the face in graph mode."""
 
-import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, from_bf16, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mindspore as ms
 from mindspore import Tensor, ops
 
+from call import Refused, call, from_bf16, to_bf16
 from colora_ms.kernels.aot import ABSENT
 from colora_ms.kernels.embedding import embedding, embedding_reference
 

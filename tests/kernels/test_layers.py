@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import call as direct
-from call import Refused, call, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import call as direct
+from call import Refused, call, set_threads, to_bf16
 from colora_ms.kernels import layers
 from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.operands import read_layer
@@ -96,7 +96,8 @@ class Case:
         """In the place of a weight: a product of two or three small matrices."""
         rank, wide = self.random.integers(1, 9, 2)
         three = self.random.random() < 0.5
-        found = [self.normal(rank, columns), self.normal(out, wide if three else rank), self.normal(wide, rank) if three else None]
+        found = [self.normal(rank, columns), self.normal(out, wide if three else rank),
+                 self.normal(wide, rank) if three else None]
         if self.weights == "bfloat16":
             found = [None if factor is None else to_bf16(factor) for factor in found]
         adapter = [None] * 3
@@ -123,7 +124,8 @@ class Case:
             q, k = self.norm_heads(q, layer["q_norm"]), self.norm_heads(k, layer["k_norm"])
             copies = [copied(layer[name][0]) for name in ("k_cache", "v_cache")]
             caches.append(copies)
-            y = call("cached_attention", [q, k, v, self.cos, self.sin, *copies, self.cache_rows, self.start, self.length],
+            y = call("cached_attention", [q, k, v, self.cos, self.sin, *copies, self.cache_rows, self.start,
+                                          self.length],
                      [(q.shape, "float32")])[0]
             x, = self.product(y, layer, "o_proj")
             h, residual = self.add_norm(x, residual, layer["post_attention_layernorm"])
@@ -140,7 +142,8 @@ class Case:
         if norm[0] is None:
             return x
         heads = x.reshape(-1, len(norm[0]))
-        return call("rms_norm", [heads, *norm], [(heads.shape, "float32"), (heads.shape[:1], "float32")])[0].reshape(x.shape)
+        return call("rms_norm", [heads, *norm],
+                    [(heads.shape, "float32"), (heads.shape[:1], "float32")])[0].reshape(x.shape)
 
     def product(self, x, layer, *names):
         if any(isinstance(layer[name], Product) for name in names):
@@ -186,7 +189,8 @@ def check(case):
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**16), rows=st.integers(1, 5), tokens=st.integers(1, 7), kv_heads=st.integers(1, 3),
        group=st.integers(1, 3), half=st.integers(1, 9), hidden=st.integers(1, 40), inner=st.integers(1, 40),
-       count=st.integers(1, 3), rank=st.sampled_from([0, 1, 5, 17]), weights=st.sampled_from(["float32", "bfloat16", "int8"]),
+       count=st.integers(1, 3), rank=st.sampled_from([0, 1, 5, 17]),
+       weights=st.sampled_from(["float32", "bfloat16", "int8"]),
        qk_norm=st.booleans(), bf16_cache=st.booleans(), bias=st.booleans(), products=st.sampled_from([0.0, 0.5, 1.0]))
 def test_equals_the_operators_of_its_parts(seed, half, **sizes):
     check(Case(seed, dim=2 * half, **sizes))
@@ -202,7 +206,8 @@ def test_usual_sizes_on_one_and_two_threads(weights, tokens):
 
 
 def test_products_of_usual_sizes_with_many_rows():
-    check(Case(11, rows=3, tokens=40, hidden=64, kv_heads=2, group=3, dim=32, inner=96, rank=4, max_len=300, products=0.7))
+    check(Case(11, rows=3, tokens=40, hidden=64, kv_heads=2, group=3, dim=32, inner=96, rank=4, max_len=300,
+               products=0.7))
 
 
 def test_no_rows():
@@ -253,7 +258,8 @@ def test_shapes_are_checked_when_the_graph_is_compiled():
                                   (fixed("start"), [3], "start"), (at["input_layernorm", 0], [23], "input_layernorm"),
                                   (at["q_proj", "weight"], [13, 24], "outputs of q_proj"),
                                   (at["k_proj", "weight"], [5, 24], "outputs of k_proj"),
-                                  (at["k_cache", 0], [3, 1, 12], "k_cache"), (at["down_proj", "weight"], [24, 19], "weight")]:
+                                  (at["k_cache", 0], [3, 1, 12], "k_cache"),
+                                  (at["down_proj", "weight"], [24, 19], "weight")]:
         with pytest.raises(KernelError, match=message):
             layers._shapes(*(shape if i == place else s for i, s in enumerate(good)))
     with pytest.raises(KernelError, match="number of operands"):
@@ -267,7 +273,8 @@ def test_shapes_of_products_are_checked_when_the_graph_is_compiled():
     assert layers._shapes(*good) == ([2, 1, 24], [2, 1, 24])
     at = places(good)
     for name, shape, message in [("inner", [5, 19], "inner of down_proj"), ("outer", [24, 5], "outer of down_proj"),
-                                 ("core", [4, 4], "core of down_proj"), ("outer", [23, 4], "outputs of down_proj|bias of"),
+                                 ("core", [4, 4], "core of down_proj"),
+                                 ("outer", [23, 4], "outputs of down_proj|bias of"),
                                  ("bias", [23], "bias of down_proj")]:
         place = at["down_proj", name]
         with pytest.raises(KernelError, match=message):

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from call import Refused, available_isas, call, from_bf16, linear, product, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from call import Refused, available_isas, call, from_bf16, linear, product, set_threads, to_bf16
 
 ISAS = available_isas()
 FORMATS = ("float32", "bfloat16", "int8", "int8 grouped", "int4", "int4 grouped")
@@ -91,7 +92,8 @@ def test_forward_matches_float64(kind, rows, tokens, out, half, rank, seed):
 @pytest.mark.parametrize("kind", ("float32", "bfloat16", "int8", "int4 grouped"))
 @FEW
 @given(rows=st.integers(0, 9), tokens=st.sampled_from([1, 1, 2, 40]), out=st.integers(1, 41),
-       half=st.sampled_from([1, 3, 9, 17, 99, 288]), rank=st.sampled_from([1, 3, 8, 16, 17, 64, 256]), seed=st.integers(0, 9999))
+       half=st.sampled_from([1, 3, 9, 17, 99, 288]), rank=st.sampled_from([1, 3, 8, 16, 17, 64, 256]),
+       seed=st.integers(0, 9999))
 def test_bfloat16_adapters_are_their_float32_values(kind, rows, tokens, out, half, rank, seed):
     rng = np.random.default_rng(seed)
     weight, weight_scale, _ = make_weight(rng, out, 2 * half, kind)
@@ -268,7 +270,8 @@ def test_gradients_are_the_finite_differences_of_the_forward():
 def make_product(rng, out, columns, half, three):
     """-> (inner, outer, core or None, their product in float64)."""
     rank, wide = 5, 7 if three else 5
-    factors = [(rng.normal(size=shape) * 0.3).astype(np.float32) for shape in ((rank, columns), (out, wide), (wide, rank))]
+    factors = [(rng.normal(size=shape) * 0.3).astype(np.float32)
+               for shape in ((rank, columns), (out, wide), (wide, rank))]
     dense = [one.astype(np.float64) for one in factors]
     if half:
         factors = [to_bf16(one) for one in factors]
@@ -280,7 +283,8 @@ def make_product(rng, out, columns, half, three):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("three", [False, True])
 @FEW
-@given(rows=st.integers(1, 9), tokens=st.sampled_from([1, 1, 5, 40]), out=st.integers(1, 41), columns=st.integers(1, 90),
+@given(rows=st.integers(1, 9), tokens=st.sampled_from([1, 1, 5, 40]), out=st.integers(1, 41),
+       columns=st.integers(1, 90),
        rank=st.sampled_from([0, 3, 16]), seed=st.integers(0, 9999))
 def test_products_match_float64(half, three, rows, tokens, out, columns, rank, seed):
     """A product with adapters beside a matrix; rows without one are, bit for bit, what the factors one by one give."""
@@ -290,7 +294,8 @@ def test_products_match_float64(half, three, rows, tokens, out, columns, rank, s
     bias = rng.normal(size=out).astype(np.float32) if seed % 2 else None
     x, slots = rng.normal(size=(rows, tokens, columns)).astype(np.float32), rng.integers(-1, 3, rows).astype(np.int32)
     weight = make_weight(rng, 4, columns, "float32")[0]
-    y, beside = call("multi_lora_linear", [x, slots, *product(inner, outer, core, bias, *(adapters or ())), *linear(weight)],
+    y, beside = call("multi_lora_linear",
+                     [x, slots, *product(inner, outer, core, bias, *(adapters or ())), *linear(weight)],
                      [((rows, tokens, out), "float32"), ((rows, tokens, 4), "float32")])
     close(y, expected(x, slots, dense, bias, adapters))
     assert np.array_equal(beside, run(x, slots, [weight] + [None] * 5)[0])
@@ -324,7 +329,8 @@ def test_gradients_of_products_match_float64(three, rows, tokens, out, columns, 
             if slot >= 0:
                 u = scale[slot].astype(np.float64) * dy[row].astype(np.float64) @ up[slot]
                 wanted[0][slot] += u.T @ x[row]
-                wanted[1][slot] += dy[row].T.astype(np.float64) @ (scale[slot] * x[row].astype(np.float64) @ down[slot].T)
+                wanted[1][slot] += dy[row].T.astype(np.float64) @ (scale[slot]
+                                                                   * x[row].astype(np.float64) @ down[slot].T)
                 dx[row] += u @ down[slot]
     for got, want in zip(found, [dx, *wanted]):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * max(1.0, np.abs(want).max()))

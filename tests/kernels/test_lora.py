@@ -1,13 +1,15 @@
-"""lora_shrink and lora_expand against NumPy float64, per row and per segment; the worker threads behind all operators."""
+"""lora_shrink and lora_expand against NumPy float64, per row and per segment; the worker threads behind all
+operators."""
 
 import os
 import threading
 
 import numpy as np
 import pytest
-from call import LIBRARY, Refused, available_isas, call, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from call import LIBRARY, Refused, available_isas, call, set_threads
 
 ISAS = available_isas()
 FEW = settings(max_examples=20, deadline=None)
@@ -42,7 +44,8 @@ def check(x, slots_of_tokens, v, result, y, down, up, scale):
 
 
 @FEW
-@given(rows=st.integers(1, 40), tokens=st.sampled_from([0, 1, 3, 35]), columns=st.sampled_from([1, 5, 16, 63, 576, 1030]),
+@given(rows=st.integers(1, 40), tokens=st.sampled_from([0, 1, 3, 35]),
+       columns=st.sampled_from([1, 5, 16, 63, 576, 1030]),
        out=st.sampled_from([1, 3, 16, 65, 130, 200]), rank=st.sampled_from([1, 2, 8, 15, 16, 33, 64, 70, 256]),
        popularity=st.sampled_from(["distinct", "uniform", "skewed", "identical", "none"]), seed=st.integers(0, 9999))
 def test_rows_match_float64(rows, tokens, columns, out, rank, popularity, seed):

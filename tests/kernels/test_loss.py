@@ -1,13 +1,14 @@
 """linear_cross_entropy and linear_token_losses: the C operators against NumPy float64, the faces in graph mode."""
 
-import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, from_bf16, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mindspore as ms
 from mindspore import Tensor, ops
 
+from call import Refused, call, from_bf16, set_threads, to_bf16
 from colora_ms.kernels import backend
 from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.loss import (

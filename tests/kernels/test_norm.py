@@ -1,15 +1,15 @@
 """rms_norm and rms_norm_residual: the C operators against NumPy float64, the faces in graph mode."""
 
-import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, from_bf16, set_threads, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mindspore as ms
 from mindspore import Tensor, ops
 
-from colora_ms.kernels import norm
-from colora_ms.kernels import backend
+from call import Refused, call, from_bf16, set_threads, to_bf16
+from colora_ms.kernels import backend, norm
 from colora_ms.kernels.aot import KernelError
 
 ms.set_context(mode=ms.GRAPH_MODE)

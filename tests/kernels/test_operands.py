@@ -22,7 +22,8 @@ def listed(file, name):
 
 @pytest.mark.parametrize("file, name, names", [
     ("select.h", "COLORA_WHOLE_OPTIONS", options.WHOLE), ("select.h", "COLORA_REAL_OPTIONS", options.REAL),
-    ("operands.h", "COLORA_LAYERS_ARGUMENTS", layers.ARGUMENTS), ("operands.h", "COLORA_STEPS_ARGUMENTS", steps.ARGUMENTS),
+    ("operands.h", "COLORA_LAYERS_ARGUMENTS", layers.ARGUMENTS),
+    ("operands.h", "COLORA_STEPS_ARGUMENTS", steps.ARGUMENTS),
 ])
 def test_names_are_the_same_in_the_same_order(file, name, names):
     assert [one for one, in listed(file, name)] == list(names)
@@ -30,12 +31,14 @@ def test_names_are_the_same_in_the_same_order(file, name, names):
 
 def test_layers_and_bases_are_the_same():
     assert listed("operands.h", "COLORA_LAYER_PARTS") == list(operands.LAYER)
-    assert listed("operands.h", "COLORA_BASE_FORMATS") == [(name, str(len(tensors))) for name, tensors in operands.FORMATS]
+    assert listed("operands.h", "COLORA_BASE_FORMATS") == [(name, str(len(tensors)))
+                                                           for name, tensors in operands.FORMATS]
 
 
 def test_no_number_of_an_operand_is_typed_by_hand():
     """Inputs are read by a name of a list or one after another; outputs are few and have their number."""
-    for path in (CPU / name for name in ("linear.cpp", "linear_grad.cpp", "layers.cpp", "layers.h", "steps.cpp", "select.cpp",
+    for path in (CPU / name for name in ("linear.cpp", "linear_grad.cpp", "layers.cpp", "layers.h", "steps.cpp",
+                                         "select.cpp",
                                          "contrast.cpp")):
         assert not re.search(r"\.in\(\s*[0-9at]", path.read_text()), path.name
 

@@ -2,14 +2,15 @@
 
 import math
 
-import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, options, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mindspore as ms
 from mindspore import Tensor, ops
 
+from call import Refused, call, options, set_threads
 from colora_ms.kernels import backend
 from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
 
@@ -21,7 +22,8 @@ def arguments(logits, expert, amateur, alpha=0.1, beta=0.5, temperature=0.0, top
     expert = np.atleast_1d(np.asarray(expert, np.int32))
     real = dict(alpha=alpha, beta=beta, temperature=temperature, top_p=top_p)
     uniform = np.broadcast_to(np.asarray(uniform, np.float32), expert.shape).copy()
-    return [np.asarray(logits, np.float32), *options(dict(expert_rows=expert, amateur_rows=amateur, top_k=top_k), real), uniform]
+    return [np.asarray(logits, np.float32), *options(dict(expert_rows=expert, amateur_rows=amateur, top_k=top_k), real),
+            uniform]
 
 
 def select(*given_, **named):
@@ -74,7 +76,8 @@ def test_choice_matches_float64(vocab, scale, alpha, beta, temperature, top_k, t
     uniform = np.float32(rng.random() * 0.999)
     ints, floats = select(logits, 2, 0 if contrast else -1, alpha, beta, temperature, top_k, top_p, uniform)
     e, a = logits[2], logits[0] if contrast else None
-    token, valid, scores, margin = expected(e, a, np.float64(np.float32(alpha)), beta, np.float64(np.float32(temperature)),
+    token, valid, scores, margin = expected(e, a, np.float64(np.float32(alpha)), beta,
+                                            np.float64(np.float32(temperature)),
                                             top_k, np.float64(np.float32(top_p)), float(uniform))
     got = int(ints[0, 0])
     if margin > 1e-5:  # away from a border of the draw, where float32 rounding decides
@@ -112,7 +115,8 @@ def test_ties_go_to_the_smallest_index():
     logits[0, [77, 300, 599]] = 5
     assert select(logits, 0, -1)[0].tolist() == [[77, 77, 600]]
     assert select(logits, 0, 0, alpha=0.5)[0].tolist() == [[77, 77, 3]]
-    picks = [int(select(logits, 0, 0, 0.5, temperature=1.0, uniform=u)[0][0, 0]) for u in (0, 0.3, 0.34, 0.6, 0.67, 0.99)]
+    picks = [int(select(logits, 0, 0, 0.5, temperature=1.0, uniform=u)[0][0, 0])
+             for u in (0, 0.3, 0.34, 0.6, 0.67, 0.99)]
     assert picks == [77, 77, 300, 300, 599, 599]
     assert int(select(logits, 0, 0, 0.5, temperature=1.0, top_k=2, uniform=0.99)[0][0, 0]) == 300
 

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from call import Refused, call, linear, options, product, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layers import Case, Product, bits, copied, first_shape, flat_layer
 
+from call import Refused, call, linear, options, product, set_threads
 from colora_ms.kernels import steps as face
 from colora_ms.kernels.aot import KernelError
+from test_layers import Case, Product, bits, copied, first_shape, flat_layer
 
 FIXED, ENTROPY, DIVERGENCE, MARGIN, SKIP = 0, 1, 2, 3, 8
 
@@ -16,7 +16,8 @@ FIXED, ENTROPY, DIVERGENCE, MARGIN, SKIP = 0, 1, 2, 3, 8
 class Loop(Case):
     """Random layers with an embedding and a head, random requests with rows of their own in any order."""
 
-    def __init__(self, seed, requests=3, capacity=4, vocab=29, mode=None, temperature=0.0, adapted_head=True, tied=False,
+    def __init__(self, seed, requests=3, capacity=4, vocab=29, mode=None, temperature=0.0, adapted_head=True,
+                 tied=False,
                  alpha=0.2, eos=(), steps=None, prompt=3, hidden=24, **sizes):
         super().__init__(seed, rows=2 * requests + 1, hidden=hidden, max_len=prompt + capacity + 4, **sizes)
         random = self.random
@@ -60,7 +61,8 @@ class Loop(Case):
 
     def run(self):
         r, c = self.requests, self.capacity
-        return call("decode_steps", self.inputs(), [((c, r, 3), "int32"), ((c, r, 4), "float32"), *[((r,), "int32")] * 4])
+        return call("decode_steps", self.inputs(),
+                    [((c, r, 3), "int32"), ((c, r, 4), "float32"), *[((r,), "int32")] * 4])
 
     def compose(self):
         """The same by the parts, all rows computed at every step; the caches are copies."""
@@ -80,7 +82,8 @@ class Loop(Case):
                 beta = call("contrast_strength", [logits, *self.options(expert), previous, self.prompt, self.lengths],
                             [((self.requests,), "float32")])[0]
             ints[step], floats[step] = call(
-                "contrastive_select", [logits, *self.options(expert, beta), np.ascontiguousarray(self.uniforms[:, step])],
+                "contrastive_select", [logits, *self.options(expert, beta),
+                                       np.ascontiguousarray(self.uniforms[:, step])],
                 [((self.requests, 3), "int32"), ((self.requests, 4), "float32")])
             token = np.where(active, ints[step, :, 0], token)
             previous = np.where(active, token, previous)
@@ -96,7 +99,8 @@ class Loop(Case):
             ids[rows[used]], start[rows[used]], length[rows[used]] = token[used], position[used], 1
         x = call("embedding", [ids.reshape(-1, 1), *self.embed], [((self.rows, 1, self.hidden), "float32")])[0]
         layers = [{**layer, "k_cache": [k], "v_cache": [v]} for layer, (k, v) in zip(self.layers, caches)]
-        x, residual = call("decoder_layers", [x, np.zeros_like(x), self.slots, self.cos, self.sin, self.cache_rows, start,
+        x, residual = call("decoder_layers",
+                           [x, np.zeros_like(x), self.slots, self.cos, self.sin, self.cache_rows, start,
                                               length, *(t for layer in layers for t in flat_layer(layer))],
                            [(x.shape, "float32")] * 2)
         x = self.add_norm(x, residual, self.last_norm)[0].reshape(self.rows, -1)
@@ -136,7 +140,8 @@ def test_usual_sizes_on_one_and_two_threads(weights, requests):
     """A vocabulary in which the survivors of the cut are few, so that the amateur's head is multiplied in parts."""
     for threads in (1, 2):
         set_threads(threads)
-        case = Loop(3, requests=requests, vocab=6001, adapted_head=False, kv_heads=2, group=2, dim=16, hidden=64, inner=96,
+        case = Loop(3, requests=requests, vocab=6001, adapted_head=False, kv_heads=2, group=2, dim=16, hidden=64,
+                    inner=96,
                     rank=4, weights=weights, capacity=6)
         case.amateur[0] = next(r for r in range(case.rows) if r not in (*case.expert, *case.amateur))
         case.active[:] = 1
@@ -183,7 +188,8 @@ def test_nothing_to_do():
     ("expert", [0, 1, 0], "row 0 is used twice"), ("expert", [7, 1, 2], "'expert_rows' is 7 in request 0"),
     ("cache_rows", [8] * 7, "'cache_rows' is 8"), ("cache_rows", [1] * 7, "cache row of its own"),
     ("steps", 5, "'steps' is 5, expected 0 to 4"), ("top_k", [0, -1, 0], "'top_k' is -1 in request 1"),
-    ("uniforms", [[0.5, 1.0, 0, 0]] * 3, "'uniforms' is 1 in request 0"), ("alpha", [0, 1, 1], "'alpha' is 0 in request 0"),
+    ("uniforms", [[0.5, 1.0, 0, 0]] * 3, "'uniforms' is 1 in request 0"),
+    ("alpha", [0, 1, 1], "'alpha' is 0 in request 0"),
     ("mode", [4, 0, 0], "'mode' is 4 in request 0"), ("lengths", [0, 0, 4], "'lengths' is 4 in request 2"),
 ])
 def test_a_bad_number_changes_nothing(name, value, message):

@@ -1,13 +1,14 @@
 """contrast_strength: beta of the adaptive contrasts, against NumPy float64."""
 
-import mindspore as ms
 import numpy as np
 import pytest
-from call import Refused, call, options, set_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mindspore as ms
 from mindspore import Tensor
 
+from call import Refused, call, options, set_threads
 from colora_ms.kernels.strength import contrast_strength, contrast_strength_reference
 
 ms.set_context(mode=ms.GRAPH_MODE)
@@ -102,7 +103,8 @@ def test_copied_spans_are_left_alone():
 
 def test_requests_without_a_contrast_read_nothing():
     bad = np.full((2, 40), np.nan, np.float32)
-    assert strength(bad, [ENTROPY, 77, 0], expert=[-1, 0, -1], amateur=[1, -1, -1], alpha=9, beta=-1).tolist() == [0, 0, 0]
+    assert strength(bad, [ENTROPY, 77, 0], expert=[-1, 0, -1], amateur=[1, -1, -1], alpha=9,
+                    beta=-1).tolist() == [0, 0, 0]
     # Rows that contrastive_select will refuse keep beta, so that its message is the one to be read.
     assert strength(bad, [FIXED, MARGIN, DIVERGENCE], beta=0.5).tolist() == [0.5, 0.5, 0.5]
     assert strength([[1, 2], [np.nan, 0]], DIVERGENCE, beta=0.5)[0] == 0.5

@@ -4,14 +4,16 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from colora_ms.decoding import Contrast, Generator, Sampling
 from colora_ms.decoding.answer import Answer
 from colora_ms.decoding.options import Options
 from colora_ms.errors import DecodingError
 from colora_ms.serving import Engine
-from colora_ms.serving.http import Server, Settings as HttpSettings, create_app
+from colora_ms.serving.http import Server, create_app
+from colora_ms.serving.http import Settings as HttpSettings
 from tests.serving.test_http import call
 
 EOS, STORY = 2, "Once upon a time, there was a little girl named"
@@ -183,7 +185,8 @@ def scripted(successors, tokenizer, size=32):
 
 
 def made_tokenizer(pieces, special=(), added=(), decoder=None, **names):
-    from tokenizers import AddedToken, Tokenizer as Backend, models
+    from tokenizers import AddedToken, models
+    from tokenizers import Tokenizer as Backend
 
     from colora_ms.models.tokenizer import Tokenizer
 

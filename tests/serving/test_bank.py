@@ -190,7 +190,8 @@ def broken(folder, kind):
     if kind == "rank":
         write_adapter(path, seed=1, r=5)
     elif kind == "other base":
-        save_file({key: np.zeros((value.shape[0], value.shape[1] + 1), np.float32) for key, value in tensors.items()}, weights)
+        save_file({key: np.zeros((value.shape[0], value.shape[1] + 1), np.float32) for key, value in tensors.items()},
+                  weights)
     elif kind == "missing":
         del tensors[first]
         save_file(tensors, weights)
@@ -204,7 +205,8 @@ def broken(folder, kind):
     elif kind == "gigabytes":
         weights.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
     elif kind == "huge tensor":
-        header = json.dumps({first: {"dtype": "F32", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 1 << 42]}}).encode()
+        header = json.dumps({first: {"dtype": "F32", "shape": [1 << 20, 1 << 20],
+                                     "data_offsets": [0, 1 << 42]}}).encode()
         weights.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
     elif kind == "twice":
         entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
@@ -245,12 +247,14 @@ def test_pickles_only_on_request(tiny_decoder, goldens):
     from colora_ms.models.decoder import Decoder
 
     checkpoint = open_checkpoint(goldens / "tiny" / "llama")
-    bank = AdapterBank(Decoder(checkpoint.config, checkpoint.tensors), goldens / "pickle", max_rank=8, allow_pickle=True)
+    bank = AdapterBank(Decoder(checkpoint.config, checkpoint.tensors), goldens / "pickle", max_rank=8,
+                       allow_pickle=True)
     bank.add("safetensors", goldens / "peft" / "qv_r8")
     assert bank.resolve("float32") == bank.resolve("safetensors")
 
 
-@pytest.mark.parametrize("options", [dict(max_loaded=0), dict(max_rank=True), dict(host_bytes=1.5), dict(folder="/nowhere")])
+@pytest.mark.parametrize("options",
+                         [dict(max_loaded=0), dict(max_rank=True), dict(host_bytes=1.5), dict(folder="/nowhere")])
 def test_bad_options(tiny_decoder, options):
     with pytest.raises(ConfigError):
         AdapterBank(tiny_decoder(), **options)
@@ -267,7 +271,8 @@ def test_the_handle_and_the_bank_share_one_account_of_slots(bank, folder):
     assert all(np.array_equal(x, y) for path, values in held(bank, lease).items() for x, y in zip(values, before[path]))
     own = held(bank, type(lease)(handle.slot("own"), "own"))
     assert take(bank, "a2") is None  # one slot is leased, the other has a name
-    with pytest.raises(AdapterError, match=f"no slot is free.*own, slot {lease.slot} for a bank .leased, content {lease.digest[:12]}"):
+    with pytest.raises(AdapterError, match=f"no slot is free.*own, slot {lease.slot} for a bank .leased, content "
+                                           f"{lease.digest[:12]}"):
         handle.load(folder / "a3", "more")
     with pytest.raises(AdapterError, match="no slot is free"):
         handle.add_adapter("more", LoraConfig(r=2, target_modules=["q_proj"]))

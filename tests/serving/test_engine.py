@@ -68,7 +68,8 @@ def test_bfloat16_slots_answer_like_float32_slots_with_the_rounded_adapter(tiny_
         bank = AdapterBank(decoder := tiny_decoder(), tmp_path / folder, max_loaded=2, max_rank=4, adapter_format=kind)
         with Engine(decoder, word_tokenizer, bank, rows=4, max_length=96, chunk=4, prompt_chunk=24) as engine:
             handles = [engine.submit(prompt, adapter=name, contrast=contrast, max_new_tokens=12, records=True)
-                       for prompt, name, contrast in zip(PROMPTS[:6], ("one", "two") * 3, (None,) * 4 + (Contrast(0.1, 0.5),) * 2)]
+                       for prompt, name, contrast in zip(PROMPTS[:6], ("one", "two") * 3,
+                                                         (None,) * 4 + (Contrast(0.1, 0.5),) * 2)]
             found[folder, kind] = [(answer.tokens, [record.score for record in answer.records])
                                    for answer in (handle.result(60) for handle in handles)]
     assert found["full", "bfloat16"] == found["rounded", "float32"]

@@ -47,6 +47,7 @@ def test_tokens_and_changes_are_those_up_to_the_stop_string(engine, generator, w
     for item, answer, one, count in zip(result.items, answers, whole, counts):
         changed = sum(record.changed for record in one.records[:count])
         assert (item["tokens"], item["changed"], item["text"]) == (count, changed, answer.text)
-        assert (item["tokens"], item["changed"]) == (len(answer.tokens), sum(record.changed for record in answer.records))
+        assert (item["tokens"], item["changed"]) == (len(answer.tokens),
+                                                     sum(record.changed for record in answer.records))
     assert result.mean_tokens == sum(counts) / len(counts)
     assert result.changed_share == sum(item["changed"] for item in result.items) / sum(counts)

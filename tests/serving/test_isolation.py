@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from colora_ms.decoding import Contrast, Sampling
 from colora_ms.errors import ColoraError, DecodingError, ServingError

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 
 from colora_ms.decoding import Contrast, Sampling
-from colora_ms.errors import (AdapterError, DecodingError, EngineClosedError, QueueFullError, ServingError,
-                              UnknownAdapterError)
+from colora_ms.errors import (
+    AdapterError,
+    DecodingError,
+    EngineClosedError,
+    QueueFullError,
+    ServingError,
+    UnknownAdapterError,
+)
 from tests.serving.conftest import adapter_tensors, write_adapter
 
 LONG = dict(max_new_tokens=80, ignore_eos=True)
@@ -27,7 +33,8 @@ def end(handles):
 
 
 def test_pieces_are_the_completion(engine):
-    handle = engine.submit([7, 8, 9], adapter="a0", contrast=Contrast(), max_new_tokens=20, ignore_eos=True, records=True)
+    handle = engine.submit([7, 8, 9], adapter="a0", contrast=Contrast(), max_new_tokens=20, ignore_eos=True,
+                           records=True)
     pieces = list(handle.pieces(60))
     done = handle.result()
     assert "".join(p.text for p in pieces) == done.text and len(pieces) > 2
@@ -80,8 +87,10 @@ def test_budget_is_cut_to_the_cache(engine):
 @pytest.mark.parametrize("prompt, settings, error, message", [
     ("", {}, DecodingError, "empty"), ([], {}, DecodingError, "empty"), ([97], {}, DecodingError, "vocabulary"),
     ([-1], {}, DecodingError, "vocabulary"), ([5] * 96, {}, DecodingError, "holds 96"),
-    ([5], dict(max_new_tokens=0), DecodingError, "max_new_tokens=0"), ([5], dict(max_new_tokens=True), DecodingError, "True"),
-    ([5], dict(contrast=Contrast()), DecodingError, "needs adapter"), ([5], dict(contrast=0.5), DecodingError, "Contrast"),
+    ([5], dict(max_new_tokens=0), DecodingError, "max_new_tokens=0"),
+    ([5], dict(max_new_tokens=True), DecodingError, "True"),
+    ([5], dict(contrast=Contrast()), DecodingError, "needs adapter"),
+    ([5], dict(contrast=0.5), DecodingError, "Contrast"),
     ([5], dict(sampling="greedy"), DecodingError, "Sampling"), ([5], dict(stop=("",)), DecodingError, "stop"),
     ([5], dict(stop=["x"] * 17), DecodingError, "at most 16"), ([5], dict(seed=-1), DecodingError, "seed=-1"),
     ([5], dict(priority="high"), DecodingError, "priority"), ([5], dict(timeout=0), DecodingError, "timeout=0"),
@@ -135,7 +144,8 @@ def test_priorities_go_first_and_pairs_start_together(engine):
     running = busy(engine)
     order = []
     later = [engine.submit([9], adapter="a0" if pair else None, contrast=Contrast() if pair else None, priority=p,
-                           max_new_tokens=3, ignore_eos=True) for p, pair in ((0, False), (2, True), (1, False), (2, False))]
+                           max_new_tokens=3, ignore_eos=True)
+             for p, pair in ((0, False), (2, True), (1, False), (2, False))]
     end(running)
     for handle in later:
         handle.result(60)

@@ -31,12 +31,14 @@ CASES = [
     {"target_modules": "all-linear", "modules_to_save": ["mlp"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    {"target_modules": "all-linear", "r": 4, "lora_alpha": 3, "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 7},
+    {"target_modules": "all-linear", "r": 4, "lora_alpha": 3,
+     "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 7},
      "alpha_pattern": {"v_proj": 5}},
     {"target_modules": "all-linear", "r": 4, "use_rslora": True,
      "rank_pattern": {r"^model\.layers\.1\..*": 2, "q_proj": 3, r"(1|2)\.mlp\.up_proj": 9},
      "alpha_pattern": {r".*up_proj": 2, r"model.layers.0.self_attn.[qk]_proj": 1}},
-    {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 1, "11.self_attn.k_proj": 6}},
+    {"target_modules": ["q_proj", "k_proj"],
+     "rank_pattern": {"layers.1.self_attn.q_proj": 1, "11.self_attn.k_proj": 6}},
     {"target_modules": ["proj"]},
     {"target_modules": "q_proj"},
     {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
@@ -57,8 +59,9 @@ CASES = [
 
 
 def main():
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from peft import LoraConfig, get_peft_model
 
     def model():
         return LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=12,

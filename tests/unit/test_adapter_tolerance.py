@@ -1,4 +1,5 @@
-"""What PEFT loads and means the same is loaded with a said warning; what is no adapter folder is said to be what it is."""
+"""What PEFT loads and means the same is loaded with a said warning; what is no adapter folder is said to be what it
+is."""
 
 import json
 import shutil

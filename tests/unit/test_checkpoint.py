@@ -7,15 +7,19 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError
 from colora_ms.models import checkpoint as checkpoint_module
-from colora_ms.models.checkpoint import default_model_path, open_checkpoint, resolve_model, \
-    write_hf_folder
+from colora_ms.models.checkpoint import default_model_path, open_checkpoint, resolve_model, write_hf_folder
 from colora_ms.models.config import DecoderConfig
-from colora_ms.models.safetensors_file import SafetensorsFile, bfloat16_to_float32, \
-    float32_to_bfloat16, write_safetensors
+from colora_ms.models.safetensors_file import (
+    SafetensorsFile,
+    bfloat16_to_float32,
+    float32_to_bfloat16,
+    write_safetensors,
+)
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 

@@ -106,7 +106,8 @@ def test_dare_keeps_the_mean():
 
     tensor = np.random.default_rng(0).random((200, 300), np.float32)
     dropped = _dropped(tensor, 0.3, np.random.default_rng(1))
-    assert (dropped == 0).mean() == pytest.approx(0.7, abs=0.01) and dropped.mean() == pytest.approx(tensor.mean(), rel=0.02)
+    assert (dropped == 0).mean() == pytest.approx(0.7,
+                                                  abs=0.01) and dropped.mean() == pytest.approx(tensor.mean(), rel=0.02)
     kept = dropped != 0
     assert np.allclose(dropped[kept], tensor[kept] / np.float32(0.3))
 
@@ -125,7 +126,8 @@ def test_refusals_list_everything_and_change_nothing(bank):
             (["a", "c"], [1, 1], {"svd_clamp": 2}, "svd_clamp is 2"),
             (["a", "c"], [1, 1], {"majority_sign_method": "most"}, "majority_sign_method is 'most'"),
             (["a", "wide"], [1, 1], {"combination_type": "linear"}, "'a' has 4, 'wide' has 6; use 'cat' or 'svd'"),
-            (["a", "b", "c", "wide"], [1] * 4, {"combination_type": "cat"}, "has room for rank 16, the adapter has rank 18")]:
+            (["a", "b", "c", "wide"], [1] * 4, {"combination_type": "cat"},
+             "has room for rank 16, the adapter has rank 18")]:
         with pytest.raises(AdapterError, match=words):
             bank.add_weighted_adapter(names, weights, "new", **options)
         assert bank.names == before
@@ -153,5 +155,6 @@ def test_combined_targets_are_named_exactly(mindspore, tiny_decoder, tmp_path):
 
 
 def test_names_are_pefts():
-    assert set(COMBINATIONS) == {"cat", "svd", "linear", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd",
+    assert set(COMBINATIONS) == {"cat", "svd", "linear", "ties", "ties_svd", "dare_ties", "dare_linear",
+                                 "dare_ties_svd",
                                  "dare_linear_svd", "magnitude_prune", "magnitude_prune_svd"}

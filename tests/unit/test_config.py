@@ -5,7 +5,8 @@ import math
 import os
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from colora_ms.errors import ConfigError
 from colora_ms.models.config import DecoderConfig

@@ -4,7 +4,8 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from colora_ms.errors import TokenizerError
 from colora_ms.models.detokenizer import StreamDecoder, WholeDecoder, decode
@@ -18,7 +19,8 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def decoder_kinds():
-    from tokenizers import Regex, decoders as d
+    from tokenizers import Regex
+    from tokenizers import decoders as d
 
     llama = [d.Replace("▁", " "), d.ByteFallback(), d.Fuse()]
     return {
@@ -39,7 +41,8 @@ KINDS = list(decoder_kinds())
 
 def with_decoder(kind):
     """A tokenizer of byte tokens, odd pieces, special and added tokens, with one decoder."""
-    from tokenizers import AddedToken, Tokenizer as Backend, models
+    from tokenizers import AddedToken, models
+    from tokenizers import Tokenizer as Backend
 
     vocab = {piece: i for i, piece in enumerate([*BYTES, *PIECES])}
     backend = Backend(models.BPE(vocab, []))

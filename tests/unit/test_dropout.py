@@ -8,12 +8,11 @@ import pytest
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from test_dropout_kernel import mask  # noqa: E402
-
 from colora_ms import runtime  # noqa: E402
 from colora_ms.adapters import LoraConfig, inject  # noqa: E402
 from colora_ms.adapters import dropout as module  # noqa: E402
 from colora_ms.adapters.dropout import Dropout, dropout_streams  # noqa: E402
+from test_dropout_kernel import mask  # noqa: E402
 
 RATE, SHAPE = 0.25, (2, 3, 40)
 

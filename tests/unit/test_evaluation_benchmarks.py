@@ -72,8 +72,7 @@ def test_few_shot_prompts_are_plain_text(gsm8k):
 
 COMMONSENSE = [
     {"instruction": "Please choose the correct answer to the question: Which unit is a mass?\n\nAnswer1: meters "
-                    "Answer2: "
-     "grams Answer3: Answer1: twice\n\nAnswer format: answer1/answer2/answer3", "input": "",
+                    "Answer2: grams Answer3: Answer1: twice\n\nAnswer format: answer1/answer2/answer3", "input": "",
      "output": "the correct answer is answer2", "answer": "answer2"},
     {"instruction": "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: "
      "true/false", "input": "", "output": "the correct answer is true", "answer": "true"},

@@ -21,7 +21,8 @@ PAGE = ROOT / "colora_ms" / "EXTENDING.md"
 def blocks():
     """{file name: text} of the page's files."""
     found = {}
-    for name, text in re.findall(r"^```\w+\n(?:#|//) file: (\S+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S):
+    for name, text in re.findall(r"^```\w+\n(?:#|//) file: (\S+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"),
+                                 re.M | re.S):
         found[name] = found.get(name, "") + text
     return found
 
@@ -83,7 +84,8 @@ def test_the_cpu_kernel_works(page):
     need_compiler()
     sources = page / "cpu"
     sources.mkdir()
-    for source in [*(ROOT / "ops" / "cpu").glob("*.h"), *(ROOT / "ops" / "cpu" / f"{name}.cpp" for name in ("dispatch", "parallel"))]:
+    for source in [*(ROOT / "ops" / "cpu").glob("*.h"),
+                   *(ROOT / "ops" / "cpu" / f"{name}.cpp" for name in ("dispatch", "parallel"))]:
         shutil.copy(source, sources)
     (page / "row_gain.cpp").rename(sources / "row_gain.cpp")
     builder = load(ROOT / "ops" / "cpu" / "build.py", "page_cpu_build")
@@ -101,7 +103,8 @@ def test_the_ascend_kernel_works_on_the_emulator(page):
     builder.KERNELS["row_gain"] = ("row_gain/op_host/row_gain_tiling_core.h", "colora::RowGainTilingData")
     builder.ASCEND = page
     library = page / "libexample_emulator.so"
-    builder.compile_units({"machine.cpp": builder.HERE / "src" / "machine.cpp", "row_gain.cpp": builder.wrapper("row_gain")},
+    builder.compile_units({"machine.cpp": builder.HERE / "src" / "machine.cpp",
+                           "row_gain.cpp": builder.wrapper("row_gain")},
                           library, optimise="-O0")
     (page / "emulated.py").write_text((ROOT / "ops" / "emulator" / "driver.py").read_text(encoding="utf-8"))
     (page / "conftest.py").write_text(

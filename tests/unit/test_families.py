@@ -17,7 +17,8 @@ from colora_ms.models.tokenizer_classes import CLASS_TOKENS, tokenizer_class
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 #: What transformers' configuration classes take and have, family by family:
-#: model_type: (class, biases of q k v, o and mlp without keys, the same with both keys true or None where one is refused,
+#: model_type: (class, biases of q k v, o and mlp without keys, the same with both keys true or None where one is
+#: refused,
 #:              q/k norm, head size, longest sequence, rows of q and k interleaved in a GGUF)
 TABLE = {
     "llama": ("LlamaForCausalLM", (False, False, False), (True, True, True), False, 4, 2048, True),

@@ -13,8 +13,19 @@ from hypothesis import given, settings, strategies
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.models.formats import (
-    BFLOAT16, FLOAT32, FORMATS, INT4, INT8, WEIGHT_FORMATS, StoredFactors, StoredWeight, WeightFormat, format_of_code,
-    is_float_matrix, stored_float, weight_format,
+    BFLOAT16,
+    FLOAT32,
+    FORMATS,
+    INT4,
+    INT8,
+    WEIGHT_FORMATS,
+    StoredFactors,
+    StoredWeight,
+    WeightFormat,
+    format_of_code,
+    is_float_matrix,
+    stored_float,
+    weight_format,
 )
 
 ROOT = Path(__file__).resolve().parents[2]

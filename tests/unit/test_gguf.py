@@ -4,7 +4,8 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError
 from colora_ms.models.checkpoint import open_checkpoint

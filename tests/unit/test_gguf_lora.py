@@ -7,7 +7,8 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from colora_ms.errors import AdapterError, CheckpointError
@@ -55,7 +56,7 @@ def contents(path):
 
 
 def test_the_table_of_modules_is_that_of_the_model(mindspore):
-    from colora_ms.adapters import inject, LoraConfig
+    from colora_ms.adapters import LoraConfig, inject
     from colora_ms.adapters.config_modules import modules_of_config
 
     for name in ("llama", "llama_bias", "qwen2", "qwen3"):

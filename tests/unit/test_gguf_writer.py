@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from colora_ms.errors import CheckpointError, ConfigError, TokenizerError
 from colora_ms.models.checkpoint import open_checkpoint
@@ -142,7 +143,9 @@ def test_dynamic_scaling_is_said(tmp_path):
 
 def sentencepiece_tokenizer():
     """A small SentencePiece-like tokenizer with byte fallback, as a tokenizer.json has it."""
-    from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Backend
+
     from colora_ms.models.tokenizer_build import add_template
 
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
@@ -166,6 +169,7 @@ def sentencepiece_tokenizer():
 def byte_level_tokenizer(rule):
     """A byte-level tokenizer with a few merges, cutting words by one of the known rules."""
     from tokenizers import AddedToken
+
     from colora_ms.models.detokenizer_steps import byte_alphabet
     from colora_ms.models.tokenizer_build import from_gguf
 
@@ -247,6 +251,7 @@ def test_a_gguf_keeps_its_own_tables(written, tmp_path):
 
 def test_merges_that_no_scores_can_order_are_said(tmp_path):
     import json
+
     from tokenizers import Tokenizer as Backend
 
     tokenizer = sentencepiece_tokenizer()
@@ -274,7 +279,8 @@ def test_what_only_transformers_adds_is_said(tmp_path):
 
 
 def test_tokenizers_that_do_not_fit(tmp_path):
-    from tokenizers import Tokenizer as Backend, models, pre_tokenizers, decoders
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
 
     tokenizer = byte_level_tokenizer("smollm")
     config, tensors = model_for(tokenizer)

@@ -303,7 +303,8 @@ def test_everything_that_an_adapter_can_hold_is_chosen_by_row(mindspore, tiny_de
 
 def weights_of(net):
     """Bytes of the base's parameters."""
-    return {p.name: p.asnumpy().tobytes() for p in net.get_parameters() if "lora" not in p.name and "saved" not in p.name}
+    return {p.name: p.asnumpy().tobytes() for p in net.get_parameters() if "lora" not in p.name
+            and "saved" not in p.name}
 
 
 @pytest.mark.parametrize("weight_format", ["float32", "bfloat16"])
@@ -382,7 +383,8 @@ def test_integer_weights_take_adapters_but_no_merging(mindspore, tiny_decoder, w
     weights = {name: p.asnumpy() for name, p in tiny_decoder().parameters_dict().items()}
     net = Decoder(tiny_decoder().config, weights, weight_format=weight_format)
     base = run(net, [-1] * 4)
-    handle = inject(net, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], **RANDOM))
+    handle = inject(net, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"],
+                                    **RANDOM))
     adapted = run(net, handle.slots(4))
     assert np.isfinite(adapted).all() and np.abs(adapted - base).max() > 1e-3
     assert np.array_equal(run(net, handle.slots(4, "__base__")), base)
@@ -435,7 +437,8 @@ def test_gradients_are_those_of_finite_differences(mindspore, tiny_decoder, valu
             ends.append((run(net, slots).astype(np.float64) * noise).sum())
         parameter.set_data(mindspore.Tensor(start))
         slope = (ends[0] - ends[1]) / (2 * step)
-        assert abs((gradient * direction).sum() - slope) < 2e-2 * max(abs(slope), np.linalg.norm(gradient) * 0.1, 1e-3), \
+        assert abs((gradient * direction).sum() - slope) < 2e-2 * max(abs(slope), np.linalg.norm(gradient) * 0.1,
+                                                                      1e-3), \
             parameter.name
 
 

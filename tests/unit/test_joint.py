@@ -6,12 +6,13 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import tokenizer_kinds as kinds
 from colora_ms.errors import TokenizerError
-from colora_ms.models.joint import encode_joint, encode_spans
 from colora_ms.models.detokenizer_steps import byte_level_bytes
+from colora_ms.models.joint import encode_joint, encode_spans
 from colora_ms.models.tokenizer import load_tokenizer
 
 HERE = os.path.dirname(__file__)

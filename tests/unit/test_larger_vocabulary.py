@@ -1,4 +1,5 @@
-"""Adapters trained after ``resize_token_embeddings``: more rows in embedding and head, and a tokenizer that fits them."""
+"""Adapters trained after ``resize_token_embeddings``: more rows in embedding and head, and a tokenizer that fits
+them."""
 
 import json
 import shutil
@@ -141,10 +142,12 @@ def model_folder(goldens, tmp_path):
 def test_a_generator_takes_the_adapters_tokenizer(mindspore, adapter, model_folder, goldens):
     from colora_ms.decoding import Contrast, Generator
 
-    made = Generator.from_pretrained(str(model_folder), adapters={"a": str(adapter()), "b": str(goldens / "peft" / "qv_r8")})
+    made = Generator.from_pretrained(str(model_folder),
+                                     adapters={"a": str(adapter()), "b": str(goldens / "peft" / "qv_r8")})
     prompt = "<new1> " + chr(0x4E00 + 3)
     assert made.encode(prompt) == [97, 4]
-    answers = made.generate([prompt, prompt, prompt, prompt], adapter=["a", None, "b", "a"], max_new_tokens=4, ignore_eos=True,
+    answers = made.generate([prompt, prompt, prompt, prompt], adapter=["a", None, "b", "a"], max_new_tokens=4,
+                            ignore_eos=True,
                             contrast=[None, None, None, Contrast(0.1, 0.5)])
     ids = [97, 4]
     for token in answers[0].tokens:
@@ -211,10 +214,12 @@ def spoil(folder, change):
     ("larger", 99, None, "embedding 101 rows, head 101 rows, tokenizer 99 tokens; the base model has 96 rows"),
     ("larger", 102, None, "tokenizer 102 tokens; the base model has 96"),
     ("larger", BASE, None, "tokenizer 96 tokens; the base model has 96"),
-    ("larger", LARGER, lambda t: t.update({HEAD: t[HEAD][:99].copy()}), "embedding 101 rows, head 99 rows, tokenizer 101"),
+    ("larger", LARGER, lambda t: t.update({HEAD: t[HEAD][:99].copy()}),
+     "embedding 101 rows, head 99 rows, tokenizer 101"),
     ("larger", LARGER, lambda t: t.pop(HEAD), "embedding 101 rows, head 96 rows, tokenizer 101 tokens"),
     ("larger", LARGER, lambda t: t.update({EMBED: t[EMBED][:96].copy()}), "embedding 96 rows, head 101 rows"),
-    ("larger", 0, lambda t: t.update({HEAD: t[HEAD][:99].copy()}), "embedding 101 rows, head 99 rows, no tokenizer in the f"),
+    ("larger", 0, lambda t: t.update({HEAD: t[HEAD][:99].copy()}), "embedding 101 rows, head 99 rows, no tokenizer in "
+                                                                   "the f"),
     ("larger_tied", LARGER, lambda t: t.update({HEAD: t[HEAD][:99].copy()}), "embedding 101 rows, head 99 rows"),
     ("larger_tied", LARGER, lambda t: t.update({HEAD: t[HEAD] + 1}), "differ by up to 1"),
     ("larger_stored", LARGER, lambda t: t.update({HEAD.replace("weight", "original_module.weight"): t[HEAD] + 1}),
@@ -247,7 +252,8 @@ def test_an_equal_table_beside_a_smaller_tokenizer_is_the_plain_case(mindspore, 
     """As Qwen pads its embedding: tokens were added inside the rows that the base has."""
     from colora_ms.adapters.vocabulary import tokenizer_for
 
-    inject(build(goldens, "llama"), LoraConfig(**RANDOM, modules_to_save=["embed_tokens", "lm_head"])).save(tmp_path / "a")
+    inject(build(goldens, "llama"),
+           LoraConfig(**RANDOM, modules_to_save=["embed_tokens", "lm_head"])).save(tmp_path / "a")
     write_tokenizer(tmp_path / "a", 94, NEW)
     write_tokenizer(tmp_path / "base", 89)
     from colora_ms.models.tokenizer import load_tokenizer

@@ -111,7 +111,8 @@ def test_cells_are_replaced_wherever_they_stand():
     replace_cells(net, new)
     assert [parameter.name for parameter in net.get_parameters()] == [f"new.{name}" for name in names]
     assert all(cell_at(net, path) is cell for path, cell in new.items())
-    assert np.array_equal(net(x).asnumpy(), np.full((1, 2), 16.0, np.float32)) and not np.array_equal(before, net(x).asnumpy())
+    assert np.array_equal(net(x).asnumpy(),
+                          np.full((1, 2), 16.0, np.float32)) and not np.array_equal(before, net(x).asnumpy())
 
 
 def test_equal_names_are_refused_before_anything_changes():

@@ -1,4 +1,5 @@
-"""Lily's Cells against NumPy float64: all pools and both forms, padding, slots, gradients, one Parameter for all layers."""
+"""Lily's Cells against NumPy float64: all pools and both forms, padding, slots, gradients, one Parameter for all
+layers."""
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ class Stack(nn.Cell):
         random = np.random.default_rng(0)
         cells = []
         for i in range(layers):
-            weight = Parameter(Tensor(random.standard_normal((OUT, IN)).astype(np.float32)), name=f"layers.{i}.proj.weight")
+            weight = Parameter(Tensor(random.standard_normal((OUT, IN)).astype(np.float32)),
+                               name=f"layers.{i}.proj.weight")
             cells.append(Layer(weight))
         self.layers = nn.CellList(cells)
         for i, cell in enumerate(cells):
@@ -94,7 +96,8 @@ def reference(handle, x, slots, lengths, pool, form):
                 axes = (1,) if pool == "sequence" else (0, 1)
                 counted = mine if pool == "batch" else real[..., None]
                 if form == "code":
-                    pooled = (softmax(logits) * counted).sum(axes, keepdims=True) / counted.sum(axes, keepdims=True).clip(1)
+                    pooled = (softmax(logits) * counted).sum(axes,
+                                                             keepdims=True) / counted.sum(axes, keepdims=True).clip(1)
                 else:
                     pooled = softmax((logits * counted).sum(axes, keepdims=True))
                 p[slot] = np.broadcast_to(pooled, logits.shape)
@@ -129,7 +132,8 @@ def test_what_a_cell_computes_is_what_the_formula_says(pool, form, trainable):
     wanted = reference(handle, x, SLOTS, lengths, pool, form)
     for row, length in enumerate(lengths):
         assert np.abs(got[:, row, :length] - wanted[:, row, :length]).max() < 1e-5
-    changed = np.abs(got - np.stack([x @ layer.proj.base_layer.weight.asnumpy().T for layer in net.layers])).max((0, 2, 3))
+    changed = np.abs(got - np.stack([x @ layer.proj.base_layer.weight.asnumpy().T
+                                     for layer in net.layers])).max((0, 2, 3))
     assert (changed[SLOTS >= 0] > 0.05).all() and changed[1] < 1e-5 * np.abs(x).max()
 
 
@@ -148,7 +152,8 @@ def test_rows_without_an_adapter_and_foreign_slots_stay_apart():
                     value[handle.slot("b")] = np.nan
                     parameter.set_data(Tensor(value))
         poisoned = net(Tensor(x), Tensor(np.array([0, -1, 0, 0], np.int32))).asnumpy()
-        assert np.array_equal(poisoned[:, [0, 2, 3]], alone[:, [0, 2, 3]]) and np.array_equal(poisoned[:, 1], plain[:, 1])
+        assert np.array_equal(poisoned[:, [0, 2, 3]],
+                              alone[:, [0, 2, 3]]) and np.array_equal(poisoned[:, 1], plain[:, 1])
 
 
 def test_a_tensor_in_the_place_of_rows_is_refused():
@@ -162,7 +167,8 @@ def test_a_tensor_in_the_place_of_rows_is_refused():
 def test_two_axes_are_one_token_a_row():
     net, handle = made(trainable=False)
     x = rows(tokens=1)
-    assert np.array_equal(net(Tensor(x[:, 0]), Tensor(SLOTS)).asnumpy(), net(Tensor(x), Tensor(SLOTS)).asnumpy()[:, :, 0])
+    assert np.array_equal(net(Tensor(x[:, 0]), Tensor(SLOTS)).asnumpy(),
+                          net(Tensor(x), Tensor(SLOTS)).asnumpy()[:, :, 0])
 
 
 def test_shared_factors_are_one_parameter_each():
@@ -175,7 +181,8 @@ def test_shared_factors_are_one_parameter_each():
     assert sorted(names) == ["layers.0.proj.lily_A", "layers.0.proj.lily_B", "layers.0.proj.lily_router",
                              "layers.1.proj.lily_router", "layers.2.proj.lily_A", "layers.2.proj.lily_router"]
     assert sorted(parameter.name for parameter in net.trainable_params()) == sorted(names)
-    assert sum(parameter.size for parameter in handle.trainable_params()) == 2 * R * IN + EXPERTS * R * OUT + 3 * EXPERTS * R
+    expected = 2 * R * IN + EXPERTS * R * OUT + 3 * EXPERTS * R
+    assert sum(parameter.size for parameter in handle.trainable_params()) == expected
 
 
 class Loss(nn.Cell):
@@ -190,7 +197,8 @@ class Loss(nn.Cell):
         return (ops.tanh(self.net(x, slots)) * self.weights).sum()
 
 
-@pytest.mark.parametrize("pool, form", [("token", "code"), ("batch", "code"), ("sequence", "paper"), ("static", "code")])
+@pytest.mark.parametrize("pool, form",
+                         [("token", "code"), ("batch", "code"), ("sequence", "paper"), ("static", "code")])
 def test_gradients_of_shared_factors_add_up(pool, form):
     """Against finite differences of the float64 formula, in which the factors of all layers move together."""
     net, handle = made(pool, form, slots=1)
@@ -262,7 +270,8 @@ def test_adapters_of_another_structure_are_refused_and_nothing_changes():
                           ({"num_B": 3}, "experts 2, the adapter has 3"),
                           ({"router_pool": "batch"}, "router_pool token, the adapter has batch"),
                           ({"r": R + 1}, "room for rank 3, the adapter has rank 4"),
-                          ({"layers_to_transform": [1, 2], "layers_pattern": "layers"}, "B owned by layers.0.proj, the adapter has layers.1.proj")]:
+                          ({"layers_to_transform": [1, 2], "layers_pattern": "layers"},
+                           "B owned by layers.0.proj, the adapter has layers.1.proj")]:
         with pytest.raises(AdapterError, match=words):
             handle.add_adapter("b", LilyConfig(**{**good, **change}))
     from colora_ms.adapters import LoraConfig
@@ -277,7 +286,8 @@ def test_linears_of_other_models_with_one_row_and_none():
         net = nn.SequentialCell(nn.Dense(IN, OUT, activation="relu"), nn.Dense(OUT, OUT))
         x = rows()[:, 0]
         base = net(Tensor(x)).asnumpy()
-        handle = inject(net, LilyConfig(r=R, scaling=2.0, target_modules=["0", "1"], init_weights=False, router_pool=pool))
+        handle = inject(net, LilyConfig(r=R, scaling=2.0, target_modules=["0", "1"], init_weights=False,
+                                        router_pool=pool))
         got = net(Tensor(x)).asnumpy()
         y = x.astype(np.float64)
         for name in ("0", "1"):

@@ -1,4 +1,5 @@
-"""Lily's config and what it matches: parameter counts of published recipes, who shares with whom, refusals. No model is built."""
+"""Lily's config and what it matches: parameter counts of published recipes, who shares with whom, refusals. No model is
+built."""
 
 import dataclasses
 
@@ -21,7 +22,8 @@ LLAMA3_8B = linears(32, {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (
 
 
 def test_parameter_counts_of_the_published_recipes():
-    """The paper's 1.2M for LLaMA3-8B (q, k, v, rank 16, 4 A's, 4 B's) and 3.3M for Falcon-Mamba-7B (in_proj, rank 40)."""
+    """The paper's 1.2M for LLaMA3-8B (q, k, v, rank 16, 4 A's, 4 B's) and 3.3M for Falcon-Mamba-7B (in_proj, rank
+    40)."""
     config = LilyConfig(r=16, stride_A=32 // 4, num_B=4, target_modules=["q_proj", "k_proj", "v_proj"])
     assert parameter_count(match(config, LLAMA3_8B), LLAMA3_8B) == 1_185_792
     mamba = linears(64, {"mixer.in_proj": (4096, 16384)}, "backbone.layers")
@@ -57,7 +59,8 @@ def test_entries_name_every_copy_that_peft_writes_once():
 def test_unequal_shapes_cannot_share_unless_by_pefts_rule():
     modules = {**linears(2, {"q": (6, 8)}), **linears(2, {"q": (6, 10)}, "other.layers")}
     config = LilyConfig(r=2, target_modules=["q"])
-    with pytest.raises(AdapterError, match=r"called 'q' cannot share.*6 to 8.*other.layers.0.q maps 6 to 10.*share=\"entry\""):
+    with pytest.raises(AdapterError,
+                       match=r"called 'q' cannot share.*6 to 8.*other.layers.0.q maps 6 to 10.*share=\"entry\""):
         match(config, modules)
     targets = match(dataclasses.replace(config, share="entry"), modules).targets
     assert targets["other.layers.1.q"].up_owner == "other.layers.0.q"
@@ -100,12 +103,14 @@ def test_unusable_values_are_named(values, expected):
 def test_all_problems_come_at_once():
     with pytest.raises(AdapterError) as caught:
         LilyConfig(r=-1, num_B=1, router_pool="x", target_modules=[3])
-    assert all(word in str(caught.value) for word in ("r is -1", "num_B is 1", "router_pool is 'x'", "target_modules is [3]"))
+    assert all(word in str(caught.value)
+               for word in ("r is -1", "num_B is 1", "router_pool is 'x'", "target_modules is [3]"))
 
 
 def test_a_config_of_peft_means_what_peft_computes():
     config, problems = LilyConfig.parse_peft({"peft_type": "LILY", "r": 4, "stride_A": 2, "num_B": 2, "scaling": 2.0,
-                                              "target_modules": ["q_proj"], "peft_version": "0.21.2", "auto_mapping": None})
+                                              "target_modules": ["q_proj"], "peft_version": "0.21.2",
+                                              "auto_mapping": None})
     assert not problems and (config.router_pool, config.share, config.router_form) == ("batch", "entry", "code")
     ours = LilyConfig(r=4, target_modules=["q_proj"])
     assert LilyConfig.from_peft(ours.to_peft()) == ours

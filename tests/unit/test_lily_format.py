@@ -111,7 +111,8 @@ def test_copies_that_differ_are_named(build, goldens, tmp_path):
     (lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.lily_A.weight": np.zeros((4, 24), np.float32)}),
      "up_proj.lily_A.weight.*is not part of the adapter"),
     (lambda t: t.update({"base_model.model.model.layers.1.self_attn.v_proj.lily_router.weight":
-                         np.zeros((2, 4), np.float32)}), r"has shape \(2, 4\), the config and the model ask for \(3, 4\)"),
+                         np.zeros((2, 4), np.float32)}),
+     r"has shape \(2, 4\), the config and the model ask for \(3, 4\)"),
     (lambda t: t["base_model.model.model.layers.0.self_attn.v_proj.lily_B.weight"].__setitem__((0, 0), np.inf),
      "1 value that is not finite"),
 ])
@@ -127,7 +128,8 @@ def test_damaged_folders_are_refused(build, goldens, tmp_path, change, expected)
 
 def test_saved_folders_round_trip_with_their_pool(build, tmp_path):
     for pool in ("token", "static"):
-        config = LilyConfig(r=3, stride_A=2, num_B=2, router_pool=pool, router_form="paper", target_modules="all-linear",
+        config = LilyConfig(r=3, stride_A=2, num_B=2, router_pool=pool, router_form="paper",
+                            target_modules="all-linear",
                             init_weights=False)
         handle = inject(build(), config, seed=4)
         handle.save(tmp_path / pool)
@@ -193,7 +195,8 @@ import make_lily_goldens
 from peft import PeftModel
 model = PeftModel.from_pretrained(make_lily_goldens.base(), sys.argv[2]).eval()
 with torch.no_grad():
-    np.save(sys.argv[2] + "/logits.npy", model(torch.from_numpy(np.load(sys.argv[2] + "/ids.npy")).long()).logits.numpy())
+    ids = torch.from_numpy(np.load(sys.argv[2] + "/ids.npy")).long()
+    np.save(sys.argv[2] + "/logits.npy", model(ids).logits.numpy())
 """
 
 

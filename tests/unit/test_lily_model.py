@@ -87,7 +87,8 @@ def test_generation_with_the_contrast(mindspore, tiny_decoder, word_tokenizer, t
                 break
             assert token == score.argmax()
             ids.append(int(token))
-    alone = Generator(tiny_decoder(), word_tokenizer).generate(prompts[2], max_new_tokens=6, ignore_eos=True, records=True)
+    alone = Generator(tiny_decoder(), word_tokenizer).generate(prompts[2], max_new_tokens=6, ignore_eos=True,
+                                                               records=True)
     assert answers[2].tokens == alone[0].tokens
     assert [r.expert for r in answers[2].records] == [r.expert for r in alone[0].records]
 
@@ -109,7 +110,8 @@ def recipe(tmp_path, monkeypatch, tiny_decoder):
     def make(output, steps=20, **adapter):
         return TrainingConfig.from_dict({
             "output": str(tmp_path / output),
-            "adapter": {"method": "lily", "r": 4, "stride_A": 2, "num_B": 2, "target_modules": ["q_proj", "v_proj"], **adapter},
+            "adapter": {"method": "lily", "r": 4, "stride_A": 2, "num_B": 2, "target_modules": ["q_proj", "v_proj"],
+                        **adapter},
             "data": {"train": str(tmp_path / "train.jsonl"), "batch_size": 8, "buckets": [24]},
             "optimizer": {"learning_rate": 0.02}, "loop": {"steps": steps, "progress": False}})
     return make
@@ -150,7 +152,8 @@ def test_static_weights_train_through_the_fused_operator(recipe):
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({"method": "lilly"}, "peft_type 'LILLY' in section adapter is not implemented; known: LILY, LORA. Did you mean 'LILY'"),
+    ({"method": "lilly"}, "peft_type 'LILLY' in section adapter is not implemented; known: LILY, LORA. Did you mean "
+                          "'LILY'"),
     ({"method": 3}, "peft_type 3 in section adapter"),
     ({"lora_alpha": 3}, "section adapter has no setting 'lora_alpha'; it has method, r, stride_A"),
     ({"num_B": 1}, "num_B is 1"),

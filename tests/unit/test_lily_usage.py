@@ -33,7 +33,8 @@ def test_uses_are_the_mean_weights_of_real_tokens(mindspore, tiny_decoder, pool)
     uses = {use.path: use for use in expert_use(handle, SEQUENCES, rows=2)}
     assert list(uses) == [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")]
     use = uses["model.layers.0.self_attn.q_proj"]
-    assert use.tokens == 18 and use.group == "q_proj" and use.block == 0 and uses["model.layers.1.mlp.up_proj"].block == 1
+    assert use.tokens == 18 and use.group == "q_proj" and use.block == 0
+    assert uses["model.layers.1.mlp.up_proj"].block == 1
     cell = handle.sites[use.path, "lora"]
     table = net.model.embed_tokens.weight.asnumpy().astype(np.float64)
     norm = net.model.layers[0].input_layernorm.weight.asnumpy()
@@ -48,7 +49,8 @@ def test_uses_are_the_mean_weights_of_real_tokens(mindspore, tiny_decoder, pool)
     assert np.abs(use.top - np.bincount(weights.argmax(1), minlength=3) / 18).max() < 1e-9
     assert 1 <= use.effective <= 3
     # Afterwards nothing is left of the counting.
-    after = net(mindspore.Tensor(np.array([[3, 4]], np.int32)), mindspore.Tensor(np.array([2], np.int32)), handle.slots(1))
+    after = net(mindspore.Tensor(np.array([[3, 4]], np.int32)), mindspore.Tensor(np.array([2], np.int32)),
+                handle.slots(1))
     assert np.array_equal(after.asnumpy(), before)
     assert not any("lily_use" in parameter.name for parameter in net.get_parameters())
 
@@ -102,7 +104,8 @@ def test_inspect_prints_and_draws_the_expert_use(command, tiny_decoder, tmp_path
 
 def test_inspect_lists_a_lora_with_the_norms_of_its_updates(command, tiny_decoder, tmp_path):
     handle = inject(tiny_decoder(), LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "embed_tokens"],
-                                               rank_pattern={"layers.1.self_attn.q_proj": 2}, init_lora_weights=False), seed=1)
+                                               rank_pattern={"layers.1.self_attn.q_proj": 2}, init_lora_weights=False),
+                    seed=1)
     handle.save(tmp_path / "lora")
     code, out, _ = command(tmp_path / "lora", "--plot", tmp_path / "norms.png", "--json", tmp_path / "norms.json")
     assert code == 0 and is_png(tmp_path / "norms.png") and "lora_embedding_A" in out
@@ -110,6 +113,7 @@ def test_inspect_lists_a_lora_with_the_norms_of_its_updates(command, tiny_decode
     for path, rank in [("model.layers.0.self_attn.q_proj", 3), ("model.layers.1.self_attn.q_proj", 2),
                        ("model.embed_tokens", 3)]:
         delta = handle.sites[path, "lora"].delta(0)
-        assert norms[path]["rank"] == rank and abs(norms[path]["norm"] - np.linalg.norm(delta)) < 1e-4 * np.linalg.norm(delta)
+        assert norms[path]["rank"] == rank and abs(norms[path]["norm"]
+                                                   - np.linalg.norm(delta)) < 1e-4 * np.linalg.norm(delta)
     code, _, errors = command(tmp_path / "lora", "--prompts", "3 4")
     assert code == 1 and "has no router" in errors

@@ -49,7 +49,8 @@ def test_all_bad_values_are_listed():
 
 def test_defaults_are_pefts():
     config = LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q_proj"]})
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias, config.use_rslora) == (8, 8, 0.0, "none", False)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias,
+            config.use_rslora) == (8, 8, 0.0, "none", False)
 
 
 @pytest.mark.parametrize("name", ["qv_r8", "all_rslora", "save_lm_head", "bias_lora_only", "dora", "lora_bias",

@@ -123,7 +123,8 @@ NAMES = st.lists(st.lists(st.sampled_from(["a", "ab", "b", "0", "1", "proj"]), m
 
 
 @settings(max_examples=200, deadline=None)
-@given(NAMES, st.lists(st.sampled_from(["a", "b", "proj", "a.b", "0.a", "1.proj"]), min_size=1, max_size=3, unique=True))
+@given(NAMES, st.lists(st.sampled_from(["a", "b", "proj", "a.b", "0.a", "1.proj"]), min_size=1, max_size=3,
+                       unique=True))
 def test_lists_match_whole_name_parts_at_the_end(names, entries):
     """A list means the names equal to an entry or ending in it, cut at a dot: said here by splitting the names."""
     modules = {name: Module("linear", 2, 2, {"weight": (2, 2)}) for name in names}

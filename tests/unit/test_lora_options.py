@@ -34,7 +34,8 @@ def run(net, slots, ids=IDS):
 
 
 def weights_of(net):
-    return {p.name: p.asnumpy().tobytes() for p in net.get_parameters() if "lora" not in p.name and "saved" not in p.name}
+    return {p.name: p.asnumpy().tobytes() for p in net.get_parameters() if "lora" not in p.name
+            and "saved" not in p.name}
 
 
 # -- peft -------------------------------------------------------------------------------------------------------------
@@ -197,7 +198,8 @@ def test_freed_slots_and_plain_adapters_get_no_magnitude(mixed):
     values = {}
     for path, target in handle.matched("dora_qv").targets.items():
         cell = handle.sites[path, "lora"]
-        values[path] = cell.read(slot, {"down": cell.down.shape[1:], "up": cell.up.shape[1:], "magnitude": (cell.out_features,)})
+        values[path] = cell.read(slot, {"down": cell.down.shape[1:], "up": cell.up.shape[1:],
+                                        "magnitude": (cell.out_features,)})
         cell.clear(slot)
     assert np.array_equal(run(net, [slot] * 3), base)
     for path, one in values.items():
@@ -253,7 +255,8 @@ def test_a_new_dora_adapter_changes_nothing_and_dropout_acts_in_training_only(mi
     net.set_train(False)
     assert np.abs(run(net, handle.slots(3)) - base).max() < 1e-4
     for cell in handle.sites.values():
-        cell.write(0, {"down": np.full((2, 32), 0.2, np.float32), "up": np.full((cell.out_features, 2), 0.2, np.float32),
+        cell.write(0, {"down": np.full((2, 32), 0.2, np.float32),
+                       "up": np.full((cell.out_features, 2), 0.2, np.float32),
                        "magnitude": cell.magnitude.asnumpy()[0]}, 1.0)
     calm = run(net, handle.slots(3))
     net.set_train(True)
@@ -294,7 +297,8 @@ def test_dora_and_lora_bias_on_dense_cells(mindspore, tmp_path):
     for settings in ({"use_dora": True}, {"lora_bias": True, "target_modules": ["0"]}):
         for trainable in (True, False):
             net = network()
-            handle = inject(net, LoraConfig(**{"r": 2, "target_modules": ["0", "1"], **RANDOM, **settings}), trainable=trainable)
+            handle = inject(net, LoraConfig(**{"r": 2, "target_modules": ["0", "1"], **RANDOM, **settings}),
+                            trainable=trainable)
             random = np.random.default_rng(5)
             for (path, _), cell in handle.sites.items():
                 target = handle.matched().targets[path]
@@ -332,7 +336,8 @@ def test_refusals(mindspore, tiny_decoder, goldens, tmp_path):
     cells = [type(cell) for _, cell in net.cells_and_names()]
     for config, words in [
             (LoraConfig(use_dora=True, target_modules=["embed_tokens"]), "use_dora is implemented for linears"),
-            (LoraConfig(lora_bias=True, target_modules=["embed_tokens", "q_proj"]), "lora_bias is implemented for linears"),
+            (LoraConfig(lora_bias=True, target_modules=["embed_tokens", "q_proj"]),
+             "lora_bias is implemented for linears"),
             (LoraConfig(init_lora_weights="pissa", target_modules=["embed_tokens"]), "embed_tokens is an embedding"),
             (LoraConfig(init_lora_weights="olora", target_modules=["k_proj"], r=17),
              "k_proj has rank 17, but its weight has only 16 directions")]:
@@ -370,13 +375,15 @@ def test_trained_it_becomes_plain_lora_of_twice_the_rank(mindspore, tiny_decoder
 
     net = tiny_decoder()
     kept, base = weights_of(net), run(net, [-1] * 3)
-    handle = inject(net, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], **settings), slots=2, seed=4)
+    handle = inject(net, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], **settings), slots=2,
+                    seed=4)
     assert handle.changed_base == "default" and weights_of(net) != kept
     assert np.abs(run(net, handle.slots(3)) - base).max() < 1e-3
     random = np.random.default_rng(0)
     for parameter in handle.trainable_params():
         value = parameter.asnumpy()
-        parameter.set_data(Tensor((value + 0.1 * random.standard_normal(value.shape) * (value != 0)).astype(np.float32)))
+        parameter.set_data(Tensor((value + 0.1 * random.standard_normal(value.shape)
+                                   * (value != 0)).astype(np.float32)))
     trained = run(net, handle.slots(3))
     handle.save(tmp_path / "plain", as_lora=True)
     for action in (lambda: handle.slots(3, "__base__"), lambda: handle.disable_adapter(),

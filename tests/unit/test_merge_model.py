@@ -58,8 +58,8 @@ def test_every_kind_of_lora(name, mindspore, goldens, tmp_path):
     logits on torch."""
     from mindspore import Tensor
 
-    from colora_ms.recipes.merge_model import merge_model
     from colora_ms.models import build_decoder
+    from colora_ms.recipes.merge_model import merge_model
 
     folder = goldens / "peft" / name
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"].split("/")[-1]
@@ -130,10 +130,10 @@ def test_a_lora_gguf_is_merged_too(mindspore, small, tmp_path):
 
 def test_packed_bases(mindspore, small, tmp_path):
     """Into a dequantised copy of integers, of GGUF blocks, of factors; and it is said."""
-    from colora_ms.recipes.merge_model import merge_model
-    from colora_ms.quantization.config import LrQatConfig
-    from colora_ms.quantization import quantize
     from colora_ms.models.gguf_writer import write_gguf
+    from colora_ms.quantization import quantize
+    from colora_ms.quantization.config import LrQatConfig
+    from colora_ms.recipes.merge_model import merge_model
 
     source = open_checkpoint(tiny("llama"))
     quantize(decoder("llama"), LrQatConfig(method="rtn", bits=8, downcast="int")).export(tmp_path / "int8")
@@ -153,9 +153,9 @@ def test_a_tied_model_gets_a_head_of_its_own_where_it_has_to(mindspore, tmp_path
     import dataclasses
 
     from colora_ms.adapters import load_adapter
-    from colora_ms.recipes.merge_model import merge_model
     from colora_ms.models import build_decoder
     from colora_ms.models.hf_folder import write_hf_folder
+    from colora_ms.recipes.merge_model import merge_model
 
     source = open_checkpoint(tiny("qwen3"))
     config = dataclasses.replace(source.config, tie_word_embeddings=True)

@@ -1,4 +1,5 @@
-"""Every recipe of the model zoo: accepted by the strict reader, its adapter fits its model, sizes as the papers give them."""
+"""Every recipe of the model zoo: accepted by the strict reader, its adapter fits its model, sizes as the papers give
+them."""
 
 import re
 from pathlib import Path
@@ -16,16 +17,19 @@ RECIPES = sorted(ZOO.glob("*/*.yaml"))
 
 #: Sizes of the published models: what their config.json says.
 MODELS = {
-    "smollm2-135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+    "smollm2-135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
+                         num_hidden_layers=30,
                          num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True),
     "qwen2.5-0.5b": dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
                          num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, head_dim=64,
                          attention_bias=True, tie_word_embeddings=True),
     "llama-3-8b": dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
                        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128),
-    "qwen3-8b": dict(model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+    "qwen3-8b": dict(model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288,
+                     num_hidden_layers=36,
                      num_attention_heads=32, num_key_value_heads=8, head_dim=128, qk_norm=True),
-    "llama-2-7b": dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    "llama-2-7b": dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                       num_hidden_layers=32,
                        num_attention_heads=32, num_key_value_heads=32, head_dim=128),
 }
 
@@ -69,7 +73,8 @@ def test_the_sizes_of_papers_belong_to_recipes():
 
 
 @pytest.mark.parametrize("model, count", [
-    ("llama-2-7b", 6_738_415_616), ("llama-3-8b", 8_030_261_248), ("qwen3-8b", 8_190_735_360), ("qwen2.5-0.5b", 494_032_768),
+    ("llama-2-7b", 6_738_415_616), ("llama-3-8b", 8_030_261_248), ("qwen3-8b", 8_190_735_360),
+    ("qwen2.5-0.5b", 494_032_768),
     ("smollm2-135m", 134_515_008)])
 def test_the_models_have_the_published_number_of_parameters(model, count):
     assert DecoderConfig(max_position_embeddings=4096, **MODELS[model]).parameter_count() == count
@@ -83,7 +88,8 @@ def test_llama_2_follows_the_authors_recipe_of_lrqat():
     assert optimizer.learning_rate == 1e-3 and optimizer.learning_rate * optimizer.scale_ratio == pytest.approx(1e-5)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.max_grad_norm) == (0.9, 0.95, 0.0, 1.0)
     assert config.data.batch_size * optimizer.accumulation_steps == 32 and config.data.max_length == 1025
-    assert config.loop.steps == 10000 and config.loop.steps * optimizer.warmup_ratio == 1000 and config.loop.seed == 1000
+    assert config.loop.steps == 10000 and config.loop.steps * optimizer.warmup_ratio == 1000
+    assert config.loop.seed == 1000
 
 
 def test_llama_3_follows_the_authors_recipe_of_lily():
@@ -96,7 +102,8 @@ def test_llama_3_follows_the_authors_recipe_of_lily():
 
 def test_the_preference_recipe_has_every_setting_of_its_section_and_names_its_data():
     config = read_config(ZOO / "smollm2-135m" / "dpo.yaml")
-    assert config.train == "dpo" and config.dpo.loss == "sigmoid" and config.data.max_length - 1 == config.data.buckets[0]
+    assert config.train == "dpo" and config.dpo.loss == "sigmoid"
+    assert config.data.max_length - 1 == config.data.buckets[0]
     made = (ZOO.parent / "scripts" / "preference_data.py").read_text(encoding="utf-8")
     assert all(Path(path).parent.as_posix() in made for path in (config.data.train, config.data.validation))
 

@@ -23,7 +23,8 @@ MODULES = {name: Module("linear", 64, 64, {"weight": (64, 64)}) for name in NAME
 
 KEYS = st.one_of(
     st.sampled_from(NAMES), st.sampled_from([name.split(".", 2)[2] for name in NAMES]),
-    st.sampled_from(["q_proj", "down_proj", "mlp.up_proj", "1.mlp.down_proj", ".*", r"layers\.\d+\.mlp\..*", "proj", "zzz",
+    st.sampled_from(["q_proj", "down_proj", "mlp.up_proj", "1.mlp.down_proj", ".*", r"layers\.\d+\.mlp\..*", "proj",
+                     "zzz",
                      r".*_proj", r"(q|k)_proj", r"^model.layers.1.*", "z|up_proj", "up_proj|q_proj"]))
 
 
@@ -42,7 +43,8 @@ def first_match(table, name, otherwise):
 
 @given(patterns(st.integers(1, 60)), patterns(st.integers(1, 99)), st.booleans())
 def test_written_and_read_patterns_give_each_module_the_same_numbers(ranks, alphas, rslora):
-    config = LoraConfig(r=7, lora_alpha=5, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"], rank_pattern=ranks,
+    config = LoraConfig(r=7, lora_alpha=5, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"],
+                        rank_pattern=ranks,
                         alpha_pattern=alphas, use_rslora=rslora)
     again = LoraConfig.from_peft(json.loads(config_text(config.to_peft())))
     assert list(again.rank_pattern.items()) == list(ranks.items())

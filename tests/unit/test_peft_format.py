@@ -385,8 +385,10 @@ PEER_CASES = [
     ("llama_bias", {"r": 2, "target_modules": ["q_proj", "up_proj"], "bias": "all"}),
     ("qwen2", {"r": 2, "target_modules": ["k_proj"], "bias": "lora_only", "layers_to_transform": [1]}),
     ("llama_linear", {"r": 2, "target_modules": ["k_proj"], "trainable_token_indices": [3, 90, 7]}),
-    ("llama", {"r": 2, "target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}}),
-    ("llama_linear", {"r": 2, "target_modules": ["k_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    ("llama", {"r": 2, "target_modules": ["k_proj"],
+               "trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}}),
+    ("llama_linear", {"r": 2, "target_modules": ["k_proj"], "modules_to_save": ["lm_head"],
+                      "ensure_weight_tying": True}),
 ]
 
 
@@ -407,7 +409,8 @@ def test_peft_on_torch_reads_what_we_write(mindspore, goldens, tmp_path):
         ours = logits(net, ids, adapters.slots(2, ["default", "__base__"]))
         assert np.abs(ours[0] - ours[1]).max() > 0.05
         expected.append(ours[0])
-    subprocess.run([PEER, "-c", PEER_SCRIPT, tmp_path, *(goldens / "tiny" / base for base, _ in PEER_CASES)], check=True,
+    subprocess.run([PEER, "-c", PEER_SCRIPT, tmp_path, *(goldens / "tiny" / base for base, _ in PEER_CASES)],
+                   check=True,
                    timeout=300)
     for case, ours in enumerate(expected):
         assert np.abs(ours - np.load(tmp_path / str(case) / "logits.npy")[0]).max() < TOLERANCE, PEER_CASES[case]

@@ -1,4 +1,5 @@
-"""Integer grids: the paper's vector, range search against brute force, asymmetric grids, downcasts and their inverse."""
+"""Integer grids: the paper's vector, range search against brute force, asymmetric grids, downcasts and their
+inverse."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""README.md and README_CN.md say the same: headings, code, measured tables and links agree, and the links lead somewhere."""
+"""README.md and README_CN.md say the same: headings, code, measured tables and links agree, and the links lead
+somewhere."""
 
 import re
 from pathlib import Path
@@ -91,8 +92,11 @@ def test_the_front_page_is_read_in_five_minutes():
     assert (ROOT / "README.md").stat().st_size <= 12 * 1024
 
 
-@pytest.mark.parametrize("path", sorted({*ROOT.glob("colora_ms/**/*.md"), *ROOT.glob("ops/*/README.md"), *ROOT.glob("scripts/*.md"),
-                                         *ROOT.glob("model_zoo/**/*.md")}), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path",
+                         sorted({*ROOT.glob("colora_ms/**/*.md"), *ROOT.glob("ops/*/README.md"),
+                                 *ROOT.glob("scripts/*.md"),
+                                         *ROOT.glob("model_zoo/**/*.md")}),
+                         ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_of_a_rooms_page_leads_somewhere(path):
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

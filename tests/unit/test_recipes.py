@@ -1,4 +1,5 @@
-"""``colora-ms run``: from a recipe to the table on a tiny model; nothing is done twice; bad input stops before the training."""
+"""``colora-ms run``: from a recipe to the table on a tiny model; nothing is done twice; bad input stops before the
+training."""
 
 import json
 import re
@@ -168,11 +169,13 @@ def test_choice_and_perplexity_of_an_adapter_that_is_trained_once(recipe, tmp_pa
     (tmp_path / "test.txt").write_text("abcdefgh hgfedcba. " * 10)
     lines = []
     shared = {"decoders": ["base", "greedy"]}
-    chosen = runner.run(TrainingConfig.from_dict(recipe({**shared, "task": "choice", "data": str(tmp_path / "choice.json")})),
+    chosen = runner.run(TrainingConfig.from_dict(recipe({**shared, "task": "choice",
+                                                         "data": str(tmp_path / "choice.json")})),
                         say=lines.append)
     assert [row["decoder"] for row in chosen["decoders"]] == ["base", "LoRA"] and chosen["items"] == 5
     assert set(chosen["decoders"][0]["against_greedy"]) == {"fixed", "broken", "p_value"}
-    read = runner.run(TrainingConfig.from_dict(recipe({**shared, "task": "perplexity", "data": str(tmp_path / "test.txt"),
+    read = runner.run(TrainingConfig.from_dict(recipe({**shared, "task": "perplexity",
+                                                       "data": str(tmp_path / "test.txt"),
                                                        "window": 16})), say=lines.append)
     assert read["decoders"][0]["perplexity"] != read["decoders"][1]["perplexity"]
     assert sum(line.startswith("trained: ") for line in lines) == 1
@@ -182,7 +185,8 @@ def test_choice_and_perplexity_of_an_adapter_that_is_trained_once(recipe, tmp_pa
 def test_quantised_model_by_perplexity(recipe, tmp_path, goldens):
     (tmp_path / "train.txt").write_text("abcdefgh abcdefgh. " * 60)
     (tmp_path / "test.txt").write_text("abcdefgh hgfedcba. " * 10)
-    values = recipe({"task": "perplexity", "data": str(tmp_path / "test.txt"), "decoders": ["base", "greedy"], "window": 16},
+    values = recipe({"task": "perplexity", "data": str(tmp_path / "test.txt"), "decoders": ["base", "greedy"],
+                     "window": 16},
                     {"method": "rtn", "bits": 4})
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(values))
@@ -223,7 +227,8 @@ def test_fast_has_a_folder_and_a_length_of_its_own(recipe):
 
     config = TrainingConfig.from_dict(recipe(loop={"epochs": 2}))
     fast, settings = shorten(config, evaluation_settings(config), fast=True)
-    assert fast.output.endswith("run-fast") and fast.loop.steps == 30 and fast.loop.epochs is None and settings.items == 40
+    assert fast.output.endswith("run-fast") and fast.loop.steps == 30 and fast.loop.epochs is None
+    assert settings.items == 40
     with pytest.raises(ConfigError, match="--limit is 0"):
         shorten(config, settings, limit=0)
 
@@ -248,9 +253,11 @@ def test_the_command_says_what_is_wrong_in_one_paragraph(tmp_path, capsys):
 
 
 def test_refused_items_stand_below_the_table():
-    row = {"key": "greedy", "decoder": "LoRA, greedy", "accuracy": 0.5, "interval": [0.1, 0.9], "tokens_per_second": 1.0,
+    row = {"key": "greedy", "decoder": "LoRA, greedy", "accuracy": 0.5, "interval": [0.1, 0.9],
+           "tokens_per_second": 1.0,
            "changed_share": 0.0, "refused": 2}
-    result = {"recipe": "r", "decoders": [row, {**row, "decoder": "base", "refused": 0}], "versions": {}, "seed": 0, "model": "m",
+    result = {"recipe": "r", "decoders": [row, {**row, "decoder": "base", "refused": 0}], "versions": {}, "seed": 0,
+              "model": "m",
               "training_summary": "none", "processors": 2, "hashes": {"model": "a", "trained": "b", "recipe": "c"}}
     text = summary_text(result)
     assert "LoRA, greedy: 2 items were refused" in text and text.count("were refused") == 1

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(code, **env):
     """Run Python code in a process of its own and return what it printed."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("COLORA_KERNELS", "COLORA_NUM_THREADS", "OMP_NUM_THREADS")}
+    clean = {k: v for k, v in os.environ.items()
+             if k not in ("COLORA_KERNELS", "COLORA_NUM_THREADS", "OMP_NUM_THREADS")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={**clean, "GLOG_v": "3", **env})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -52,7 +52,8 @@ def test_percentiles_are_milliseconds():
 @pytest.mark.slow
 def test_short_soak(tmp_path):
     done = subprocess.run([sys.executable, SCRIPTS / "soak_serving.py", "--tiny", "--minutes", "0.3", "--flood", "1000",
-                           "--adapters", "12", "--slots", "3", "--json", tmp_path / "soak.json"], capture_output=True, text=True, timeout=600)
+                           "--adapters", "12", "--slots", "3", "--json", tmp_path / "soak.json"], capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     values = {m["name"]: m["value"] for m in json.loads((tmp_path / "soak.json").read_text())["measures"]}
     assert values["lost"] == 0 and values["answered"] > 0 and values["refused"] > 0 and values["slot_evictions"] > 0

@@ -80,9 +80,11 @@ def test_this_machine_has_what_its_flags_say():
     if not cpuinfo.is_file():
         pytest.skip("there is no /proc/cpuinfo")
     environment = {key: value for key, value in os.environ.items() if key != "CPUINFO"}
-    done = subprocess.run(["bash", str(SCRIPT), "--print-flags"], capture_output=True, text=True, timeout=60, env=environment,
+    done = subprocess.run(["bash", str(SCRIPT), "--print-flags"], capture_output=True, text=True, timeout=60,
+                          env=environment,
                           check=True)
-    words = next((line.split(":", 1)[1].split() for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), [])
+    words = next((line.split(":", 1)[1].split() for line in cpuinfo.read_text().splitlines()
+                  if line.startswith("flags")), [])
     needed = {"GGML_AVX512": "avx512bw", "GGML_AVX512_VNNI": "avx512_vnni"}
     for name, state in parsed(done.stdout).items():
         if state == "ON":

@@ -1,4 +1,5 @@
-"""``trainable_token_indices`` and ``ensure_weight_tying``: against peft on torch; rows, slots, merging, gradients, files."""
+"""``trainable_token_indices`` and ``ensure_weight_tying``: against peft on torch; rows, slots, merging, gradients,
+files."""
 
 import json
 
@@ -6,17 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_gradients import gradients
 from safetensors.numpy import load_file, save_file
 
 from colora_ms.adapters import LoraConfig, adapters_of, digest, inject, load_adapter, load_adapters
+from colora_ms.adapters.inject import modules_of
 from colora_ms.adapters.matching import match
 from colora_ms.adapters.store import CONFIG_FILE, WEIGHTS_FILE
-from colora_ms.adapters.inject import modules_of
 from colora_ms.errors import AdapterError, AdapterWarning
 from colora_ms.kernels import ABSENT
+from model_gradients import gradients
 
-GOLDENS = {"tokens": "llama", "tokens_tied": "llama_linear", "tokens_both": "llama", "tokens_tied_apart": "llama_linear",
+GOLDENS = {"tokens": "llama", "tokens_tied": "llama_linear", "tokens_both": "llama",
+           "tokens_tied_apart": "llama_linear",
            "tokens_tied_head": "qwen2", "tokens_tied_ensured": "qwen2", "save_tied": "llama_linear",
            "save_tied_embedding": "qwen2"}
 #: peft merges these, too, and gets another model: one weight cannot hold two sets of rows.
@@ -89,7 +91,8 @@ def test_merging_and_exact_unmerging(golden):
         return
     for _ in range(2):
         handle.merge(safe_merge=True)
-        assert np.abs(run(net, handle.slots(2), stored["ids"])[:, stored["positions"]] - stored["logits"]).max() < TOLERANCE
+        assert np.abs(run(net, handle.slots(2), stored["ids"])[:, stored["positions"]]
+                      - stored["logits"]).max() < TOLERANCE
         handle.unmerge()
         assert {p.name: p.asnumpy().tobytes() for p in handle.net.get_parameters()} == kept
     handle.merge()
@@ -101,7 +104,8 @@ def test_merging_and_exact_unmerging(golden):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["own head", "tied head"])
 def mixed(request, mindspore, tiny_decoder):
-    """(net, its logits before, handle): token rows of different ids and numbers, a saved head, plain LoRA, a free slot."""
+    """(net, its logits before, handle): token rows of different ids and numbers, a saved head, plain LoRA, a free
+    slot."""
     net = tiny_decoder(tie_word_embeddings=request.param)
     ids = np.random.default_rng(0).integers(0, 12, (4, 6))
     base = run(net, [-1] * 4, ids)
@@ -109,7 +113,8 @@ def mixed(request, mindspore, tiny_decoder):
               "c": {"trainable_token_indices": {"lm_head": [3, 1]}}, "d": {"modules_to_save": ["lm_head"]}, "e": {}}
     configs = {name: LoraConfig(**RANDOM, **table) for name, table in tables.items()}
     reserve = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    both = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [0, 1, 2], "lm_head": [0, 1, 3]})
+    both = LoraConfig(r=2, target_modules=["q_proj"],
+                      trainable_token_indices={"embed_tokens": [0, 1, 2], "lm_head": [0, 1, 3]})
     handle = inject(net, both, "both", slots=7, max_rank=2, trainable=False, reserve=reserve)
     handle.delete_adapter("both")
     random = np.random.default_rng(1)
@@ -120,7 +125,8 @@ def mixed(request, mindspore, tiny_decoder):
             if place[1] != "lora":
                 source = handle.matched(name).ties.get(place[0])
                 noise = np.random.default_rng(len(name)) if source else random
-                new = {field: value + noise.standard_normal(value.shape).astype(np.float32) for field, value in own.items()}
+                new = {field: value + noise.standard_normal(value.shape).astype(np.float32)
+                       for field, value in own.items()}
                 if source:
                     new = handle.values(name)[source, place[1]]
                 if place[1] == "tokens":
@@ -200,7 +206,8 @@ def test_several_folders_in_one_model(mindspore, goldens):
 def test_tied_and_untied_copies_in_one_model(mindspore, goldens, tmp_path):
     """For answers each slot has its own copies; trained together they are refused."""
     inject(build(goldens, "llama_linear"), LoraConfig(**RANDOM, modules_to_save=["lm_head"])).save(tmp_path / "own")
-    folders = {"tied": goldens / "peft" / "save_tied", "rows": goldens / "peft" / "tokens_tied", "own": tmp_path / "own"}
+    folders = {"tied": goldens / "peft" / "save_tied", "rows": goldens / "peft" / "tokens_tied",
+               "own": tmp_path / "own"}
     handle = load_adapters(build(goldens, "llama_linear"), folders)
     for name in ("tied", "rows"):
         stored = np.load(folders[name] / "logits.npz")
@@ -246,7 +253,8 @@ def test_gradients_are_those_of_finite_differences(mindspore, tiny_decoder, valu
             ends.append((run(net, slots, ids).astype(np.float64) * noise).sum())
         parameter.set_data(mindspore.Tensor(start))
         slope = (ends[0] - ends[1]) / (2 * step)
-        assert abs((gradient * direction).sum() - slope) < 2e-2 * max(abs(slope), np.linalg.norm(gradient) * 0.1, 1e-3), \
+        assert abs((gradient * direction).sum() - slope) < 2e-2 * max(abs(slope), np.linalg.norm(gradient) * 0.1,
+                                                                      1e-3), \
             parameter.name
         assert gradient[0].any()
         if gradient.ndim == 3:
@@ -286,7 +294,8 @@ def test_on_other_weight_formats(mindspore, tiny_decoder, weight_format):
     net = Decoder(tiny_decoder().config, weights, weight_format=weight_format)
     ids = np.arange(24).reshape(4, 6)
     base = run(net, [-1] * 4, ids)
-    handle = inject(net, LoraConfig(**RANDOM, trainable_token_indices={"embed_tokens": [3], "lm_head": [4]}), trainable=False)
+    handle = inject(net, LoraConfig(**RANDOM, trainable_token_indices={"embed_tokens": [3], "lm_head": [4]}),
+                    trainable=False)
     assert np.array_equal(run(net, handle.slots(4, "__base__"), ids), base)
     handle.sites["lm_head", "tokens"].write(0, {"rows": np.ones((1, 32), np.float32), "ids": (4,)}, 1.0)
     changed = run(net, handle.slots(4), ids)
@@ -304,7 +313,8 @@ def test_generation_with_rows_and_a_contrast(mindspore, goldens, word_tokenizer)
     handle = load_adapter(net, goldens / "peft" / "tokens_tied", "a")
     made = Generator(net, word_tokenizer, handle)
     for prompt in ([5, 90, 7, 3, 14], [60, 3], [7, 7, 90]):
-        rows = made.generate([prompt, prompt, prompt], adapter=["a", "a", None], contrast=[None, Contrast(0.1, 0.5), None],
+        rows = made.generate([prompt, prompt, prompt], adapter=["a", "a", None],
+                             contrast=[None, Contrast(0.1, 0.5), None],
                              max_new_tokens=5, ignore_eos=True)
         for name, answer in (("a", rows[0]), ("__base__", rows[2])):
             ids = list(prompt)
@@ -319,10 +329,12 @@ def test_generation_with_rows_and_a_contrast(mindspore, goldens, word_tokenizer)
     ({"trainable_token_indices": [97]}, "has 97, but model.embed_tokens has rows for 97 tokens"),
     ({"trainable_token_indices": {"wte": [1]}}, "has 'wte', which the model does not have"),
     ({"trainable_token_indices": {"v_proj": [1]}}, "neither an embedding nor an output head"),
-    ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "and modules_to_save both change model.embed_t"),
+    ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+     "and modules_to_save both change model.embed_t"),
     ({"trainable_token_indices": [1], "modules_to_save": ["lm_head"]}, "both change lm_head, which is tied to"),
     ({"trainable_token_indices": [1], "target_modules": ["embed_tokens"]}, "and target_modules both change"),
-    ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True}, "asks for one set"),
+    ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True},
+     "asks for one set"),
     ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, "factors that stay tied"),
 ])
 def test_what_cannot_be(mindspore, tiny_decoder, values, words):
@@ -369,7 +381,8 @@ def test_a_bank_without_room_for_rows_refuses(mindspore, tiny_decoder):
     ("tokens_tied", lambda t: t.update({EMBED + ".token_adapter.trainable_tokens_delta": np.ones((2, 32), np.float32)}),
      r"has shape \(2, 32\), the config and the model ask for \(3, 32\)"),
     ("tokens_tied", lambda t: t.pop(EMBED + ".token_adapter.trainable_tokens_delta"), "delta' of shape .* is missing"),
-    ("save_tied", lambda t: t.update({"base_model.model.lm_head.weight": t[EMBED + ".weight"] + 1}), "differ by up to 1"),
+    ("save_tied", lambda t: t.update({"base_model.model.lm_head.weight": t[EMBED + ".weight"] + 1}),
+     "differ by up to 1"),
 ])
 def test_damaged_files(mindspore, goldens, tmp_path, name, change, words):
     folder = spoiled(goldens, tmp_path, name, change)

@@ -7,7 +7,8 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from colora_ms.errors import CheckpointError, TokenizerError
 from colora_ms.models.checkpoint import default_model_path
@@ -43,7 +44,8 @@ def byte_level(tmp_path_factory):
 
 
 def small_byte_level(folder):
-    from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {piece: index for index, piece in enumerate(alphabet)}
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w"), ("Ã", "¤")]
@@ -155,7 +157,8 @@ def test_a_character_is_held_back_until_it_is_whole(byte_level, stories):
         # the end of the text in the middle of a character
         stream = tokenizer.stream()
         assert "".join(stream.push(index) for index in ids[:-2]) == "a"
-        # a U+FFFD a byte token, as the SentencePiece library; of a byte-level token one for the beginning of a character
+        # a U+FFFD a byte token, as the SentencePiece library; of a byte-level token one for the beginning of a
+        # character
         assert stream.flush() == "\ufffd" * (1 if tokenizer is byte_level else 3)
         assert stream.flush() == ""
 

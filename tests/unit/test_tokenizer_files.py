@@ -159,6 +159,7 @@ def test_an_end_token_is_never_put_behind_a_prompt(tmp_path, text):
     """Llama-2's config with add_eos_token, a post-processor of tokenizer.json, and a GGUF that say so."""
     import gguf
     import sentencepiece
+
     import tokenizer_kinds as kinds
 
     config = dict(made.CASES["llama 2"][1]["tokenizer_config.json"])

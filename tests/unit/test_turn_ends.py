@@ -122,6 +122,7 @@ def test_the_template_is_rendered_once():
 
 def test_info_lists_them(capsys, goldens, tmp_path):
     import shutil
+
     from colora_ms.cli import main
     folder = tmp_path / "model"
     shutil.copytree(goldens / "tiny" / "llama", folder)

@@ -2,8 +2,8 @@
 
 import io
 
-from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, \
-    processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
 
 from colora_ms.models.tokenizer import Tokenizer
 from colora_ms.models.tokenizer_build import _LLAMA3, _QWEN2, from_sentencepiece
