@@ -58,10 +58,10 @@ class Adapters:
         self.frozen = [(parameter, parameter.requires_grad) for parameter in net.get_parameters()]
         self.slot_table = SlotTable(capacity)
         self._entries = {}  # name -> (config, matched)
-        self._active = None
+        self._active: Optional[str] = None
         self._enabled = True
-        self._merged = None
-        self._changed = None  # ChangedBase
+        self._merged: Optional[str] = None
+        self._changed: Optional[ChangedBase] = None
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
@@ -324,7 +324,7 @@ class Adapters:
         self.slot_table.check_placed(slot)
         self._write(slot, matched, values)
 
-    def _write(self, slot, matched, values):
+    def _write(self, slot: int, matched: Matched, values: dict) -> None:
         for (path, role), cell in self.sites.items():
             target = matched.targets.get(path)
             own = values.get((path, role), {})
@@ -334,7 +334,7 @@ class Adapters:
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    def _check_new_name(self, name):
+    def _check_new_name(self, name: str) -> None:
         check_name(name)
         if name in self._entries:
             raise AdapterError(f"there is an adapter {name!r} already; delete it first, or choose another name")
@@ -342,29 +342,29 @@ class Adapters:
         self._check_base_unchanged("add another")
         self.slot_table.check_free()
 
-    def _check_base_unchanged(self, what):
+    def _check_base_unchanged(self, what: str) -> None:
         if self._changed:
             raise AdapterError(f"adapter {self._changed.name!r} started from the base weights and changed them, so "
                                f"that you cannot {what} now; save it with as_lora=True and load that into an untouched "
                                "model")
 
-    def _check_not_merged(self, what):
+    def _check_not_merged(self, what: str) -> None:
         if self._merged is not None:
             raise AdapterError(f"adapter {self._merged!r} is merged into the base weights; call unmerge() before you "
                                f"{what}")
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
-    def _entry(self, name):
+    def _entry(self, name: str) -> tuple:
         return (self.slot_table.number(name), *self._entries[name])
 
-    def _default(self, name):
+    def _default(self, name: Optional[str]) -> str:
         name = self._active if name is None else name
         if name is None:
             raise AdapterError("no adapter is active; name one")
         return name
 
-    def _row_slot(self, name):
+    def _row_slot(self, name: Optional[str]) -> int:
         if name is None or name == BASE:
             self._check_not_merged("use the base model")
             self._check_base_unchanged("use the base model")
@@ -376,12 +376,12 @@ class Adapters:
             return -1
         return slot
 
-    def _restore_base(self):
+    def _restore_base(self) -> None:
         if self._changed:
             self._changed.undo()
         self._changed = None
 
-    def _show_active(self):
+    def _show_active(self) -> None:
         slot = -1 if self.active is None or self._merged is not None else self.slot(self.active)
         self.active_slot.set_data(Tensor(slot, ms.int32))
 
@@ -389,12 +389,12 @@ class Adapters:
 class _Disabled:
     """What ``disable_adapter`` returns: at the end of a with-block the former state comes back."""
 
-    def __init__(self, handle, before):
+    def __init__(self, handle: Adapters, before: bool) -> None:
         self.handle, self.before = handle, before
 
-    def __enter__(self):
+    def __enter__(self) -> Adapters:
         return self.handle
 
-    def __exit__(self, *reason):
+    def __exit__(self, *reason: Any) -> None:
         if self.before:
             self.handle.enable_adapter()

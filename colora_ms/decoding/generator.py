@@ -82,7 +82,7 @@ class Generator:
 
         decoder, tokenizer = load_model(model, weight_format=weight_format)
         handle = load_adapters(decoder, adapters, adapter_format=adapter_format) if adapters else None
-        if handle is not None:
+        if handle is not None and adapters:
             tokenizer = tokenizer_for(tokenizer, adapters, handle)
         return cls(decoder, tokenizer, handle, **options)
 

@@ -35,25 +35,22 @@ _FLOAT, _INT, _BYTE = (_F32,) * 3, (_I32,) * 3, (_U8,) * 3
 
 #: operator -> inputs [(name, dtypes, required)], outputs [(name, dtypes)], attributes [(name, type, default)], in the
 #: order of the kernels' arguments. tests/ascend/test_contract.py holds the OpDef sources to this table.
-OPERATORS = {
+OPERATORS: "dict[str, dict[str, list[Any]]]" = {
     "MultiLora": {
         "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True),
-                   ("slots", _INT, True),
-                   ("y", _T, True)],
+                   ("slots", _INT, True), ("y", _T, True)],
         "outputs": [("out", _T)],
         "attributes": [("offset", "int", 0), ("exact", "bool", False)],
     },
     "MultiLoraSegments": {
         "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True),
-                   ("starts", _INT, True),
-                   ("slots", _INT, True), ("y", _T, True)],
+                   ("starts", _INT, True), ("slots", _INT, True), ("y", _T, True)],
         "outputs": [("out", _T)],
         "attributes": [("offset", "int", 0), ("exact", "bool", False)],
     },
     "LoraShrink": {
         "inputs": [("x", _T, True), ("down", _T, True), ("scale", _FLOAT, True), ("slots", _INT, True)],
-        "outputs": [("h", _FLOAT)],
-        "attributes": [],
+        "outputs": [("h", _FLOAT)], "attributes": [],
     },
     "LoraExpand": {
         "inputs": [("h", _FLOAT, True), ("up", _T, True), ("slots", _INT, True), ("y", _T, True)],
@@ -63,8 +60,7 @@ OPERATORS = {
     "ContrastiveSelect": {
         "inputs": [("expert", _T, True), ("amateur", _T, True), ("log_alpha", _FLOAT, True), ("beta", _FLOAT, True),
                    ("mask", _FLOAT, True)],
-        "outputs": [("token", _INT)],
-        "attributes": [],
+        "outputs": [("token", _INT)], "attributes": [],
     },
     "W4Lora": {
         "inputs": [("x", _T, True), ("weight", _BYTE, True), ("weight_scale", _FLOAT, True), ("down", _T, True),
@@ -138,8 +134,8 @@ def emulator_library() -> Path:
     builder = package.parent / "ops" / "emulator" / "build.py"
     if builder.is_file():
         spec = importlib.util.spec_from_file_location("colora_emulator_build", builder)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]  # the file is there
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
         try:
             return Path(module.build())
         except RuntimeError as error:
@@ -237,8 +233,7 @@ def load(target: str) -> None:
     vars(bound).update({face: primitive(operator, target) for face, operator in _FACES.items()})
 
 
-# -- the faces
-# ----------------------------------------------------------------------------------------------------------
+# -- the faces --------------------------------------------------------------------------------------------------------
 
 def rank_major(up: Tensor) -> Tensor:
     """(slots, out, rank) -> (slots, rank, out), the layout in which the device reads ``up``."""

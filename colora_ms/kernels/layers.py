@@ -122,7 +122,7 @@ def check_layer_dtypes(op: str, shapes: tuple, kinds: list, at: int) -> None:
     for layer in _layers(op, shapes, at):
         for name, kind in LAYER:
             if kind == "linear":
-                check_linear_dtypes(f"{op} ({name})", layer[name], kinds)
+                check_linear_dtypes(f"{op} ({name})", layer[name], tuple(kinds))
                 continue
             for i, place in enumerate(layer[name]):
                 require_dtype(op, name, kinds[place], (ms.float32,) if i else (ms.float32, ms.bfloat16))

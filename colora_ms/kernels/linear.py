@@ -59,7 +59,7 @@ def _with_device_source(x, slots, *linears):
         y = bound.base_linear(x, slots, (base, ()))
         if len(adapter) > 0 and slots.ndim > 0:
             y = y + ascend.low_rank(x, slots, *adapter)
-        outputs = outputs + (y,)
+        outputs = outputs + (y,)  # type: ignore[assignment]
     if len(outputs) == 1:
         return outputs[0]
     return outputs
@@ -72,7 +72,7 @@ def multi_lora_linear_reference(x: Tensor, slots: Tensor, *linears: tuple) -> Te
         y = base_reference(x, base)
         if len(adapter) > 0 and slots.ndim > 0:
             y = y + low_rank_reference(x, slots, *adapter)
-        outputs = outputs + (y,)
+        outputs = outputs + (y,)  # type: ignore[assignment]
     if len(outputs) == 1:
         return outputs[0]
     return outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable
+from typing import Any
 
 import mindspore as ms
 from mindspore import ops
@@ -136,7 +137,7 @@ def forward_operators() -> tuple:
     """The primitives: ``operators[linears - 1][tensors of all of them]``, None where no linears have so many."""
     table = []
     for linears in range(1, MOST_LINEARS + 1):
-        row = [None] * (linears * MOST_TENSORS + 1)
+        row: list[Any] = [None] * (linears * MOST_TENSORS + 1)
         for tensors in range(linears * LEAST_TENSORS, len(row)):
             row[tensors] = custom(_NAME, _shapes, _dtypes, bprop=_backward(linears, tensors), by_shapes=True)
             # MindSpore keeps one gradient graph for all primitives whose attributes are equal.

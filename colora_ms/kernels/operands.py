@@ -18,7 +18,7 @@ list of tensors goes in behind :func:`flat_linears`, :func:`flat_layer`, :func:`
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -163,7 +163,7 @@ def read_layer(op: str, shapes: tuple, at: int) -> tuple[dict, int]:
     """
     mask = _tag_at(op, shapes, at, len(_LAYER_TAGS), "a layer's tag") - 1
     at += 1
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, kind in LAYER:
         if kind == "linear":
             parts[name], at = read_linear(op, shapes, at)

@@ -52,9 +52,9 @@ class MergeReport:
     difference: float
     span: float
     loss: float
-    rounded_difference: float = None
-    rounded_mean: float = None
-    rounded_loss: float = None
+    rounded_difference: Optional[float] = None
+    rounded_mean: Optional[float] = None
+    rounded_loss: Optional[float] = None
     notes: list = dataclasses.field(default_factory=list)
 
     @property
@@ -67,8 +67,8 @@ class MergeReport:
 class _Source:
     """The tokenizer that goes into the merged model, and the adapter's folder that it comes from (None: the base)."""
 
-    tokenizer: object
-    folder: object
+    tokenizer: Any
+    folder: Any
 
 
 def merge_model(model: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]],
@@ -134,7 +134,8 @@ def merge_model(model: str | os.PathLike[str], adapters: Sequence[str | os.PathL
     return report
 
 
-def _checked(target, to_gguf, dtype, kind, group):
+def _checked(target: str, to_gguf: bool, dtype: Optional[str], kind: Optional[str],
+             group: Optional[int]) -> tuple[Optional[str], Optional[str]]:
     """(dtype, kind) with their defaults; ConfigError and CheckpointError before anything is read."""
     if to_gguf:
         from colora_ms.models.gguf_writer import check_type
@@ -159,12 +160,12 @@ def _checked(target, to_gguf, dtype, kind, group):
     return dtype, kind
 
 
-def _is_float(dtype):
+def _is_float(dtype: str) -> bool:
     """Whether a folder's dtype keeps floats; float16 is written, but no format that a decoder computes in."""
     return dtype not in FORMATS or FORMATS[dtype].is_float
 
 
-def _packed_notes(checkpoint):
+def _packed_notes(checkpoint: Any) -> list[str]:
     if checkpoint.quantized is not None:
         return ["the base's linears are integers: the merge is into a float32 copy of their values"]
     if checkpoint.low_rank:
@@ -176,7 +177,7 @@ def _packed_notes(checkpoint):
     return []
 
 
-def _untie(decoder, matched, handle):
+def _untie(decoder: Any, matched: Any, handle: Any) -> list[str]:
     """Give a tied head a matrix of its own where the adapter changes it or the embedding apart; returns notes."""
     from mindspore import Parameter, Tensor
 
@@ -194,7 +195,7 @@ def _untie(decoder, matched, handle):
             f"{' apart' if len(changed) > 1 else ' alone'} of the two that were tied"]
 
 
-def _tokenizer_source(tokenizer, adapters, handle):
+def _tokenizer_source(tokenizer: Any, adapters: Sequence[Any], handle: Any) -> _Source:
     """The _Source: the base's tokenizer, or that of an adapter with more tokens."""
     from colora_ms.adapters.vocabulary import tokenizer_for
 
@@ -205,7 +206,8 @@ def _tokenizer_source(tokenizer, adapters, handle):
     return _Source(tokenizer, None)
 
 
-def _loaded(decoder, adapters, weights, combine, options):
+def _loaded(decoder: Any, adapters: Sequence[Any], weights: Optional[Sequence[float]], combine: Optional[str],
+            options: dict[str, Any]) -> tuple[str, Any]:
     """(name of the adapter to merge, handle) with the adapters loaded, and combined if there are several."""
     from colora_ms.adapters.inject import load_adapters
     from colora_ms.adapters.peft_format import StoredAdapter
@@ -240,7 +242,7 @@ def _loaded(decoder, adapters, weights, combine, options):
     return "combined", handle
 
 
-def _batch(tokenizer, texts, vocabulary):
+def _batch(tokenizer: Any, texts: Sequence[str], vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids (rows, tokens) int32, lengths): the texts, or without a tokenizer some ids."""
     if tokenizer is None:
         random = np.random.default_rng(0)
@@ -255,7 +257,7 @@ def _batch(tokenizer, texts, vocabulary):
     return ids, np.array([len(own) for own in rows], np.int32)
 
 
-def _logits(decoder, batch, slots):
+def _logits(decoder: Any, batch: tuple[np.ndarray, np.ndarray], slots: Any) -> np.ndarray:
     """Logits of all real tokens, (tokens, vocabulary) float32."""
     from mindspore import Tensor
 
@@ -266,11 +268,11 @@ def _logits(decoder, batch, slots):
     return np.concatenate([found[row, :length] for row, length in enumerate(lengths)])
 
 
-def _largest(one, other):
+def _largest(one: np.ndarray, other: np.ndarray) -> float:
     return float(max(np.abs(a - b).max() for a, b in zip(one, other)))
 
 
-def _loss(logits, batch):
+def _loss(logits: np.ndarray, batch: tuple[np.ndarray, np.ndarray]) -> float:
     """Mean negative log-likelihood of the texts' tokens but the first of each, in nats."""
     ids, lengths = batch
     total = count = at = 0
@@ -284,7 +286,8 @@ def _loss(logits, batch):
     return float(total / count)
 
 
-def _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf):
+def _write(decoder: Any, checkpoint: Any, source: _Source, target: str, dtype: Any, kind: Any, group: Optional[int],
+           to_gguf: bool) -> list[str]:
     """Write the merged model; returns notes."""
     from colora_ms.models.hf_folder import travelling_files, write_hf_folder
     from colora_ms.models.tensors import LazyTensors
@@ -315,7 +318,8 @@ def _write(decoder, checkpoint, source, target, dtype, kind, group, to_gguf):
     return []
 
 
-def _measure_rounding(report, target, merged, batch):
+def _measure_rounding(report: MergeReport, target: str, merged: np.ndarray,
+                      batch: tuple[np.ndarray, np.ndarray]) -> None:
     """Read the files back and compare."""
     from mindspore import Tensor
 

@@ -138,7 +138,8 @@ def check_reference(decoder: Decoder) -> None:
     elif handle.merged:
         wrong = f"the adapter {handle.merged!r} is merged into the base weights; call unmerge() first"
     else:
-        whole = [path for path, _ in handle.sites if not leaf(handle.cells[path]).takes_rows]
+        faces = {path: leaf(handle.cells[path]) for path, _ in handle.sites}
+        whole = [path for path, face in faces.items() if face is None or not face.takes_rows]
         trained = [parameter.name for parameter, _ in handle.frozen if parameter.requires_grad]
         if whole:
             wrong = (f"{whole[0]} ({len(whole)} such modules) takes no slot for each row, so that rows without the "

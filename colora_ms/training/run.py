@@ -101,7 +101,7 @@ def begin_adapter(config: TrainingConfig, decoder: Decoder, tokenizer: Any = Non
     Raises:
         AdapterError: what ``inject`` or loading the folder refuses; the model is unchanged.
     """
-    settings = dict(adapter_name="default", seed=config.loop.seed, base_model=config.model)
+    settings: dict[str, Any] = dict(adapter_name="default", seed=config.loop.seed, base_model=config.model)
     if config.start_from is None:
         return inject(decoder, config.adapter_config(), **settings), tokenizer, None
     folder, kept = config.start_folder, Path(config.output) / START_FOLDER
