@@ -14,9 +14,6 @@ RECIPE = Path("smollm2-135m") / "quickstart.yaml"
 #: What --fast leaves: updates, and held-out problems.
 FAST_STEPS, FAST_ITEMS = 60, 48
 
-#: Requests of a batch in the evaluation, the number of the mixed batch, so that one graph does for more than one part.
-BATCH = 8
-
 #: The second strength of the adapter.
 STRENGTH = 0.5
 
@@ -49,12 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.fast:
         changes += [f"loop.steps={FAST_STEPS}"]
     config = TrainingConfig.from_yaml(find_recipe(arguments.recipe), overrides=changes)
-    tour = Tour(config, items=min(arguments.items, FAST_ITEMS) if arguments.fast else arguments.items, batch=BATCH,
+    tour = Tour(config, items=min(arguments.items, FAST_ITEMS) if arguments.fast else arguments.items,
                 alpha=arguments.alpha, beta=arguments.beta, weaker=WEAKER, strength=STRENGTH,
                 max_new_tokens=arguments.max_new_tokens, scorer=arguments.scorer, say=_say)
     tour.train()
-    tour.evaluate()
     mixed = tour.mix()
+    tour.evaluate()
     tour.why()
     _say("\n4/4  what you could do next\n")
     _say(next_commands(output, tour.own_recipe()))

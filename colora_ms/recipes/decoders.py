@@ -74,22 +74,16 @@ def answer(generator: Any, examples: Sequence[Question], chosen: Choice, *, temp
     from colora_ms.evaluation.evaluate import evaluate
 
     rows = rows or generator.max_rows
-    return evaluate(generator, examples, scorer, template=template, path=Path(folder) / f"{chosen.key}.jsonl",
-                    batch_size=max(rows // (1 if chosen.contrast is None else 2), 1),
-                    options=decoding_options(chosen, max_new_tokens, stop),
-                    model_hash=model_hash, adapter_hash=adapter_hash if chosen.adapted else "",
-                    keep_records=keep_records,
-                    team=team)
-
-
-def decoding_options(chosen: Choice, max_new_tokens: int, stop: Sequence[str] = ()) -> dict[str, Any]:
-    """Keyword arguments of ``Generator.generate`` for a decoder."""
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "records": True, "stop": list(stop)}
     if chosen.adapted:
         options["adapter"] = ADAPTER
     if chosen.contrast is not None:
         options["contrast"] = chosen.contrast
-    return options
+    return evaluate(generator, examples, scorer, template=template, path=Path(folder) / f"{chosen.key}.jsonl",
+                    batch_size=max(rows // (1 if chosen.contrast is None else 2), 1), options=options,
+                    model_hash=model_hash, adapter_hash=adapter_hash if chosen.adapted else "",
+                    keep_records=keep_records,
+                    team=team)
 
 
 def read_items(settings: EvaluationSettings) -> list[Example] | list[ChoiceItem] | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import time
@@ -9,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from colora_ms.decoding import Contrast, Generator
-from colora_ms.decoding.completion import TokenRecord
+from colora_ms.decoding.completion import Completion, TokenRecord
 from colora_ms.errors import ConfigError
-from colora_ms.evaluation.evaluate import EvaluationResult
+from colora_ms.evaluation.evaluate import EvaluationResult, evaluate
 from colora_ms.evaluation.item_log import write_json, write_text
 from colora_ms.models.checkpoint import resolve_model
 from colora_ms.recipes import report
-from colora_ms.recipes.decoders import ADAPTER, Choice, answer, choices, decoding_options
-from colora_ms.recipes.mixed import MixedBatch, answer_mixed, eight
+from colora_ms.recipes.decoders import ADAPTER, Choice, choices
+from colora_ms.recipes.mixed import Answered, MixedBatch, answer_mixed, ask, eight
 from colora_ms.recipes.pace import Pace, in_words
 from colora_ms.recipes.settings import evaluation_settings
 from colora_ms.recipes.strength import copy_adapter
@@ -27,6 +28,9 @@ from colora_ms.training.sources import load_examples
 from colora_ms.training.templates import make_template
 from colora_ms.training.trainer import TrainingResult
 from colora_ms.versions import versions
+
+#: Requests of a batch.
+BATCH = 8
 
 #: Lines of the example of one's own data.
 OWN_LINES = 24
@@ -58,7 +62,7 @@ class Tour:
 
     Args:
         config: the recipe; its output folder is the tour's.
-        items: held-out problems. batch: of them in a batch.
+        items: held-out problems.
         alpha, beta: of the contrast.
         weaker, strength: name and strength of the adapter's second copy.
         max_new_tokens, scorer: in place of the recipe's, or None.
@@ -69,10 +73,10 @@ class Tour:
         DataError: the problems cannot be read.
     """
 
-    def __init__(self, config: TrainingConfig, *, items: int, batch: int, alpha: float, beta: float, weaker: str,
-                 strength: float, max_new_tokens: int | None = None, scorer: str | None = None,
+    def __init__(self, config: TrainingConfig, *, items: int, alpha: float, beta: float, weaker: str, strength: float,
+                 max_new_tokens: int | None = None, scorer: str | None = None,
                  say: Callable[[str], None] = print) -> None:
-        self.config, self.folder, self.batch, self.say = config, Path(config.output), batch, say
+        self.config, self.folder, self.say = config, Path(config.output), say
         self.contrast, self.weaker, self.strength = Contrast(alpha, beta), weaker, strength
         settings = evaluation_settings(config)
         if settings.task != "problems":
@@ -84,6 +88,8 @@ class Tour:
         self.examples = load_examples(settings.data)[:settings.items][:items]
         resolve_model(config.model)
         self.training: TrainingResult
+        self.greedy: EvaluationResult
+        self.cold: EvaluationResult
         self.mixed: MixedBatch
         self.results: dict[str, EvaluationResult] = {}
         self.rows: list[dict] = []
@@ -107,64 +113,73 @@ class Tour:
                  f"/{ADAPTER}, and /{self.weaker}, a copy at {self.strength:g} times the strength")
         gc.collect()  # the trained model leaves before the next one is loaded
 
-    def evaluate(self) -> None:
-        """Answer the held-out problems with the base, the adapter and the contrast; print the table."""
-        self.say(f"\n2/4  answer {len(self.examples)} held-out problems with the base model, the adapter, and the "
-                 "contrast of both;\n     a first answer of each compiles its graph and is not counted")
+    def mix(self) -> MixedBatch:
+        """Eight requests with different adapters and contrasts, one after another and in one batch."""
+        self.say(f"\n2/4  eight requests: the base, the adapter, its copy at {self.strength:g} times the strength, and "
+                 "contrasts,\n     one after another and then as one batch; three graphs are compiled first, which is "
+                 "not timed")
         adapters = {name: self.folder / "adapters" / name for name in (ADAPTER, self.weaker)}
         self.generator = Generator.from_pretrained(self.config.model, adapters, weight_format=self.config.weight_format,
-                                                   max_rows=2 * self.batch)
+                                                   max_rows=2 * BATCH)
         self.template = make_template(self.settings.template or self.config.data.template, self.generator.tokenizer,
                                       self.config.data.system)
         self.prompts = [self.template.request(example) for example in self.examples]
-        for chosen in choices(["base", "greedy", self.contrast]):
-            self._warm_up(chosen)
-            found = self.results[chosen.label] = answer(
-                self.generator, self.examples, chosen, template=self.template, scorer=self.scorer, keep_records=True,
-                max_new_tokens=self.max_new_tokens, stop=self.settings.stop, folder=self.folder / "evaluation",
-                rows=self.batch * (1 if chosen.contrast is None else 2))
-            self.rows.append(report.row_of(chosen, found))
-            self.say(f"     {chosen.label}: {found.summary()}")
-        greedy, cold = list(self.results.values())[1:]
-        self.say(f"\n{report.table(self.rows)}\n\nCoLD against greedy, same adapter, same problems: "
-                 f"{greedy.compare(cold).summary()}\nNo task of ours was answered better with the contrast; ask your "
-                 "own with colora-ms tune-contrast.")
-
-    def _warm_up(self, chosen: Choice) -> None:
-        """Compile the graph of a decoder, and say how long its problems will take."""
-        options = decoding_options(chosen, self.max_new_tokens, self.settings.stop)
-        first, seconds = self.prompts[:self.batch], []
-        for _ in range(2):
-            began = time.perf_counter()
-            self.generator.generate(first, **options)
-            seconds.append(time.perf_counter() - began)
-        batches = -(-len(self.prompts) // self.batch)
-        self.say(f"     {chosen.label}: compiled in {in_words(max(seconds[0] - seconds[1], 0))}; {batches} batches "
-                 f"will take about {in_words(batches * seconds[1])}")
-
-    def mix(self) -> MixedBatch:
-        """Eight requests with different adapters and contrasts, one after another and in one batch."""
         stronger = Contrast(self.contrast.alpha, 2 * self.contrast.beta)
-        prompts = [self.prompts[0], self.prompts[min(1, len(self.prompts) - 1)]]
-        self.say(f"\n3/4  eight requests: the base, the adapter, its copy at {self.strength:g} times the strength, and "
-                 "contrasts,\n     one after another and then as one batch; three graphs are compiled first")
-        asked = eight(prompts, ADAPTER, self.weaker, [self.contrast, stronger])
-        mixed = self.mixed = answer_mixed(self.generator, asked, self.max_new_tokens)
+        asked = eight(self._pair(0), ADAPTER, self.weaker, [self.contrast, stronger])
+        mixed = self.mixed = answer_mixed(self.generator, asked, self.max_new_tokens, self.settings.stop)
         width = max(len(one.label) for one in asked)
         for place, (one, completion) in enumerate(zip(asked, mixed.completions)):
-            question = self.examples[min(place // 4, len(self.examples) - 1)].question
+            question = self.examples[place // 4 % len(self.examples)].question
             self.say(f"     {_line(question)[-40:]}  {one.label:{width}}  {_line(completion.text)[:60]}")
         same = "the same tokens" if not mixed.different else \
             f"OTHER TOKENS in {', '.join(mixed.asked[i].label for i in mixed.different)}"
-        self.say(f"\n     one after another {mixed.alone:.2f} s, as one batch {mixed.together:.2f} s: batch8_speedup "
-                 f"{mixed.speedup:.2f}, {same}")
+        self.say(f"\n     one after another {sum(mixed.alone):.2f} s, as one batch {mixed.together:.2f} s: "
+                 f"batch8_speedup {mixed.speedup:.2f}, {same}")
         return mixed
+
+    def _pair(self, start: int) -> list:
+        """Two prompts from ``start`` on; the first one again behind the last."""
+        return [self.prompts[(start + place) % len(self.prompts)] for place in range(2)]
+
+    def evaluate(self) -> None:
+        """Answer the held-out problems, each with the base, the adapter, its copy and the contrast in one batch."""
+        count = len(self.examples)
+        batches = range(0, count, 2)
+        self.say(f"\n3/4  answer {count} held-out problems, each with the base model, the adapter, its copy, and the "
+                 f"contrast\n     of adapter and base, in such batches: about "
+                 f"{in_words(len(batches) * self.mixed.together)}")
+        answers: list[list[Completion]] = [[], [], [], []]
+        began = time.perf_counter()
+        for start in batches:
+            asked = eight(self._pair(start), ADAPTER, self.weaker, [self.contrast] * 2)
+            found = ask(self.generator, asked, self.max_new_tokens, self.settings.stop, records=True)
+            for place, completion in enumerate(found):
+                answers[place % 4].append(completion)
+        self.say(f"     {4 * count} answers in {in_words(time.perf_counter() - began)}")
+        base, greedy, cold = choices(["base", "greedy", self.contrast])
+        half = Choice(self.weaker, f"LoRA at {self.strength:g} of its strength, greedy", True)
+        for chosen, adapter, completions in ((base, None, answers[0]), (greedy, ADAPTER, answers[1]),
+                                             (half, self.weaker, answers[2]), (cold, ADAPTER, answers[3])):
+            result = evaluate(
+                Answered(completions), self.examples, self.scorer, template=self.template, keep_records=True,
+                path=self.folder / "evaluation" / f"{chosen.key}.jsonl",
+                options={"adapter": adapter, "contrast": chosen.contrast, "max_new_tokens": self.max_new_tokens,
+                         "stop": list(self.settings.stop)})
+            speed = self.mixed.tokens_per_second(adapter, chosen.contrast is not None)
+            result = dataclasses.replace(result, tokens_per_second=speed)
+            self.rows.append(report.row_of(chosen, result))
+            if chosen is not half:
+                self.results[chosen.label] = result
+        self.greedy, self.cold = self.results[greedy.label], self.results[cold.label]
+        self.say(f"\n{report.table(self.rows)}\n\nCoLD against greedy, same adapter, same problems: "
+                 f"{self.greedy.compare(self.cold).summary()}\ntokens/s: one request at a time, from step 2. No task "
+                 "of ours was answered better with the contrast;\nask your own with colora-ms tune-contrast.")
 
     def why(self) -> None:
         """Three tokens that the contrast changed, with the scores that decided."""
-        cold = list(self.results.values())[-1]
+        cold = self.cold
         answers = [[TokenRecord(**record) for record in item.get("records", ())] for item in cold.items]
-        found = changed_tokens(self.generator, self.prompts, answers, ADAPTER, self.contrast, batch=self.batch)
+        found = changed_tokens(self.generator, self.prompts, answers, ADAPTER, self.contrast)
         share = 100 * (cold.changed_share or 0.0)
         self.say(f"\n     of the tokens of the held-out answers the contrast changed {share:.1f} %"
                  + (f"; {len(found)} of them, and why:" if found else ""))
@@ -185,12 +200,11 @@ class Tour:
 
     def measures(self, seconds: float) -> list[dict]:
         """What the tour measured, in the form of the benchmarks' results."""
-        base, greedy, cold = self.results.values()
-        mixed = self.mixed
+        base, mixed = self.results["base"], self.mixed
         return [{"name": name, "value": value, "unit": unit} for name, value, unit in (
             ("batch8_speedup", mixed.speedup, "ratio"), ("batch8_equal", int(not mixed.different), "1 = yes"),
-            ("base_accuracy", base.accuracy, "share"), ("adapter_accuracy", greedy.accuracy, "share"),
-            ("contrast_accuracy", cold.accuracy, "share"), ("training_seconds", self.training_seconds, "s"),
+            ("base_accuracy", base.accuracy, "share"), ("adapter_accuracy", self.greedy.accuracy, "share"),
+            ("contrast_accuracy", self.cold.accuracy, "share"), ("training_seconds", self.training_seconds, "s"),
             ("ready_seconds", seconds, "s"))]
 
     def write(self, seconds: float, path: str | None = None) -> None:
@@ -202,7 +216,7 @@ class Tour:
         measures = {"versions": versions(), "measures": self.measures(seconds)}
         write_json(self.folder / "quickstart.json", {
             **measures, "seconds": seconds, "training_seconds": self.training_seconds, "steps": self.training.steps,
-            "results": {name: result.to_json() for name, result in self.results.items()}})
+            "decoders": self.rows, "results": {name: result.to_json() for name, result in self.results.items()}})
         if path is not None:
             write_json(path, measures)
 

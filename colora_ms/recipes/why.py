@@ -30,7 +30,8 @@ class Change:
 
 
 def changed_tokens(generator: Generator, prompts: Sequence[str | list[int]], answers: Sequence[Sequence[TokenRecord]],
-                   adapter: str, contrast: Contrast, count: int = 3, batch: int = 8) -> list[Change]:
+                   adapter: str, contrast: Contrast, count: int = 3, batch: int = 8,
+                   contrasts: int = 2) -> list[Change]:
     """The first changed token of up to ``count`` answers, with the scores of the token that it replaced.
 
     A record holds the scores of the chosen token. Those of the adapter's favourite come from a second look: the same
@@ -44,6 +45,7 @@ def changed_tokens(generator: Generator, prompts: Sequence[str | list[int]], ans
         contrast: the contrast of the answers, of the form "fixed".
         count: changes wanted.
         batch: requests of the second look, filled up with repetitions, so that a graph of this size is used again.
+        contrasts: how many of them are contrastive.
     """
     found = []
     for item, records in enumerate(answers):
@@ -54,9 +56,13 @@ def changed_tokens(generator: Generator, prompts: Sequence[str | list[int]], ans
         return []
     begun = [[*generator.encode(prompts[item]), *(record.token for record in answers[item][:place])]
              for item, place in found]
-    filled = (begun * batch)[:max(batch, len(begun))]
-    again = generator.generate(filled, adapter=adapter, contrast=dataclasses.replace(contrast, alpha=1.0),
-                               max_new_tokens=1, records=True)
+    look, again = dataclasses.replace(contrast, alpha=1.0), []
+    for start in range(0, len(begun), contrasts):
+        part = begun[start:start + contrasts]
+        filled = (part * contrasts)[:contrasts] + part[:1] * (batch - contrasts)
+        found_again = generator.generate(filled, adapter=adapter, max_new_tokens=1, records=True,
+                                         contrast=[look] * contrasts + [None] * (batch - contrasts))
+        again += found_again[:len(part)]
     return [Change(item, "".join(record.text for record in answers[item][:place]), answers[item][place],
                    second.records[0])
             for (item, place), second in zip(found, again)]

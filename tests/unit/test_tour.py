@@ -166,7 +166,8 @@ def test_changed_tokens_are_looked_at_again_where_they_stand():
     assert found == [Change(1, "1", new, old)]
     (prompts, options), = generator.calls
     assert prompts == [[ord("c"), 5]] * 4
-    assert options == dict(adapter="full", contrast=Contrast(1.0, 0.5), max_new_tokens=1, records=True)
+    look = Contrast(1.0, 0.5)
+    assert options == dict(adapter="full", contrast=[look, look, None, None], max_new_tokens=1, records=True)
     assert changed_tokens(generator, ["ab"], [[kept]], "full", contrast) == [] and len(generator.calls) == 1
     text = explain(found[0], "7+4=", contrast)
     assert text.splitlines()[0] == "  7+4=1|   '7' became '8'"
@@ -182,4 +183,4 @@ def test_the_quick_start_needs_problems(tmp_path):
         "output": str(tmp_path), "data": {"train": "a.txt"}, "loop": {"steps": 1},
         "evaluate": {"task": "perplexity", "data": "b.txt", "decoders": ["base", "greedy"]}})
     with pytest.raises(ConfigError, match="has task perplexity; use colora-ms run"):
-        Tour(config, items=8, batch=8, alpha=0.1, beta=0.5, weaker="half", strength=0.5)
+        Tour(config, items=8, alpha=0.1, beta=0.5, weaker="half", strength=0.5)
