@@ -37,7 +37,7 @@ class W4Case(LoraCase):
             + unit * np.abs(want) + 2.0 ** -25
         got = to_float64(out, self.dtype)
         excess = np.abs(got - want) - allowed
-        worst = f"worst excess {excess.max()} of {self.shape} {self.dtype}"
+        worst = f"worst excess {excess.max(initial=0.0)} of {self.shape} {self.dtype}"
         assert np.isfinite(got).all() and (excess <= 0).all(), worst
 
 

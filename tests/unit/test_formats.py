@@ -334,7 +334,7 @@ before = peak()
 net = build_decoder(checkpoint)
 held = sum(p.asnumpy().nbytes for p in net.get_parameters())
 print(json.dumps({"grown": peak() - before, "held": held, "formats": sorted({c.format.name for _, c in
-      net.cells_and_names() if hasattr(c, "format")})}))
+      net.cells_and_names() if getattr(c, "format", None)})}))
 """
 
 
