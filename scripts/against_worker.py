@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,11 @@ import numpy as np
 
 from benchmark_common import ROOT, peak_bytes, reset_peak, serve
 
-# benchmark_common puts this checkout in front; the revision that is measured is another one.
+# benchmark_common puts this checkout in front and reads the versions there; what is measured may be another one.
 sys.path = [one for one in sys.path if Path(one or ".").resolve() != ROOT]
+sys.path[:0] = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+for _module in [name for name in sys.modules if name.split(".")[0] == "colora_ms"]:
+    del sys.modules[_module]
 
 RATE = 1e-4
 

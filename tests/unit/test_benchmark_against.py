@@ -1,5 +1,7 @@
 """The arithmetic of ``benchmark_decode.py --against``, without running a model."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,11 +52,14 @@ def test_a_side_runs_its_own_package_operators_and_graphs(tmp_path):
         sides.check("old", str((tmp_path / "new" / "colora_ms").resolve()))
 
 
-def test_the_workers_speak_the_same_questions():
-    sys.path.insert(0, str(benchmark_against.ROOT / "scripts"))
-    before = list(sys.path)
-    try:
-        import against_worker
-    finally:
-        sys.path[:] = before
-    assert all(hasattr(against_worker.Revision, name) for name in ("load", "encode", "run", "load_training", "train"))
+def test_a_worker_imports_the_package_that_it_is_told(tmp_path):
+    """Not the one beside the script, nor the installed one."""
+    (tmp_path / "colora_ms").mkdir()
+    (tmp_path / "colora_ms" / "__init__.py").write_text("")
+    script = ("import against_worker, colora_ms; print(colora_ms.__file__); "
+              "print(all(hasattr(against_worker.Revision, name) for name in "
+              "('load', 'encode', 'run', 'load_training', 'train')))")
+    for tree in (tmp_path, benchmark_against.ROOT):
+        done = subprocess.run([sys.executable, "-c", script], cwd=benchmark_against.ROOT / "scripts", text=True,
+                              check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(tree)})
+        assert done.stdout.split() == [str(tree / "colora_ms" / "__init__.py"), "True"]
