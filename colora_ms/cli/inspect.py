@@ -110,10 +110,10 @@ def update_norms(stored: StoredAdapter) -> dict[str, tuple[int, float]]:
     targets = match(config, modules, list({path.rsplit(".", 1)[-1]: None for path in modules})).targets
     found = {}
     for path, target in targets.items():
-        down, up = (stored.file.read(name).astype(np.float64) for name in factors[path])
-        # The squared norm of up @ down is the sum of the products of both Gram matrices.
-        square = ((up.T @ up) * (down @ down.T)).sum()
-        found[path] = (down.shape[0], abs(target.scaling) * float(np.sqrt(max(square, 0.0))))
+        first, second = (stored.file.read(name).astype(np.float64) for name in factors[path])
+        # The squared norm of the product is the sum of the products of both Gram matrices.
+        square = ((second.T @ second) * (first @ first.T)).sum()
+        found[path] = (first.shape[0], abs(target.scaling) * float(np.sqrt(max(square, 0.0))))
     return found
 
 
