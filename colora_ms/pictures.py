@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def check_drawing() -> None:
+    """Refuse before long work what could not be drawn after it.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    with needed("plots", "drawing"):
+        import matplotlib.figure  # noqa: F401
+
+
 def new_figure(size: tuple[float, float]) -> Figure:
     """An empty figure of ``size`` (width, height) in inches.
 

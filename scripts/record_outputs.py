@@ -10,6 +10,7 @@ digests of logits of 20 mixed requests for each weight format, and the losses of
 import argparse
 import hashlib
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -113,7 +114,9 @@ def main(arguments: "list[str] | None" = None) -> None:
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--steps", type=int, default=20, help="updates of the training; 0: none")
     chosen = parser.parse_args(arguments)
+    # The package that PYTHONPATH names, not the one beside this script.
     sys.path = [one for one in sys.path if Path(one or ".").resolve() != ROOT]
+    sys.path[:0] = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
     from colora_ms.models.checkpoint import default_model_path, open_checkpoint
 
     shapes = open_checkpoint(default_model_path()).config.parameter_shapes()

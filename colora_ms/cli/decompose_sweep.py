@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     from colora_ms.evaluation.lrd_plot import plot
     from colora_ms.evaluation.lrd_sweep import describe, table, variants
     from colora_ms.models.checkpoint import open_checkpoint, resolve_model
+    from colora_ms.pictures import check_drawing
 
+    if arguments.plot is not None:
+        check_drawing()
     checkpoint = open_checkpoint(resolve_model(arguments.model))
     if checkpoint.low_rank:
         raise ConfigError(f"{arguments.model} is decomposed already; a sweep starts from the original model")

@@ -46,9 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         print("colora-ms generate: --tensor-parallel needs several workers; start them with "
               "bash scripts/msrun_evaluate.sh generate -n 2 --tensor-parallel ...", file=sys.stderr)
         return 2
+    settings = options.decoding(arguments)  # a bad number is told before anything is loaded
     generator: Any
     generator, adapter = options.generator(arguments, team if arguments.tensor_parallel else None)
-    settings = options.decoding(arguments)
     inputs = [[{"role": "user", "content": p}] for p in prompts] if arguments.chat else prompts
     live = len(prompts) == 1 and not arguments.json and arguments.output is None and team.world == 1
     if team.world > 1 and not arguments.tensor_parallel:

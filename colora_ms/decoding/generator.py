@@ -140,7 +140,9 @@ class Generator:
         prompts = [prompts] if single else list(prompts)
         columns = {"adapter": adapter, **{name: value for name, value in options.items() if name in PER_PROMPT}}
         for name, value in columns.items():
-            columns[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(prompts)
+            names = name == "adapter" and isinstance(value, np.ndarray) and value.ndim
+            many = names or isinstance(value, (list, tuple))
+            columns[name] = list(value) if many else [value] * len(prompts)
             if len(columns[name]) != len(prompts):
                 raise DecodingError(f"{name} has {len(columns[name])} entries for {len(prompts)} prompts")
         if not prompts:  # the options are checked all the same

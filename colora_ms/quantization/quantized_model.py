@@ -50,7 +50,7 @@ def quantize(net: nn.Cell, config: LrQatConfig, seed: int = 0) -> QuantizedModel
 
     Raises:
         ConfigError: no linear matches, or a group does not divide the inputs of one; the model is unchanged.
-        AdapterError: the model has adapters, or its linears are integers already.
+        AdapterError: the model has adapters, or its linears are integers already, or factors.
     """
     targets = _targets(net, config)
     for path, cell in targets.items():
@@ -69,6 +69,10 @@ def quantize(net: nn.Cell, config: LrQatConfig, seed: int = 0) -> QuantizedModel
 
 def _targets(net, config):
     """{path: Linear} of what the config names."""
+    decomposed = [path for path, cell in tree.cells_by_name(net).items() if isinstance(cell, Leaf) and cell.decomposed]
+    if decomposed:
+        raise AdapterError(f"{decomposed[0]} is decomposed into factors, which are not quantised; recompose(model) "
+                           "first, or write the products with colora-ms convert and quantise those")
     found = {path: cell for path, cell in tree.cells_by_name(net).items()
              if isinstance(cell, Leaf) and cell.kind == "linear" and cell.plain
              and path.rsplit(".", 1)[-1] not in tree.HEADS}

@@ -7,6 +7,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
+from colora_ms.errors import AdapterError
 from colora_ms.kernels import ABSENT
 from colora_ms.models import load_model
 from colora_ms.quantization import quantize
@@ -193,3 +194,12 @@ def test_a_damaged_quantised_folder_is_refused(tiny_decoder, tmp_path):
         save_file({k: np.ascontiguousarray(v) for k, v in broken.items()}, folder / "model.safetensors")
         with pytest.raises(CheckpointError, match=words):
             open_checkpoint(str(folder))
+
+
+def test_a_decomposed_model_is_refused_before_anything_changes(tiny_decoder):
+    from colora_ms.decomposition import LrdPlan, decompose
+
+    net = tiny_decoder()
+    decompose(net, LrdPlan([0], "mlp", 2))
+    with pytest.raises(AdapterError, match="decomposed into factors, which are not quantised"):
+        quantize(net, LrQatConfig(method="rtn", bits=4, downcast="int"))

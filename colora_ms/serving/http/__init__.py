@@ -11,9 +11,9 @@
 | GET, POST /v1/adapters, DELETE /v1/adapters/NAME | list, load (or load anew), withdraw |
 | GET /healthz, /metrics | liveness; Prometheus metrics |
 
-Fields beyond OpenAI's: ``contrast: {alpha, beta, adapt, skip_copies}``, ``top_k``, ``stop_token_ids``, ``priority``,
-``ignore_eos`` and ``records``, which returns what the contrast did at each token. A field that would change the answer
-and is not implemented is refused, never ignored.
+Fields beyond OpenAI's: ``contrast: {alpha, beta, adapt, skip_copies}``, ``top_k``, ``min_p``, ``stop_token_ids``,
+``priority``, ``ignore_eos`` and ``records``, which returns what the contrast did at each token. A field that would
+change the answer and is not implemented is refused, never ignored.
 """
 
 from colora_ms.extras import needed
