@@ -77,6 +77,8 @@ class Sampling(Record):
             alone.
         seed: starts the request's own random numbers; the same seed gives the same tokens in any batch. The lowest 64
             bits count.
+        min_p: in [0, 1]; of what top_k and top_p leave, the tokens stay that have at least min_p times the best one's
+            probability (arXiv 2407.01082); 0 is off.
     """
 
     temperature: float = option(float, 0.0, "0 is greedy", least=0.0, hint="0 is greedy")
@@ -84,6 +86,8 @@ class Sampling(Record):
     top_p: float = option(float, 1.0, "sample from the best tokens of this probability", least=0.0, most=1.0,
                           hint="0 is the best token alone, 1 is off")
     seed: int = option(int, 0, "seed of the sampling", least=0)
+    min_p: float = option(float, 0.0, "sample from tokens of at least this share of the best one's probability",
+                          least=0.0, most=1.0, hint="0 is off")
 
     @classmethod
     def asked(cls, temperature: float = 0.0, seed: int = 0, **others: Any) -> Sampling:

@@ -51,6 +51,7 @@ OPTIONS = (
     Option("beta", "real", 0.0, 0.0, _LARGEST, "contrast"),
     Option("temperature", "real", 0.0, 0.0, _LARGEST, "sampling"),  # 0: argmax
     Option("top_p", "real", 1.0, _LEAST, 1.0, "sampling"),  # 1: off
+    Option("min_p", "real", 0.0, 0.0, 1.0, "sampling"),  # 0: off
 )
 
 #: Names of the columns of the two tensors, in order.

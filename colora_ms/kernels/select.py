@@ -12,7 +12,8 @@ from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
 _EXPERT, _AMATEUR, _TOP_K = COLUMN["expert_rows"], COLUMN["amateur_rows"], COLUMN["top_k"]
-_ALPHA, _BETA, _TEMPERATURE, _TOP_P = COLUMN["alpha"], COLUMN["beta"], COLUMN["temperature"], COLUMN["top_p"]
+_ALPHA, _BETA, _TEMPERATURE = COLUMN["alpha"], COLUMN["beta"], COLUMN["temperature"]
+_TOP_P, _MIN_P = COLUMN["top_p"], COLUMN["min_p"]
 
 _MASKED = -3.0e38  # below every finite logit, and finite, so that differences with it are no NaN
 
@@ -27,8 +28,9 @@ def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, uniform: Ten
 
     ``temperature = 0``: the token of the highest score, the smallest index among equals. Else a draw from
     softmax(s / temperature): the tokens sorted by descending score (ties by index) are cut to the first ``top_k``, then
-    to the smallest set whose mass reaches ``top_p`` of what is left (at least one), and the token is the first one
-    whose cumulated mass exceeds ``uniform`` times the mass of that set.
+    to the smallest set whose mass reaches ``top_p`` of what is left (at least one), then to those of at least ``min_p``
+    times the best one's mass (arXiv 2407.01082), and the token is the first one whose cumulated mass exceeds
+    ``uniform`` times the mass of that set.
 
     Args:
         logits: (rows, vocab) float32.
@@ -37,8 +39,8 @@ def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, uniform: Ten
             results are 0;
             amateur_rows: -1: no contrast, plain scores s = e with every token valid (alpha, beta not read);
             alpha in (0, 1]; beta >= 0;
-            temperature >= 0; 0: argmax (top_k, top_p, uniform not read);
-            top_k, 0: off; top_p in (0, 1], 1: off.
+            temperature >= 0; 0: argmax (top_k, top_p, min_p, uniform not read);
+            top_k, 0: off; top_p in (0, 1], 1: off; min_p in [0, 1], 0: off.
         uniform: (R,) float32 in [0, 1), the random number of the draw.
 
     Returns:
@@ -73,7 +75,8 @@ def _with_device_token(logits, whole, real, uniform):
 def contrastive_select_reference(logits: Tensor, whole: Tensor, real: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`contrastive_select` in built-in operators, any device; values are not checked."""
     expert_rows, amateur_rows, top_k = whole[:, _EXPERT], whole[:, _AMATEUR], whole[:, _TOP_K]  # (R,)
-    alpha, beta, temperature, top_p = real[:, _ALPHA], real[:, _BETA], real[:, _TEMPERATURE], real[:, _TOP_P]
+    alpha, beta, temperature = real[:, _ALPHA], real[:, _BETA], real[:, _TEMPERATURE]
+    top_p, min_p = real[:, _TOP_P], real[:, _MIN_P]
     requests, vocab = expert_rows.shape[0], logits.shape[1]
     active, contrast = expert_rows >= 0, amateur_rows >= 0
     expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)  # (R, vocab)
@@ -98,6 +101,7 @@ def contrastive_select_reference(logits: Tensor, whole: Tensor, real: Tensor, un
     total = mass.sum(1).reshape((requests, 1))
     top_p = top_p.reshape((requests, 1))
     kept = ops.logical_and(ops.logical_or(below < top_p * total, top_p >= 1.0), steps < limit)
+    kept = ops.logical_and(kept, mass >= min_p.reshape((requests, 1)))  # the best one's mass is 1
     mass = mass * kept.astype(ms.float32)
     reached = ops.cumsum(mass, 1)
     passed = ops.logical_and(reached <= uniform.reshape((requests, 1)) * reached[:, -1:], kept)

@@ -27,7 +27,8 @@
   X(alpha)                     \
   X(beta)                      \
   X(temperature)               \
-  X(top_p)
+  X(top_p)                     \
+  X(min_p)
 
 namespace COLORA_ISA_NAMESPACE {
 COLORA_NAMES(Whole, COLORA_WHOLE_OPTIONS)
@@ -38,7 +39,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct SelectOptions {
   int64_t expert, amateur, top_k;
-  float alpha, beta, temperature, top_p, uniform;
+  float alpha, beta, temperature, top_p, min_p, uniform;
 };
 
 struct Choice {
@@ -102,15 +103,17 @@ inline bool draw(std::vector<Candidate>& candidates, const SelectOptions& o, dou
     --heap_end;
     taken += heap_end->weight;
   };
-  if (o.top_p >= 1.0f) {
+  if (o.top_p >= 1.0f && o.min_p <= 0.0f) {
     const double wanted = double(o.uniform) * mass;
     do take(); while (taken <= wanted && heap_end != candidates.begin());
     *picked = *heap_end;
     return complete || taken > wanted;
   }
-  const double kept = double(o.top_p) * mass;
-  do take(); while (taken < kept && heap_end != candidates.begin());
-  if (!complete && taken < kept) return false;
+  const double kept = o.top_p >= 1.0f ? double(kInfinity) : double(o.top_p) * mass;
+  // The best candidate's weight is 1, so that a weight is a share of it.
+  const auto more = [&] { return heap_end != candidates.begin() && candidates.front().weight >= o.min_p; };
+  do take(); while (taken < kept && more());
+  if (!complete && taken < kept && heap_end == candidates.begin()) return false;
   const double wanted = double(o.uniform) * taken;
   double sum = 0.0;
   auto c = candidates.end();
@@ -307,6 +310,7 @@ class Options {
     o.temperature = number(r, Real::temperature, 0.0f, kMost, "a finite number >= 0 (0: argmax)");
     if (!(o.temperature > 0.0f)) return o;
     o.top_p = number(r, Real::top_p, kLeast, 1.0f, "a number in (0, 1]");
+    o.min_p = number(r, Real::min_p, 0.0f, 1.0f, "a number in [0, 1]");
     o.top_k = get(r, Whole::top_k);
     if (o.top_k < 0)
       named(Whole::top_k).fail("is %lld in request %lld, expected 0 (off) or more", (long long)o.top_k, (long long)r);

@@ -81,10 +81,10 @@ def test_what_a_request_asks_for_comes_from_the_fields_that_the_table_names():
 
     rows, column = OptionRows(3), options.COLUMN
     rows.take(0, "contrast", Contrast(0.3, 0.7, "margin", skip_copies=True))
-    rows.take(0, "sampling", Sampling(0.8, 2**40, 0.9))
+    rows.take(0, "sampling", Sampling(0.8, 2**40, 0.9, min_p=0.2))
     assert list(rows.whole[:, column["mode"]]) == [11, 0, 0]
     assert list(rows.whole[:, column["top_k"]]) == [2**31 - 1, 0, 0]
-    for name, value in (("alpha", 0.3), ("beta", 0.7), ("temperature", 0.8), ("top_p", 0.9)):
+    for name, value in (("alpha", 0.3), ("beta", 0.7), ("temperature", 0.8), ("top_p", 0.9), ("min_p", 0.2)):
         assert rows.real[0, column[name]] == np.float32(value)
         assert np.array_equal(rows.real[1], rows.real[2])
 

@@ -17,10 +17,11 @@ from colora_ms.kernels.select import contrastive_select, contrastive_select_refe
 ms.set_context(mode=ms.GRAPH_MODE)
 
 
-def arguments(logits, expert, amateur, alpha=0.1, beta=0.5, temperature=0.0, top_k=0, top_p=1.0, uniform=0.0):
+def arguments(logits, expert, amateur, alpha=0.1, beta=0.5, temperature=0.0, top_k=0, top_p=1.0, uniform=0.0,
+              min_p=0.0):
     """The operator's inputs; numbers are spread over the requests."""
     expert = np.atleast_1d(np.asarray(expert, np.int32))
-    real = dict(alpha=alpha, beta=beta, temperature=temperature, top_p=top_p)
+    real = dict(alpha=alpha, beta=beta, temperature=temperature, top_p=top_p, min_p=min_p)
     uniform = np.broadcast_to(np.asarray(uniform, np.float32), expert.shape).copy()
     return [np.asarray(logits, np.float32), *options(dict(expert_rows=expert, amateur_rows=amateur, top_k=top_k), real),
             uniform]
@@ -32,7 +33,7 @@ def select(*given_, **named):
     return call("contrastive_select", inputs, [((n, 3), "int32"), ((n, 4), "float32")])
 
 
-def expected(e, a, alpha, beta, temperature, top_k, top_p, uniform):
+def expected(e, a, alpha, beta, temperature, top_k, top_p, uniform, min_p=0.0):
     """One request in float64 -> (token, valid tokens, scores, distance of the draw to the nearest border)."""
     e = e.astype(np.float64)
     valid = np.ones(len(e), bool) if a is None else e >= math.log(alpha) + e.max()
@@ -49,6 +50,10 @@ def expected(e, a, alpha, beta, temperature, top_k, top_p, uniform):
         count = int((np.cumsum(mass) < top_p).sum()) + 1
         margin = min(margin, np.abs(np.cumsum(mass) - top_p).min())
         mass = mass[:count] / mass[:count].sum()
+    if min_p > 0:
+        shares = mass / mass[0]
+        margin = min(margin, np.abs(shares[1:] - min_p).min(initial=1.0))
+        mass = mass[shares >= min_p] / mass[shares >= min_p].sum()
     borders = np.cumsum(mass)
     margin = min(margin, np.abs(borders - uniform).min())
     return int(order[min(int((borders <= uniform).sum()), len(mass) - 1)]), int(valid.sum()), scores, margin
@@ -69,16 +74,17 @@ def test_the_vectors_of_the_specification():
 @given(vocab=st.sampled_from([1, 2, 7, 31, 32, 255, 256, 257, 1000, 4097]), scale=st.sampled_from([0.1, 1.0, 8.0]),
        alpha=st.sampled_from([1e-30, 0.01, 0.1, 0.9, 1.0]), beta=st.sampled_from([0.0, 0.5, 2.0]),
        temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]), top_k=st.sampled_from([0, 1, 3, 50, 10 ** 6]),
-       top_p=st.sampled_from([1.0, 0.9, 0.3, 1e-6]), contrast=st.booleans(), seed=st.integers(0, 999))
-def test_choice_matches_float64(vocab, scale, alpha, beta, temperature, top_k, top_p, contrast, seed):
+       top_p=st.sampled_from([1.0, 0.9, 0.3, 1e-6]), min_p=st.sampled_from([0.0, 1e-6, 0.05, 0.5, 1.0]),
+       contrast=st.booleans(), seed=st.integers(0, 999))
+def test_choice_matches_float64(vocab, scale, alpha, beta, temperature, top_k, top_p, min_p, contrast, seed):
     rng = np.random.default_rng(seed)
     logits = (rng.normal(size=(3, vocab)) * scale).astype(np.float32)
     uniform = np.float32(rng.random() * 0.999)
-    ints, floats = select(logits, 2, 0 if contrast else -1, alpha, beta, temperature, top_k, top_p, uniform)
+    ints, floats = select(logits, 2, 0 if contrast else -1, alpha, beta, temperature, top_k, top_p, uniform, min_p)
     e, a = logits[2], logits[0] if contrast else None
     token, valid, scores, margin = expected(e, a, np.float64(np.float32(alpha)), beta,
-                                            np.float64(np.float32(temperature)),
-                                            top_k, np.float64(np.float32(top_p)), float(uniform))
+                                            np.float64(np.float32(temperature)), top_k,
+                                            np.float64(np.float32(top_p)), float(uniform), float(np.float32(min_p)))
     got = int(ints[0, 0])
     if margin > 1e-5:  # away from a border of the draw, where float32 rounding decides
         assert scores[got] == pytest.approx(scores[token], abs=1e-5 * scale * (1 + 2 * beta))
@@ -108,6 +114,7 @@ def test_identities(vocab, beta, seed):
     greedy = select(logits, 0, 1, alpha=0.1, beta=beta)[0][0, 0]
     assert select(logits, 0, 1, 0.1, beta, temperature=2.0, top_k=1, uniform=0.99)[0][0, 0] == greedy
     assert select(logits, 0, 1, 0.1, beta, temperature=2.0, top_p=1e-6, uniform=0.99)[0][0, 0] == greedy
+    assert select(logits, 0, 1, 0.1, beta, temperature=2.0, min_p=1.0, uniform=0.0)[0][0, 0] == greedy
 
 
 def test_ties_go_to_the_smallest_index():
@@ -147,6 +154,8 @@ def test_a_draw_that_reaches_the_tail_of_tiny_weights():
         assert abs(int(got) - token) <= 1
     assert select(logits, 0, -1, temperature=1.0, top_p=0.9, uniform=0.99)[0][0, 0] < 2700
     assert select(logits, 0, -1, temperature=1.0, top_k=3, uniform=0.99999)[0][0, 0] == 1
+    assert select(logits, 0, -1, temperature=1.0, min_p=0.01, uniform=0.99999)[0][0, 0] == 1234
+    assert select(logits, 0, -1, temperature=1.0, min_p=1e-9, uniform=0.99999)[0][0, 0] > 2700
     assert select(logits, 0, -1, temperature=1.0, top_k=3, uniform=0.5)[0][0, 0] == 1234
 
 
@@ -195,6 +204,8 @@ BAD = {
     "temperature": (dict(temperature=-1), ("temperature", "-1")),
     "top_k": (dict(temperature=1, top_k=-3), ("top_k", "-3")),
     "top_p": (dict(temperature=1, top_p=0), ("top_p", "0")),
+    "min_p": (dict(temperature=1, min_p=1.5), ("min_p", "1.5", "[0, 1]")),
+    "min_p NaN": (dict(temperature=1, min_p=np.nan), ("min_p", "nan")),
     "uniform": (dict(temperature=1, uniform=1), ("uniform", "1", "[0, 1)")),
 }
 
@@ -220,7 +231,8 @@ def test_face_and_reference_agree_in_graph_mode():
     expert[7] = -1
     inputs = arguments(logits, expert, amateur, alpha=rng.uniform(0.01, 1, n), beta=rng.uniform(0, 2, n),
                        temperature=rng.uniform(0, 2, n) * (np.arange(n) % 2), top_k=rng.integers(0, 9, n),
-                       top_p=rng.uniform(0.2, 1, n), uniform=rng.uniform(0, 1, n))
+                       top_p=rng.uniform(0.2, 1, n), min_p=rng.uniform(0, 0.3, n) * (np.arange(n) % 3),
+                       uniform=rng.uniform(0, 1, n))
     tensors = [Tensor(x) for x in inputs]
     got = [x.asnumpy() for x in ms.jit(contrastive_select)(*tensors)]
     want = [x.asnumpy() for x in ms.jit(contrastive_select_reference)(*tensors)]

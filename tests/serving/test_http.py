@@ -171,6 +171,7 @@ BAD = [
     (dict(temperature=-1.0), None, "temperature=-1.0"),
     (dict(temperature=float("nan")), None, "not a finite number"),
     (dict(top_p=1.5, temperature=1.0), None, "top_p"),
+    (dict(min_p=-0.1, temperature=1.0), None, "min_p"),
     (dict(stop=[""]), None, "stop"),
     (dict(stop=["x"] * 17), None, "at most 16"),
     (dict(prompt=""), None, "empty"),

@@ -27,9 +27,8 @@ OTHERS = [True, False, "1", "", None, b"1", [], [1], {}, 1j, Decimal("0.5"), Fra
           np.float32("nan"), np.longdouble("1e4000"), np.array(0.5), np.array([0.5, 0.5])]
 VALUES = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(OTHERS), st.floats(), st.integers(),
                    st.floats(0, 1), st.integers(0, 100))
-OPTIONS = ["alpha", "beta", "adapt", "skip_copies", "temperature", "top_k", "top_p", "seed", "max_new_tokens",
-           "priority",
-           "timeout", "stop", "stop_token_ids", "records", "ignore_eos", "prompt", "adapter"]
+OPTIONS = ["alpha", "beta", "adapt", "skip_copies", "temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens",
+           "priority", "timeout", "stop", "stop_token_ids", "records", "ignore_eos", "prompt", "adapter"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def submit(engine, wanted):
     wanted = dict(wanted)
     prompt = wanted.pop("prompt", [5, 6])
     contrast = {name: wanted.pop(name) for name in ("alpha", "beta", "adapt", "skip_copies") if name in wanted}
-    sampling = {name: wanted.pop(name) for name in ("temperature", "top_k", "top_p", "seed") if name in wanted}
+    sampling = {name: wanted.pop(name) for name in ("temperature", "top_k", "top_p", "min_p", "seed") if name in wanted}
     return engine.submit(prompt, **{"adapter": "a0", "contrast": Contrast(**contrast), "max_new_tokens": 6,
                                     "sampling": Sampling(**{"temperature": 0.8, **sampling}), **wanted})
 
@@ -64,6 +63,7 @@ def test_extreme_options_are_answered_or_refused_alone(engine, alone, wanted):
 @pytest.mark.parametrize("wanted, like", [
     (dict(top_k=2147483648), dict(top_k=0)), (dict(top_k=10**400), dict(top_k=0)), (dict(top_k=97), dict(top_k=0)),
     (dict(top_p=0), dict(temperature=0)), (dict(top_p=1e-50), dict(temperature=0)), (dict(top_p=0.0), dict(top_k=1)),
+    (dict(min_p=1), dict(top_k=1)), (dict(min_p=0), dict(top_p=1.0)),
     (dict(temperature=1e-50), dict(temperature=0)), (dict(temperature=1e-42), dict(temperature=0)),
     (dict(beta=1e-50), dict(beta=0)), (dict(seed=2**64 + 3), dict(seed=3)),
     (dict(max_new_tokens=10**30), dict(max_new_tokens=94)),
@@ -134,7 +134,8 @@ def test_a_contrast_that_overflows_fails_alone_in_the_graph_loop(tiny_decoder, w
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
-FIELDS = ["temperature", "top_p", "top_k", "seed", "max_tokens", "priority", "stop", "stop_token_ids", "records",
+FIELDS = ["temperature", "top_p", "min_p", "top_k", "seed", "max_tokens", "priority", "stop", "stop_token_ids",
+          "records",
           "ignore_eos", "echo", "contrast"]
 JSON = st.one_of(st.sampled_from([v for v in NUMBERS if not isinstance(v, int) or v.bit_length() < 8000]),
                  st.sampled_from([None, True, False, "1", "", [], [1], ["1"], {}]), st.floats(), st.integers())
@@ -172,6 +173,7 @@ def test_extreme_fields_over_http(server, engine, alone, wanted, contrast):
     ('"temperature": 1e39', 400),
     ('"temperature": 0, "top_p": 0', 200), ('"temperature": 0, "top_p": 7.5, "top_k": -1', 200),
     ('"temperature": 0, "top_p": NaN', 400),
+    ('"temperature": 1, "min_p": 1', 200), ('"temperature": 1, "min_p": 1.01', 400),
     ('"temperature": 1, "top_p": 0', 200), ('"temperature": 1, "top_p": 1e-50', 200),
     ('"temperature": 1, "top_k": 2147483648', 200),
     ('"temperature": 1, "top_k": 1' + "0" * 400, 200), ('"temperature": 1, "top_k": 1' + "0" * 6000, 400),
