@@ -1,7 +1,7 @@
 """Hold what this tree answers against an older revision, bit for bit.
 
-    python scripts/compare_outputs.py --against COMMIT [--recorded FILE] [--formats float32 int4] [--steps 20] [--json
-    FILE]
+    python scripts/compare_outputs.py --against COMMIT [--recorded FILE] [--formats float32 ...] [--steps N]
+        [--json FILE]
 
 Tokens, records and logits of 20 mixed requests in four weight formats and the losses of a training of 20 updates, once
 by the older revision in a work tree of its own and once by this one. Exit code 1 where anything differs.
@@ -17,7 +17,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmark_common import ROOT, measure, versions, write_json
+from decode_worker import write_adapter
+from record_outputs import ADAPTERS, FORMATS
+
 LIBRARY = Path("colora_ms") / "_lib" / "libcolora_cpu.so"
 
 
@@ -33,14 +36,21 @@ def revision(commit: str, folder: Path) -> Iterator[Path]:
         subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=True)
 
 
-def record(tree: Path, folder: Path, formats: "list[str]", steps: int) -> dict:
+def write_adapters(folder: Path) -> None:
+    """The adapters of the requests, the same ones for both revisions."""
+    folder.mkdir()
+    for seed, name in enumerate(ADAPTERS):
+        write_adapter(folder / name, seed)
+
+
+def record(tree: Path, adapters: Path, folder: Path, formats: "list[str]", steps: int) -> dict:
     """What the package in ``tree`` answers, see record_outputs.py; its graphs are compiled anew."""
     folder.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tree), "COLORA_CACHE": str(folder / "cache")}
     file = folder / "outputs.json"
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "record_outputs.py"), str(file), str(folder / "work"),
-                    "--steps",
-                    str(steps), "--formats", *formats], check=True, env=environment, cwd=folder)
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "record_outputs.py"), str(file), str(adapters),
+                    str(folder / "work"), "--steps", str(steps), "--formats", *formats], check=True, env=environment,
+                   cwd=folder)
     found = json.loads(file.read_text())
     package = Path(found.pop("package"))
     if package != (tree / "colora_ms").resolve():
@@ -48,7 +58,7 @@ def record(tree: Path, folder: Path, formats: "list[str]", steps: int) -> dict:
     return found
 
 
-def older(commit: str, folder: Path, kept: "Path | None", formats: "list[str]", steps: int) -> dict:
+def older(commit: str, adapters: Path, folder: Path, kept: "Path | None", formats: "list[str]", steps: int) -> dict:
     """What ``commit`` answers: read from ``kept`` where that holds all that is asked for, otherwise recorded now."""
     name = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--verify", f"{commit}^{{commit}}"], check=True,
                           capture_output=True, text=True).stdout.strip()
@@ -58,7 +68,7 @@ def older(commit: str, folder: Path, kept: "Path | None", formats: "list[str]", 
         if found["commit"] == name and found["steps"] == steps and set(wanted) <= set(found["outputs"]):
             return {part: found["outputs"][part] for part in wanted}
     with revision(name, folder) as tree:
-        outputs = record(tree, folder / "before", formats, steps)
+        outputs = record(tree, adapters, folder / "before", formats, steps)
     if kept is not None:
         kept.write_text(json.dumps({"commit": name, "steps": steps, "outputs": outputs}))
     return outputs
@@ -78,20 +88,22 @@ def main(arguments: "list[str] | None" = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", required=True, metavar="COMMIT")
     parser.add_argument("--recorded", type=Path, help="keeps what the older revision answered")
-    parser.add_argument("--formats", nargs="*", default=["float32", "bfloat16", "int8", "int4"])
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="compare-outputs-") as name:
         folder = Path(name)
-        before = older(chosen.against, folder, chosen.recorded, chosen.formats, chosen.steps)
-        now = record(ROOT, folder / "now", chosen.formats, chosen.steps)
+        adapters = folder / "adapters"
+        write_adapters(adapters)
+        before = older(chosen.against, adapters, folder, chosen.recorded, chosen.formats, chosen.steps)
+        now = record(ROOT, adapters, folder / "now", chosen.formats, chosen.steps)
     rows = differences(before, now)
     for part, kind, equal, count in rows:
         print(f"{part:10s} {kind:10s} {equal} of {count} equal")
     share = sum(row[2] for row in rows) / sum(row[3] for row in rows)
     if chosen.json:
-        chosen.json.write_text(json.dumps({"measures": [{"name": "outputs_equal_share", "value": share}]}, indent=1))
+        write_json(chosen.json, [measure("outputs_equal_share", share, "share")], versions())
     return 0 if share == 1 else 1
 
 

@@ -1,7 +1,7 @@
 """What a revision answers, in one file: the worker of compare_outputs.py, run against the package that PYTHONPATH
 names.
 
-    record_outputs.py FILE FOLDER [--formats float32 ...] [--steps N]
+    record_outputs.py FILE ADAPTERS FOLDER [--formats float32 ...] [--steps N]
 
 Only the public API is used, so that older revisions can be asked, too. FILE is written as JSON: tokens, records and
 digests of logits of 20 mixed requests for each weight format, and the losses of a training.
@@ -10,39 +10,15 @@ digests of logits of 20 mixed requests for each weight format, and the losses of
 import argparse
 import hashlib
 import json
-import os
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("float32", "bfloat16", "int8", "int4")
-RANK = 8
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = ("one", "two")
 TEXTS = ("The capital of France is", "Once upon a time there was a", "def fibonacci(n):\n", "12 + 30 =",
          "Water boils at", "My favourite colour is blue because")
-
-
-def write_adapter(folder: Path, shapes: "dict[str, tuple[int, ...]]", seed: int) -> None:
-    """A LoRA folder on all linears with values of ``seed``; strong enough that it changes tokens."""
-    from colora_ms.models.safetensors_file import write_safetensors
-
-    tensors = {}
-    for number, (name, shape) in enumerate(sorted(shapes.items())):
-        if name.endswith("_proj.weight"):
-            draw = np.random.default_rng((seed, number))
-            prefix = "base_model.model." + name[:-len(".weight")]
-            tensors[f"{prefix}.lora_A.weight"] = draw.standard_normal((RANK, shape[1]), np.float32) * np.float32(0.05)
-            tensors[f"{prefix}.lora_B.weight"] = draw.standard_normal((shape[0], RANK), np.float32) * np.float32(0.05)
-    folder.mkdir(parents=True)
-    write_safetensors(folder / "adapter_model.safetensors", {name: value.shape for name, value in tensors.items()},
-                      tensors.__getitem__)
-    (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "smollm2-135m",
-        "inference_mode": True,
-        "r": RANK, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none", "target_modules": TARGETS}))
 
 
 def mixed_requests(count: int = 20) -> "list[dict]":
@@ -96,6 +72,7 @@ def losses(folder: Path, steps: int) -> "list[str]":
     from colora_ms.training.run import train
 
     rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(3, 23) for b in range(10, 90, 7)]
+    folder.mkdir()
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "model": "smollm2-135m", "output": str(folder / "run"),
@@ -110,20 +87,12 @@ def losses(folder: Path, steps: int) -> "list[str]":
 def main(arguments: "list[str] | None" = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("folder", type=Path, help="for adapters and the training; must not exist")
+    parser.add_argument("adapters", type=Path, help=f"holds the adapters {' and '.join(ADAPTERS)}")
+    parser.add_argument("folder", type=Path, help="for the training")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--steps", type=int, default=20, help="updates of the training; 0: none")
     chosen = parser.parse_args(arguments)
-    # The package that PYTHONPATH names, not the one beside this script.
-    sys.path = [one for one in sys.path if Path(one or ".").resolve() != ROOT]
-    sys.path[:0] = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
-    from colora_ms.models.checkpoint import default_model_path, open_checkpoint
-
-    shapes = open_checkpoint(default_model_path()).config.parameter_shapes()
-    adapters = {}
-    for seed, name in enumerate(("one", "two")):
-        write_adapter(chosen.folder / name, shapes, seed)
-        adapters[name] = str(chosen.folder / name)
+    adapters = {name: str(chosen.adapters / name) for name in ADAPTERS}
     found = {weight_format: answers(weight_format, adapters) for weight_format in chosen.formats}
     if chosen.steps:
         found["training"] = {"losses": losses(chosen.folder, chosen.steps)}
