@@ -12,6 +12,7 @@ from colora_ms import runtime  # noqa: E402
 from colora_ms.adapters import LoraConfig, inject  # noqa: E402
 from colora_ms.adapters import dropout as module  # noqa: E402
 from colora_ms.adapters.dropout import Dropout, dropout_streams  # noqa: E402
+from colora_ms.kernels import ABSENT  # noqa: E402
 from test_dropout_kernel import mask  # noqa: E402
 
 RATE, SHAPE = 0.25, (2, 3, 40)
@@ -117,7 +118,8 @@ def test_an_adapter_drops_the_inputs_of_its_pair_alone(mindspore, tiny_decoder, 
         cell.write(0, {**values, "magnitude": values["magnitude"] * np.linspace(0.5, 2, 48, dtype=np.float32)}, 1.5)
     x = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
     cell.set_train()
-    y = runtime.run(cell, mindspore.Tensor(x), mindspore.Tensor(np.array([0, -1], np.int32))).asnumpy()
+    rows = (mindspore.Tensor(np.array([0, -1], np.int32)), ABSENT)
+    y = runtime.run(cell, mindspore.Tensor(x), rows).asnumpy()
     kept = mask(x.shape, (streams[f"{paths[1]}.lora_dropout"] + 1) ^ cell.dropout.worker.asnumpy(), RATE)
     weight, down, up = (np.float64(value) for value in (cell.base_layer.weight.asnumpy(), cell.down.asnumpy()[0],
                                                         cell.up.asnumpy()[0]))
