@@ -90,8 +90,7 @@ class Batch:
         """(places, count) float32: the random numbers of the next tokens; zeros for greedy requests."""
         values = np.zeros((self.size, count), np.float32)
         for place, one in enumerate(self.requests):
-            if not one.request.options.sampling.greedy:
-                values[place] = one.uniforms(count)
+            values[place] = one.uniforms(count)
         return Tensor(values)
 
     def prompts(self, width: int, wanted: Sequence[bool] = ()) -> Tuple[Tensor, Tensor]:
