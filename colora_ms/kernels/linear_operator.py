@@ -18,6 +18,7 @@ from colora_ms.kernels.operands import (
     MOST_TENSORS,
     Places,
     flat_linears,
+    linears_of,
     read_linear,
     without_bias,
 )
@@ -177,27 +178,11 @@ def gradient_operator() -> ops.Custom:
 
 
 _COUNT = tuple(ms.Tensor([n], ms.int32) for n in range(1, MOST_LINEARS + 1))
-#: Tensors of a base of each format, for graphs.
-_TENSORS = tuple(len(tensors) for _, tensors in FORMATS)
-
-
-def _unflattened(flat):
-    """The linears of which ``flat_linears`` made these tensors; for graphs."""
-    linears = ()
-    at = 0
-    while at < len(flat):
-        number = flat[at].shape[0] - 1  # the tag's length, see ``operands.tag_length``
-        base_end = at + 1 + _TENSORS[number // 4]
-        bias_end = base_end + (number // 2) % 2
-        end = bias_end + 3 * (number % 2)
-        linears = linears + (((number // 4, flat[at + 1:base_end], flat[base_end:bias_end]), flat[bias_end:end]),)
-        at = end
-    return linears
 
 
 def _gradients(x, slots, flat, douts):
     """A gradient for every input, given one dout a linear; those of frozen inputs are zeros."""
-    linears = _unflattened(flat)
+    linears = linears_of(flat)
     inputs = ()
     for i in range(len(douts)):
         base, adapter = linears[i]

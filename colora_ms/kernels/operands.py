@@ -58,8 +58,14 @@ def tag_length(form: int, bias: int, adapter: int) -> int:
     return 1 + (form * 2 + bias) * 2 + adapter
 
 
+def tag_parts(length: int) -> tuple[int, int, int]:
+    """(form, bias, adapter) of a linear's tag: the inverse of :func:`tag_length`; in graphs, too."""
+    return (length - 1) // 4, (length - 1) // 2 % 2, (length - 1) % 2
+
+
 _TAGS = tuple(tuple(tuple(_tag(tag_length(form, bias, adapter)) for adapter in (0, 1)) for bias in (0, 1))
               for form in range(len(FORMATS)))
+_TENSORS = tuple(len(tensors) for _, tensors in FORMATS)
 _LAYER_TAGS = tuple(_tag(1 + mask) for mask in range(1 << len(OPTIONAL)))
 
 
@@ -109,6 +115,20 @@ def flat_linears(linears: tuple) -> tuple[Tensor, ...]:
     return flat
 
 
+def linears_of(flat: tuple) -> tuple:
+    """The linears whose tensors these are: the inverse of :func:`flat_linears`."""
+    linears = ()
+    at = 0
+    while at < len(flat):
+        form, bias, adapter = tag_parts(flat[at].shape[0])
+        base_end = at + 1 + _TENSORS[form]
+        bias_end = base_end + bias
+        end = bias_end + len(ADAPTER) * adapter
+        linears = linears + (((form, flat[at + 1:base_end], flat[base_end:bias_end]), flat[bias_end:end]),)
+        at = end
+    return linears
+
+
 def flat_layer(input_layernorm: tuple, q_proj: tuple, k_proj: tuple, v_proj: tuple, q_norm: tuple, k_norm: tuple,
                caches: tuple, o_proj: tuple, post_attention_layernorm: tuple, gate_proj: tuple, up_proj: tuple,
                down_proj: tuple) -> tuple[Tensor, ...]:
@@ -145,10 +165,10 @@ def read_linear(op: str, shapes: tuple, at: int) -> tuple[Places, int]:
         KernelError: there is no tag, or tensors are missing.
     """
     tag = _tag_at(op, shapes, at, tag_length(len(FORMATS) - 1, 1, 1), "a linear's tag")
-    number = tag - 1
-    name, tensors = FORMATS[number // 4]
-    names = tensors + (("bias",) if number & 2 else ())
-    adapter = ADAPTER if number & 1 else ()
+    form, has_bias, has_adapter = tag_parts(tag)
+    name, tensors = FORMATS[form]
+    names = tensors + (("bias",) if has_bias else ())
+    adapter = ADAPTER if has_adapter else ()
     end = at + 1 + len(names) + len(adapter)
     require(end <= len(shapes), op, "number of operands", len(shapes), f"at least {end}, for a linear of {name}")
     places = range(at + 1, end)

@@ -89,6 +89,26 @@ def test_what_a_request_asks_for_comes_from_the_fields_that_the_table_names():
         assert np.array_equal(rows.real[1], rows.real[2])
 
 
+def test_flat_linears_are_taken_apart_again():
+    """For every form, with and without bias and adapters; the parts are the very same tensors."""
+    import itertools
+
+    import mindspore as ms
+
+    linears = []
+    for form, bias, adapter in itertools.product(range(len(operands.FORMATS)), (0, 1), (0, 1)):
+        assert operands.tag_parts(operands.tag_length(form, bias, adapter)) == (form, bias, adapter)
+        sizes = len(operands.FORMATS[form][1]), bias, len(operands.ADAPTER) * adapter
+        tensors, own_bias, pair = (tuple(ms.Tensor([0.0]) for _ in range(size)) for size in sizes)
+        linears.append(((form, tensors, own_bias), pair))
+    found = operands.linears_of(operands.flat_linears(tuple(linears)))
+    assert len(found) == len(linears)
+    for (base, pair), (wanted, other) in zip(found, linears):
+        assert base[0] == wanted[0]
+        for mine, theirs in zip((*base[1:], pair), (*wanted[1:], other)):
+            assert [id(one) for one in mine] == [id(one) for one in theirs]
+
+
 def test_the_tags_of_the_formats_are_the_numbers_of_the_bases():
     from colora_ms.models import formats
 
