@@ -14,18 +14,17 @@ from colora_ms.kernels import (
     ABSENT,
     bind,
     embedding,
-    multi_lora_linear,
     multi_lora_linear_reference,
     rms_norm,
     rms_norm_residual,
 )
-from colora_ms.kernels.operands import base_of, linear_of
+from colora_ms.kernels.operands import base_of
 from colora_ms.models.formats import FLOAT32, WeightFormat
-from colora_ms.models.leaf import Leaf
+from colora_ms.models.leaf import Leaf, LinearLeaf
 from colora_ms.models.rows import slots_of
 
 
-class Linear(Leaf, nn.Cell):
+class Linear(LinearLeaf, nn.Cell):
     """``y = x @ weight.T + bias``.
 
     Args:
@@ -35,9 +34,6 @@ class Linear(Leaf, nn.Cell):
         in_features, out_features: the sizes of x's and y's last axis.
         weight_format: the :class:`colora_ms.models.formats.WeightFormat` of the weight.
     """
-
-    #: True where ``operands()`` tells all that the Cell computes, so that several can share one kernel call.
-    fusible = True
 
     def __init__(self, weight: Parameter, in_features: int, out_features: int, weight_scale: Optional[Parameter] = None,
                  bias: Optional[Parameter] = None, weight_format: WeightFormat = FLOAT32) -> None:
@@ -56,18 +52,6 @@ class Linear(Leaf, nn.Cell):
     def base(self) -> tuple:
         """What the Cell multiplies with, see :mod:`colora_ms.kernels.operands`."""
         return base_of(self.tag, self.weight, self.weight_scale, self.bias)
-
-    def operands(self) -> tuple:
-        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes (no adapter here)."""
-        return linear_of(self.base())
-
-    def construct(self, x: Tensor, rows: tuple) -> Tensor:
-        """x: (rows, tokens, in) or (rows, in); rows: (slots, lengths) -> y: (..., out) float32."""
-        return multi_lora_linear(x, slots_of(rows), self.operands())
-
-    def sizes(self) -> tuple[int, int]:
-        """As :class:`colora_ms.models.leaf.Leaf` says."""
-        return self.in_features, self.out_features
 
     def leaf_parameters(self) -> dict[str, Parameter]:
         """As :class:`colora_ms.models.leaf.Leaf` says."""

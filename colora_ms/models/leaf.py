@@ -11,17 +11,18 @@ from typing import Optional
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, nn
+from mindspore import Parameter, Tensor, nn
 
+from colora_ms.kernels import multi_lora_linear
+from colora_ms.kernels.operands import linear_of
 from colora_ms.models.formats import WeightFormat, logical_shape, weight_values
+from colora_ms.models.rows import slots_of
 
 
 class Leaf:
     """The face of a Cell with weights.
 
-    A linear of the decoder has, beside it, ``in_features``, ``out_features``, ``bias``, ``has_bias``, ``fusible``,
-    ``base()`` and ``operands()`` as :class:`colora_ms.models.layers.Linear` has them; LoRA's pair goes into the same
-    kernel call.
+    A linear of the decoder is a :class:`LinearLeaf`; LoRA's pair goes into the same kernel call.
 
     Attributes:
         kind: "linear", "embedding" or "norm".
@@ -74,3 +75,29 @@ class Leaf:
             trainable: whether the Parameters are to have gradients.
         """
         raise NotImplementedError
+
+
+class LinearLeaf(Leaf):
+    """A linear of the decoder that is all told by its ``base()``; it can share a kernel call, an adapter's pair, too.
+
+    A Cell mixes it in and has ``in_features``, ``out_features``, ``bias``, ``has_bias`` and ``base()``.
+    """
+
+    #: True where ``operands()`` tells all that the Cell computes, so that several can share one kernel call.
+    fusible = True
+
+    def base(self) -> tuple:
+        """What the Cell multiplies with, see :mod:`colora_ms.kernels.operands`."""
+        raise NotImplementedError
+
+    def operands(self) -> tuple:
+        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes (no adapter here)."""
+        return linear_of(self.base())
+
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """x: (rows, tokens, in) or (rows, in) float32; rows: (slots, lengths) -> y: (..., out) float32."""
+        return multi_lora_linear(x, slots_of(rows), self.operands())
+
+    def sizes(self) -> tuple[int, int]:
+        """As :class:`Leaf` says."""
+        return self.in_features, self.out_features

@@ -2,17 +2,16 @@
 
 from typing import Optional
 
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, nn
 
-from colora_ms.kernels import ABSENT, bind, multi_lora_linear
-from colora_ms.kernels.operands import linear_of, product_of
+from colora_ms.kernels import ABSENT, bind
+from colora_ms.kernels.operands import product_of
 from colora_ms.models.formats import BFLOAT16, FLOAT32, StoredFactors, WeightFormat
-from colora_ms.models.leaf import Leaf
+from colora_ms.models.leaf import LinearLeaf
 from colora_ms.models.low_rank_folder import CORE, INNER, OUTER
-from colora_ms.models.rows import slots_of
 
 
-class LowRankLinear(Leaf, nn.Cell):
+class LowRankLinear(LinearLeaf, nn.Cell):
     """``y = outer (core (inner x)) + bias``, from right to left, so that the full matrix is never made.
 
     Args:
@@ -28,8 +27,6 @@ class LowRankLinear(Leaf, nn.Cell):
     plain, whole, decomposed = False, False, True
     fixed = ("is decomposed into factors, whose product has too low a rank for it; use the adapter unmerged, or "
              "recompose(model) before you load it")
-    #: As of :class:`colora_ms.models.layers.Linear`.
-    fusible = True
 
     def __init__(self, inner: Parameter, outer: Parameter, core: Optional[Parameter] = None,
                  bias: Optional[Parameter] = None, factor_format: WeightFormat = FLOAT32) -> None:
@@ -50,18 +47,6 @@ class LowRankLinear(Leaf, nn.Cell):
     def base(self) -> tuple:
         """What the Cell multiplies with, see :mod:`colora_ms.kernels.operands`."""
         return product_of(self.inner, self.outer, self.core, self.bias)
-
-    def operands(self) -> tuple:
-        """The linear that :func:`colora_ms.kernels.multi_lora_linear` takes (no adapter here)."""
-        return linear_of(self.base())
-
-    def construct(self, x: Tensor, rows: tuple) -> Tensor:
-        """x: (rows, tokens, in) or (rows, in) float32 -> y: (..., out) float32."""
-        return multi_lora_linear(x, slots_of(rows), self.operands())
-
-    def sizes(self) -> tuple[int, int]:
-        """As :class:`colora_ms.models.leaf.Leaf` says."""
-        return self.in_features, self.out_features
 
     def leaf_parameters(self) -> dict[str, Parameter]:
         """As :class:`colora_ms.models.leaf.Leaf` says."""
