@@ -117,7 +117,7 @@ def flat_linears(linears: tuple) -> tuple[Tensor, ...]:
 
 def linears_of(flat: tuple) -> tuple:
     """The linears whose tensors these are: the inverse of :func:`flat_linears`."""
-    linears = ()
+    linears: tuple = ()
     at = 0
     while at < len(flat):
         form, bias, adapter = tag_parts(flat[at].shape[0])
