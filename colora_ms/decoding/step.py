@@ -1,8 +1,8 @@
 """The graph of a step: a flat batch of tokens in, the next tokens of some requests out.
 
 Where the device has the operator and the model's Cells allow it, a step is ``kernels.step``: one graph with one shape,
-whatever the load, and several iterations a call. Elsewhere it is a graph of the Cells, one iteration a call, compiled for
-buckets of tokens, rows and requests. Both make the same tokens.
+whatever the load, and several iterations a call. Elsewhere it is a graph of the Cells, one iteration a call, compiled
+for buckets of tokens, rows and requests. Both make the same tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from colora_ms import runtime
 from colora_ms.decoding.finite import finite_rows
 from colora_ms.errors import DecodingError
 from colora_ms.kernels import bind, contrast_strength, contrastive_select, step
+from colora_ms.kernels.flat_step import EXTRAS
 from colora_ms.kernels.options import COLUMN, replaced
 from colora_ms.kernels.paged import BLOCK
-from colora_ms.kernels.step import EXTRAS
 from colora_ms.kernels.weight_table import NOTHING, ArrayTable, WeightTable
 
 _EXPERT, _AMATEUR, _BUDGET = COLUMN["expert_rows"], COLUMN["amateur_rows"], COLUMN["budget"]
@@ -62,8 +62,8 @@ class FlatBatch:
 
 @dataclasses.dataclass
 class StepResult:
-    """ints (iterations, Q, 3) int32 and floats (iterations, Q, 4) float32 as of ``kernels.step``; counts (Q,) int32, the
-    tokens that each request took."""
+    """ints (iterations, Q, 3) int32 and floats (iterations, Q, 4) float32 as of ``kernels.step``; counts (Q,) int32,
+    the tokens that each request took."""
 
     ints: np.ndarray
     floats: np.ndarray
@@ -190,7 +190,8 @@ class StepGraph:
             *(Tensor(padded(one, self.tokens, -1)) for one in (batch.tokens, batch.rows, batch.positions)),
             Tensor(counts), Tensor(padded(batch.slots, self.rows, -1)),
             Tensor(_padded_tables(batch.tables, self.rows, self.width)),
-            Tensor(padded(batch.copies.reshape(-1, 2), self.rows, 0)), Tensor(padded(batch.previous, self.requests, -1)),
+            Tensor(padded(batch.copies.reshape(-1, 2), self.rows, 0)),
+            Tensor(padded(batch.previous, self.requests, -1)),
             Tensor(whole), Tensor(real), Tensor(_uniforms(batch.uniforms, self.requests, self.capacity)),
             Tensor(padded(batch.eos, MOST_ENDS, -1)), Tensor(np.array(extras, np.int64)))
         count = len(batch.whole)

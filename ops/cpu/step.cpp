@@ -9,7 +9,7 @@
 // requests that have ended, and the amateur's logits of tokens that do not survive the expert's cut (the head is multiplied
 // for the blocks of survivors alone).
 //
-// Inputs: those of COLORA_STEP_ARGUMENTS, see operands.h and colora_ms/kernels/step.py. The table of weights holds cos, sin,
+// Inputs: those of COLORA_STEP_ARGUMENTS, see operands.h and colora_ms/kernels/flat_step.py. The table of weights holds cos, sin,
 // the last norm's weight and eps, the embedding's base, the head and the layers.
 // Outputs: ints (capacity, requests, 3), floats (capacity, requests, 4), taken (requests,).
 #include <memory>

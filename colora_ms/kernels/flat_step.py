@@ -36,8 +36,8 @@ def step(table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts:
          extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take a flat batch of tokens, choose a token for the requests that ask for one, and go on with those.
 
-    Semantics, each line the operators of that name to the last bit. First the copies of blocks; then, in iteration 0, for
-    every token t of the batch, with row r = rows[t] at positions[t] and slot slots[r]::
+    Semantics, each line the operators of that name to the last bit. First the copies of blocks; then, in iteration 0,
+    for every token t of the batch, with row r = rows[t] at positions[t] and slot slots[r]::
 
         x, residual = the layers of the model over embedding(tokens), with paged_attention(..., rows, positions, tables)
         logits[r] = multi_lora_linear(rms_norm_residual(x, residual)[0], lm_head)        at the last token of row r
