@@ -140,7 +140,7 @@ class StepGraph:
         self.decoder, self.cache = decoder, cache
         self.tokens, self.rows, self.requests, self.capacity = tokens, rows, requests, capacity
         self.fused = decoder.fused_step
-        self.width = -(-decoder.max_positions // BLOCK)  # blocks of the longest row
+        self.width = min(-(-decoder.max_positions // BLOCK), cache.blocks)  # blocks of the longest row
         self._former = 0
         self._make()
 

@@ -1,5 +1,5 @@
 // The next token of one request from the logits rows of its expert and its amateur (Contrastive LoRA Decoding, arXiv
-// 2505.14620), by argmax or sampling: what contrastive_select and decode_steps share.
+// 2505.14620), by argmax or sampling: what contrastive_select and step share.
 //
 // The expert's row is read once for its maximum, in blocks whose maxima are kept; the second pass visits only the
 // blocks that hold a survivor of the cut, and the amateur's row is read at the survivors alone. Argmax sorts nothing;

@@ -26,7 +26,6 @@ namespace {
 using colora::Tensor;
 
 using A = StepArgument;
-using namespace flat;
 
 constexpr int kOutputs = 3;
 constexpr int64_t kFewBlocks = 8;  // the amateur's head is multiplied as a whole beyond this share of its blocks
