@@ -1,0 +1,3 @@
+"""Placeholder until the paged cache of the branch ``step`` is merged."""
+
+BLOCK = 16
