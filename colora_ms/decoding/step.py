@@ -173,8 +173,7 @@ class StepGraph:
         """
         for what, count, most in (("tokens", len(batch.tokens), self.tokens), ("rows", len(batch.slots), self.rows),
                                   ("requests", len(batch.whole), self.requests),
-                                  ("iterations", batch.steps, self.capacity if self.fused else 1),
-                                  ("blocks of a row", batch.tables.shape[1], self.width)):
+                                  ("iterations", batch.steps, self.capacity if self.fused else 1)):
             if count > most:
                 raise DecodingError(f"a step of {count} {what} is larger than its graph, which has {most}")
         return self._run_fused(batch) if self.fused else self._run_cells(batch)
@@ -242,7 +241,7 @@ def padded(array: np.ndarray, size: int, fill: int) -> np.ndarray:
 
 def _padded_tables(tables: np.ndarray, rows: int, width: int) -> np.ndarray:
     out = np.full((rows, width), -1, np.int32)
-    out[:len(tables), :tables.shape[1]] = tables
+    out[:len(tables), :tables.shape[1]] = tables[:, :width]  # no row holds more blocks than there are
     return out
 
 
