@@ -140,7 +140,7 @@ class StepGraph:
         self.decoder, self.cache = decoder, cache
         self.tokens, self.rows, self.requests, self.capacity = tokens, rows, requests, capacity
         self.fused = decoder.fused_step
-        self.width = min(-(-decoder.max_positions // BLOCK), cache.blocks)  # blocks of the longest row
+        self.width = -(-decoder.max_positions // BLOCK)  # blocks of the longest row
         self._former = 0
         self._make()
 
@@ -173,7 +173,8 @@ class StepGraph:
         """
         for what, count, most in (("tokens", len(batch.tokens), self.tokens), ("rows", len(batch.slots), self.rows),
                                   ("requests", len(batch.whole), self.requests),
-                                  ("iterations", batch.steps, self.capacity if self.fused else 1)):
+                                  ("iterations", batch.steps, self.capacity if self.fused else 1),
+                                  ("blocks of a row", batch.tables.shape[1], self.width)):
             if count > most:
                 raise DecodingError(f"a step of {count} {what} is larger than its graph, which has {most}")
         return self._run_fused(batch) if self.fused else self._run_cells(batch)
@@ -241,7 +242,7 @@ def padded(array: np.ndarray, size: int, fill: int) -> np.ndarray:
 
 def _padded_tables(tables: np.ndarray, rows: int, width: int) -> np.ndarray:
     out = np.full((rows, width), -1, np.int32)
-    out[:len(tables), :tables.shape[1]] = tables[:, :width]  # no row holds more blocks than there are
+    out[:len(tables), :tables.shape[1]] = tables
     return out
 
 
