@@ -160,6 +160,12 @@ class StepGraph:
         self.fused = self.decoder.fused_step
         self._make()
 
+    def rest(self) -> None:
+        """Called now and then while there is nothing to run."""
+
+    def end(self) -> None:
+        """Called when nothing will be run any more."""
+
     def compilations(self) -> int:
         """How many graphs have been compiled."""
         return self._former + sum(runtime.compilations(cell) for cell in self._cells)
