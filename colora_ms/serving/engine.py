@@ -50,12 +50,12 @@ class Engine:
         rows: rows of the running batch; a contrastive request takes two.
         cache_bytes: memory for keys and values; None: as much as ``rows`` sequences of 1,024 tokens need. Requests that
             find it full wait, the youngest first; see ``preemptions`` of :meth:`stats`.
-        max_length: tokens that a prompt and its answer may have together; None: as many as the model and the cache take.
+        max_length: tokens that a prompt and its answer may have together; None: as many as model and cache take.
         chunk: steps between which requests may join and leave; fewer give shorter waits and smoother streams, more give
             less overhead. While prompts are computed, it is one.
         queue: requests that may wait; a further one is refused with QueueFullError.
-        prompt_chunk: tokens of prompts that are computed in a step in which other requests make tokens, so that the time
-            between their tokens stays even.
+        prompt_chunk: tokens of prompts that are computed in a step in which other requests make tokens, so that the
+            time between their tokens stays even.
         cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values.
         team: the workers over which the decoder is split (:mod:`colora_ms.serving.split`); this is the first of them.
 
