@@ -70,6 +70,12 @@
   X(cache_rows)                   \
   X(whole)                        \
   X(real)                         \
+  X(mix_rows)                     \
+  X(mix_weights)                  \
+  X(entries)                      \
+  X(bias)                         \
+  X(offsets)                      \
+  X(mask)                         \
   X(uniforms)                     \
   X(eos)                          \
   X(steps)                        \

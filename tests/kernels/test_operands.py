@@ -21,7 +21,7 @@ def listed(file, name):
 
 
 @pytest.mark.parametrize("file, name, names", [
-    ("select.h", "COLORA_WHOLE_OPTIONS", options.WHOLE), ("select.h", "COLORA_REAL_OPTIONS", options.REAL),
+    ("options.h", "COLORA_WHOLE_OPTIONS", options.WHOLE), ("options.h", "COLORA_REAL_OPTIONS", options.REAL),
     ("operands.h", "COLORA_LAYERS_ARGUMENTS", layers.ARGUMENTS),
     ("operands.h", "COLORA_STEPS_ARGUMENTS", steps.ARGUMENTS),
 ])
@@ -38,8 +38,7 @@ def test_layers_and_bases_are_the_same():
 def test_no_number_of_an_operand_is_typed_by_hand():
     """Inputs are read by a name of a list or one after another; outputs are few and have their number."""
     for path in (CPU / name for name in ("linear.cpp", "linear_grad.cpp", "layers.cpp", "layers.h", "steps.cpp",
-                                         "select.cpp",
-                                         "contrast.cpp")):
+                                         "select.cpp", "contrast.cpp", "adjust.cpp", "details.cpp")):
         assert not re.search(r"\.in\(\s*[0-9at]", path.read_text()), path.name
 
 
