@@ -15,7 +15,8 @@ import numpy as np
 from colora_ms.decoding.answer import Answer
 from colora_ms.decoding.options import Options
 from colora_ms.decoding.prompt import check_ids, encode_prompt
-from colora_ms.errors import AdapterError, CheckpointError, ColoraError, DecodingError, ServingError
+from colora_ms.errors import AdapterError, CheckpointError, ColoraError, DecodingError
+from colora_ms.models.paged_cache import BLOCK
 
 #: Roles of a row: the one whose tokens are answered, and the one whose preference a contrast takes off.
 EXPERT, AMATEUR = "expert", "amateur"
@@ -41,6 +42,7 @@ class Limits:
     Attributes:
         vocabulary: ids of the model.
         length: tokens that a prompt and its answer may have together.
+        blocks: of the cache, for all rows of a request together; None: there is room for every request.
         place: what holds them, for messages; hint: how to get more.
     """
 
@@ -48,6 +50,11 @@ class Limits:
     length: int
     place: str = "the context"
     hint: str = ""
+    blocks: Optional[int] = None
+
+    def of(self, rows: int) -> int:
+        """Tokens that a prompt and its answer may have together in a request of this many rows."""
+        return self.length if self.blocks is None else min(self.length, self.blocks // rows * BLOCK)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,11 +90,12 @@ class Request:
             raise DecodingError("a contrast compares an adapter with the base model, so it needs adapter=…")
         ids = encode_prompt(tokenizer, prompt)
         check_ids(ids, limits.vocabulary, name)
-        if len(ids) + 1 > limits.length:
-            raise DecodingError(f"{name} has {len(ids)} tokens; {limits.place} holds {limits.length}, and at least one "
-                                f"is needed for the answer{limits.hint}")
         rows = (Row(EXPERT, adapter),) + ((Row(AMATEUR),) if options.contrast is not None else ())
-        return cls(np.array(ids, np.int32), rows, options.fitting(limits.vocabulary, limits.length - len(ids)))
+        length = limits.of(len(rows))
+        if len(ids) + 1 > length:
+            raise DecodingError(f"{name} has {len(ids)} tokens; {limits.place} holds {length}, and at least one "
+                                f"is needed for the answer{limits.hint}")
+        return cls(np.array(ids, np.int32), rows, options.fitting(limits.vocabulary, length - len(ids)))
 
     @property
     def adapter(self) -> Optional[str]:
@@ -106,30 +114,34 @@ class Running:
     Attributes:
         request: :class:`Request`; answer: its :class:`colora_ms.decoding.answer.Answer`.
         slots: the adapter slot of each row, -1 for the base model.
-        tokens: what its rows of the cache have generated. Where an engine begins it anew, these are fewer than the
-            answer's until they have caught up with what was given already.
+        keys: who computes each row's keys and values: rows of equal keys may share them. "" is the base model.
+        salt: rows of other salts share nothing.
+        tokens: what its rows have generated.
+        cached: prompt tokens of all its rows that were in the cache already.
 
     Args:
         tokenizer: for the answer's text; eos: ids that end answers of this model.
     """
 
-    def __init__(self, request: Request, tokenizer: Any, eos: Iterable[int], slots: Sequence[int] = ()) -> None:
+    def __init__(self, request: Request, tokenizer: Any, eos: Iterable[int], slots: Sequence[int] = (),
+                 keys: Sequence[str] = (), salt: str = "") -> None:
         self.request = request
         self.answer = Answer(tokenizer, request.ids.tolist(), request.options, eos)
         self.slots: Sequence[int] = slots
+        self.keys: Sequence[str] = keys
+        self.salt = salt
         self.tokens: List[int] = []
+        self.cached = 0
         self._uniforms: Optional[np.ndarray] = None
 
-    @property
-    def cache_rows(self) -> Sequence[int]:
-        """The row of the cache that each row uses; empty: those with the numbers of its rows in the batch."""
-        return ()
+    def prompt(self, number: int) -> np.ndarray:
+        """(tokens,) int32: the prompt of one of its rows."""
+        return self.request.ids
 
     @property
-    def last(self) -> Tuple[int, int]:
-        """(last token, its position): what the next step reads."""
-        ids = self.request.ids
-        return int(self.tokens[-1] if self.tokens else ids[-1]), len(ids) + len(self.tokens) - 1
+    def one_step(self) -> bool:
+        """Whether Python has to see each token before the next one is made."""
+        return False
 
     @property
     def left(self) -> int:
@@ -152,19 +164,14 @@ class Running:
 
         Raises:
             ColoraError: the logits of one were not finite.
-            ServingError: begun anew, it made other tokens than before.
         """
         for token, favourite, valid, step in zip(*ints[:count].T.tolist(), floats[:count].tolist()):
             if self.answer.finish_reason is not None:
                 break  # tokens behind a stop
             if valid == 0:
                 raise not_finite(self.request)
-            place = len(self.tokens)
             self.tokens.append(token)
-            if place >= len(self.answer.tokens):
-                self.answer.take(token, favourite, valid, step)
-            elif token != self.answer.tokens[place]:
-                raise ServingError("after a failure of the engine the request made other tokens than before")
+            self.answer.take(token, favourite, valid, step)
 
 
 def not_finite(request: Request) -> ColoraError:

@@ -24,8 +24,10 @@ from colora_ms.kernels.loss import (
     token_losses_of_logits,
 )
 from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residual, rms_norm_residual_reference
+from colora_ms.kernels.paged import paged_attention, paged_attention_reference
 from colora_ms.kernels.registry import backend, bind
 from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
+from colora_ms.kernels.step import fuses_step, step
 from colora_ms.kernels.steps import decode_steps, fuses_steps
 from colora_ms.kernels.strength import contrast_strength, contrast_strength_reference
 
@@ -52,6 +54,7 @@ __all__ = [
     "embedding",
     "embedding_reference",
     "fuses_layers",
+    "fuses_step",
     "fuses_steps",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
@@ -64,10 +67,13 @@ __all__ = [
     "lora_shrink_reference",
     "multi_lora_linear",
     "multi_lora_linear_reference",
+    "paged_attention",
+    "paged_attention_reference",
     "rms_norm",
     "rms_norm_reference",
     "rms_norm_residual",
     "rms_norm_residual_reference",
+    "step",
     "swiglu",
     "swiglu_reference",
     "token_details",

@@ -1,0 +1,385 @@
+// step: a flat batch of tokens through the model, then runs of pure decoding, in one call.
+//
+// The first iteration takes the batch: pieces of prompts and the last tokens of running rows, each with its row and its
+// position. The head is multiplied for the last token of every row of the requests that take a token now. The following
+// iterations take the new token of every request that goes on, in each of its rows.
+//
+// The parts are those of embedding, paged_attention, rms_norm, multi_lora_linear, contrast_strength and
+// contrastive_select, so the numbers are theirs to the last bit. What nobody reads is left out: unused places, rows of
+// requests that have ended, and the amateur's logits of tokens that do not survive the expert's cut (the head is multiplied
+// for the blocks of survivors alone).
+//
+// Inputs: those of COLORA_STEP_ARGUMENTS, see operands.h and colora_ms/kernels/step.py. The table of weights holds cos, sin,
+// the last norm's weight and eps, the embedding's base, the head and the layers.
+// Outputs: ints (capacity, requests, 3), floats (capacity, requests, 4), taken (requests,).
+#include <memory>
+#include <new>
+
+#include "contrast.h"
+#include "embedding.h"
+#include "select.h"
+#include "stack.h"
+
+namespace COLORA_ISA_NAMESPACE {
+namespace {
+
+using colora::Tensor;
+
+using A = StepArgument;
+using namespace flat;
+
+constexpr int kOutputs = 3;
+constexpr int64_t kFewBlocks = 8;  // the amateur's head is multiplied as a whole beyond this share of its blocks
+
+struct Request {
+  SelectOptions select;
+  StrengthOptions strength;
+  int32_t token = 0, previous = -1, taken = 0, budget = 0;
+  bool active = false;
+  int64_t expert = 0, amateur = -1;  // rows of this step's logits
+  bool whole = false;                // the amateur's logits are computed for every token
+};
+
+class Step {
+ public:
+  explicit Step(colora::Call& call)
+      : tokens_(in(call, A::tokens)), rows_(in(call, A::rows)), positions_(in(call, A::positions)),
+        slots_(in(call, A::slots)), tables_(in(call, A::tables)), copies_(in(call, A::copies)),
+        uniforms_(in(call, A::uniforms)), eos_(in(call, A::eos)) {
+    call.expect(int(A::count), kOutputs);
+    const Options options(in(call, A::whole), in(call, A::real));
+    const int64_t count = options.requests();
+    const Tensor counts = in(call, A::counts);
+    counts.expect_dtype("int32").expect_rank(1).expect_dim(0, 3, "tokens, copies and iterations");
+    for (const Tensor* t : {&tokens_, &rows_, &positions_})
+      t->expect_dtype("int32").expect_rank(1).expect_dim(0, tokens_.dim(0), "as many as tokens");
+    slots_.expect_dtype("int32").expect_rank(1);
+    tables_.expect_dtype("int32").expect_rank(2).expect_dim(0, slots_.dim(0), "rows, as in slots");
+    copies_.expect_dtype("int32").expect_rank(2).expect_dim(1, 2, "source and target");
+    uniforms_.expect_dtype("float32").expect_rank(2).expect_dim(0, count, "requests, as in whole");
+    eos_.expect_dtype("int32").expect_rank(1);
+    capacity_ = uniforms_.dim(1);
+    used_ = number(counts, 0, "tokens", tokens_.dim(0));
+    copied_ = number(counts, 1, "copies", copies_.dim(0));
+    steps_ = number(counts, 2, "iterations", capacity_);
+    batch_ = {rows_.data<int32_t>(), positions_.data<int32_t>(), tables_.data<int32_t>(), used_, slots_.dim(0),
+              tables_.dim(1)};
+    table_of_weights_ = colora::weight_table(in(call, A::table));
+    if (const Tensor extras = in(call, A::extras); extras.size() != 2 || extras.data<int64_t>()[0] != 0)
+      extras_ = colora::weight_table(extras);
+    read_model(call);
+    read_requests(call, options, count);
+    read_batch();
+  }
+
+  void run(const colora::Call& call) {
+    const int64_t count = int64_t(requests_.size());
+    int32_t* ints = output(call, 0, "ints", "int32", 3);
+    float* floats = reinterpret_cast<float*>(output(call, 1, "floats", "float32", 4));
+    const Tensor taken = call.out(2, "taken");
+    taken.expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests");
+    std::fill(ints, ints + capacity_ * count * 3, 0);
+    std::fill(floats, floats + capacity_ * count * 4, 0.0f);
+    for (int64_t i = 0; i < copied_; ++i)
+      stack_->copy_block(copies_.data<int32_t>()[2 * i], copies_.data<int32_t>()[2 * i + 1]);
+    for (int64_t step = 0; step < steps_; ++step) {
+      if (step > 0 && !next_batch()) break;
+      gather(step);
+      forward();
+      choose_all();
+      book(ints + step * count * 3, floats + step * count * 4);
+    }
+    for (int64_t r = 0; r < count; ++r) taken.data<int32_t>()[r] = requests_[size_t(r)].taken;
+  }
+
+ private:
+  static int64_t number(const Tensor& counts, int i, const char* what, int64_t most) {
+    const int64_t value = counts.data<int32_t>()[i];
+    if (value < 0 || value > most)
+      counts.fail("has %lld %s, expected 0 to %lld", (long long)value, what, (long long)most);
+    return value;
+  }
+
+  void read_model(const colora::Call& call) {
+    Reader reader(*table_of_weights_, call.op());
+    const Tensor cos = reader.next("cos"), sin = reader.next("sin"), norm = reader.next("norm"),
+                 norm_eps = reader.next("norm_eps");
+    const Tag tag = Tag::of(reader.next("embed_tokens"));
+    const Base table = read_base(reader, tag, -1, "embed_tokens");
+    if (table.product() || tag.bias || tag.adapter) table.last.fail("is no table: expected one matrix alone");
+    table_ = table.matrix();
+    read_norm(norm, norm_eps, table_.in, norm_);
+    head_.push_back(read_linear(reader, table_.in, slots_));
+    if (head_[0].out() < 1 || head_[0].out() > table_.out) {
+      Tensor head = head_[0].base.last;
+      head.name = "lm_head";
+      head.fail("has %lld outputs, expected 1 to %lld, the tokens of embed_tokens", (long long)head_[0].out(),
+                (long long)table_.out);
+    }
+    most_positions_ = cos.expect_rank(2).dim(0);
+    stack_ = std::make_unique<LayerStack>(reader, StackInputs{slots_, cos, sin, table_.in});
+  }
+
+  // What request r brings of a kind; empty: nothing.
+  Tensor extra(const colora::Call& call, int64_t r, Extra kind) const {
+    const int64_t i = r * int64_t(Extra::count) + int64_t(kind);
+    if (!extras_) return Tensor();
+    if (i >= extras_->count())
+      in(call, A::extras).fail("names %lld tensors, expected %lld a request", (long long)extras_->count(),
+                               (long long)Extra::count);
+    return extras_->tensor(i, call.op(), name_of(kind));
+  }
+
+  void read_requests(const colora::Call& call, const Options& options, int64_t count) {
+    const Tensor previous = in(call, A::previous);
+    previous.expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in whole");
+    const bool head_adapted = head_[0].adapters.present();
+    const bool head_whole = head_[0].base.product() || !regular_groups(head_[0].base.matrix());
+    requests_.resize(size_t(count));
+    for (int64_t r = 0; r < count; ++r) {
+      Request& q = requests_[size_t(r)];
+      q.select = options.read(r, slots_.dim(0));
+      q.previous = previous.data<int32_t>()[r], q.budget = options.get(r, Whole::budget);
+      q.active = q.budget > 0 && q.select.expert >= 0;
+      if (!q.active) continue;
+      if (q.select.temperature > 0.0f)
+        for (int64_t i = 0; i < std::min<int64_t>(steps_, q.budget); ++i)
+          checked_uniform(uniforms_, uniforms_.data<float>()[r * capacity_ + i], r);
+      if (q.select.amateur < 0) continue;
+      q.whole = head_whole || (head_adapted && slots_.data<int32_t>()[q.select.amateur] >= 0);
+      StrengthOptions& s = q.strength;
+      s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(options, r);
+      q.whole |= (s.mode & ~kSkipCopies) == kDivergence;
+      if (!(s.mode & kSkipCopies)) continue;
+      const Tensor prompt = extra(call, r, Extra::prompt);
+      if (prompt.absent()) continue;
+      prompt.expect_dtype("int32").expect_rank(1);
+      s.prompt = prompt.data<int32_t>(), s.length = prompt.size();
+    }
+  }
+
+  // Everything that the cache has to do with is checked before anything is written.
+  void read_batch() {
+    segments_ = segments_of(batch_, rows_, positions_, most_positions_);
+    const int64_t rows = batch_.table_rows;
+    std::vector<int64_t> first(size_t(rows), 0), last(size_t(rows), -1), user(size_t(rows), -1);
+    last_token_.assign(size_t(rows), -1), position_.assign(size_t(rows), -1);
+    for (const Segment& s : segments_) {
+      first[size_t(s.row)] = s.start;
+      last[size_t(s.row)] = position_[size_t(s.row)] = s.start + s.count - 1;
+      last_token_[size_t(s.row)] = s.first + s.count - 1;
+    }
+    for (int64_t t = 0; t < used_; ++t) {
+      const int64_t id = tokens_.data<int32_t>()[t];
+      if (id < 0 || id >= table_.out)
+        tokens_.fail("is %lld at token %lld, expected 0 to %lld", (long long)id, (long long)t, (long long)table_.out - 1);
+      if (rows_.data<int32_t>()[t] < 0)
+        rows_.fail("is -1 at token %lld, expected a row for each of the %lld tokens", (long long)t, (long long)used_);
+    }
+    for (size_t r = 0; r < requests_.size(); ++r) {
+      const Request& q = requests_[r];
+      if (!q.active) continue;
+      for (const int64_t row : {q.select.expert, q.select.amateur}) {
+        if (row < 0) continue;
+        if (user[size_t(row)] >= 0)
+          colora::refuse("step: row %lld is used by request %lld and by request %zu, expected rows of its own for each",
+                         (long long)row, (long long)user[size_t(row)], r);
+        user[size_t(row)] = int64_t(r);
+        if (last_token_[size_t(row)] < 0)
+          colora::refuse("step: request %zu takes a token, but its row %lld has none in the batch", r, (long long)row);
+        last[size_t(row)] += std::min<int64_t>(steps_, q.budget) - 1;
+        if (last[size_t(row)] >= most_positions_)
+          positions_.fail("goes up to %lld in row %lld, expected 0 to %lld", (long long)last[size_t(row)], (long long)row,
+                          (long long)most_positions_ - 1);
+      }
+    }
+    check_blocks(batch_, tables_, first, last, stack_->blocks());
+    for (int64_t i = 0; i < copied_; ++i)
+      for (int side = 0; side < 2; ++side) {
+        const int64_t block = copies_.data<int32_t>()[2 * i + side];
+        if (block < 0 || block >= stack_->blocks())
+          copies_.fail("has block %lld in copy %lld, expected 0 to %lld", (long long)block, (long long)i,
+                       (long long)stack_->blocks() - 1);
+      }
+    ids_ = tokens_.data<int32_t>();
+    attention_.begin(batch_, segments_);
+    token_slots_.resize(size_t(used_));
+    for (int64_t t = 0; t < used_; ++t) token_slots_[size_t(t)] = slots_.data<int32_t>()[batch_.rows[t]];
+  }
+
+  int32_t* output(const colora::Call& call, int i, const char* name, const char* dtype, int64_t width) const {
+    const Tensor t = call.out(i, name);
+    t.expect_dtype(dtype).expect_rank(3).expect_dim(0, capacity_, "the columns of uniforms");
+    t.expect_dim(1, int64_t(requests_.size()), "requests").expect_dim(2, width, "numbers of a choice");
+    return t.data<int32_t>();
+  }
+
+  // The batch behind the first one: the new token of every request that goes on, in each of its rows.
+  bool next_batch() {
+    next_ids_.clear(), next_rows_.clear(), next_positions_.clear(), token_slots_.clear(), segments_.clear();
+    for (const Request& q : requests_) {
+      if (!q.active) continue;
+      for (const int64_t row : {q.select.expert, q.select.amateur}) {
+        if (row < 0) continue;
+        const int64_t at = int64_t(next_ids_.size()), position = ++position_[size_t(row)];
+        last_token_[size_t(row)] = at;
+        segments_.push_back({row, at, position, 1});
+        next_ids_.push_back(q.token), next_rows_.push_back(int32_t(row)), next_positions_.push_back(int32_t(position));
+        token_slots_.push_back(slots_.data<int32_t>()[row]);
+      }
+    }
+    batch_.tokens = int64_t(next_ids_.size());
+    batch_.rows = next_rows_.data(), batch_.positions = next_positions_.data(), ids_ = next_ids_.data();
+    attention_.begin(batch_, segments_);
+    return batch_.tokens > 0;
+  }
+
+  // The tokens whose logits are read: all experts, the amateurs whose whole logits are needed, then the others.
+  void gather(int64_t step) {
+    read_.clear();
+    const auto add = [&](int64_t row) {
+      read_.push_back(last_token_[size_t(row)]);
+      return int64_t(read_.size()) - 1;
+    };
+    for (size_t r = 0; r < requests_.size(); ++r) {
+      Request& q = requests_[r];
+      if (!q.active) continue;
+      q.expert = add(q.select.expert);
+      q.select.uniform = uniforms_.data<float>()[int64_t(r) * capacity_ + step];
+    }
+    for (const bool whole : {true, false}) {
+      for (Request& q : requests_)
+        if (q.active && q.select.amateur >= 0 && q.whole == whole) q.amateur = add(q.select.amateur);
+      if (whole) full_ = int64_t(read_.size());
+    }
+  }
+
+  void forward() {
+    const int64_t tokens = batch_.tokens, rows = int64_t(read_.size()), hidden = table_.in, vocab = head_[0].out();
+    if (tokens > reserved_) {
+      for (AlignedFloats* m : {&x_, &sum_}) m->resize(tokens * hidden);
+      reserved_ = tokens;
+    }
+    if (rows > reserved_rows_) {
+      for (AlignedFloats* m : {&read_x_, &read_sum_, &h_}) m->resize(rows * hidden);
+      logits_.resize(rows * vocab);
+      reserved_rows_ = rows;
+    }
+    embed_rows(table_, ids_, tokens, x_.data());  // (tokens, hidden)
+    std::fill(sum_.data(), sum_.data() + tokens * hidden, 0.0f);
+    row_slots_.set(tokens, 1, token_slots_.data());
+    stack_->run(row_slots_, attention_, x_.data(), sum_.data(), x_.data(), sum_.data());
+    if (rows == 0) return;
+    read_slots_.resize(size_t(rows));
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t t = read_[size_t(i)];
+      std::memcpy(read_x_.data() + i * hidden, x_.data() + t * hidden, size_t(hidden) * sizeof(float));
+      std::memcpy(read_sum_.data() + i * hidden, sum_.data() + t * hidden, size_t(hidden) * sizeof(float));
+      read_slots_[size_t(i)] = token_slots_[size_t(t)];
+    }
+    add_norm_rows(read_x_.data(), read_sum_.data(), norm_.weight, norm_.eps, rows, hidden, read_sum_.data(), h_.data(),
+                  nullptr);
+    head_[0].y = logits_.data();  // (full rows, vocab)
+    row_slots_.set(full_, 1, read_slots_.data());
+    run_linears(head_, h_.data(), hidden, row_slots_);
+  }
+
+  // The amateur's logits of the expert's survivors, in whole blocks of outputs.
+  void amateur_logits(Request& q) {
+    const Weight& w = head_[0].base.matrix();
+    float* to = logits_.data() + q.amateur * w.out;
+    const float *e = logits_.data() + q.expert * w.out, *h = h_.data() + q.amateur * w.in;
+    const float cut = std::log(q.select.alpha) + highest_of(e, w.out);
+    std::vector<int64_t> blocks;
+    for (int64_t o = 0; o < w.out; ++o) {
+      if (!(e[o] >= cut)) continue;
+      blocks.push_back(o / kOuts * kOuts);
+      o = blocks.back() + kOuts - 1;
+    }
+    if (int64_t(blocks.size()) * kOuts * kFewBlocks > w.out) blocks.assign(1, -1);
+    const float* bias = head_[0].base.bias;
+    RowSlots alone;
+    alone.set(1, 1, nullptr);
+    for (const int64_t o : blocks) {
+      Product part;
+      part.weight = o < 0 ? w : rows_of(w, o, std::min(w.out, o + kOuts));
+      part.bias = bias ? bias + std::max<int64_t>(o, 0) : nullptr;
+      part.y = to + std::max<int64_t>(o, 0);
+      run_group({&part}, h, w.in, h, w.in, alone);
+    }
+  }
+
+  static Weight rows_of(Weight w, int64_t begin, int64_t end) {
+    w.data = static_cast<const char*>(w.data) + w.bytes() / w.out * begin;
+    if (w.scale) w.scale += begin * w.groups;
+    w.out = end - begin;
+    return w;
+  }
+
+  void choose_all() {
+    const int64_t vocab = head_[0].out();
+    choices_.assign(requests_.size(), Choice());
+    const auto work = [&](int64_t r) {
+      Request& q = requests_[size_t(r)];
+      Choice& choice = choices_[size_t(r)];
+      if (!q.active) return;
+      try {
+        SelectOptions o = q.select;
+        o.expert = q.expert;
+        if (o.amateur >= 0) {
+          o.amateur = q.amateur;
+          if (!q.whole) amateur_logits(q);
+          StrengthOptions& s = q.strength;
+          s.expert = q.expert, s.amateur = q.amateur, s.previous = q.previous;
+          if (s.mode && s.beta > 0.0f) o.beta = s.beta * strength_share(logits_.data(), vocab, s);
+        }
+        choice = choose(logits_.data(), vocab, o);
+      } catch (const std::bad_alloc&) {  // must not leave the parallel region
+        choice.error = "no memory";
+      }
+    };
+    parallel_rows(int64_t(requests_.size()), vocab, work);
+  }
+
+  // A request whose logits are not finite ends with results of zeros.
+  void book(int32_t* ints, float* floats) {
+    for (size_t r = 0; r < requests_.size(); ++r) {
+      Request& q = requests_[r];
+      if (!q.active) continue;
+      const bool failed = !choices_[r].error.empty();
+      const Choice choice = failed ? Choice() : choices_[r];
+      choice.write(ints + r * 3, floats + r * 4);
+      q.token = q.previous = int32_t(choice.token);
+      ++q.taken;
+      const int32_t* ends = eos_.data<int32_t>();
+      q.active = !failed && q.taken < q.budget && std::find(ends, ends + eos_.size(), q.token) == ends + eos_.size();
+    }
+  }
+
+  const Tensor tokens_, rows_, positions_, slots_, tables_, copies_, uniforms_, eos_;
+  int64_t capacity_ = 0, used_ = 0, copied_ = 0, steps_ = 0, full_ = 0, reserved_ = 0, reserved_rows_ = 0;
+  int64_t most_positions_ = 0;
+  FlatBatch batch_{};
+  std::shared_ptr<const colora::WeightTable> table_of_weights_, extras_;
+  Weight table_;
+  Norm norm_;
+  std::vector<Linear> head_;
+  std::unique_ptr<LayerStack> stack_;
+  std::vector<Request> requests_;
+  std::vector<Choice> choices_;
+  std::vector<Segment> segments_;
+  std::vector<int64_t> last_token_, position_, read_;  // of each row: its token in the batch and its last position
+  std::vector<int32_t> next_ids_, next_rows_, next_positions_, token_slots_, read_slots_;
+  const int32_t* ids_ = nullptr;
+  PagedAttention attention_;
+  RowSlots row_slots_;
+  AlignedFloats x_, sum_, read_x_, read_sum_, h_, logits_;
+};
+
+}  // namespace
+}  // namespace COLORA_ISA_NAMESPACE
+
+COLORA_OPERATOR(step) {
+  using namespace COLORA_ISA_NAMESPACE;
+  Step(call).run(call);
+}
