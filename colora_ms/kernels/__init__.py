@@ -12,6 +12,7 @@ from colora_ms.kernels.attention import (
 from colora_ms.kernels.details import token_details, token_details_reference
 from colora_ms.kernels.dropout import dropout, dropout_constants, dropout_reference
 from colora_ms.kernels.embedding import embedding, embedding_reference
+from colora_ms.kernels.flat_step import fuses_step, step
 from colora_ms.kernels.layers import decoder_layers, fuses_layers
 from colora_ms.kernels.linear import multi_lora_linear, multi_lora_linear_reference
 from colora_ms.kernels.lora import lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference
@@ -27,7 +28,6 @@ from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residu
 from colora_ms.kernels.paged import paged_attention, paged_attention_reference
 from colora_ms.kernels.registry import backend, bind
 from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
-from colora_ms.kernels.step import fuses_step, step
 from colora_ms.kernels.steps import decode_steps, fuses_steps
 from colora_ms.kernels.strength import contrast_strength, contrast_strength_reference
 

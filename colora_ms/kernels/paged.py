@@ -23,8 +23,8 @@ _CACHES = (ms.float32, ms.bfloat16, ms.int8)
 
 
 def block_numbers(head_dim: int, dtype: Any) -> int:
-    """Numbers of a block of one head: keys or values of 16 positions; int8 ones end with 16 float32 scales, a position's
-    largest magnitude over 127, as bytes."""
+    """Numbers of a block of one head: keys or values of 16 positions; int8 ones end with 16 float32 scales, a
+    position's largest magnitude over 127, as bytes."""
     return BLOCK * head_dim + (4 * BLOCK if dtype == ms.int8 else 0)
 
 
@@ -32,17 +32,17 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k
                     rows: Tensor, positions: Tensor, tables: Tensor) -> Tensor:
     """Rotate q and k, append k and v to the cache in place, and attend over each row's own past.
 
-    Semantics, for token t of row r = rows[t] at position p = positions[t]: its key (rotated) and value go to place p % 16
-    of block tables[r, p // 16], and per query head ``y[t] = softmax(rotate(q[t], p) . K / sqrt(head_dim)) @ V`` over the
-    positions 0 ... p of the row, in float32. All tokens of the call are appended first. A token's result does not depend
-    on the other rows nor on how its row was cut into calls, to the last bit on a CPU.
+    Semantics, for token t of row r = rows[t] at position p = positions[t]: its key (rotated) and value go to place p %
+    16 of block tables[r, p // 16], and per query head ``y[t] = softmax(rotate(q[t], p) . K / sqrt(head_dim)) @ V`` over
+    the positions 0 ... p of the row, in float32. All tokens of the call are appended first. A token's result does not
+    depend on the other rows nor on how its row was cut into calls, to the last bit on a CPU.
 
     Args:
         q: (T, heads * head_dim) float32, not rotated yet.
         k, v: (T, kv_heads * head_dim) float32, not rotated yet.
         cos, sin: (positions, head_dim / 2) float32, from :func:`colora_ms.models.rope.rope_tables`.
-        k_cache, v_cache: Parameters (blocks, kv_heads, :func:`block_numbers`) float32, bfloat16 or int8, written in place;
-            a head's block holds keys as (head_dim, 16), values as (16, head_dim).
+        k_cache, v_cache: Parameters (blocks, kv_heads, :func:`block_numbers`) float32, bfloat16 or int8, written in
+            place; a head's block holds keys as (head_dim, 16), values as (16, head_dim).
         rows: (T,) int32; the tokens of a row stand together; -1: a token that only fills, nothing of it is read or
             written.
         positions: (T,) int32, ascending by one within a row.
@@ -83,7 +83,8 @@ def paged_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin:
     written = ops.scatter_nd(where, real.astype(ms.float32), (blocks * BLOCK,)) > 0.5
     k_cache = ops.assign(k_cache, _by_dimension(_appended(_by_position(k_cache, dim, True), keys, where, real, written),
                                                 k_cache.shape))
-    v_cache = ops.assign(v_cache, _appended(_by_position(v_cache, dim, False), v.reshape((tokens, kv_heads, dim)), where,
+    v_cache = ops.assign(v_cache, _appended(_by_position(v_cache, dim, False), v.reshape((tokens, kv_heads, dim)),
+                                            where,
                                             real, written)
                          .reshape((blocks, BLOCK, kv_heads, dim)).transpose((0, 2, 1, 3)).reshape(v_cache.shape))
     width = places.shape[1] * BLOCK

@@ -22,6 +22,34 @@ constexpr int32_t kInPrompt = 1, kEnds = 2;  // flags of an entry
 
 class Adjustment {
  public:
+  Adjustment() = default;
+
+  // That of request r, with n entries (token, times in the answer, flags) int32, tokens ascending, a bias each, and a mask
+  // (words,) int32, whose bit i % 32 of word i / 32 says whether token i may come. Refuses what is out of range.
+  Adjustment(const Options& options, int64_t r, const colora::Tensor& entries, const int32_t* entry,
+             const colora::Tensor& biases, const float* bias, int64_t n, const colora::Tensor& masks, const int32_t* mask,
+             int64_t vocab)
+      : presence_(options.number(r, Real::presence_penalty, -Options::kMost, Options::kMost, "a finite number")),
+        frequency_(options.number(r, Real::frequency_penalty, -Options::kMost, Options::kMost, "a finite number")),
+        repetition_(options.number(r, Real::repetition_penalty, Options::kLeast, Options::kMost, "a finite number > 0")),
+        min_tokens_(options.whole(r, Whole::min_tokens, 0, std::numeric_limits<int32_t>::max())) {
+    if (options.whole(r, Whole::masked, 0, 1)) {
+      if (!mask) masks.fail("is absent, but request %lld has one", (long long)r);
+      mask_ = mask;
+    }
+    for (int64_t i = 0; i < n; ++i, entry += 3) {
+      if (entry[0] < 0 || entry[0] >= vocab || (i > 0 && entry[0] <= entry[-3]))
+        entries.fail("has token %d at place %lld of request %lld, expected ascending ones of 0 to %lld", entry[0],
+                     (long long)i, (long long)r, (long long)vocab - 1);
+      if (entry[1] < 0 || entry[2] < 0 || entry[2] > (kInPrompt | kEnds))
+        entries.fail("is (%d, %d, %d) at place %lld of request %lld, expected a number >= 0 and flags of 0 to 3", entry[0],
+                     entry[1], entry[2], (long long)i, (long long)r);
+      if (!(bias[i] >= -Options::kMost && bias[i] <= Options::kMost))
+        biases.fail("is %g for token %d of request %lld, expected a finite number", double(bias[i]), entry[0], (long long)r);
+      entries_.push_back({entry[0], entry[1], entry[2], bias[i]});
+    }
+  }
+
   bool any() const { return mask_ || !entries_.empty() || counts(); }
 
   // In place; row: (vocab,).
@@ -53,7 +81,6 @@ class Adjustment {
   }
 
  private:
-  friend class Adjustments;
   struct Entry {
     int32_t token, count, flags;
     float bias;
@@ -66,8 +93,8 @@ class Adjustment {
   std::vector<Entry> entries_;     // ascending tokens
 };
 
-// Those of all requests: entries (n, 3) int32 (token, times in the answer, flags) and bias (n,) float32, of which request
-// r has those from offsets[r] to offsets[r + 1]; mask (requests, words) int32, bit i % 32 of word i / 32: token i may come.
+// Those of all requests in four tensors: entries (n, 3) and bias (n,), of which request r has those from offsets[r] to
+// offsets[r + 1], and mask (requests, words).
 class Adjustments {
  public:
   // Refuses wrong types and shapes; entries, bias and offsets may be absent together, and so may the mask.
@@ -84,36 +111,15 @@ class Adjustments {
     mask.expect_dim(1, (vocab + 31) / 32, "a bit a token");
   }
 
-  // That of request r; refuses what is out of range.
   Adjustment read(int64_t r) const {
-    Adjustment found;
-    found.presence_ = options_.number(r, Real::presence_penalty, -Options::kMost, Options::kMost, "a finite number");
-    found.frequency_ = options_.number(r, Real::frequency_penalty, -Options::kMost, Options::kMost, "a finite number");
-    found.repetition_ = options_.number(r, Real::repetition_penalty, Options::kLeast, Options::kMost, "a finite number > 0");
-    found.min_tokens_ = options_.whole(r, Whole::min_tokens, 0, std::numeric_limits<int32_t>::max());
-    if (options_.whole(r, Whole::masked, 0, 1)) {
-      if (mask_.absent()) mask_.fail("is absent, but request %lld has one", (long long)r);
-      found.mask_ = mask_.data<int32_t>() + r * mask_.dim(1);
-    }
-    if (offsets_.absent()) return found;
+    const int32_t* mask = mask_.absent() ? nullptr : mask_.data<int32_t>() + r * mask_.dim(1);
+    if (offsets_.absent()) return {options_, r, entries_, nullptr, bias_, nullptr, 0, mask_, mask, vocab_};
     const int32_t begin = offsets_.data<int32_t>()[r], end = offsets_.data<int32_t>()[r + 1];
     if (begin < 0 || end < begin || end > entries_.dim(0))
       offsets_.fail("goes from %d to %d in request %lld, expected an ascending part of 0 to %lld", begin, end, (long long)r,
                     (long long)entries_.dim(0));
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t* e = entries_.data<int32_t>() + i * 3;
-      if (e[0] < 0 || e[0] >= vocab_ || (i > begin && e[0] <= e[-3]))
-        entries_.fail("has token %d at place %lld of request %lld, expected ascending ones of 0 to %lld", e[0],
-                      (long long)(i - begin), (long long)r, (long long)vocab_ - 1);
-      if (e[1] < 0 || e[2] < 0 || e[2] > (kInPrompt | kEnds))
-        entries_.fail("is (%d, %d, %d) at place %lld of request %lld, expected a number >= 0 and flags of 0 to 3", e[0], e[1],
-                      e[2], (long long)(i - begin), (long long)r);
-      const float bias = bias_.data<float>()[i];
-      if (!(bias >= -Options::kMost && bias <= Options::kMost))
-        bias_.fail("is %g for token %d of request %lld, expected a finite number", double(bias), e[0], (long long)r);
-      found.entries_.push_back({e[0], e[1], e[2], bias});
-    }
-    return found;
+    return {options_, r, entries_, entries_.data<int32_t>() + begin * 3, bias_, bias_.data<float>() + begin, end - begin,
+            mask_, mask, vocab_};
   }
 
  private:

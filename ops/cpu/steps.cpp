@@ -16,12 +16,9 @@
 #include <memory>
 #include <new>
 
-#include "adjust.h"
-#include "contrast.h"
-#include "details.h"
 #include "embedding.h"
 #include "layers.h"
-#include "select.h"
+#include "voices.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
@@ -31,16 +28,10 @@ using colora::Tensor;
 using A = StepsArgument;
 
 constexpr int kOutputs = 8;
-constexpr int64_t kFewBlocks = 8;  // the head of rows behind a leading one is multiplied as a whole beyond this share
 
-struct Request {
-  SelectOptions select;
-  StrengthOptions strength;
-  Adjustment adjustment;
-  int32_t token = 0, position = 0, previous = -1, taken = 0, budget = 0;
+struct Request : Voices {
+  int32_t token = 0, position = 0, taken = 0, budget = 0;
   bool active = false;
-  int64_t at[kMostRows] = {};  // rows of this step's logits
-  bool whole = false;          // the logits of rows behind the first one are computed for every token
 };
 
 class Steps {
@@ -126,8 +117,6 @@ class Steps {
       lengths.expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in whole");
       prompt.expect_dtype("int32").expect_rank(2).expect_dim(0, count, "requests, as in whole");
     }
-    const bool head_adapted = head_[0].adapters.present();
-    const bool head_whole = head_[0].base.product() || !regular_groups(head_[0].base.matrix());
     requests_.resize(size_t(count));
     for (int64_t r = 0; r < count; ++r) {
       Request& q = requests_[size_t(r)];
@@ -143,16 +132,14 @@ class Steps {
           checked_uniform(uniforms_, uniforms_.data<float>()[r * capacity_ + i], r);
       q.adjustment = adjustments.read(r);
       if (q.select.count < 2) continue;
-      q.whole = head_whole || !q.select.leads() || q.select.mixing == Mixing::probability || q.select.voices;
-      for (int k = 1; k < q.select.count; ++k) q.whole |= head_adapted && slots_.data<int32_t>()[q.select.rows[k]] >= 0;
+      q.settle(head_[0], slots_.data<int32_t>());
       if (!q.select.contrast()) continue;
+      q.adapt(options, r);
       StrengthOptions& s = q.strength;
-      s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(options, r);
       if (!adaptive) {
         if (s.mode) lengths.fail("is absent, but the contrast of request %lld adapts (mode %d)", (long long)r, s.mode);
         continue;
       }
-      q.whole |= (s.mode & ~kSkipCopies) == kDivergence;
       s.length = checked_length(lengths, r, prompt.dim(1));
       s.prompt = prompt.data<int32_t>() + r * prompt.dim(1);  // (width,)
     }
@@ -227,40 +214,6 @@ class Steps {
     run_linears(head_, h_.data(), hidden, row_slots_);
   }
 
-  // The logits of the rows behind a leading one at the survivors of its cut, in whole blocks of outputs.
-  void survivors_logits(const Request& q) {
-    const Weight& w = head_[0].base.matrix();
-    const float* e = logits_.data() + q.at[0] * w.out;
-    const float cut = std::log(q.select.alpha) + highest_of(e, w.out);
-    std::vector<int64_t> blocks;
-    for (int64_t o = 0; o < w.out; ++o) {
-      if (!(e[o] >= cut)) continue;
-      blocks.push_back(o / kOuts * kOuts);
-      o = blocks.back() + kOuts - 1;
-    }
-    if (int64_t(blocks.size()) * kOuts * kFewBlocks > w.out) blocks.assign(1, -1);
-    const float* bias = head_[0].base.bias;
-    RowSlots alone;
-    alone.set(1, 1, nullptr);
-    for (int k = 1; k < q.select.count; ++k) {
-      const float* h = h_.data() + q.at[k] * w.in;
-      for (const int64_t o : blocks) {
-        Product part;
-        part.weight = o < 0 ? w : rows_of(w, o, std::min(w.out, o + kOuts));
-        part.bias = bias ? bias + std::max<int64_t>(o, 0) : nullptr;
-        part.y = logits_.data() + q.at[k] * w.out + std::max<int64_t>(o, 0);
-        run_group({&part}, h, w.in, h, w.in, alone);
-      }
-    }
-  }
-
-  static Weight rows_of(Weight w, int64_t begin, int64_t end) {
-    w.data = static_cast<const char*>(w.data) + w.bytes() / w.out * begin;
-    if (w.scale) w.scale += begin * w.groups;
-    w.out = end - begin;
-    return w;
-  }
-
   void choose_all(int32_t* tops, float* details) {
     const int64_t vocab = head_[0].out();
     choices_.assign(requests_.size(), Choice());
@@ -268,7 +221,8 @@ class Steps {
       Request& q = requests_[size_t(r)];
       if (!q.active) return;
       try {
-        choices_[size_t(r)] = choose_one(q, vocab, tops + r * kMostTop, details + r * kDetails);
+        choices_[size_t(r)] = choose_one(q, head_[0].base, h_.data(), logits_.data(), tops + r * kMostTop,
+                                         details + r * kDetails);
       } catch (const std::bad_alloc&) {  // must not leave the parallel region
         choices_[size_t(r)].error = "no memory";
       }
@@ -277,25 +231,6 @@ class Steps {
     for (size_t r = 0; r < choices_.size(); ++r)
       if (!forgiving_ && !choices_[r].error.empty())
         colora::refuse("decode_steps: %s (request %zu), expected finite numbers", choices_[r].error.c_str(), r);
-  }
-
-  Choice choose_one(const Request& q, int64_t vocab, int32_t* tops, float* details) {
-    SelectOptions o = q.select;
-    std::copy(q.at, q.at + o.count, o.rows);
-    const auto adjust = [&](int k) {
-      if (q.adjustment.any()) q.adjustment.apply(logits_.data() + q.at[k] * vocab, vocab);
-    };
-    adjust(0);
-    if (o.count > 1 && !q.whole) survivors_logits(q);
-    for (int k = 1; k < o.count; ++k) adjust(k);
-    StrengthOptions s = q.strength;
-    if (o.contrast() && s.mode && s.beta > 0.0f) {
-      s.expert = q.at[0], s.amateur = q.at[1], s.previous = q.previous;
-      o.contrast_by(s.beta * strength_share(logits_.data(), vocab, s));
-    }
-    const Choice choice = choose(logits_.data(), vocab, o);
-    if (o.details() && choice.error.empty()) describe(logits_.data(), vocab, o, choice.token, tops, details);
-    return choice;
   }
 
   void book(int32_t* ints, float* floats) {

@@ -7,6 +7,7 @@ An input is an array, a ``(uint16 array, "bfloat16")`` pair, or None for an abse
 """
 
 import ctypes
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -112,6 +113,34 @@ class Prepared:
         if code:
             raise Refused(LIBRARY.colora_last_error().decode())
         return self.outputs
+
+
+class Table:
+    """A table of weights (ops/cpu/weight_table.h) of arrays as ``call`` takes them; ``handle`` is what operators
+    take."""
+
+    _numbers = itertools.count(10**9)  # beside those that the package makes in the same process
+
+    def __init__(self, values):
+        self.number = next(self._numbers)
+        self.set(values)
+
+    def set(self, values):
+        """Other arrays under the same number; a new version."""
+        self._keep = tensors = [_tensor(value) for value in values]
+        n = len(tensors)
+        dims = [size for array, _, rank in tensors for size in array.shape[:rank]]
+        LIBRARY.colora_table_set.restype = ctypes.c_int64
+        version = LIBRARY.colora_table_set(
+            ctypes.c_int64(self.number), ctypes.c_int64(n),
+            (ctypes.c_void_p * n)(*[a.ctypes.data for a, _, _ in tensors]),
+            (ctypes.c_char_p * n)(*[kind.encode() for _, kind, _ in tensors]),
+            (ctypes.c_int * n)(*[rank for _, _, rank in tensors]), (ctypes.c_int64 * max(len(dims), 1))(*dims))
+        assert version > 0
+        self.handle = np.array([self.number, version], np.int64)
+
+    def drop(self):
+        LIBRARY.colora_table_drop(ctypes.c_int64(self.number))
 
 
 def options(whole, real):
