@@ -58,12 +58,17 @@ class FakeStep:
         self.tokens, self.rows, self.capacity = tokens, rows, capacity
         self.cells = {}  # (block, offset) -> (slot, position, history up to and with it)
         self.core = None
+        self.failed = False
         self.calls = []  # (tokens, steps)
 
+    def renew(self):
+        self.failed = False
+
     def run(self, batch):
-        assert isinstance(batch, FlatBatch)
+        assert isinstance(batch, FlatBatch) and not self.failed, "it does not run again after a failure"
         self.check_form(batch)
         if self.refuse is not None and self.refuse(batch):
+            self.failed = True
             raise Refused(self.refuse(batch))
         before = dict(self.cells)
         targets = [int(target) for _, target in batch.copies]
@@ -74,8 +79,8 @@ class FakeStep:
                 self.cells[target, offset] = before.get((source, offset))
         self.calls.append((len(batch.tokens), batch.steps))
         written = {}
-        histories = [b""] * self.rows
-        lengths = [0] * self.rows
+        histories = [b""] * len(batch.slots)
+        lengths = [0] * len(batch.slots)
         for token, row, position in zip(batch.tokens.tolist(), batch.rows.tolist(), batch.positions.tolist()):
             if lengths[row] == 0:
                 histories[row] = self.history(batch, row, position)
@@ -84,10 +89,10 @@ class FakeStep:
         return self.choose(batch, histories, lengths, written)
 
     def choose(self, batch, histories, lengths, written):
-        ints = np.zeros((self.capacity, self.rows, 3), np.int32)
-        floats = np.zeros((self.capacity, self.rows, 4), np.float32)
-        counts, last = np.zeros(self.rows, np.int32), batch.previous.tolist()
-        places = [q for q in range(self.rows) if batch.whole[q, COLUMN["expert_rows"]] >= 0]
+        count = len(batch.whole)
+        ints, floats = np.zeros((batch.steps, count, 3), np.int32), np.zeros((batch.steps, count, 4), np.float32)
+        counts, last = np.zeros(count, np.int32), batch.previous.tolist()
+        places = [q for q in range(count) if batch.whole[q, COLUMN["expert_rows"]] >= 0]
         for step in range(batch.steps):
             for q in list(places):
                 members = self.members(batch, q)
@@ -96,7 +101,7 @@ class FakeStep:
                         histories[row] = self.write(batch, row, lengths[row], histories[row], last[q], written)
                         lengths[row] += 1
                 assert all(lengths[row] for row in members), "a request takes a token, but a row of it has none"
-                prompt = batch.prompt[q]
+                prompt = None if batch.prompts is None or not len(batch.prompts[q]) else batch.prompts[q]
                 token = chosen([histories[row] for row in members], last[q], batch.uniforms[q, step],
                                batch.real[q, COLUMN["temperature"]], None if prompt is None else tuple(prompt.tolist()))
                 ints[step, q], floats[step, q] = (token, token, 1), len(members)
@@ -115,7 +120,7 @@ class FakeStep:
         block, slot = int(batch.tables[row, position // self.size]), int(batch.slots[row])
         assert 0 <= block < self.blocks, f"row {row} has no block for position {position}"
         assert written.setdefault(block, row) == row, "two rows write one block"
-        here = [other for other in range(self.rows) if block in batch.tables[other]]
+        here = [other for other in range(len(batch.slots)) if block in batch.tables[other]]
         assert here == [row], "a block is written that another row of the call reads"
         tables = [line for seat in self.core.seats for line in seat.lines if block in line.table]
         assert len(tables) == 1 and tables[0].table.count(block) == 1, "a block is written that another request has"
@@ -146,29 +151,25 @@ class FakeStep:
         return line.ids(0, line.length).tolist()
 
     def check_form(self, batch):
-        n, rows = len(batch.tokens), self.rows
+        n, rows, requests = len(batch.tokens), len(batch.slots), len(batch.whole)
         whole = {"tokens": (n,), "rows": (n,), "positions": (n,), "slots": (rows,), "copies": (len(batch.copies), 2),
-                 "tables": (rows, batch.tables.shape[1]), "whole": (rows, len(WHOLE)), "previous": (rows,),
+                 "tables": (rows, batch.tables.shape[1]), "whole": (requests, len(WHOLE)), "previous": (requests,),
                  "eos": batch.eos.shape}
         for name, shape in whole.items():
             value = getattr(batch, name)
             assert value.dtype == np.int32 and value.shape == shape and value.flags.c_contiguous, name
-        for name, shape in {"real": (rows, len(REAL)), "uniforms": (rows, self.capacity)}.items():
+        for name, shape in {"real": (requests, len(REAL)), "uniforms": (requests, self.capacity)}.items():
             value = getattr(batch, name)
             assert value.dtype == np.float32 and value.shape == shape and value.flags.c_contiguous, name
-        assert 1 <= n <= self.tokens and len(batch.prompt) == rows and len(batch.eos) >= 1
+        assert 1 <= n <= self.tokens and rows <= self.rows and requests <= self.rows and len(batch.copies) <= self.rows
         assert 1 <= batch.steps <= (self.capacity if self.fused else 1)
-        used = sorted(set(batch.rows.tolist()))
-        assert used == list(range(len(used))), "rows are not numbered from 0 on"
+        assert batch.prompts is None or len(batch.prompts) == requests
+        assert sorted(set(batch.rows.tolist())) == list(range(rows)), "a row has no token"
         for row in range(rows):
             places = np.flatnonzero(batch.rows == row)
-            if not len(places):
-                assert batch.slots[row] == -1 and (batch.tables[row] == -1).all(), "an unused row has a table"
-                continue
             assert (np.diff(places) == 1).all() and (np.diff(batch.positions[places]) == 1).all()
             table = batch.tables[row]
             assert (table[int((table >= 0).sum()):] == -1).all(), "a table has a hole"
-        for q in range(rows):
-            members = self.members(batch, q)
-            assert all(row < len(used) for row in members) and len(set(members)) == len(members)
-            assert not members or batch.whole[q, COLUMN["budget"]] > 0
+        members = [row for q in range(requests) for row in self.members(batch, q)]
+        assert len(set(members)) == len(members) and set(members) <= set(range(rows))
+        assert (batch.whole[:, COLUMN["budget"]] > 0).all()

@@ -14,15 +14,41 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
 
+import numpy as np
+
 from colora_ms.decoding import recovery
 from colora_ms.decoding.batch import flat_batch
 from colora_ms.decoding.blocks import BlockPool
 from colora_ms.decoding.request import Running
 from colora_ms.decoding.schedule import Part, prompt_parts, ready_parts, waits_for
 from colora_ms.decoding.seat import Line, Seat
-from colora_ms.errors import ServingError
+from colora_ms.decoding.step import FlatBatch, StepGraph
+from colora_ms.errors import ConfigError, ServingError
+from colora_ms.kernels.options import OptionRows
+from colora_ms.models.paged_cache import BLOCK, PagedCache, block_bytes
 
 _log = logging.getLogger(__name__)
+
+#: Tokens of a flat batch: as many as make the reading of the weights cheap, and as few as keep a call short.
+TOKENS = 256
+
+
+def cache_blocks(decoder: Any, cache_bytes: Optional[int], positions: int, dtype: Any) -> int:
+    """Blocks of a cache.
+
+    Args:
+        cache_bytes: how large it may be; None: as large as ``positions`` need.
+
+    Raises:
+        ConfigError: it is no number of bytes that holds two blocks.
+    """
+    if cache_bytes is None:
+        return max(2, -(-positions // BLOCK))
+    one = block_bytes(decoder.config, dtype)
+    if not isinstance(cache_bytes, int) or isinstance(cache_bytes, bool) or cache_bytes < 2 * one:
+        raise ConfigError(f"cache_bytes={cache_bytes!r} is not a whole number >= {2 * one}, two blocks of {BLOCK} "
+                          "positions of this model")
+    return cache_bytes // one
 
 
 @dataclass(frozen=True)
@@ -42,7 +68,8 @@ class Core:
     """The requests that are computed.
 
     Args:
-        graph: :class:`colora_ms.decoding.step.StepGraph`, or anything with ``run(batch)`` and ``fused``.
+        graph: :class:`colora_ms.decoding.step.StepGraph`, or anything with ``run(batch)``, ``renew()`` and
+            ``fused``.
         pool: the blocks of its cache.
         rows: rows (and requests) that a call may have; tokens: tokens that its flat batch may have, at least as many.
         chunk: steps of a call at most.
@@ -66,6 +93,25 @@ class Core:
         self.counts = dict.fromkeys(("prompt_rows_tokens", "cached_tokens", "copied_blocks", "preemptions", "steps",
                                      "row_steps", "chunks", "failures"), 0)
         self._age = 0
+
+    @classmethod
+    def of(cls, decoder: Any, blocks: int, dtype: Any, rows: int, chunk: int, budget: int, length: int,
+           eos: Sequence[int]) -> Core:
+        """The core of a decoder, with a cache of its own: ``blocks`` of type ``dtype``; the others as of the class."""
+        tokens = max(TOKENS, rows + budget)
+        graph = StepGraph(decoder, PagedCache(decoder.config, blocks, dtype), tokens, rows, rows, chunk)
+        return cls(graph, BlockPool(blocks, kind=str(dtype)), rows, tokens, chunk, budget, length, eos)
+
+    def warm_up(self) -> None:
+        """Compile the graph now; there must be no requests."""
+        block, = self.pool.take()
+        row = np.zeros(1, np.int32)
+        options = OptionRows(0)
+        self.graph.run(FlatBatch(
+            tokens=row, rows=row, positions=row, slots=row - 1, tables=np.full((1, 1), block, np.int32),
+            copies=np.zeros((0, 2), np.int32), whole=options.whole, real=options.real, previous=row[:0],
+            uniforms=np.zeros((0, self.chunk), np.float32), eos=row[:0]))
+        self.pool.release([block])
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -167,8 +213,8 @@ class Core:
         parts = self._with_blocks(parts, steps)
         if not parts:
             return []
-        batch, takers = flat_batch(parts, self.rows, self.table_blocks, self.chunk, self.eos, steps)
         try:
+            batch, takers = flat_batch(parts, self.table_blocks, self.chunk, self.eos, steps)
             result = self.graph.run(batch)
         except Exception as error:  # the requests' own; what interrupts the process is not
             return self._failed(parts, steps, error)
@@ -280,6 +326,7 @@ class Core:
         """A call failed: find the guilty among those that were in it; see :mod:`colora_ms.decoding.recovery`."""
         _log.warning("a call of the step failed: %s", error)
         self.counts["failures"] += 1
+        self.graph.renew()
         ended = recovery.blame([part.seat for part in parts], steps)
         for seat in ended:
             self.remove(seat.job, keep=False)

@@ -275,7 +275,7 @@ def test_rows_are_grouped_by_slot_and_counted():
     with pytest.raises(RuntimeError, match="rows"):
         core.add(jobs[0])
     core.step()
-    assert seen[0].slots.tolist() == [-1, -1, -1, 0, 1, -1]
+    assert seen[0].slots.tolist() == [-1, -1, -1, 0, 1]
     assert np.array_equal(seen[0].tokens[seen[0].rows == 4], [5, 6])
     finish(core, [])
     assert core.counts["row_steps"] == 2 * 5 and core.counts["steps"] == 2
