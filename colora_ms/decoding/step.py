@@ -45,6 +45,7 @@ class FlatBatch:
         prompts: Q arrays of the ids that a contrast with ``skip_copies`` looks at, or None.
         adjustments: the other extras (``kernels.flat_step.EXTRAS``) by name, "entries", "bias" and "mask": Q arrays or None
             each.
+        strengths: (R,) float32, factors on the adapters' scales; None: 1. Only where steps are one operator.
     """
 
     tokens: np.ndarray
@@ -63,6 +64,7 @@ class FlatBatch:
     steps: int = 1
     prompts: Optional[Sequence[Optional[np.ndarray]]] = None
     adjustments: Dict[str, Sequence[Optional[np.ndarray]]] = dataclasses.field(default_factory=dict)
+    strengths: Optional[np.ndarray] = None
 
 
 @dataclasses.dataclass
@@ -86,11 +88,11 @@ class FusedStep(nn.Cell):
         bind()
 
     def construct(self, table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts: Tensor, slots: Tensor,
-                  tables: Tensor, copies: Tensor, previous: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor,
-                  mix_weights: Tensor, uniforms: Tensor, eos: Tensor, extras: Tensor) -> tuple:
+                  strengths: Tensor, tables: Tensor, copies: Tensor, previous: Tensor, whole: Tensor, real: Tensor,
+                  mix_rows: Tensor, mix_weights: Tensor, uniforms: Tensor, eos: Tensor, extras: Tensor) -> tuple:
         """Arguments and results as of :func:`colora_ms.kernels.step`."""
-        return step(table, tokens, rows, positions, counts, slots, tables, copies, previous, whole, real, mix_rows,
-                    mix_weights, uniforms, eos, extras)
+        return step(table, tokens, rows, positions, counts, slots, strengths, tables, copies, previous, whole, real,
+                    mix_rows, mix_weights, uniforms, eos, extras)
 
 
 class CellStep(nn.Cell):
@@ -195,7 +197,7 @@ class StepGraph:
         *found, taken, tops, details = runtime.run(
             self._cells[0], Tensor(np.array(self._table.handle(), np.int64)),
             *(Tensor(padded(one, self.tokens, -1)) for one in (batch.tokens, batch.rows, batch.positions)),
-            Tensor(counts), Tensor(padded(batch.slots, self.rows, -1)),
+            Tensor(counts), Tensor(padded(batch.slots, self.rows, -1)), Tensor(_strengths(batch, self.rows)),
             Tensor(_padded_tables(batch.tables, self.rows, self.width)),
             Tensor(padded(batch.copies.reshape(-1, 2), self.rows, 0)),
             Tensor(padded(batch.previous, self.requests, -1)),
@@ -207,6 +209,9 @@ class StepGraph:
         return StepResult(ints, floats, taken.asnumpy()[:count], tops, details)
 
     def _run_cells(self, batch: FlatBatch) -> StepResult:
+        if np.any(_strengths(batch, len(batch.slots)) != 1):
+            raise DecodingError("adapter_scale: this model's steps are no single operator, which alone scales adapters by "
+                                "row; leave it out, or save the adapter with another scale")
         for source, target in batch.copies.reshape(-1, 2):
             runtime.run(self._cells[1], Tensor(np.array([source], np.int32)),
                         Tensor(np.array([target], np.int32))).asnumpy()
@@ -268,6 +273,13 @@ def _options(batch: FlatBatch, size: int) -> OptionRows:
                          for one, bias in zip(entries, batch.adjustments["bias"])])
     for place, mask in enumerate(masks or ()) if words else ():
         out.put_mask(place, mask)
+    return out
+
+
+def _strengths(batch: FlatBatch, size: int) -> np.ndarray:
+    out = np.ones(size, np.float32)
+    if batch.strengths is not None:
+        out[:len(batch.strengths)] = batch.strengths
     return out
 
 

@@ -16,14 +16,14 @@ from colora_ms.kernels.shapes import element_type, require, require_dtype, requi
 _NAME = "step"
 
 #: Inputs, in order; ops/cpu/operands.h has the same.
-ARGUMENTS = ("table", "tokens", "rows", "positions", "counts", "slots", "tables", "copies", "previous",
+ARGUMENTS = ("table", "tokens", "rows", "positions", "counts", "slots", "strengths", "tables", "copies", "previous",
              *SELECTION, "uniforms", "eos", "extras")
 
 #: What a request may bring beside its options, of any length: entries of the table that ``extras`` names, these for the
 #: first request, then for the second, ...; ops/cpu/operands.h has the same.
 EXTRAS = ("prompt", "entries", "bias", "mask")
 
-_REAL = ("real", "mix_weights", "uniforms")
+_REAL = ("strengths", "real", "mix_weights", "uniforms")
 _HANDLES = ("table", "extras")
 
 
@@ -32,9 +32,9 @@ def fuses_step() -> bool:
     return bound.fuses_step
 
 
-def step(table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts: Tensor, slots: Tensor, tables: Tensor,
-         copies: Tensor, previous: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor, mix_weights: Tensor,
-         uniforms: Tensor, eos: Tensor, extras: Tensor) -> tuple[Tensor, ...]:
+def step(table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts: Tensor, slots: Tensor,
+         strengths: Tensor, tables: Tensor, copies: Tensor, previous: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor,
+         mix_weights: Tensor, uniforms: Tensor, eos: Tensor, extras: Tensor) -> tuple[Tensor, ...]:
     """Take a flat batch of tokens, choose a token for the requests that ask for one, and go on with those.
 
     Semantics, each line the operators of that name to the last bit. First the copies of blocks; then, in iteration 0,
@@ -59,7 +59,7 @@ def step(table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts:
         tokens, rows, positions: (T,) int32, the flat batch; tokens of one row stand together, their positions ascend by
             one.
         counts: (3,) int32: tokens in use, copies in use, iterations (at most ``capacity``).
-        slots: (R,) int32, adapter slot of each row, -1 for none.
+        slots: (R,) int32, adapter slot of each row, -1 for none; strengths: (R,) float32, factors on the adapters' scales.
         tables: (R, blocks of a row) int32, see :func:`colora_ms.kernels.paged_attention`.
         copies: (C, 2) int32, blocks (source, target), copied one after another before anything else.
         previous: (Q,) int32, the token that each request generated last, -1: none.
@@ -83,8 +83,8 @@ def step(table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts:
 
     Gradients: none.
     """
-    return bound.step(table, tokens, rows, positions, counts, slots, tables, copies, previous, whole, real, mix_rows,
-                      mix_weights, uniforms, eos, extras)
+    return bound.step(table, tokens, rows, positions, counts, slots, strengths, tables, copies, previous, whole, real,
+                      mix_rows, mix_weights, uniforms, eos, extras)
 
 
 def _shapes(*shapes):
@@ -99,6 +99,7 @@ def _shapes(*shapes):
     require_shape(_NAME, "counts", named["counts"], (3,))
     require(len(named["slots"]) == 1, _NAME, "slots", named["slots"], "(rows,)")
     rows = named["slots"][0]
+    require_shape(_NAME, "strengths", named["strengths"], (rows,))
     require(len(named["tables"]) == 2 and named["tables"][0] == rows, _NAME, "tables", named["tables"],
             f"({rows}, blocks of a row)")
     require(len(named["copies"]) == 2 and named["copies"][1] == 2, _NAME, "copies", named["copies"], "(copies, 2)")

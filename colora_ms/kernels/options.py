@@ -35,7 +35,7 @@ class Option(NamedTuple):
         dtype: "whole" (int32) or "real" (float32).
         default: what a request has that asks for nothing; also of the places that only fill a batch.
         low, high: its range, both included (as float32 holds them).
-        source: whose attribute it is: "sampling", "contrast", "options", or None: whoever places the request sets it.
+        source: whose attribute it is: "sampling", "contrast", "mix", "options", or None: whoever places the request sets it.
     """
 
     name: str
@@ -69,8 +69,8 @@ OPTIONS = (
     Option("top_k", "whole", 0, 0, _WHOLE, "sampling"),  # 0: off
     Option("budget", "whole", 0, 0, _WHOLE),  # tokens that it may still take
     Option("mode", "whole", 0, 0, 11, "contrast"),  # the contrast's form, see ``strength.FORMS``
-    Option("mixing", "whole", 0, 0, 2),  # see MIXINGS
-    Option("cut", "whole", 1, 0, 2),  # see CUTS; a contrast has the leading row's
+    Option("mixing", "whole", 0, 0, 2, "mix"),  # see MIXINGS
+    Option("cut", "whole", 1, 0, 2, "mix"),  # see CUTS; a contrast has the leading row's
     Option("logprobs", "whole", -1, -1, MOST_TOP),  # -1: none, else the chosen token's and those of so many best ones
     Option("voices", "whole", 0, 0, 1),  # 1: the log-probability of the chosen token in each row
     Option("min_tokens", "whole", 0, 0, _WHOLE),  # tokens before the first one that may end the answer

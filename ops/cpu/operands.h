@@ -96,6 +96,7 @@
   X(positions)                   \
   X(counts)                      \
   X(slots)                       \
+  X(strengths)                   \
   X(tables)                      \
   X(copies)                      \
   X(previous)                    \

@@ -39,7 +39,7 @@ class Step {
  public:
   explicit Step(colora::Call& call)
       : tokens_(in(call, A::tokens)), rows_(in(call, A::rows)), positions_(in(call, A::positions)),
-        slots_(in(call, A::slots)), tables_(in(call, A::tables)), copies_(in(call, A::copies)),
+        slots_(in(call, A::slots)), strengths_(in(call, A::strengths)), tables_(in(call, A::tables)), copies_(in(call, A::copies)),
         uniforms_(in(call, A::uniforms)), eos_(in(call, A::eos)) {
     call.expect(int(A::count), kOutputs);
     const Options options(in(call, A::whole), in(call, A::real), in(call, A::mix_rows), in(call, A::mix_weights));
@@ -49,6 +49,11 @@ class Step {
     for (const Tensor* t : {&tokens_, &rows_, &positions_})
       t->expect_dtype("int32").expect_rank(1).expect_dim(0, tokens_.dim(0), "as many as tokens");
     slots_.expect_dtype("int32").expect_rank(1);
+    strengths_.expect_dtype("float32").expect_rank(1).expect_dim(0, slots_.dim(0), "rows, as in slots");
+    for (int64_t row = 0; row < slots_.dim(0); ++row)
+      if (!std::isfinite(strengths_.data<float>()[row]))
+        strengths_.fail("is %g in row %lld, expected a finite number", double(strengths_.data<float>()[row]),
+                        (long long)row);
     tables_.expect_dtype("int32").expect_rank(2).expect_dim(0, slots_.dim(0), "rows, as in slots");
     copies_.expect_dtype("int32").expect_rank(2).expect_dim(1, 2, "source and target");
     uniforms_.expect_dtype("float32").expect_rank(2).expect_dim(0, count, "requests, as in whole");
@@ -216,8 +221,12 @@ class Step {
       }
     ids_ = tokens_.data<int32_t>();
     attention_.begin(batch_, segments_);
-    token_slots_.resize(size_t(used_));
-    for (int64_t t = 0; t < used_; ++t) token_slots_[size_t(t)] = slots_.data<int32_t>()[batch_.rows[t]];
+    for (int64_t t = 0; t < used_; ++t) add_slot(batch_.rows[t]);
+  }
+
+  void add_slot(int64_t row) {
+    token_slots_.push_back(slots_.data<int32_t>()[row]);
+    token_strengths_.push_back(strengths_.data<float>()[row]);
   }
 
   int32_t* output(const colora::Call& call, int i, const char* name, const char* dtype, int64_t width) const {
@@ -229,7 +238,8 @@ class Step {
 
   // The batch behind the first one: the new token of every request that goes on, in each of its rows.
   bool next_batch() {
-    next_ids_.clear(), next_rows_.clear(), next_positions_.clear(), token_slots_.clear(), segments_.clear();
+    next_ids_.clear(), next_rows_.clear(), next_positions_.clear(), segments_.clear();
+    token_slots_.clear(), token_strengths_.clear();
     for (const Request& q : requests_) {
       if (!q.active) continue;
       for (int k = 0; k < q.select.count; ++k) {
@@ -238,7 +248,7 @@ class Step {
         last_token_[size_t(row)] = at;
         segments_.push_back({row, at, position, 1});
         next_ids_.push_back(q.token), next_rows_.push_back(int32_t(row)), next_positions_.push_back(int32_t(position));
-        token_slots_.push_back(slots_.data<int32_t>()[row]);
+        add_slot(row);
       }
     }
     batch_.tokens = int64_t(next_ids_.size());
@@ -281,20 +291,20 @@ class Step {
     }
     embed_rows(table_, ids_, tokens, x_.data());  // (tokens, hidden)
     std::fill(sum_.data(), sum_.data() + tokens * hidden, 0.0f);
-    row_slots_.set(tokens, 1, token_slots_.data());
+    row_slots_.set(tokens, 1, token_slots_.data(), token_strengths_.data());
     stack_->run(row_slots_, attention_, x_.data(), sum_.data(), x_.data(), sum_.data());
     if (rows == 0) return;
-    read_slots_.resize(size_t(rows));
+    read_slots_.resize(size_t(rows)), read_strengths_.resize(size_t(rows));
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t t = read_[size_t(i)];
       std::memcpy(read_x_.data() + i * hidden, x_.data() + t * hidden, size_t(hidden) * sizeof(float));
       std::memcpy(read_sum_.data() + i * hidden, sum_.data() + t * hidden, size_t(hidden) * sizeof(float));
-      read_slots_[size_t(i)] = token_slots_[size_t(t)];
+      read_slots_[size_t(i)] = token_slots_[size_t(t)], read_strengths_[size_t(i)] = token_strengths_[size_t(t)];
     }
     add_norm_rows(read_x_.data(), read_sum_.data(), norm_.weight, norm_.eps, rows, hidden, read_sum_.data(), h_.data(),
                   nullptr);
     head_[0].y = logits_.data();  // (full rows, vocab)
-    row_slots_.set(full_, 1, read_slots_.data());
+    row_slots_.set(full_, 1, read_slots_.data(), read_strengths_.data());
     run_linears(head_, h_.data(), hidden, row_slots_);
   }
 
@@ -330,7 +340,7 @@ class Step {
     }
   }
 
-  const Tensor tokens_, rows_, positions_, slots_, tables_, copies_, uniforms_, eos_;
+  const Tensor tokens_, rows_, positions_, slots_, strengths_, tables_, copies_, uniforms_, eos_;
   int64_t capacity_ = 0, used_ = 0, copied_ = 0, steps_ = 0, full_ = 0, reserved_ = 0, reserved_rows_ = 0;
   int64_t most_positions_ = 0;
   FlatBatch batch_{};
@@ -344,6 +354,7 @@ class Step {
   std::vector<Segment> segments_;
   std::vector<int64_t> last_token_, position_, read_;  // of each row: its token in the batch and its last position
   std::vector<int32_t> next_ids_, next_rows_, next_positions_, token_slots_, read_slots_;
+  std::vector<float> token_strengths_, read_strengths_;
   const int32_t* ids_ = nullptr;
   PagedAttention attention_;
   RowSlots row_slots_;
