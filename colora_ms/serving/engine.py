@@ -141,7 +141,9 @@ class Engine:
         request = Request.of(self.tokenizer, prompt, adapter, Options.asked(**wanted), self._limits)
         if len(request.rows) > self.rows:
             raise DecodingError(f"the request takes {len(request.rows)} rows, the engine has {self.rows}")
-        job = Job(request, self._digest(adapter), self.tokenizer, self.eos)
+        self._check_mix(request)
+        contents = {row.adapter: self._digest(row.adapter) for row in request.rows if row.adapter is not None}
+        job = Job(request, contents, self.tokenizer, self.eos)
         now = time.monotonic()
         handle = job.handle = RequestHandle(next(self._numbers), adapter, Timing(submitted=now),
                                             Usage(prompt=len(request.ids)), lambda handle: self._cancel(job))
@@ -153,10 +155,18 @@ class Engine:
             self._wake.notify_all()
         return handle
 
-    def _digest(self, adapter: Optional[str]) -> str:
-        """The content that an adapter's name stands for; "" for the base model."""
-        if adapter is None:
-            return ""
+    def _check_mix(self, request: Request) -> None:
+        """Refuse what this engine can never run."""
+        names = {row.adapter for row in request.rows if isinstance(row.adapter, str)}
+        if self.bank is not None and len(names) > self.bank.max_loaded:
+            raise DecodingError(f"the request mixes {len(names)} adapters, the engine's bank has "
+                                f"{self.bank.max_loaded} slots")
+        if not self._core.graph.fused and any(row.scale != 1.0 for row in request.rows):
+            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; leave "
+                                "it out")
+
+    def _digest(self, adapter: str) -> str:
+        """The content that an adapter's name stands for."""
         if not isinstance(adapter, str):
             raise UnknownAdapterError(f"adapter={shown(adapter)} is not an adapter's name")
         if self.bank is None:
