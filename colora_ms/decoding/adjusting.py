@@ -23,7 +23,8 @@ class Adjusting:
         DecodingError: there is a grammar that cannot be used.
     """
 
-    def __init__(self, prompt: np.ndarray, options: Options, ends: Iterable[int], tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, prompt: np.ndarray, options: Options, ends: Iterable[int], tokenizer: Any,
+                 vocabulary: int) -> None:
         self.options = options
         self.matcher: Optional[Matcher] = None
         if options.grammar is not None:

@@ -1,7 +1,7 @@
 """Answers that keep to a form: JSON, a JSON schema, a regular expression, one of some texts, or a Lark grammar.
 
-A :class:`Grammar` says which form; a :class:`Matcher` follows one answer and says before each step which tokens may come
-(a mask, see :mod:`colora_ms.kernels.options`). The work is done by ``llguidance`` (the extra "constraints").
+A :class:`Grammar` says which form; a :class:`Matcher` follows one answer and says before each step which tokens may
+come (a mask, see :mod:`colora_ms.kernels.options`). The work is done by ``llguidance`` (the extra "constraints").
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def grammar_of(value: Any, name: str = "grammar") -> Grammar:
     if kind not in KINDS:
         raise DecodingError(f"{name} has {shown(kind)}, which is none of {', '.join(KINDS)}."
                             f"{near(kind, KINDS) if isinstance(kind, str) else ''}")
-    raise DecodingError(f"{name}.{kind}={shown(what)} cannot be used: expected true, a schema, a text or a list of texts")
+    raise DecodingError(f"{name}.{kind}={shown(what)} cannot be used: expected true, a schema, a text or a list of "
+                        "texts")
 
 
 class Matcher:
@@ -95,7 +96,8 @@ class Matcher:
         if not ends:
             raise DecodingError("a grammar needs an id that ends the answer; this model has none")
         compiled = self._compile(grammar)
-        self._matcher = self._library.LLMatcher(self._tokenizer(tokenizer, vocabulary, sorted(ends)), compiled, log_level=0)
+        known = self._tokenizer(tokenizer, vocabulary, sorted(ends))
+        self._matcher = self._library.LLMatcher(known, compiled, log_level=0)
         self._words = (vocabulary + 31) // 32
         self._check(f"the {grammar.kind} grammar cannot be used")
 
@@ -110,7 +112,8 @@ class Matcher:
     def _tokenizer(self, tokenizer: Any, vocabulary: int, ends: List[int]) -> Any:
         backend = getattr(tokenizer, "backend", None)
         if backend is None or not hasattr(backend, "to_str"):
-            raise DecodingError(f"a grammar needs a tokenizer of tokenizer.json, this one is a {type(tokenizer).__name__}")
+            raise DecodingError("a grammar needs a tokenizer of tokenizer.json, this one is a "
+                                f"{type(tokenizer).__name__}")
         made = _tokenizers.setdefault(tokenizer, {})
         key = vocabulary, tuple(ends)
         if key not in made:
