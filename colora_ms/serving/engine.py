@@ -162,8 +162,8 @@ class Engine:
             raise DecodingError(f"the request mixes {len(names)} adapters, the engine's bank has "
                                 f"{self.bank.max_loaded} slots")
         if not self._core.graph.fused and any(row.scale != 1.0 for row in request.rows):
-            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; leave "
-                                "it out")
+            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; "
+                                "leave it out")
 
     def _digest(self, adapter: str) -> str:
         """The content that an adapter's name stands for."""
