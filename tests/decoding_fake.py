@@ -11,7 +11,7 @@ import hashlib
 import numpy as np
 
 from colora_ms.decoding.step import FlatBatch, StepResult
-from colora_ms.kernels.options import COLUMN, REAL, WHOLE
+from colora_ms.kernels.options import COLUMN, DETAILS, MOST_ROWS, MOST_TOP, REAL, WHOLE
 
 VOCABULARY, EOS = 40, 2
 
@@ -92,7 +92,7 @@ class FakeStep:
         count = len(batch.whole)
         ints, floats = np.zeros((batch.steps, count, 3), np.int32), np.zeros((batch.steps, count, 4), np.float32)
         counts, last = np.zeros(count, np.int32), batch.previous.tolist()
-        places = [q for q in range(count) if batch.whole[q, COLUMN["expert_rows"]] >= 0]
+        places = [q for q in range(count) if batch.mix_rows[q, 0] >= 0]
         for step in range(batch.steps):
             for q in list(places):
                 members = self.members(batch, q)
@@ -109,12 +109,12 @@ class FakeStep:
                 counts[q] += 1
                 if token in batch.eos.tolist() or counts[q] == batch.whole[q, COLUMN["budget"]]:
                     places.remove(q)
-        return StepResult(ints, floats, counts)
+        return StepResult(ints, floats, counts, np.full((batch.steps, count, MOST_TOP), -1, np.int32),
+                          np.zeros((batch.steps, count, DETAILS), np.float32))
 
     @staticmethod
     def members(batch, q):
-        rows = [batch.whole[q, COLUMN[name]] for name in ("expert_rows", "amateur_rows")]
-        return [int(row) for row in rows if row >= 0]
+        return [int(row) for row in batch.mix_rows[q] if row >= 0]
 
     def write(self, batch, row, position, history, token, written):
         block, slot = int(batch.tables[row, position // self.size]), int(batch.slots[row])
@@ -154,11 +154,13 @@ class FakeStep:
         n, rows, requests = len(batch.tokens), len(batch.slots), len(batch.whole)
         whole = {"tokens": (n,), "rows": (n,), "positions": (n,), "slots": (rows,), "copies": (len(batch.copies), 2),
                  "tables": (rows, batch.tables.shape[1]), "whole": (requests, len(WHOLE)), "previous": (requests,),
+                 "mix_rows": (requests, MOST_ROWS),
                  "eos": batch.eos.shape}
         for name, shape in whole.items():
             value = getattr(batch, name)
             assert value.dtype == np.int32 and value.shape == shape and value.flags.c_contiguous, name
-        for name, shape in {"real": (requests, len(REAL)), "uniforms": (requests, self.capacity)}.items():
+        for name, shape in {"real": (requests, len(REAL)), "uniforms": (requests, self.capacity),
+                            "mix_weights": (requests, MOST_ROWS)}.items():
             value = getattr(batch, name)
             assert value.dtype == np.float32 and value.shape == shape and value.flags.c_contiguous, name
         assert 1 <= n <= self.tokens and rows <= self.rows and requests <= self.rows and len(batch.copies) <= self.rows

@@ -6,7 +6,6 @@ from typing import List, Sequence, Tuple
 
 import numpy as np
 
-from colora_ms.decoding.request import AMATEUR
 from colora_ms.decoding.schedule import Part
 from colora_ms.decoding.seat import Line
 from colora_ms.decoding.step import FlatBatch
@@ -41,12 +40,15 @@ def flat_batch(parts: Sequence[Part], blocks: int, capacity: int, eos: Sequence[
     for place, part in enumerate(takers):
         job = part.seat.job
         options.whole[place], options.real[place] = part.seat.options[0][0], part.seat.options[1][0]
-        for line, row in zip(part.seat.lines, job.request.rows):
-            options.put(place, "amateur_rows" if row.role == AMATEUR else "expert_rows", numbers[id(line)])
+        options.put_rows(place, [numbers[id(line)] for line in part.seat.lines],
+                         [row.weight for row in job.request.rows])
+        options.put(place, "min_tokens", job.adjusting.min_tokens)
         options.put(place, "budget", job.left)
         uniforms[place] = job.uniforms(capacity)
     jobs = [part.seat.job for part in takers]
     nothing = np.zeros(0, np.int32)
+    extras = [job.adjusting.extras() if job.adjusting.any else {} for job in jobs]
+    adjustments = {name: [one.get(name) for one in extras] for name in ("entries", "bias", "mask")} if any(extras) else {}
     prompts = [job.request.ids if job.request.copies else nothing for job in jobs]
     ends = () if jobs and all(job.request.options.ignore_eos for job in jobs) else sorted(eos)
     return FlatBatch(
@@ -56,6 +58,8 @@ def flat_batch(parts: Sequence[Part], blocks: int, capacity: int, eos: Sequence[
                                   for line, count in lines]),
         slots=np.array([line.job.slots[line.number] for line, _ in lines], np.int32), tables=tables,
         copies=np.array([line.copy for line, _ in lines if line.copy is not None], np.int32).reshape(-1, 2),
-        whole=options.whole, real=options.real,
+        strengths=np.array([line.job.request.rows[line.number].scale for line, _ in lines], np.float32),
+        whole=options.whole, real=options.real, mix_rows=options.mix_rows, mix_weights=options.mix_weights,
         previous=np.array([job.tokens[-1] if job.tokens else -1 for job in jobs], np.int32), uniforms=uniforms,
-        eos=np.array(ends, np.int32), steps=steps, prompts=prompts if any(map(len, prompts)) else None), takers
+        eos=np.array(ends, np.int32), steps=steps, prompts=prompts if any(map(len, prompts)) else None,
+        adjustments=adjustments), takers

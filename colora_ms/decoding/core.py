@@ -295,7 +295,8 @@ class Core:
         outcomes = []
         for place, part in enumerate(takers):
             count = int(result.counts[place])
-            outcomes.append(self._take(part.seat, result.ints[:, place], result.floats[:, place], count))
+            outcomes.append(self._take(part.seat, count, result.ints[:, place], result.floats[:, place],
+                                       result.tops[:, place], result.details[:, place]))
             self.counts["row_steps"] += count * len(part.seat.lines)
         self.counts["chunks"] += 1
         self.counts["steps"] += int(result.counts[:len(takers)].max(initial=0))
@@ -307,14 +308,14 @@ class Core:
                         line.publish(self.pool, end=not part.takes or max(part.counts) > 1)
         return outcomes
 
-    def _take(self, seat: Seat, ints: Any, floats: Any, count: int) -> Outcome:
+    def _take(self, seat: Seat, count: int, ints: Any, floats: Any, tops: Any, details: Any) -> Outcome:
         """Give a request its tokens; what fails there (its logits, its text) ends it and nobody else."""
         for line in seat.lines:
             line.filled += count - 1  # the last one is not in the cache
         try:
             if count < 1:
                 raise ServingError("the step made no token for a request that had to get one")
-            seat.job.take(ints, floats, count)
+            seat.job.take(ints, floats, count, tops, details)
         except Exception as error:
             self.remove(seat.job, keep=False)
             return Outcome(seat.job, count, error)

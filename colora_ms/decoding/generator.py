@@ -14,7 +14,7 @@ from colora_ms.decoding.completion import Completion
 from colora_ms.decoding.core import Core, cache_blocks
 from colora_ms.decoding.options import PER_PROMPT, Options
 from colora_ms.decoding.prompt import encode_prompt, ending_ids
-from colora_ms.decoding.request import Limits, Request, Running
+from colora_ms.decoding.request import Limits, Request, Running, row_key
 from colora_ms.decoding.step import bucket
 from colora_ms.decoding.values import shown
 from colora_ms.errors import DecodingError
@@ -102,9 +102,9 @@ class Generator:
                 (``{"role": …, "content": …}``), which go through the tokenizer's chat template.
             adapter: name of the adapter, None for the base model, or a list with one entry a prompt.
             on_text: called with (index of the prompt, new text) after every call of the graph.
-            options: ``contrast``, ``sampling``, ``max_new_tokens``, ``stop``, ``stop_token_ids``, ``seed``,
-                ``records``, ``ignore_eos``: the attributes of :class:`colora_ms.decoding.options.Options`. The first
-                three may be a list with one entry a prompt.
+            options: ``contrast``, ``mix``, ``sampling``, ``max_new_tokens``, ``stop``, ``records``, ``logprobs`` …: the
+                attributes of :class:`colora_ms.decoding.options.Options`, but ``priority`` and ``timeout``. Those of
+                ``options.PER_PROMPT`` may be a list with one entry a prompt.
 
         Returns:
             list of :class:`Completion`, in the order of the prompts.
@@ -180,11 +180,11 @@ class Generator:
         adapter = wanted.pop("adapter")
         options = Options.asked(engine=False, **wanted)
         merged = getattr(self.adapters, "merged", None)
-        if merged is not None and (options.contrast is not None or adapter != merged):
+        if merged is not None and (options.mixture is not None or adapter != merged):
             raise DecodingError(f"adapter {merged!r} is merged into the base weights, so neither the base model, "
                                 "another adapter nor a contrast can be decoded now; call unmerge() first")
         changed = getattr(self.adapters, "changed_base", None)
-        if changed is not None and (options.contrast is not None or adapter is None):
+        if changed is not None and (options.mixture is not None or adapter is None):
             raise DecodingError(f"adapter {changed!r} started from the base weights and changed them, so the base "
                                 "model cannot be decoded now; save it with as_lora=True and load that into an "
                                 "untouched model")
@@ -195,7 +195,8 @@ class Generator:
             raise DecodingError(f"prompt {index} takes {len(request.rows)} rows, this generator has "
                                 f"max_rows={self.max_rows}")
         slots = [self._slot(row.adapter) for row in request.rows]
-        return Running(request, self.tokenizer, eos, slots, ["" if slot < 0 else f"slot {slot}" for slot in slots])
+        keys = [row_key("" if slot < 0 else f"slot {slot}", row) for slot, row in zip(slots, request.rows)]
+        return Running(request, self.tokenizer, eos, slots, keys)
 
     def _slot(self, adapter: Optional[str]) -> int:
         if adapter is None or adapter == getattr(self.adapters, "merged", None):

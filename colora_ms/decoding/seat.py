@@ -121,10 +121,15 @@ class Seat:
         self.age = age
         self.lines = [Line(job, number, pool.root(key, job.salt)) for number, key in enumerate(job.keys)]
         rows, asked = OptionRows(1), job.request.options
-        if asked.contrast is not None:
-            rows.take(0, "contrast", asked.contrast)
+        if asked.mixture is not None:
+            rows.take(0, "contrast", asked.mixture)
+            rows.take(0, "mix", asked.mixture)
         if not asked.sampling.greedy:
             rows.take(0, "sampling", asked.sampling)
+        rows.take(0, "options", asked)
+        rows.put(0, "logprobs", -1 if asked.logprobs is None else asked.logprobs)
+        rows.put(0, "voices", int(asked.rows_wanted))
+        rows.put(0, "masked", int(asked.grammar is not None))
         self.options = rows.whole, rows.real
         self.resumed = False
         self.doubtful: Optional[int] = None

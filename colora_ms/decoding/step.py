@@ -16,16 +16,15 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
-from colora_ms.decoding.finite import finite_rows
+from colora_ms.decoding.selection import select
 from colora_ms.errors import DecodingError
-from colora_ms.kernels import bind, contrast_strength, contrastive_select, step
+from colora_ms.kernels import bind, step
 from colora_ms.kernels.flat_step import EXTRAS
-from colora_ms.kernels.options import COLUMN, replaced
+from colora_ms.kernels.options import COLUMN, SELECTION, OptionRows
 from colora_ms.kernels.paged import BLOCK
 from colora_ms.kernels.weight_table import NOTHING, ArrayTable, WeightTable
 
-_EXPERT, _AMATEUR, _BUDGET = COLUMN["expert_rows"], COLUMN["amateur_rows"], COLUMN["budget"]
-_BETA = COLUMN["beta"]
+_BUDGET = COLUMN["budget"]
 
 
 @dataclasses.dataclass
@@ -37,12 +36,16 @@ class FlatBatch:
         slots: (R,) int32, adapter slot of each row, -1: the base model.
         tables: (R, blocks of a row) int32, see ``kernels.paged_attention``.
         copies: (c, 2) int32, blocks (source, target) that are copied first.
-        whole, real: (Q, columns), see :mod:`colora_ms.kernels.options`. ``expert_rows`` -1: the request takes no token.
+        whole, real, mix_rows, mix_weights: of Q requests, see :mod:`colora_ms.kernels.options`. No rows: the request takes
+            no token.
         previous: (Q,) int32, the token that each generated last, -1: none.
         uniforms: (Q, capacity) float32.
         eos: (ends,) int32.
         steps: iterations, 1 to ``capacity``.
         prompts: Q arrays of the ids that a contrast with ``skip_copies`` looks at, or None.
+        adjustments: the other extras (``kernels.flat_step.EXTRAS``) by name, "entries", "bias" and "mask": Q arrays or None
+            each.
+        strengths: (R,) float32, factors on the adapters' scales; None: 1. Only where steps are one operator.
     """
 
     tokens: np.ndarray
@@ -53,21 +56,28 @@ class FlatBatch:
     copies: np.ndarray
     whole: np.ndarray
     real: np.ndarray
+    mix_rows: np.ndarray
+    mix_weights: np.ndarray
     previous: np.ndarray
     uniforms: np.ndarray
     eos: np.ndarray
     steps: int = 1
-    prompts: Optional[Sequence[np.ndarray]] = None
+    prompts: Optional[Sequence[Optional[np.ndarray]]] = None
+    adjustments: Dict[str, Sequence[Optional[np.ndarray]]] = dataclasses.field(default_factory=dict)
+    strengths: Optional[np.ndarray] = None
 
 
 @dataclasses.dataclass
 class StepResult:
-    """ints (iterations, Q, 3) int32 and floats (iterations, Q, 4) float32 as of ``kernels.step``; counts (Q,) int32,
-    the tokens that each request took."""
+    """ints (iterations, Q, 3) int32 and floats (iterations, Q, 4) float32 as of ``kernels.step``; counts (Q,) int32, the
+    tokens that each request took; tops (iterations, Q, 20) int32 and details (iterations, Q, 29) float32, see
+    ``kernels.token_details``."""
 
     ints: np.ndarray
     floats: np.ndarray
     counts: np.ndarray
+    tops: np.ndarray
+    details: np.ndarray
 
 
 class FusedStep(nn.Cell):
@@ -78,11 +88,11 @@ class FusedStep(nn.Cell):
         bind()
 
     def construct(self, table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts: Tensor, slots: Tensor,
-                  tables: Tensor, copies: Tensor, previous: Tensor, whole: Tensor, real: Tensor, uniforms: Tensor,
-                  eos: Tensor, extras: Tensor) -> tuple:
+                  strengths: Tensor, tables: Tensor, copies: Tensor, previous: Tensor, whole: Tensor, real: Tensor,
+                  mix_rows: Tensor, mix_weights: Tensor, uniforms: Tensor, eos: Tensor, extras: Tensor) -> tuple:
         """Arguments and results as of :func:`colora_ms.kernels.step`."""
-        return step(table, tokens, rows, positions, counts, slots, tables, copies, previous, whole, real, uniforms, eos,
-                    extras)
+        return step(table, tokens, rows, positions, counts, slots, strengths, tables, copies, previous, whole, real,
+                    mix_rows, mix_weights, uniforms, eos, extras)
 
 
 class CellStep(nn.Cell):
@@ -96,15 +106,15 @@ class CellStep(nn.Cell):
         self.one = Tensor(1, ms.int32)
 
     def construct(self, tokens: Tensor, rows: Tensor, positions: Tensor, token_slots: Tensor, tables: Tensor,
-                  read: Tensor, slots: Tensor, previous: Tensor, whole: Tensor, real: Tensor, uniform: Tensor,
+                  read: Tensor, slots: Tensor, previous: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor,
+                  mix_weights: Tensor, entries: Tensor, bias: Tensor, offsets: Tensor, mask: Tensor, uniform: Tensor,
                   prompt: Tensor, lengths: Tensor) -> tuple:
         """tokens, rows, positions, token_slots: (T,); read, slots: (R,); previous, uniform, lengths: (Q,); prompt: (Q,
-        width) -> ints (Q, 3), floats (Q, 4)."""
+        width); the options of :mod:`colora_ms.kernels.options` -> ints (Q, 3), floats (Q, 4), tops (Q, 20), details (Q,
+        29)."""
         logits = self.decoder.paged(tokens, token_slots, self.cache, rows, positions, tables, read, slots)
-        expert = finite_rows(logits, whole[:, _EXPERT], whole[:, _AMATEUR], real[:, _BETA])
-        whole = replaced(whole, _EXPERT, expert)  # (Q, columns)
-        beta = contrast_strength(logits, whole, real, previous, prompt, lengths)  # (Q,)
-        return contrastive_select(logits, whole, replaced(real, _BETA, beta), uniform)
+        return select(logits, (whole, real, mix_rows, mix_weights), (entries, bias, offsets, mask), uniform, previous,
+                      prompt, lengths)
 
 
 class CopyBlocks(nn.Cell):
@@ -160,6 +170,12 @@ class StepGraph:
         self.fused = self.decoder.fused_step
         self._make()
 
+    def rest(self) -> None:
+        """Called now and then while there is nothing to run."""
+
+    def end(self) -> None:
+        """Called when nothing will be run any more."""
+
     def compilations(self) -> int:
         """How many graphs have been compiled."""
         return self._former + sum(runtime.compilations(cell) for cell in self._cells)
@@ -181,24 +197,27 @@ class StepGraph:
 
     def _run_fused(self, batch: FlatBatch) -> StepResult:
         counts = np.array([len(batch.tokens), len(batch.copies), batch.steps], np.int32)
-        whole, real = _options(batch, self.requests)
         extras = NOTHING
-        if batch.prompts is not None:
-            extras = self._extras.put(_extras({"prompt": batch.prompts}, self.requests))
-        ints, floats, taken = runtime.run(
+        if batch.prompts is not None or batch.adjustments:
+            extras = self._extras.put(_extras({"prompt": batch.prompts or (), **batch.adjustments}, self.requests))
+        *found, taken, tops, details = runtime.run(
             self._cells[0], Tensor(np.array(self._table.handle(), np.int64)),
             *(Tensor(padded(one, self.tokens, -1)) for one in (batch.tokens, batch.rows, batch.positions)),
-            Tensor(counts), Tensor(padded(batch.slots, self.rows, -1)),
+            Tensor(counts), Tensor(padded(batch.slots, self.rows, -1)), Tensor(_strengths(batch, self.rows)),
             Tensor(_padded_tables(batch.tables, self.rows, self.width)),
             Tensor(padded(batch.copies.reshape(-1, 2), self.rows, 0)),
             Tensor(padded(batch.previous, self.requests, -1)),
-            Tensor(whole), Tensor(real), Tensor(_uniforms(batch.uniforms, self.requests, self.capacity)),
+            *_options(batch, self.requests).tensors()[:len(SELECTION)],
+            Tensor(_uniforms(batch.uniforms, self.requests, self.capacity)),
             Tensor(padded(batch.eos, MOST_ENDS, -1)), Tensor(np.array(extras, np.int64)))
         count = len(batch.whole)
-        return StepResult(ints.asnumpy()[:batch.steps, :count], floats.asnumpy()[:batch.steps, :count],
-                          taken.asnumpy()[:count])
+        ints, floats, tops, details = (one.asnumpy()[:batch.steps, :count] for one in (*found, tops, details))
+        return StepResult(ints, floats, taken.asnumpy()[:count], tops, details)
 
     def _run_cells(self, batch: FlatBatch) -> StepResult:
+        if np.any(_strengths(batch, len(batch.slots)) != 1):
+            raise DecodingError("adapter_scale: this model's steps are no single operator, which alone scales adapters by "
+                                "row; leave it out, or save the adapter with another scale")
         for source, target in batch.copies.reshape(-1, 2):
             runtime.run(self._cells[1], Tensor(np.array([source], np.int32)),
                         Tensor(np.array([target], np.int32))).asnumpy()
@@ -207,21 +226,20 @@ class StepGraph:
         rows, requests = min(tokens, self.rows), min(tokens, self.requests)
         read = np.zeros(rows, np.int32)
         read[batch.rows] = np.arange(len(batch.rows))  # the last token of each row stays
-        whole, real = _options(batch, requests)
         ids, lengths = _prompt_rows(batch.prompts, requests)
         width = min(coarse(int(batch.positions.max(initial=0)) // BLOCK + 1), self.width)
-        ints, floats = runtime.run(
+        results = runtime.run(
             self._cells[0], *(Tensor(padded(one, tokens, fill)) for one, fill in (
                 (batch.tokens, 0), (batch.rows, -1), (batch.positions, 0), (batch.slots[batch.rows], -1))),
             Tensor(_padded_tables(batch.tables[:, :width], rows, width)), Tensor(read),
-            Tensor(padded(batch.slots, rows, -1)), Tensor(padded(batch.previous, requests, -1)), Tensor(whole),
-            Tensor(real), Tensor(np.ascontiguousarray(_uniforms(batch.uniforms, requests, 1)[:, 0])), Tensor(ids),
-            Tensor(lengths))
+            Tensor(padded(batch.slots, rows, -1)), Tensor(padded(batch.previous, requests, -1)),
+            *_options(batch, requests).tensors(),
+            Tensor(np.ascontiguousarray(_uniforms(batch.uniforms, requests, 1)[:, 0])), Tensor(ids), Tensor(lengths))
         count = len(batch.whole)
-        takes = (batch.whole[:, _EXPERT] >= 0) & (batch.whole[:, _BUDGET] > 0)
-        ints, floats = ints.asnumpy()[None, :count], floats.asnumpy()[None, :count]
-        return StepResult(np.where(takes[:, None], ints, 0), np.where(takes[:, None], floats, 0),
-                          takes.astype(np.int32))
+        takes = (batch.mix_rows[:, 0] >= 0) & (batch.whole[:, _BUDGET] > 0)
+        ints, floats, tops, details = (
+            np.where(takes[:, None], one.asnumpy()[None, :count], fill) for one, fill in zip(results, (0, 0, -1, 0)))
+        return StepResult(ints, floats, takes.astype(np.int32), tops, details)
 
 
 #: Most ids that end answers in one call.
@@ -252,12 +270,29 @@ def _padded_tables(tables: np.ndarray, rows: int, width: int) -> np.ndarray:
     return out
 
 
-def _options(batch: FlatBatch, size: int) -> Tuple[np.ndarray, np.ndarray]:
-    whole = padded(batch.whole, size, 0)
-    whole[len(batch.whole):, _EXPERT] = -1
-    real = np.zeros((size, batch.real.shape[1]), np.float32)
-    real[:len(batch.real)] = batch.real
-    return whole, real
+def _options(batch: FlatBatch, size: int) -> OptionRows:
+    """The options of ``size`` requests, the further ones without rows; with the adjustments in their tensors."""
+    masks, entries = batch.adjustments.get("mask"), batch.adjustments.get("entries")
+    capacity = sum(len(one) for one in entries or () if one is not None)
+    words = max((len(one) for one in masks or () if one is not None), default=0)
+    out = OptionRows(size, 32 * words, bucket(capacity, 256) if capacity else 0)
+    count = len(batch.whole)
+    for name in SELECTION:
+        getattr(out, name)[:count] = getattr(batch, name)
+    if capacity and entries:
+        nothing = np.zeros((0, 3), np.int32), np.zeros(0, np.float32)
+        out.put_entries([nothing if one is None or bias is None else (one, bias)
+                         for one, bias in zip(entries, batch.adjustments["bias"])])
+    for place, mask in enumerate(masks or ()) if words else ():
+        out.put_mask(place, mask)
+    return out
+
+
+def _strengths(batch: FlatBatch, size: int) -> np.ndarray:
+    out = np.ones(size, np.float32)
+    if batch.strengths is not None:
+        out[:len(batch.strengths)] = batch.strengths
+    return out
 
 
 def _uniforms(uniforms: np.ndarray, size: int, columns: int) -> np.ndarray:
@@ -266,18 +301,19 @@ def _uniforms(uniforms: np.ndarray, size: int, columns: int) -> np.ndarray:
     return out
 
 
-def _extras(named: Dict[str, Sequence[np.ndarray]], size: int) -> List[np.ndarray]:
+def _extras(named: Dict[str, Sequence[Optional[np.ndarray]]], size: int) -> List[np.ndarray]:
     """The arrays of all requests in the order of ``EXTRAS``, one request after another."""
     columns = [_rows_of(named.get(name, ()), size) for name in EXTRAS]
     return [column[i] for i in range(size) for column in columns]
 
 
-def _rows_of(arrays: Sequence[np.ndarray], size: int) -> List[np.ndarray]:
-    found = [np.asarray(one, np.int32) for one in arrays]
-    return found + [np.zeros(0, np.int32)] * (size - len(found))
+def _rows_of(arrays: Sequence[Optional[np.ndarray]], size: int) -> List[np.ndarray]:
+    nothing = np.zeros(0, np.int32)
+    found = [nothing if one is None else one for one in arrays]
+    return found + [nothing] * (size - len(found))
 
 
-def _prompt_rows(prompts: Optional[Sequence[np.ndarray]], size: int) -> Tuple[np.ndarray, np.ndarray]:
+def _prompt_rows(prompts: Optional[Sequence[Optional[np.ndarray]]], size: int) -> Tuple[np.ndarray, np.ndarray]:
     """ids (size, width) int32, padded at the right, and lengths (size,)."""
     rows = _rows_of(prompts or (), size)
     ids = np.zeros((size, bucket(max(len(one) for one in rows))), np.int32)

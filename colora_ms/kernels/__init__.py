@@ -1,11 +1,13 @@
 """The operations that must be fast: one Python face each, a reference form, and a form for each device."""
 
 from colora_ms.kernels.activation import swiglu, swiglu_reference
+from colora_ms.kernels.adjust import adjust_logits, adjust_logits_reference
 from colora_ms.kernels.aot import ABSENT, KernelError
 from colora_ms.kernels.attention import (
     causal_attention,
     causal_attention_reference,
 )
+from colora_ms.kernels.details import token_details, token_details_reference
 from colora_ms.kernels.dropout import dropout, dropout_constants, dropout_reference
 from colora_ms.kernels.embedding import embedding, embedding_reference
 from colora_ms.kernels.flat_step import fuses_step, step
@@ -28,6 +30,8 @@ from colora_ms.kernels.strength import contrast_strength, contrast_strength_refe
 __all__ = [
     "ABSENT",
     "KernelError",
+    "adjust_logits",
+    "adjust_logits_reference",
     "backend",
     "bind",
     "causal_attention",
@@ -62,5 +66,7 @@ __all__ = [
     "step",
     "swiglu",
     "swiglu_reference",
+    "token_details",
+    "token_details_reference",
     "token_losses_of_logits",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, cast
 from colora_ms.decoding.core import Core
 from colora_ms.errors import ColoraError, ServingError
 from colora_ms.kernels.aot import KernelError
-from colora_ms.serving.bank import AdapterBank
+from colora_ms.serving.bank import AdapterBank, Lease
 from colora_ms.serving.job import Job
 from colora_ms.serving.scheduler import WaitingQueue
 
@@ -89,26 +89,35 @@ class Rounds:
             return True
 
     def _place(self, job: Job, failed: Dict[Job, Exception]) -> bool:
-        """Get a request its slot and its rows; False if it has to wait."""
+        """Get a request its slots and its rows; False if it has to wait."""
         if job in failed:
             return False
-        if self._bank is not None and job.digest and job.lease is None:
-            lease = None
-            try:
-                try:
-                    lease = self._bank.lease(job.digest)
-                except KeyError:  # its content was pushed out of host memory while it waited
-                    job.use(self._bank.resolve(cast(str, job.adapter)))
-                    lease = self._bank.lease(job.digest)
-            except ColoraError as error:
-                failed[job] = error
-            except KeyError:
-                pass  # pushed out again by another thread; there is a next time
-            if lease is None:
-                return False
-            job.place(lease)
+        if self._bank is not None and len(job.leases) < len(job.contents):
+            leases: Dict[str, Lease] = {}
+            for name in job.contents:
+                lease = self._lease(self._bank, job, name, failed)
+                if lease is None:  # one that is held would be missed by those that wait for it
+                    for one in leases.values():
+                        self._bank.release(one)
+                    return False
+                leases[name] = lease
+            job.place(leases)
         self._core.add(job)
         return True
+
+    def _lease(self, bank: AdapterBank, job: Job, name: str, failed: Dict[Job, Exception]) -> Optional[Lease]:
+        """The lease of one of its adapters' slots; None if it has to wait, or failed."""
+        try:
+            try:
+                return bank.lease(job.contents[name])
+            except KeyError:  # its content was pushed out of host memory while it waited
+                job.use({name: bank.resolve(name)})
+                return bank.lease(job.contents[name])
+        except ColoraError as error:
+            failed[job] = error
+        except KeyError:
+            pass  # pushed out again by another thread; there is a next time
+        return None
 
     def _settle(self, job: Job, reason: Optional[str] = None, now: Optional[float] = None) -> None:
         """Hand out what is new of a request; end it where its answer ended, or for this reason."""
@@ -137,10 +146,10 @@ class Rounds:
     def _end(self, job: Job, error: Optional[Exception] = None) -> None:
         """Give back what a request holds and tell its handle."""
         self._core.remove(job, keep=error is None)
-        if job.lease is not None:
+        for lease in job.leases.values():
             assert self._bank is not None
-            self._bank.release(job.lease)
-            job.lease = None
+            self._bank.release(lease)
+        job.leases = {}
         job.handle.timing.finished = time.monotonic()
         if error is not None:
             self._counts["failed"] += 1

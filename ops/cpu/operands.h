@@ -58,18 +58,25 @@
   X(positions)                   \
   X(counts)                      \
   X(slots)                       \
+  X(strengths)                   \
   X(tables)                      \
   X(copies)                      \
   X(previous)                    \
   X(whole)                       \
   X(real)                        \
+  X(mix_rows)                    \
+  X(mix_weights)                 \
   X(uniforms)                    \
   X(eos)                         \
   X(extras)
 
 // What a request may bring beside its options, of any length: a tensor each in the table that `extras` names, one request
 // after another; empty: nothing. A table of number 0 means that nobody brings anything.
-#define COLORA_EXTRAS(X) X(prompt)
+#define COLORA_EXTRAS(X) \
+  X(prompt)              \
+  X(entries)             \
+  X(bias)                \
+  X(mask)
 
 namespace COLORA_ISA_NAMESPACE {
 

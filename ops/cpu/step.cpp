@@ -4,21 +4,21 @@
 // position. The head is multiplied for the last token of every row of the requests that take a token now. The following
 // iterations take the new token of every request that goes on, in each of its rows.
 //
-// The parts are those of embedding, paged_attention, rms_norm, multi_lora_linear, contrast_strength and
-// contrastive_select, so the numbers are theirs to the last bit. What nobody reads is left out: unused places, rows of
-// requests that have ended, and the amateur's logits of tokens that do not survive the expert's cut (the head is multiplied
-// for the blocks of survivors alone).
+// The parts are those of embedding, paged_attention, rms_norm, multi_lora_linear, adjust_logits, contrast_strength,
+// contrastive_select and token_details, so the numbers are theirs to the last bit. What nobody reads is left out: unused
+// places, rows of requests that have ended, and, of rows behind a leading one, the logits of tokens that do not survive its
+// cut (the head is multiplied for the blocks of survivors alone).
 //
 // Inputs: those of COLORA_STEP_ARGUMENTS, see operands.h and colora_ms/kernels/flat_step.py. The table of weights holds cos, sin,
 // the last norm's weight and eps, the embedding's base, the head and the layers.
-// Outputs: ints (capacity, requests, 3), floats (capacity, requests, 4), taken (requests,).
+// Outputs: ints (capacity, requests, 3), floats (capacity, requests, 4), taken (requests,), tops (capacity, requests,
+// kMostTop), details (capacity, requests, kDetails), see details.h.
 #include <memory>
 #include <new>
 
-#include "contrast.h"
 #include "embedding.h"
-#include "select.h"
 #include "stack.h"
+#include "voices.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
@@ -27,32 +27,32 @@ using colora::Tensor;
 
 using A = StepArgument;
 
-constexpr int kOutputs = 3;
-constexpr int64_t kFewBlocks = 8;  // the amateur's head is multiplied as a whole beyond this share of its blocks
+constexpr int kOutputs = 5;
 
-struct Request {
-  SelectOptions select;
-  StrengthOptions strength;
-  int32_t token = 0, previous = -1, taken = 0, budget = 0;
+struct Request : Voices {
+  int32_t token = 0, taken = 0, budget = 0;
   bool active = false;
-  int64_t expert = 0, amateur = -1;  // rows of this step's logits
-  bool whole = false;                // the amateur's logits are computed for every token
 };
 
 class Step {
  public:
   explicit Step(colora::Call& call)
       : tokens_(in(call, A::tokens)), rows_(in(call, A::rows)), positions_(in(call, A::positions)),
-        slots_(in(call, A::slots)), tables_(in(call, A::tables)), copies_(in(call, A::copies)),
+        slots_(in(call, A::slots)), strengths_(in(call, A::strengths)), tables_(in(call, A::tables)), copies_(in(call, A::copies)),
         uniforms_(in(call, A::uniforms)), eos_(in(call, A::eos)) {
     call.expect(int(A::count), kOutputs);
-    const Options options(in(call, A::whole), in(call, A::real));
+    const Options options(in(call, A::whole), in(call, A::real), in(call, A::mix_rows), in(call, A::mix_weights));
     const int64_t count = options.requests();
     const Tensor counts = in(call, A::counts);
     counts.expect_dtype("int32").expect_rank(1).expect_dim(0, 3, "tokens, copies and iterations");
     for (const Tensor* t : {&tokens_, &rows_, &positions_})
       t->expect_dtype("int32").expect_rank(1).expect_dim(0, tokens_.dim(0), "as many as tokens");
     slots_.expect_dtype("int32").expect_rank(1);
+    strengths_.expect_dtype("float32").expect_rank(1).expect_dim(0, slots_.dim(0), "rows, as in slots");
+    for (int64_t row = 0; row < slots_.dim(0); ++row)
+      if (!std::isfinite(strengths_.data<float>()[row]))
+        strengths_.fail("is %g in row %lld, expected a finite number", double(strengths_.data<float>()[row]),
+                        (long long)row);
     tables_.expect_dtype("int32").expect_rank(2).expect_dim(0, slots_.dim(0), "rows, as in slots");
     copies_.expect_dtype("int32").expect_rank(2).expect_dim(1, 2, "source and target");
     uniforms_.expect_dtype("float32").expect_rank(2).expect_dim(0, count, "requests, as in whole");
@@ -75,17 +75,21 @@ class Step {
     const int64_t count = int64_t(requests_.size());
     int32_t* ints = output(call, 0, "ints", "int32", 3);
     float* floats = reinterpret_cast<float*>(output(call, 1, "floats", "float32", 4));
+    int32_t* tops = output(call, 3, "tops", "int32", kMostTop);
+    float* details = reinterpret_cast<float*>(output(call, 4, "details", "float32", kDetails));
     const Tensor taken = call.out(2, "taken");
     taken.expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests");
     std::fill(ints, ints + capacity_ * count * 3, 0);
     std::fill(floats, floats + capacity_ * count * 4, 0.0f);
+    std::fill(tops, tops + capacity_ * count * kMostTop, -1);
+    std::fill(details, details + capacity_ * count * kDetails, 0.0f);
     for (int64_t i = 0; i < copied_; ++i)
       stack_->copy_block(copies_.data<int32_t>()[2 * i], copies_.data<int32_t>()[2 * i + 1]);
     for (int64_t step = 0; step < steps_; ++step) {
       if (step > 0 && !next_batch()) break;
       gather(step);
       forward();
-      choose_all();
+      choose_all(tops + step * count * kMostTop, details + step * count * kDetails);
       book(ints + step * count * 3, floats + step * count * 4);
     }
     for (int64_t r = 0; r < count; ++r) taken.data<int32_t>()[r] = requests_[size_t(r)].taken;
@@ -132,29 +136,43 @@ class Step {
   void read_requests(const colora::Call& call, const Options& options, int64_t count) {
     const Tensor previous = in(call, A::previous);
     previous.expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in whole");
-    const bool head_adapted = head_[0].adapters.present();
-    const bool head_whole = head_[0].base.product() || !regular_groups(head_[0].base.matrix());
     requests_.resize(size_t(count));
     for (int64_t r = 0; r < count; ++r) {
       Request& q = requests_[size_t(r)];
       q.select = options.read(r, slots_.dim(0));
       q.previous = previous.data<int32_t>()[r], q.budget = options.get(r, Whole::budget);
-      q.active = q.budget > 0 && q.select.expert >= 0;
+      q.active = q.budget > 0 && q.select.active();
       if (!q.active) continue;
       if (q.select.temperature > 0.0f)
         for (int64_t i = 0; i < std::min<int64_t>(steps_, q.budget); ++i)
           checked_uniform(uniforms_, uniforms_.data<float>()[r * capacity_ + i], r);
-      if (q.select.amateur < 0) continue;
-      q.whole = head_whole || (head_adapted && slots_.data<int32_t>()[q.select.amateur] >= 0);
+      q.adjustment = adjustment(call, options, r);
+      if (q.select.count < 2) continue;
+      q.settle(head_[0], slots_.data<int32_t>());
+      if (!q.select.contrast()) continue;
+      q.adapt(options, r);
       StrengthOptions& s = q.strength;
-      s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(options, r);
-      q.whole |= (s.mode & ~kSkipCopies) == kDivergence;
       if (!(s.mode & kSkipCopies)) continue;
       const Tensor prompt = extra(call, r, Extra::prompt);
       if (prompt.absent()) continue;
       prompt.expect_dtype("int32").expect_rank(1);
       s.prompt = prompt.data<int32_t>(), s.length = prompt.size();
     }
+  }
+
+  // Penalties, bias and mask of request r.
+  Adjustment adjustment(const colora::Call& call, const Options& options, int64_t r) const {
+    const Tensor entries = extra(call, r, Extra::entries), bias = extra(call, r, Extra::bias),
+                 mask = extra(call, r, Extra::mask);
+    const bool some = !entries.absent() && entries.size() > 0, masked = !mask.absent() && mask.size() > 0;
+    if (some) {
+      entries.expect_dtype("int32").expect_rank(2).expect_dim(1, 3, "token, times in the answer, flags");
+      bias.expect_dtype("float32").expect_rank(1).expect_dim(0, entries.dim(0), "entries");
+    }
+    if (masked) mask.expect_dtype("int32").expect_rank(1).expect_dim(0, (head_[0].out() + 31) / 32, "a bit a token");
+    return {options, r, entries, some ? entries.data<int32_t>() : nullptr, bias, some ? bias.data<float>() : nullptr,
+            some ? entries.dim(0) : 0, mask.absent() ? in(call, A::extras) : mask,
+            masked ? mask.data<int32_t>() : nullptr, head_[0].out()};
   }
 
   // Everything that the cache has to do with is checked before anything is written.
@@ -178,8 +196,8 @@ class Step {
     for (size_t r = 0; r < requests_.size(); ++r) {
       const Request& q = requests_[r];
       if (!q.active) continue;
-      for (const int64_t row : {q.select.expert, q.select.amateur}) {
-        if (row < 0) continue;
+      for (int k = 0; k < q.select.count; ++k) {
+        const int64_t row = q.select.rows[k];
         if (user[size_t(row)] >= 0)
           colora::refuse("step: row %lld is used by request %lld and by request %zu, expected rows of its own for each",
                          (long long)row, (long long)user[size_t(row)], r);
@@ -202,8 +220,12 @@ class Step {
       }
     ids_ = tokens_.data<int32_t>();
     attention_.begin(batch_, segments_);
-    token_slots_.resize(size_t(used_));
-    for (int64_t t = 0; t < used_; ++t) token_slots_[size_t(t)] = slots_.data<int32_t>()[batch_.rows[t]];
+    for (int64_t t = 0; t < used_; ++t) add_slot(batch_.rows[t]);
+  }
+
+  void add_slot(int64_t row) {
+    token_slots_.push_back(slots_.data<int32_t>()[row]);
+    token_strengths_.push_back(strengths_.data<float>()[row]);
   }
 
   int32_t* output(const colora::Call& call, int i, const char* name, const char* dtype, int64_t width) const {
@@ -215,16 +237,17 @@ class Step {
 
   // The batch behind the first one: the new token of every request that goes on, in each of its rows.
   bool next_batch() {
-    next_ids_.clear(), next_rows_.clear(), next_positions_.clear(), token_slots_.clear(), segments_.clear();
+    next_ids_.clear(), next_rows_.clear(), next_positions_.clear(), segments_.clear();
+    token_slots_.clear(), token_strengths_.clear();
     for (const Request& q : requests_) {
       if (!q.active) continue;
-      for (const int64_t row : {q.select.expert, q.select.amateur}) {
-        if (row < 0) continue;
+      for (int k = 0; k < q.select.count; ++k) {
+        const int64_t row = q.select.rows[k];
         const int64_t at = int64_t(next_ids_.size()), position = ++position_[size_t(row)];
         last_token_[size_t(row)] = at;
         segments_.push_back({row, at, position, 1});
         next_ids_.push_back(q.token), next_rows_.push_back(int32_t(row)), next_positions_.push_back(int32_t(position));
-        token_slots_.push_back(slots_.data<int32_t>()[row]);
+        add_slot(row);
       }
     }
     batch_.tokens = int64_t(next_ids_.size());
@@ -233,7 +256,8 @@ class Step {
     return batch_.tokens > 0;
   }
 
-  // The tokens whose logits are read: all experts, the amateurs whose whole logits are needed, then the others.
+  // The tokens whose logits are read: those of all first rows, of the rows behind them whose whole logits are needed, then
+  // of the others.
   void gather(int64_t step) {
     read_.clear();
     const auto add = [&](int64_t row) {
@@ -243,12 +267,12 @@ class Step {
     for (size_t r = 0; r < requests_.size(); ++r) {
       Request& q = requests_[r];
       if (!q.active) continue;
-      q.expert = add(q.select.expert);
+      q.at[0] = add(q.select.rows[0]);
       q.select.uniform = uniforms_.data<float>()[int64_t(r) * capacity_ + step];
     }
     for (const bool whole : {true, false}) {
       for (Request& q : requests_)
-        if (q.active && q.select.amateur >= 0 && q.whole == whole) q.amateur = add(q.select.amateur);
+        for (int k = 1; q.active && q.whole == whole && k < q.select.count; ++k) q.at[k] = add(q.select.rows[k]);
       if (whole) full_ = int64_t(read_.size());
     }
   }
@@ -266,75 +290,34 @@ class Step {
     }
     embed_rows(table_, ids_, tokens, x_.data());  // (tokens, hidden)
     std::fill(sum_.data(), sum_.data() + tokens * hidden, 0.0f);
-    row_slots_.set(tokens, 1, token_slots_.data());
+    row_slots_.set(tokens, 1, token_slots_.data(), token_strengths_.data());
     stack_->run(row_slots_, attention_, x_.data(), sum_.data(), x_.data(), sum_.data());
     if (rows == 0) return;
-    read_slots_.resize(size_t(rows));
+    read_slots_.resize(size_t(rows)), read_strengths_.resize(size_t(rows));
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t t = read_[size_t(i)];
       std::memcpy(read_x_.data() + i * hidden, x_.data() + t * hidden, size_t(hidden) * sizeof(float));
       std::memcpy(read_sum_.data() + i * hidden, sum_.data() + t * hidden, size_t(hidden) * sizeof(float));
-      read_slots_[size_t(i)] = token_slots_[size_t(t)];
+      read_slots_[size_t(i)] = token_slots_[size_t(t)], read_strengths_[size_t(i)] = token_strengths_[size_t(t)];
     }
     add_norm_rows(read_x_.data(), read_sum_.data(), norm_.weight, norm_.eps, rows, hidden, read_sum_.data(), h_.data(),
                   nullptr);
     head_[0].y = logits_.data();  // (full rows, vocab)
-    row_slots_.set(full_, 1, read_slots_.data());
+    row_slots_.set(full_, 1, read_slots_.data(), read_strengths_.data());
     run_linears(head_, h_.data(), hidden, row_slots_);
   }
 
-  // The amateur's logits of the expert's survivors, in whole blocks of outputs.
-  void amateur_logits(Request& q) {
-    const Weight& w = head_[0].base.matrix();
-    float* to = logits_.data() + q.amateur * w.out;
-    const float *e = logits_.data() + q.expert * w.out, *h = h_.data() + q.amateur * w.in;
-    const float cut = std::log(q.select.alpha) + highest_of(e, w.out);
-    std::vector<int64_t> blocks;
-    for (int64_t o = 0; o < w.out; ++o) {
-      if (!(e[o] >= cut)) continue;
-      blocks.push_back(o / kOuts * kOuts);
-      o = blocks.back() + kOuts - 1;
-    }
-    if (int64_t(blocks.size()) * kOuts * kFewBlocks > w.out) blocks.assign(1, -1);
-    const float* bias = head_[0].base.bias;
-    RowSlots alone;
-    alone.set(1, 1, nullptr);
-    for (const int64_t o : blocks) {
-      Product part;
-      part.weight = o < 0 ? w : rows_of(w, o, std::min(w.out, o + kOuts));
-      part.bias = bias ? bias + std::max<int64_t>(o, 0) : nullptr;
-      part.y = to + std::max<int64_t>(o, 0);
-      run_group({&part}, h, w.in, h, w.in, alone);
-    }
-  }
-
-  static Weight rows_of(Weight w, int64_t begin, int64_t end) {
-    w.data = static_cast<const char*>(w.data) + w.bytes() / w.out * begin;
-    if (w.scale) w.scale += begin * w.groups;
-    w.out = end - begin;
-    return w;
-  }
-
-  void choose_all() {
+  void choose_all(int32_t* tops, float* details) {
     const int64_t vocab = head_[0].out();
     choices_.assign(requests_.size(), Choice());
     const auto work = [&](int64_t r) {
       Request& q = requests_[size_t(r)];
-      Choice& choice = choices_[size_t(r)];
       if (!q.active) return;
       try {
-        SelectOptions o = q.select;
-        o.expert = q.expert;
-        if (o.amateur >= 0) {
-          o.amateur = q.amateur;
-          if (!q.whole) amateur_logits(q);
-          StrengthOptions& s = q.strength;
-          s.expert = q.expert, s.amateur = q.amateur, s.previous = q.previous;
-          if (s.mode && s.beta > 0.0f) o.beta = s.beta * strength_share(logits_.data(), vocab, s);
-        }
-        choice = choose(logits_.data(), vocab, o);
+        choices_[size_t(r)] = choose_one(q, head_[0].base, h_.data(), logits_.data(), tops + r * kMostTop,
+                                         details + r * kDetails);
       } catch (const std::bad_alloc&) {  // must not leave the parallel region
-        choice.error = "no memory";
+        choices_[size_t(r)].error = "no memory";
       }
     };
     parallel_rows(int64_t(requests_.size()), vocab, work);
@@ -349,13 +332,14 @@ class Step {
       const Choice choice = failed ? Choice() : choices_[r];
       choice.write(ints + r * 3, floats + r * 4);
       q.token = q.previous = int32_t(choice.token);
+      q.adjustment.take(q.token);
       ++q.taken;
       const int32_t* ends = eos_.data<int32_t>();
       q.active = !failed && q.taken < q.budget && std::find(ends, ends + eos_.size(), q.token) == ends + eos_.size();
     }
   }
 
-  const Tensor tokens_, rows_, positions_, slots_, tables_, copies_, uniforms_, eos_;
+  const Tensor tokens_, rows_, positions_, slots_, strengths_, tables_, copies_, uniforms_, eos_;
   int64_t capacity_ = 0, used_ = 0, copied_ = 0, steps_ = 0, full_ = 0, reserved_ = 0, reserved_rows_ = 0;
   int64_t most_positions_ = 0;
   FlatBatch batch_{};
@@ -369,6 +353,7 @@ class Step {
   std::vector<Segment> segments_;
   std::vector<int64_t> last_token_, position_, read_;  // of each row: its token in the batch and its last position
   std::vector<int32_t> next_ids_, next_rows_, next_positions_, token_slots_, read_slots_;
+  std::vector<float> token_strengths_, read_strengths_;
   const int32_t* ids_ = nullptr;
   PagedAttention attention_;
   RowSlots row_slots_;

@@ -144,18 +144,25 @@ class Table:
 
 
 def options(whole, real):
-    """The two tensors of options (``colora_ms/kernels/options.py``) of requests, from a dict of numbers or arrays each.
+    """The tensors of options that the selection takes (``colora_ms/kernels/options.py``), from two dicts of numbers or
+    arrays.
 
-    The first one of ``whole`` has an entry a request. Options that are not given have their defaults; values out of
-    range stay what they are, where ``OptionRows`` would refuse them.
+    The first one of ``whole`` has an entry a request; ``expert_rows`` and ``amateur_rows`` there are the first two
+    columns of ``mix_rows``, ``mix_rows`` and ``mix_weights`` whole tensors. Options that are not given have their
+    defaults; values out of range stay what they are, where ``OptionRows`` would refuse them.
     """
     from colora_ms.kernels.options import COLUMN, OptionRows
 
     rows = OptionRows(np.size(next(iter(whole.values()))))
     for values, array in ((whole, rows.whole), (real, rows.real)):
         for name, value in values.items():
-            array[:, COLUMN[name]] = value
-    return [rows.whole, rows.real]
+            if name in ("expert_rows", "amateur_rows"):
+                rows.mix_rows[:, int(name == "amateur_rows")] = value
+            elif name in ("mix_rows", "mix_weights"):
+                getattr(rows, name)[...] = value
+            else:
+                array[:, COLUMN[name]] = value
+    return [rows.whole, rows.real, rows.mix_rows, rows.mix_weights]
 
 
 def linear(weight, weight_scale=None, bias=None, down=None, up=None, scale=None):

@@ -1,5 +1,7 @@
 """step: the C operator against a loop over the operators of its parts, to the last bit, and its refusals."""
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,17 +21,19 @@ class Case(Model):
     is not complete."""
 
     def __init__(self, seed, requests=3, capacity=4, mode=None, temperature=0.0, alpha=0.2, eos=(), steps=None,
-                 most_new=5, **sizes):
-        super().__init__(seed, blocks=8 * requests + 8, positions=80, **sizes)
+                 most_new=5, voices=2, adjusted=False, **sizes):
+        super().__init__(seed, blocks=4 * voices * requests + 8, positions=80, **sizes)
         random = self.random
         self.requests, self.capacity, self.steps = requests, capacity, capacity if steps is None else steps
-        rows = self.rows = 2 * requests + 1
+        rows = self.rows = voices * requests + 1
         order = random.permutation(rows)
         self.expert = order[:requests].astype(np.int32)
         self.amateur = np.where(random.random(requests) < 0.7, order[requests:2 * requests], -1).astype(np.int32)
+        self.mix = self.voiced(voices, order) if voices > 2 else {}
+        self.adjusted = self.adjustment() if adjusted else None
         self.past = random.choice([0, 0, 3, 16, 30], rows)
         self.new = random.integers(1, most_new + 1, rows)
-        used = {*self.expert, *self.amateur[self.amateur >= 0]}
+        used = {row for rows_ in self.every_row() for row in rows_ if row >= 0}
         self.starting = int(order[-1])  # nobody's: its prompt goes on later
         for row in range(rows):
             if row not in used and row != self.starting:
@@ -64,20 +68,67 @@ class Case(Model):
                 np.concatenate([np.full(self.new[r], r) for r in rows]).astype(np.int32),
                 np.concatenate([np.arange(self.past[r], self.past[r] + self.new[r]) for r in rows]).astype(np.int32))
 
-    def options(self, expert=None, beta=None, amateur=None):
-        """The two tensors of options, with these columns in the place of the case's own."""
-        whole = dict(expert_rows=self.expert if expert is None else expert,
-                     amateur_rows=self.amateur if amateur is None else amateur, top_k=self.top_k, budget=self.budget,
-                     mode=self.mode)
-        return options(whole, dict(alpha=self.alpha, beta=self.beta if beta is None else beta,
-                                   temperature=self.temperature, top_p=self.top_p))
+    def voiced(self, voices, order):
+        """Options of mixes: every request gets all its rows, further ones behind those that a contrast has."""
+        random, n = self.random, self.requests
+        self.amateur = order[n:2 * n].astype(np.int32)
+        mix_rows = np.full((n, 8), -1, np.int32)
+        mix_rows[:, :voices] = order[:voices * n].reshape(voices, n).T
+        mixing = random.choice([1, 2], n).astype(np.int32)
+        weights = np.where(mixing[:, None] == 2, random.random((n, 8)), random.normal(size=(n, 8))).astype(np.float32)
+        weights[random.random((n, 8)) < 0.2] = 0
+        weights[:, 0] = 0.5
+        return dict(mix_rows=mix_rows, mix_weights=weights, mixing=mixing, cut=random.choice([0, 1, 2], n),
+                    logprobs=random.choice([-1, 0, 3, 20], n), voices=random.choice([0, 1], n))
+
+    def adjustment(self):
+        """What is told of each request: penalties, {token: [times, flags, bias]}, min_tokens, a mask."""
+        random, n, vocab = self.random, self.requests, self.vocab
+        tokens = [sorted(random.choice(vocab, random.integers(0, min(vocab, 6) + 1), replace=False)) for _ in range(n)]
+        allowed = random.random((n, vocab)) < 0.8
+        allowed[:, random.integers(vocab)] = True
+        return dict(
+            entries=[{int(t): [int(random.integers(0, 3)), int(random.integers(0, 4 if vocab > 6 else 2)),
+                               np.float32(random.normal())] for t in one} for one in tokens],
+            real=dict(presence_penalty=random.choice([0.0, 0.7], n), frequency_penalty=random.choice([0.0, -0.3], n),
+                      repetition_penalty=random.choice([1.0, 1.3], n)),
+            min_tokens=random.integers(0, 4, n), masked=random.integers(0, 2, n), allowed=allowed)
+
+    def adjusting(self, entries):
+        """(entries, biases, masks) of each request."""
+        bits = np.zeros((self.requests, -(-self.vocab // 32) * 32), np.uint8)
+        bits[:, :self.vocab] = self.adjusted["allowed"]
+        rows = [np.array([(token, count, flags) for token, (count, flags, _) in sorted(one.items())],
+                         np.int32).reshape(-1, 3) for one in entries]
+        biases = [np.array([bias for _, (_, _, bias) in sorted(one.items())], np.float32) for one in entries]
+        return rows, biases, np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+
+    def every_row(self):
+        """(requests,) rows, the first ones of the requests, the second ones, ...; -1 where one has no further row."""
+        return self.mix["mix_rows"].T if self.mix else (self.expert, self.amateur)
+
+    def options(self, expert=None, beta=None, amateur=None, min_tokens=None):
+        """The options that the selection takes, with these columns in the place of the case's own."""
+        whole = {**dict(top_k=self.top_k, budget=self.budget, mode=self.mode), **self.mix,
+                 **dict(expert_rows=self.expert if expert is None else expert,
+                        amateur_rows=self.amateur if amateur is None else amateur)}
+        real = dict(alpha=self.alpha, beta=self.beta if beta is None else beta, temperature=self.temperature,
+                    top_p=self.top_p)
+        if self.adjusted is not None:
+            real |= self.adjusted["real"]
+            whole["min_tokens"] = self.adjusted["min_tokens"] if min_tokens is None else min_tokens
+            whole["masked"] = self.adjusted["masked"]
+        return options(whole, real)
 
     def inputs(self):
         tokens, rows, positions = self.batch()
         counts = np.int32([len(tokens), len(self.copies), self.steps])
         fill = np.full(self.extra_tokens, 10**6, np.int32)
-        assert EXTRAS == ("prompt",)
-        self.extras = Table(self.prompts) if any(len(p) for p in self.prompts) else None
+        assert EXTRAS == ("prompt", "entries", "bias", "mask")
+        nothing = np.zeros((self.requests, 0), np.int32)
+        more = [nothing] * 3 if self.adjusted is None else self.adjusting(self.adjusted["entries"])
+        extras = [one for of_request in zip(self.prompts, *more) for one in of_request]
+        self.extras = Table(extras) if any(one.size for one in extras) else None
         handle = np.zeros(2, np.int64) if self.extras is None else self.extras.handle
         return [self.table.handle, *(np.concatenate([x, fill]) for x in (tokens, rows, positions)), counts, self.slots,
                 self.tables, np.concatenate([self.copies, np.full((2, 2), -7, np.int32)]), self.previous,
@@ -85,7 +136,8 @@ class Case(Model):
 
     def outputs(self):
         r, c = self.requests, self.capacity
-        return [((c, r, 3), "int32"), ((c, r, 4), "float32"), ((r,), "int32")]
+        return [((c, r, 3), "int32"), ((c, r, 4), "float32"), ((r,), "int32"), ((c, r, 20), "int32"),
+                ((c, r, 29), "float32")]
 
     def run(self):
         return call("step", self.inputs(), self.outputs())
@@ -96,6 +148,8 @@ class Case(Model):
         active, taken = (self.budget > 0) & (self.expert >= 0), np.zeros(q, np.int32)
         previous, position = self.previous.copy(), (self.past + self.new - 1).astype(np.int32)
         ints, floats = np.zeros((self.capacity, q, 3), np.int32), np.zeros((self.capacity, q, 4), np.float32)
+        tops, details = np.full((self.capacity, q, 20), -1, np.int32), np.zeros((self.capacity, q, 29), np.float32)
+        entries = copy.deepcopy(self.adjusted["entries"]) if self.adjusted else None
         width = max((len(p) for p in self.prompts), default=0)
         prompt = np.zeros((q, max(width, 1)), np.int32)
         for i, one in enumerate(self.prompts):
@@ -105,7 +159,8 @@ class Case(Model):
             if step == 0:
                 tokens, rows, positions = self.batch()
             else:
-                users = [(r, i) for i in range(q) if active[i] for r in (self.expert[i], self.amateur[i]) if r >= 0]
+                users = [(r, i) for i in range(q) if active[i] for r in (one[i] for one in self.every_row())
+                         if r >= 0]
                 if not users:
                     break
                 rows = np.array([r for r, _ in users], np.int32)
@@ -119,16 +174,27 @@ class Case(Model):
                 states[r] = h[i]
             logits = self.logits(states, self.slots)
             expert = np.where(active, self.expert, -1).astype(np.int32)
+            if self.adjusted is not None:
+                rows_, biases, masks = self.adjusting(entries)
+                now = np.maximum(self.adjusted["min_tokens"] - taken, 0)
+                logits = call("adjust_logits", [
+                    logits, *self.options(expert, None, None, now), np.concatenate(rows_), np.concatenate(biases),
+                    np.cumsum([0, *map(len, rows_)]).astype(np.int32), masks], [(logits.shape, "float32")])[0]
             beta = call("contrast_strength", [logits, *self.options(expert), previous, prompt, lengths],
                         [((q,), "float32")])[0]
             ints[step], floats[step] = call(
                 "contrastive_select", [logits, *self.options(expert, beta),
                                        np.ascontiguousarray(self.uniforms[:, step])],
                 [((q, 3), "int32"), ((q, 4), "float32")])
+            tops[step], details[step] = call(
+                "token_details", [logits, *self.options(expert, beta), np.ascontiguousarray(ints[step, :, 0])],
+                [((q, 20), "int32"), ((q, 29), "float32")])
+            for r in np.flatnonzero(active) if self.adjusted else ():
+                entries[r].setdefault(int(ints[step, r, 0]), [0, 0, np.float32(0)])[0] += 1
             previous = np.where(active, ints[step, :, 0], previous).astype(np.int32)
             taken += active
             active = active & ~np.isin(previous, self.eos) & (taken < self.budget)
-        return ints, floats, taken
+        return ints, floats, taken, tops, details
 
 
 def check(case):
@@ -137,7 +203,7 @@ def check(case):
     written = [copied(cache) for cache in case.caches()]
     case.restore(before)
     want = case.compose()
-    for name, a, b in zip(("ints", "floats", "taken"), found, want):
+    for name, a, b in zip(("ints", "floats", "taken", "tops", "details"), found, want):
         assert np.array_equal(bits(a), bits(b)), name
     for a, b in zip(written, case.caches()):
         assert np.array_equal(numbers(a).view(np.uint8), numbers(b).view(np.uint8))
@@ -155,6 +221,24 @@ def test_equals_the_loop_over_the_operators_of_its_parts(seed, vocab, half, **si
     check(Case(seed, vocab=vocab, dim=2 * half, eos=(0, vocab // 2), **sizes))
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**16), requests=st.integers(1, 3), capacity=st.integers(1, 4), vocab=st.integers(1, 70),
+       temperature=st.sampled_from([0.0, 0.9]), adapted_head=st.booleans(), alpha=st.sampled_from([1e-6, 0.2, 1.0]),
+       weights=st.sampled_from(["float32", "int8"]), rank=st.sampled_from([0, 3]), voices=st.integers(3, 8),
+       adjusted=st.booleans())
+def test_mixes_of_several_rows_equal_the_parts(seed, vocab, **sizes):
+    """Rows of one request have pasts of different lengths."""
+    check(Case(seed, vocab=vocab, eos=(0, vocab // 2), **sizes))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**16), requests=st.integers(1, 3), vocab=st.sampled_from([1, 5, 33, 70]),
+       mode=st.sampled_from([None, (FIXED, ENTROPY), (DIVERGENCE, MARGIN + SKIP)]),
+       temperature=st.sampled_from([0.0, 0.9]), alpha=st.sampled_from([1e-6, 0.2]), rank=st.sampled_from([0, 3]))
+def test_penalties_count_the_tokens_of_the_call(seed, vocab, **sizes):
+    check(Case(seed, capacity=5, vocab=vocab, adjusted=True, **sizes))
+
+
 @pytest.mark.parametrize("weights", ["float32", "int4"])
 @pytest.mark.parametrize("requests", [1, 5])
 def test_usual_sizes_on_one_and_two_threads(weights, requests):
@@ -170,6 +254,11 @@ def test_usual_sizes_on_one_and_two_threads(weights, requests):
         if not case.new[case.amateur[0]]:
             case.amateur[0] = -1
         check(case)
+        several = Case(3, requests=requests, vocab=6001, adapted_head=False, kv_heads=2, group=2, dim=16, hidden=64,
+                       inner=96, rank=4, weights=weights, capacity=3, voices=4, adjusted=True)
+        several.budget[:] = 3
+        several.mix["cut"], several.mix["mixing"], several.mix["voices"] = 1, 1, 0  # the survivors alone
+        check(several)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -191,7 +280,7 @@ def test_tokens_do_not_depend_on_how_calls_are_cut(seed, cut, cache):
     case = Case(seed, most_new=25, steps=4, cache=cache, temperature=1.0)
     case.budget[:] = 4
     before = [copied(one) for one in case.caches()]
-    ints, floats, taken = case.run()
+    ints, floats, taken, *_ = case.run()
     written = [copied(one) for one in case.caches()]
     case.restore(before)
     new, budget, steps = case.new.copy(), case.budget.copy(), case.steps
@@ -209,7 +298,7 @@ def test_tokens_do_not_depend_on_how_calls_are_cut(seed, cut, cache):
     got = []
     for i in range(steps):
         case.uniforms = np.roll(uniforms, -i, 1)
-        one_ints, one_floats, one_taken = case.run()
+        one_ints, one_floats, one_taken, *_ = case.run()
         got.append((one_ints[0], one_floats[0], one_taken))
         case.past = case.past + case.new
         case.new = np.zeros_like(new)
@@ -253,7 +342,7 @@ def test_copies_come_first():
 
 def test_nothing_to_do():
     case = Case(1, steps=0)
-    assert not any(x.any() for x in case.run())
+    assert not any(x.any() for x in case.run()[:3])
     case = Case(1, requests=0)
     assert case.run()[2].shape == (0,)
     case = Case(1)
@@ -281,7 +370,7 @@ def set_column(name, place, value):
     (set_batch("rows", -1), "'rows' is -1 at token 0"), (set_batch("positions", -1), "'positions' is -1 at token 0"),
     (set_column("slots", 0, 3), "'slots' holds slot 3 at index 0"),
     (set_column("expert", 1, 0), "row 0 is used by request 0 and by request 1"),
-    (set_column("expert", 0, 7), "'expert_rows' is 7 in request 0"),
+    (set_column("expert", 0, 7), "'mix_rows' is 7 at place 0 of request 0"),
     (set_column("tables", (0, 0), -1), "'tables' has -1 as entry 0 of row 0"),
     (set_column("tables", (0, 0), 99), "'tables' has 99"),
     (lambda case: setattr(case, "steps", 5), "'counts' has 5 iterations, expected 0 to 4"),
@@ -357,7 +446,7 @@ def test_logits_that_are_not_finite_end_that_request_alone():
     case.embed[0][7] = np.nan
     case.ids = [np.int32([7 if r == 1 else 3]) for r in range(case.rows)]
     case.tables = tables_for([5] * case.rows, case.blocks, case.random)
-    ints, floats, taken = case.run()
+    ints, floats, taken, *_ = case.run()
     assert list(taken) == [4, 1, 4]
     assert not ints[:, 1].any() and not floats[:, 1].any() and ints[0, 0, 2] == case.vocab
 
@@ -365,7 +454,7 @@ def test_logits_that_are_not_finite_end_that_request_alone():
 def test_shapes_are_checked_when_the_graph_is_compiled():
     case = Case(7, mode=FIXED, rank=0)
     good = [list(first_shape(value)) for value in case.inputs()]
-    assert _shapes(*good) == ([4, 3, 3], [4, 3, 4], [3])
+    assert _shapes(*good) == ([4, 3, 3], [4, 3, 4], [3], [4, 3, 20], [4, 3, 29])
     for name, shape in [("table", [1]), ("positions", [2]), ("counts", [2]), ("tables", [3, 4]), ("copies", [2]),
                         ("previous", [2]), ("uniforms", [2, 4]), ("eos", []), ("extras", [3])]:
         with pytest.raises(KernelError, match=f"{name} "):

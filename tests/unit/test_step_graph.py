@@ -7,7 +7,7 @@ from colora_ms.adapters import LoraConfig, inject
 from colora_ms.decoding.step import FlatBatch, StepGraph, bucket
 from colora_ms.errors import DecodingError
 from colora_ms.kernels import backend
-from colora_ms.kernels.options import OptionRows
+from colora_ms.kernels.options import SELECTION, OptionRows
 from colora_ms.kernels.paged import BLOCK
 from colora_ms.models.paged_cache import PagedCache
 
@@ -28,14 +28,13 @@ class Driver:
 
     def options(self, left, expert=(0, 2, 3)):
         rows = OptionRows(3)
-        rows.put(slice(None), "expert_rows", expert)
-        rows.put(slice(None), "amateur_rows", [1, -1, -1])
+        rows.mix_rows[:, 0], rows.mix_rows[0, 1] = expert, 1
         rows.put(slice(None), "budget", left)
         rows.put(0, "alpha", 0.05)
         rows.put(0, "beta", 0.5)
         rows.put(0, "mode", 8)
         rows.put(1, "temperature", 1.0)
-        return rows.whole, rows.real
+        return [getattr(rows, name) for name in SELECTION]
 
     def run(self, tokens, steps, most=12):
         """``tokens`` of every request, an iteration or ``steps`` a call -> lists of tokens."""
@@ -58,10 +57,10 @@ class Driver:
             done = len(found[0])
             count = steps if all(one >= 0 for one in expert) else 1
             previous = np.array([one[-1] if one else -1 for one in found], np.int32)
-            whole, real = self.options([tokens - len(one) for one in found], expert)
+            settings = self.options([tokens - len(one) for one in found], expert)
             drawn = np.stack([uniforms[i, len(one):len(one) + self.graph.capacity] for i, one in enumerate(found)])
             result = self.graph.run(FlatBatch(
-                *(np.concatenate(one) for one in (ids, rows, positions)), self.slots, self.tables, NONE, whole, real,
+                *(np.concatenate(one) for one in (ids, rows, positions)), self.slots, self.tables, NONE, *settings,
                 previous, drawn, np.array([-1], np.int32), count, self.prompts))
             for request, one in enumerate(found):
                 taken = int(result.counts[request])
@@ -109,14 +108,13 @@ def test_copies_of_blocks(decoder, monkeypatch):
         if not fused:
             monkeypatch.setattr(type(decoder), "fused_step", property(lambda self: False))
         driver = Driver(decoder)
-        whole, real = driver.options([1, 0, 0], (-1, -1, -1))
+        settings = driver.options([1, 0, 0], (-1, -1, -1))
         ids = driver.prompts[2][:9]
 
-        def batch(row, tokens, first, copies, driver=driver, whole=whole, real=real):
-            expert = whole.copy()
+        def batch(row, tokens, first, copies, driver=driver, settings=settings):
             return driver.graph.run(FlatBatch(
                 tokens, np.full(len(tokens), row, np.int32), np.arange(first, first + len(tokens), dtype=np.int32),
-                driver.slots, driver.tables, copies, expert, real, np.full(3, -1, np.int32),
+                driver.slots, driver.tables, copies, *settings, np.full(3, -1, np.int32),
                 np.zeros((3, driver.graph.capacity), np.float32), np.array([-1], np.int32)))
 
         batch(3, ids, 0, NONE)
@@ -145,9 +143,9 @@ def test_weights_that_move_are_followed(decoder, mindspore):
 
 def test_batches_that_are_too_large_are_told(decoder):
     driver = Driver(decoder)
-    whole, real = driver.options([1, 1, 1])
+    settings = driver.options([1, 1, 1])
     many = np.zeros(33, np.int32)
     with pytest.raises(DecodingError, match="33 tokens is larger than its graph, which has 32"):
-        driver.graph.run(FlatBatch(many, many, np.arange(33, dtype=np.int32), driver.slots, driver.tables, NONE, whole,
-                                   real, many[:3], np.zeros((3, 4), np.float32), many[:1]))
+        driver.graph.run(FlatBatch(many, many, np.arange(33, dtype=np.int32), driver.slots, driver.tables, NONE,
+                                   *settings, many[:3], np.zeros((3, 4), np.float32), many[:1]))
     assert [bucket(n) for n in (0, 1, 4, 5, 65)] == [4, 4, 4, 8, 128] and bucket(1, 1) == 1

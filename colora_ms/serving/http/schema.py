@@ -20,7 +20,8 @@ from colora_ms.serving.http.settings import Settings
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 #: Options whose fields have another form here, or that the server decides.
-_OTHERWISE = ("contrast", "sampling", "max_new_tokens", "seed", "timeout")
+_OTHERWISE = ("contrast", "sampling", "max_new_tokens", "seed", "timeout", "mix", "adapter_scale", "presence_penalty",
+              "frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "logprobs", "grammar")
 _PLAIN = {name: one for name, one in Options.known().items() if name not in _OTHERWISE}
 
 #: OpenAI's fields that are not implemented, with the values that ask for nothing.
