@@ -187,7 +187,7 @@ class Tokenizer:
         Raises:
             TokenizerError: there is no template, or it refuses the messages.
         """
-        template = self._template(variables.get("tools"))
+        template = self.template_for(variables.get("tools"))
         variables = {**self.special_tokens, **variables}
         if return_spans:
             if continue_final_message:
@@ -207,9 +207,14 @@ class Tokenizer:
         Args:
             tools: as for ``apply_chat_template``: there may be another template for them.
         """
-        return chat_template.marks_generation(self._template(tools))
+        return chat_template.marks_generation(self.template_for(tools))
 
-    def _template(self, tools):
+    def template_for(self, tools: Optional[Sequence] = None) -> str:
+        """The source of the chat template for a conversation with these tools, see ``apply_chat_template``.
+
+        Raises:
+            TokenizerError: there is none.
+        """
         if not self.chat_templates:
             raise TokenizerError("this model has no chat template; write the prompt yourself and "
                                  "use encode()")
