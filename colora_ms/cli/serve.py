@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--default-tokens", type=int, default=128, help="tokens of a request that does not say")
     parser.add_argument("--max-body-bytes", type=int, default=1 << 20, help="larger requests are refused with 413")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a request is ended")
+    parser.add_argument("--cors", action="append", default=[], metavar="ORIGIN",
+                        help="let pages of this origin call the server from a browser; may be given more than once; "
+                             "*: any")
+    parser.add_argument("--tool-calls", default="auto", choices=("auto", "hermes", "llama3", "mistral"),
+                        help="form in which the model writes calls of tools; auto: the one of its chat template")
+    parser.add_argument("--allow-adapters-from", action="append", default=[], metavar="FOLDER",
+                        help="further folder from which /v1/load_lora_adapter may load; may be given more than once")
     parser.add_argument("--no-warm-up", action="store_true", help="compile each graph when a request first needs it")
     parser.add_argument("--log-level", default="warning", choices=("error", "warning", "info", "debug"),
                         help="info logs every request")
@@ -41,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     from colora_ms.serving.http import Server, Settings, create_app
 
     settings = dict(token=_token(arguments), max_body_bytes=arguments.max_body_bytes, max_tokens=arguments.max_tokens,
-                    default_tokens=arguments.default_tokens, timeout=arguments.timeout)
+                    default_tokens=arguments.default_tokens, timeout=arguments.timeout, cors=tuple(arguments.cors),
+                    tool_calls=arguments.tool_calls, adapter_roots=tuple(arguments.allow_adapters_from))
     Settings(**settings)  # its errors come before the model is loaded
     engine, name = options.engine(arguments, arguments.rows, chunk=arguments.chunk, queue=arguments.queue)
     with engine:

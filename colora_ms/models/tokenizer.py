@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Optional, Union
 
 import numpy as np
@@ -161,9 +161,10 @@ class Tokenizer:
         """
         return detokenizer.decode(self, ids, before, skip_special_tokens)
 
-    def stream(self, skip_special_tokens: bool = True, before: Iterable[int] = ()) -> StreamDecoder:
+    def stream(self, skip_special_tokens: bool = True, before: Iterable[int] = (),
+               shown: Collection[str] = ()) -> StreamDecoder:
         """A fresh ``StreamDecoder`` of this tokenizer."""
-        return StreamDecoder(self, skip_special_tokens, before)
+        return StreamDecoder(self, skip_special_tokens, before, shown)
 
     def apply_chat_template(self, messages: Sequence[Mapping], add_generation_prompt: bool = True,
                             return_spans: bool = False, continue_final_message: bool = False,

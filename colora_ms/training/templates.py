@@ -202,7 +202,8 @@ class ChatTemplate:
         messages = [dict(item) for item in messages]
         if self._system is not None and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": self._system})
-        return as_system(messages, lambda given: self._tokenizer.apply_chat_template(given, add_generation_prompt=False))
+        return as_system(messages, lambda given: self._tokenizer.apply_chat_template(given,
+                                                                                     add_generation_prompt=False))
 
     def render(self, messages: Sequence[dict], tools: Sequence[dict] = (), generation: bool = False,
                spans: bool = False) -> Any:

@@ -122,8 +122,8 @@ def test_client_lists_models_and_gets_clear_errors(client):
     assert client.models.retrieve("a3").parent == "tiny"
     with pytest.raises(openai.NotFoundError, match="a1"):
         client.completions.create(model="a11", prompt="5")
-    with pytest.raises(openai.BadRequestError, match="one answer a request"):
-        client.completions.create(model="tiny", prompt="5", n=2)
+    with pytest.raises(openai.BadRequestError, match="best_of=3: the best of several answers"):
+        client.completions.create(model="tiny", prompt="5", n=2, best_of=3)
 
 
 # -- what a request may say -------------------------------------------------------------------------------------------
@@ -155,8 +155,10 @@ def test_values_that_ask_for_nothing_are_taken(ask):
 
 
 BAD = [
-    (dict(n=2), "n", "n=1"),
-    (dict(n=True), "n", "n=1"),
+    (dict(n=0), "n", "n=0"),
+    (dict(n=True), "n", "integer"),
+    (dict(n=129), "n", "128 a request"),
+    (dict(n=2, best_of=1), "best_of", "less than n=2"),
     (dict(logprobs=0), "logprobs", "records"),
     (dict(suffix="x"), "suffix", "does not implement"),
     (dict(frequency_penalty=0.5), "frequency_penalty", "leave it out"),
@@ -166,7 +168,8 @@ BAD = [
     (dict(contrast={}, model="tiny"), None, "needs adapter"),
     (dict(contrast={"adapt": "entropi"}), None, "'entropy'"),
     (dict(max_tokens=81), "max_tokens", "allows, 80"),
-    (dict(max_tokens=0), None, "max_new_tokens=0"),
+    (dict(max_tokens=0), "max_tokens", "max_tokens=0"),
+    (dict(max_tokens=-2), "max_tokens", "max_tokens=-2"),
     (dict(max_tokens="9"), "max_tokens", "integer"),
     (dict(temperature=-1.0), None, "temperature=-1.0"),
     (dict(temperature=float("nan")), None, "not a finite number"),
