@@ -19,7 +19,7 @@ def writes_developer(render: Render) -> bool:
     try:
         return "be#brief" in text_of(render([{"role": "developer", "content": "be#brief"},
                                              {"role": "user", "content": "?"}]))
-    except TokenizerError:
+    except Exception:  # of a foreign tokenizer it may be any
         return False
 
 

@@ -251,9 +251,9 @@ class ResponseAnswers(Answers):
         assert self._open is not None
         return {"item_id": self._open["id"], "output_index": self._place, "content_index": 0}
 
-    def _event(self, name: str, **content: Any) -> bytes:
+    def _event(self, kind: str, /, **content: Any) -> bytes:
         number, self._number = self._number, self._number + 1
-        return event({"type": name, "sequence_number": number, **content}, name)
+        return event({"type": kind, "sequence_number": number, **content}, kind)
 
 
 def _output_text(text: str) -> Dict[str, Any]:
