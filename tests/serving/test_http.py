@@ -12,50 +12,9 @@ import pytest
 from colora_ms.decoding import Contrast, Sampling
 from colora_ms.errors import ConfigError
 from colora_ms.serving.http import Server, Settings, create_app
-from tests.serving.conftest import write_adapter
+from tests.serving.conftest import call, write_adapter
 
 PROMPT = [5, 17, 33, 8]
-
-
-class ChatWords:
-    """The stand-in tokenizer with a chat template: role numbers before the contents."""
-
-    chat_template = "words"
-
-    def __init__(self, words):
-        self.eos_token_id, self.encode, self.decode = words.eos_token_id, words.encode, words.decode
-
-    def apply_chat_template(self, messages, add_generation_prompt=True):
-        roles = {"system": 90, "user": 91, "assistant": 92}
-        return " ".join(f"{roles[m['role']]} {m['content']}" for m in messages) + " 92" * add_generation_prompt
-
-
-@pytest.fixture(scope="module")
-def served(engine, word_tokenizer):
-    """(engine, server) without a token."""
-    former, engine.tokenizer = engine.tokenizer, ChatWords(word_tokenizer)
-    with Server(create_app(engine, Settings(base_model="tiny", max_tokens=80, max_body_bytes=20_000))) as server:
-        yield engine, server
-    engine.tokenizer = former
-
-
-@pytest.fixture
-def ask(served):
-    return lambda *arguments, **more: call(served[1].url, *arguments, **more)
-
-
-def call(url, method, path, body=None, headers=None, raw=None):
-    """(status, headers, JSON or text) of one request."""
-    data = raw if raw is not None else None if body is None else json.dumps(body)
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=60)
-    try:
-        connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
-        response = connection.getresponse()
-        text = response.read().decode()
-    finally:
-        connection.close()
-    is_json = response.headers.get("content-type", "").startswith("application/json")
-    return response.status, response.headers, json.loads(text) if is_json else text
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ import pytest
 from colora_ms.decoding import Sampling
 from colora_ms.errors import ConfigError
 from colora_ms.serving.http import Server, Settings, create_app
-from tests.serving.conftest import write_adapter
-from tests.serving.test_http import ask, call, client, served  # noqa: F401  (fixtures)
+from tests.serving.conftest import call, write_adapter
 
 USER = {"role": "user", "content": "5 6"}
 

@@ -6,8 +6,8 @@ import pytest
 
 from colora_ms.serving import Engine
 from colora_ms.serving.http import Server, Settings, create_app
+from tests.serving.conftest import call
 from tests.serving.test_answers import scripted
-from tests.serving.test_http import call
 from tests.serving.test_http_requests import events_of
 
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
@@ -21,8 +21,8 @@ TEMPLATE = ("{% if tools %}T{% for tool in tools %}{{ tool.function.name }}{% en
             "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>"
             "{% endfor %}{% if add_generation_prompt %}<|go|>{% endif %}")
 #: What the model writes behind <|go|>, a token each.
-PIECES = ["Let me", " see.", "\n", "<tool_call>", '{"name": "weather", ', '"arguments": {"city": "Ulm"}}', "</tool_call>",
-          "<|im_end|>"]
+PIECES = ["Let me", " see.", "\n", "<tool_call>", '{"name": "weather", ', '"arguments": {"city": "Ulm"}}',
+          "</tool_call>", "<|im_end|>"]
 
 
 def model_of(pieces, special=("<|im_start|>", "<|im_end|>", "<|go|>"), template=TEMPLATE, **settings):

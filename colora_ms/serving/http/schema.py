@@ -190,4 +190,4 @@ class ChatBody(AnswersBody, ConversationBody):
     parallel_tool_calls: Optional[bool] = None
     reasoning_effort: Optional[str] = None
 
-    lengths: ClassVar[Tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
+    lengths: ClassVar[Tuple[str, ...]] = ("max_completion_tokens", "max_tokens")  # type: ignore[misc]
