@@ -173,6 +173,16 @@ def test_templates_that_know_no_tools(served, template, words):
     assert status == 400 and answer["error"]["param"] == "messages[1]" and "tool_calls" in answer["error"]["message"]
 
 
+def test_the_tokenizer_as_clients_ask_for_it(served):
+    url = served(PIECES)
+    found = call(url, "GET", "/tokenizer_info")[2]
+    assert found["eos_token"] == "<|im_end|>" and found["bos_token"] is None and found["chat_template"] == TEMPLATE
+    asked = {"messages": HI}
+    ids = call(url, "POST", "/tokenize", asked)[2]["tokens"]
+    assert call(url, "POST", "/detokenize", {"tokens": ids})[2]["prompt"] == "<|im_start|>q<|im_end|><|go|>"
+    assert chat(url, tools=None)[2]["usage"]["prompt_tokens"] == len(ids)
+
+
 # -- responses --------------------------------------------------------------------------------------------------------
 
 

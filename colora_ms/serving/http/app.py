@@ -61,6 +61,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     for prefix in ("", "/v1"):
         app.post(f"{prefix}/tokenize", response_model=None)(front.tokenize)
         app.post(f"{prefix}/detokenize", response_model=None)(front.detokenize)
+        app.get(f"{prefix}/tokenizer_info")(front.tokenizer_info)
     for path in ("/healthz", "/health"):
         app.get(path)(front.health)
     app.get("/metrics", response_class=Response)(front.measure)
@@ -137,6 +138,10 @@ class Front:
         """POST /detokenize."""
         self.registry.check(body.model)
         return text.detokenize(self.engine, body)
+
+    def tokenizer_info(self) -> Dict[str, Any]:
+        """GET /tokenizer_info."""
+        return text.tokenizer_info(self.engine.tokenizer)
 
     # -- state -------------------------------------------------------------------------------------------------------
 

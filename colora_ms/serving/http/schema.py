@@ -181,7 +181,7 @@ class ConversationBody(BaseModel):
     continue_final_message: Optional[bool] = False
 
 
-class ChatBody(AnswersBody, ConversationBody):
+class ChatBody(AnswersBody, ConversationBody):  # type: ignore[misc]
     """POST /v1/chat/completions."""
 
     model_config = _STRICT
@@ -190,4 +190,4 @@ class ChatBody(AnswersBody, ConversationBody):
     parallel_tool_calls: Optional[bool] = None
     reasoning_effort: Optional[str] = None
 
-    lengths: ClassVar[Tuple[str, ...]] = ("max_completion_tokens", "max_tokens")  # type: ignore[misc]
+    lengths: ClassVar[Tuple[str, ...]] = ("max_completion_tokens", "max_tokens")

@@ -90,6 +90,13 @@ def detokenize(engine: Engine, body: DetokenizeBody) -> Dict[str, Any]:
     return {"prompt": text, "content": text}
 
 
+def tokenizer_info(tokenizer: Any) -> Dict[str, Any]:
+    """GET /tokenizer_info, as vLLM has it: the special tokens by their names, and the chat template."""
+    named = dict(getattr(tokenizer, "special_tokens", {}))
+    return {**{name: named.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}, **named,
+            "chat_template": getattr(tokenizer, "chat_template", None)}
+
+
 def shown(tokenizer: Any, prompt: Any) -> str:
     """A prompt's text: as it came, or what its ids give; a character that the answer completes is the answer's."""
     if isinstance(prompt, str):
