@@ -30,7 +30,7 @@ test_split: test
 output_type: generate_until
 doc_to_text: "{{{{prompt}}}}"
 doc_to_target: "{{{{completion}}}}"
-generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 32, temperature: 0}}
+generation_kwargs: {{until: ["@@@"], max_gen_toks: 32, temperature: 0}}
 filter_list:
   - name: last number
     filter:
@@ -74,13 +74,13 @@ def run(arguments, *command):
 
 
 def evaluate(arguments, *options):
-    """The accuracy that ``colora-ms evaluate`` finds."""
+    """The items that ``colora-ms evaluate`` scored."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ours.json"
         subprocess.run([sys.executable, "-m", "colora_ms", "evaluate", "--model", arguments.model, "--limit",
                         str(arguments.limit), "--output", str(path), *map(str, options)], check=True, cwd=ROOT,
                        stdout=subprocess.DEVNULL)
-        return json.loads(path.read_text())["accuracy"]
+        return [row for row in map(json.loads, path.read_text().splitlines()) if "correct" in row]
 
 
 def sums(folder):
@@ -103,11 +103,13 @@ def choices(folder, data, limit):
     (folder / "choices.yaml").write_text(LIKELIHOOD.format(data=path))
 
 
-def compare(name, theirs, ours):
-    """Print both accuracies; returns whether they are equal."""
-    same = abs(theirs - ours) < 1e-9
-    print(f"{name}: {theirs:.4f}, colora-ms evaluate {ours:.4f}: {'equal' if same else 'DIFFERENT'}")
-    return same
+def compare(name, found, items):
+    """Print both accuracies, and how many answers are the same; returns whether the accuracies are equal."""
+    theirs, ours = found["accuracy"], sum(item["correct"] for item in items) / len(items)
+    alike = "" if "text" not in items[0] else \
+        f", {sum(a == item['text'] for a, item in zip(found['answers'], items))} of {len(items)} answers the same"
+    print(f"{name}: {theirs:.4f}, colora-ms evaluate {ours:.4f} on {len(items)} items{alike}")
+    return len(items) == found["items"] and abs(theirs - ours) < 1e-9
 
 
 def main():
@@ -142,10 +144,10 @@ def main():
         same = True
         if "generated" in found:
             ours = evaluate(arguments, "--data", problems, "--template", "chat", "--max-new-tokens", 32)
-            same &= compare("lm-evaluation-harness, local-chat-completions", found["generated"]["accuracy"], ours)
+            same &= compare("lm-evaluation-harness, local-chat-completions", found["generated"], ours)
         if "likelihood" in found:
             ours = evaluate(arguments, "--task", "choice", "--data", arguments.choices, "--normalise", "none")
-            same &= compare("lm-evaluation-harness, local-completions", found["likelihood"]["accuracy"], ours)
+            same &= compare("lm-evaluation-harness, local-completions", found["likelihood"], ours)
     return 0 if same else 1
 
 

@@ -98,8 +98,9 @@ def try_harness(url, model, folder, task, limit):
         task_manager=TaskManager(include_path=folder, include_defaults=False), apply_chat_template=chat,
         limit=int(limit), bootstrap_iters=0)
     name = next(key for key in found["results"][task] if key.startswith(("acc,", "exact_match,")))
-    answers = [one["filtered_resps"] for one in found["samples"][task]]
-    print(json.dumps({"accuracy": found["results"][task][name], "answers": answers}))
+    samples = sorted(found["samples"][task], key=lambda one: one["doc_id"])
+    print(json.dumps({"accuracy": found["results"][task][name], "items": len(samples),
+                      "answers": [one["resps"][0][0] for one in samples]}))
 
 
 if __name__ == "__main__":
