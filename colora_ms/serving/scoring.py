@@ -61,8 +61,8 @@ class _Head(nn.Cell):
         self.count = count
 
     def construct(self, hidden: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple:
-        """hidden (1, n, hidden), labels (1, n) int32, lengths (1,), slots (1,) -> (1, n) float32, the labels' own; (1, n,
-        count) float32 and int32, the best."""
+        """hidden (1, n, hidden), labels (1, n) int32, lengths (1,), slots (1,) -> (1, n) float32, the labels' own;
+        (1, n, count) float32 and int32, the best."""
         logits = self.decoder.lm_head(hidden, (slots, lengths)).astype(ms.float32)
         logprobs = ops.log_softmax(logits, -1)
         own = ops.gather_elements(logprobs, 2, ops.expand_dims(labels, 2))

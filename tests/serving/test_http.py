@@ -81,8 +81,8 @@ def test_client_lists_models_and_gets_clear_errors(client):
     assert client.models.retrieve("a3").parent == "tiny"
     with pytest.raises(openai.NotFoundError, match="a1"):
         client.completions.create(model="a11", prompt="5")
-    with pytest.raises(openai.BadRequestError, match="best_of=3: the best of several answers"):
-        client.completions.create(model="tiny", prompt="5", n=2, best_of=3)
+    with pytest.raises(openai.BadRequestError, match="best_of=2 is less than n=3"):
+        client.completions.create(model="tiny", prompt="5", n=3, best_of=2)
 
 
 # -- what a request may say -------------------------------------------------------------------------------------------
@@ -118,7 +118,10 @@ BAD = [
     (dict(n=True), "n", "integer"),
     (dict(n=129), "n", "128 a request"),
     (dict(n=2, best_of=1), "best_of", "less than n=2"),
-    (dict(logprobs=0), "logprobs", "records"),
+    (dict(logprobs=21), "logprobs", "from 0 to 20"),
+    (dict(logprobs=True), "logprobs", "a number"),
+    (dict(logprobs=1, stream=True), "logprobs", "together with stream"),
+    (dict(logprobs=1, contrast={}), "logprobs", "together with contrast"),
     (dict(suffix="x"), "suffix", "does not implement"),
     (dict(frequency_penalty=0.5), "frequency_penalty", "leave it out"),
     (dict(contrats={"alpha": 0.1}), "contrats", "'contrast'"),

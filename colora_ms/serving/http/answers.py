@@ -15,6 +15,7 @@ from colora_ms.decoding.completion import Completion, TokenRecord
 from colora_ms.serving.handle import Piece
 from colora_ms.serving.http.calls import Call, CallReader, Part
 from colora_ms.serving.http.conversation import Toolbox
+from colora_ms.serving.http.logprobs import Scored, best_of
 
 #: Ends every stream of chunks.
 DONE = b"data: [DONE]\n\n"
@@ -25,18 +26,27 @@ class Answers:
 
     Args:
         model: the name that it asked for.
-        copies: answers of each prompt.
+        copies: answers that are computed of each prompt; wanted: the best of them, that are given.
         counts: whether a stream ends with token counts.
+        top: log-probabilities of so many best tokens beside each token's own; None: none at all.
     """
 
-    def __init__(self, model: str, copies: int = 1, counts: bool = False) -> None:
+    def __init__(self, model: str, copies: int = 1, wanted: Optional[int] = None, counts: bool = False,
+                 top: Optional[int] = None) -> None:
         self.model = model
         self.copies = copies
+        self.wanted = copies if wanted is None else wanted
         self.counts = counts
+        self.top = top
         self.created = int(time.time())
 
-    def whole(self, completions: Sequence[Completion]) -> Dict[str, Any]:
-        """The object of an answer that is not streamed."""
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities are needed."""
+        return self.top is not None or self.wanted < self.copies
+
+    def whole(self, completions: Sequence[Completion], scored: Sequence[Scored] = ()) -> Dict[str, Any]:
+        """The object of an answer that is not streamed; ``scored``: of each completion, where it is needed."""
         raise NotImplementedError
 
     def opening(self, index: int) -> bytes:
@@ -69,14 +79,20 @@ class _Chunked(Answers):
 
     kind = chunk = prefix = ""
 
-    def __init__(self, model: str, copies: int = 1, counts: bool = False, records: bool = False) -> None:
-        super().__init__(model, copies, counts)
+    def __init__(self, model: str, records: bool = False, **more: Any) -> None:
+        super().__init__(model, **more)
         self.records = records
         self._head = {"id": self.prefix + uuid.uuid4().hex, "created": self.created, "model": model}
 
-    def whole(self, completions: Sequence[Completion]) -> Dict[str, Any]:
+    def whole(self, completions: Sequence[Completion], scored: Sequence[Scored] = ()) -> Dict[str, Any]:
         """The object of an answer that is not streamed."""
-        choices = [self._whole(index, one) for index, one in enumerate(completions)]
+        kept = list(range(len(completions)))
+        if self.wanted < self.copies:
+            kept = best_of(scored, self.copies, self.wanted)
+        choices = [self._whole(index, completions[place]) for index, place in enumerate(kept)]
+        if self.top is not None:
+            for choice, place in zip(choices, kept):
+                choice["logprobs"] = self._logprobs(scored[place], self.top)
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage(completions, self.copies)}
 
     def closing(self, completions: Sequence[Completion]) -> bytes:
@@ -85,6 +101,9 @@ class _Chunked(Answers):
         return counts + DONE
 
     def _whole(self, index: int, completion: Completion) -> Dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, scored: Scored, top: int) -> Dict[str, Any]:
         raise NotImplementedError
 
     def _event(self, choices: List[Dict[str, Any]], **more: Any) -> bytes:
@@ -108,13 +127,15 @@ class CompletionAnswers(_Chunked):
     kind = chunk = "text_completion"
     prefix = "cmpl-"
 
-    def __init__(self, model: str, copies: int = 1, counts: bool = False, records: bool = False,
-                 echo: Optional[List[str]] = None) -> None:
-        super().__init__(model, copies, counts, records)
+    def __init__(self, model: str, echo: Optional[List[str]] = None, **more: Any) -> None:
+        super().__init__(model, **more)
         self._echo = echo
 
     def _before(self, index: int) -> str:
-        return "" if self._echo is None else self._echo[index // self.copies]
+        return "" if self._echo is None else self._echo[index // self.wanted]
+
+    def _logprobs(self, scored: Scored, top: int) -> Dict[str, Any]:
+        return scored.completion(top, self._echo is not None)
 
     def _whole(self, index: int, completion: Completion) -> Dict[str, Any]:
         text = {"text": self._before(index) + completion.text}
@@ -144,9 +165,8 @@ class ChatAnswers(_Chunked):
 
     kind, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
-    def __init__(self, model: str, copies: int = 1, counts: bool = False, records: bool = False,
-                 box: Optional[Toolbox] = None) -> None:
-        super().__init__(model, copies, counts, records)
+    def __init__(self, model: str, box: Optional[Toolbox] = None, **more: Any) -> None:
+        super().__init__(model, **more)
         self._box = box
         self._streams: Dict[int, AnswerParts] = {}
 
@@ -159,6 +179,9 @@ class ChatAnswers(_Chunked):
         if calls:
             message["tool_calls"] = calls
         return self._choice(index, {"message": message}, parts.reason(completion), completion.records)
+
+    def _logprobs(self, scored: Scored, top: int) -> Dict[str, Any]:
+        return scored.chat(top)
 
     def opening(self, index: int) -> bytes:
         """Who speaks."""

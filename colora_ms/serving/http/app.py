@@ -23,7 +23,7 @@ from colora_ms.serving.http.guard import Guard
 from colora_ms.serving.http.metrics import Metrics
 from colora_ms.serving.http.registry import Registry
 from colora_ms.serving.http.responses import ResponseAnswers, ResponsesBody
-from colora_ms.serving.http.schema import ChatBody, CompletionBody, GenerationBody
+from colora_ms.serving.http.schema import AnswersBody, ChatBody, CompletionBody, GenerationBody
 from colora_ms.serving.http.settings import Settings
 
 
@@ -89,10 +89,10 @@ class Front:
     async def complete(self, body: CompletionBody, request: HttpRequest) -> Response:
         """POST /v1/completions."""
         def ask() -> Asked:
-            prompts, (_, copies), counts = body.prompts(self.settings), body.copies(), body.counts()
+            prompts, several = body.prompts(self.settings), _several(body)
             options = self._options(body)
             echo = [text.shown(self.engine.tokenizer, prompt) for prompt in prompts] if body.echo else None
-            answers = CompletionAnswers(body.model, copies, counts, bool(body.records), echo)
+            answers = CompletionAnswers(body.model, echo, records=bool(body.records), **several)
             return Asked(prompts, options, answers, bool(body.stream), body.first_seed())
 
         return await self.generation.respond(request, ask)
@@ -100,11 +100,11 @@ class Front:
     async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
         def ask() -> Asked:
-            (_, copies), counts = body.copies(), body.counts()
+            several = _several(body)
             box = toolbox(body, self.engine.tokenizer, self.settings.tool_calls)
             options = self._options(body, box)
             prompt = conversation(body, self.engine.tokenizer, box)
-            answers = ChatAnswers(body.model, copies, counts, bool(body.records), box)
+            answers = ChatAnswers(body.model, box, records=bool(body.records), **several)
             return Asked([prompt], options, answers, bool(body.stream), body.first_seed())
 
         return await self.generation.respond(request, ask)
@@ -153,3 +153,9 @@ class Front:
     def measure(self) -> Response:
         """GET /metrics."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _several(body: AnswersBody) -> Dict[str, Any]:
+    """How many answers, and what is told beside them: arguments of ``Answers``."""
+    wanted, computed = body.copies()
+    return {"copies": computed, "wanted": wanted, "counts": body.counts(), "top": body.top()}

@@ -71,8 +71,6 @@ HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "p
             "prompt_cache_retention", "request_id", "cache_prompt", "timings_per_token", "return_progress")
 
 HINTS = {
-    "logprobs": "the server has logits, not log-probabilities; \"records\": true returns for each token the expert's "
-                "favourite, the chosen token and both scores",
     "functions": "this is OpenAI's older form; send tools",
     "function_call": "this is OpenAI's older form; send tool_choice",
     "chat_template": "templates are code; this server runs only the model's own",

@@ -15,6 +15,7 @@ from colora_ms.serving.http.answers import AnswerParts, Answers, event, usage
 from colora_ms.serving.http.calls import Call, Part
 from colora_ms.serving.http.conversation import Toolbox
 from colora_ms.serving.http.failures import RequestError
+from colora_ms.serving.http.logprobs import Scored
 from colora_ms.serving.http.schema import ChatBody, GenerationBody
 
 #: Kinds of text in an item's content.
@@ -158,7 +159,7 @@ class ResponseAnswers(Answers):
         self._output: List[Dict[str, Any]] = []
         self._open: Optional[Dict[str, Any]] = None  # the message whose text is being written
 
-    def whole(self, completions: Sequence[Completion]) -> Dict[str, Any]:
+    def whole(self, completions: Sequence[Completion], scored: Sequence[Scored] = ()) -> Dict[str, Any]:
         """The object of an answer that is not streamed."""
         completion = completions[0]
         self._take([*self._parts.push(completion.text), *self._parts.end()])

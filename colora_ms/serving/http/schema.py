@@ -17,6 +17,7 @@ from colora_ms.models.detokenizer import special_texts
 from colora_ms.serving.http import fields
 from colora_ms.serving.http.failures import RequestError
 from colora_ms.serving.http.settings import Settings
+from colora_ms.serving.scoring import MOST_TOP
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -131,10 +132,30 @@ class AnswersBody(GenerationBody):
         if computed < wanted:
             raise RequestError(f"best_of={computed} is less than n={wanted}", "best_of")
         if computed > wanted:
-            raise RequestError(f"best_of={computed}: the best of several answers is the one of the highest "
-                               "log-probability, which this server does not compute; send n alone", "best_of",
-                               "unsupported_parameter")
+            self._scorable("best_of", computed)
         return wanted, computed
+
+    def top(self) -> Optional[int]:
+        """Tokens that are listed beside each token with their log-probabilities; None: none are asked for, not even the
+        token's own.
+
+        Raises:
+            RequestError: they cannot be had.
+        """
+        raise NotImplementedError
+
+    def _top(self, name: str, value: int) -> int:
+        if not 0 <= value <= MOST_TOP:
+            raise RequestError(f"{name}={value} is not a number of tokens from 0 to {MOST_TOP}", name)
+        self._scorable(name, value)
+        return value
+
+    def _scorable(self, name: str, value: Any) -> None:
+        """Refuse what needs log-probabilities where there are none: they are computed when the answer is there."""
+        for other, wanted in (("stream", self.stream), ("contrast", self.contrast is not None)):
+            if wanted:
+                raise RequestError(f"{name}={value} needs log-probabilities, which this server cannot give together "
+                                   f"with {other}; leave one of them out", name, "unsupported_parameter")
 
     def counts(self) -> bool:
         """Whether a stream ends with token counts.
@@ -155,6 +176,14 @@ class CompletionBody(AnswersBody):
     prompt: Union[str, List[int], List[str], List[List[int]]]
     echo: Optional[bool] = False
     best_of: Optional[int] = None
+    logprobs: Optional[Union[bool, int]] = None
+
+    def top(self) -> Optional[int]:
+        """As the base class."""
+        if self.logprobs is True:
+            raise RequestError("logprobs=True: here it is a number, of the tokens that are listed beside each token",
+                               "logprobs")
+        return None if self.logprobs is None or self.logprobs is False else self._top("logprobs", self.logprobs)
 
     def prompts(self, settings: Settings) -> List[Any]:
         """A list of strings and lists of ids.
@@ -181,7 +210,7 @@ class ConversationBody(BaseModel):
     continue_final_message: Optional[bool] = False
 
 
-class ChatBody(AnswersBody, ConversationBody):  # type: ignore[misc]
+class ChatBody(AnswersBody, ConversationBody):
     """POST /v1/chat/completions."""
 
     model_config = _STRICT
@@ -189,5 +218,13 @@ class ChatBody(AnswersBody, ConversationBody):  # type: ignore[misc]
     tool_choice: Optional[Union[str, Dict[str, Any]]] = None
     parallel_tool_calls: Optional[bool] = None
     reasoning_effort: Optional[str] = None
+    logprobs: Optional[bool] = None
+    top_logprobs: Optional[int] = None
 
-    lengths: ClassVar[Tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
+    lengths: ClassVar[Tuple[str, ...]] = ("max_completion_tokens", "max_tokens")  # type: ignore[misc]
+
+    def top(self) -> Optional[int]:
+        """As the base class."""
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(f"top_logprobs={self.top_logprobs} is only for \"logprobs\": true", "top_logprobs")
+        return self._top("top_logprobs", self.top_logprobs or 0) if self.logprobs else None
