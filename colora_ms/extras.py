@@ -18,6 +18,7 @@ EXTRAS = {
     "serve": {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"},
     "plots": {"matplotlib": "matplotlib"},
     "mindformers": {"mindformers": "mindformers==1.9.*"},
+    "constraints": {"llguidance": "llguidance"},
     "data": {"reasoning_gym": "reasoning-gym", "datasets": "datasets"},
 }
 

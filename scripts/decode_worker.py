@@ -91,18 +91,13 @@ class Ours:
 
     def logits(self, prompts, path):
         """For --check: logits of a prefill and 8 given tokens (with and without the adapter) into ``path``."""
-        from mindspore import Tensor
+        from colora_ms.decoding.stepwise import Stepper
 
-        from colora_ms import runtime
-        from colora_ms.decoding.stepwise import StepGraph
-        from colora_ms.models import KeyValueCache
-
-        graph = StepGraph(self.decoder, KeyValueCache(self.decoder.config, 2, 64)).set_train(False)
+        stepper = Stepper(self.decoder, 2, 64)
         logits = []
         for prompt, forced in zip(prompts[:4], prompts[4:8]):
-            for start, ids in [(0, prompt), *((PROMPT_TOKENS + i, [t]) for i, t in enumerate(forced[:8]))]:
-                arrays = [[ids, ids], [0, -1], [0, 1], [start, start], [len(ids), len(ids)]]
-                logits.append(runtime.run(graph, *(Tensor(np.array(a, np.int32)) for a in arrays)).asnumpy())
+            stepper.use([0, -1])
+            logits += [stepper.append([ids, ids]) for ids in (prompt, *([token] for token in forced[:8]))]
         np.save(path, np.stack(logits))
 
     def answers(self, prompts, tokens, contrast):

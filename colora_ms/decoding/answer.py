@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from typing import Any, FrozenSet, Iterable, List, Optional, Sequence, Tuple
 
-from colora_ms.decoding.completion import Completion, TokenRecord
+from colora_ms.decoding.completion import Completion, TokenLogprob, TokenRecord
+from colora_ms.decoding.mix import MOST_VOICES
 from colora_ms.decoding.options import Options
 from colora_ms.models.detokenizer import stream_of
 
@@ -25,7 +26,8 @@ class Answer:
     """One answer in the making.
 
     Attributes:
-        tokens, records: what has been generated and kept; records stays empty where none are wanted.
+        tokens, records, logprobs: what has been generated and kept; the latter stay empty where none are wanted.
+        ends: ids that end it.
         finish_reason: "stop" or "length", or why it was ended; None while it goes on.
 
     Args:
@@ -39,8 +41,9 @@ class Answer:
         self.options = options
         self.tokens: List[int] = []
         self.records: List[TokenRecord] = []
+        self.logprobs: List[TokenLogprob] = []
         self.finish_reason: Optional[str] = None
-        self._ends = options.ends(eos) | spelled_ids(tokenizer, options.stop)
+        self.ends = options.ends(eos) | spelled_ids(tokenizer, options.stop)
         self._stream = stream_of(tokenizer, before=prompt, shown=options.show_special)
         self._shown: List[str] = []  # text that is certain
         self._held = ""  # text that may yet be cut
@@ -53,11 +56,13 @@ class Answer:
         """The text that is certain; of an ended answer all of it."""
         return "".join(self._shown)
 
-    def take(self, token: int, favourite: int = -1, valid: int = 0, floats: Sequence[float] = ()) -> None:
+    def take(self, token: int, favourite: int = -1, valid: int = 0, floats: Sequence[float] = (),
+             tops: Sequence[int] = (), details: Sequence[float] = ()) -> None:
         """Take a token; nothing where the answer has ended.
 
         Args:
             token: its id; favourite, valid, floats: as in :class:`TokenRecord`, read where records are wanted.
+            tops, details: as of ``kernels.token_details``, read where log-probabilities are wanted, or the rows' of a mix.
         """
         if self.finish_reason is not None:
             return
@@ -65,8 +70,13 @@ class Answer:
         if self.options.records:
             expert, amateur, score, best = floats
             self.records.append(TokenRecord(token, favourite, valid, expert, amateur, score, best,
-                                            self._stream.peek(token), self._stream.peek(favourite)))
-        if token in self._ends:
+                                            self._stream.peek(token), self._stream.peek(favourite),
+                                            self._voices(details)))
+        if self.options.logprobs is not None:
+            listed = tuple((other, chance, self._stream.peek(other))
+                           for other, chance in zip(tops[:self.options.logprobs], details[1:]) if other >= 0)
+            self.logprobs.append(TokenLogprob(token, details[0], listed, self._stream.peek(token)))
+        if token in self.ends:
             self._grow(self._stream.flush())
             self._finish("stop")
             return
@@ -87,18 +97,24 @@ class Answer:
             self._grow(self._stream.flush() if self.tokens else "")
             self._finish(reason)
 
-    def news(self) -> Tuple[str, Tuple[int, ...], Tuple[TokenRecord, ...]]:
-        """(text, tokens, records) that became certain since the last call."""
+    def _voices(self, details: Sequence[float]) -> Tuple[Tuple[str, float], ...]:
+        mix = self.options.mix if self.options.rows_wanted else None
+        return () if mix is None else tuple((voice.role, chance) for voice, chance
+                                            in zip(mix.voices, details[-MOST_VOICES:]))
+
+    def news(self) -> Tuple[str, Tuple[int, ...], Tuple[TokenRecord, ...], Tuple[TokenLogprob, ...]]:
+        """(text, tokens, records, log-probabilities) that became certain since the last call."""
         parts, kept = self._taken
         match = self._search()[0] if self.finish_reason is None and self._held else None
         end = len(self.tokens) if match is None else self._token_at(match[1])  # those behind it may yet be cut
         self._taken = len(self._shown), end
-        return "".join(self._shown[parts:]), tuple(self.tokens[kept:end]), tuple(self.records[kept:end])
+        return ("".join(self._shown[parts:]), tuple(self.tokens[kept:end]), tuple(self.records[kept:end]),
+                tuple(self.logprobs[kept:end]))
 
     def completion(self, prompt_tokens: int, adapter: Optional[str]) -> Completion:
         """The :class:`Completion` of an answer that ended."""
         return Completion(self.text, tuple(self.tokens), prompt_tokens, self.finish_reason or "", adapter,
-                          tuple(self.records))
+                          tuple(self.records), tuple(self.logprobs))
 
     def _grow(self, text: str) -> None:
         self._held += text
@@ -120,7 +136,7 @@ class Answer:
         if match is not None:
             reason = "stop"
             count = self._token_at(match[1])
-            del self.tokens[count:], self.records[count:]
+            del self.tokens[count:], self.records[count:], self.logprobs[count:]
             self._held = self._held[:match[0]]
         self._show(len(self._held))
         self.finish_reason = reason

@@ -20,6 +20,7 @@ class TokenRecord:
         best: the expert's highest logit.
         text: the text that the token brought at its place; "" of a special token, U+FFFD of a part of a character.
         favourite_text: the text that the favourite would have brought there.
+        voices: (role, log-probability of the chosen token) of each row of a mix, but of a contrast.
     """
 
     token: int
@@ -31,11 +32,29 @@ class TokenRecord:
     best: float
     text: str = ""
     favourite_text: str = ""
+    voices: Tuple[Tuple[str, float], ...] = ()
 
     @property
     def changed(self) -> bool:
         """Whether another token than the expert's favourite was chosen."""
         return self.token != self.favourite
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probabilities at one generated token: of the mixture of the request's rows, after penalties, bias and grammar
+    and before temperature, over the tokens of the cut.
+
+    Attributes:
+        token: the id that was chosen; logprob: its log-probability.
+        tops: (id, log-probability, text that it would have brought there) of the best tokens, as many as were asked for.
+        text: the text that the chosen token brought at its place.
+    """
+
+    token: int
+    logprob: float
+    tops: Tuple[Tuple[int, float, str], ...] = ()
+    text: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +70,7 @@ class Completion:
             "timeout".
         adapter: the adapter's name, or None for the base model.
         records: a :class:`TokenRecord` a token where they were asked for, else ().
+        logprobs: a :class:`TokenLogprob` a token where they were asked for, else ().
     """
 
     text: str
@@ -59,6 +79,7 @@ class Completion:
     finish_reason: str
     adapter: Optional[str] = None
     records: Tuple[TokenRecord, ...] = ()
+    logprobs: Tuple[TokenLogprob, ...] = ()
 
     @property
     def changed_share(self) -> float:
@@ -71,7 +92,9 @@ def changes(completion: Completion) -> str:
     changed = [(i, r) for i, r in enumerate(completion.records) if r.changed]
     lines = [f"  the contrast changed {len(changed)} of {len(completion.records)} tokens"]
     for i, r in changed:
+        voices = "".join(f", {role} {chance:.2f}" for role, chance in r.voices)
+        second = voices or f", base {r.amateur:.2f}"
         lines.append(
             f"  token {i:3d}: {r.favourite_text!r} -> {r.text!r}   "
-            f"expert {r.best:.2f} -> {r.expert:.2f}, base {r.amateur:.2f}, score {r.score:.2f}, {r.valid} in the cut")
+            f"expert {r.best:.2f} -> {r.expert:.2f}{second}, score {r.score:.2f}, {r.valid} in the cut")
     return "\n".join(lines)

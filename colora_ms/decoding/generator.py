@@ -1,36 +1,31 @@
-"""Text in, text out: ``Generator`` plans requests into batches, runs the graphs and decodes their ids."""
+"""Text in, text out: ``Generator`` makes requests of prompts and drives the core until all are answered."""
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from collections import deque
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import Tensor
 
 from colora_ms import runtime
-from colora_ms.decoding.batch import Batch
 from colora_ms.decoding.completion import Completion
-from colora_ms.decoding.loop import ContinueLoop, GenerationLoop
+from colora_ms.decoding.core import Core, cache_blocks
 from colora_ms.decoding.options import PER_PROMPT, Options
 from colora_ms.decoding.prompt import encode_prompt, ending_ids
-from colora_ms.decoding.request import Limits, Request, Running
+from colora_ms.decoding.request import Limits, Request, Running, row_key
+from colora_ms.decoding.step import bucket
 from colora_ms.decoding.values import shown
 from colora_ms.errors import DecodingError
-from colora_ms.models.cache import KeyValueCache
+from colora_ms.models.paged_cache import BLOCK
+from colora_ms.models.replacing import replacements
 
-_BUCKETS = sorted({n * 2**k for n in (4, 6) for k in range(2, 14)})
+#: Tokens of prompts in a call in which other requests make tokens; nobody waits for these one by one.
+_BUDGET = 240
 
-
-def bucket(size: int, smallest: int = 16) -> int:
-    """The smallest static size that holds ``size``: 16, 24, 32, 48, 64, 96, ..."""
-    return next(b for b in _BUCKETS if b >= max(size, smallest))
-
-
-def row_bucket(rows: int) -> int:
-    """The smallest static number of rows that holds ``rows``: a power of two."""
-    return 1 << max(rows - 1, 0).bit_length()
+#: Positions that each row of a cache has at least, where its size is not given.
+_SHORTEST = 256
 
 
 class Generator:
@@ -40,13 +35,15 @@ class Generator:
         decoder: :class:`colora_ms.models.decoder.Decoder`.
         tokenizer: :class:`colora_ms.models.tokenizer.Tokenizer`.
         adapters: the handle that :func:`colora_ms.adapters.inject` or ``load_adapter`` returned, or None.
-        max_rows: rows that one batch may have (a contrastive request takes two).
-        chunk: tokens a graph call makes at most when text is streamed or stop strings are watched.
-        cache_dtype: ``mindspore.float32`` or ``mindspore.bfloat16`` for keys and values.
+        max_rows: rows that are computed side by side (a contrastive request takes two).
+        chunk: tokens a graph call makes at most.
+        cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values.
+        cache_bytes: memory for keys and values; None: what the prompts and answers of ``max_rows`` rows need, so that it
+            grows where they do.
     """
 
     def __init__(self, decoder: Any, tokenizer: Any, adapters: Any = None, max_rows: int = 16, chunk: int = 16,
-                 cache_dtype: Any = ms.float32) -> None:
+                 cache_dtype: Any = ms.float32, cache_bytes: Optional[int] = None) -> None:
         if max_rows < 2:
             raise DecodingError(f"max_rows={max_rows} leaves no room for a contrastive request, which takes two rows")
         runtime.configure()
@@ -56,11 +53,11 @@ class Generator:
         self.max_rows = max_rows
         self.chunk = chunk
         self.cache_dtype = cache_dtype
-        self.cache: Any = None
-        self._first: Any = None
-        self._later: Any = None
+        self._blocks = None if cache_bytes is None else cache_blocks(decoder, cache_bytes, 0, cache_dtype)
+        self._core: Optional[Core] = None
+        self._replacements = 0
         #: Graphs of the decoders that leave the graph at every token; see ``colora_ms.decoding.stepwise``.
-        self.steppers = {}
+        self.steppers: Dict[Any, Any] = {}
         decoder.set_train(False)
 
     @classmethod
@@ -104,10 +101,10 @@ class Generator:
             prompts: one prompt or a list; a prompt is a string, a list of token ids, or a list of chat messages
                 (``{"role": …, "content": …}``), which go through the tokenizer's chat template.
             adapter: name of the adapter, None for the base model, or a list with one entry a prompt.
-            on_text: called with (index of the prompt, new text) after every chunk.
-            options: ``contrast``, ``sampling``, ``max_new_tokens``, ``stop``, ``stop_token_ids``, ``seed``,
-                ``records``, ``ignore_eos``: the attributes of :class:`colora_ms.decoding.options.Options`. The first
-                three may be a list with one entry a prompt.
+            on_text: called with (index of the prompt, new text) after every call of the graph.
+            options: ``contrast``, ``mix``, ``sampling``, ``max_new_tokens``, ``stop``, ``records``, ``logprobs`` …: the
+                attributes of :class:`colora_ms.decoding.options.Options`, but ``priority`` and ``timeout``. Those of
+                ``options.PER_PROMPT`` may be a list with one entry a prompt.
 
         Returns:
             list of :class:`Completion`, in the order of the prompts.
@@ -119,19 +116,48 @@ class Generator:
             CheckpointError: so do the base model's weights.
         """
         eos = self.eos_token_ids
-        requests = self._requests(prompts, adapter, options, eos)
-        ending = () if options.get("ignore_eos") else eos
-        watched = on_text is not None or any(one.request.options.stop or one.request.options.stop_token_ids
-                                             for one in requests)
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].request.ids))
-        for batch in self._batches([(i, requests[i]) for i in order]):
-            try:
-                self._run(batch, ending, watched, on_text)
-            except RuntimeError:
-                # MindSpore does not run a graph again after one of its operators has failed.
-                self._first = self._later = self.cache = None
-                raise
-        return [one.answer.completion(len(one.request.ids), one.request.adapter) for one in requests]
+        jobs = self._requests(prompts, adapter, options, eos)
+        if not jobs:
+            return []
+        core = self._reserve(jobs)
+        core.eos = eos
+        core.clear()  # weights and adapters may have changed since the last call
+        places = {id(job): place for place, job in enumerate(jobs)}
+        waiting = deque(jobs)
+        try:
+            while waiting or core.busy:
+                while waiting and core.fits(waiting[0]):
+                    core.add(waiting.popleft())
+                for outcome in core.step(waiting=bool(waiting)):
+                    if outcome.error is not None:
+                        raise outcome.error
+                    text = outcome.job.answer.news()[0] if on_text is not None else ""
+                    if on_text is not None and text:
+                        on_text(places[id(outcome.job)], text)
+        finally:
+            for job in core.jobs:
+                core.remove(job)
+        return [job.answer.completion(len(job.request.ids), job.request.adapter) for job in jobs]
+
+    def _reserve(self, jobs: Sequence[Running]) -> Core:
+        """The core, with a cache for these; a larger one replaces the present one, and with it what was compiled."""
+        blocks = self._blocks or self._wanted(jobs)
+        if self._core is None or self._core.pool.blocks < blocks:
+            self._core = None  # its cache goes first
+            self.decoder.set_train(False)
+            self._core = Core.of(self.decoder, blocks, self.cache_dtype, self.max_rows, self.chunk, _BUDGET,
+                                 self.max_length, self.eos_token_ids)
+            self._replacements = replacements()
+        elif self._replacements != replacements():
+            self._core.graph.renew()
+            self._replacements = replacements()
+        return self._core
+
+    def _wanted(self, jobs: Sequence[Running]) -> int:
+        """Blocks for the rows that may be computed side by side, the longest ones, and not too few."""
+        rows = sorted((max(_SHORTEST, len(job.prompt(number)) + job.left) for job in jobs
+                       for number in range(len(job.keys))), reverse=True)
+        return bucket(sum(-(-length // BLOCK) for length in rows[:self.max_rows]))
 
     def _requests(self, prompts: Any, adapter: Any, options: Dict[str, Any], eos: Iterable[int]) -> List[Running]:
         if not hasattr(prompts, "__len__") or isinstance(prompts, (bytes, dict)):
@@ -154,17 +180,23 @@ class Generator:
         adapter = wanted.pop("adapter")
         options = Options.asked(engine=False, **wanted)
         merged = getattr(self.adapters, "merged", None)
-        if merged is not None and (options.contrast is not None or adapter != merged):
+        if merged is not None and (options.mixture is not None or adapter != merged):
             raise DecodingError(f"adapter {merged!r} is merged into the base weights, so neither the base model, "
                                 "another adapter nor a contrast can be decoded now; call unmerge() first")
         changed = getattr(self.adapters, "changed_base", None)
-        if changed is not None and (options.contrast is not None or adapter is None):
+        if changed is not None and (options.mixture is not None or adapter is None):
             raise DecodingError(f"adapter {changed!r} started from the base weights and changed them, so the base "
                                 "model cannot be decoded now; save it with as_lora=True and load that into an "
                                 "untouched model")
-        limits = Limits(self.decoder.config.vocab_size, self.max_length)
+        limits = Limits(self.decoder.config.vocab_size, self.max_length, hint="" if self._blocks is None else
+                        "; with a larger cache_bytes it may hold more", blocks=self._blocks)
         request = Request.of(self.tokenizer, prompt, adapter, options, limits, f"prompt {index}")
-        return Running(request, self.tokenizer, eos, [self._slot(row.adapter) for row in request.rows])
+        if len(request.rows) > self.max_rows:
+            raise DecodingError(f"prompt {index} takes {len(request.rows)} rows, this generator has "
+                                f"max_rows={self.max_rows}")
+        slots = [self._slot(row.adapter) for row in request.rows]
+        keys = [row_key("" if slot < 0 else f"slot {slot}", row) for slot, row in zip(slots, request.rows)]
+        return Running(request, self.tokenizer, eos, slots, keys)
 
     def _slot(self, adapter: Optional[str]) -> int:
         if adapter is None or adapter == getattr(self.adapters, "merged", None):
@@ -176,63 +208,3 @@ class Generator:
     def encode(self, prompt: Any) -> List[int]:
         """Token ids of a prompt: a string, ids, or chat messages."""
         return encode_prompt(self.tokenizer, prompt)
-
-    def _batches(self, indexed: List[Tuple[int, Running]]) -> Iterator[List[Tuple[int, Running]]]:
-        batch: List[Tuple[int, Running]] = []
-        rows = 0
-        for index, one in indexed:
-            if batch and rows + len(one.request.rows) > self.max_rows:
-                yield batch
-                batch, rows = [], 0
-            batch.append((index, one))
-            rows += len(one.request.rows)
-        if batch:
-            yield batch
-
-    def _reserve(self, rows: int, length: int) -> None:
-        """A cache of at least this size; a larger one replaces the present one and its graphs."""
-        if self.cache is not None and self.cache.rows >= rows and self.cache.max_length >= length:
-            return
-        if self.cache is not None:
-            rows, length = max(rows, self.cache.rows), max(length, self.cache.max_length)
-        self._first = self._later = self.cache = None
-        length = min(max(256, 1 << (length - 1).bit_length()), self.max_length)
-        self.cache = KeyValueCache(self.decoder.config, rows, length, self.cache_dtype)
-        self._first = GenerationLoop(self.decoder, self.cache).set_train(False)
-        self._later = ContinueLoop(self.decoder, self.cache).set_train(False)
-
-    def _run(self, indexed: List[Tuple[int, Running]], eos: Iterable[int], watched: bool, on_text: Any) -> None:
-        requests = [one for _, one in indexed]
-        size = row_bucket(len(requests))
-        behind = sum(len(one.request.rows) - 1 for one in requests)
-        rows = size + (row_bucket(behind) if behind else 0)
-        self._reserve(rows, max(len(one.request.ids) + one.left for one in requests))
-        batch = Batch(requests, size, rows, size, eos)
-        capacity = self.chunk if watched else bucket(max(one.left for one in requests))
-        width = min(bucket(max(len(one.request.ids) for one in requests)), self.cache.max_length)
-        prompt = batch.prompts(width)
-        (ints, floats), (later_ints, later_floats, counts, state) = runtime.run(
-            self._first, *prompt, *batch.layout, *batch.options(), batch.uniforms(1 + capacity), batch.eos,
-            Tensor(1 + capacity, ms.int32))
-        _take(requests, ints.asnumpy()[None], floats.asnumpy()[None], np.ones(size, np.int32))
-        _take(requests, later_ints.asnumpy(), later_floats.asnumpy(), counts.asnumpy())
-        while (active := self._going(indexed, state[2].asnumpy(), on_text)).any():
-            state = (state[0], state[1], batch.array(active.tolist(), False, bool))
-            ints, floats, counts, state = runtime.run(
-                self._later, *state, *batch.layout, *batch.options(), batch.uniforms(capacity), batch.eos,
-                Tensor(capacity, ms.int32), *prompt)
-            _take(requests, ints.asnumpy(), floats.asnumpy(), counts.asnumpy())
-
-    def _going(self, indexed: List[Tuple[int, Running]], active: np.ndarray, on_text: Any) -> np.ndarray:
-        """Report new text; returns which requests go on."""
-        for index, one in indexed if on_text is not None else ():
-            text = one.answer.news()[0]
-            if text:
-                on_text(index, text)
-        return np.array([one.answer.finish_reason is None for _, one in indexed]) & active[:len(indexed)].astype(bool)
-
-
-def _take(requests: Sequence[Running], ints: np.ndarray, floats: np.ndarray, counts: np.ndarray) -> None:
-    """Give the first ``counts[i]`` steps of (steps, requests, 3 or 4) arrays to the requests."""
-    for place, one in enumerate(requests):
-        one.take(ints[:, place], floats[:, place], int(counts[place]))

@@ -1,5 +1,5 @@
 """What a request may ask for, named, typed, checked and defaulted once: :class:`Contrast`, :class:`Sampling`,
-:class:`Options`.
+:class:`Options`; mixes of several rows stand in :mod:`colora_ms.decoding.mix`.
 
 A new way of choosing a token is a field of :class:`Sampling` (or :class:`Contrast`) and a column of the kernels'
 table: the HTTP schema, the command line, ``Generator`` and the engine read the fields here, and
@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, FrozenSet, Iterable, List, Optional, Tuple, Union
+from typing import Any, Dict, FrozenSet, Iterable, List, Optional, Tuple, Union
 
 import numpy as np
 
 from colora_ms.decoding.fields import Record, option
+from colora_ms.decoding.grammar import Grammar, grammar_of
+from colora_ms.decoding.mix import OWN, Mix, Voice, mix_of
 from colora_ms.decoding.values import is_real, is_whole, real, sequence, shown, whole
 from colora_ms.errors import DecodingError, near
 
 #: Stop strings of a request, and characters of each, at most.
 MOST_STOPS, LONGEST_STOP = 16, 256
 
+#: Most tokens with a bias of their own, and the largest bias; tokens that are listed with their log-probabilities at most.
+MOST_BIASES, LARGEST_BIAS, MOST_LOGPROBS = 1024, 100.0, 20
+
 #: Options of ``Generator.generate`` that may be a list with one entry a prompt, the adapter among them.
-PER_PROMPT = ("adapter", "contrast", "sampling", "max_new_tokens")
+PER_PROMPT = ("adapter", "contrast", "mix", "sampling", "max_new_tokens", "grammar")
 
 
 def _forms() -> Iterable[str]:
@@ -57,6 +62,12 @@ class Contrast(Record):
         from colora_ms.kernels.strength import FORMS, SKIP_COPIES
 
         return FORMS[self.adapt] + (SKIP_COPIES if self.skip_copies else 0)
+
+    @property
+    def mix(self) -> Mix:
+        """The same as a mix of two voices: the adapter, weight 1 + beta, and the base model, weight -beta."""
+        return Mix((Voice("expert", OWN), Voice("amateur", None)), "contrast", "leading", self.alpha, self.beta,
+                   self.adapt, self.skip_copies, self.label)
 
     @property
     def label(self) -> str:
@@ -179,6 +190,47 @@ def _sampling(name: str, value: Any) -> Sampling:
     return Sampling() if value is None else value
 
 
+def _mix(name: str, value: Any) -> Optional[Mix]:
+    if isinstance(value, Contrast):
+        return value.mix
+    return None if value is None else mix_of(value, name)
+
+
+def check_bias(name: str, value: Any) -> Tuple[Tuple[int, float], ...]:
+    """{token id: bias} as ascending pairs; None is none. Ids may be strings of digits, as JSON has them.
+
+    Raises:
+        DecodingError: it is no such mapping, or too large.
+    """
+    pairs = [] if value is None else list(value.items()) if isinstance(value, dict) else sequence(value)
+    if pairs is None or any(len(sequence(one) or ()) != 2 for one in pairs):
+        raise DecodingError(f"{name}={shown(value)} is not a mapping of token ids to numbers")
+    found: Dict[int, float] = {}
+    for token, bias in pairs:
+        number = int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token
+        if not is_whole(number) or number < 0:
+            raise DecodingError(f"{name} holds {shown(token)}, which is no token id")
+        found[int(number)] = real(f"{name}[{number}]", bias)
+        if abs(found[int(number)]) > LARGEST_BIAS:
+            raise DecodingError(f"{name}[{number}]={shown(bias)} is outside [-{LARGEST_BIAS:g}, {LARGEST_BIAS:g}]")
+    if len(found) > MOST_BIASES:
+        raise DecodingError(f"{name} has {len(found)} tokens, at most {MOST_BIASES} may have a bias")
+    return tuple(sorted(found.items()))
+
+
+def _logprobs(name: str, value: Any) -> Optional[int]:
+    if value is None:
+        return None
+    if not is_whole(value) or not 0 <= value <= MOST_LOGPROBS:
+        raise DecodingError(f"{name}={shown(value)} is not a whole number of 0 to {MOST_LOGPROBS}; None: no "
+                            "log-probabilities")
+    return int(value)
+
+
+def _grammar(name: str, value: Any) -> Optional[Grammar]:
+    return None if value is None else grammar_of(value, name)
+
+
 def _seed(name: str, value: Any) -> Optional[int]:
     return None if value is None else whole(name, value, 0)
 
@@ -196,12 +248,24 @@ class Options(Record):
 
     Attributes:
         contrast: :class:`Contrast`, or None: the expert alone.
+        mix: :class:`colora_ms.decoding.mix.Mix` or a mapping of one (:func:`colora_ms.decoding.mix.mix_of`), in the place
+            of a contrast.
+        adapter_scale: factor on the scale of the request's adapter, in its voices too.
         sampling: :class:`Sampling`; None is greedy.
         max_new_tokens: tokens that the answer may have, at least 1; cut to the room behind the prompt.
         stop: strings that end the answer, which is cut before them; one that spells a special token ends it at that
             token.
         stop_token_ids: ids that end it, beside the end of sequence.
         seed: in place of the sampling's own.
+        presence_penalty, frequency_penalty: taken off the logits of tokens that the answer has, once and for each time
+            (OpenAI's definitions).
+        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens that prompt or answer have
+            (transformers' definition); 1 is off.
+        logit_bias: {token id: number of -100 to 100} added to logits; kept as ascending pairs.
+        min_tokens: tokens before the first one that may end the answer.
+        logprobs: None, or how many of the best tokens (0 to 20) are listed with their log-probabilities at each token,
+            beside the chosen one's.
+        grammar: :class:`colora_ms.decoding.grammar.Grammar` that the answer keeps to, or None.
         records: whether a :class:`colora_ms.decoding.TokenRecord` is kept for each token.
         ignore_eos: go on behind an end-of-sequence token (for benchmarks).
         show_special: special tokens whose text is shown in the answer, such as "<tool_call>"; the others' is not.
@@ -211,10 +275,24 @@ class Options(Record):
 
     contrast: Optional[Contrast] = option(Contrast, None, "contrast of the adapter with the base model",
                                           check=_contrast)
+    mix: Optional[Mix] = option(Dict[str, Any], None, "several voices in the place of a contrast", check=_mix)
+    adapter_scale: float = option(float, 1.0, "factor on the adapter's scale", least=-1e3, most=1e3)
     sampling: Sampling = option(Sampling, None, "how a token is drawn", check=_sampling)
     max_new_tokens: int = option(int, 64, "longest answer", least=1)
     stop: Tuple[str, ...] = option(Union[str, List[str]], (), "end the answer before this text", check=check_stop)
     stop_token_ids: Tuple[int, ...] = option(List[int], (), "end the answer at this token, too", check=check_stop_ids)
+    presence_penalty: float = option(float, 0.0, "taken off the logits of tokens that the answer has", least=-2.0,
+                                     most=2.0)
+    frequency_penalty: float = option(float, 0.0, "the same, for each time that it has them", least=-2.0, most=2.0)
+    repetition_penalty: float = option(float, 1.0, "shrinks the logits of tokens of prompt and answer; 1 is off",
+                                       least=0.0, most=100.0, above=True, hint="1 is off, 1.1 is a usual value")
+    logit_bias: Tuple[Tuple[int, float], ...] = option(Dict[str, float], (), "numbers added to the logits of tokens",
+                                                       check=check_bias)
+    min_tokens: int = option(int, 0, "tokens before the first one that may end the answer", least=0)
+    logprobs: Optional[int] = option(int, None, "list log-probabilities, and those of so many of the best tokens",
+                                     check=_logprobs)
+    grammar: Optional[Grammar] = option(Dict[str, Any], None, "what the answer keeps to: a JSON schema, a regex",
+                                        check=_grammar)
     seed: Optional[int] = option(int, None, "in place of the sampling's own seed", check=_seed)
     records: bool = option(bool, False, "list what the contrast did at each token")
     ignore_eos: bool = option(bool, False, "go on behind an end-of-sequence token")
@@ -226,6 +304,25 @@ class Options(Record):
         super().__post_init__()
         if self.seed is not None:
             object.__setattr__(self, "sampling", dataclasses.replace(self.sampling, seed=self.seed))
+        if self.contrast is not None and self.mix is not None:
+            raise DecodingError("contrast and mix are both given; a contrast is a mix of two voices, so give one of them")
+        if self.min_tokens > self.max_new_tokens:
+            raise DecodingError(f"min_tokens={self.min_tokens} is more than max_new_tokens={self.max_new_tokens}")
+
+    @property
+    def mixture(self) -> Optional[Mix]:
+        """The mix, that of a contrast too; None: one row."""
+        return self.mix if self.contrast is None else self.contrast.mix
+
+    @property
+    def rows_wanted(self) -> bool:
+        """Whether records tell the log-probability of the chosen token in each row of a mix."""
+        return self.records and self.mix is not None and self.mix.by != "contrast"
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens are counted for penalties."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @classmethod
     def asked(cls, engine: bool = True, **wanted: Any) -> Options:
@@ -249,10 +346,12 @@ class Options(Record):
         """The options for a model: at most ``room`` tokens of answer.
 
         Raises:
-            DecodingError: a stop id is outside the vocabulary.
+            DecodingError: a stop id, or a token with a bias, is outside the vocabulary.
         """
         check_stop_ids("stop_token_ids", self.stop_token_ids, vocabulary)
-        return dataclasses.replace(self, max_new_tokens=min(self.max_new_tokens, room))
+        check_stop_ids("logit_bias", [token for token, _ in self.logit_bias], vocabulary)
+        most = min(self.max_new_tokens, room)
+        return dataclasses.replace(self, max_new_tokens=most, min_tokens=min(self.min_tokens, most))
 
     def ends(self, eos: Iterable[int]) -> FrozenSet[int]:
         """The ids that end the answer; ``eos``: those of the model."""

@@ -1,23 +1,30 @@
 """One request, as ``Generator.generate`` and ``Engine.submit`` make it, and the same request while it is answered.
 
-A :class:`Request` is what was asked and does not change: prompt ids, rows, options. It has one row, or two with a
-contrast; each row has a role, and an adapter or none. A :class:`Running` request is one that has begun: where its rows
+A :class:`Request` is what was asked and does not change: prompt ids, rows, options. It has one row, or those of its mix
+(:mod:`colora_ms.decoding.mix`; a contrast has two); each row has a role, an adapter or none, the adapter's strength, a
+weight, and perhaps a prompt of its own. A :class:`Running` request is one that has begun: where its rows
 stand, the tokens that they made, and the :class:`colora_ms.decoding.answer.Answer` that comes of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterable, List, Optional, Sequence, Tuple
+import itertools
+from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from colora_ms.decoding.adjusting import Adjusting
 from colora_ms.decoding.answer import Answer
+from colora_ms.decoding.mix import OWN
 from colora_ms.decoding.options import Options
 from colora_ms.decoding.prompt import check_ids, encode_prompt
-from colora_ms.errors import AdapterError, CheckpointError, ColoraError, DecodingError, ServingError
+from colora_ms.decoding.values import shown
+from colora_ms.errors import AdapterError, CheckpointError, ColoraError, DecodingError
+from colora_ms.models.paged_cache import BLOCK
 
-#: Roles of a row: the one whose tokens are answered, and the one whose preference a contrast takes off.
+#: Roles of the rows of a contrast, and of a request without a mix: the one whose tokens are answered, and the one whose
+#: preference a contrast takes off.
 EXPERT, AMATEUR = "expert", "amateur"
 
 
@@ -26,12 +33,18 @@ class Row:
     """One row of a request.
 
     Attributes:
-        role: :data:`EXPERT` or :data:`AMATEUR`.
+        role: what it is called in records.
         adapter: the adapter's name; None: the base model.
+        scale: factor on the adapter's scale.
+        weight: in the mix; a contrast has its own.
+        ids: (tokens,) int32, its prompt; None: the request's.
     """
 
     role: str = EXPERT
     adapter: Optional[str] = None
+    scale: float = 1.0
+    weight: float = 1.0
+    ids: Optional[np.ndarray] = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Limits:
     Attributes:
         vocabulary: ids of the model.
         length: tokens that a prompt and its answer may have together.
+        blocks: of the cache, for all rows of a request together; None: there is room for every request.
         place: what holds them, for messages; hint: how to get more.
     """
 
@@ -48,6 +62,11 @@ class Limits:
     length: int
     place: str = "the context"
     hint: str = ""
+    blocks: Optional[int] = None
+
+    def of(self, rows: int) -> int:
+        """Tokens that a prompt and its answer may have together in a request of this many rows."""
+        return self.length if self.blocks is None else min(self.length, self.blocks // rows * BLOCK)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,13 +75,15 @@ class Request:
 
     Attributes:
         ids: (tokens,) int32, the prompt.
-        rows: :class:`Row`, the leading one first; all see the same tokens.
-        options: :class:`colora_ms.decoding.options.Options`, its budget cut to the room behind the prompt.
+        rows: :class:`Row`, the leading one first; all get the same new tokens.
+        options: :class:`colora_ms.decoding.options.Options`, its budget cut to the room behind the longest prompt.
+        vocabulary: tokens of the model.
     """
 
     ids: np.ndarray
     rows: Tuple[Row, ...]
     options: Options
+    vocabulary: int = 0
 
     @classmethod
     def of(cls, tokenizer: Any, prompt: Any, adapter: Optional[str], options: Options, limits: Limits,
@@ -75,19 +96,26 @@ class Request:
             name: what messages call the prompt.
 
         Raises:
-            DecodingError: the prompt is empty, too long or holds unknown ids, a stop id is unknown, or a contrast has
-                no adapter.
+            DecodingError: the prompt, or that of a row, is empty, too long or holds unknown ids, a stop id is unknown, or
+                a mix wants an adapter where none is asked for, or has one of its own beside it.
             TokenizerError: the chat template refuses the messages, or the text cannot be encoded.
         """
         if options.contrast is not None and adapter is None:
             raise DecodingError("a contrast compares an adapter with the base model, so it needs adapter=…")
-        ids = encode_prompt(tokenizer, prompt)
-        check_ids(ids, limits.vocabulary, name)
-        if len(ids) + 1 > limits.length:
-            raise DecodingError(f"{name} has {len(ids)} tokens; {limits.place} holds {limits.length}, and at least one "
+
+        def encoded(one: Any, what: str) -> np.ndarray:
+            found = encode_prompt(tokenizer, one)
+            check_ids(found, limits.vocabulary, what)
+            return np.array(found, np.int32)
+
+        ids = encoded(prompt, name)
+        rows = rows_of(options, adapter, lambda one, role: encoded(one, f"the prompt of the voice {role!r}"))
+        length = limits.of(len(rows))
+        longest = max(len(ids if row.ids is None else row.ids) for row in rows)
+        if longest + 1 > length:
+            raise DecodingError(f"{name} has {longest} tokens; {limits.place} holds {length}, and at least one "
                                 f"is needed for the answer{limits.hint}")
-        rows = (Row(EXPERT, adapter),) + ((Row(AMATEUR),) if options.contrast is not None else ())
-        return cls(np.array(ids, np.int32), rows, options.fitting(limits.vocabulary, limits.length - len(ids)))
+        return cls(ids, rows, options.fitting(limits.vocabulary, length - longest), limits.vocabulary)
 
     @property
     def adapter(self) -> Optional[str]:
@@ -97,7 +125,48 @@ class Request:
     @property
     def copies(self) -> bool:
         """Whether its steps look at the prompt's ids."""
-        return self.options.contrast is not None and self.options.contrast.skip_copies
+        mix = self.options.mixture
+        return mix is not None and mix.skip_copies
+
+    def prompt(self, number: int) -> np.ndarray:
+        """(tokens,) int32: the prompt of one of its rows."""
+        ids = self.rows[number].ids
+        return self.ids if ids is None else ids
+
+
+def rows_of(options: Options, adapter: Optional[str], encoded: Callable[[Any, str], np.ndarray]) -> Tuple[Row, ...]:
+    """The rows that options ask for.
+
+    Args:
+        adapter: the request's adapter.
+        encoded: (prompt, role) -> ids of a voice's own prompt.
+
+    Raises:
+        DecodingError: a mix names all its adapters and there is another one beside it, or has a place for the request's
+            but none is asked for where the strength of one matters.
+    """
+    mix = options.mixture
+    if mix is None:
+        if adapter is None and options.adapter_scale != 1.0:
+            raise DecodingError(f"adapter_scale={options.adapter_scale:g} is a factor on an adapter's scale, so it needs "
+                                "adapter=…")
+        return (Row(EXPERT, adapter, options.adapter_scale),)
+    if adapter is not None and not mix.needs_adapter:
+        raise DecodingError(f"adapter={shown(adapter)} is given beside a mix that names all its adapters ({mix.label}); "
+                            "leave one of them out")
+    rows = []
+    for voice in mix.voices:
+        own = voice.adapter == OWN
+        name = adapter if own else voice.adapter
+        scale = 1.0 if name is None else voice.scale * (options.adapter_scale if own else 1.0)
+        ids = None if voice.prompt is None else encoded(voice.prompt, voice.role)
+        rows.append(Row(voice.role, name, scale, voice.weight, ids))
+    return tuple(rows)
+
+
+def row_key(content: str, row: Row) -> str:
+    """Who computes a row's keys and values: its adapter's content ("" without one) and its strength."""
+    return content if not content or row.scale == 1.0 else f"{content} x {row.scale!r}"
 
 
 class Running:
@@ -106,30 +175,37 @@ class Running:
     Attributes:
         request: :class:`Request`; answer: its :class:`colora_ms.decoding.answer.Answer`.
         slots: the adapter slot of each row, -1 for the base model.
-        tokens: what its rows of the cache have generated. Where an engine begins it anew, these are fewer than the
-            answer's until they have caught up with what was given already.
+        keys: who computes each row's keys and values: rows of equal keys may share them. "" is the base model. See
+            :func:`row_key`.
+        salt: rows of other salts share nothing.
+        tokens: what its rows have generated.
+        adjusting: :class:`colora_ms.decoding.adjusting.Adjusting`, what it does to its logits.
+        cached: prompt tokens of all its rows that were in the cache already.
 
     Args:
         tokenizer: for the answer's text; eos: ids that end answers of this model.
     """
 
-    def __init__(self, request: Request, tokenizer: Any, eos: Iterable[int], slots: Sequence[int] = ()) -> None:
+    def __init__(self, request: Request, tokenizer: Any, eos: Iterable[int], slots: Sequence[int] = (),
+                 keys: Sequence[str] = (), salt: str = "") -> None:
         self.request = request
         self.answer = Answer(tokenizer, request.ids.tolist(), request.options, eos)
         self.slots: Sequence[int] = slots
+        self.keys: Sequence[str] = keys
+        self.salt = salt
         self.tokens: List[int] = []
+        self.cached = 0
+        self.adjusting = Adjusting(request.ids, request.options, self.answer.ends, tokenizer, request.vocabulary)
         self._uniforms: Optional[np.ndarray] = None
 
-    @property
-    def cache_rows(self) -> Sequence[int]:
-        """The row of the cache that each row uses; empty: those with the numbers of its rows in the batch."""
-        return ()
+    def prompt(self, number: int) -> np.ndarray:
+        """(tokens,) int32: the prompt of one of its rows."""
+        return self.request.prompt(number)
 
     @property
-    def last(self) -> Tuple[int, int]:
-        """(last token, its position): what the next step reads."""
-        ids = self.request.ids
-        return int(self.tokens[-1] if self.tokens else ids[-1]), len(ids) + len(self.tokens) - 1
+    def one_step(self) -> bool:
+        """Whether Python has to see each token before the next one is made."""
+        return self.request.options.grammar is not None
 
     @property
     def left(self) -> int:
@@ -147,31 +223,37 @@ class Running:
             found[:len(part)] = part
         return found
 
-    def take(self, ints: np.ndarray, floats: np.ndarray, count: int) -> None:
-        """Take ``count`` steps: ints (steps, 3), floats (steps, 4), as ``kernels.contrastive_select`` gives them.
+    def take(self, ints: np.ndarray, floats: np.ndarray, count: int, tops: np.ndarray, details: np.ndarray) -> None:
+        """Take ``count`` steps: ints (steps, 3), floats (steps, 4), as ``kernels.contrastive_select`` gives them, tops
+        (steps, 20), details (steps, 29) as ``kernels.token_details`` does.
 
         Raises:
-            ColoraError: the logits of one were not finite.
-            ServingError: begun anew, it made other tokens than before.
+            ColoraError: the logits of one were not finite, or a grammar cannot go on.
         """
-        for token, favourite, valid, step in zip(*ints[:count].T.tolist(), floats[:count].tolist()):
+        options = self.request.options
+        asked = options.logprobs is not None or options.rows_wanted
+        more = zip(tops[:count].tolist(), details[:count].tolist()) if asked else itertools.repeat(((), ()))
+        for (token, favourite, valid), step, (best, chances) in zip(ints[:count].tolist(), floats[:count].tolist(), more):
             if self.answer.finish_reason is not None:
                 break  # tokens behind a stop
             if valid == 0:
                 raise not_finite(self.request)
-            place = len(self.tokens)
             self.tokens.append(token)
-            if place >= len(self.answer.tokens):
-                self.answer.take(token, favourite, valid, step)
-            elif token != self.answer.tokens[place]:
-                raise ServingError("after a failure of the engine the request made other tokens than before")
+            self.answer.take(token, favourite, valid, step, best, chances)
+            if self.answer.finish_reason is None:
+                self.adjusting.take(token)
 
 
 def not_finite(request: Request) -> ColoraError:
     """The error of a request whose scores are infinite or not a number."""
-    contrast = request.options.contrast
-    if contrast is not None and contrast.beta > 1e6:
-        return DecodingError(f"beta={contrast.beta:g} makes the scores of the contrast infinite; 0.5 is a usual value")
+    mix = request.options.mixture
+    if mix is not None and mix.beta > 1e6:
+        return DecodingError(f"beta={mix.beta:g} makes the scores of the contrast infinite; 0.5 is a usual value")
+    if request.options.grammar is not None or request.options.min_tokens:
+        return DecodingError("no token is left that grammar and min_tokens allow, or the logits are not finite")
+    if mix is not None and mix.by != "contrast":
+        return DecodingError(f"the scores of the mix ({mix.label}) are infinite or not a number: a weight is too large, or "
+                             "a model's logits are not finite")
     if request.adapter is None:
         return CheckpointError("the base model's logits are not finite; its weights are damaged")
     return AdapterError(f"adapter {request.adapter!r} makes the model's logits infinite or not a number; its values "

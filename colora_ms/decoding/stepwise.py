@@ -2,93 +2,131 @@
 
 The naive contrast is what CoLD argues against (two separate evaluations a token, arXiv 2505.14620, abstract). It is
 kept as the checked baseline: it must produce the same tokens as the one-graph loop.
+
+They work on the model's Cells over a paged cache of their own; beams share the blocks of what they have in common.
 """
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 from colora_ms import runtime
+from colora_ms.decoding.blocks import BlockPool
 from colora_ms.decoding.contrast import contrast_strength, contrastive_scores
-from colora_ms.decoding.generator import bucket
 from colora_ms.decoding.options import Contrast
+from colora_ms.decoding.step import CopyBlocks, bucket
 from colora_ms.errors import DecodingError
-from colora_ms.models.cache import KeyValueCache
+from colora_ms.kernels import bind
+from colora_ms.models.paged_cache import BLOCK, PagedCache
 
 
-class StepGraph(nn.Cell):
-    """One call of ``Decoder.step`` as a graph of its own."""
+class LogitsGraph(nn.Cell):
+    """One call of ``Decoder.paged`` as a graph of its own."""
 
-    def __init__(self, decoder: Any, cache: Any) -> None:
+    def __init__(self, decoder: Any, cache: PagedCache) -> None:
         super().__init__()
+        bind()
         self.decoder = decoder
         self.cache = cache
 
-    def construct(self, ids: Tensor, slots: Tensor, cache_rows: Tensor, start: Tensor, length: Tensor) -> Tensor:
-        """Arguments and result as :meth:`colora_ms.models.decoder.Decoder.step`."""
-        return self.decoder.step(ids, slots, self.cache, cache_rows, start, length)
+    def construct(self, tokens: Tensor, slots: Tensor, rows: Tensor, positions: Tensor, tables: Tensor, read: Tensor,
+                  read_slots: Tensor) -> Tensor:
+        """Arguments and result as :meth:`colora_ms.models.decoder.Decoder.paged`."""
+        return self.decoder.paged(tokens, slots, self.cache, rows, positions, tables, read, read_slots)
 
 
-class ReorderCache(nn.Cell):
-    """Row r of the cache becomes a copy of row parents[r]; beams do this after every step."""
+class Stepper:
+    """A decoder with a cache of its own, whose logits Python sees at every token.
 
-    def __init__(self, cache: Any) -> None:
-        super().__init__()
-        self.cache = cache
-
-    def construct(self, parents: Tensor) -> Tensor:
-        """parents: (rows,) int32."""
-        done = parents[0]
-        for tensor in self.cache.keys + self.cache.values:
-            done = ops.depend(done, ops.assign(tensor, ops.gather(tensor, parents, 0)))
-        return done
-
-
-class _Stepper:
-    """A decoder with a cache of its own, fed token by token from Python."""
+    Args:
+        decoder: :class:`colora_ms.models.decoder.Decoder`.
+        rows: sequences side by side; length: positions of each of them.
+    """
 
     def __init__(self, decoder: Any, rows: int, length: int) -> None:
         runtime.configure()
         decoder.set_train(False)
         self.rows = rows
-        self.cache = KeyValueCache(decoder.config, rows, length)
-        self.graph = StepGraph(decoder, self.cache).set_train(False)
-        self.reorder = ReorderCache(self.cache).set_train(False)
-        self.cache_rows = Tensor(np.arange(rows, dtype=np.int32))
-        self.slots = None
+        width = -(-length // BLOCK)
+        self.length = width * BLOCK
+        self.pool = BlockPool(rows * (width + 1))  # beams that part copy a block before the old one is given back
+        self.cache = PagedCache(decoder.config, self.pool.blocks)
+        self._graph = LogitsGraph(decoder, self.cache).set_train(False)
+        self._copy = CopyBlocks(self.cache).set_train(False)
+        self._tables: List[List[int]] = [[] for _ in range(rows)]
+        self._positions = [0] * rows
+        self._slots = np.full(rows, -1, np.int32)
 
-    def use(self, slot: int) -> _Stepper:
-        """Start anew with this adapter slot in all rows; returns the stepper."""
-        self.slots = Tensor(np.full(self.rows, slot, np.int32))
+    def use(self, slots: Sequence[int]) -> Stepper:
+        """Start anew with these adapter slots, one a row; returns the stepper."""
+        for table in self._tables:
+            self.pool.release(table)
+        self._tables, self._positions = [[] for _ in range(self.rows)], [0] * self.rows
+        self._slots = np.array(slots, np.int32)
         return self
 
-    def prefill(self, ids: List[int]) -> np.ndarray:
-        """ids: a list of prompt ids, the same for all rows -> logits (rows, vocab) after the last one."""
-        width = min(bucket(len(ids)), self.cache.max_length)
-        padded = np.zeros((self.rows, width), np.int32)
-        padded[:, :len(ids)] = ids
-        return self._call(padded, 0, len(ids))
+    def append(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Append tokens to each row -> logits (rows, vocab) float32 behind the last one of each.
 
-    def step(self, tokens: List[int], position: int) -> np.ndarray:
-        """tokens: (rows,) ids that stand at ``position`` -> logits (rows, vocab)."""
-        return self._call(np.asarray(tokens, np.int32).reshape(self.rows, 1), position, 1)
+        Args:
+            ids: token ids of each row; a row without any keeps what it has, and its logits have no meaning.
 
-    def _call(self, ids: np.ndarray, start: int, length: int) -> np.ndarray:
-        full = np.full(self.rows, 1, np.int32)
-        return runtime.run(self.graph, Tensor(ids), self.slots, self.cache_rows, Tensor(full * start),
-                           Tensor(full * length)).asnumpy()
+        Raises:
+            DecodingError: a row gets longer than there is room for.
+        """
+        counts = [len(one) for one in ids]
+        for row, count in enumerate(counts):
+            if count:
+                self._make_room(row, count)
+        rows = np.repeat(np.arange(self.rows, dtype=np.int32), counts)
+        positions = np.concatenate([np.arange(start, start + count) for start, count in zip(self._positions, counts)])
+        tokens = np.concatenate([np.asarray(one, np.int32) for one in ids])
+        size = bucket(len(rows))
+        tables = np.full((self.rows, self.length // BLOCK), -1, np.int32)
+        for row, table in enumerate(self._tables):
+            tables[row, :len(table)] = table
+
+        def filled(array: np.ndarray, fill: int) -> Tensor:
+            return Tensor(np.concatenate([array, np.full(size - len(array), fill)]).astype(np.int32))
+
+        logits = runtime.run(self._graph, filled(tokens, 0), filled(self._slots[rows], -1), filled(rows, -1),
+                             filled(positions, 0), Tensor(tables), Tensor(np.maximum(np.cumsum(counts) - 1, 0).astype(np.int32)),
+                             Tensor(self._slots)).asnumpy()
+        self._positions = [start + count for start, count in zip(self._positions, counts)]
+        return logits
+
+    def choose(self, parents: Sequence[int]) -> None:
+        """Row r goes on with what row parents[r] has; nothing is copied until the rows part."""
+        tables = [list(self._tables[parent]) for parent in parents]
+        for table in tables:
+            self.pool.hold(table)
+        for table in self._tables:
+            self.pool.release(table)
+        self._tables = tables
+        self._positions = [self._positions[parent] for parent in parents]
+
+    def _make_room(self, row: int, count: int) -> None:
+        """Blocks for further positions of a row, which it alone holds."""
+        table, start = self._tables[row], self._positions[row]
+        if start + count > self.length:
+            raise DecodingError(f"row {row} has {start + count} tokens, there is room for {self.length}")
+        if start % BLOCK:
+            copied = self.pool.own(table, start // BLOCK)
+            if copied is not None:
+                runtime.run(self._copy, *(Tensor(np.array([block], np.int32)) for block in copied)).asnumpy()
+        table += self.pool.take(max(0, self.pool.count(start + count) - len(table)))
 
 
-def _steppers(generator: Any, count: int, rows: int, tokens: int) -> List[_Stepper]:
+def _steppers(generator: Any, count: int, rows: int, tokens: int) -> List[Stepper]:
     """``count`` steppers with room for ``tokens``; the generator keeps them, since each one is a compiled graph."""
     length = min(max(128, 1 << (tokens - 1).bit_length()), generator.max_length)
     kept = generator.steppers.setdefault((rows, length), [])
     while len(kept) < count:
-        kept.append(_Stepper(generator.decoder, rows, length))
+        kept.append(Stepper(generator.decoder, rows, length))
     return kept[:count]
 
 
@@ -110,20 +148,18 @@ def naive_contrastive(generator: Any, prompt: Any, adapter: str, contrast: Contr
         raise DecodingError("the prompt is empty; give at least one token")
     budget = min(max_new_tokens, generator.max_length - len(ids))
     expert, amateur = _steppers(generator, 2, 1, len(ids) + budget)
-    expert.use(generator.adapters.slot(adapter))
-    amateur.use(-1)
+    expert.use([generator.adapters.slot(adapter)])
+    amateur.use([-1])
     eos = () if ignore_eos else generator.eos_token_ids
     tokens = []
-    expert_logits, amateur_logits = expert.prefill(ids), amateur.prefill(ids)
+    expert_logits, amateur_logits = expert.append([ids]), amateur.append([ids])
     while True:
         beta = contrast_strength(expert_logits[0], amateur_logits[0], contrast, tokens[-1] if tokens else -1, ids)
         scores = contrastive_scores(expert_logits, amateur_logits, contrast.alpha, beta)
         tokens.append(int(scores[0].argmax()))
         if len(tokens) == budget or tokens[-1] in eos:
             return tokens
-        position = len(ids) + len(tokens) - 1
-        expert_logits = expert.step(tokens[-1:], position)
-        amateur_logits = amateur.step(tokens[-1:], position)
+        expert_logits, amateur_logits = expert.append([tokens[-1:]]), amateur.append([tokens[-1:]])
 
 
 def beam_search(generator: Any, prompt: Any, adapter: Optional[str] = None, beams: int = 4, max_new_tokens: int = 64,
@@ -144,13 +180,14 @@ def beam_search(generator: Any, prompt: Any, adapter: Optional[str] = None, beam
         raise DecodingError("the prompt is empty; give at least one token")
     budget = min(max_new_tokens, generator.max_length - len(ids))
     stepper, = _steppers(generator, 1, beams, len(ids) + budget)
-    stepper.use(-1 if adapter is None else generator.adapters.slot(adapter))
+    stepper.use([-1 if adapter is None else generator.adapters.slot(adapter)] * beams)
     eos = set(generator.eos_token_ids)
     totals = np.full(beams, -np.inf)
     totals[0] = 0.0  # all rows hold the same prompt, so only one may be expanded at first
     hypotheses = [[] for _ in range(beams)]
     finished = []
-    logits = stepper.prefill(ids)
+    logits = stepper.append([ids] + [[]] * (beams - 1))[[0] * beams]
+    stepper.choose([0] * beams)
     for step in range(budget):
         candidates = totals[:, None] + _log_softmax(logits)
         width = candidates.shape[1]
@@ -176,8 +213,8 @@ def beam_search(generator: Any, prompt: Any, adapter: Optional[str] = None, beam
             kept.append(kept[0])
             scores.append(-np.inf)
         hypotheses, totals = kept, np.array(scores)
-        runtime.run(stepper.reorder, Tensor(np.array(parents, np.int32)))
-        logits = stepper.step([tokens[-1] for tokens in hypotheses], len(ids) + step)
+        stepper.choose(parents)
+        logits = stepper.append([tokens[-1:] for tokens in hypotheses])
     score, tokens = finished[0]
     return tokens, float(score)
 

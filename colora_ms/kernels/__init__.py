@@ -1,6 +1,7 @@
 """The operations that must be fast: one Python face each, a reference form, and a form for each device."""
 
 from colora_ms.kernels.activation import swiglu, swiglu_reference
+from colora_ms.kernels.adjust import adjust_logits, adjust_logits_reference
 from colora_ms.kernels.aot import ABSENT, KernelError
 from colora_ms.kernels.attention import (
     cached_attention,
@@ -8,8 +9,10 @@ from colora_ms.kernels.attention import (
     causal_attention,
     causal_attention_reference,
 )
+from colora_ms.kernels.details import token_details, token_details_reference
 from colora_ms.kernels.dropout import dropout, dropout_constants, dropout_reference
 from colora_ms.kernels.embedding import embedding, embedding_reference
+from colora_ms.kernels.flat_step import fuses_step, step
 from colora_ms.kernels.layers import decoder_layers, fuses_layers
 from colora_ms.kernels.linear import multi_lora_linear, multi_lora_linear_reference
 from colora_ms.kernels.lora import lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference
@@ -22,6 +25,7 @@ from colora_ms.kernels.loss import (
     token_losses_of_logits,
 )
 from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residual, rms_norm_residual_reference
+from colora_ms.kernels.paged import paged_attention, paged_attention_reference
 from colora_ms.kernels.registry import backend, bind
 from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
 from colora_ms.kernels.steps import decode_steps, fuses_steps
@@ -30,6 +34,8 @@ from colora_ms.kernels.strength import contrast_strength, contrast_strength_refe
 __all__ = [
     "ABSENT",
     "KernelError",
+    "adjust_logits",
+    "adjust_logits_reference",
     "backend",
     "bind",
     "cached_attention",
@@ -48,6 +54,7 @@ __all__ = [
     "embedding",
     "embedding_reference",
     "fuses_layers",
+    "fuses_step",
     "fuses_steps",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
@@ -60,11 +67,16 @@ __all__ = [
     "lora_shrink_reference",
     "multi_lora_linear",
     "multi_lora_linear_reference",
+    "paged_attention",
+    "paged_attention_reference",
     "rms_norm",
     "rms_norm_reference",
     "rms_norm_residual",
     "rms_norm_residual_reference",
+    "step",
     "swiglu",
     "swiglu_reference",
+    "token_details",
+    "token_details_reference",
     "token_losses_of_logits",
 ]

@@ -124,7 +124,7 @@ def cached_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin
 
     used = cache_rows * (length > 0).astype(ms.int32)
     seen = ops.arange(max_len).astype(ms.int32).reshape((1, 1, max_len)) <= positions.reshape((rows, tokens, 1))
-    out = _attend(queries, ops.gather(k_cache.astype(ms.float32), used, 0),
+    out = attend(queries, ops.gather(k_cache.astype(ms.float32), used, 0),
                   ops.gather(v_cache.astype(ms.float32), used, 0), seen)
     return ops.where(real.reshape((rows, tokens, 1)), out, ops.zeros_like(out))
 
@@ -150,7 +150,7 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin
     keys = rotate(k.reshape((rows, tokens, -1, dim)), cosines, sines).transpose((0, 2, 1, 3))
     values = v.reshape((rows, tokens, -1, dim)).transpose((0, 2, 1, 3))
     real = steps.reshape((1, tokens)) < lengths.reshape((rows, 1))
-    out = _attend(queries, keys, values, seen)
+    out = attend(queries, keys, values, seen)
     return ops.where(real.reshape((rows, tokens, 1)), out, ops.zeros_like(out))
 
 
@@ -162,8 +162,8 @@ def _appended(cache, new, where, real, written):
     return ops.where(written, placed, cache.astype(ms.float32)).astype(cache.dtype)
 
 
-def _attend(queries, keys, values, seen):
-    """Softmax attention.
+def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """Softmax attention in built-in operators.
 
     Args:
         queries: (rows, T, heads, dim).

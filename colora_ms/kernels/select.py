@@ -1,4 +1,4 @@
-"""The next token of each request: contrastive scores of expert and amateur, then argmax or sampling."""
+"""The next token of each request: the scores of its rows together, then argmax or sampling."""
 
 from __future__ import annotations
 
@@ -7,24 +7,36 @@ from mindspore import Tensor, ops
 
 from colora_ms.kernels import ascend, bound
 from colora_ms.kernels.aot import custom
-from colora_ms.kernels.options import COLUMN, REAL, WHOLE
+from colora_ms.kernels.options import COLUMN, MOST_ROWS, REAL, SELECTION, WHOLE
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
-_EXPERT, _AMATEUR, _TOP_K = COLUMN["expert_rows"], COLUMN["amateur_rows"], COLUMN["top_k"]
+_TOP_K, _MIXING, _CUT = COLUMN["top_k"], COLUMN["mixing"], COLUMN["cut"]
 _ALPHA, _BETA, _TEMPERATURE = COLUMN["alpha"], COLUMN["beta"], COLUMN["temperature"]
 _TOP_P, _MIN_P = COLUMN["top_p"], COLUMN["min_p"]
 
 _MASKED = -3.0e38  # below every finite logit, and finite, so that differences with it are no NaN
 
 
-def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Pick one token per request by Contrastive LoRA Decoding (arXiv 2505.14620), in float32.
+def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor, mix_weights: Tensor,
+                       uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick one token per request from the logits of its rows, in float32.
 
-    Semantics, with e and a the logits rows of the request's expert and amateur::
+    Semantics, with l_k the logits of the request's row k (row 0 is the leading one), w_k its weight and
+    p_k = softmax(l_k). The score of a token i is, by ``mixing``::
 
-        valid = {i : e[i] >= log(alpha) + max(e)}
-        s[i]  = (1 + beta) * e[i] - beta * a[i]     for i in valid, else -infinity
+        one row        l_0[i]
+        contrast       (1 + beta) * l_0[i] - beta * l_1[i]        Contrastive LoRA Decoding, arXiv 2505.14620
+        log            sum of w_k l_k[i]                          the sum of w_k log p_k but for a constant
+        probability    log of the sum of w_k p_k[i]
+
+    and the valid tokens, by ``cut`` (a contrast has "leading", one row has none)::
+
+        none           all
+        leading        l_0[i] >= log(alpha) + max(l_0)
+        mixture        s[i] >= log(alpha) + max(s)
+
+    A row of weight 0 is not read; a token to which row 0 gives -infinity is never taken.
 
     ``temperature = 0``: the token of the highest score, the smallest index among equals. Else a draw from
     softmax(s / temperature): the tokens sorted by descending score (ties by index) are cut to the first ``top_k``, then
@@ -33,19 +45,20 @@ def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, uniform: Ten
     ``uniform`` times the mass of that set.
 
     Args:
-        logits: (rows, vocab) float32.
-        whole, real: (R, columns) int32 and float32, the requests' options (:mod:`colora_ms.kernels.options`). Read are
-            expert_rows: the logits row of each request; -1: the request is inactive, nothing is read and all its
-            results are 0;
-            amateur_rows: -1: no contrast, plain scores s = e with every token valid (alpha, beta not read);
-            alpha in (0, 1]; beta >= 0;
+        logits: (rows, vocab) float32, after penalties, bias and masks (:func:`colora_ms.kernels.adjust_logits`).
+        whole, real, mix_rows, mix_weights: the requests' options (:mod:`colora_ms.kernels.options`). Read are
+            mix_rows: (R, 8), the rows of each request, -1 behind the last one; all -1: the request is inactive, nothing
+            else is read and all its results are 0;
+            mixing, cut; alpha in (0, 1] where there is a cut; beta >= 0 in a contrast; mix_weights (R, 8) in the other
+            mixes, finite, not all 0, none below 0 for a mean of probabilities;
             temperature >= 0; 0: argmax (top_k, top_p, min_p, uniform not read);
             top_k, 0: off; top_p in (0, 1], 1: off; min_p in [0, 1], 0: off.
         uniform: (R,) float32 in [0, 1), the random number of the draw.
 
     Returns:
-        ``(ints, floats)``: ints (R, 3) int32 with the token, the expert's favourite (its own argmax), and the number of
-        valid tokens; floats (R, 4) float32 with e[token], a[token] (0 without contrast), s[token], and max(e).
+        ``(ints, floats)``: ints (R, 3) int32 with the token, the favourite of row 0 (its own argmax), and the number of
+        valid tokens (of one row: the vocabulary); floats (R, 4) float32 with l_0[token], l_1[token] (0 where there is no
+        second row), s[token], and max(l_0).
 
     Raises:
         KernelError: a shape or dtype is wrong.
@@ -54,13 +67,14 @@ def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, uniform: Ten
 
     Gradients: refused.
     """
-    return bound.contrastive_select(logits, whole, real, uniform)
+    return bound.contrastive_select(logits, whole, real, mix_rows, mix_weights, uniform)
 
 
-def _with_device_token(logits, whole, real, uniform):
-    """:func:`contrastive_select` with the tokens of greedy requests chosen by the Ascend C operator."""
-    ints, floats = bound.select_records(logits, whole, real, uniform)
-    expert_rows, amateur_rows = whole[:, _EXPERT], whole[:, _AMATEUR]  # (R,)
+def _with_device_token(logits, whole, real, mix_rows, mix_weights, uniform):
+    """:func:`contrastive_select` with the tokens of greedy requests of one row or a contrast chosen by the Ascend C
+    operator."""
+    ints, floats = bound.select_records(logits, whole, real, mix_rows, mix_weights, uniform)
+    expert_rows, amateur_rows = mix_rows[:, 0], mix_rows[:, 1]  # (R,)
     alpha, beta, temperature = real[:, _ALPHA], real[:, _BETA], real[:, _TEMPERATURE]
     contrast = amateur_rows >= 0
     expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)
@@ -69,26 +83,64 @@ def _with_device_token(logits, whole, real, uniform):
     token = ascend.contrastive_token(expert, amateur, ops.where(contrast, alpha, ops.ones_like(alpha)),
                                      ops.where(contrast, beta, ops.zeros_like(beta)))
     greedy = ops.logical_and(temperature == 0, expert_rows >= 0)
+    greedy = ops.logical_and(greedy, ops.logical_or(ops.logical_not(contrast), whole[:, _MIXING] == 0))
     return ops.concat((ops.where(greedy, token, ints[:, 0]).reshape(-1, 1), ints[:, 1:]), 1), floats
 
 
-def contrastive_select_reference(logits: Tensor, whole: Tensor, real: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def row_weights(whole: Tensor, real: Tensor, mix_rows: Tensor, mix_weights: Tensor) -> Tensor:
+    """(R, 8) float32: the weight of each row of each request, 0 where there is none; for graphs."""
+    places = ops.arange(MOST_ROWS).astype(ms.int32).reshape((1, MOST_ROWS))
+    beta = real[:, _BETA].reshape((-1, 1))
+    alone = (places == 0).astype(ms.float32)
+    contrast = (1.0 + beta) * alone - beta * (places == 1).astype(ms.float32)
+    several = mix_rows[:, 1:2] >= 0
+    weights = ops.where(whole[:, _MIXING].reshape((-1, 1)) == 0, contrast, mix_weights)
+    weights = ops.where(several, weights, ops.zeros_like(weights) + alone)
+    return ops.where(mix_rows >= 0, weights, ops.zeros_like(weights))
+
+
+def mixture_reference(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor, mix_weights: Tensor) -> tuple:
+    """The scores of all tokens in built-in operators.
+
+    Returns:
+        (scores (R, vocab) float32, valid (R, vocab) bool, first (R, vocab): the logits of row 0).
+    """
+    requests, vocab = mix_rows.shape[0], logits.shape[1]
+    weights = row_weights(whole, real, mix_rows, mix_weights)
+    first = ops.gather(logits, ops.maximum(mix_rows[:, 0], 0), 0)  # (R, vocab)
+    total, share = ops.zeros((requests, vocab), ms.float32), ops.zeros((requests, vocab), ms.float32)
+    for k in range(MOST_ROWS):
+        row = ops.gather(logits, ops.maximum(mix_rows[:, k], 0), 0)  # (R, vocab)
+        weight = weights[:, k:k + 1]  # (R, 1)
+        used = weight != 0  # a row of weight 0 must not matter at all, and 0 * infinity is NaN
+        total = total + ops.where(used, weight * row, ops.zeros_like(row))
+        away = row - ops.max(row, axis=1, keepdims=True)[0]
+        share = share + ops.where(used, weight * ops.softmax(away, 1), ops.zeros_like(row))
+    several = mix_rows[:, 1:2] >= 0
+    mixing = whole[:, _MIXING].reshape((requests, 1))
+    scores = ops.where(ops.logical_and(several, mixing == 2), ops.log(share), total)
+    out = first > -float("inf")
+    cut = ops.where(mixing == 0, ops.ones_like(mixing), whole[:, _CUT].reshape((requests, 1)))
+    cut = ops.where(several, cut, ops.zeros_like(cut))
+    least = ops.log(ops.where(cut > 0, real[:, _ALPHA].reshape((requests, 1)), ops.ones((requests, 1), ms.float32)))
+    scores = ops.where(out, scores, ops.full_like(scores, -float("inf")))
+    valid = ops.where(cut == 1, first >= least + ops.max(first, axis=1, keepdims=True)[0],
+                      scores >= least + ops.max(scores, axis=1, keepdims=True)[0])
+    valid = ops.logical_or(valid, cut == 0)
+    return scores, ops.logical_and(valid, ops.logical_and(out, scores > -float("inf"))), first
+
+
+def contrastive_select_reference(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor, mix_weights: Tensor,
+                                 uniform: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`contrastive_select` in built-in operators, any device; values are not checked."""
-    expert_rows, amateur_rows, top_k = whole[:, _EXPERT], whole[:, _AMATEUR], whole[:, _TOP_K]  # (R,)
-    alpha, beta, temperature = real[:, _ALPHA], real[:, _BETA], real[:, _TEMPERATURE]
+    top_k, temperature = whole[:, _TOP_K], real[:, _TEMPERATURE]  # (R,)
     top_p, min_p = real[:, _TOP_P], real[:, _MIN_P]
-    requests, vocab = expert_rows.shape[0], logits.shape[1]
-    active, contrast = expert_rows >= 0, amateur_rows >= 0
-    expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)  # (R, vocab)
-    amateur = ops.gather(logits, ops.maximum(amateur_rows, 0), 0)
+    requests, vocab = mix_rows.shape[0], logits.shape[1]
+    scores, valid, expert = mixture_reference(logits, whole, real, mix_rows, mix_weights)
+    amateur = ops.gather(logits, ops.maximum(mix_rows[:, 1], 0), 0)
+    several = mix_rows[:, 1:2] >= 0
     highest = ops.max(expert, axis=1, keepdims=True)[0]
     favourite = ops.argmax(expert, 1).astype(ms.int32)
-    alpha = ops.where(contrast, alpha, ops.ones_like(alpha)).reshape((requests, 1))
-    beta = ops.where(contrast, beta, ops.zeros_like(beta)).reshape((requests, 1))
-    contrast = contrast.reshape((requests, 1))
-    valid = ops.logical_or(expert >= ops.log(alpha) + highest, ops.logical_not(contrast))
-    # With beta = 0 the amateur must not matter at all, and 0 * infinity is NaN.
-    scores = ops.where(beta > 0, (1.0 + beta) * expert - beta * amateur, expert)
     scores = ops.where(valid, scores, ops.full_like(scores, _MASKED))
     count = valid.astype(ms.int32).sum(1)
 
@@ -111,11 +163,12 @@ def contrastive_select_reference(logits: Tensor, whole: Tensor, real: Tensor, un
     token = ops.where(temperature > 0, sampled.reshape((requests,)).astype(ms.int32), greedy)
 
     at = token.reshape((requests, 1))
-    amateur_logit = ops.where(contrast, ops.gather_elements(amateur, 1, at), ops.zeros((requests, 1), ms.float32))
+    amateur_logit = ops.where(several, ops.gather_elements(amateur, 1, at), ops.zeros((requests, 1), ms.float32))
+    count = ops.where(several.reshape((requests,)), count, ops.zeros_like(count) + vocab)
     ints = ops.stack((token, favourite, count.astype(ms.int32)), 1)
     floats = ops.concat((ops.gather_elements(expert, 1, at), amateur_logit, ops.gather_elements(scores, 1, at),
                          highest), 1)
-    active = active.reshape((requests, 1))
+    active = mix_rows[:, :1] >= 0
     return ops.where(active, ints, ops.zeros_like(ints)), ops.where(active, floats, ops.zeros_like(floats))
 
 
@@ -124,31 +177,34 @@ def contrastive_select_reference(logits: Tensor, whole: Tensor, real: Tensor, un
 _NAME = "contrastive_select"
 
 
-def check_option_shapes(op: str, whole: list, real: list) -> int:
-    """Shapes of the two tensors of options -> number of requests.
+def check_option_shapes(op: str, whole: list, real: list, mix_rows: list, mix_weights: list) -> int:
+    """Shapes of the options that the selection takes -> number of requests.
 
     Raises:
         KernelError: one is wrong.
     """
     require(len(whole) == 2 and whole[1] == len(WHOLE), op, "whole", whole, f"(requests, {len(WHOLE)})")
     require_shape(op, "real", real, (whole[0], len(REAL)))
+    require_shape(op, "mix_rows", mix_rows, (whole[0], MOST_ROWS))
+    require_shape(op, "mix_weights", mix_weights, (whole[0], MOST_ROWS))
     return whole[0]
 
 
-def _shapes(logits, whole, real, uniform):
+def _shapes(logits, whole, real, mix_rows, mix_weights, uniform):
     require(len(logits) == 2, _NAME, "logits", logits, "(rows, vocab)")
-    requests = check_option_shapes(_NAME, whole, real)
+    requests = check_option_shapes(_NAME, whole, real, mix_rows, mix_weights)
     require_shape(_NAME, "uniform", uniform, (requests,))
     return [requests, 3], [requests, 4]
 
 
 def _dtypes(*dtypes):
-    for argument, dtype in zip(("logits", "whole", "real", "uniform"), dtypes):
-        require_dtype(_NAME, argument, element_type(dtype), (ms.int32,) if argument == "whole" else (ms.float32,))
+    for argument, dtype in zip(("logits", *SELECTION, "uniform"), dtypes):
+        allowed = (ms.int32,) if argument in ("whole", "mix_rows") else (ms.float32,)
+        require_dtype(_NAME, argument, element_type(dtype), allowed)
     return ms.int32, ms.float32
 
 
-def _no_gradient(logits, whole, real, uniform, out, dout):
+def _no_gradient(logits, whole, real, mix_rows, mix_weights, uniform, out, dout):
     raise RuntimeError("contrastive_select has no gradient; it picks tokens")
 
 

@@ -10,19 +10,20 @@ from colora_ms.kernels.aot import custom
 from colora_ms.kernels.layers import check_layer_dtypes, check_layer_shapes, check_norm, fuses_layers
 from colora_ms.kernels.linear_operator import check_base, check_linear, check_linear_dtypes
 from colora_ms.kernels.operands import read_linear
+from colora_ms.kernels.options import DETAILS, MOST_TOP, SELECTION, TENSORS
 from colora_ms.kernels.registry import operation
+from colora_ms.kernels.adjust import check_adjustment_shapes
 from colora_ms.kernels.select import check_option_shapes
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
 _NAME = "decode_steps"
 
 #: Inputs before the embedding, the head and the layers, in order; ops/cpu/operands.h has the same.
-ARGUMENTS = ("token", "position", "active", "previous", "slots", "cache_rows", "whole", "real", "uniforms", "eos",
-             "steps",
+ARGUMENTS = ("token", "position", "active", "previous", "slots", "cache_rows", *TENSORS, "uniforms", "eos", "steps",
              "forgiving", "prompt", "lengths", "cos", "sin", "norm", "norm_eps")
 
 _PER_REQUEST = ("token", "position", "active", "previous")
-_REAL = ("real", "uniforms", "cos", "sin", "norm_eps")
+_REAL = ("real", "mix_weights", "uniforms", "cos", "sin", "norm_eps")
 
 
 def fuses_steps() -> bool:
@@ -31,9 +32,9 @@ def fuses_steps() -> bool:
 
 
 def decode_steps(token: Tensor, position: Tensor, active: Tensor, previous: Tensor, slots: Tensor, cache_rows: Tensor,
-                 whole: Tensor, real: Tensor, uniforms: Tensor, eos: Tensor, steps: Tensor, forgiving: Tensor,
-                 prompt: Tensor,
-                 lengths: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, norm_eps: Tensor,
+                 whole: Tensor, real: Tensor, mix_rows: Tensor, mix_weights: Tensor, entries: Tensor, bias: Tensor,
+                 offsets: Tensor, mask: Tensor, uniforms: Tensor, eos: Tensor, steps: Tensor, forgiving: Tensor,
+                 prompt: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, norm_eps: Tensor,
                  *operands: Tensor) -> tuple[Tensor, ...]:
     """Make tokens for every active request until all have ended or ``steps`` steps were made.
 
@@ -42,20 +43,25 @@ def decode_steps(token: Tensor, position: Tensor, active: Tensor, previous: Tens
 
         x, residual = decoder_layers(embedding(token of the row's request), 0, ...)
         logits = multi_lora_linear(rms_norm_residual(x, residual)[0], lm_head)
-        beta' = contrast_strength(logits, whole, real, previous, prompt, lengths)
-        ints, floats = contrastive_select(logits, whole, real with beta', uniforms[:, step])
+        logits = adjust_logits(logits, *options)
+        beta' = contrast_strength(logits, whole, real, mix_rows, mix_weights, previous, prompt, lengths)
+        ints, floats = contrastive_select(logits, whole, real with beta', mix_rows, mix_weights, uniforms[:, step])
+        tops, details = token_details(logits, whole, real with beta', mix_rows, mix_weights, ints[:, 0])
         token = previous = ints[:, 0];  position += 1;  a request ends at a token of eos or when its budget is used up
 
-    Only what is read is computed: rows of ended requests are left out, and the logits of a request's amateur are those
-    of the tokens in the expert's alpha-cut (all of them for the divergence).
+    Only what is read is computed: rows of ended requests are left out, and, of rows behind a leading one, the logits of
+    tokens outside its cut (but for the divergence, a mean of probabilities and ``voices``). The tokens that a request
+    takes are counted for its penalties and ``min_tokens``.
 
     Args:
         token: (R,) int32, the last token of each request; position: (R,) int32, the position it takes.
         active: (R,) int32, 0: the request has ended; previous: (R,) int32, the token that it generated last, -1: none.
         slots, cache_rows: (rows,) int32, adapter slot and row of the cache of each row.
-        whole, real: (R, columns), the requests' options (:mod:`colora_ms.kernels.options`), as for
-            :func:`colora_ms.kernels.contrastive_select` and :func:`colora_ms.kernels.contrast_strength`; no row has two
-            users; budget: tokens that each request may still take.
+        whole, real, mix_rows, mix_weights, entries, bias, offsets, mask: the requests' options
+            (:mod:`colora_ms.kernels.options`), as for :func:`colora_ms.kernels.adjust_logits`,
+            :func:`colora_ms.kernels.contrastive_select`, :func:`colora_ms.kernels.contrast_strength` and
+            :func:`colora_ms.kernels.token_details`; no row has two users; budget: tokens that each request may still
+            take.
         uniforms: (R, capacity) float32, a random number a step.
         eos: (ends,) int32.
         steps: (1,) int32, at most ``capacity``.
@@ -69,7 +75,8 @@ def decode_steps(token: Tensor, position: Tensor, active: Tensor, previous: Tens
 
     Returns:
         ints (capacity, R, 3) int32 and floats (capacity, R, 4) float32, the results of ``contrastive_select`` for every
-        step, 0 where a request took no token; then counts, token, position, active, each (R,) int32.
+        step, 0 where a request took no token; then counts, token, position, active, each (R,) int32; then tops
+        (capacity, R, 20) int32 and details (capacity, R, 29) float32, the results of ``token_details``.
 
     Raises:
         KernelError: a shape or dtype is wrong, or the device has no such operator.
@@ -77,8 +84,8 @@ def decode_steps(token: Tensor, position: Tensor, active: Tensor, previous: Tens
 
     Gradients: none.
     """
-    return bound.decode_steps(token, position, active, previous, slots, cache_rows, whole, real, uniforms, eos, steps,
-                              forgiving, prompt, lengths, cos, sin, norm, norm_eps, *operands)
+    return bound.decode_steps(token, position, active, previous, slots, cache_rows, whole, real, mix_rows, mix_weights,
+                              entries, bias, offsets, mask, uniforms, eos, steps, forgiving, prompt, lengths, cos, sin, norm, norm_eps, *operands)
 
 
 def _ends(shapes):
@@ -90,7 +97,8 @@ def _ends(shapes):
 
 def _shapes(*shapes):
     named = dict(zip(ARGUMENTS, shapes))
-    requests = check_option_shapes(_NAME, named["whole"], named["real"])
+    requests = check_option_shapes(_NAME, *(named[name] for name in SELECTION))
+    check_adjustment_shapes(_NAME, requests, *(named[name] for name in TENSORS[4:]))
     for name in _PER_REQUEST:
         require_shape(_NAME, name, named[name], (requests,))
     require(len(named["slots"]) == 1, _NAME, "slots", named["slots"], "(rows,)")
@@ -114,7 +122,8 @@ def _shapes(*shapes):
     check_linear(_NAME, head, shapes, hidden, " of lm_head")
     check_layer_shapes(_NAME, hidden, named["cos"], shapes, at)
     capacity = named["uniforms"][1]
-    return [capacity, requests, 3], [capacity, requests, 4], [requests], [requests], [requests], [requests]
+    return [capacity, requests, 3], [capacity, requests, 4], [requests], [requests], [requests], [requests], \
+        [capacity, requests, MOST_TOP], [capacity, requests, DETAILS]
 
 
 def _dtypes(shapes, *dtypes):
@@ -124,7 +133,7 @@ def _dtypes(shapes, *dtypes):
             allowed = (ms.float32, ms.bfloat16)
         elif name in _REAL:
             allowed = (ms.float32,)
-        elif name in ("prompt", "lengths"):
+        elif name in ("prompt", "lengths", *TENSORS[4:]):
             allowed = (ms.int32, ms.float32)  # float32: ABSENT
         else:
             allowed = (ms.int32,)
@@ -133,7 +142,7 @@ def _dtypes(shapes, *dtypes):
     check_linear_dtypes(f"{_NAME} (embed_tokens)", table, kinds)
     check_linear_dtypes(f"{_NAME} (lm_head)", head, kinds)
     check_layer_dtypes(_NAME, shapes, kinds, at)
-    return ms.int32, ms.float32, ms.int32, ms.int32, ms.int32, ms.int32
+    return ms.int32, ms.float32, ms.int32, ms.int32, ms.int32, ms.int32, ms.int32, ms.float32
 
 
 operation("decode_steps", cpu=lambda: custom(_NAME, _shapes, _dtypes, by_shapes=True))

@@ -7,7 +7,7 @@ from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
-from colora_ms.kernels.options import COLUMN
+from colora_ms.kernels.options import COLUMN, SELECTION
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.select import check_option_shapes
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
@@ -18,14 +18,14 @@ FORMS = {"fixed": 0, "entropy": 1, "divergence": 2, "margin": 3}
 #: Added to ``mode``: no contrast where the expert's favourite goes on with a span of the prompt.
 SKIP_COPIES = 8
 
-_EXPERT, _AMATEUR, _MODE = COLUMN["expert_rows"], COLUMN["amateur_rows"], COLUMN["mode"]
+_MODE, _MIXING = COLUMN["mode"], COLUMN["mixing"]
 _ALPHA, _BETA = COLUMN["alpha"], COLUMN["beta"]
 
 _LOWEST = -3.0e38  # below every finite logit, and finite
 
 
-def contrast_strength(logits: Tensor, whole: Tensor, real: Tensor, previous: Tensor, prompt: Tensor,
-                      lengths: Tensor) -> Tensor:
+def contrast_strength(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor, mix_weights: Tensor,
+                      previous: Tensor, prompt: Tensor, lengths: Tensor) -> Tensor:
     """The weight that ``contrastive_select`` is to give to each amateur at this step.
 
     Semantics, with e and a the logits rows of expert and amateur, V = {i : e[i] >= log(alpha) + max e} the expert's
@@ -41,8 +41,8 @@ def contrast_strength(logits: Tensor, whole: Tensor, real: Tensor, previous: Ten
 
     Args:
         logits: (rows, vocab) float32.
-        whole, real: (R, columns) int32 and float32, the requests' options (:mod:`colora_ms.kernels.options`). Read are
-            expert_rows, amateur_rows: rows of each request; -1 in either: its strength is 0;
+        whole, real, mix_rows, mix_weights: the requests' options (:mod:`colora_ms.kernels.options`). Read are
+            mix_rows: the rows of expert and amateur; -1 in either, or another mix than a contrast: the strength is 0;
             alpha in (0, 1]; beta >= 0; mode.
         previous: (R,) int32, the token generated last; -1: there is none yet.
         prompt: (R, P) int32, padded at the right; lengths: (R,) int32, tokens of each prompt.
@@ -56,16 +56,16 @@ def contrast_strength(logits: Tensor, whole: Tensor, real: Tensor, previous: Ten
 
     Gradients: refused.
     """
-    return bound.contrast_strength(logits, whole, real, previous, prompt, lengths)
+    return bound.contrast_strength(logits, whole, real, mix_rows, mix_weights, previous, prompt, lengths)
 
 
-def contrast_strength_reference(logits: Tensor, whole: Tensor, real: Tensor, previous: Tensor, prompt: Tensor,
-                                lengths: Tensor) -> Tensor:
+def contrast_strength_reference(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor, mix_weights: Tensor,
+                                previous: Tensor, prompt: Tensor, lengths: Tensor) -> Tensor:
     """:func:`contrast_strength` in built-in operators, any device; values are not checked."""
-    expert_rows, amateur_rows, mode = whole[:, _EXPERT], whole[:, _AMATEUR], whole[:, _MODE]  # (R,)
+    expert_rows, amateur_rows, mode = mix_rows[:, 0], mix_rows[:, 1], whole[:, _MODE]  # (R,)
     alpha, beta = real[:, _ALPHA], real[:, _BETA]
     requests, vocab = expert_rows.shape[0], logits.shape[1]
-    contrast = ops.logical_and(expert_rows >= 0, amateur_rows >= 0)
+    contrast = ops.logical_and(ops.logical_and(expert_rows >= 0, amateur_rows >= 0), whole[:, _MIXING] == 0)
     expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)  # (R, vocab)
     amateur = ops.gather(logits, ops.maximum(amateur_rows, 0), 0)
     alpha = ops.where(contrast, alpha, ops.ones_like(alpha))
@@ -114,12 +114,12 @@ def contrast_strength_reference(logits: Tensor, whole: Tensor, real: Tensor, pre
 # -- the CPU operator -------------------------------------------------------------------------------------------------
 
 _NAME = "contrast_strength"
-_ARGUMENTS = ("logits", "whole", "real", "previous", "prompt", "lengths")
+_ARGUMENTS = ("logits", *SELECTION, "previous", "prompt", "lengths")
 
 
-def _shapes(logits, whole, real, previous, prompt, lengths):
+def _shapes(logits, whole, real, mix_rows, mix_weights, previous, prompt, lengths):
     require(len(logits) == 2, _NAME, "logits", logits, "(rows, vocab)")
-    requests = check_option_shapes(_NAME, whole, real)
+    requests = check_option_shapes(_NAME, whole, real, mix_rows, mix_weights)
     require_shape(_NAME, "previous", previous, (requests,))
     require(len(prompt) == 2 and prompt[0] == requests, _NAME, "prompt", prompt, f"({requests}, prompt length)")
     require_shape(_NAME, "lengths", lengths, (requests,))
@@ -129,11 +129,11 @@ def _shapes(logits, whole, real, previous, prompt, lengths):
 def _dtypes(*dtypes):
     for argument, dtype in zip(_ARGUMENTS, dtypes):
         require_dtype(_NAME, argument, element_type(dtype),
-                      (ms.float32,) if argument in ("logits", "real") else (ms.int32,))
+                      (ms.float32,) if argument in ("logits", "real", "mix_weights") else (ms.int32,))
     return ms.float32
 
 
-def _no_gradient(logits, whole, real, previous, prompt, lengths, out, dout):
+def _no_gradient(logits, whole, real, mix_rows, mix_weights, previous, prompt, lengths, out, dout):
     raise RuntimeError("contrast_strength has no gradient; it picks tokens")
 
 

@@ -12,8 +12,10 @@ from colora_ms.kernels import (
     causal_attention,
     decoder_layers,
     fuses_layers,
+    fuses_step,
     fuses_steps,
     multi_lora_linear,
+    paged_attention,
     swiglu,
 )
 from colora_ms.kernels.operands import flat_layer, flat_linears, linear_of
@@ -71,6 +73,16 @@ class Attention(nn.Cell):
         return self.o_proj(out, rows)
 
 
+    def paged(self, x: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter, values: Parameter,
+              places: tuple) -> Tensor:
+        """x: (tokens, 1, hidden), a flat batch; see ``kernels.paged_attention``. places: (rows, positions, tables)."""
+        q, k, v = self.project(x, rows)
+        tokens = x.shape[0]
+        out = paged_attention(q.reshape(tokens, -1), k.reshape(tokens, -1), v.reshape(tokens, -1), cos, sin, keys,
+                              values, places[0], places[1], places[2])
+        return self.o_proj(out.expand_dims(1), rows)
+
+
 class Mlp(nn.Cell):
     """``down(silu(gate(x)) * up(x))``."""
 
@@ -116,6 +128,14 @@ class DecoderLayer(nn.Cell):
                                   *self.layer_operands(keys, values))
         h, residual = self.input_layernorm.add(x, residual, rows)
         h = self.self_attn.cached(h, rows, cos, sin, keys, values, cache_rows, start)
+        h, residual = self.post_attention_layernorm.add(h, residual, rows)
+        return self.mlp(h, rows), residual
+
+    def paged(self, x: Tensor, residual: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter,
+              values: Parameter, places: tuple) -> tuple:
+        """As :meth:`construct`, over the paged cache; see :meth:`Attention.paged`."""
+        h, residual = self.input_layernorm.add(x, residual, rows)
+        h = self.self_attn.paged(h, rows, cos, sin, keys, values, places)
         h, residual = self.post_attention_layernorm.add(h, residual, rows)
         return self.mlp(h, rows), residual
 
@@ -181,6 +201,18 @@ class DecoderModel(nn.Cell):
         for i, layer in enumerate(self.layers):
             operands = operands + layer.layer_operands(keys[i], values[i])
         return operands
+
+    def paged(self, tokens: Tensor, slots: Tensor, cache: nn.Cell, places: tuple) -> Tensor:
+        """Hidden states of a flat batch, (tokens, 1, hidden) float32; arguments as for :meth:`Decoder.paged`."""
+        lengths = ops.ones_like(tokens)
+        rows = (slots, lengths)
+        x = self.embed_tokens(tokens.reshape(-1, 1), rows)
+        residual = ops.zeros_like(x)
+        keys, values = cache.keys, cache.values
+        for i, layer in enumerate(self.layers):
+            x, residual = layer.paged(x, residual, rows, self.rope_cos, self.rope_sin, keys[i], values[i], places)
+        x, residual = self.norm.add(x, residual, rows)
+        return x
 
     def cached(self, ids: Tensor, slots: Tensor, cache: nn.Cell, cache_rows: Tensor, start: Tensor,
                length: Tensor) -> Tensor:
@@ -252,6 +284,22 @@ class Decoder(nn.Cell):
         """Logits of all positions, (rows, tokens, vocab) float32; arguments as :meth:`hidden`."""
         return self.lm_head(self.hidden(ids, lengths, slots), (slots, lengths))
 
+    def paged(self, tokens: Tensor, slots: Tensor, cache: nn.Cell, rows: Tensor, positions: Tensor, tables: Tensor,
+              read: Tensor, read_slots: Tensor) -> Tensor:
+        """Append a flat batch to the paged cache and return the logits behind some of its tokens.
+
+        Args:
+            tokens: (T,) int32; slots: (T,) int32, each token's adapter slot.
+            cache: :class:`colora_ms.models.paged_cache.PagedCache`, written in place.
+            rows, positions, tables: as for :func:`colora_ms.kernels.paged_attention`.
+            read: (R,) int32, the tokens whose logits are wanted; read_slots: (R,) int32, their slots.
+
+        Returns:
+            (R, vocab) float32.
+        """
+        x = ops.gather(self.model.paged(tokens, slots, cache, (rows, positions, tables)), read, 0)  # (R, 1, hidden)
+        return self.lm_head(x, (read_slots, ops.ones_like(read_slots))).reshape(read.shape[0], -1)
+
     def step(self, ids: Tensor, slots: Tensor, cache: nn.Cell, cache_rows: Tensor, start: Tensor,
              length: Tensor) -> Tensor:
         """Append tokens to the cache and return the logits after each row's last real token.
@@ -279,6 +327,13 @@ class Decoder(nn.Cell):
         model = self.model
         ends = model.embed_tokens.fusible and model.norm.fusible and self.lm_head.fusible
         return fuses_steps() and ends and model.fused
+
+    @property
+    def fused_step(self) -> bool:
+        """Whether flat batches go through one operator; see ``kernels.step`` and :meth:`step_operands`."""
+        model = self.model
+        cells = [model.embed_tokens, model.norm, self.lm_head, *model.layers]
+        return fuses_step() and all(cell.fusible for cell in cells)
 
     def step_operands(self, cache: nn.Cell) -> tuple:
         """The model's tensors in :func:`colora_ms.kernels.decode_steps`."""

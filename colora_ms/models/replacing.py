@@ -52,12 +52,23 @@ def check_names(net: nn.Cell) -> None:
                                "first")
 
 
+_replacements = 0
+
+
+def replacements() -> int:
+    """How often the tree under a Cell has changed in this process. Who keeps a list of a model's tensors outside of its
+    Cells makes it anew when this has changed."""
+    return _replacements
+
+
 def forget_graphs() -> None:
     """Make every compiled Cell compile anew at its next call: the tree under one of them has changed.
 
     MindSpore asks only for the arguments' types before it runs a compiled graph; its counter of registered hooks is
     part of that question for all Cells, and registering one on an unused Cell raises it.
     """
+    global _replacements
+    _replacements += 1
     nn.ReLU().register_forward_pre_hook(_no_change).remove()
 
 

@@ -16,19 +16,17 @@ from typing import Any, Callable, Dict, List, Optional
 import mindspore as ms
 
 from colora_ms import runtime
+from colora_ms.decoding.core import Core, cache_blocks
 from colora_ms.decoding.options import Options
 from colora_ms.decoding.prompt import ending_ids
 from colora_ms.decoding.request import Limits, Request
 from colora_ms.decoding.values import shown
 from colora_ms.errors import ColoraError, ConfigError, DecodingError, EngineClosedError, UnknownAdapterError
-from colora_ms.models.cache import KeyValueCache
 from colora_ms.serving.bank import AdapterBank
-from colora_ms.serving.graphs import Graphs
 from colora_ms.serving.handle import RequestHandle, Timing, Usage
 from colora_ms.serving.job import Job
-from colora_ms.serving.prompts import Prompts
 from colora_ms.serving.rounds import Rounds
-from colora_ms.serving.scheduler import WaitingQueue, prompt_shapes, row_buckets
+from colora_ms.serving.scheduler import WaitingQueue
 
 _log = logging.getLogger(__name__)
 
@@ -44,26 +42,27 @@ class Engine:
         tokenizer: :class:`colora_ms.models.tokenizer.Tokenizer`.
         bank: :class:`colora_ms.serving.AdapterBank` of the decoder; None serves the base model alone.
         rows: rows of the running batch; a contrastive request takes two.
-        max_length: tokens that a prompt and its answer may have together.
+        cache_bytes: memory for keys and values; None: as much as ``rows`` sequences of 1,024 tokens need. Requests that
+            find it full wait, the youngest first; see ``preemptions`` of :meth:`stats`.
+        max_length: tokens that a prompt and its answer may have together; None: as many as the model and the cache take.
         chunk: steps between which requests may join and leave; fewer give shorter waits and smoother streams, more give
-            less overhead.
+            less overhead. While prompts are computed, it is one.
         queue: requests that may wait; a further one is refused with QueueFullError.
-        prefix_rows: further rows of the cache that only hold prefixes of former prompts.
-        prompt_chunk: tokens of prompts that are computed between two chunks of steps, about: pieces of prompts are
-            begun until it is used up.
-        cache_dtype: ``mindspore.float32`` or ``mindspore.bfloat16`` for keys and values.
+        prompt_chunk: tokens of prompts that are computed in a step in which other requests make tokens, so that the time
+            between their tokens stays even.
+        cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values.
 
     Raises:
         ConfigError: a number is out of range, or the bank is another model's.
     """
 
     def __init__(self, decoder: Any, tokenizer: Any, bank: Optional[AdapterBank] = None, rows: int = 16,
-                 max_length: int = 1024, chunk: int = 8, queue: int = 256, prefix_rows: int = 4,
+                 cache_bytes: Optional[int] = None, max_length: Optional[int] = None, chunk: int = 8, queue: int = 256,
                  prompt_chunk: int = 128, cache_dtype: Any = ms.float32) -> None:
         limit = min(decoder.max_positions, decoder.config.max_position_embeddings)
+        max_length = limit if max_length is None else max_length
         for label, value, least in (("rows", rows, 2), ("max_length", max_length, 2), ("chunk", chunk, 1),
-                                    ("queue", queue, 1), ("prefix_rows", prefix_rows, 0),
-                                    ("prompt_chunk", prompt_chunk, 2)):
+                                    ("queue", queue, 1), ("prompt_chunk", prompt_chunk, 2)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{label}={value!r} is not a whole number >= {least}")
         if bank is not None and bank.decoder is not decoder:
@@ -77,17 +76,14 @@ class Engine:
         self.max_length = min(max_length, limit)
         self.chunk = chunk
         self.eos = ending_ids(decoder, tokenizer)
+        blocks = cache_blocks(decoder, cache_bytes, rows * min(self.max_length, 1024), cache_dtype)
         self._limits = Limits(decoder.config.vocab_size, self.max_length, "the engine's cache",
-                              ": shorten it, or make the engine with a larger max_length")
-        cache = KeyValueCache(decoder.config, rows + prefix_rows, self.max_length, cache_dtype)
-        self._graphs = Graphs(decoder, cache)
-        prompt_chunk = min(prompt_chunk, self.max_length)
-        self._prompts = Prompts(self._graphs, cache.rows, prompt_shapes(rows, prompt_chunk))
+                              ": shorten it, or make the engine with a larger max_length or cache_bytes", blocks)
+        self._core = Core.of(decoder, blocks, cache_dtype, rows, chunk, prompt_chunk, self.max_length, self.eos)
         self._waiting = WaitingQueue(queue)
-        self._rounds = Rounds(self._graphs, self._prompts, self._waiting, bank, row_buckets(rows), chunk, prompt_chunk,
-                              self.eos)
+        self._rounds = Rounds(self._core, self._waiting, bank)
         self._numbers = itertools.count()
-        self._calls: List[Callable[[], None]] = []  # functions that the thread runs between two chunks
+        self._calls: List[Callable[[], None]] = []  # functions that the thread runs between two calls of the core
         self._wake = threading.Condition()
         self._closing: Optional[str] = None  # "drain" or "now"
         self._started = time.monotonic()
@@ -134,7 +130,9 @@ class Engine:
         request = Request.of(self.tokenizer, prompt, adapter, Options.asked(**wanted), self._limits)
         if len(request.rows) > self.rows:
             raise DecodingError(f"the request takes {len(request.rows)} rows, the engine has {self.rows}")
-        job = Job(request, self._digest(adapter), self.tokenizer, self.eos)
+        self._check_mix(request)
+        contents = {row.adapter: self._digest(row.adapter) for row in request.rows if row.adapter is not None}
+        job = Job(request, contents, self.tokenizer, self.eos)
         now = time.monotonic()
         handle = job.handle = RequestHandle(next(self._numbers), adapter, Timing(submitted=now),
                                             Usage(prompt=len(request.ids)), lambda handle: self._cancel(job))
@@ -146,10 +144,18 @@ class Engine:
             self._wake.notify_all()
         return handle
 
-    def _digest(self, adapter: Optional[str]) -> str:
-        """The content that an adapter's name stands for; "" for the base model."""
-        if adapter is None:
-            return ""
+    def _check_mix(self, request: Request) -> None:
+        """Refuse what this engine can never run."""
+        names = {row.adapter for row in request.rows if isinstance(row.adapter, str)}
+        if self.bank is not None and len(names) > self.bank.max_loaded:
+            raise DecodingError(f"the request mixes {len(names)} adapters, the engine's bank has "
+                                f"{self.bank.max_loaded} slots")
+        if not self._core.graph.fused and any(row.scale != 1.0 for row in request.rows):
+            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; leave "
+                                "it out")
+
+    def _digest(self, adapter: str) -> str:
+        """The content that an adapter's name stands for."""
         if not isinstance(adapter, str):
             raise UnknownAdapterError(f"adapter={shown(adapter)} is not an adapter's name")
         if self.bank is None:
@@ -168,11 +174,11 @@ class Engine:
     # -- life --------------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compile all graphs now (or take them from the graph cache), so that no request waits for one."""
-        self.call(lambda: self._graphs.warm_up(row_buckets(self.rows), self._prompts.shapes, self.chunk))
+        """Compile the graph now (or take it from the graph cache), so that no request waits for it."""
+        self.call(self._core.warm_up)
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function in the engine's thread between two chunks of steps, and return what it returns."""
+        """Run a function in the engine's thread between two calls of the core, and return what it returns."""
         done = threading.Event()
         outcome: Dict[str, Any] = {}
 
@@ -220,14 +226,16 @@ class Engine:
         Returns:
             dict of numbers: ``waiting``, ``starting`` and ``running`` requests, ``rows`` and ``rows_used``, counts of
             requests ``submitted``, ``refused``, ``finished``, ``cancelled``, ``timeouts``, ``failed``;
-            ``prompt_tokens``, ``prompt_rows_tokens`` (computed, all rows), ``cached_tokens`` (taken from other rows),
-            ``copied_rows``, ``generated_tokens``; ``steps``, ``row_steps`` (rows in use summed over the steps),
-            ``chunks``, ``failures`` (of a graph), ``graphs`` (compiled), ``cache_bytes``, ``seconds``; ``bank``:
-            :meth:`AdapterBank.info` or None.
+            ``prompt_tokens``, ``prompt_rows_tokens`` (computed, all rows, those of requests that are computed again
+            among them), ``cached_tokens`` (found in the cache), ``copied_blocks``, ``generated_tokens``; ``steps``,
+            ``row_steps`` (rows in use summed over the steps), ``chunks`` (calls), ``failures`` (of calls), ``graphs``
+            (compiled); ``blocks`` of the cache, ``blocks_used`` (by requests), ``evicted_blocks`` (whose content was
+            given up), ``preemptions`` (requests that gave their blocks back and waited), ``cache_bytes``; ``seconds``;
+            ``bank``: :meth:`AdapterBank.info` or None.
         """
-        return {**self._rounds.stats(), "rows": self.rows, **self._counts, **self._prompts.counts,
-                "graphs": self._graphs.compilations(), "cache_bytes": self._graphs.cache.nbytes,
-                "seconds": time.monotonic() - self._started, "bank": None if self.bank is None else self.bank.info()}
+        return {**self._rounds.stats(), "rows": self.rows, **self._counts, "graphs": self._core.graph.compilations(),
+                "cache_bytes": self._core.graph.cache.nbytes, "seconds": time.monotonic() - self._started,
+                "bank": None if self.bank is None else self.bank.info()}
 
     # -- the thread --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Callable, Deque, Iterator, List, Optional, Tuple
 
-from colora_ms.decoding.completion import Completion, TokenRecord
+from colora_ms.decoding.completion import Completion, TokenLogprob, TokenRecord
 
 _log = logging.getLogger(__name__)
 
@@ -21,11 +21,13 @@ class Piece:
         text: new text; a tail that may still become a stop string or another character is held back.
         tokens: new ids.
         records: a :class:`colora_ms.decoding.TokenRecord` for each of them, if they were asked for.
+        logprobs: a :class:`colora_ms.decoding.completion.TokenLogprob` for each of them, if they were asked for.
     """
 
     text: str
     tokens: Tuple[int, ...] = ()
     records: Tuple[TokenRecord, ...] = ()
+    logprobs: Tuple[TokenLogprob, ...] = ()
 
 
 @dataclass

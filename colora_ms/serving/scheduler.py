@@ -1,10 +1,10 @@
-"""Who goes next: the bounded queue of waiting requests, and the choice of shapes for prompts."""
+"""Who goes next: the bounded queue of waiting requests."""
 
 from __future__ import annotations
 
 import bisect
 import threading
-from typing import Callable, List, Sequence, Tuple
+from typing import Callable, List, Tuple
 
 from colora_ms.errors import QueueFullError
 from colora_ms.serving.job import Job
@@ -53,25 +53,24 @@ class WaitingQueue:
         """Take out one job, if it is there."""
         self.remove_if(lambda one: one is job)
 
-    def admit(self, rows: int, place: Callable[[Job], bool]) -> List[Job]:
+    def admit(self, fits: Callable[[Job], bool], place: Callable[[Job], bool]) -> List[Job]:
         """Take out the jobs that can start.
 
         Args:
-            rows: rows of the batch that are free; all rows of a request start together or not at all.
-            place: function (job) that gives it a slot; False if it has to wait for one.
+            fits: function (job), whether there is room for it now; all rows of a request start together or not at all.
+            place: function (job) that gives it a slot and its room; False if it has to wait for a slot.
 
         Returns:
-            list of jobs. The first one that does not fit the rows ends the search, so that small requests cannot
-            keep a large one waiting for ever; one that waits for a slot is passed over, up to PATIENCE times.
+            list of jobs. The first one that does not fit ends the search, so that small requests cannot keep a large
+            one waiting for ever; one that waits for a slot is passed over, up to PATIENCE times.
         """
         with self._lock:
             waiting = [job for _, _, job in self._items]
         taken: List[Job] = []
         for job in waiting:
-            if len(job.rows) > rows:
+            if not fits(job):
                 break
             if place(job):
-                rows -= len(job.rows)
                 taken.append(job)
             else:
                 job.passed_over += 1
@@ -81,33 +80,3 @@ class WaitingQueue:
             ids = {id(job) for job in taken}
             self.remove_if(lambda job: id(job) in ids)
         return taken
-
-
-def row_buckets(rows: int) -> List[int]:
-    """Numbers of rows that a chunk of steps is compiled for: powers of two, and ``rows`` itself."""
-    return sorted({1 << k for k in range(rows.bit_length()) if 1 << k <= rows} | {rows})
-
-
-def prompt_shapes(rows: int, chunk: int) -> List[Tuple[int, int]]:
-    """(rows, tokens) that prompts are computed in: short ones together, long ones in chunks.
-
-    Args:
-        rows: rows of the batch; chunk: tokens of a prompt that one call takes at most.
-    """
-    wanted = [(2, 16), (8, 16), (1, 64), (1, chunk), (2, chunk)]
-    return sorted({(min(r, rows), min(t, chunk)) for r, t in wanted})
-
-
-def best_shape(shapes: Sequence[Tuple[int, int]], lengths: Sequence[int]) -> Tuple[int, int]:
-    """The shape with the most real tokens for its cost.
-
-    Args:
-        shapes: as :func:`prompt_shapes` gives them.
-        lengths: tokens that each waiting row lacks, the rows in their order.
-    """
-    def worth(shape: Tuple[int, int]) -> float:
-        rows, tokens = shape
-        # The weights are read once a call, which costs about as much as some tens of tokens.
-        return sum(min(n, tokens) for n in lengths[:rows]) / (rows * tokens + 32)
-
-    return max(shapes, key=worth)

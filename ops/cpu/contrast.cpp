@@ -5,20 +5,21 @@
 
 #include "parallel.h"
 
-// (logits (rows, vocab), whole, real (requests, ...), previous (requests,), prompt (requests, width), lengths (requests,))
+// (logits (rows, vocab), options (options.h), previous (requests,), prompt (requests, width), lengths (requests,))
 // -> strength (requests,)
 COLORA_OPERATOR(contrast_strength) {
   using namespace COLORA_ISA_NAMESPACE;
   using colora::Tensor;
   Reader reader(call, 0, 1);
   const Tensor logits = reader.next("logits"), whole = reader.next("whole"), real = reader.next("real"),
+               rows_of = reader.next("mix_rows"), weights = reader.next("mix_weights"),
                previous = reader.next("previous"), prompt = reader.next("prompt"), lengths = reader.next("lengths");
   call.expect(reader.at(), 1);
   const Tensor out = call.out(0, "strength");
   logits.expect_dtype("float32").expect_rank(2);
   const int64_t rows = logits.dim(0), vocab = logits.dim(1);
   if (vocab < 1) logits.fail("has shape %s, expected (rows, vocab) with vocab >= 1", logits.shape_text().c_str());
-  const Options given(whole, real);
+  const Options given(whole, real, rows_of, weights);
   const int64_t requests = given.requests();
   for (const Tensor* t : {&previous, &lengths})
     t->expect_dtype("int32").expect_rank(1).expect_dim(0, requests, "requests, as in whole");
@@ -29,9 +30,10 @@ COLORA_OPERATOR(contrast_strength) {
   std::vector<StrengthOptions> options(static_cast<size_t>(requests));
   for (int64_t r = 0; r < requests; ++r) {
     StrengthOptions& o = options[size_t(r)];
-    o.expert = given.row(r, Whole::expert_rows, rows, "none");
+    o.expert = given.row(r, 0, rows, "none");
     if (o.expert < 0) continue;
-    o.amateur = given.row(r, Whole::amateur_rows, rows, "none");
+    o.amateur = given.row(r, 1, rows, "none");
+    if (given.get(r, Whole::mixing) != int32_t(Mixing::contrast)) o.amateur = -1;
     if (o.amateur < 0) continue;
     o.mode = checked_mode(given, r);
     o.previous = previous.data<int32_t>()[r];

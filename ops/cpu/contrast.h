@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "select.h"
+#include "mix.h"
 
 namespace COLORA_ISA_NAMESPACE {
 constexpr int32_t kEntropy = 1, kDivergence = 2, kMargin = 3, kSkipCopies = 8;
@@ -22,15 +22,6 @@ struct StrengthOptions {
   const int32_t* prompt = nullptr;
   int64_t length = 0;
 };
-
-inline float highest_of(const float* x, int64_t n) {
-  vf m = splat(-std::numeric_limits<float>::infinity());
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) m = max(load(x + i), m);
-  float highest = max_of(m);
-  for (; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
-  return highest;
-}
 
 // p[i] = exp(x[i] - highest); returns their sum.
 inline double exponentials(const float* x, int64_t n, float highest, float* p) {

@@ -21,10 +21,13 @@ constexpr int64_t kAhead = 8192;  // bytes that unpacking prefetches ahead
 // The rows of a call and their adapters: token t belongs to row t / per_row. Made once a step and used by every linear.
 class RowSlots {
  public:
-  // row_slot: (tokens / per_row,) slots, or null: no adapters.
-  void set(int64_t tokens, int64_t per_row, const int32_t* row_slot) {
-    tokens_ = tokens, per_row_ = per_row, row_slot_ = row_slot, grouped_ = false;
+  // row_slot: (tokens / per_row,) slots, or null: no adapters. row_strength: factors on the adapters' scales, as many, or
+  // null: 1.
+  void set(int64_t tokens, int64_t per_row, const int32_t* row_slot, const float* row_strength = nullptr) {
+    tokens_ = tokens, per_row_ = per_row, row_slot_ = row_slot, row_strength_ = row_strength, grouped_ = false;
   }
+  const float* strengths() const { return row_strength_; }
+  int64_t per_row() const { return per_row_; }
   int64_t tokens() const { return tokens_; }
   bool given() const { return row_slot_ != nullptr; }
   int32_t slot(int64_t token) const { return row_slot_[token / per_row_]; }
@@ -38,6 +41,7 @@ class RowSlots {
  private:
   int64_t tokens_ = 0, per_row_ = 1;
   const int32_t* row_slot_ = nullptr;
+  const float* row_strength_ = nullptr;
   bool grouped_ = false;
   SlotGroups groups_;
 };
@@ -294,7 +298,8 @@ inline void run_group(const std::vector<Product*>& products, const float* from, 
     if (groups.tokens.empty()) continue;
     const int64_t rank = l.adapters->rank, stride = padded_rank(rank);
     l.v.resize(size_t(tokens * stride));
-    l.shrink.prepare(*l.adapters, groups, x, in, l.v.data(), stride, colora::thread_count());
+    l.shrink.prepare(*l.adapters, groups, x, in, l.v.data(), stride, colora::thread_count(), rows.strengths(),
+                     rows.per_row());
     l.row_adapters.resize(size_t(tokens));
     for (int64_t t : groups.tokens)
       l.row_adapters[size_t(t)] = {l.v.data() + t * stride, l.adapters->up.from(rows.slot(t) * l.weight.out * rank)};

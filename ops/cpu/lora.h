@@ -97,12 +97,14 @@ inline std::vector<Run> runs_of(const SlotGroups& groups, const SlotGroups::Grou
 // The shrink of one linear, cut into independent tasks. It may be prepared again for other tokens.
 class Shrink {
  public:
-  // v: (tokens, stride) with stride >= rank; columns from rank on are set to 0. x: (tokens, in).
+  // v: (tokens, stride) with stride >= rank; columns from rank on are set to 0. x: (tokens, in). strengths: a factor on the
+  // scale for each row of per_row tokens, or null.
   void prepare(const Adapters& adapters, const SlotGroups& groups, const float* x, int64_t in, float* v, int64_t stride,
-               int threads) {
+               int threads, const float* strengths = nullptr, int64_t per_row = 1) {
     adapters_ = &adapters, in_ = in, stride_ = stride;
-    x_.clear(), v_.clear(), tasks_.clear();
+    x_.clear(), v_.clear(), tasks_.clear(), strengths_.clear();
     for (int64_t t : groups.tokens) {
+      if (strengths) strengths_.push_back(strengths[t / per_row]);
       x_.push_back(x + t * in);
       v_.push_back(v + t * stride);
     }
@@ -141,8 +143,9 @@ class Shrink {
       products(Bfloat16Reader(down.bf(), in_));
     else
       products(Float32Reader(down.f32(), in_));
-    const float scale = adapters_->scale[task.slot];
     for (int64_t r = 0; r < rows.count; ++r) {
+      float scale = adapters_->scale[task.slot];
+      if (!strengths_.empty()) scale = scale * strengths_[size_t(task.begin + r)];
       for (int64_t j = task.j0; j < task.j1; ++j) rows.y[r][j] *= scale;
       if (task.j1 == adapters_->rank)
         for (int64_t j = adapters_->rank; j < stride_; ++j) rows.y[r][j] = 0;
@@ -158,6 +161,7 @@ class Shrink {
   int64_t in_ = 0, stride_ = 0;
   std::vector<const float*> x_;
   std::vector<float*> v_;
+  std::vector<float> strengths_;
   std::vector<Task> tasks_;
 };
 

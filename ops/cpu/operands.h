@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "lora.h"
+#include "weight_table.h"
 #include "weights.h"
 
 // An enum class whose members' names are texts too: name_of(Enum::member) is "member".
@@ -70,6 +71,12 @@
   X(cache_rows)                   \
   X(whole)                        \
   X(real)                         \
+  X(mix_rows)                     \
+  X(mix_weights)                  \
+  X(entries)                      \
+  X(bias)                         \
+  X(offsets)                      \
+  X(mask)                         \
   X(uniforms)                     \
   X(eos)                          \
   X(steps)                        \
@@ -81,8 +88,38 @@
   X(norm)                         \
   X(norm_eps)
 
+// Inputs of step, whose embedding (a linear's base), head (a linear), last norm and layers stand in the table of weights.
+#define COLORA_STEP_ARGUMENTS(X) \
+  X(table)                       \
+  X(tokens)                      \
+  X(rows)                        \
+  X(positions)                   \
+  X(counts)                      \
+  X(slots)                       \
+  X(strengths)                   \
+  X(tables)                      \
+  X(copies)                      \
+  X(previous)                    \
+  X(whole)                       \
+  X(real)                        \
+  X(mix_rows)                    \
+  X(mix_weights)                 \
+  X(uniforms)                    \
+  X(eos)                         \
+  X(extras)
+
+// What a request may bring beside its options, of any length: a tensor each in the table that `extras` names, one request
+// after another; empty: nothing. A table of number 0 means that nobody brings anything.
+#define COLORA_EXTRAS(X) \
+  X(prompt)              \
+  X(entries)             \
+  X(bias)                \
+  X(mask)
+
 namespace COLORA_ISA_NAMESPACE {
 
+COLORA_NAMES(StepArgument, COLORA_STEP_ARGUMENTS)
+COLORA_NAMES(Extra, COLORA_EXTRAS)
 COLORA_NAMES(LayersArgument, COLORA_LAYERS_ARGUMENTS)
 COLORA_NAMES(StepsArgument, COLORA_STEPS_ARGUMENTS)
 
@@ -136,34 +173,39 @@ struct Tag {
   }
 };
 
-// Reads the tensors of a call one after another, up to the last input.
+// Reads tensors one after another: the inputs of a call from a place on, or those of a table of weights.
 class Reader {
  public:
-  Reader(const colora::Call& call, int at, int outputs) : call_(&call), at_(at), end_(call.count() - outputs) {}
+  Reader(const colora::Call& call, int at, int outputs)
+      : op_(call.op()), call_(&call), at_(at), end_(call.count() - outputs) {}
+  Reader(const colora::WeightTable& table, const char* op) : op_(op), table_(&table), end_(int(table.count())) {}
 
   int at() const { return at_; }
   bool more() const { return at_ < end_; }
   colora::Tensor next(const char* name) {
-    if (!more()) colora::refuse("%s: got %d tensors, expected one more as '%s'", call_->op(), call_->count(), name);
-    return call_->in(at_++, name);
+    if (!more()) colora::refuse("%s: got %d tensors, expected one more as '%s'", op_, end_, name);
+    const int i = at_++;
+    return call_ ? call_->in(i, name) : table_->tensor(i, op_, name);
   }
   // An input that is not given, for the checks that name it.
   colora::Tensor absent(const char* name) const {
     colora::Tensor t;
-    t.op = call_->op(), t.name = name;
+    t.op = op_, t.name = name;
     return t;
   }
   // A reader from here on; this one goes on behind `tensors` of them.
   Reader skip(int tensors) {
     Reader here = *this;
     at_ += tensors;
-    if (at_ > end_) colora::refuse("%s: got %d tensors, expected at least %d inputs", call_->op(), call_->count(), at_);
+    if (at_ > end_) colora::refuse("%s: got %d tensors, expected at least %d inputs", op_, end_, at_);
     return here;
   }
 
  private:
-  const colora::Call* call_;
-  int at_, end_;
+  const char* op_;
+  const colora::Call* call_ = nullptr;
+  const colora::WeightTable* table_ = nullptr;
+  int at_ = 0, end_;
 };
 
 // What a linear multiplies with, whatever it is stored as: one matrix, or a product of small ones in the order in which x

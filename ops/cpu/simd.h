@@ -148,11 +148,29 @@ inline void store_bf16_partial(bf16* p, vf v, int64_t n) {
   std::memcpy(p, buffer, size_t(n) * sizeof(bf16));
 }
 
-// Numbers of either width as float32.
+inline vf load_int8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = float(p[i]);
+  return v;
+#endif
+}
+
+// Numbers of any width as float32.
 inline vf widen(const float* p) { return load(p); }
 inline vf widen(const bf16* p) { return load_bf16(p); }
+inline vf widen(const int8_t* p) { return load_int8(p); }
 inline vf widen_partial(const float* p, int64_t n) { return load_partial(p, n); }
 inline vf widen_partial(const bf16* p, int64_t n) { return load_bf16_partial(p, n); }
+inline vf widen_partial(const int8_t* p, int64_t n) {
+  int8_t buffer[kLanes] = {};
+  std::memcpy(buffer, p, size_t(n));
+  return load_int8(buffer);
+}
 
 // (always inlined: as a function of its own GCC takes it for one without effect and drops the call)
 inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -1,23 +1,24 @@
 // decode_steps: the token loop of the generation in one call. Each step embeds the last token of every running request,
 // runs the layers over the cache, multiplies with the head, chooses the next tokens and books them.
 //
-// The parts are those of embedding, decoder_layers, rms_norm, multi_lora_linear, contrast_strength and
-// contrastive_select, so the numbers are theirs to the last bit. Three things are left out because nobody reads them:
-// rows of requests that have ended, rows that only fill a bucket, and the amateur's logits of tokens that do not survive
-// the expert's cut (the head is multiplied for the blocks of survivors alone).
+// The parts are those of embedding, decoder_layers, rms_norm, multi_lora_linear, adjust_logits, contrast_strength,
+// contrastive_select and token_details, so the numbers are theirs to the last bit. Three things are left out because nobody
+// reads them: rows of requests that have ended, rows that only fill a bucket, and, of rows behind a leading one, the logits
+// of tokens that do not survive its cut (the head is multiplied for the blocks of survivors alone).
 //
 // Inputs: those of COLORA_STEPS_ARGUMENTS, then the embedding's base, the head and the layers; see operands.h.
-//   token, position, active, previous (requests); slots, cache_rows (rows); whole, real (requests, options), see select.h;
+//   token, position, active, previous (requests); slots, cache_rows (rows); whole ... mask: the requests' options, see
+//   options.h and adjust.h;
 //   uniforms (requests, capacity); eos (any); steps, forgiving (1); prompt (requests, width) and lengths (requests), or
 //   absent where no contrast adapts; cos, sin; norm, norm_eps: weight and eps of the last norm.
-// Outputs: ints (capacity, requests, 3), floats (capacity, requests, 4), counts, token, position, active (requests).
+// Outputs: ints (capacity, requests, 3), floats (capacity, requests, 4), counts, token, position, active (requests), tops
+// (capacity, requests, kMostTop), details (capacity, requests, kDetails), see details.h.
 #include <memory>
 #include <new>
 
-#include "contrast.h"
 #include "embedding.h"
 #include "layers.h"
-#include "select.h"
+#include "voices.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
@@ -26,16 +27,11 @@ using colora::Tensor;
 
 using A = StepsArgument;
 
-constexpr int kOutputs = 6;
-constexpr int64_t kFewBlocks = 8;  // the amateur's head is multiplied as a whole beyond this share of its blocks
+constexpr int kOutputs = 8;
 
-struct Request {
-  SelectOptions select;
-  StrengthOptions strength;
-  int32_t token = 0, position = 0, previous = -1, taken = 0, budget = 0;
+struct Request : Voices {
+  int32_t token = 0, position = 0, taken = 0, budget = 0;
   bool active = false;
-  int64_t expert = 0, amateur = -1;  // rows of this step's logits
-  bool whole = false;                // the amateur's logits are computed for every token
 };
 
 class Steps {
@@ -43,7 +39,7 @@ class Steps {
   explicit Steps(colora::Call& call)
       : slots_(in(call, A::slots)), cache_rows_(in(call, A::cache_rows)), uniforms_(in(call, A::uniforms)),
         eos_(in(call, A::eos)) {
-    const Options options(in(call, A::whole), in(call, A::real));
+    const Options options(in(call, A::whole), in(call, A::real), in(call, A::mix_rows), in(call, A::mix_weights));
     const int64_t count = options.requests();
     const Tensor steps = in(call, A::steps), forgiving = in(call, A::forgiving);
     slots_.expect_dtype("int32").expect_rank(1);
@@ -65,6 +61,8 @@ class Steps {
   void run(const colora::Call& call) {
     int32_t* ints = output(call, 0, "ints", "int32", 3);
     float* floats = reinterpret_cast<float*>(output(call, 1, "floats", "float32", 4));
+    int32_t* tops = output(call, 6, "tops", "int32", kMostTop);
+    float* details = reinterpret_cast<float*>(output(call, 7, "details", "float32", kDetails));
     int32_t* state[4];
     const char* names[4] = {"counts", "token", "position", "active"};
     const int64_t count = int64_t(requests_.size());
@@ -75,9 +73,11 @@ class Steps {
     }
     std::fill(ints, ints + capacity_ * count * 3, 0);
     std::fill(floats, floats + capacity_ * count * 4, 0.0f);
+    std::fill(tops, tops + capacity_ * count * kMostTop, -1);
+    std::fill(details, details + capacity_ * count * kDetails, 0.0f);
     for (int64_t step = 0; step < steps_ && gather(step); ++step) {
       forward();
-      choose_all();
+      choose_all(tops + step * count * kMostTop, details + step * count * kDetails);
       book(ints + step * count * 3, floats + step * count * 4);
     }
     for (int64_t r = 0; r < count; ++r) {
@@ -110,35 +110,36 @@ class Steps {
                  previous = in(call, A::previous), prompt = in(call, A::prompt), lengths = in(call, A::lengths);
     for (const Tensor* t : {&token, &position, &active, &previous})
       t->expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in whole");
+    const Adjustments adjustments(options, in(call, A::entries), in(call, A::bias), in(call, A::offsets),
+                                  in(call, A::mask), head_[0].out());
     const bool adaptive = !lengths.absent();
     if (adaptive) {
       lengths.expect_dtype("int32").expect_rank(1).expect_dim(0, count, "requests, as in whole");
       prompt.expect_dtype("int32").expect_rank(2).expect_dim(0, count, "requests, as in whole");
     }
-    const bool head_adapted = head_[0].adapters.present();
-    const bool head_whole = head_[0].base.product() || !regular_groups(head_[0].base.matrix());
     requests_.resize(size_t(count));
     for (int64_t r = 0; r < count; ++r) {
       Request& q = requests_[size_t(r)];
       q.select = options.read(r, rows_);
       q.token = token.data<int32_t>()[r], q.position = position.data<int32_t>()[r];
       q.previous = previous.data<int32_t>()[r], q.budget = options.get(r, Whole::budget);
-      q.active = active.data<int32_t>()[r] != 0 && q.budget > 0 && q.select.expert >= 0;
+      q.active = active.data<int32_t>()[r] != 0 && q.budget > 0 && q.select.active();
       if (!q.active) continue;
       if (q.token < 0 || q.token >= table_.out)
         token.fail("is %d in request %lld, expected 0 to %lld", q.token, (long long)r, (long long)table_.out - 1);
       if (q.select.temperature > 0.0f)
         for (int64_t i = 0; i < std::min<int64_t>(steps_, q.budget); ++i)
           checked_uniform(uniforms_, uniforms_.data<float>()[r * capacity_ + i], r);
-      if (q.select.amateur < 0) continue;
-      q.whole = head_whole || (head_adapted && slots_.data<int32_t>()[q.select.amateur] >= 0);
+      q.adjustment = adjustments.read(r);
+      if (q.select.count < 2) continue;
+      q.settle(head_[0], slots_.data<int32_t>());
+      if (!q.select.contrast()) continue;
+      q.adapt(options, r);
       StrengthOptions& s = q.strength;
-      s.alpha = q.select.alpha, s.beta = q.select.beta, s.mode = checked_mode(options, r);
       if (!adaptive) {
         if (s.mode) lengths.fail("is absent, but the contrast of request %lld adapts (mode %d)", (long long)r, s.mode);
         continue;
       }
-      q.whole |= (s.mode & ~kSkipCopies) == kDivergence;
       s.length = checked_length(lengths, r, prompt.dim(1));
       s.prompt = prompt.data<int32_t>() + r * prompt.dim(1);  // (width,)
     }
@@ -150,8 +151,8 @@ class Steps {
     for (size_t r = 0; r < requests_.size(); ++r) {
       const Request& q = requests_[r];
       if (!q.active) continue;
-      for (const int64_t row : {q.select.expert, q.select.amateur}) {
-        if (row < 0) continue;
+      for (int k = 0; k < q.select.count; ++k) {
+        const int64_t row = q.select.rows[k];
         if (length[size_t(row)] > 0)
           colora::refuse("decode_steps: row %lld is used twice (the second time by request %zu), expected rows of its own "
                          "for each request", (long long)row, r);
@@ -172,7 +173,7 @@ class Steps {
     return t.data<int32_t>();
   }
 
-  // The rows of this step: all experts, the amateurs whose whole logits are needed, then the others.
+  // The rows of this step: all first ones, those behind them whose whole logits are needed, then the others.
   bool gather(int64_t step) {
     ids_.clear(), slot_.clear(), cache_row_.clear(), start_.clear();
     const auto add = [&](const Request& q, int64_t row) {
@@ -183,12 +184,12 @@ class Steps {
     for (size_t r = 0; r < requests_.size(); ++r) {
       Request& q = requests_[r];
       if (!q.active) continue;
-      q.expert = add(q, q.select.expert);
+      q.at[0] = add(q, q.select.rows[0]);
       q.select.uniform = uniforms_.data<float>()[int64_t(r) * capacity_ + step];
     }
     for (const bool whole : {true, false}) {
       for (Request& q : requests_)
-        if (q.active && q.select.amateur >= 0 && q.whole == whole) q.amateur = add(q, q.select.amateur);
+        for (int k = 1; q.active && q.whole == whole && k < q.select.count; ++k) q.at[k] = add(q, q.select.rows[k]);
       if (whole) full_ = int64_t(ids_.size());
     }
     ones_.assign(ids_.size(), 1);
@@ -213,58 +214,17 @@ class Steps {
     run_linears(head_, h_.data(), hidden, row_slots_);
   }
 
-  // The amateur's logits of the expert's survivors, in whole blocks of outputs.
-  void amateur_logits(Request& q) {
-    const Weight& w = head_[0].base.matrix();
-    float* to = logits_.data() + q.amateur * w.out;
-    const float *e = logits_.data() + q.expert * w.out, *h = h_.data() + q.amateur * w.in;
-    const float cut = std::log(q.select.alpha) + highest_of(e, w.out);
-    std::vector<int64_t> blocks;
-    for (int64_t o = 0; o < w.out; ++o) {
-      if (!(e[o] >= cut)) continue;
-      blocks.push_back(o / kOuts * kOuts);
-      o = blocks.back() + kOuts - 1;
-    }
-    if (int64_t(blocks.size()) * kOuts * kFewBlocks > w.out) blocks.assign(1, -1);
-    const float* bias = head_[0].base.bias;
-    RowSlots alone;
-    alone.set(1, 1, nullptr);
-    for (const int64_t o : blocks) {
-      Product part;
-      part.weight = o < 0 ? w : rows_of(w, o, std::min(w.out, o + kOuts));
-      part.bias = bias ? bias + std::max<int64_t>(o, 0) : nullptr;
-      part.y = to + std::max<int64_t>(o, 0);
-      run_group({&part}, h, w.in, h, w.in, alone);
-    }
-  }
-
-  static Weight rows_of(Weight w, int64_t begin, int64_t end) {
-    w.data = static_cast<const char*>(w.data) + w.bytes() / w.out * begin;
-    if (w.scale) w.scale += begin * w.groups;
-    w.out = end - begin;
-    return w;
-  }
-
-  void choose_all() {
+  void choose_all(int32_t* tops, float* details) {
     const int64_t vocab = head_[0].out();
     choices_.assign(requests_.size(), Choice());
     const auto work = [&](int64_t r) {
       Request& q = requests_[size_t(r)];
-      Choice& choice = choices_[size_t(r)];
       if (!q.active) return;
       try {
-        SelectOptions o = q.select;
-        o.expert = q.expert;
-        if (o.amateur >= 0) {
-          o.amateur = q.amateur;
-          if (!q.whole) amateur_logits(q);
-          StrengthOptions& s = q.strength;
-          s.expert = q.expert, s.amateur = q.amateur, s.previous = q.previous;
-          if (s.mode && s.beta > 0.0f) o.beta = s.beta * strength_share(logits_.data(), vocab, s);
-        }
-        choice = choose(logits_.data(), vocab, o);
+        choices_[size_t(r)] = choose_one(q, head_[0].base, h_.data(), logits_.data(), tops + r * kMostTop,
+                                         details + r * kDetails);
       } catch (const std::bad_alloc&) {  // must not leave the parallel region
-        choice.error = "no memory";
+        choices_[size_t(r)].error = "no memory";
       }
     };
     parallel_rows(int64_t(requests_.size()), vocab, work);
@@ -281,6 +241,7 @@ class Steps {
       const Choice choice = failed ? Choice() : choices_[r];
       choice.write(ints + r * 3, floats + r * 4);
       q.token = q.previous = int32_t(choice.token);
+      q.adjustment.take(q.token);
       ++q.taken, ++q.position;
       const int32_t* ends = eos_.data<int32_t>();
       q.active = !failed && q.taken < q.budget && std::find(ends, ends + eos_.size(), q.token) == ends + eos_.size();

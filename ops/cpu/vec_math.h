@@ -42,6 +42,7 @@ inline void store_upto(float* p, vf v, int64_t n) {
   else store_partial(p, v, n);
 }
 inline vf load_upto(const bf16* p, int64_t n) { return n >= kLanes ? load_bf16(p) : load_bf16_partial(p, n); }
+inline vf load_upto(const int8_t* p, int64_t n) { return n >= kLanes ? load_int8(p) : widen_partial(p, n); }
 inline void store_upto(bf16* p, vf v, int64_t n) {
   if (n >= kLanes) store_bf16(p, v);
   else store_bf16_partial(p, v, n);

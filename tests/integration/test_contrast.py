@@ -162,15 +162,13 @@ def test_a_request_does_not_depend_on_its_neighbours(generator):
 
 
 def test_changing_adapters_and_options_compiles_nothing(generator):
-    from colora_ms import runtime
-
     options = dict(max_new_tokens=14)
     generator.generate(PROMPTS, adapter="a", contrast=Contrast(), **options)
-    before = runtime.compilations(generator._first)
+    before = generator._core.graph.compilations()
     for adapter, contrast in [("b", Contrast(0.2, 0.9)), ("zero", Contrast(1.0, 0.0)), ("a", Contrast(0.7, 3.0)),
                               *(("b", contrast) for contrast in ADAPTIVE)]:
         generator.generate(PROMPTS, adapter=adapter, contrast=contrast, sampling=Sampling(0.7, 5, 0.9, 3), **options)
-    assert runtime.compilations(generator._first) == before
+    assert generator._core.graph.compilations() == before
 
 
 def test_sampling_depends_on_the_seed_alone(generator):

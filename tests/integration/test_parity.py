@@ -27,21 +27,13 @@ def full_logits(decoder, ids):
 
 def cached_logits(decoder, ids, prefill):
     """The same through the key/value cache: a prefill of ``prefill`` tokens, then one token at a time."""
-    from colora_ms import runtime
-    from colora_ms.decoding.stepwise import StepGraph
-    from colora_ms.models.cache import KeyValueCache
+    from colora_ms.decoding.stepwise import Stepper
 
     ids = np.asarray(ids, np.int32)
     rows, length = ids.shape
-    graph = StepGraph(decoder, KeyValueCache(decoder.config, rows, length))
-    full = np.ones(rows)
-    result = {}
-    for start in [0, *range(prefill, length)]:
-        count = prefill if start == 0 else 1
-        logits = runtime.run(graph, tensor(ids[:, start:start + count]), tensor(-full), tensor(np.arange(rows)),
-                             tensor(full * start), tensor(full * count))
-        result[start + count - 1] = logits.asnumpy()
-    return result
+    stepper = Stepper(decoder, rows, length)
+    return {start + count - 1: stepper.append(ids[:, start:start + count])
+            for start, count in [(0, prefill), *((place, 1) for place in range(prefill, length))]}
 
 
 @pytest.fixture(scope="module", params=TINY)

@@ -7,6 +7,7 @@ An input is an array, a ``(uint16 array, "bfloat16")`` pair, or None for an abse
 """
 
 import ctypes
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -114,19 +115,54 @@ class Prepared:
         return self.outputs
 
 
-def options(whole, real):
-    """The two tensors of options (``colora_ms/kernels/options.py``) of requests, from a dict of numbers or arrays each.
+class Table:
+    """A table of weights (ops/cpu/weight_table.h) of arrays as ``call`` takes them; ``handle`` is what operators
+    take."""
 
-    The first one of ``whole`` has an entry a request. Options that are not given have their defaults; values out of
-    range stay what they are, where ``OptionRows`` would refuse them.
+    _numbers = itertools.count(10**9)  # beside those that the package makes in the same process
+
+    def __init__(self, values):
+        self.number = next(self._numbers)
+        self.set(values)
+
+    def set(self, values):
+        """Other arrays under the same number; a new version."""
+        self._keep = tensors = [_tensor(value) for value in values]
+        n = len(tensors)
+        dims = [size for array, _, rank in tensors for size in array.shape[:rank]]
+        LIBRARY.colora_table_set.restype = ctypes.c_int64
+        version = LIBRARY.colora_table_set(
+            ctypes.c_int64(self.number), ctypes.c_int64(n),
+            (ctypes.c_void_p * n)(*[a.ctypes.data for a, _, _ in tensors]),
+            (ctypes.c_char_p * n)(*[kind.encode() for _, kind, _ in tensors]),
+            (ctypes.c_int * n)(*[rank for _, _, rank in tensors]), (ctypes.c_int64 * max(len(dims), 1))(*dims))
+        assert version > 0
+        self.handle = np.array([self.number, version], np.int64)
+
+    def drop(self):
+        LIBRARY.colora_table_drop(ctypes.c_int64(self.number))
+
+
+def options(whole, real):
+    """The tensors of options that the selection takes (``colora_ms/kernels/options.py``), from two dicts of numbers or
+    arrays.
+
+    The first one of ``whole`` has an entry a request; ``expert_rows`` and ``amateur_rows`` there are the first two
+    columns of ``mix_rows``, ``mix_rows`` and ``mix_weights`` whole tensors. Options that are not given have their
+    defaults; values out of range stay what they are, where ``OptionRows`` would refuse them.
     """
     from colora_ms.kernels.options import COLUMN, OptionRows
 
     rows = OptionRows(np.size(next(iter(whole.values()))))
     for values, array in ((whole, rows.whole), (real, rows.real)):
         for name, value in values.items():
-            array[:, COLUMN[name]] = value
-    return [rows.whole, rows.real]
+            if name in ("expert_rows", "amateur_rows"):
+                rows.mix_rows[:, int(name == "amateur_rows")] = value
+            elif name in ("mix_rows", "mix_weights"):
+                getattr(rows, name)[...] = value
+            else:
+                array[:, COLUMN[name]] = value
+    return [rows.whole, rows.real, rows.mix_rows, rows.mix_weights]
 
 
 def linear(weight, weight_scale=None, bias=None, down=None, up=None, scale=None):

@@ -125,7 +125,7 @@ def test_requests_do_not_depend_on_one_another_nor_on_threads():
 
 @pytest.mark.parametrize("change, words", [
     (dict(mode=4), ("mode", "4")), (dict(mode=-1), ("mode", "-1")), (dict(mode=16), ("mode", "16")),
-    (dict(expert=2), ("expert_rows", "2")), (dict(amateur=-2), ("amateur_rows", "-2")),
+    (dict(expert=2), ("mix_rows", "2")), (dict(amateur=-2), ("mix_rows", "-2")),
     (dict(alpha=0), ("alpha", "0")), (dict(alpha=np.nan), ("alpha", "nan")), (dict(beta=-1), ("beta", "-1")),
     (dict(beta=np.inf), ("beta", "inf")), (dict(lengths=2), ("lengths", "2")),
 ])
@@ -151,7 +151,7 @@ def test_face_and_reference_agree_in_graph_mode():
     prompt[:, 4] = logits[np.arange(n) * 2].argmax(1)  # the favourite follows `previous` in every prompt
     inputs = arguments(logits, np.arange(n) % 4 + SKIP * (np.arange(n) // 4 % 2), expert, amateur,
                        alpha=rng.uniform(0.01, 1, n), beta=rng.uniform(0, 2, n), previous=previous)
-    inputs[4], inputs[5] = prompt.astype(np.int32), rng.integers(3, 10, n).astype(np.int32)
+    inputs[-2], inputs[-1] = prompt.astype(np.int32), rng.integers(3, 10, n).astype(np.int32)
     tensors = [Tensor(x) for x in inputs]
     got = ms.jit(contrast_strength)(*tensors).asnumpy()
     want = ms.jit(contrast_strength_reference)(*tensors).asnumpy()

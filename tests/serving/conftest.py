@@ -40,6 +40,12 @@ def write_adapter(folder, seed, r=4, targets=tuple(LINEARS), tensors=None, **cha
     return folder
 
 
+def unfused(graph):
+    """Make a ``StepGraph`` take the way through the Cells, which devices without the operator take."""
+    graph.fused = False
+    graph._make()
+
+
 @pytest.fixture(scope="session")
 def adapter_folder(tmp_path_factory):
     """Adapters "a0" to "a5" of ranks 1 to 6, on all linears or on two of them, some with rsLoRA's scale."""

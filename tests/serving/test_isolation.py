@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from colora_ms.decoding import Contrast, Sampling
 from colora_ms.errors import ColoraError, DecodingError, ServingError
 from colora_ms.serving.http import Server, Settings, create_app
+from tests.serving.conftest import unfused
 from tests.serving.test_http import call, halted
 
 NEIGHBOUR = dict(adapter="a1", contrast=Contrast(0.1, 0.7), sampling=Sampling(0.9, 20, 0.95, 4), max_new_tokens=24,
@@ -123,7 +124,7 @@ def test_a_contrast_that_overflows_fails_alone_in_the_graph_loop(tiny_decoder, w
     decoder = tiny_decoder()
     with Engine(decoder, word_tokenizer, AdapterBank(decoder, tmp_path, max_loaded=1), rows=4, max_length=64,
                 chunk=4) as engine:
-        engine.call(lambda: setattr(engine._graphs._loop, "fused", False))
+        engine.call(lambda: unfused(engine._core.graph))
         request = dict(adapter="a0", contrast=Contrast(), max_new_tokens=12, ignore_eos=True)
         alone = engine.submit([7, 8], **request).result(120).tokens
         neighbour = engine.submit([7, 8], **request)
@@ -191,16 +192,18 @@ def test_numbers_of_json(server, raw, status):
 
 
 def poisoned(engine, monkeypatch, guilty, times=10**6):
-    """Graphs that fail, up to ``times``, whenever a request for which ``guilty`` holds takes part in steps."""
+    """A graph that fails, up to ``times``, whenever a request for which ``guilty`` holds takes part in a call."""
     left = [times]
 
-    def steps(batch, *more, real=engine._graphs.steps):
-        if left[0] and any(guilty(request) for request in batch.requests):
+    def run(batch, real=engine._core.graph.run):
+        tables = {tuple(block for block in table if block >= 0) for table in batch.tables.tolist()}
+        jobs = [seat.job for seat in engine._core.seats if any(tuple(line.table) in tables for line in seat.lines)]
+        if left[0] and any(guilty(job) for job in jobs):
             left[0] -= 1
             raise RuntimeError("the operator refuses a row")
-        return real(batch, *more)
+        return real(batch)
 
-    monkeypatch.setattr(engine._graphs, "steps", steps)
+    monkeypatch.setattr(engine._core.graph, "run", run)
 
 
 @pytest.fixture(scope="module")
@@ -273,14 +276,14 @@ def test_a_failure_in_a_batch_ends_at_most_one(fragile, monkeypatch, times, ende
 
 def test_a_prompt_that_fails_ends_alone(fragile, monkeypatch):
     alone = fragile.submit([7, 8, 9], **NEIGHBOUR).result(60).tokens
-    real = fragile._graphs.prefill
+    real = fragile._core.graph.run
 
-    def prefill(ids, *more):
-        if (ids == 66).any():
+    def run(batch):
+        if ((batch.tokens == 66) & (batch.positions == 1)).any():
             raise RuntimeError("the prompt is refused")
-        return real(ids, *more)
+        return real(batch)
 
-    monkeypatch.setattr(fragile._graphs, "prefill", prefill)
+    monkeypatch.setattr(fragile._core.graph, "run", run)
     handles = [fragile.submit([7, 8, 9], **NEIGHBOUR), fragile.submit([5, 66, 5], max_new_tokens=3),
                fragile.submit([9, 8, 7], max_new_tokens=3)]
     with pytest.raises(ServingError, match="prompt is refused"):
@@ -306,7 +309,7 @@ def test_a_tokenizer_that_fails_ends_its_request(engine, alone, monkeypatch):
     neighbour = engine.submit([7, 8, 9], **NEIGHBOUR)
     handle = engine.submit([5], max_new_tokens=8)
     # The stand-in of the tokenizer is one for all; only this request's decoder is broken.
-    request = next((r for r in engine._rounds.starting + engine._rounds.running if r.handle is handle), None) or next(
+    request = next((r for r in engine._core.jobs if r.handle is handle), None) or next(
         item[2] for item in engine._waiting._items if item[2].handle is handle)
     monkeypatch.setattr(request.answer._stream, "push", lambda one: 1 / 0)
     with pytest.raises(ServingError, match="division"):

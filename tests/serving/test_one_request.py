@@ -11,7 +11,7 @@ from colora_ms.decoding.options import LONGEST_STOP, MOST_STOPS, PER_PROMPT, Opt
 from colora_ms.decoding.request import AMATEUR, EXPERT, Limits, Request, Row
 from colora_ms.errors import AdapterError, CheckpointError, DecodingError
 from colora_ms.serving.http import Server, Settings, create_app
-from tests.serving.conftest import adapter_tensors, call, write_adapter
+from tests.serving.conftest import adapter_tensors, call, unfused, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +35,17 @@ def callers(folder, tiny_decoder, word_tokenizer):
     for fused in (True, False):
         decoder = tiny_decoder()
         handle = load_adapters(decoder, {name: folder / name for name in ("good", "huge")})
-        generator = Generator(decoder, word_tokenizer, handle, max_rows=4, chunk=4)
-        generator._reserve(4, 64)
-        generator._first.fused = generator._later.fused = fused and generator._first.fused
+        generator = Generator(decoder, word_tokenizer, handle, max_rows=4, chunk=4, cache_bytes=1 << 20)
+        if not fused:
+            generator.generate([[5]], max_new_tokens=1)
+            unfused(generator._core.graph)
         found[f"generator {fused}"] = lambda prompt, one=generator, **more: one.generate([prompt], **more)[0]
         decoder = tiny_decoder()
         engine = Engine(decoder, word_tokenizer, AdapterBank(decoder, folder, max_loaded=2, max_rank=2), rows=4,
                         max_length=128, chunk=4)
         engines.append(engine)
         if not fused:
-            engine.call(lambda engine=engine: setattr(engine._graphs._loop, "fused", False))
+            engine.call(lambda engine=engine: unfused(engine._core.graph))
         found[f"engine {fused}"] = lambda prompt, engine=engine, **more: engine.submit(prompt, **more).result(120)
     with Server(create_app(engines[0], Settings(base_model="tiny", max_tokens=200))) as server:
         found["url"] = server.url
@@ -181,17 +182,16 @@ def test_an_option_is_named_once():
         More.asked(typical="x")
 
 
-def test_prompts_are_put_together_when_requests_change_and_not_for_every_chunk(engine, monkeypatch):
-    from colora_ms.decoding.batch import Batch
-
-    made = []
-    real = Batch.prompts
-    monkeypatch.setattr(Batch, "prompts", lambda self, width, wanted=(): made.append(sum(wanted)) or real(self, width,
-                                                                                                         wanted))
-    chunks = engine.stats()["chunks"]
-    assert len(engine.submit([5, 6] * 20, adapter="a0", max_new_tokens=40, ignore_eos=True).result(60).tokens) == 40
-    assert engine.stats()["chunks"] - chunks >= 10 and len(made) <= 1 and not any(made)
-    made.clear()
+def test_prompts_are_handed_on_where_a_contrast_looks_at_them_and_copied_nowhere(engine, monkeypatch):
+    seen = []
+    real = engine._core.graph.run
+    monkeypatch.setattr(engine._core.graph, "run", lambda batch: seen.append(batch.prompts) or real(batch))
+    wanted = dict(adapter="a0", max_new_tokens=40, ignore_eos=True)
+    assert len(engine.submit([5, 6] * 20, **wanted).result(60).tokens) == 40
+    assert len(seen) >= 10 and not any(seen)
+    seen.clear()
     contrast = Contrast(0.1, 0.8, skip_copies=True)
-    done = engine.submit([5, 6] * 20, adapter="a0", contrast=contrast, max_new_tokens=40, ignore_eos=True).result(60)
-    assert len(done.tokens) == 40 and made == [1]
+    done = engine.submit([5, 6] * 20, contrast=contrast, **wanted).result(60)
+    prompts = [prompt for one in seen if one is not None for prompt in one]
+    assert len(done.tokens) == 40 and len({id(prompt) for prompt in prompts}) == 1
+    assert prompts[0].tolist() == [5, 6] * 20

@@ -177,7 +177,7 @@ def test_common_prefixes_are_computed_once_and_change_nothing(engine):
     def computed():
         return engine.stats()["prompt_rows_tokens"]
 
-    engine.call(engine._prompts.clear)  # nothing runs, so that all rows are free
+    engine.call(engine._core.clear)
     handles = [engine.submit(p, max_new_tokens=10, **s) for p, s in zip(prompts, settings)]
     before = computed()
     together = [h.result(60).tokens for h in handles]
@@ -185,7 +185,7 @@ def test_common_prefixes_are_computed_once_and_change_nothing(engine):
     assert computed() - before <= 3 * 51 + 5 * 2
     assert sum(h.usage.cached for h in handles) >= 5 * 49
     for prompt, setting, tokens in zip(prompts, settings, together):
-        engine.call(engine._prompts.clear)
+        engine.call(engine._core.clear)
         handle = engine.submit(prompt, max_new_tokens=10, **setting)
         assert handle.result(60).tokens == tokens and handle.usage.cached == 0
 
@@ -241,13 +241,13 @@ def test_nothing_compiles_after_the_warm_up(engine, adapter_folder):
 
 def test_a_failing_graph_ends_its_requests_only(engine, monkeypatch):
     alone = engine.submit([5, 6, 7], max_new_tokens=8).result(60).tokens
-    graphs, steps = engine._graphs, engine._graphs.steps
+    graph, run = engine._core.graph, engine._core.graph.run
 
-    def fail(*args):
-        monkeypatch.setattr(graphs, "steps", steps)
+    def fail(batch):
+        monkeypatch.setattr(graph, "run", run)
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(graphs, "steps", fail)
+    monkeypatch.setattr(graph, "run", fail)
     with pytest.raises(ServingError, match="out of order"):
         engine.submit([5, 6, 7], adapter="a0", max_new_tokens=8).result(60)
     assert engine.submit([5, 6, 7], max_new_tokens=8).result(60).tokens == alone

@@ -11,7 +11,7 @@ from colora_ms.adapters import LoraConfig, inject, load_adapter
 from colora_ms.decoding import Contrast, Generator
 from colora_ms.decomposition import LrdPlan, decompose, decompose_checkpoint, recompose, save_decomposed
 from colora_ms.errors import AdapterError, CheckpointError, ColoraError, ConfigError
-from colora_ms.kernels import ABSENT, fuses_steps
+from colora_ms.kernels import ABSENT, fuses_step
 from colora_ms.models import build_decoder
 from colora_ms.models.checkpoint import open_checkpoint
 from colora_ms.models.formats import StoredFactors, stored_float
@@ -337,7 +337,7 @@ def test_contrast_on_a_decomposed_model(tiny_decoder, word_tokenizer, tmp_path):
         assert scores[token] >= scores.max() - 1e-3
 
 
-@pytest.mark.skipif(not fuses_steps(), reason="the compiled operators are not there")
+@pytest.mark.skipif(not fuses_step(), reason="the compiled operators are not there")
 @pytest.mark.parametrize("factors", [2, 3])
 @pytest.mark.parametrize("model, weight_format", [("llama_bias", "float32"), ("qwen3", "int8")])
 def test_the_fused_step_takes_products(goldens, word_tokenizer, model, weight_format, factors):
@@ -354,6 +354,6 @@ def test_the_fused_step_takes_products(goldens, word_tokenizer, model, weight_fo
         generator = Generator(net, word_tokenizer, handle, max_rows=8)
         answers.append(generator.generate([[5, 6, 7], [9]], adapter="default", contrast=[Contrast(0.1, 1.0), None],
                                           max_new_tokens=12, ignore_eos=True, records=True))
-        assert generator._first.fused is fused
+        assert generator._core.graph.fused is fused
     for a, b in zip(*answers):
         assert a.tokens == b.tokens and a.records == b.records

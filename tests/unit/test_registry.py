@@ -92,10 +92,10 @@ ms.get_context = lambda name: "Ascend" if name == "device_target" else real(name
 import numpy as np
 from colora_ms.adapters import LoraConfig, inject
 from colora_ms.decoding import Generator
-from colora_ms.decoding.loop import GenerationLoop
+from colora_ms.decoding.step import StepGraph
 from colora_ms.evaluation.decoder_scorer import DecoderScorer
 from colora_ms.kernels import backend, bound, fuses_layers
-from colora_ms.models.cache import KeyValueCache
+from colora_ms.models.paged_cache import PagedCache
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.decoder import Decoder
 from colora_ms.training.config import OptimizerConfig
@@ -106,7 +106,7 @@ config = DecoderConfig(model_type="qwen3", qk_norm=True, vocab_size=97, hidden_s
 for weight_format in ("float32", "bfloat16", "int8", "int4"):
     decoder = Decoder(config, None, weight_format=weight_format)
     handle = inject(decoder, LoraConfig(r=4, target_modules="all-linear"), adapter_name="a")
-    GenerationLoop(decoder, KeyValueCache(config, 2, 64))
+    StepGraph(decoder, PagedCache(config, 8), 16, 2, 2, 4)
     DecoderScorer(decoder)
 Stepper(decoder, OptimizerConfig())
 assert backend() == "ascend" and not fuses_layers() and "aclnn" in str(bound.device_multi_lora.__dict__)
