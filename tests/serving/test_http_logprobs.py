@@ -66,7 +66,7 @@ def test_chats(ask, served):
     assert ask("POST", "/v1/chat/completions", {**body, "logprobs": True})[2]["choices"][0]["logprobs"]["content"][0][
         "top_logprobs"] == []
     for more, param in ((dict(top_logprobs=2), "top_logprobs"), (dict(logprobs=True, top_logprobs=21), "top_logprobs"),
-                        (dict(logprobs=1), "logprobs"), (dict(logprobs=True, stream=True), "top_logprobs")):
+                        (dict(logprobs=1), "logprobs")):
         status, _, answer = ask("POST", "/v1/chat/completions", {**body, **more})
         assert status == 400 and answer["error"]["param"] == param, answer
 

@@ -56,7 +56,7 @@ def test_what_asks_for_nothing_changes_nothing(ask, change):
 @pytest.mark.parametrize("change, param", [
     (dict(repetition_penalty=True), "repetition_penalty"), (dict(length_penalty=2.0), "length_penalty"),
     (dict(skip_special_tokens=0), "skip_special_tokens"), (dict(top_k=-2, temperature=1.0), "top_k"),
-    (dict(verbosity="low"), "verbosity"), (dict(guided_choice=["a"]), "guided_choice"), (dict(mirostat=2), "mirostat"),
+    (dict(verbosity="low"), "verbosity"), (dict(guided_choice=[5]), None), (dict(mirostat=2), "mirostat"),
     (dict(use_beam_search=True), "use_beam_search"), (dict(top_p=1.5, temperature=1.0), "top_p"),
     (dict(max_tokens=2.0), "max_tokens"), (dict(best_of=0), "best_of"), (dict(stop_token_ids=[97]), None),
 ])

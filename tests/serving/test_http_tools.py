@@ -148,8 +148,8 @@ def test_the_template_gets_tools_calls_and_results(served):
 
 
 @pytest.mark.parametrize("more, param", [
-    (dict(tool_choice="required"), "tool_choice"),
-    (dict(tool_choice={"type": "function", "function": {"name": "weather"}}), "tool_choice"),
+    (dict(tool_choice={"type": "function", "function": {"name": "wether"}}), "tool_choice"),
+    (dict(tool_choice={"type": "function"}), "tool_choice"), (dict(tool_choice=5), "tool_choice"),
     (dict(tool_choice="perhaps"), "tool_choice"), (dict(tools=[], tool_choice="required"), "tool_choice"),
     (dict(tools=[{"type": "web_search"}]), "tools[0].type"), (dict(tools=[{"type": "function"}]), "tools"),
     (dict(tools=[{"type": "function", "function": {"name": "f", "strict": True}}]), "tools[0].function.strict"),
@@ -255,7 +255,7 @@ def test_a_response_that_is_cut(served):
     (dict(previous_response_id="resp_1"), "previous_response_id"), (dict(background=True), "background"),
     (dict(max_output_tokens=0), "max_output_tokens"), (dict(max_tokens=5), "max_tokens"),
     (dict(tools=[{"type": "web_search"}]), "tools[0].type"), (dict(reasoning={"summary": "auto"}), "reasoning.summary"),
-    (dict(text={"format": {"type": "json_object"}}), "text.format"), (dict(input=[{"type": "item"}]), "input[0].type"),
+    (dict(text={"format": {"type": "xml"}}), "text.format"), (dict(input=[{"type": "item"}]), "input[0].type"),
     (dict(input=[{"role": "user", "content": [{"type": "input_image"}]}]), "input[0].content"),
     (dict(include=["message.output_text.logprobs"]), "include"), (dict(input=None), "input"),
 ])

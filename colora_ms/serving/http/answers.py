@@ -11,11 +11,11 @@ import time
 import uuid
 from typing import Any, Dict, List, Optional, Sequence
 
-from colora_ms.decoding.completion import Completion, TokenRecord
+from colora_ms.decoding.completion import Completion, TokenLogprob, TokenRecord
 from colora_ms.serving.handle import Piece
 from colora_ms.serving.http.calls import Call, CallReader, Part
 from colora_ms.serving.http.conversation import Toolbox
-from colora_ms.serving.http.logprobs import Scored, best_of
+from colora_ms.serving.http.logprobs import Place, Places, best_places, chat_content, completion_lists
 
 #: Ends every stream of chunks.
 DONE = b"data: [DONE]\n\n"
@@ -29,7 +29,13 @@ class Answers:
         copies: answers that are computed of each prompt; wanted: the best of them, that are given.
         counts: whether a stream ends with token counts.
         top: log-probabilities of so many best tokens beside each token's own; None: none at all.
+
+    Attributes:
+        prompts: the places of each prompt's tokens, where their log-probabilities are wanted.
     """
+
+    #: Whether the prompts' own log-probabilities are wanted.
+    scores_prompts = False
 
     def __init__(self, model: str, copies: int = 1, wanted: Optional[int] = None, counts: bool = False,
                  top: Optional[int] = None) -> None:
@@ -39,14 +45,10 @@ class Answers:
         self.counts = counts
         self.top = top
         self.created = int(time.time())
+        self.prompts: List[List[Place]] = []
 
-    @property
-    def scored(self) -> bool:
-        """Whether log-probabilities are needed."""
-        return self.top is not None or self.wanted < self.copies
-
-    def whole(self, completions: Sequence[Completion], scored: Sequence[Scored] = ()) -> Dict[str, Any]:
-        """The object of an answer that is not streamed; ``scored``: of each completion, where it is needed."""
+    def whole(self, completions: Sequence[Completion]) -> Dict[str, Any]:
+        """The object of an answer that is not streamed."""
         raise NotImplementedError
 
     def opening(self, index: int) -> bytes:
@@ -74,25 +76,24 @@ class _Chunked(Answers):
     """What chat and completions have in common.
 
     Args:
+        tokenizer: the model's, which names tokens.
         records: whether its choices carry records.
     """
 
     kind = chunk = prefix = ""
 
-    def __init__(self, model: str, records: bool = False, **more: Any) -> None:
+    def __init__(self, model: str, tokenizer: Any, records: bool = False, **more: Any) -> None:
         super().__init__(model, **more)
         self.records = records
+        self.places = Places(tokenizer)
         self._head = {"id": self.prefix + uuid.uuid4().hex, "created": self.created, "model": model}
 
-    def whole(self, completions: Sequence[Completion], scored: Sequence[Scored] = ()) -> Dict[str, Any]:
+    def whole(self, completions: Sequence[Completion]) -> Dict[str, Any]:
         """The object of an answer that is not streamed."""
         kept = list(range(len(completions)))
         if self.wanted < self.copies:
-            kept = best_of(scored, self.copies, self.wanted)
+            kept = best_places(completions, self.copies, self.wanted)
         choices = [self._whole(index, completions[place]) for index, place in enumerate(kept)]
-        if self.top is not None:
-            for choice, place in zip(choices, kept):
-                choice["logprobs"] = self._logprobs(scored[place], self.top)
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage(completions, self.copies)}
 
     def closing(self, completions: Sequence[Completion]) -> bytes:
@@ -103,15 +104,12 @@ class _Chunked(Answers):
     def _whole(self, index: int, completion: Completion) -> Dict[str, Any]:
         raise NotImplementedError
 
-    def _logprobs(self, scored: Scored, top: int) -> Dict[str, Any]:
-        raise NotImplementedError
-
     def _event(self, choices: List[Dict[str, Any]], **more: Any) -> bytes:
         return event({**self._head, "object": self.chunk, "choices": choices, **more})
 
     def _choice(self, index: int, text: Dict[str, Any], reason: Optional[str] = None,
-                records: Sequence[TokenRecord] = ()) -> Dict[str, Any]:
-        found: Dict[str, Any] = {"index": index, **text, "logprobs": None, "finish_reason": reason}
+                records: Sequence[TokenRecord] = (), logprobs: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+        found: Dict[str, Any] = {"index": index, **text, "logprobs": logprobs, "finish_reason": reason}
         if self.records:
             found["records"] = [{**vars(one), "changed": one.changed} for one in records]
         return found
@@ -127,29 +125,45 @@ class CompletionAnswers(_Chunked):
     kind = chunk = "text_completion"
     prefix = "cmpl-"
 
-    def __init__(self, model: str, echo: Optional[List[str]] = None, **more: Any) -> None:
-        super().__init__(model, **more)
+    def __init__(self, model: str, tokenizer: Any, echo: Optional[List[str]] = None, **more: Any) -> None:
+        super().__init__(model, tokenizer, **more)
         self._echo = echo
+        self.scores_prompts = echo is not None and self.top is not None
+        self._offsets: Dict[int, int] = {}  # of a stream: characters of the texts of the tokens that were given
 
     def _before(self, index: int) -> str:
         return "" if self._echo is None else self._echo[index // self.wanted]
 
-    def _logprobs(self, scored: Scored, top: int) -> Dict[str, Any]:
-        return scored.completion(top, self._echo is not None)
+    def _logprobs(self, places: Sequence[Place], offset: int = 0) -> Optional[Dict[str, Any]]:
+        return None if self.top is None else completion_lists(places, self.top, offset)
+
+    def _prompt(self, index: int) -> List[Place]:
+        return self.prompts[index // self.wanted] if self.scores_prompts else []
 
     def _whole(self, index: int, completion: Completion) -> Dict[str, Any]:
         text = {"text": self._before(index) + completion.text}
-        return self._choice(index, text, completion.finish_reason, completion.records)
+        places = [*self._prompt(index), *self.places.answer(completion.logprobs)]
+        return self._choice(index, text, completion.finish_reason, completion.records, self._logprobs(places))
 
     def opening(self, index: int) -> bytes:
         """The prompt's text, where it is wanted."""
-        return self._event([self._choice(index, {"text": self._before(index)})]) if self._before(index) else b""
+        if not self._before(index):
+            return b""
+        text = {"text": self._before(index)}
+        return self._event([self._choice(index, text, logprobs=self._given(index, self._prompt(index)))])
 
     def piece(self, index: int, piece: Piece) -> bytes:
-        """New text, new records."""
-        if not piece.text and not (self.records and piece.records):
+        """New text, new records, new log-probabilities."""
+        if not piece.text and not (self.records and piece.records) and not piece.logprobs:
             return b""
-        return self._event([self._choice(index, {"text": piece.text}, None, piece.records)])
+        logprobs = self._given(index, self.places.answer(piece.logprobs))
+        return self._event([self._choice(index, {"text": piece.text}, None, piece.records, logprobs)])
+
+    def _given(self, index: int, places: Sequence[Place]) -> Optional[Dict[str, Any]]:
+        """The lists of a part of a stream."""
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + sum(len(one.text) for one in places)
+        return self._logprobs(places, offset)
 
     def ending(self, index: int, completion: Completion) -> bytes:
         """The reason of the end."""
@@ -165,8 +179,8 @@ class ChatAnswers(_Chunked):
 
     kind, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
-    def __init__(self, model: str, box: Optional[Toolbox] = None, **more: Any) -> None:
-        super().__init__(model, **more)
+    def __init__(self, model: str, tokenizer: Any, box: Optional[Toolbox] = None, **more: Any) -> None:
+        super().__init__(model, tokenizer, **more)
         self._box = box
         self._streams: Dict[int, AnswerParts] = {}
 
@@ -178,10 +192,11 @@ class ChatAnswers(_Chunked):
         message: Dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text}
         if calls:
             message["tool_calls"] = calls
-        return self._choice(index, {"message": message}, parts.reason(completion), completion.records)
+        return self._choice(index, {"message": message}, parts.reason(completion), completion.records,
+                            self._logprobs(completion.logprobs))
 
-    def _logprobs(self, scored: Scored, top: int) -> Dict[str, Any]:
-        return scored.chat(top)
+    def _logprobs(self, made: Sequence[TokenLogprob]) -> Optional[Dict[str, Any]]:
+        return None if self.top is None else chat_content(self.places.answer(made))
 
     def opening(self, index: int) -> bytes:
         """Who speaks."""
@@ -189,8 +204,8 @@ class ChatAnswers(_Chunked):
         return self._event([self._choice(index, {"delta": {"role": "assistant", "content": ""}})])
 
     def piece(self, index: int, piece: Piece) -> bytes:
-        """New text, new calls, new records."""
-        return self._parts(index, self._streams[index].push(piece.text), piece.records)
+        """New text, new calls, new records, new log-probabilities."""
+        return self._parts(index, self._streams[index].push(piece.text), piece.records, piece.logprobs)
 
     def ending(self, index: int, completion: Completion) -> bytes:
         """What was held back, and the reason of the end."""
@@ -198,8 +213,9 @@ class ChatAnswers(_Chunked):
         rest = self._parts(index, stream.end())
         return rest + self._event([self._choice(index, {"delta": {}}, stream.reason(completion))])
 
-    def _parts(self, index: int, parts: List[Part], records: Sequence[TokenRecord] = ()) -> bytes:
-        """An event a part; the records stand in the first."""
+    def _parts(self, index: int, parts: List[Part], records: Sequence[TokenRecord] = (),
+               made: Sequence[TokenLogprob] = ()) -> bytes:
+        """An event a part; records and log-probabilities stand in the first."""
         stream = self._streams[index]
         deltas: List[Dict[str, Any]] = []
         for part in parts:
@@ -207,10 +223,12 @@ class ChatAnswers(_Chunked):
                 deltas.append({"tool_calls": [{"index": stream.numbers[part.id], **_call(part)}]})
             else:
                 deltas.append({"content": part})
-        if not deltas and self.records and records:
+        if not deltas and (self.records and records or made):
             deltas.append({})
-        return b"".join(self._event([self._choice(index, {"delta": delta}, None, () if place else records)])
-                        for place, delta in enumerate(deltas))
+        choices = [self._choice(index, {"delta": delta}, None, () if place else records,
+                                None if place or not made else self._logprobs(made))
+                   for place, delta in enumerate(deltas)]
+        return b"".join(self._event([choice]) for choice in choices)
 
 
 class AnswerParts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -16,7 +16,7 @@ from colora_ms.errors import ColoraError, ConfigError
 from colora_ms.serving.engine import Engine
 from colora_ms.serving.http import text
 from colora_ms.serving.http.answers import ChatAnswers, CompletionAnswers
-from colora_ms.serving.http.conversation import conversation, toolbox
+from colora_ms.serving.http.conversation import Toolbox, conversation, toolbox
 from colora_ms.serving.http.failures import RequestError, respond
 from colora_ms.serving.http.generate import Asked, Generation
 from colora_ms.serving.http.guard import Guard
@@ -56,6 +56,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.get("/v1/adapters")(registry.adapters)
     app.post("/v1/adapters")(registry.load)
     app.delete("/v1/adapters/{name:path}")(registry.unload)
+    app.get("/lora-adapters", response_model=None)(registry.numbered)
     app.post("/v1/load_lora_adapter", response_model=None)(registry.load_lora)
     app.post("/v1/unload_lora_adapter", response_model=None)(registry.unload_lora)
     for prefix in ("", "/v1"):
@@ -90,9 +91,9 @@ class Front:
         """POST /v1/completions."""
         def ask() -> Asked:
             prompts, several = body.prompts(self.settings), _several(body)
-            options = self._options(body)
+            options = self._options(body, several)
             echo = [text.shown(self.engine.tokenizer, prompt) for prompt in prompts] if body.echo else None
-            answers = CompletionAnswers(body.model, echo, records=bool(body.records), **several)
+            answers = CompletionAnswers(body.model, self.engine.tokenizer, echo, records=bool(body.records), **several)
             return Asked(prompts, options, answers, bool(body.stream), body.first_seed())
 
         return await self.generation.respond(request, ask)
@@ -102,9 +103,9 @@ class Front:
         def ask() -> Asked:
             several = _several(body)
             box = toolbox(body, self.engine.tokenizer, self.settings.tool_calls)
-            options = self._options(body, box)
+            options = self._options(body, several, box)
             prompt = conversation(body, self.engine.tokenizer, box)
-            answers = ChatAnswers(body.model, box, records=bool(body.records), **several)
+            answers = ChatAnswers(body.model, self.engine.tokenizer, box, records=bool(body.records), **several)
             return Asked([prompt], options, answers, bool(body.stream), body.first_seed())
 
         return await self.generation.respond(request, ask)
@@ -114,17 +115,24 @@ class Front:
         def ask() -> Asked:
             chat = body.chat()
             box = toolbox(chat, self.engine.tokenizer, self.settings.tool_calls)
-            options = self._options(body, box)
+            options = self._options(body, {}, box)
             prompt = conversation(chat, self.engine.tokenizer, box)
             return Asked([prompt], options, ResponseAnswers(body, options, box), bool(body.stream), body.first_seed())
 
         return await self.generation.respond(request, ask)
 
-    def _options(self, body: GenerationBody, box: Any = None) -> Dict[str, Any]:
+    def _options(self, body: GenerationBody, several: Dict[str, Any], box: Optional[Toolbox] = None) -> Dict[str, Any]:
         """The engine's options; with tools the answer shows the tokens that calls stand between."""
-        options = body.submission(self.settings, self.engine.tokenizer)
+        options = body.submission(self.settings, self.engine.tokenizer, self.registry.names())
+        if several.get("top") is not None or several.get("wanted") != several.get("copies"):
+            options["logprobs"] = several["top"] or 0
         if box is not None:
             options["show_special"] = tuple(sorted({*options["show_special"], *box.form.specials}))
+            if box.grammar is not None:
+                if options["grammar"] is not None:
+                    raise RequestError("tool_choice asks for a call, and another field for another form of the answer; "
+                                       "send one of them", "tool_choice")
+                options["grammar"] = box.grammar
         return options
 
     # -- text --------------------------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
+from colora_ms.decoding.grammar import Grammar
 from colora_ms.decoding.prompt import Conversation
 from colora_ms.errors import DataError, TokenizerError, near
 from colora_ms.models.chat_template import variables_of
 from colora_ms.models.messages import clean_messages, clean_tools
 from colora_ms.serving.http.calls import FORMATS, CallFormat, CallReader, format_of
 from colora_ms.serving.http.failures import RequestError
+from colora_ms.serving.http.forms import calls_grammar
 from colora_ms.serving.http.schema import ChatBody, ConversationBody
 
 #: Names that a template is told in other ways.
@@ -27,11 +29,13 @@ class Toolbox:
 
     Attributes:
         tools: as the template reads them; form: how the model writes calls; most: calls that are wanted at most.
+        grammar: what an answer keeps to that must call; None: it may do as it likes.
     """
 
     tools: Tuple[dict, ...]
     form: CallFormat
     most: Optional[int] = None
+    grammar: Optional[Grammar] = None
 
     def reader(self) -> CallReader:
         """What reads one answer."""
@@ -55,12 +59,12 @@ def toolbox(body: ChatBody, tokenizer: Any, wanted: str) -> Optional[Toolbox]:
     made = _checked_tools(tools)
     if choice == "none":
         return None
-    if choice not in (None, "auto"):
-        kind = choice.get("type") if isinstance(choice, dict) else choice
-        if kind in ("required", "function", "allowed_tools", "any"):
-            raise RequestError(f"tool_choice={choice!r:.80}: this server cannot force a call; send \"auto\" or "
-                               "\"none\"", "tool_choice", "unsupported_parameter")
-        raise RequestError(f"tool_choice={choice!r:.80} is neither \"auto\" nor \"none\"", "tool_choice")
+    forced, named = _forced(choice, made)
+    strict = next((number for number, tool in enumerate(made) if tool.get("function", tool).get("strict")), None)
+    if strict is not None and not forced:
+        raise RequestError(f"tools[{strict}].function.strict: this server holds a call to its schema only where "
+                           "tool_choice asks for one; leave it out, and check the arguments",
+                           f"tools[{strict}].function.strict", "unsupported_parameter")
     form = FORMATS[wanted] if wanted != "auto" else format_of(_template(tokenizer, made))
     asked = ({"role": "user", "content": "?"},)
     if form is None:
@@ -70,7 +74,34 @@ def toolbox(body: ChatBody, tokenizer: Any, wanted: str) -> Optional[Toolbox]:
     if Conversation(asked, made).text(tokenizer) == Conversation(asked).text(tokenizer):
         raise RequestError("tools: the chat template of this model does not write them, so that it would never know "
                            "of them", "tools", "unsupported_parameter")
-    return Toolbox(made, form, 1 if body.parallel_tool_calls is False else None)
+    several = body.parallel_tool_calls is not False and named is None
+    grammar = calls_grammar(made, form, named, several, _tokens(tokenizer, form)) if forced else None
+    return Toolbox(made, form, None if several else 1, grammar)
+
+
+def _forced(choice: Any, tools: Tuple[dict, ...]) -> Tuple[bool, Optional[str]]:
+    """(whether a tool must be called, the one that must be) of ``tool_choice``."""
+    if choice in (None, "auto"):
+        return False, None
+    if choice in ("required", "any"):
+        return True, None
+    inner = choice.get("function") if isinstance(choice, dict) else None
+    name = inner.get("name") if isinstance(inner, dict) and choice.get("type") == "function" else None
+    if not isinstance(name, str):
+        raise RequestError(f"tool_choice={choice!r:.80}: expected \"none\", \"auto\", \"required\" or {{\"type\": "
+                           "\"function\", \"function\": {\"name\": …}}", "tool_choice")
+    known = [tool.get("function", tool)["name"] for tool in tools]
+    if name not in known:
+        raise RequestError(f"tool_choice names {name!r:.60}, which is none of the tools.{near(name, known)}",
+                           "tool_choice")
+    return True, name
+
+
+def _tokens(tokenizer: Any, form: CallFormat) -> Tuple[str, ...]:
+    """The texts of a format that are single special tokens of the vocabulary."""
+    backend = getattr(tokenizer, "backend", None)
+    added = set() if backend is None else {token.content for token in backend.get_added_tokens_decoder().values()}
+    return tuple(one for one in form.specials if one in added)
 
 
 def _checked_tools(tools: Tuple[dict, ...]) -> Tuple[dict, ...]:
@@ -78,10 +109,6 @@ def _checked_tools(tools: Tuple[dict, ...]) -> Tuple[dict, ...]:
         if tool.get("type", "function") != "function":
             raise RequestError(f"tools[{number}] has the type {tool['type']!r:.40}; this server knows functions only",
                                f"tools[{number}].type")
-        if isinstance(tool.get("function"), dict) and tool["function"].get("strict"):
-            raise RequestError(f"tools[{number}].function.strict: this server cannot hold a model to a schema; leave "
-                               "it out, and check the arguments", f"tools[{number}].function.strict",
-                               "unsupported_parameter")
     try:
         return clean_tools(tools)
     except DataError as error:

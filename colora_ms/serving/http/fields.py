@@ -17,7 +17,7 @@ from colora_ms.errors import DecodingError, near
 from colora_ms.serving.http.failures import RequestError
 
 #: Options of ``Options`` that the server decides, or whose fields have another form here.
-OTHERWISE = ("contrast", "sampling", "max_new_tokens", "seed", "timeout", "show_special")
+OTHERWISE = ("contrast", "mix", "sampling", "max_new_tokens", "seed", "timeout", "show_special", "logprobs", "grammar")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,32 +38,29 @@ class Alias:
 #: {HTTP's name: alias}
 ALIASES: Dict[str, Alias] = {
     "top_k": Alias(Sampling, "top_k", int, lambda value: 0 if value == -1 else value),  # vLLM's "off"
-    "repeat_penalty": Alias(Sampling, "repetition_penalty", float, lambda value: value),  # llama-server's name
+    "repeat_penalty": Alias(Options, "repetition_penalty", float, lambda value: value),  # llama-server's name
 }
 
 #: {field that is not implemented: values that ask for nothing}
 NEUTRAL: Dict[str, Tuple[Any, ...]] = {
     # OpenAI's
-    "suffix": (None, ""), "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}),
-    "logprobs": (None, False), "top_logprobs": (None,), "functions": (None, []), "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,),
-    "prediction": (None,), "reasoning_effort": (None, "none"), "verbosity": (None, "medium"),
-    "web_search_options": (None,), "moderation": (None,), "tools": (None, []), "tool_choice": (None, "none", "auto"),
+    "suffix": (None, ""), "logprobs": (None, False), "top_logprobs": (None, 0), "functions": (None, []),
+    "function_call": (None, "none"), "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,),
+    "reasoning_effort": (None, "none"), "verbosity": (None, "medium"), "web_search_options": (None,),
+    "moderation": (None,), "tools": (None, []), "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False), "best_of": (None, 1), "echo": (None, False),
+    "response_format": (None, {"type": "text"}),
     # vLLM's
-    "repetition_penalty": (None, 1), "min_tokens": (None, 0), "length_penalty": (None, 1),
-    "use_beam_search": (None, False), "include_stop_str_in_output": (None, False), "detokenize": (None, True),
-    "spaces_between_special_tokens": (None, True), "truncate_prompt_tokens": (None,), "allowed_token_ids": (None, []),
-    "bad_words": (None, []), "prompt_logprobs": (None, False), "return_token_ids": (None, False),
-    "return_tokens_as_token_ids": (None, False), "add_special_tokens": (None,), "chat_template": (None,),
-    "documents": (None, []), "logits_processors": (None, []), "guided_json": (None,), "guided_regex": (None,),
-    "guided_choice": (None, []), "guided_grammar": (None,), "guided_json_object": (None, False),
-    "structured_outputs": (None, {}), "include_reasoning": (None, True), "cache_salt": (None,),
-    "mm_processor_kwargs": (None,), "kv_transfer_params": (None,),
+    "length_penalty": (None, 1), "use_beam_search": (None, False), "include_stop_str_in_output": (None, False),
+    "detokenize": (None, True), "spaces_between_special_tokens": (None, True), "truncate_prompt_tokens": (None,),
+    "allowed_token_ids": (None, []), "bad_words": (None, []), "prompt_logprobs": (None, False),
+    "return_token_ids": (None, False), "return_tokens_as_token_ids": (None, False), "add_special_tokens": (None,),
+    "chat_template": (None,), "documents": (None, []), "logits_processors": (None, []),
+    "include_reasoning": (None, True), "cache_salt": (None,), "mm_processor_kwargs": (None,),
+    "kv_transfer_params": (None,),
     # llama-server's
-    "repeat_penalty": (None, 1), "typical_p": (None, 1), "tfs_z": (None, 1), "mirostat": (None, 0),
-    "dynatemp_range": (None, 0), "dry_multiplier": (None, 0), "xtc_probability": (None, 0), "top_n_sigma": (None, -1),
-    "grammar": (None, ""), "json_schema": (None,), "n_probs": (None, 0), "lora": (None, []), "mix": (None,),
+    "typical_p": (None, 1), "tfs_z": (None, 1), "mirostat": (None, 0), "dynatemp_range": (None, 0),
+    "dry_multiplier": (None, 0), "xtc_probability": (None, 0), "top_n_sigma": (None, -1), "n_probs": (None, 0),
     "samplers": (None,), "id_slot": (None, -1), "min_keep": (None, 0),
 }
 #: Fields that do not change an answer.
@@ -74,6 +71,8 @@ HINTS = {
     "functions": "this is OpenAI's older form; send tools",
     "function_call": "this is OpenAI's older form; send tool_choice",
     "chat_template": "templates are code; this server runs only the model's own",
+    "prompt_logprobs": "send echo and logprobs to /v1/completions",
+    "cache_salt": "this server keeps the prefixes of all its clients together",
     "verbosity": "no chat template here reads it; leave it out",
 }
 

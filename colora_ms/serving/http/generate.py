@@ -18,7 +18,7 @@ from colora_ms.serving.handle import RequestHandle
 from colora_ms.serving.http.answers import Answers
 from colora_ms.serving.http.failures import RequestError, describe
 from colora_ms.serving.http.follow import follow, unless_gone
-from colora_ms.serving.http.logprobs import Scored
+from colora_ms.serving.http.logprobs import Place, Places
 from colora_ms.serving.http.metrics import Metrics
 from colora_ms.serving.http.settings import Settings
 from colora_ms.serving.scoring import Scorer
@@ -63,7 +63,7 @@ class Generation:
         Args:
             ask: says what is asked; it and the submission run in a thread, since both tokenize.
         """
-        asked, prompts, handles = await run_in_threadpool(self._submit, ask)
+        asked, handles = await run_in_threadpool(self._submit, ask)
         if asked.stream:
             return EventStream(self, handles, asked.answers)
         try:
@@ -72,13 +72,10 @@ class Generation:
             self.finish(handles)
         if completions is None:
             return Response(status_code=499)  # nobody reads it; nginx's number for a client that left
-        scored: List[Scored] = []
-        if asked.answers.scored:
-            scored = await run_in_threadpool(self._scored, asked, prompts, completions)
-        return JSONResponse(asked.answers.whole(completions, scored))
+        return JSONResponse(asked.answers.whole(completions))
 
     def _submit(self, ask: Callable[[], Asked]) -> Any:
-        """(what is asked, its prompts, handles of all its answers, or of none)."""
+        """(what is asked, handles of all its answers, or of none)."""
         asked = ask()
         copies = asked.answers.copies
         if len(asked.prompts) * copies > self.settings.most_answers:
@@ -86,28 +83,25 @@ class Generation:
                                f"{self.settings.most_answers} a request", "n")
         handles: List[RequestHandle] = []
         prompts = list(asked.prompts)
-        if copies > 1 or asked.answers.scored:
+        if copies > 1 or asked.answers.scores_prompts:
             prompts = [encode_prompt(self.engine.tokenizer, prompt) for prompt in prompts]
         try:
             for prompt in prompts:
                 for place in range(copies):
                     seed = (asked.seed + place) % (1 << 64)
                     handles.append(self.engine.submit(prompt, **asked.options, seed=seed))
+            if asked.answers.scores_prompts:
+                asked.answers.prompts = [self._scored(asked, prompt) for prompt in prompts]
         except BaseException:
             for handle in handles:
                 handle.cancel()
             raise
-        return asked, prompts, handles
+        return asked, handles
 
-    def _scored(self, asked: Asked, prompts: List[List[int]], completions: List[Completion]) -> List[Scored]:
-        """The log-probabilities of prompts and answers."""
-        found = []
-        for place, completion in enumerate(completions):
-            prompt = prompts[place // asked.answers.copies]
-            ids = [*prompt, *completion.tokens]
-            scores = self._scorer.score(ids, asked.options["adapter"])
-            found.append(Scored(self.engine.tokenizer, ids, len(prompt), scores))
-        return found
+    def _scored(self, asked: Asked, prompt: List[int]) -> List[Place]:
+        """The log-probabilities of a prompt's tokens, computed while its answers are."""
+        scores = self._scorer.score(prompt, asked.options["adapter"])
+        return Places(self.engine.tokenizer).prompt(prompt, scores, asked.answers.top or 0)
 
     def finish(self, handles: Iterable[RequestHandle]) -> None:
         """Cancel what still runs, and take the latencies of what has ended."""

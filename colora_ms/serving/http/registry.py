@@ -45,7 +45,7 @@ class Registry:
 
     def models(self) -> Dict[str, Any]:
         """GET /v1/models."""
-        return {"object": "list", "data": [self._model(name) for name in [self.settings.base_model, *self._names()]]}
+        return {"object": "list", "data": [self._model(name) for name in [self.settings.base_model, *self.names()]]}
 
     def model(self, name: str) -> Dict[str, Any]:
         """GET /v1/models/NAME."""
@@ -58,16 +58,21 @@ class Registry:
         Raises:
             UnknownAdapterError: there is no such model.
         """
-        if name not in (None, self.settings.base_model, *self._names()):
+        if name not in (None, self.settings.base_model, *self.names()):
             raise UnknownAdapterError(f"there is no model {name!r:.80}; GET /v1/models lists them")
 
-    def _names(self) -> List[str]:
+    def names(self) -> List[str]:
+        """The adapters' names, sorted: their places are their numbers for llama-server's ``lora``."""
         return [] if self.engine.bank is None else self.engine.bank.names()
 
     def _model(self, name: str) -> Dict[str, Any]:
         base = self.settings.base_model
         return {"id": name, "object": "model", "created": 0, "owned_by": "colora_ms", "root": base,
                 "parent": None if name == base else base, "max_model_len": self.engine.max_length}
+
+    def numbered(self) -> List[Dict[str, Any]]:
+        """GET /lora-adapters, as llama-server has it; the scale is that of a request without ``lora``."""
+        return [{"id": number, "path": name, "scale": 0.0} for number, name in enumerate(self.names())]
 
     def adapters(self) -> Dict[str, Any]:
         """GET /v1/adapters."""

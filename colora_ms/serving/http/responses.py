@@ -9,14 +9,16 @@ import uuid
 from typing import Any, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 
 from colora_ms.decoding.completion import Completion
+from colora_ms.decoding.grammar import grammar_of
 from colora_ms.serving.handle import Piece
 from colora_ms.serving.http import fields
 from colora_ms.serving.http.answers import AnswerParts, Answers, event, usage
 from colora_ms.serving.http.calls import Call, Part
 from colora_ms.serving.http.conversation import Toolbox
 from colora_ms.serving.http.failures import RequestError
-from colora_ms.serving.http.logprobs import Scored
+from colora_ms.serving.http.forms import response_format
 from colora_ms.serving.http.schema import ChatBody, GenerationBody
+from colora_ms.serving.http.settings import Settings
 
 #: Kinds of text in an item's content.
 _TEXTS = ("input_text", "output_text", "text")
@@ -60,19 +62,24 @@ class ResponsesBody(GenerationBody):
         choice = self.tool_choice
         if isinstance(choice, dict) and choice.get("type") == "function":
             choice = {"type": "function", "function": {"name": choice.get("name")}}
-        self._check_format()
         tools = [_tool(number, one) for number, one in enumerate(self.tools or [])]
         return ChatBody(model=self.model, messages=said, tools=tools, tool_choice=choice,
                         parallel_tool_calls=self.parallel_tool_calls,
                         reasoning_effort=self._effort(), chat_template_kwargs=self.chat_template_kwargs)
 
-    def _check_format(self) -> None:
-        wanted = self.text or {}
+    def submission(self, settings: Settings, tokenizer: Any, adapters: List[str]) -> Dict[str, Any]:
+        """As the base class, with the form that ``text.format`` asks for."""
+        options = super().submission(settings, tokenizer, adapters)
+        wanted = {name: value for name, value in (self.text or {}).items() if value is not None}
+        form = wanted.pop("format", {"type": "text"})
         for name, value in wanted.items():
-            takes: Tuple[Any, ...] = {"format": (None, {"type": "text"}), "verbosity": (None, "medium")}.get(name, ())
-            if value not in takes:
+            if (name, value) != ("verbosity", "medium"):
                 raise RequestError(f"text.{name}={value!r:.60}: this server does not implement it; leave it out",
                                    f"text.{name}", "unsupported_parameter")
+        mapping = response_format(form if isinstance(form, dict) else {}, "text.format")
+        if mapping is not None:
+            options["grammar"] = grammar_of(mapping, "text.format")
+        return options
 
     def _effort(self) -> Optional[str]:
         wanted = {name: value for name, value in (self.reasoning or {}).items() if value is not None}
@@ -151,7 +158,7 @@ class ResponseAnswers(Answers):
             "max_output_tokens": body.max_output_tokens, "metadata": body.metadata or {},
             "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None,
             "reasoning": body.reasoning or {"effort": None, "summary": None}, "store": False,
-            "temperature": sampling.temperature, "text": {"format": {"type": "text"}},
+            "temperature": sampling.temperature, "text": {"format": {"type": "text"}, **(body.text or {})},
             "tool_choice": body.tool_choice or "auto", "tools": body.tools or [], "top_p": sampling.top_p,
             "truncation": "disabled", "usage": None, "user": None,
         }
@@ -159,7 +166,7 @@ class ResponseAnswers(Answers):
         self._output: List[Dict[str, Any]] = []
         self._open: Optional[Dict[str, Any]] = None  # the message whose text is being written
 
-    def whole(self, completions: Sequence[Completion], scored: Sequence[Scored] = ()) -> Dict[str, Any]:
+    def whole(self, completions: Sequence[Completion]) -> Dict[str, Any]:
         """The object of an answer that is not streamed."""
         completion = completions[0]
         self._take([*self._parts.push(completion.text), *self._parts.end()])

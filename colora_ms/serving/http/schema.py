@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union
 from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
 from colora_ms.decoding.fields import Record
+from colora_ms.decoding.mix import mix_of
 from colora_ms.decoding.options import Contrast, Options, Sampling
 from colora_ms.models.detokenizer import special_texts
-from colora_ms.serving.http import fields
+from colora_ms.serving.http import fields, forms
 from colora_ms.serving.http.failures import RequestError
 from colora_ms.serving.http.settings import Settings
-from colora_ms.serving.scoring import MOST_TOP
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -30,7 +30,8 @@ def _body(record: Type[Record]) -> Type[BaseModel]:
 
 ContrastBody = _body(Contrast)
 
-_OptionsBody: Any = create_model("_OptionsBody", __config__=_STRICT, **fields.plain_fields())
+_FORMS: Dict[str, Any] = {name: (Optional[kind], None) for name, (kind, _) in forms.FORMS.items()}
+_OptionsBody: Any = create_model("_OptionsBody", __config__=_STRICT, **fields.plain_fields(), **_FORMS)
 
 
 class StreamOptions(BaseModel):
@@ -51,6 +52,8 @@ class GenerationBody(_OptionsBody):
     stream: Optional[bool] = False
     skip_special_tokens: Optional[bool] = True
     contrast: Optional[ContrastBody] = None  # type: ignore[valid-type]
+    mix: Optional[Dict[str, Any]] = None
+    lora: Optional[List[Dict[str, Any]]] = None
 
     #: Fields that are not implemented, see :data:`colora_ms.serving.http.fields.NEUTRAL`.
     neutral: ClassVar[Dict[str, Tuple[Any, ...]]] = fields.NEUTRAL
@@ -82,28 +85,49 @@ class GenerationBody(_OptionsBody):
                 return wanted
         return min(settings.default_tokens, settings.max_tokens)
 
-    def submission(self, settings: Settings, tokenizer: Any) -> Dict[str, Any]:
+    def submission(self, settings: Settings, tokenizer: Any, adapters: List[str]) -> Dict[str, Any]:
         """Keyword arguments of ``Engine.submit`` without the prompt.
 
         Args:
-            settings: the server's; tokenizer: the model's.
+            settings: the server's; tokenizer: the model's; adapters: their names, by their numbers.
 
         Raises:
             RequestError: too many tokens are wanted, or two fields contradict each other.
             DecodingError: a value is out of range.
         """
         given = {name: getattr(self, name) for name in fields.plain_fields()}
-        plain = fields.options_of(given, Options, fields.OTHERWISE)
+        options = fields.options_of(given, Options, fields.OTHERWISE)
         shows = special_texts(tokenizer) if self.skip_special_tokens is False and hasattr(tokenizer, "backend") else ()
+        most = self.most_tokens(settings)
+        if options.get("min_tokens", 0) > most:
+            raise RequestError(f"min_tokens={options['min_tokens']} is more than the answer may have, {most}",
+                               "min_tokens")
         return {
-            "adapter": None if self.model == settings.base_model else self.model,
+            **options,
+            **self._adapter(settings, adapters, options.get("adapter_scale")),
             "contrast": None if self.contrast is None else Contrast(**self.contrast.model_dump()),
+            "mix": None if self.mix is None else mix_of(self.mix),
             "sampling": Sampling.asked(**fields.options_of(given, Sampling, ("seed",))),
-            "max_new_tokens": self.most_tokens(settings),
+            "max_new_tokens": most,
             "timeout": settings.timeout,
             "show_special": tuple(sorted(shows)),
-            **plain,
+            "grammar": forms.grammar_asked({name: getattr(self, name) for name in forms.FORMS}),
         }
+
+    def _adapter(self, settings: Settings, adapters: List[str], scale: Optional[float]) -> Dict[str, Any]:
+        """The adapter that ``model`` or ``lora`` names, and the factor on its scale."""
+        named = None if self.model == settings.base_model else self.model
+        asked = forms.one_adapter(self.lora, adapters) if self.lora else None
+        if asked is None:
+            return {"adapter": named}
+        adapter, factor = asked
+        if named is not None and adapter != named:
+            raise RequestError(f"model={named!r:.60} and lora={self.lora!r:.80} ask for different adapters; send one "
+                               "of them", "lora")
+        if scale is not None and scale != factor:
+            raise RequestError(f"adapter_scale={scale} and lora={self.lora!r:.80} say the same thing differently",
+                               "lora")
+        return {"adapter": adapter, "adapter_scale": factor}
 
     def first_seed(self) -> int:
         """The seed of a request's first answer; the others have the numbers behind it. Without one two equal requests
@@ -131,8 +155,9 @@ class AnswersBody(GenerationBody):
             raise RequestError(f"n={wanted} is not a number of answers, at least 1", "n")
         if computed < wanted:
             raise RequestError(f"best_of={computed} is less than n={wanted}", "best_of")
-        if computed > wanted:
-            self._scorable("best_of", computed)
+        if computed > wanted and self.stream:
+            raise RequestError(f"best_of={computed}: which answers are the best is known at the end, so they cannot be "
+                               "streamed", "best_of", "unsupported_parameter")
         return wanted, computed
 
     def top(self) -> Optional[int]:
@@ -140,22 +165,9 @@ class AnswersBody(GenerationBody):
         token's own.
 
         Raises:
-            RequestError: they cannot be had.
+            RequestError: the number cannot be used.
         """
         raise NotImplementedError
-
-    def _top(self, name: str, value: int) -> int:
-        if not 0 <= value <= MOST_TOP:
-            raise RequestError(f"{name}={value} is not a number of tokens from 0 to {MOST_TOP}", name)
-        self._scorable(name, value)
-        return value
-
-    def _scorable(self, name: str, value: Any) -> None:
-        """Refuse what needs log-probabilities where there are none: they are computed when the answer is there."""
-        for other, wanted in (("stream", self.stream), ("contrast", self.contrast is not None)):
-            if wanted:
-                raise RequestError(f"{name}={value} needs log-probabilities, which this server cannot give together "
-                                   f"with {other}; leave one of them out", name, "unsupported_parameter")
 
     def counts(self) -> bool:
         """Whether a stream ends with token counts.
@@ -183,7 +195,19 @@ class CompletionBody(AnswersBody):
         if self.logprobs is True:
             raise RequestError("logprobs=True: here it is a number, of the tokens that are listed beside each token",
                                "logprobs")
-        return None if self.logprobs is None or self.logprobs is False else self._top("logprobs", self.logprobs)
+        return None if self.logprobs is None or self.logprobs is False else \
+            fields.checked("logprobs", Options, "logprobs", self.logprobs)
+
+    def submission(self, settings: Settings, tokenizer: Any, adapters: List[str]) -> Dict[str, Any]:
+        """As the base class; a prompt's own log-probabilities are those of one row, without what changes an answer."""
+        options = super().submission(settings, tokenizer, adapters)
+        if self.echo and self.top() is not None:
+            for name, wanted in (("contrast", self.contrast), ("mix", self.mix),
+                                 ("adapter_scale", options.get("adapter_scale", 1.0) != 1.0)):
+                if wanted:
+                    raise RequestError("echo with logprobs: a prompt's log-probabilities cannot be given together "
+                                       f"with {name}", "echo", "unsupported_parameter")
+        return options
 
     def prompts(self, settings: Settings) -> List[Any]:
         """A list of strings and lists of ids.
@@ -213,7 +237,6 @@ class ConversationBody(BaseModel):
 class ChatBody(AnswersBody, ConversationBody):
     """POST /v1/chat/completions."""
 
-    model_config = _STRICT
     max_completion_tokens: Optional[int] = None
     tool_choice: Optional[Union[str, Dict[str, Any]]] = None
     parallel_tool_calls: Optional[bool] = None
@@ -221,10 +244,10 @@ class ChatBody(AnswersBody, ConversationBody):
     logprobs: Optional[bool] = None
     top_logprobs: Optional[int] = None
 
-    lengths: ClassVar[Tuple[str, ...]] = ("max_completion_tokens", "max_tokens")  # type: ignore[misc]
+    lengths: ClassVar[Tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
 
     def top(self) -> Optional[int]:
         """As the base class."""
         if self.top_logprobs and not self.logprobs:
             raise RequestError(f"top_logprobs={self.top_logprobs} is only for \"logprobs\": true", "top_logprobs")
-        return self._top("top_logprobs", self.top_logprobs or 0) if self.logprobs else None
+        return fields.checked("top_logprobs", Options, "logprobs", self.top_logprobs or 0) if self.logprobs else None
