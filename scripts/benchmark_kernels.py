@@ -167,12 +167,14 @@ def others(rng):
                   3 * gate.nbytes)
         for position in (255, 2047):
             length, dim, heads, kv = 2048, 64, 9, 3
-            numbers = [np.arange(rows, dtype=np.int32), np.full(rows, position, np.int32), np.ones(rows, np.int32)]
-            caches = [random(rng, rows, kv, length, dim) for _ in range(2)]
-            inputs = [random(rng, rows, 1, heads * dim), random(rng, rows, 1, kv * dim), random(rng, rows, 1, kv * dim),
+            blocks = length // 16
+            numbers = [np.arange(rows, dtype=np.int32), np.full(rows, position, np.int32),
+                       np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)]
+            caches = [random(rng, rows * blocks, kv, 16 * dim) for _ in range(2)]
+            inputs = [random(rng, rows, heads * dim), random(rng, rows, kv * dim), random(rng, rows, kv * dim),
                       random(rng, length, dim // 2), random(rng, length, dim // 2), *caches, *numbers]
-            attention = call.Prepared("cached_attention", inputs, [(inputs[0].shape, "float32")])
-            yield Row(f"cached_attention_rows{rows}_at{position + 1}", attention,
+            attention = call.Prepared("paged_attention", inputs, [(inputs[0].shape, "float32")])
+            yield Row(f"paged_attention_rows{rows}_at{position + 1}", attention,
                       2 * rows * kv * (position + 1) * dim * 4, 4 * rows * heads * (position + 1) * dim)
         requests = max(1, rows // 2)
         logits = random(rng, 2 * requests, VOCABULARY) * 20

@@ -47,7 +47,7 @@ def step_calls(shape, weight_format, requests, kind, call, position=24):
     table_weight = linear(vocab, hidden, adapted=False)
     calls = [("embedding", 0, call.Prepared("embedding", [ints([[7]] * rows), *table_weight[:2]],
                                             [((rows, 1, hidden), "float32")]))]
-    cache = [(rows, shape["kv_heads"], 256, shape["head_dim"])] * 2
+    cache = [(16 * rows, shape["kv_heads"], 16 * shape["head_dim"])] * 2  # 16 blocks a row
     angles = floats(256, shape["head_dim"] // 2)
 
     def norm():
@@ -58,14 +58,13 @@ def step_calls(shape, weight_format, requests, kind, call, position=24):
 
     for _ in range(shape["layers"]):
         attention = call.Prepared(
-            "cached_attention", [floats(rows, 1, width), floats(rows, 1, kv_width), floats(rows, 1, kv_width), angles,
-                                 angles,
-                                 *(floats(*size) for size in cache), ints(range(rows)), ints([position] * rows),
-                                 ints([1] * rows)], [((rows, 1, width), "float32")])
+            "paged_attention", [floats(rows, width), floats(rows, kv_width), floats(rows, kv_width), angles, angles,
+                                *(floats(*size) for size in cache), ints(range(rows)), ints([position] * rows),
+                                ints(range(16 * rows)).reshape(rows, 16)], [((rows, width), "float32")])
         swiglu = call.Prepared("swiglu", [floats(rows, 1, inner), floats(rows, 1, inner)],
                                [((rows, 1, inner), "float32")])
         calls += [norm(), product("linear q, k, v", hidden, width, kv_width, kv_width),
-                  ("cached_attention", 0, attention),
+                  ("paged_attention", 0, attention),
                   product("linear o", width, hidden), norm(), product("linear gate, up", hidden, inner, inner),
                   ("swiglu", 0, swiglu), product("linear down", inner, hidden)]
     calls += [norm(), product("linear head", hidden, vocab, adapted=False)]

@@ -23,11 +23,13 @@ class Adjusting:
         DecodingError: there is a grammar that cannot be used.
     """
 
-    def __init__(self, prompt: np.ndarray, options: Options, ends: Iterable[int], tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, prompt: np.ndarray, options: Options, ends: Iterable[int], tokenizer: Any,
+                 vocabulary: int) -> None:
         self.options = options
         self.matcher: Optional[Matcher] = None
         if options.grammar is not None:
             self.matcher = Matcher(options.grammar, tokenizer, vocabulary, ends)
+        self._mask = None if self.matcher is None else self.matcher.mask()
         self._times: Dict[int, int] = {}
         self._made = 0
         known = sorted(one for one in ends if 0 <= one < vocabulary) if options.min_tokens else []
@@ -59,6 +61,7 @@ class Adjusting:
             self._times[token] = self._times.get(token, 0) + 1
         if self.matcher is not None:
             self.matcher.take([token])
+            self._mask = self.matcher.mask()
 
     def extras(self) -> Dict[str, Optional[np.ndarray]]:
         """"entries" (n, 3) int32, "bias" (n,) float32 and "mask" (words,) int32 or None, see
@@ -71,4 +74,4 @@ class Adjusting:
         entries = np.stack((tokens, times, np.concatenate((self._flags, pad)).astype(np.int32)), 1)[order]
         return {"entries": np.ascontiguousarray(entries, np.int32),
                 "bias": np.concatenate((self._bias, pad)).astype(np.float32)[order],
-                "mask": None if self.matcher is None else self.matcher.mask()}
+                "mask": self._mask}

@@ -62,7 +62,8 @@ class Answer:
 
         Args:
             token: its id; favourite, valid, floats: as in :class:`TokenRecord`, read where records are wanted.
-            tops, details: as of ``kernels.token_details``, read where log-probabilities are wanted, or the rows' of a mix.
+            tops, details: as of ``kernels.token_details``, read where log-probabilities are wanted, or the rows' of a
+                mix.
         """
         if self.finish_reason is not None:
             return

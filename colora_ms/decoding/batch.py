@@ -48,7 +48,7 @@ def flat_batch(parts: Sequence[Part], blocks: int, capacity: int, eos: Sequence[
     jobs = [part.seat.job for part in takers]
     nothing = np.zeros(0, np.int32)
     extras = [job.adjusting.extras() if job.adjusting.any else {} for job in jobs]
-    adjustments = {name: [one.get(name) for one in extras] for name in ("entries", "bias", "mask")} if any(extras) else {}
+    adjustments = {name: [one.get(name) for one in extras] for name in ("entries", "bias", "mask") if any(extras)}
     prompts = [job.request.ids if job.request.copies else nothing for job in jobs]
     ends = () if jobs and all(job.request.options.ignore_eos for job in jobs) else sorted(eos)
     return FlatBatch(

@@ -5,9 +5,9 @@ block of positions ``size * i`` and following. A block that nobody holds keeps i
 row that begins with the same tokens, computed by the same owner, finds it and computes only the rest.
 
 Content is found by a *chain* of keys: the key behind a whole block is the SHA-256 of the key before it and the block's
-tokens, the first key that of the owner (the digest of an adapter's content, or "" for the base model, so that the base's
-rows are shared across adapters), of the tenant's salt, and of how the cache is computed and stored. A block that is
-found whole is shared; one that is found in part (filled in part, or going on otherwise) is copied.
+tokens, the first key that of the owner (the digest of an adapter's content, or "" for the base model, so that the
+base's rows are shared across adapters), of the tenant's salt, and of how the cache is computed and stored. A block that
+is found whole is shared; one that is found in part (filled in part, or going on otherwise) is copied.
 
 Nobody writes into a block that another one holds, nor over content that can be found: rows append, and what is shared
 they copy first (:meth:`BlockPool.own`).

@@ -47,7 +47,8 @@ class TokenLogprob:
 
     Attributes:
         token: the id that was chosen; logprob: its log-probability.
-        tops: (id, log-probability, text that it would have brought there) of the best tokens, as many as were asked for.
+        tops: (id, log-probability, text that it would have brought there) of the best tokens, as many as were asked
+            for.
         text: the text that the chosen token brought at its place.
     """
 

@@ -4,8 +4,8 @@ A driver adds requests as long as there are rows for them (:meth:`Core.fits`), c
 came of it, and removes what it gives up. One thread does all this.
 
 Blocks for everything that a call may write are there before it. Where they are not, the request that came last gives
-its blocks back and waits; it is computed again, its own tokens among its prompt, as soon as there is room, and makes the
-same tokens: keys and values do not depend on how a sequence was cut into calls.
+its blocks back and waits; it is computed again, its own tokens among its prompt, as soon as there is room, and makes
+the same tokens: keys and values do not depend on how a sequence was cut into calls.
 """
 
 from __future__ import annotations

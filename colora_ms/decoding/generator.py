@@ -38,8 +38,8 @@ class Generator:
         max_rows: rows that are computed side by side (a contrastive request takes two).
         chunk: tokens a graph call makes at most.
         cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values.
-        cache_bytes: memory for keys and values; None: what the prompts and answers of ``max_rows`` rows need, so that it
-            grows where they do.
+        cache_bytes: memory for keys and values; None: what the prompts and answers of ``max_rows`` rows need, so that
+            it grows where they do.
     """
 
     def __init__(self, decoder: Any, tokenizer: Any, adapters: Any = None, max_rows: int = 16, chunk: int = 16,

@@ -1,15 +1,16 @@
 """Mixes: requests of several rows, whose distributions become one.
 
 A :class:`Mix` says which voices a request has (an adapter or none, its strength, a weight, perhaps a prompt of its own)
-and how they are combined; ``kernels.contrastive_select`` has the arithmetic, README.md the order of all steps. The usual
-ones have names:
+and how they are combined; ``kernels.contrastive_select`` has the arithmetic, README.md the order of all steps. The
+usual ones have names:
 
 * :func:`Ensemble`: adapters that answer together, by the mean of log-probabilities or of probabilities;
 * :func:`Guide`: the base model, steered by the difference of an expert and an anti-expert (DExperts, arXiv 2105.03023);
 * :func:`Context`: what a document in the prompt adds, amplified (context-aware decoding, arXiv 2305.14739);
 * :func:`Negative`: away from what a negative prompt asks for (classifier-free guidance, arXiv 2306.17806).
 
-:class:`colora_ms.decoding.options.Contrast` is the mix of the adapter, weight 1 + beta, and the base model, weight -beta.
+:class:`colora_ms.decoding.options.Contrast` is the mix of the adapter, weight 1 + beta, and the base model, weight
+-beta.
 """
 
 from __future__ import annotations

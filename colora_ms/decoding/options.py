@@ -9,6 +9,7 @@ table: the HTTP schema, the command line, ``Generator`` and the engine read the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Dict, FrozenSet, Iterable, List, Optional, Tuple, Union
 
@@ -23,7 +24,8 @@ from colora_ms.errors import DecodingError, near
 #: Stop strings of a request, and characters of each, at most.
 MOST_STOPS, LONGEST_STOP = 16, 256
 
-#: Most tokens with a bias of their own, and the largest bias; tokens that are listed with their log-probabilities at most.
+#: Most tokens with a bias of their own, and the largest bias; tokens that are listed with their log-probabilities at
+#: most.
 MOST_BIASES, LARGEST_BIAS, MOST_LOGPROBS = 1024, 100.0, 20
 
 #: Options of ``Generator.generate`` that may be a list with one entry a prompt, the adapter among them.
@@ -63,7 +65,7 @@ class Contrast(Record):
 
         return FORMS[self.adapt] + (SKIP_COPIES if self.skip_copies else 0)
 
-    @property
+    @functools.cached_property
     def mix(self) -> Mix:
         """The same as a mix of two voices: the adapter, weight 1 + beta, and the base model, weight -beta."""
         return Mix((Voice("expert", OWN), Voice("amateur", None)), "contrast", "leading", self.alpha, self.beta,
@@ -248,15 +250,20 @@ class Options(Record):
 
     Attributes:
         contrast: :class:`Contrast`, or None: the expert alone.
-        mix: :class:`colora_ms.decoding.mix.Mix` or a mapping of one (:func:`colora_ms.decoding.mix.mix_of`), in the place
-            of a contrast.
-        adapter_scale: factor on the scale of the request's adapter, in its voices too.
         sampling: :class:`Sampling`; None is greedy.
         max_new_tokens: tokens that the answer may have, at least 1; cut to the room behind the prompt.
         stop: strings that end the answer, which is cut before them; one that spells a special token ends it at that
             token.
         stop_token_ids: ids that end it, beside the end of sequence.
         seed: in place of the sampling's own.
+        records: whether a :class:`colora_ms.decoding.TokenRecord` is kept for each token.
+        ignore_eos: go on behind an end-of-sequence token (for benchmarks).
+        show_special: special tokens whose text is shown in the answer, such as "<tool_call>"; the others' is not.
+        priority: larger ones leave the engine's queue first.
+        timeout: seconds from submission on after which the engine ends the request; None: no limit.
+        mix: :class:`colora_ms.decoding.mix.Mix` or a mapping of one (:func:`colora_ms.decoding.mix.mix_of`), in the
+            place of a contrast.
+        adapter_scale: factor on the scale of the request's adapter, in its voices too.
         presence_penalty, frequency_penalty: taken off the logits of tokens that the answer has, once and for each time
             (OpenAI's definitions).
         repetition_penalty: > 0; divides positive and multiplies negative logits of tokens that prompt or answer have
@@ -266,21 +273,22 @@ class Options(Record):
         logprobs: None, or how many of the best tokens (0 to 20) are listed with their log-probabilities at each token,
             beside the chosen one's.
         grammar: :class:`colora_ms.decoding.grammar.Grammar` that the answer keeps to, or None.
-        records: whether a :class:`colora_ms.decoding.TokenRecord` is kept for each token.
-        ignore_eos: go on behind an end-of-sequence token (for benchmarks).
-        show_special: special tokens whose text is shown in the answer, such as "<tool_call>"; the others' is not.
-        priority: larger ones leave the engine's queue first.
-        timeout: seconds from submission on after which the engine ends the request; None: no limit.
     """
 
     contrast: Optional[Contrast] = option(Contrast, None, "contrast of the adapter with the base model",
                                           check=_contrast)
-    mix: Optional[Mix] = option(Dict[str, Any], None, "several voices in the place of a contrast", check=_mix)
-    adapter_scale: float = option(float, 1.0, "factor on the adapter's scale", least=-1e3, most=1e3)
     sampling: Sampling = option(Sampling, None, "how a token is drawn", check=_sampling)
     max_new_tokens: int = option(int, 64, "longest answer", least=1)
     stop: Tuple[str, ...] = option(Union[str, List[str]], (), "end the answer before this text", check=check_stop)
     stop_token_ids: Tuple[int, ...] = option(List[int], (), "end the answer at this token, too", check=check_stop_ids)
+    seed: Optional[int] = option(int, None, "in place of the sampling's own seed", check=_seed)
+    records: bool = option(bool, False, "list what the contrast did at each token")
+    ignore_eos: bool = option(bool, False, "go on behind an end-of-sequence token")
+    show_special: Tuple[str, ...] = option(List[str], (), "special tokens whose text is shown", check=_texts)
+    priority: int = option(int, 0, "larger ones leave the queue first", check=_priority, engine=True)
+    timeout: Optional[float] = option(float, None, "seconds after which the request ends", check=_seconds, engine=True)
+    mix: Optional[Mix] = option(Dict[str, Any], None, "several voices in the place of a contrast", check=_mix)
+    adapter_scale: float = option(float, 1.0, "factor on the adapter's scale", least=-1e3, most=1e3)
     presence_penalty: float = option(float, 0.0, "taken off the logits of tokens that the answer has", least=-2.0,
                                      most=2.0)
     frequency_penalty: float = option(float, 0.0, "the same, for each time that it has them", least=-2.0, most=2.0)
@@ -293,23 +301,18 @@ class Options(Record):
                                      check=_logprobs)
     grammar: Optional[Grammar] = option(Dict[str, Any], None, "what the answer keeps to: a JSON schema, a regex",
                                         check=_grammar)
-    seed: Optional[int] = option(int, None, "in place of the sampling's own seed", check=_seed)
-    records: bool = option(bool, False, "list what the contrast did at each token")
-    ignore_eos: bool = option(bool, False, "go on behind an end-of-sequence token")
-    show_special: Tuple[str, ...] = option(List[str], (), "special tokens whose text is shown", check=_texts)
-    priority: int = option(int, 0, "larger ones leave the queue first", check=_priority, engine=True)
-    timeout: Optional[float] = option(float, None, "seconds after which the request ends", check=_seconds, engine=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seed is not None:
             object.__setattr__(self, "sampling", dataclasses.replace(self.sampling, seed=self.seed))
         if self.contrast is not None and self.mix is not None:
-            raise DecodingError("contrast and mix are both given; a contrast is a mix of two voices, so give one of them")
+            raise DecodingError("contrast and mix are both given; a contrast is a mix of two voices, so give one of "
+                                "them")
         if self.min_tokens > self.max_new_tokens:
             raise DecodingError(f"min_tokens={self.min_tokens} is more than max_new_tokens={self.max_new_tokens}")
 
-    @property
+    @functools.cached_property
     def mixture(self) -> Optional[Mix]:
         """The mix, that of a contrast too; None: one row."""
         return self.mix if self.contrast is None else self.contrast.mix

@@ -96,8 +96,8 @@ class Request:
             name: what messages call the prompt.
 
         Raises:
-            DecodingError: the prompt, or that of a row, is empty, too long or holds unknown ids, a stop id is unknown, or
-                a mix wants an adapter where none is asked for, or has one of its own beside it.
+            DecodingError: the prompt, or that of a row, is empty, too long or holds unknown ids, a stop id is unknown,
+                or a mix wants an adapter where none is asked for, or has one of its own beside it.
             TokenizerError: the chat template refuses the messages, or the text cannot be encoded.
         """
         if options.contrast is not None and adapter is None:
@@ -148,12 +148,12 @@ def rows_of(options: Options, adapter: Optional[str], encoded: Callable[[Any, st
     mix = options.mixture
     if mix is None:
         if adapter is None and options.adapter_scale != 1.0:
-            raise DecodingError(f"adapter_scale={options.adapter_scale:g} is a factor on an adapter's scale, so it needs "
-                                "adapter=…")
+            raise DecodingError(f"adapter_scale={options.adapter_scale:g} is a factor on an adapter's scale, so it "
+                                "needs adapter=…")
         return (Row(EXPERT, adapter, options.adapter_scale),)
     if adapter is not None and not mix.needs_adapter:
-        raise DecodingError(f"adapter={shown(adapter)} is given beside a mix that names all its adapters ({mix.label}); "
-                            "leave one of them out")
+        raise DecodingError(f"adapter={shown(adapter)} is given beside a mix that names all its adapters "
+                            f"({mix.label}); leave one of them out")
     rows = []
     for voice in mix.voices:
         own = voice.adapter == OWN
@@ -233,7 +233,8 @@ class Running:
         options = self.request.options
         asked = options.logprobs is not None or options.rows_wanted
         more = zip(tops[:count].tolist(), details[:count].tolist()) if asked else itertools.repeat(((), ()))
-        for (token, favourite, valid), step, (best, chances) in zip(ints[:count].tolist(), floats[:count].tolist(), more):
+        steps = zip(ints[:count].tolist(), floats[:count].tolist(), more)
+        for (token, favourite, valid), step, (best, chances) in steps:
             if self.answer.finish_reason is not None:
                 break  # tokens behind a stop
             if valid == 0:
@@ -252,8 +253,8 @@ def not_finite(request: Request) -> ColoraError:
     if request.options.grammar is not None or request.options.min_tokens:
         return DecodingError("no token is left that grammar and min_tokens allow, or the logits are not finite")
     if mix is not None and mix.by != "contrast":
-        return DecodingError(f"the scores of the mix ({mix.label}) are infinite or not a number: a weight is too large, or "
-                             "a model's logits are not finite")
+        return DecodingError(f"the scores of the mix ({mix.label}) are infinite or not a number: a weight is too "
+                             "large, or a model's logits are not finite")
     if request.adapter is None:
         return CheckpointError("the base model's logits are not finite; its weights are damaged")
     return AdapterError(f"adapter {request.adapter!r} makes the model's logits infinite or not a number; its values "

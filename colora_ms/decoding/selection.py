@@ -32,8 +32,10 @@ def finite_rows(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor, m
     return ops.where(fine, mix_rows[:, 0], ops.zeros_like(mix_rows[:, 0]) - 1)
 
 
-def select(logits, options, adjustments, uniform, previous, prompt, lengths):
-    """Choose a token for every active request, with its adjustments, and beta as ``kernels.contrast_strength`` scales it.
+def select(logits: Tensor, options: tuple, adjustments: tuple, uniform: Tensor, previous: Tensor, prompt: Tensor,
+           lengths: Tensor) -> tuple:
+    """Choose a token for every active request, with its adjustments, and beta as ``kernels.contrast_strength`` scales
+    it.
 
     Args:
         logits: (rows, vocab) float32.

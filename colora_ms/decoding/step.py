@@ -36,15 +36,15 @@ class FlatBatch:
         slots: (R,) int32, adapter slot of each row, -1: the base model.
         tables: (R, blocks of a row) int32, see ``kernels.paged_attention``.
         copies: (c, 2) int32, blocks (source, target) that are copied first.
-        whole, real, mix_rows, mix_weights: of Q requests, see :mod:`colora_ms.kernels.options`. No rows: the request takes
-            no token.
+        whole, real, mix_rows, mix_weights: of Q requests, see :mod:`colora_ms.kernels.options`. No rows: the request
+            takes no token.
         previous: (Q,) int32, the token that each generated last, -1: none.
         uniforms: (Q, capacity) float32.
         eos: (ends,) int32.
         steps: iterations, 1 to ``capacity``.
         prompts: Q arrays of the ids that a contrast with ``skip_copies`` looks at, or None.
-        adjustments: the other extras (``kernels.flat_step.EXTRAS``) by name, "entries", "bias" and "mask": Q arrays or None
-            each.
+        adjustments: the other extras (``kernels.flat_step.EXTRAS``) by name, "entries", "bias" and "mask": Q arrays or
+            None each.
         strengths: (R,) float32, factors on the adapters' scales; None: 1. Only where steps are one operator.
     """
 
@@ -69,8 +69,8 @@ class FlatBatch:
 
 @dataclasses.dataclass
 class StepResult:
-    """ints (iterations, Q, 3) int32 and floats (iterations, Q, 4) float32 as of ``kernels.step``; counts (Q,) int32, the
-    tokens that each request took; tops (iterations, Q, 20) int32 and details (iterations, Q, 29) float32, see
+    """ints (iterations, Q, 3) int32 and floats (iterations, Q, 4) float32 as of ``kernels.step``; counts (Q,) int32,
+    the tokens that each request took; tops (iterations, Q, 20) int32 and details (iterations, Q, 29) float32, see
     ``kernels.token_details``."""
 
     ints: np.ndarray
@@ -210,8 +210,8 @@ class StepGraph:
 
     def _run_cells(self, batch: FlatBatch) -> StepResult:
         if np.any(_strengths(batch, len(batch.slots)) != 1):
-            raise DecodingError("adapter_scale: this model's steps are no single operator, which alone scales adapters by "
-                                "row; leave it out, or save the adapter with another scale")
+            raise DecodingError("adapter_scale: this model's steps are no single operator, which alone scales adapters "
+                                "by row; leave it out, or save the adapter with another scale")
         for source, target in batch.copies.reshape(-1, 2):
             runtime.run(self._cells[1], Tensor(np.array([source], np.int32)),
                         Tensor(np.array([target], np.int32))).asnumpy()

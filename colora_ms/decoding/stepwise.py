@@ -94,7 +94,8 @@ class Stepper:
             return Tensor(np.concatenate([array, np.full(size - len(array), fill)]).astype(np.int32))
 
         logits = runtime.run(self._graph, filled(tokens, 0), filled(self._slots[rows], -1), filled(rows, -1),
-                             filled(positions, 0), Tensor(tables), Tensor(np.maximum(np.cumsum(counts) - 1, 0).astype(np.int32)),
+                             filled(positions, 0), Tensor(tables),
+                             Tensor(np.maximum(np.cumsum(counts) - 1, 0).astype(np.int32)),
                              Tensor(self._slots)).asnumpy()
         self._positions = [start + count for start, count in zip(self._positions, counts)]
         return logits

@@ -4,8 +4,6 @@ from colora_ms.kernels.activation import swiglu, swiglu_reference
 from colora_ms.kernels.adjust import adjust_logits, adjust_logits_reference
 from colora_ms.kernels.aot import ABSENT, KernelError
 from colora_ms.kernels.attention import (
-    cached_attention,
-    cached_attention_reference,
     causal_attention,
     causal_attention_reference,
 )
@@ -13,7 +11,6 @@ from colora_ms.kernels.details import token_details, token_details_reference
 from colora_ms.kernels.dropout import dropout, dropout_constants, dropout_reference
 from colora_ms.kernels.embedding import embedding, embedding_reference
 from colora_ms.kernels.flat_step import fuses_step, step
-from colora_ms.kernels.layers import decoder_layers, fuses_layers
 from colora_ms.kernels.linear import multi_lora_linear, multi_lora_linear_reference
 from colora_ms.kernels.lora import lora_expand, lora_expand_reference, lora_shrink, lora_shrink_reference
 from colora_ms.kernels.loss import (
@@ -28,7 +25,6 @@ from colora_ms.kernels.norm import rms_norm, rms_norm_reference, rms_norm_residu
 from colora_ms.kernels.paged import paged_attention, paged_attention_reference
 from colora_ms.kernels.registry import backend, bind
 from colora_ms.kernels.select import contrastive_select, contrastive_select_reference
-from colora_ms.kernels.steps import decode_steps, fuses_steps
 from colora_ms.kernels.strength import contrast_strength, contrast_strength_reference
 
 __all__ = [
@@ -38,24 +34,18 @@ __all__ = [
     "adjust_logits_reference",
     "backend",
     "bind",
-    "cached_attention",
-    "cached_attention_reference",
     "causal_attention",
     "causal_attention_reference",
     "contrast_strength",
     "contrast_strength_reference",
     "contrastive_select",
     "contrastive_select_reference",
-    "decode_steps",
-    "decoder_layers",
     "dropout",
     "dropout_constants",
     "dropout_reference",
     "embedding",
     "embedding_reference",
-    "fuses_layers",
     "fuses_step",
-    "fuses_steps",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_token_cross_entropy",

@@ -58,7 +58,8 @@ def adjust_logits_reference(logits: Tensor, whole: Tensor, real: Tensor, mix_row
     numbers = ops.arange(rows).astype(ms.int32).reshape((rows, 1, 1))
     uses = (mix_rows.reshape((1, requests, MOST_ROWS)) == numbers).any(axis=2)  # (rows, requests)
     used = uses.any(axis=1).reshape((rows, 1))
-    owner = (uses.astype(ms.int32) * ops.arange(requests).astype(ms.int32).reshape((1, requests))).max(axis=1)  # (rows,)
+    place = ops.arange(requests).astype(ms.int32).reshape((1, requests))
+    owner = (uses.astype(ms.int32) * place).max(axis=1)  # (rows,)
     found = logits
     if offsets.ndim > 0:
         capacity = entries.shape[0]

@@ -1,4 +1,4 @@
-"""Attention with rotary positions and grouped queries: over a key/value cache (decoding) and without one (training).
+"""Attention of whole sequences with rotary positions and grouped queries, without a cache: the form for training.
 
 Rotary embedding (RoFormer, arXiv 2104.09864) in the layout of Hugging Face checkpoints: a head's vector with the halves
 x1 and x2 becomes ``(x1 cos - x2 sin, x2 cos + x1 sin)``. Query head h reads key/value head ``h // (heads / kv_heads)``
@@ -21,46 +21,12 @@ from colora_ms.kernels.shapes import element_type, require, require_dtype, requi
 _MASKED = -1e30
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-                     cache_rows: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    """Rotate q and k, append k and v to the cache in place, and attend over each row's own past.
-
-    Semantics, for token t < length[r] of row r at position p = start[r] + t, in cache row c = cache_rows[r]:
-    ``k_cache[c, :, p] = rotate(k[r, t], p)``, ``v_cache[c, :, p] = v[r, t]``, and per query head
-    ``y[r, t] = softmax(rotate(q[r, t], p) . k_cache[c, h, 0..p] / sqrt(head_dim)) @ v_cache[c, h, 0..p]``, in float32.
-    With T = 1 this is decoding; with T > 1 a prefill, whole or in chunks. A row's result does not depend on the other
-    rows of the call.
-
-    Args:
-        q: (rows, T, heads * head_dim) float32, not rotated yet.
-        k, v: (rows, T, kv_heads * head_dim) float32, not rotated yet.
-        cos, sin: (max_len, head_dim / 2) float32, from :func:`colora_ms.models.rope.rope_tables`; at least the cache's
-            max_len positions.
-        k_cache, v_cache: Parameters (cache_rows_total, kv_heads, max_len, head_dim) float32 or bfloat16, written in
-            place.
-        cache_rows: (rows,) int32, the cache row of each row; two active rows must not share one.
-        start: (rows,) int32, the position of the row's first token.
-        length: (rows,) int32, how many of its T tokens are real. 0: the row is inactive, nothing of it is read or
-            written.
-
-    Returns:
-        (rows, T, heads * head_dim) float32; 0 for tokens at and behind ``length``.
-
-    Raises:
-        KernelError: a shape or dtype is wrong.
-        RuntimeError: a cache row is out of range or shared, a position is past the cache, a length is not in 0..T.
-            Then nothing was written.
-
-    Gradients: refused (use :func:`causal_attention` for training).
-    """
-    return bound.cached_attention(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length)
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
     """Causal attention of whole sequences that start at position 0, without a cache: the form for training.
 
-    Semantics: as :func:`cached_attention` with start = 0, keys and values not rounded. A row may hold several sequences
-    one after another (packing): each is as if it stood alone in a row, to the last bit on a CPU, with positions from 0.
+    Semantics: as :func:`colora_ms.kernels.paged_attention` from position 0 on, keys and values not rounded. A row may
+    hold several sequences one after another (packing): each is as if it stood alone in a row, to the last bit on a CPU,
+    with positions from 0.
 
     Args:
         q: (rows, T, heads * head_dim) float32, not rotated yet.
@@ -97,38 +63,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return ops.concat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def cached_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor,
-                               v_cache: Tensor, cache_rows: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    """:func:`cached_attention` in built-in operators, any device; row numbers and positions are not checked.
-
-    On a CPU the caches must be float32 (the framework has no bfloat16 assignment there).
-    """
-    rows, tokens, _ = q.shape
-    total, kv_heads, max_len, dim = k_cache.shape
-    steps = ops.arange(tokens).astype(ms.int32).reshape((1, tokens))
-    positions = start.reshape((rows, 1)) + steps  # (rows, T)
-    real = steps < length.reshape((rows, 1))  # (rows, T)
-    table = ops.minimum(positions, cos.shape[0] - 1).reshape((-1,))
-    cosines = ops.gather(cos, table, 0).reshape((rows, tokens, 1, dim // 2))
-    sines = ops.gather(sin, table, 0).reshape((rows, tokens, 1, dim // 2))
-    queries = rotate(q.reshape((rows, tokens, -1, dim)), cosines, sines)
-    keys = rotate(k.reshape((rows, tokens, kv_heads, dim)), cosines, sines)
-
-    # Padding tokens scatter zeros to place (0, 0), so that sums there stay what the real token brought.
-    where = ops.stack((cache_rows.reshape((rows, 1)) + ops.zeros_like(positions), positions), -1)
-    where = where * real.astype(ms.int32).reshape((rows, tokens, 1))  # (rows, T, 2)
-    written = ops.scatter_nd(where, real.astype(ms.float32), (total, max_len)) > 0.5
-    written = written.reshape((total, 1, max_len, 1))
-    k_cache = ops.assign(k_cache, _appended(k_cache, keys, where, real, written))
-    v_cache = ops.assign(v_cache, _appended(v_cache, v.reshape((rows, tokens, kv_heads, dim)), where, real, written))
-
-    used = cache_rows * (length > 0).astype(ms.int32)
-    seen = ops.arange(max_len).astype(ms.int32).reshape((1, 1, max_len)) <= positions.reshape((rows, tokens, 1))
-    out = attend(queries, ops.gather(k_cache.astype(ms.float32), used, 0),
-                  ops.gather(v_cache.astype(ms.float32), used, 0), seen)
-    return ops.where(real.reshape((rows, tokens, 1)), out, ops.zeros_like(out))
-
-
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
     """:func:`causal_attention` in built-in operators; differentiable, any device; lengths are not checked."""
     rows, tokens, _ = q.shape
@@ -152,14 +86,6 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin
     real = steps.reshape((1, tokens)) < lengths.reshape((rows, 1))
     out = attend(queries, keys, values, seen)
     return ops.where(real.reshape((rows, tokens, 1)), out, ops.zeros_like(out))
-
-
-def _appended(cache, new, where, real, written):
-    """The cache with ``new`` (rows, T, kv_heads, dim) at the places ``where``; what else is there stays as it is."""
-    total, kv_heads, max_len, dim = cache.shape
-    new = ops.where(real.reshape(real.shape + (1, 1)), new, ops.zeros_like(new))
-    placed = ops.scatter_nd(where, new, (total, max_len, kv_heads, dim)).transpose((0, 2, 1, 3))
-    return ops.where(written, placed, cache.astype(ms.float32)).astype(cache.dtype)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
@@ -203,19 +129,6 @@ def _heads(name, q, k, v, cos, sin, dim):
     require(q[2] > 0 and q[2] % k[2] == 0, name, "q", q, f"a last axis that is a multiple of k's {k[2]}")
 
 
-def _cached_shapes(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length):
-    name = "cached_attention"
-    require(len(k_cache) == 4, name, "k_cache", k_cache, "(cache_rows_total, kv_heads, max_len, head_dim)")
-    _heads(name, q, k, v, cos, sin, k_cache[3])
-    require_shape(name, "v_cache", v_cache, k_cache)
-    require(k_cache[1] * k_cache[3] == k[2], name, "k_cache", k_cache, f"kv_heads * head_dim = {k[2]} as in k")
-    require(cos[1] * 2 == k_cache[3], name, "cos", cos, f"head_dim / 2 = {k_cache[3] // 2} columns")
-    require(cos[0] >= k_cache[2], name, "cos", cos, f"at least the cache's {k_cache[2]} positions")
-    for argument, shape in (("cache_rows", cache_rows), ("start", start), ("length", length)):
-        require_shape(name, argument, shape, q[:1])
-    return q
-
-
 def _causal_shapes(q, k, v, cos, sin, lengths):
     name = "causal_attention"
     require(len(cos) == 2, name, "cos", cos, "(max_len, head_dim / 2)")
@@ -231,18 +144,9 @@ def _causal_shapes(q, k, v, cos, sin, lengths):
 def _dtype_function(name, arguments, outputs):
     def dtypes(*given):
         for argument, dtype in zip(arguments, given):
-            allowed = (ms.float32,)
-            if argument in ("k_cache", "v_cache"):
-                allowed = (ms.float32, ms.bfloat16)
-            elif argument in ("cache_rows", "start", "length", "lengths"):
-                allowed = (ms.int32,)
-            require_dtype(name, argument, element_type(dtype), allowed)
+            require_dtype(name, argument, element_type(dtype), (ms.int32 if argument == "lengths" else ms.float32,))
         return (ms.float32,) * outputs if outputs > 1 else ms.float32
     return dtypes
-
-
-def _no_gradient(q, k, v, cos, sin, k_cache, v_cache, cache_rows, start, length, out, dout):
-    raise RuntimeError("cached_attention has no gradient; use causal_attention for training")
 
 
 def _causal_bprop(q, k, v, cos, sin, lengths, out, dout):
@@ -255,10 +159,6 @@ def _causal_attention(q, k, v, cos, sin, lengths):
     return bound.causal_attention_operator(q, k, v, cos, sin, lengths)[0]
 
 
-operation("cached_attention", reference=lambda: cached_attention_reference, cpu=lambda: custom(
-    "cached_attention", _cached_shapes,
-    _dtype_function("cached_attention", ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "cache_rows", "start",
-                                         "length"), 1), _no_gradient))
 operation("causal_attention", reference=lambda: causal_attention_reference, cpu=lambda: _causal_attention)
 operation("causal_attention_operator", cpu=lambda: custom(
     "causal_attention", _causal_shapes,

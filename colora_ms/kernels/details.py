@@ -20,8 +20,8 @@ def token_details(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor,
     """Log-probabilities of a token of each request: in the mixture of its rows, of the best tokens there, in each row.
 
     They are those before temperature, top-k, top-p and min-p: the log-softmax of the scores of
-    :func:`colora_ms.kernels.contrastive_select` over its valid tokens; a row's is the log-softmax of its logits over all
-    tokens.
+    :func:`colora_ms.kernels.contrastive_select` over its valid tokens; a row's is the log-softmax of its logits over
+    all tokens.
 
     Args:
         logits, whole, real, mix_rows, mix_weights: as for :func:`colora_ms.kernels.contrastive_select`. Read are

@@ -33,8 +33,8 @@ def fuses_step() -> bool:
 
 
 def step(table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts: Tensor, slots: Tensor,
-         strengths: Tensor, tables: Tensor, copies: Tensor, previous: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor,
-         mix_weights: Tensor, uniforms: Tensor, eos: Tensor, extras: Tensor) -> tuple[Tensor, ...]:
+         strengths: Tensor, tables: Tensor, copies: Tensor, previous: Tensor, whole: Tensor, real: Tensor,
+         mix_rows: Tensor, mix_weights: Tensor, uniforms: Tensor, eos: Tensor, extras: Tensor) -> tuple[Tensor, ...]:
     """Take a flat batch of tokens, choose a token for the requests that ask for one, and go on with those.
 
     Semantics, each line the operators of that name to the last bit. First the copies of blocks; then, in iteration 0,
@@ -48,10 +48,10 @@ def step(table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts:
         tops, details = token_details(logits, whole, real with beta', mix_rows, mix_weights, ints[:, 0])
 
     A following iteration takes, for every request that goes on, its new token in each of its rows, at the row's next
-    position; the tokens that a request takes are counted for its penalties and ``min_tokens``. A request ends at a token
-    of eos, when its budget is used up, or when its logits are not finite (then with results of zeros). Only what is read
-    is computed: of rows behind a leading one the logits of its cut, but for the divergence, a mean of probabilities and
-    ``voices``.
+    position; the tokens that a request takes are counted for its penalties and ``min_tokens``. A request ends at a
+    token of eos, when its budget is used up, or when its logits are not finite (then with results of zeros). Only what
+    is read is computed: of rows behind a leading one the logits of its cut, but for the divergence, a mean of
+    probabilities and ``voices``.
 
     Args:
         table: (2,) int64, handle of the :class:`colora_ms.kernels.weight_table.WeightTable` of the model
@@ -59,16 +59,18 @@ def step(table: Tensor, tokens: Tensor, rows: Tensor, positions: Tensor, counts:
         tokens, rows, positions: (T,) int32, the flat batch; tokens of one row stand together, their positions ascend by
             one.
         counts: (3,) int32: tokens in use, copies in use, iterations (at most ``capacity``).
-        slots: (R,) int32, adapter slot of each row, -1 for none; strengths: (R,) float32, factors on the adapters' scales.
+        slots: (R,) int32, adapter slot of each row, -1 for none; strengths: (R,) float32, factors on the adapters'
+            scales.
         tables: (R, blocks of a row) int32, see :func:`colora_ms.kernels.paged_attention`.
         copies: (C, 2) int32, blocks (source, target), copied one after another before anything else.
         previous: (Q,) int32, the token that each request generated last, -1: none.
-        whole, real, mix_rows, mix_weights: the requests' options (:mod:`colora_ms.kernels.options`); no rows: the request
-            takes no token now. The rows of the others have tokens in the batch, and blocks for what may come.
+        whole, real, mix_rows, mix_weights: the requests' options (:mod:`colora_ms.kernels.options`); no rows: the
+            request takes no token now. The rows of the others have tokens in the batch, and blocks for what may come.
         uniforms: (Q, capacity) float32, a random number an iteration.
         eos: (ends,) int32.
         extras: (2,) int64, handle of an :class:`colora_ms.kernels.weight_table.ArrayTable` of ``EXTRAS``; (0, 0): none.
-            Of each request: its prompt (tokens,) int32 where a contrast looks at it; its entries (n, 3) int32 with a bias
+            Of each request: its prompt (tokens,) int32 where a contrast looks at it; its entries (n, 3) int32 with a
+                bias
             (n,) float32 each, and its mask (words,) int32, see :mod:`colora_ms.kernels.options`.
 
     Returns:

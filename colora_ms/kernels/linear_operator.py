@@ -32,8 +32,7 @@ _WEIGHTS = {"float32": ms.float32, "bfloat16": ms.bfloat16, "int8": ms.int8, "in
 _DENSE = (ms.float32, ms.bfloat16)
 
 
-# -- checks, which decoder_layers and decode_steps share
-# ------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def check_base(op: str, places: Places, shapes: tuple, columns: int, tag: str = "") -> int:

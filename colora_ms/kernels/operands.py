@@ -12,13 +12,13 @@ In Python and in graphs a linear is one value, ``(base, adapter)``, made by :fun
 
 An operator gets, for each linear, a tag and only the tensors that are there. The tag is an int8 tensor whose *length*
 says
-which: a length is known while a graph is compiled, when nobody sees values. The table of weights that will replace the
-list of tensors goes in behind :func:`flat_linears`, :func:`flat_layer`, :func:`read_linear` and :func:`read_layer`.
+which: a length is known while a graph is compiled, when nobody sees values. A whole model's tensors, layer after layer,
+come to an operator by a table of weights (:mod:`colora_ms.kernels.weight_table`), in the same order.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -173,27 +173,6 @@ def read_linear(op: str, shapes: tuple, at: int) -> tuple[Places, int]:
     require(end <= len(shapes), op, "number of operands", len(shapes), f"at least {end}, for a linear of {name}")
     places = range(at + 1, end)
     return Places(name, dict(zip(names, places)), dict(zip(adapter, places[len(names):]))), end
-
-
-def read_layer(op: str, shapes: tuple, at: int) -> tuple[dict, int]:
-    """({part: Places of a linear, or the places of a norm or a tensor as a tuple}, the place behind the layer).
-
-    Raises:
-        KernelError: there is no tag, or tensors are missing.
-    """
-    mask = _tag_at(op, shapes, at, len(_LAYER_TAGS), "a layer's tag") - 1
-    at += 1
-    parts: dict[str, Any] = {}
-    for name, kind in LAYER:
-        if kind == "linear":
-            parts[name], at = read_linear(op, shapes, at)
-            continue
-        there = kind != "optional_norm" or mask >> OPTIONAL.index(name) & 1
-        count = 0 if not there else 1 if kind == "tensor" else 2
-        parts[name] = tuple(range(at, at + count))
-        at += count
-    require(at <= len(shapes), op, "number of operands", len(shapes), f"at least {at}")
-    return parts, at
 
 
 def _tag_at(op, shapes, at, most, what):

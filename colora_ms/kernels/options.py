@@ -6,12 +6,13 @@ columns here; the C++ operators have the same names in the same order (``ops/cpu
 ``tests/kernels/test_operands.py``). A further option is a record here, the field of the request that ``source`` names,
 and its use in the two selections (``select.h`` and ``select.py``).
 
-The other tensors are ``mix_rows`` (requests, 8) int32, the rows of the logits of each request, the leading one first, -1
-behind the last one (and everywhere in a request that is inactive); ``mix_weights`` (requests, 8) float32, their weights
-(a contrast's come from beta); and what :func:`colora_ms.kernels.adjust_logits` reads: ``entries`` (capacity, 3) int32
-(token, times in the answer, flags) with ``bias`` (capacity,) float32, of which request r has the part from ``offsets[r]``
-to ``offsets[r + 1]``, its tokens ascending; and ``mask`` (requests, words) int32, whose bit i % 32 of word i / 32 says
-whether token i may come. The last four are ABSENT where no request of a batch needs them and shapes may vary.
+The other tensors are ``mix_rows`` (requests, 8) int32, the rows of the logits of each request, the leading one first,
+-1 behind the last one (and everywhere in a request that is inactive); ``mix_weights`` (requests, 8) float32, their
+weights (a contrast's come from beta); and what :func:`colora_ms.kernels.adjust_logits` reads: ``entries`` (capacity, 3)
+int32 (token, times in the answer, flags) with ``bias`` (capacity,) float32, of which request r has the part from
+``offsets[r]`` to ``offsets[r + 1]``, its tokens ascending; and ``mask`` (requests, words) int32, whose bit i % 32 of
+word i / 32 says whether token i may come. The last four are ABSENT where no request of a batch needs them and shapes
+may vary.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Option(NamedTuple):
         dtype: "whole" (int32) or "real" (float32).
         default: what a request has that asks for nothing; also of the places that only fill a batch.
         low, high: its range, both included (as float32 holds them).
-        source: whose attribute it is: "sampling", "contrast", "mix", "options", or None: whoever places the request sets it.
+        source: whose attribute it is: "sampling", "contrast", "mix", "options", or None: whoever places the request
+            sets it.
     """
 
     name: str
@@ -49,8 +51,8 @@ class Option(NamedTuple):
 _WHOLE, _LARGEST = 2**31 - 1, float(np.finfo(np.float32).max)
 _LEAST = float(np.finfo(np.float32).smallest_subnormal)  # above 0
 
-#: How rows become one distribution, by their numbers in ``mixing``; :func:`colora_ms.kernels.contrastive_select` says what
-#: each is.
+#: How rows become one distribution, by their numbers in ``mixing``; :func:`colora_ms.kernels.contrastive_select` says
+#: what each is.
 MIXINGS = {"contrast": 0, "log": 1, "probability": 2}
 
 #: Whose best token the cut compares with, by their numbers in ``cut``.
@@ -139,7 +141,8 @@ class OptionRows:
         return {name: getattr(self, name) for name in TENSORS}
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of :data:`TENSORS` as they are now. Those of the adjustments are made again only where they changed."""
+        """The tensors of :data:`TENSORS` as they are now. Those of the adjustments are made again only where they
+        changed."""
         found = []
         for name, array in self.arrays().items():
             kept = self._kept.get(name)

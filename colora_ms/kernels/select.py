@@ -57,8 +57,8 @@ def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Te
 
     Returns:
         ``(ints, floats)``: ints (R, 3) int32 with the token, the favourite of row 0 (its own argmax), and the number of
-        valid tokens (of one row: the vocabulary); floats (R, 4) float32 with l_0[token], l_1[token] (0 where there is no
-        second row), s[token], and max(l_0).
+        valid tokens (of one row: the vocabulary); floats (R, 4) float32 with l_0[token], l_1[token] (0 where there is
+        no second row), s[token], and max(l_0).
 
     Raises:
         KernelError: a shape or dtype is wrong.

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from colora_ms.models.decoder import Decoder
     from colora_ms.models.tokenizer import Tokenizer
 
-_EXPORTS = {"Decoder": "decoder", "DecoderConfig": "config", "KeyValueCache": "cache", "open_checkpoint": "checkpoint"}
+_EXPORTS = {"Decoder": "decoder", "DecoderConfig": "config", "PagedCache": "paged_cache", "open_checkpoint": "checkpoint"}
 
-__all__ = ["Decoder", "DecoderConfig", "KeyValueCache", "build_decoder", "load_model", "open_checkpoint"]
+__all__ = ["Decoder", "DecoderConfig", "PagedCache", "build_decoder", "load_model", "open_checkpoint"]
 
 
 def load_model(name_or_path: PathLike = "smollm2-135m", weight_format: str = "float32",
@@ -25,7 +25,7 @@ def load_model(name_or_path: PathLike = "smollm2-135m", weight_format: str = "fl
         weight_format: "float32", "bfloat16", "int8" or "int4"; integer formats are rounded to nearest while loading.
             Linears that the folder stores as integers (``colora-ms quantize``) stay what they are; the format then
             holds for the embedding and the head.
-        max_positions: the longest sequence; by default ``min(the config's maximum, 8192)``.
+        max_positions: the longest sequence; by default the config's maximum.
 
     Returns:
         (:class:`Decoder`, :class:`colora_ms.models.tokenizer.Tokenizer`).

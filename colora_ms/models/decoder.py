@@ -8,12 +8,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.kernels import (
     bind,
-    cached_attention,
     causal_attention,
-    decoder_layers,
-    fuses_layers,
     fuses_step,
-    fuses_steps,
     multi_lora_linear,
     paged_attention,
     swiglu,
@@ -65,14 +61,6 @@ class Attention(nn.Cell):
         q, k, v = self.project(x, rows)
         return self.o_proj(causal_attention(q, k, v, cos, sin, rows[1]), rows)
 
-    def cached(self, x: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter, values: Parameter,
-               cache_rows: Tensor, start: Tensor) -> Tensor:
-        """Append x's tokens to the cache (in place) and attend to it; see ``kernels.cached_attention``."""
-        q, k, v = self.project(x, rows)
-        out = cached_attention(q, k, v, cos, sin, keys, values, cache_rows, start, rows[1])
-        return self.o_proj(out, rows)
-
-
     def paged(self, x: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter, values: Parameter,
               places: tuple) -> Tensor:
         """x: (tokens, 1, hidden), a flat batch; see ``kernels.paged_attention``. places: (rows, positions, tables)."""
@@ -120,17 +108,6 @@ class DecoderLayer(nn.Cell):
         h, residual = self.post_attention_layernorm.add(h, residual, rows)
         return self.mlp(h, rows), residual
 
-    def cached(self, x: Tensor, residual: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter,
-               values: Parameter, cache_rows: Tensor, start: Tensor) -> tuple:
-        """As :meth:`construct`, with the cache; see :meth:`Attention.cached`."""
-        if self.fused:
-            return decoder_layers(x, residual, rows[0], cos, sin, cache_rows, start, rows[1],
-                                  *self.layer_operands(keys, values))
-        h, residual = self.input_layernorm.add(x, residual, rows)
-        h = self.self_attn.cached(h, rows, cos, sin, keys, values, cache_rows, start)
-        h, residual = self.post_attention_layernorm.add(h, residual, rows)
-        return self.mlp(h, rows), residual
-
     def paged(self, x: Tensor, residual: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter,
               values: Parameter, places: tuple) -> tuple:
         """As :meth:`construct`, over the paged cache; see :meth:`Attention.paged`."""
@@ -148,13 +125,8 @@ class DecoderLayer(nn.Cell):
         cells += [attention.q_norm, attention.k_norm] if attention.qk_norm else []
         return all(cell.fusible for cell in cells)
 
-    @property
-    def fused(self) -> bool:
-        """Whether the layer runs as one operator in a step."""
-        return fuses_layers() and self.fusible
-
     def layer_operands(self, keys: Parameter, values: Parameter) -> tuple:
-        """The layer's tensors in :func:`colora_ms.kernels.decoder_layers`."""
+        """The layer's tensors in the table of weights of :func:`colora_ms.kernels.step`."""
         attention, mlp = self.self_attn, self.mlp
         before, after = self.input_layernorm, self.post_attention_layernorm
         q_norm, k_norm = (), ()
@@ -189,13 +161,8 @@ class DecoderModel(nn.Cell):
         x, residual = self.norm.add(x, residual, rows)
         return x
 
-    @property
-    def fused(self) -> bool:
-        """Whether all layers of a step run as one operator."""
-        return all(layer.fused for layer in self.layers)
-
     def layer_operands(self, cache: nn.Cell) -> tuple:
-        """The tensors of all layers in :func:`colora_ms.kernels.decoder_layers`."""
+        """The tensors of all layers in the table of weights of :func:`colora_ms.kernels.step`."""
         keys, values = cache.keys, cache.values
         operands = ()
         for i, layer in enumerate(self.layers):
@@ -214,24 +181,6 @@ class DecoderModel(nn.Cell):
         x, residual = self.norm.add(x, residual, rows)
         return x
 
-    def cached(self, ids: Tensor, slots: Tensor, cache: nn.Cell, cache_rows: Tensor, start: Tensor,
-               length: Tensor) -> Tensor:
-        """As :meth:`construct`, with the cache; arguments as for :meth:`Decoder.step`."""
-        rows = (slots, length)
-        x = self.embed_tokens(ids, rows)
-        residual = ops.zeros_like(x)
-        keys, values = cache.keys, cache.values
-        cos, sin = self.rope_cos, self.rope_sin
-        if self.fused:
-            x, residual = decoder_layers(x, residual, slots, cos, sin, cache_rows, start, length,
-                                         *self.layer_operands(cache))
-        else:
-            for i, layer in enumerate(self.layers):
-                x, residual = layer.cached(x, residual, rows, cos, sin, keys[i], values[i], cache_rows, start)
-        x, residual = self.norm.add(x, residual, rows)
-        return x
-
-
 class Decoder(nn.Cell):
     """A decoder-only language model.
 
@@ -242,7 +191,8 @@ class Decoder(nn.Cell):
             time; or None for random weights (normal, standard deviation 0.02, seed 0).
         weight_format: name of the format of the linears, the embedding and the head, see
             :mod:`colora_ms.models.formats`; weights that are stored as integers stay as they are.
-        max_positions: rows of the rotary tables, the longest sequence; by default ``min(config's maximum, 8192)``.
+        max_positions: rows of the rotary tables, the longest sequence; by default the config's
+            maximum.
 
     Rows: every construct takes ``slots`` (rows,) int32, the adapter slot of each row, -1 for none.
     """
@@ -251,7 +201,7 @@ class Decoder(nn.Cell):
         super().__init__()
         self.config = config
         self.weight_format = weight_format
-        self.max_positions = max_positions or min(config.max_position_embeddings, 8192)
+        self.max_positions = max_positions or config.max_position_embeddings
         build = Builder(config, weights, weight_format)
         self.model = DecoderModel(config, build, self.max_positions)
         if config.tie_word_embeddings:
@@ -300,34 +250,6 @@ class Decoder(nn.Cell):
         x = ops.gather(self.model.paged(tokens, slots, cache, (rows, positions, tables)), read, 0)  # (R, 1, hidden)
         return self.lm_head(x, (read_slots, ops.ones_like(read_slots))).reshape(read.shape[0], -1)
 
-    def step(self, ids: Tensor, slots: Tensor, cache: nn.Cell, cache_rows: Tensor, start: Tensor,
-             length: Tensor) -> Tensor:
-        """Append tokens to the cache and return the logits after each row's last real token.
-
-        Args:
-            ids: (rows, tokens) int32; row r's tokens stand at positions start[r] ... start[r] + length[r] - 1.
-            slots: (rows,) int32.
-            cache: :class:`colora_ms.models.cache.KeyValueCache`, written in place.
-            cache_rows: (rows,) int32, the row of the cache that each row uses.
-            start, length: (rows,) int32; length 0 leaves the row and its cache alone.
-
-        Returns:
-            (rows, vocab) float32.
-        """
-        x = self.model.cached(ids, slots, cache, cache_rows, start, length)
-        if ids.shape[1] > 1:
-            last = ops.maximum(length - 1, 0).reshape(-1, 1, 1)
-            index = ops.broadcast_to(last, (x.shape[0], 1, x.shape[2]))
-            x = ops.gather_elements(x, 1, index)
-        return self.lm_head(x, (slots, length)).reshape(x.shape[0], -1)
-
-    @property
-    def fused(self) -> bool:
-        """Whether whole steps, from token to token, run as one operator; see :meth:`step_operands`."""
-        model = self.model
-        ends = model.embed_tokens.fusible and model.norm.fusible and self.lm_head.fusible
-        return fuses_steps() and ends and model.fused
-
     @property
     def fused_step(self) -> bool:
         """Whether flat batches go through one operator; see ``kernels.step`` and :meth:`step_operands`."""
@@ -336,7 +258,7 @@ class Decoder(nn.Cell):
         return fuses_step() and all(cell.fusible for cell in cells)
 
     def step_operands(self, cache: nn.Cell) -> tuple:
-        """The model's tensors in :func:`colora_ms.kernels.decode_steps`."""
+        """The model's tensors in the table of weights of :func:`colora_ms.kernels.step`."""
         model = self.model
         embed, norm = model.embed_tokens, model.norm
         ends = flat_linears((linear_of(embed.base()), self.lm_head.operands()))

@@ -44,12 +44,12 @@ class Engine:
         rows: rows of the running batch; a contrastive request takes two.
         cache_bytes: memory for keys and values; None: as much as ``rows`` sequences of 1,024 tokens need. Requests that
             find it full wait, the youngest first; see ``preemptions`` of :meth:`stats`.
-        max_length: tokens that a prompt and its answer may have together; None: as many as the model and the cache take.
+        max_length: tokens that a prompt and its answer may have together; None: as many as model and cache take.
         chunk: steps between which requests may join and leave; fewer give shorter waits and smoother streams, more give
             less overhead. While prompts are computed, it is one.
         queue: requests that may wait; a further one is refused with QueueFullError.
-        prompt_chunk: tokens of prompts that are computed in a step in which other requests make tokens, so that the time
-            between their tokens stays even.
+        prompt_chunk: tokens of prompts that are computed in a step in which other requests make tokens, so that the
+            time between their tokens stays even.
         cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values.
 
     Raises:
@@ -151,8 +151,8 @@ class Engine:
             raise DecodingError(f"the request mixes {len(names)} adapters, the engine's bank has "
                                 f"{self.bank.max_loaded} slots")
         if not self._core.graph.fused and any(row.scale != 1.0 for row in request.rows):
-            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; leave "
-                                "it out")
+            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; "
+                                "leave it out")
 
     def _digest(self, adapter: str) -> str:
         """The content that an adapter's name stands for."""

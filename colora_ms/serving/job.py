@@ -43,7 +43,8 @@ class Job(Running):
     def use(self, contents: Mapping[str, str]) -> None:
         """Take contents for adapters' names, before any row was begun."""
         self.contents.update(contents)
-        self.keys = [row_key("" if row.adapter is None else self.contents[row.adapter], row) for row in self.request.rows]
+        self.keys = [row_key("" if row.adapter is None else self.contents[row.adapter], row)
+                     for row in self.request.rows]
 
     def piece(self) -> Piece:
         """What is new of the answer."""

@@ -1,5 +1,5 @@
 // The share of beta that an adaptive contrast gives to the amateur at one step of one request: what contrast_strength
-// and decode_steps share.
+// and step share.
 //
 // The expert's row is read once for its maximum and once for the survivors of the cut; only the divergence reads the
 // amateur's row and takes exponentials of whole rows. A fixed contrast reads nothing.

@@ -50,44 +50,6 @@
   X(up_proj, linear)                \
   X(down_proj, linear)
 
-// Inputs of decoder_layers before those of the layers.
-#define COLORA_LAYERS_ARGUMENTS(X) \
-  X(x)                             \
-  X(residual)                      \
-  X(slots)                         \
-  X(cos)                           \
-  X(sin)                           \
-  X(cache_rows)                    \
-  X(start)                         \
-  X(length)
-
-// Inputs of decode_steps before the embedding (a linear's base), the head (a linear) and the layers.
-#define COLORA_STEPS_ARGUMENTS(X) \
-  X(token)                        \
-  X(position)                     \
-  X(active)                       \
-  X(previous)                     \
-  X(slots)                        \
-  X(cache_rows)                   \
-  X(whole)                        \
-  X(real)                         \
-  X(mix_rows)                     \
-  X(mix_weights)                  \
-  X(entries)                      \
-  X(bias)                         \
-  X(offsets)                      \
-  X(mask)                         \
-  X(uniforms)                     \
-  X(eos)                          \
-  X(steps)                        \
-  X(forgiving)                    \
-  X(prompt)                       \
-  X(lengths)                      \
-  X(cos)                          \
-  X(sin)                          \
-  X(norm)                         \
-  X(norm_eps)
-
 // Inputs of step, whose embedding (a linear's base), head (a linear), last norm and layers stand in the table of weights.
 #define COLORA_STEP_ARGUMENTS(X) \
   X(table)                       \
@@ -120,8 +82,6 @@ namespace COLORA_ISA_NAMESPACE {
 
 COLORA_NAMES(StepArgument, COLORA_STEP_ARGUMENTS)
 COLORA_NAMES(Extra, COLORA_EXTRAS)
-COLORA_NAMES(LayersArgument, COLORA_LAYERS_ARGUMENTS)
-COLORA_NAMES(StepsArgument, COLORA_STEPS_ARGUMENTS)
 
 #define COLORA_FIRST(name, second) name,
 #define COLORA_SECOND(name, second) second,
@@ -177,13 +137,14 @@ struct Tag {
 class Reader {
  public:
   Reader(const colora::Call& call, int at, int outputs)
-      : op_(call.op()), call_(&call), at_(at), end_(call.count() - outputs) {}
-  Reader(const colora::WeightTable& table, const char* op) : op_(op), table_(&table), end_(int(table.count())) {}
+      : op_(call.op()), call_(&call), at_(at), end_(call.count() - outputs), all_(call.count()) {}
+  Reader(const colora::WeightTable& table, const char* op)
+      : op_(op), table_(&table), end_(int(table.count())), all_(end_) {}
 
   int at() const { return at_; }
   bool more() const { return at_ < end_; }
   colora::Tensor next(const char* name) {
-    if (!more()) colora::refuse("%s: got %d tensors, expected one more as '%s'", op_, end_, name);
+    if (!more()) colora::refuse("%s: got %d tensors, expected one more as '%s'", op_, all_, name);
     const int i = at_++;
     return call_ ? call_->in(i, name) : table_->tensor(i, op_, name);
   }
@@ -197,7 +158,7 @@ class Reader {
   Reader skip(int tensors) {
     Reader here = *this;
     at_ += tensors;
-    if (at_ > end_) colora::refuse("%s: got %d tensors, expected at least %d inputs", op_, end_, at_);
+    if (at_ > end_) colora::refuse("%s: got %d tensors, expected at least %d inputs", op_, all_, at_);
     return here;
   }
 
@@ -205,7 +166,7 @@ class Reader {
   const char* op_;
   const colora::Call* call_ = nullptr;
   const colora::WeightTable* table_ = nullptr;
-  int at_ = 0, end_;
+  int at_ = 0, end_, all_;  // all_: tensors of the call, outputs counted
 };
 
 // What a linear multiplies with, whatever it is stored as: one matrix, or a product of small ones in the order in which x

@@ -1,5 +1,5 @@
 // The next token of one request from the logits rows of its voices, by argmax or sampling: what contrastive_select and
-// decode_steps share. The order is: cut, mixture (mix.h), temperature, top-k, top-p, min-p (sample.h); penalties, bias and
+// step share. The order is: cut, mixture (mix.h), temperature, top-k, top-p, min-p (sample.h); penalties, bias and
 // masks were put into the logits before (adjust.h).
 //
 // The leading row is read once for its maximum, in blocks whose maxima are kept; where it leads, the second pass visits

@@ -7,7 +7,6 @@
 #include "swiglu.h"
 
 namespace COLORA_ISA_NAMESPACE {
-namespace flat {
 
 struct Norm {
   const float* weight = nullptr;
@@ -166,5 +165,4 @@ class LayerStack {
   AlignedFloats memory_[kBuffers];
 };
 
-}  // namespace flat
 }  // namespace COLORA_ISA_NAMESPACE

@@ -26,7 +26,6 @@ namespace {
 using colora::Tensor;
 
 using A = StepArgument;
-using namespace flat;
 
 constexpr int kOutputs = 5;
 

@@ -1,4 +1,4 @@
-// What a request's rows do at one step of decode_steps and step, from the logits of the first one on: adjustments, the logits
+// What a request's rows do at one iteration of step, from the logits of the first one on: adjustments, the logits
 // of the others where only survivors of the cut are needed, the contrast's strength, the choice and its details.
 #pragma once
 

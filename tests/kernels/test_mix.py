@@ -26,7 +26,8 @@ def selection(rows, weights=(), whole=None, **real):
     mix_rows, mix_weights = np.full((n, MOST_ROWS), -1, np.int32), np.zeros((n, MOST_ROWS), np.float32)
     for r, (mine, w) in enumerate(zip(rows, weights or [()] * n)):
         mix_rows[r, :len(mine)], mix_weights[r, :len(w)] = mine, w
-    return options(dict(budget=np.zeros(n, np.int32), mix_rows=mix_rows, mix_weights=mix_weights, **(whole or {})), real)
+    return options(dict(budget=np.zeros(n, np.int32), mix_rows=mix_rows, mix_weights=mix_weights, **(whole or {})),
+                   real)
 
 
 def select(logits, tensors, uniform=0.0):
@@ -60,9 +61,9 @@ def expected(rows, weights, mixing, cut, alpha):
 
 
 @settings(max_examples=80, deadline=None)
-@given(vocab=st.sampled_from([1, 2, 17, 255, 257, 1000]), count=st.integers(2, 8), mixing=st.sampled_from([LOG, PROBABILITY]),
-       cut=st.sampled_from([NONE, LEADING, MIXTURE]), alpha=st.sampled_from([1e-6, 0.1, 0.7, 1.0]),
-       scale=st.sampled_from([0.3, 4.0]), seed=st.integers(0, 999))
+@given(vocab=st.sampled_from([1, 2, 17, 255, 257, 1000]), count=st.integers(2, 8),
+       mixing=st.sampled_from([LOG, PROBABILITY]), cut=st.sampled_from([NONE, LEADING, MIXTURE]),
+       alpha=st.sampled_from([1e-6, 0.1, 0.7, 1.0]), scale=st.sampled_from([0.3, 4.0]), seed=st.integers(0, 999))
 def test_scores_and_log_probabilities_match_float64(vocab, count, mixing, cut, alpha, scale, seed):
     rng = np.random.default_rng(seed)
     logits = (rng.normal(size=(count + 1, vocab)) * scale + rng.normal(size=(count + 1, 1)) * 20).astype(np.float32)
@@ -73,7 +74,8 @@ def test_scores_and_log_probabilities_match_float64(vocab, count, mixing, cut, a
     tensors = selection([rows], [weights], dict(mixing=mixing, cut=cut, logprobs=20, voices=1), alpha=alpha)
     ints, floats = select(logits, tensors)
     token, favourite, found = ints[0]
-    scores, valid, margin = expected(logits[rows], weights.astype(np.float64), mixing, cut, np.float64(np.float32(alpha)))
+    scores, valid, margin = expected(logits[rows], weights.astype(np.float64), mixing, cut,
+                                     np.float64(np.float32(alpha)))
     unsure = margin < 1e-4
     assert favourite == logits[rows[0]].argmax() and abs(int(found) - int(valid.sum())) <= unsure.sum()
     sure = np.where(valid & ~unsure, scores, -np.inf)
@@ -206,7 +208,8 @@ def test_bad_mixes_are_refused_before_writing(name):
 def adjustments(random, n, vocab, entries=6):
     """(options by name, per request {token: (times, flags, bias)}, allowed (n, vocab) bool)."""
     told = [{int(t): (int(random.integers(0, 4)), int(random.integers(0, 4)), float(np.float32(random.normal() * 3)))
-             for t in random.choice(vocab, random.integers(0, min(entries, vocab) + 1), replace=False)} for _ in range(n)]
+             for t in random.choice(vocab, random.integers(0, min(entries, vocab) + 1), replace=False)}
+            for _ in range(n)]
     whole = dict(min_tokens=random.integers(0, 2, n), masked=random.integers(0, 2, n))
     real = dict(presence_penalty=random.choice([0.0, 0.8], n), frequency_penalty=random.choice([0.0, -0.4], n),
                 repetition_penalty=random.choice([1.0, 1.3, 0.8], n))
@@ -220,7 +223,8 @@ def packed(told, allowed, spare=4):
     bits = np.zeros((len(told), -(-allowed.shape[1] // 32) * 32), np.uint8)
     bits[:, :allowed.shape[1]] = allowed
     return [np.array(rows + [(0, 1, 1)] * spare, np.int32).reshape(-1, 3), np.array(bias + [5.0] * spare, np.float32),
-            np.cumsum([0, *map(len, told)]).astype(np.int32), np.packbits(bits, axis=1, bitorder="little").view(np.int32)]
+            np.cumsum([0, *map(len, told)]).astype(np.int32),
+            np.packbits(bits, axis=1, bitorder="little").view(np.int32)]
 
 
 def adjusted(row, whole, real, told, allowed, r):
@@ -298,8 +302,8 @@ def test_faces_and_references_agree_in_graph_mode():
     allowed[:, 7] = True
     whole = dict(mixing=mixing, cut=[1, 1, 0, 1, 2, 2, 1, 0, 1, 2, 1, 0], logprobs=rng.integers(-1, 21, n),
                  voices=rng.integers(0, 2, n), top_k=rng.integers(0, 4, n), **told_whole)
-    real = dict(alpha=rng.uniform(0.01, 0.5, n), beta=rng.uniform(0, 1, n), temperature=rng.random(n) * (np.arange(n) % 2),
-                **told_real)
+    real = dict(alpha=rng.uniform(0.01, 0.5, n), beta=rng.uniform(0, 1, n),
+                temperature=rng.random(n) * (np.arange(n) % 2), **told_real)
     tensors = [Tensor(x) for x in selection(rows, weights, whole, **real)]
     inactive = tensors[2].asnumpy().copy()
     inactive[8] = -1

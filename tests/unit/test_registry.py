@@ -50,7 +50,7 @@ def test_every_operation_has_a_form_for_every_device_or_is_a_part_of_one():
             assert columns == ("emulator", "ascend"), name
         elif "reference" not in columns:
             assert columns == ("cpu",), name
-            assert name.endswith(parts) or name in ("decoder_layers", "decode_steps"), name
+            assert name.endswith(parts) or name == "step", name
 
 
 def test_a_later_change_of_the_device_is_refused_with_a_sentence(monkeypatch):
@@ -94,7 +94,7 @@ from colora_ms.adapters import LoraConfig, inject
 from colora_ms.decoding import Generator
 from colora_ms.decoding.step import StepGraph
 from colora_ms.evaluation.decoder_scorer import DecoderScorer
-from colora_ms.kernels import backend, bound, fuses_layers
+from colora_ms.kernels import backend, bound, fuses_step
 from colora_ms.models.paged_cache import PagedCache
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.decoder import Decoder
@@ -109,7 +109,7 @@ for weight_format in ("float32", "bfloat16", "int8", "int4"):
     StepGraph(decoder, PagedCache(config, 8), 16, 2, 2, 4)
     DecoderScorer(decoder)
 Stepper(decoder, OptimizerConfig())
-assert backend() == "ascend" and not fuses_layers() and "aclnn" in str(bound.device_multi_lora.__dict__)
+assert backend() == "ascend" and not fuses_step() and "aclnn" in str(bound.device_multi_lora.__dict__)
 print("constructed")
 """
 
