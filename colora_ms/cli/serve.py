@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="form in which the model writes calls of tools; auto: the one of its chat template")
     parser.add_argument("--allow-adapters-from", action="append", default=[], metavar="FOLDER",
                         help="further folder from which /v1/load_lora_adapter may load; may be given more than once")
+    parser.add_argument("--mixes", default=None, metavar="FOLDER",
+                        help="folder of mixes, NAME.yaml each, that requests may ask for by name")
     parser.add_argument("--no-warm-up", action="store_true", help="compile each graph when a request first needs it")
     parser.add_argument("--log-level", default="warning", choices=("error", "warning", "info", "debug"),
                         help="info logs every request")
@@ -49,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = dict(token=_token(arguments), max_body_bytes=arguments.max_body_bytes, max_tokens=arguments.max_tokens,
                     default_tokens=arguments.default_tokens, timeout=arguments.timeout, cors=tuple(arguments.cors),
-                    tool_calls=arguments.tool_calls, adapter_roots=tuple(arguments.allow_adapters_from))
+                    tool_calls=arguments.tool_calls, adapter_roots=tuple(arguments.allow_adapters_from),
+                    mixes=arguments.mixes)
     Settings(**settings)  # its errors come before the model is loaded
     engine, name = options.engine(arguments, arguments.rows, chunk=arguments.chunk, queue=arguments.queue)
     with engine:

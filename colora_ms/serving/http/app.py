@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from colora_ms import __version__
-from colora_ms.errors import ColoraError, ConfigError
+from colora_ms.errors import ColoraError
 from colora_ms.serving.engine import Engine
 from colora_ms.serving.http import text
 from colora_ms.serving.http.answers import ChatAnswers, CompletionAnswers
@@ -35,11 +35,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         settings: :class:`colora_ms.serving.http.Settings`.
 
     Raises:
-        ConfigError: an adapter has the base model's name.
+        ConfigError: an adapter has the base model's name, or a mix cannot be served.
     """
-    if engine.bank is not None and settings.base_model in engine.bank.names():
-        raise ConfigError(f"there is an adapter {settings.base_model!r}, which is the base model's name here too; "
-                          "rename its folder, or give the base model another name")
     registry = Registry(engine, settings)
     front = Front(engine, settings, registry)
     app = FastAPI(title="colora_ms", version=__version__)
@@ -123,7 +120,7 @@ class Front:
 
     def _options(self, body: GenerationBody, several: Dict[str, Any], box: Optional[Toolbox] = None) -> Dict[str, Any]:
         """The engine's options; with tools the answer shows the tokens that calls stand between."""
-        options = body.submission(self.settings, self.engine.tokenizer, self.registry.names())
+        options = body.submission(self.settings, self.engine.tokenizer, self.registry)
         if several.get("top") is not None or several.get("wanted") != several.get("copies"):
             options["logprobs"] = several["top"] or 0
         if box is not None:

@@ -8,10 +8,11 @@ from typing import Any, Dict, List, Optional, Tuple
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import PlainTextResponse
 
-from colora_ms.errors import AdapterError, UnknownAdapterError
+from colora_ms.errors import AdapterError, ConfigError, UnknownAdapterError
 from colora_ms.serving.bank import AdapterBank
 from colora_ms.serving.engine import Engine
 from colora_ms.serving.http.failures import RequestError
+from colora_ms.serving.http.mixes import Mixes
 from colora_ms.serving.http.settings import Settings
 
 
@@ -37,15 +38,22 @@ class Registry:
 
     Args:
         engine: :class:`colora_ms.serving.Engine`; settings: the server's.
+
+    Raises:
+        ConfigError: an adapter has the base model's name, or a mix cannot be served.
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
+        if engine.bank is not None and settings.base_model in engine.bank.names():
+            raise ConfigError(f"there is an adapter {settings.base_model!r}, which is the base model's name here too; "
+                              "rename its folder, or give the base model another name")
         self.engine = engine
         self.settings = settings
+        self.mixes = Mixes(engine, settings.mixes, settings.base_model)
 
     def models(self) -> Dict[str, Any]:
         """GET /v1/models."""
-        return {"object": "list", "data": [self._model(name) for name in [self.settings.base_model, *self.names()]]}
+        return {"object": "list", "data": [self._model(name) for name in self._models()]}
 
     def model(self, name: str) -> Dict[str, Any]:
         """GET /v1/models/NAME."""
@@ -58,8 +66,11 @@ class Registry:
         Raises:
             UnknownAdapterError: there is no such model.
         """
-        if name not in (None, self.settings.base_model, *self.names()):
+        if name is not None and name not in self._models():
             raise UnknownAdapterError(f"there is no model {name!r:.80}; GET /v1/models lists them")
+
+    def _models(self) -> List[str]:
+        return [self.settings.base_model, *self.names(), *self.mixes.names]
 
     def names(self) -> List[str]:
         """The adapters' names, sorted: their places are their numbers for llama-server's ``lora``."""
@@ -139,8 +150,8 @@ class Registry:
         return path
 
     def _not_the_base(self, name: str, field: str) -> None:
-        if name == self.settings.base_model:
-            raise RequestError(f"{name!r} is the base model's name here; rename the adapter", field)
+        if name == self.settings.base_model or name in self.mixes.names:
+            raise RequestError(f"{name!r} is the base model's name here, or a mix's; rename the adapter", field)
 
     def _bank(self) -> AdapterBank:
         if self.engine.bank is None:

@@ -17,6 +17,7 @@ from colora_ms.serving.http.calls import Call, Part
 from colora_ms.serving.http.conversation import Toolbox
 from colora_ms.serving.http.failures import RequestError
 from colora_ms.serving.http.forms import response_format
+from colora_ms.serving.http.registry import Registry
 from colora_ms.serving.http.schema import ChatBody, GenerationBody
 from colora_ms.serving.http.settings import Settings
 
@@ -67,9 +68,9 @@ class ResponsesBody(GenerationBody):
                         parallel_tool_calls=self.parallel_tool_calls,
                         reasoning_effort=self._effort(), chat_template_kwargs=self.chat_template_kwargs)
 
-    def submission(self, settings: Settings, tokenizer: Any, adapters: List[str]) -> Dict[str, Any]:
+    def submission(self, settings: Settings, tokenizer: Any, registry: Registry) -> Dict[str, Any]:
         """As the base class, with the form that ``text.format`` asks for."""
-        options = super().submission(settings, tokenizer, adapters)
+        options = super().submission(settings, tokenizer, registry)
         wanted = {name: value for name, value in (self.text or {}).items() if value is not None}
         form = wanted.pop("format", {"type": "text"})
         for name, value in wanted.items():

@@ -17,6 +17,7 @@ from colora_ms.decoding.options import Contrast, Options, Sampling
 from colora_ms.models.detokenizer import special_texts
 from colora_ms.serving.http import fields, forms
 from colora_ms.serving.http.failures import RequestError
+from colora_ms.serving.http.registry import Registry
 from colora_ms.serving.http.settings import Settings
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -85,11 +86,11 @@ class GenerationBody(_OptionsBody):
                 return wanted
         return min(settings.default_tokens, settings.max_tokens)
 
-    def submission(self, settings: Settings, tokenizer: Any, adapters: List[str]) -> Dict[str, Any]:
+    def submission(self, settings: Settings, tokenizer: Any, registry: Registry) -> Dict[str, Any]:
         """Keyword arguments of ``Engine.submit`` without the prompt.
 
         Args:
-            settings: the server's; tokenizer: the model's; adapters: their names, by their numbers.
+            settings: the server's; tokenizer: the model's; registry: its adapters and mixes.
 
         Raises:
             RequestError: too many tokens are wanted, or two fields contradict each other.
@@ -104,9 +105,8 @@ class GenerationBody(_OptionsBody):
                                "min_tokens")
         return {
             **options,
-            **self._adapter(settings, adapters, options.get("adapter_scale")),
+            **self._voices(settings, registry, options.get("adapter_scale")),
             "contrast": None if self.contrast is None else Contrast(**self.contrast.model_dump()),
-            "mix": None if self.mix is None else mix_of(self.mix),
             "sampling": Sampling.asked(**fields.options_of(given, Sampling, ("seed",))),
             "max_new_tokens": most,
             "timeout": settings.timeout,
@@ -114,12 +114,20 @@ class GenerationBody(_OptionsBody):
             "grammar": forms.grammar_asked({name: getattr(self, name) for name in forms.FORMS}),
         }
 
-    def _adapter(self, settings: Settings, adapters: List[str], scale: Optional[float]) -> Dict[str, Any]:
-        """The adapter that ``model`` or ``lora`` names, and the factor on its scale."""
+    def _voices(self, settings: Settings, registry: Registry, scale: Optional[float]) -> Dict[str, Any]:
+        """The mix, the adapter and the factor on its scale that ``model``, ``mix`` and ``lora`` name."""
         named = None if self.model == settings.base_model else self.model
-        asked = forms.one_adapter(self.lora, adapters) if self.lora else None
+        mix = None if named is None else registry.mixes.get(named)
+        if mix is not None:
+            both = next((name for name in ("mix", "contrast", "lora") if getattr(self, name) is not None), None)
+            if both is not None:
+                raise RequestError(f"model={named!r:.60} is a mix, and {both} asks for another one; send one of them",
+                                   both)
+            return {"adapter": None, "mix": mix}
+        found: Dict[str, Any] = {"adapter": named, "mix": None if self.mix is None else mix_of(self.mix)}
+        asked = forms.one_adapter(self.lora, registry.names()) if self.lora else None
         if asked is None:
-            return {"adapter": named}
+            return found
         adapter, factor = asked
         if named is not None and adapter != named:
             raise RequestError(f"model={named!r:.60} and lora={self.lora!r:.80} ask for different adapters; send one "
@@ -127,7 +135,7 @@ class GenerationBody(_OptionsBody):
         if scale is not None and scale != factor:
             raise RequestError(f"adapter_scale={scale} and lora={self.lora!r:.80} say the same thing differently",
                                "lora")
-        return {"adapter": adapter, "adapter_scale": factor}
+        return {**found, "adapter": adapter, "adapter_scale": factor}
 
     def first_seed(self) -> int:
         """The seed of a request's first answer; the others have the numbers behind it. Without one two equal requests
@@ -198,9 +206,9 @@ class CompletionBody(AnswersBody):
         return None if self.logprobs is None or self.logprobs is False else \
             fields.checked("logprobs", Options, "logprobs", self.logprobs)
 
-    def submission(self, settings: Settings, tokenizer: Any, adapters: List[str]) -> Dict[str, Any]:
+    def submission(self, settings: Settings, tokenizer: Any, registry: Registry) -> Dict[str, Any]:
         """As the base class; a prompt's own log-probabilities are those of one row, without what changes an answer."""
-        options = super().submission(settings, tokenizer, adapters)
+        options = super().submission(settings, tokenizer, registry)
         if self.echo and self.top() is not None:
             for name, wanted in (("contrast", self.contrast), ("mix", self.mix),
                                  ("adapter_scale", options.get("adapter_scale", 1.0) != 1.0)):

@@ -26,6 +26,7 @@ class Settings:
         tool_calls: form in which the model writes calls of tools, "hermes", "llama3" or "mistral"; "auto": the one
             that its chat template shows.
         adapter_roots: further folders from which /v1/load_lora_adapter may load.
+        mixes: folder of mixes (``colora_ms.decoding.mix_file``) that are served under their names; None: none.
     """
 
     base_model: str = "base"
@@ -39,6 +40,7 @@ class Settings:
     cors: Tuple[str, ...] = ()
     tool_calls: str = "auto"
     adapter_roots: Tuple[str, ...] = ()
+    mixes: Optional[str] = None
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_tokens", "default_tokens", "most_prompts", "most_answers"):
@@ -56,6 +58,8 @@ class Settings:
                 raise ConfigError(f"cors: {origin!r} is not an origin, such as https://example.org, or *")
         if self.tool_calls not in ("auto", *FORMATS):
             raise ConfigError(f"tool_calls={self.tool_calls!r} is none of auto, {', '.join(FORMATS)}")
+        if self.mixes is not None and not Path(self.mixes).is_dir():
+            raise ConfigError(f"there is no folder {self.mixes} of mixes")
         for folder in self.adapter_roots:
             if not Path(folder).is_dir():
                 raise ConfigError(f"there is no folder {folder} from which adapters could be loaded")
