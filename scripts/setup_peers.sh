@@ -6,17 +6,21 @@
 #   bash scripts/setup_peers.sh                 torch, transformers, peft
 #   bash scripts/setup_peers.sh --llama-cpp     also llama-cpp-python (compiles for ~20 minutes)
 #   bash scripts/setup_peers.sh --vllm          also vLLM's CPU build
+#   bash scripts/setup_peers.sh --clients       only .venv-clients: openai, LangChain, lm-evaluation-harness, which
+#                                               scripts/check_clients.py lets talk to a server; no torch
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 with_llama_cpp=0
 with_vllm=0
+clients=0
 for argument in "$@"; do
     case "$argument" in
         --llama-cpp) with_llama_cpp=1 ;;
         --vllm) with_vllm=1 ;;
+        --clients) clients=1 ;;
         --print-flags) ;; # handled below, once the functions are known
-        -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "setup_peers.sh: unknown option '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -38,6 +42,13 @@ case " $* " in *" --print-flags "*) cmake_flags; exit 0 ;; esac
 
 python="${PYTHON:-python3.11}"
 command -v "$python" >/dev/null || { echo "setup_peers.sh: $python not found; set PYTHON to a Python 3.11" >&2; exit 1; }
+if [ "$clients" = 1 ]; then
+    [ -x .venv-clients/bin/python ] || "$python" -m venv .venv-clients
+    .venv-clients/bin/python -m pip --disable-pip-version-check install --progress-bar on 'openai>=3' 'langchain-openai>=1' \
+        'lm-eval[api]==0.4.13'
+    .venv-clients/bin/python -c 'import langchain_openai, lm_eval, openai; print(f"clients ready: openai {openai.__version__}")'
+    exit 0
+fi
 [ -x .venv-peers/bin/python ] || "$python" -m venv .venv-peers
 pip=".venv-peers/bin/python -m pip --disable-pip-version-check"
 
