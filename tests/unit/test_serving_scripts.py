@@ -10,7 +10,6 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import benchmark_serving  # noqa: E402
 import soak_serving  # noqa: E402
 
 
@@ -43,10 +42,6 @@ def test_a_bad_request_that_is_taken_is_lost(client, monkeypatch):
     monkeypatch.setattr(client, "call", lambda *arguments: (200, '{"choices": []}'))
     client.bad()
     assert len(client.tally.lost) == 1 and not client.tally.refusals
-
-
-def test_percentiles_are_milliseconds():
-    assert benchmark_serving.percentiles([0.001 * i for i in range(101)]) == pytest.approx([50.0, 99.0])
 
 
 @pytest.mark.slow
