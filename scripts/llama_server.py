@@ -59,6 +59,11 @@ def arguments(model, threads, slots, context, port):
             "--offline", "--cache-ram", "0"]
 
 
+def context(tokens):
+    """The size of a slot that holds so many tokens and one more: llama.cpp has multiples of 256."""
+    return -(-(tokens + 1) // 256) * 256
+
+
 def free_port():
     """A port of this machine that nobody listens on."""
     with socket.socket() as one:

@@ -102,7 +102,7 @@ def _one_format(bench, binary, weight_format, tag):
     for remark in llama_server.write_model(path, kind):
         print(f"{path.name}: {remark}", flush=True)
     ours = roomy(bench, weight_format)
-    peer = llama_server.LlamaServer(binary, path, arguments.threads, arguments.rows, MOST_TOKENS + 64)
+    peer = llama_server.LlamaServer(binary, path, arguments.threads, arguments.rows, llama_server.context(MOST_TOKENS))
     try:
         addresses = {"ours": ours.ask("listen"), "llama": peer.address}
         for address in addresses.values():  # warm

@@ -280,6 +280,10 @@ def program(tmp_path):
     return path
 
 
+def test_a_slot_holds_the_request_and_one_token_more():
+    assert [llama_server.context(tokens) for tokens in (255, 256, 576)] == [256, 512, 768]
+
+
 def test_a_server_is_started_waited_for_and_ended(program):
     assert llama_server.missing(program) == "" and llama_server.version(program) == "0.5.0-dev"
     server = llama_server.LlamaServer(program, "model.gguf", 2, 8, 640)
