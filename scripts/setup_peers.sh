@@ -13,17 +13,18 @@ cd "$(dirname "$0")/.."
 with_llama_cpp=0
 with_llama_server=0
 with_vllm=0
-llama_cpp_version=0.3.36
 for argument in "$@"; do
     case "$argument" in
         --llama-cpp) with_llama_cpp=1 ;;
         --llama-server) with_llama_server=1 ;;
         --vllm) with_vllm=1 ;;
         --print-flags) ;; # handled below, once the functions are known
-        -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "setup_peers.sh: unknown option '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
+
+llama_cpp_version=0.3.36
 
 # The instruction sets that this machine's processor has, as ggml's CMake options. GGML_NATIVE stays off: built for the
 # machine itself, llama-cpp-python 0.3.36 crashes on quantised files where the processor has AMX tiles. A library with AVX-512
