@@ -62,8 +62,8 @@ class Child:
     """One process; the handler of the questions."""
 
     def compile(self, layers):
-        """{"first", "second": seconds of an answer, the first one with the making of the Generator; "bytes": peak of the
-        first one less what was there before; "graphs": compiled for the two answers}."""
+        """{"first", "second": seconds of an answer, the first one with the making of the Generator; "bytes": peak of
+        the first one less what was there before; "graphs": compiled for it}."""
         from colora_ms import runtime
         from colora_ms.decoding import Generator
         from colora_ms.models.config import DecoderConfig
@@ -84,8 +84,8 @@ class Child:
             peak = peak or peak_bytes()
             graphs.append(runtime.all_compilations())
         if not graphs[0] < graphs[1] == graphs[2]:
-            raise BenchmarkError(f"{graphs} graphs were compiled before the first answer, after it, and after the second "
-                                 "one: they are expected in the first one")
+            raise BenchmarkError(f"{graphs} graphs were compiled before the first answer, after it, and after the "
+                                 "second one: they are expected in the first one")
         return {"first": seconds[0], "second": seconds[1], "bytes": peak - before, "graphs": graphs[1] - graphs[0]}
 
 
