@@ -54,8 +54,8 @@ class Ours:
             self.bank = AdapterBank(decoder, adapters, max_loaded=slots, max_rank=RANK,
                                     host_bytes=int(one * host_adapters), adapter_format=adapter_format)
         more = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
-        if "max_length" in known:
-            more["max_length"] = longest
+        # A cache of whole rows is as large as its longest request; one of blocks is the one that is served with.
+        more["max_length"] = max(longest, 1024) if "cache_bytes" in known else longest
         self.engine = Engine(decoder, tokenizer, self.bank, rows=rows, chunk=chunk, **more)
         self.engine.warm_up()
         self.names = [] if self.bank is None else self.bank.names()
