@@ -162,7 +162,7 @@ def engine(arguments: argparse.Namespace, rows: int, team: Workers | None = None
 
     name = Path(arguments.model).name
     split = team is not None and team.world > 1
-    banks: list[AdapterBank] = []
+    banks: list[Any] = []
 
     def prepare(decoder: Any) -> None:
         if arguments.adapters is not None:
