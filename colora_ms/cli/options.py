@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,19 +149,40 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and its answer together")
 
 
-def engine(arguments: argparse.Namespace, rows: int, **more: Any) -> tuple[Engine, str]:
-    """(Engine, the base model's name) for the parsed options; ``more`` goes to the Engine."""
+def engine(arguments: argparse.Namespace, rows: int, team: Workers | None = None, **more: Any) -> tuple[Engine, str]:
+    """(Engine, the base model's name) for the parsed options; ``more`` goes to the Engine.
+
+    With a ``team`` of several workers the model is split over them; only worker 0 comes back, the others follow it to
+    its end and leave the process.
+    """
+    from colora_ms.distributed.loading import load_sharded
     from colora_ms.models import load_model
     from colora_ms.serving import AdapterBank, Engine
+    from colora_ms.serving.split import SplitBank, follow
 
     name = Path(arguments.model).name
-    decoder, tokenizer = load_model(arguments.model, arguments.weights, max_positions=arguments.max_length)
-    bank = None
-    if arguments.adapters is not None:
-        bank = AdapterBank(decoder, arguments.adapters, max_loaded=arguments.slots, max_rank=arguments.max_rank,
-                           host_bytes=arguments.host_megabytes << 20, base_model=name,
-                           adapter_format=arguments.adapter_format)
-    return Engine(decoder, tokenizer, bank, rows=rows, max_length=arguments.max_length, **more), name
+    split = team is not None and team.world > 1
+    banks: list[AdapterBank] = []
+
+    def prepare(decoder: Any) -> None:
+        if arguments.adapters is not None:
+            kind: Any = functools.partial(SplitBank, team=team) if split else AdapterBank
+            banks.append(kind(decoder, arguments.adapters, max_loaded=arguments.slots, max_rank=arguments.max_rank,
+                              host_bytes=arguments.host_megabytes << 20, base_model=name,
+                              adapter_format=arguments.adapter_format))
+
+    if team is not None and split:
+        decoder, tokenizer, _ = load_sharded(arguments.model, team, arguments.weights, arguments.max_length,
+                                             prepare=prepare)
+    else:
+        decoder, tokenizer = load_model(arguments.model, arguments.weights, max_positions=arguments.max_length)
+        prepare(decoder)
+    made = Engine(decoder, tokenizer, next(iter(banks), None), rows=rows, max_length=arguments.max_length,
+                  team=team, **more)
+    if team is not None and not team.first:
+        follow(made.follower(), next(iter(banks), None), team)
+        sys.exit(0)
+    return made, name
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--default-tokens", type=int, default=128, help="tokens of a request that does not say")
     parser.add_argument("--max-body-bytes", type=int, default=1 << 20, help="larger requests are refused with 413")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a request is ended")
+    parser.add_argument("--tensor-parallel", action="store_true",
+                        help="split the model over the workers of a job: bash scripts/msrun_serve.sh -n 2 ...")
     parser.add_argument("--no-warm-up", action="store_true", help="compile each graph when a request first needs it")
     parser.add_argument("--log-level", default="warning", choices=("error", "warning", "info", "debug"),
                         help="info logs every request")
@@ -38,12 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    from colora_ms.distributed import workers
     from colora_ms.serving.http import Server, Settings, create_app
 
     settings = dict(token=_token(arguments), max_body_bytes=arguments.max_body_bytes, max_tokens=arguments.max_tokens,
                     default_tokens=arguments.default_tokens, timeout=arguments.timeout)
     Settings(**settings)  # its errors come before the model is loaded
-    engine, name = options.engine(arguments, arguments.rows, chunk=arguments.chunk, queue=arguments.queue)
+    team = workers.start() if arguments.tensor_parallel else workers.Workers()
+    if arguments.tensor_parallel and team.world == 1:
+        print("colora-ms serve: --tensor-parallel needs several workers; start them with "
+              "bash scripts/msrun_serve.sh -n 2 ...", file=sys.stderr)
+        return 2
+    engine, name = options.engine(arguments, arguments.rows, team, chunk=arguments.chunk, queue=arguments.queue)
     with engine:
         app = create_app(engine, Settings(base_model=arguments.name or name, **settings))
         server = Server(app, arguments.host, arguments.port, arguments.log_level)
