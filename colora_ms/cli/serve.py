@@ -33,6 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a request is ended")
     parser.add_argument("--tensor-parallel", action="store_true",
                         help="split the model over the workers of a job: bash scripts/msrun_serve.sh -n 2 ...")
+    parser.add_argument("--cors", action="append", default=[], metavar="ORIGIN",
+                        help="let pages of this origin call the server from a browser; may be given more than once; "
+                             "*: any")
+    parser.add_argument("--tool-calls", default="auto", choices=("auto", "hermes", "llama3", "mistral"),
+                        help="form in which the model writes calls of tools; auto: the one of its chat template")
+    parser.add_argument("--allow-adapters-from", action="append", default=[], metavar="FOLDER",
+                        help="further folder from which /v1/load_lora_adapter may load; may be given more than once")
+    parser.add_argument("--mixes", default=None, metavar="FOLDER",
+                        help="folder of mixes, NAME.yaml each, that requests may ask for by name")
     parser.add_argument("--no-warm-up", action="store_true", help="compile each graph when a request first needs it")
     parser.add_argument("--log-level", default="warning", choices=("error", "warning", "info", "debug"),
                         help="info logs every request")
@@ -44,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     from colora_ms.serving.http import Server, Settings, create_app
 
     settings = dict(token=_token(arguments), max_body_bytes=arguments.max_body_bytes, max_tokens=arguments.max_tokens,
-                    default_tokens=arguments.default_tokens, timeout=arguments.timeout)
+                    default_tokens=arguments.default_tokens, timeout=arguments.timeout, cors=tuple(arguments.cors),
+                    tool_calls=arguments.tool_calls, adapter_roots=tuple(arguments.allow_adapters_from),
+                    mixes=arguments.mixes)
     Settings(**settings)  # its errors come before the model is loaded
     team = workers.start() if arguments.tensor_parallel else workers.Workers()
     if arguments.tensor_parallel and team.world == 1:

@@ -44,7 +44,7 @@ class Answer:
         self.logprobs: List[TokenLogprob] = []
         self.finish_reason: Optional[str] = None
         self.ends = options.ends(eos) | spelled_ids(tokenizer, options.stop)
-        self._stream = stream_of(tokenizer, before=prompt)
+        self._stream = stream_of(tokenizer, before=prompt, shown=options.show_special)
         self._shown: List[str] = []  # text that is certain
         self._held = ""  # text that may yet be cut
         self._length = 0  # characters of both

@@ -161,6 +161,13 @@ def check_stop_ids(name: str, ids: Any, vocabulary: Optional[int] = None) -> Tup
     return tuple(dict.fromkeys(int(one) for one in found))
 
 
+def _texts(name: str, value: Any) -> Tuple[str, ...]:
+    found = sequence(value)
+    if found is None or any(not isinstance(one, str) for one in found):
+        raise DecodingError(f"{name}={shown(value)} is not a list of special tokens' texts")
+    return tuple(found)
+
+
 def _seconds(name: str, timeout: Any) -> Optional[float]:
     if timeout is None:
         return None
@@ -251,6 +258,7 @@ class Options(Record):
         seed: in place of the sampling's own.
         records: whether a :class:`colora_ms.decoding.TokenRecord` is kept for each token.
         ignore_eos: go on behind an end-of-sequence token (for benchmarks).
+        show_special: special tokens whose text is shown in the answer, such as "<tool_call>"; the others' is not.
         priority: larger ones leave the engine's queue first.
         timeout: seconds from submission on after which the engine ends the request; None: no limit.
         mix: :class:`colora_ms.decoding.mix.Mix` or a mapping of one (:func:`colora_ms.decoding.mix.mix_of`), in the
@@ -276,6 +284,7 @@ class Options(Record):
     seed: Optional[int] = option(int, None, "in place of the sampling's own seed", check=_seed)
     records: bool = option(bool, False, "list what the contrast did at each token")
     ignore_eos: bool = option(bool, False, "go on behind an end-of-sequence token")
+    show_special: Tuple[str, ...] = option(List[str], (), "special tokens whose text is shown", check=_texts)
     priority: int = option(int, 0, "larger ones leave the queue first", check=_priority, engine=True)
     timeout: Optional[float] = option(float, None, "seconds after which the request ends", check=_seconds, engine=True)
     mix: Optional[Mix] = option(Dict[str, Any], None, "several voices in the place of a contrast", check=_mix)

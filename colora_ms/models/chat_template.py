@@ -118,6 +118,20 @@ def marks_generation(template: str) -> bool:
         return _compile(template).environment.has_generation
 
 
+@functools.lru_cache(maxsize=16)
+def variables_of(template: str) -> frozenset:
+    """The names that a template reads and does not set itself: ``tools``, ``enable_thinking``, ...
+
+    Raises:
+        TokenizerError: it is no Jinja2 template.
+    """
+    from jinja2 import meta
+
+    with _said():
+        environment = _environment()
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+
+
 def _run(template, messages, add_generation_prompt, variables):
     names = {"tools": None, "documents": None, **(variables or {})}
     _check_records("tools", names["tools"])

@@ -17,7 +17,7 @@ tokens, so that a character that is cut by the end of an answer would take the g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Protocol, Union
 
 import numpy as np
@@ -52,10 +52,14 @@ def decode(tokenizer: HasBackend, ids: Iterable[int], before: Iterable[int] = ()
     return "".join([stream.push(one) for one in ids]) + stream.flush()
 
 
-def stream_of(tokenizer: object, before: Iterable[int] = ()) -> Union[StreamDecoder, WholeDecoder]:
+def stream_of(tokenizer: object, before: Iterable[int] = (),
+              shown: Collection[str] = ()) -> Union[StreamDecoder, WholeDecoder]:
     """A decoder with ``push``, ``flush`` and ``peek`` for any tokenizer: its own ``stream``, or, of one that only has
-    ``decode`` (a foreign one), a decoder that asks it for the whole text each time."""
-    return tokenizer.stream(before=before) if hasattr(tokenizer, "stream") else WholeDecoder(tokenizer)
+    ``decode`` (a foreign one), a decoder that asks it for the whole text each time; ``shown``: special tokens whose
+    text is given."""
+    if not hasattr(tokenizer, "stream"):
+        return WholeDecoder(tokenizer)
+    return tokenizer.stream(before=before, shown=shown) if shown else tokenizer.stream(before=before)
 
 
 class StreamDecoder:
@@ -65,16 +69,16 @@ class StreamDecoder:
         tokenizer: :class:`colora_ms.models.tokenizer.Tokenizer`.
         skip_special_tokens: leave out begin, end and other control tokens.
         before: ids that stand before; their text is not given, but a character that they begin is.
+        shown: special tokens that are given all the same.
 
     Raises:
         TokenizerError: the tokenizer's decoder is not implemented.
     """
 
-    def __init__(self, tokenizer: HasBackend, skip_special_tokens: bool = True, before: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: HasBackend, skip_special_tokens: bool = True, before: Iterable[int] = (),
+                 shown: Collection[str] = ()) -> None:
         self._backend = tokenizer.backend
-        self._skip = set()
-        if skip_special_tokens:
-            self._skip = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+        self._skip = special_texts(tokenizer).difference(shown) if skip_special_tokens else frozenset()
         self._steps = steps_of(self._backend)
         for one in before:
             self.push(one)
@@ -109,6 +113,11 @@ class StreamDecoder:
                 out += step.take(part)
             parts = out + step.end() if ends else out
         return "".join(parts)
+
+
+def special_texts(tokenizer: HasBackend) -> frozenset[str]:
+    """The texts of a tokenizer's special tokens."""
+    return frozenset(token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special)
 
 
 class WholeDecoder:

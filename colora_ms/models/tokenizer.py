@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Optional, Union
 
 import numpy as np
@@ -161,9 +161,10 @@ class Tokenizer:
         """
         return detokenizer.decode(self, ids, before, skip_special_tokens)
 
-    def stream(self, skip_special_tokens: bool = True, before: Iterable[int] = ()) -> StreamDecoder:
+    def stream(self, skip_special_tokens: bool = True, before: Iterable[int] = (),
+               shown: Collection[str] = ()) -> StreamDecoder:
         """A fresh ``StreamDecoder`` of this tokenizer."""
-        return StreamDecoder(self, skip_special_tokens, before)
+        return StreamDecoder(self, skip_special_tokens, before, shown)
 
     def apply_chat_template(self, messages: Sequence[Mapping], add_generation_prompt: bool = True,
                             return_spans: bool = False, continue_final_message: bool = False,
@@ -187,7 +188,7 @@ class Tokenizer:
         Raises:
             TokenizerError: there is no template, or it refuses the messages.
         """
-        template = self._template(variables.get("tools"))
+        template = self.template_for(variables.get("tools"))
         variables = {**self.special_tokens, **variables}
         if return_spans:
             if continue_final_message:
@@ -207,9 +208,14 @@ class Tokenizer:
         Args:
             tools: as for ``apply_chat_template``: there may be another template for them.
         """
-        return chat_template.marks_generation(self._template(tools))
+        return chat_template.marks_generation(self.template_for(tools))
 
-    def _template(self, tools):
+    def template_for(self, tools: Optional[Sequence] = None) -> str:
+        """The source of the chat template for a conversation with these tools, see ``apply_chat_template``.
+
+        Raises:
+            TokenizerError: there is none.
+        """
         if not self.chat_templates:
             raise TokenizerError("this model has no chat template; write the prompt yourself and "
                                  "use encode()")

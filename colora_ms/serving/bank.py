@@ -126,6 +126,25 @@ class AdapterBank:
             self._added[name] = Path(folder)
             self._withdrawn.discard(name)
 
+    def attach(self, name: str, folder: Union[str, Path], replace: bool = False) -> str:
+        """:meth:`add` and :meth:`load` in one step: what cannot be read leaves nothing behind; returns the digest.
+
+        Args:
+            replace: a name that there is gets the content of this folder.
+
+        Raises:
+            AdapterError: the name is not allowed or taken, or all that is wrong with the folder; nothing was changed.
+        """
+        check_name(name)
+        if not replace and name in self.names():
+            raise AdapterError(f"there is an adapter {name!r} already; unload it first, or choose another name")
+        content = self._read(name, Path(folder))
+        with self._lock:
+            self._added[name] = Path(folder)
+            self._digests[name] = content.digest
+            self._withdrawn.discard(name)
+        return content.digest
+
     def load(self, name: str) -> str:
         """Read and check an adapter now, so that its first request does not wait; returns its digest.
 
@@ -248,8 +267,8 @@ class AdapterBank:
                 + near(name, known))
         return path
 
-    def _read(self, name):
-        path = self._path(name)
+    def _read(self, name, path=None):
+        path = self._path(name) if path is None else path
         started = time.perf_counter()
         content = self.read(path)
         with self._lock:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from colora_ms.errors import DataError
-from colora_ms.training.messages import clean_messages, clean_tools, short
+from colora_ms.models.messages import clean_messages, clean_tools, short
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from colora_ms.errors import DataError, near
-from colora_ms.training.messages import clean_messages, parse_json, short
+from colora_ms.models.messages import clean_messages, parse_json, short
 
 #: What ShareGPT's ``from`` may say, and the role that it means.
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from colora_ms.errors import DataError, near
+from colora_ms.models.messages import short
 from colora_ms.training.examples import Example, Preference
 from colora_ms.training.layouts import LAYOUTS, Layout, layout_named
-from colora_ms.training.messages import short
 
 
 class RowReader:

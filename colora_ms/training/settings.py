@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from colora_ms.errors import ConfigError, near
-from colora_ms.training.messages import short
+from colora_ms.models.messages import short
 
 _MAX_RECIPE_BYTES = 1 << 20
 REQUIRED = object()

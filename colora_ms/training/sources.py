@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 from colora_ms.errors import DataError, near
 from colora_ms.extras import needed
+from colora_ms.models.messages import short, strict_json, why_no_json
 from colora_ms.training.examples import Example, Preference
 from colora_ms.training.generated import running_totals
-from colora_ms.training.messages import short, strict_json, why_no_json
 from colora_ms.training.row_reader import RowReader
 
 _REPORTED = 5  # problems shown in one error; the rest are counted

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from colora_ms.errors import ConfigError, DataError, TokenizerError, near
+from colora_ms.models.conversation import as_system, render_absent
 from colora_ms.training.turns import learned_turns, renderings_of, unlearned_notes
 
 if TYPE_CHECKING:
@@ -140,7 +141,6 @@ class ChatTemplate:
             raise ConfigError(f"the system message is {system!r}, expected a text")
         self._tokenizer = tokenizer
         self._system = system
-        self._developer: bool | None = None
         self.parted = 0
         self._tried: dict[str, Any] = {}
         self._written: set[str] = set()
@@ -202,20 +202,8 @@ class ChatTemplate:
         messages = [dict(item) for item in messages]
         if self._system is not None and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": self._system})
-        for item in messages:
-            if item["role"] == "developer" and not self._writes_developer():
-                item["role"] = "system"
-        return messages
-
-    def _writes_developer(self) -> bool:
-        """Whether the template writes a developer's message; those that leave it out or refuse it know it as system."""
-        if self._developer is None:
-            probe = [{"role": "developer", "content": "be#brief"}, {"role": "user", "content": "?"}]
-            try:
-                self._developer = "be#brief" in self.render(probe)
-            except DataError:
-                self._developer = False
-        return self._developer
+        return as_system(messages, lambda given: self._tokenizer.apply_chat_template(given,
+                                                                                     add_generation_prompt=False))
 
     def render(self, messages: Sequence[dict], tools: Sequence[dict] = (), generation: bool = False,
                spans: bool = False) -> Any:
@@ -229,16 +217,8 @@ class ChatTemplate:
         if spans:
             options["return_spans"] = True
         try:
-            if all(item["content"] is not None for item in messages):
-                return self._tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **options)
-            filled = [{**item, "content": item["content"] or ""} for item in messages]
-            empty = self._tokenizer.apply_chat_template(filled, add_generation_prompt=generation, **options)
-            try:
-                absent = self._tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **options)
-            except TokenizerError:
-                return empty
-            texts = [made[0] if spans else made for made in (absent, empty)]
-            return empty if texts[0].count("None") > texts[1].count("None") else absent
+            return render_absent(messages, lambda given: self._tokenizer.apply_chat_template(
+                given, add_generation_prompt=generation, **options))
         except TokenizerError as error:
             raise DataError(str(error)) from None
 

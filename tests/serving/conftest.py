@@ -1,6 +1,8 @@
-"""A folder of random adapters for the tiny decoder, and an engine over it."""
+"""A folder of random adapters for the tiny decoder, an engine over it, and an HTTP server over that."""
 
+import http.client
 import json
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -63,3 +65,46 @@ def engine(tiny_decoder, word_tokenizer, adapter_folder):
     bank = AdapterBank(decoder, adapter_folder, max_loaded=3, max_rank=6)
     with Engine(decoder, word_tokenizer, bank, rows=4, max_length=96, chunk=4, queue=64, prompt_chunk=24) as engine:
         yield engine
+
+
+class ChatWords:
+    """The stand-in tokenizer with a chat template: role numbers before the contents."""
+
+    chat_template = "words"
+
+    def __init__(self, words):
+        self.eos_token_id, self.encode, self.decode = words.eos_token_id, words.encode, words.decode
+
+    def apply_chat_template(self, messages, add_generation_prompt=True):
+        roles = {"system": 90, "user": 91, "assistant": 92}
+        return " ".join(f"{roles[m['role']]} {m['content']}" for m in messages) + " 92" * add_generation_prompt
+
+
+@pytest.fixture(scope="module")
+def served(engine, word_tokenizer):
+    """(engine, server) without a token; the tokenizer has a chat template."""
+    from colora_ms.serving.http import Server, Settings, create_app
+
+    former, engine.tokenizer = engine.tokenizer, ChatWords(word_tokenizer)
+    with Server(create_app(engine, Settings(base_model="tiny", max_tokens=80, max_body_bytes=20_000))) as server:
+        yield engine, server
+    engine.tokenizer = former
+
+
+@pytest.fixture
+def ask(served):
+    return lambda *arguments, **more: call(served[1].url, *arguments, **more)
+
+
+def call(url, method, path, body=None, headers=None, raw=None):
+    """(status, headers, JSON or text) of one request."""
+    data = raw if raw is not None else None if body is None else json.dumps(body)
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=60)
+    try:
+        connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        text = response.read().decode()
+    finally:
+        connection.close()
+    is_json = response.headers.get("content-type", "").startswith("application/json")
+    return response.status, response.headers, json.loads(text) if is_json else text

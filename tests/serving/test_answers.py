@@ -14,7 +14,7 @@ from colora_ms.errors import DecodingError
 from colora_ms.serving import Engine
 from colora_ms.serving.http import Server, create_app
 from colora_ms.serving.http import Settings as HttpSettings
-from tests.serving.test_http import call
+from tests.serving.conftest import call
 
 EOS, STORY = 2, "Once upon a time, there was a little girl named"
 SLOW = [HealthCheck.function_scoped_fixture]

@@ -12,50 +12,9 @@ import pytest
 from colora_ms.decoding import Contrast, Sampling
 from colora_ms.errors import ConfigError
 from colora_ms.serving.http import Server, Settings, create_app
-from tests.serving.conftest import write_adapter
+from tests.serving.conftest import call, write_adapter
 
 PROMPT = [5, 17, 33, 8]
-
-
-class ChatWords:
-    """The stand-in tokenizer with a chat template: role numbers before the contents."""
-
-    chat_template = "words"
-
-    def __init__(self, words):
-        self.eos_token_id, self.encode, self.decode = words.eos_token_id, words.encode, words.decode
-
-    def apply_chat_template(self, messages, add_generation_prompt=True):
-        roles = {"system": 90, "user": 91, "assistant": 92}
-        return " ".join(f"{roles[m['role']]} {m['content']}" for m in messages) + " 92" * add_generation_prompt
-
-
-@pytest.fixture(scope="module")
-def served(engine, word_tokenizer):
-    """(engine, server) without a token."""
-    former, engine.tokenizer = engine.tokenizer, ChatWords(word_tokenizer)
-    with Server(create_app(engine, Settings(base_model="tiny", max_tokens=80, max_body_bytes=20_000))) as server:
-        yield engine, server
-    engine.tokenizer = former
-
-
-@pytest.fixture
-def ask(served):
-    return lambda *arguments, **more: call(served[1].url, *arguments, **more)
-
-
-def call(url, method, path, body=None, headers=None, raw=None):
-    """(status, headers, JSON or text) of one request."""
-    data = raw if raw is not None else None if body is None else json.dumps(body)
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=60)
-    try:
-        connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
-        response = connection.getresponse()
-        text = response.read().decode()
-    finally:
-        connection.close()
-    is_json = response.headers.get("content-type", "").startswith("application/json")
-    return response.status, response.headers, json.loads(text) if is_json else text
 
 
 @contextlib.contextmanager
@@ -122,8 +81,8 @@ def test_client_lists_models_and_gets_clear_errors(client):
     assert client.models.retrieve("a3").parent == "tiny"
     with pytest.raises(openai.NotFoundError, match="a1"):
         client.completions.create(model="a11", prompt="5")
-    with pytest.raises(openai.BadRequestError, match="one answer a request"):
-        client.completions.create(model="tiny", prompt="5", n=2)
+    with pytest.raises(openai.BadRequestError, match="best_of=2 is less than n=3"):
+        client.completions.create(model="tiny", prompt="5", n=3, best_of=2)
 
 
 # -- what a request may say -------------------------------------------------------------------------------------------
@@ -155,18 +114,28 @@ def test_values_that_ask_for_nothing_are_taken(ask):
 
 
 BAD = [
-    (dict(n=2), "n", "n=1"),
-    (dict(n=True), "n", "n=1"),
-    (dict(logprobs=0), "logprobs", "records"),
+    (dict(n=0), "n", "n=0"),
+    (dict(n=True), "n", "integer"),
+    (dict(n=129), "n", "128 a request"),
+    (dict(n=2, best_of=1), "best_of", "less than n=2"),
+    (dict(logprobs=21), "logprobs", "0 to 20"),
+    (dict(logprobs=True), "logprobs", "a number"),
+    (dict(logprobs=1, echo=True, contrast={}), "echo", "together with contrast"),
+    (dict(presence_penalty=2.5), "presence_penalty", "outside [-2, 2]"),
+    (dict(logit_bias={"x": 1.0}), None, "no token id"),
+    (dict(min_tokens=3), "min_tokens", "more than the answer may have, 2"),
+    (dict(best_of=3, stream=True), "best_of", "cannot be streamed"),
     (dict(suffix="x"), "suffix", "does not implement"),
-    (dict(frequency_penalty=0.5), "frequency_penalty", "leave it out"),
+    (dict(frequency_penalty=-2.5), "frequency_penalty", "outside [-2, 2]"),
+    (dict(length_penalty=0.5), "length_penalty", "leave it out"),
     (dict(contrats={"alpha": 0.1}), "contrats", "'contrast'"),
     (dict(contrast={"alpha": 2.0}), None, "alpha=2.0"),
     (dict(contrast={"alfa": 0.1}), "contrast.alfa", "Extra inputs"),
     (dict(contrast={}, model="tiny"), None, "needs adapter"),
     (dict(contrast={"adapt": "entropi"}), None, "'entropy'"),
     (dict(max_tokens=81), "max_tokens", "allows, 80"),
-    (dict(max_tokens=0), None, "max_new_tokens=0"),
+    (dict(max_tokens=0), "max_tokens", "max_tokens=0"),
+    (dict(max_tokens=-2), "max_tokens", "max_tokens=-2"),
     (dict(max_tokens="9"), "max_tokens", "integer"),
     (dict(temperature=-1.0), None, "temperature=-1.0"),
     (dict(temperature=float("nan")), None, "not a finite number"),

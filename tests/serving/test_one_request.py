@@ -11,8 +11,7 @@ from colora_ms.decoding.options import LONGEST_STOP, MOST_STOPS, PER_PROMPT, Opt
 from colora_ms.decoding.request import AMATEUR, EXPERT, Limits, Request, Row
 from colora_ms.errors import AdapterError, CheckpointError, DecodingError
 from colora_ms.serving.http import Server, Settings, create_app
-from tests.serving.conftest import adapter_tensors, unfused, write_adapter
-from tests.serving.test_http import call
+from tests.serving.conftest import adapter_tensors, call, unfused, write_adapter
 
 
 @pytest.fixture(scope="module")

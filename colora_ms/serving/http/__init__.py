@@ -6,14 +6,21 @@
 
 | route | what it does |
 |---|---|
-| POST /v1/completions, /v1/chat/completions | an answer, whole or as server-sent events |
+| POST /v1/completions, /v1/chat/completions, /v1/responses | answers, whole or as server-sent events |
 | GET /v1/models, /v1/models/NAME | the base model and the adapters; a request picks one by ``model`` |
 | GET, POST /v1/adapters, DELETE /v1/adapters/NAME | list, load (or load anew), withdraw |
-| GET /healthz, /metrics | liveness; Prometheus metrics |
+| POST /v1/load_lora_adapter, /v1/unload_lora_adapter | the same with vLLM's bodies |
+| POST /tokenize, /detokenize, GET /tokenizer_info | ids of a text or a chat, text of ids |
+| GET /health, /healthz, /metrics | liveness; Prometheus metrics |
 
 Fields beyond OpenAI's: ``contrast: {alpha, beta, adapt, skip_copies}``, ``top_k``, ``min_p``, ``stop_token_ids``,
-``priority``, ``ignore_eos`` and ``records``, which returns what the contrast did at each token. A field that would
-change the answer and is not implemented is refused, never ignored.
+``skip_special_tokens``, ``chat_template_kwargs``, ``continue_final_message``, ``priority``, ``ignore_eos`` and
+``records``, which returns what the contrast did at each token. A field that would change the answer and is not
+implemented is refused, never ignored.
+
+``schema.py`` and ``fields.py`` say what a body may hold, ``conversation.py`` makes the prompt of a chat,
+``generate.py`` asks the engine, ``answers.py`` and ``responses.py`` write what comes back, ``calls.py`` reads calls of
+tools in it.
 """
 
 from colora_ms.extras import needed

@@ -1,28 +1,29 @@
 """The routes."""
 
-import asyncio
-from typing import Any, AsyncIterator, Dict, Iterable, List, Union
+from __future__ import annotations
+
+from typing import Any, Dict, Optional
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from colora_ms import __version__
-from colora_ms.decoding import Completion
-from colora_ms.errors import AdapterError, ColoraError, ConfigError, UnknownAdapterError
-from colora_ms.models.detokenizer import stream_of
-from colora_ms.serving.bank import AdapterBank
+from colora_ms.errors import ColoraError
 from colora_ms.serving.engine import Engine
-from colora_ms.serving.handle import RequestHandle
-from colora_ms.serving.http.answers import DONE, Answers, event
-from colora_ms.serving.http.failures import RequestError, describe, respond
-from colora_ms.serving.http.follow import follow, unless_gone
+from colora_ms.serving.http import text
+from colora_ms.serving.http.answers import ChatAnswers, CompletionAnswers
+from colora_ms.serving.http.conversation import Toolbox, conversation, toolbox
+from colora_ms.serving.http.failures import RequestError, respond
+from colora_ms.serving.http.generate import Asked, Generation
 from colora_ms.serving.http.guard import Guard
 from colora_ms.serving.http.metrics import Metrics
-from colora_ms.serving.http.schema import ChatBody, CompletionBody, GenerationBody
+from colora_ms.serving.http.registry import Registry
+from colora_ms.serving.http.responses import ResponseAnswers, ResponsesBody
+from colora_ms.serving.http.schema import AnswersBody, ChatBody, CompletionBody, GenerationBody
 from colora_ms.serving.http.settings import Settings
 
 
@@ -34,37 +35,48 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         settings: :class:`colora_ms.serving.http.Settings`.
 
     Raises:
-        ConfigError: an adapter has the base model's name.
+        ConfigError: an adapter has the base model's name, or a mix cannot be served.
     """
-    if engine.bank is not None and settings.base_model in engine.bank.names():
-        raise ConfigError(f"there is an adapter {settings.base_model!r}, which is the base model's name here too; "
-                          "rename its folder, or give the base model another name")
-    front = Front(engine, settings)
+    registry = Registry(engine, settings)
+    front = Front(engine, settings, registry)
     app = FastAPI(title="colora_ms", version=__version__)
     app.add_middleware(Guard, settings=settings, metrics=front.metrics)
+    if settings.cors:  # outside of the guard: a browser asks first without a token, and must be able to read refusals
+        app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["*"], allow_headers=["*"])
     for kind in (RequestError, RequestValidationError, HTTPException, ColoraError, Exception):
         app.add_exception_handler(kind, front.failed)
     app.post("/v1/completions", response_model=None)(front.complete)
     app.post("/v1/chat/completions", response_model=None)(front.chat)
-    app.get("/v1/models")(front.models)
-    app.get("/v1/models/{name:path}")(front.model)
-    app.get("/v1/adapters")(front.adapters)
-    app.post("/v1/adapters")(front.load)
-    app.delete("/v1/adapters/{name:path}")(front.unload)
-    app.get("/healthz")(front.health)
+    app.post("/v1/responses", response_model=None)(front.answer)
+    app.get("/v1/models")(registry.models)
+    app.get("/v1/models/{name:path}")(registry.model)
+    app.get("/v1/adapters")(registry.adapters)
+    app.post("/v1/adapters")(registry.load)
+    app.delete("/v1/adapters/{name:path}")(registry.unload)
+    app.get("/lora-adapters", response_model=None)(registry.numbered)
+    app.post("/v1/load_lora_adapter", response_model=None)(registry.load_lora)
+    app.post("/v1/unload_lora_adapter", response_model=None)(registry.unload_lora)
+    for prefix in ("", "/v1"):
+        app.post(f"{prefix}/tokenize", response_model=None)(front.tokenize)
+        app.post(f"{prefix}/detokenize", response_model=None)(front.detokenize)
+        app.get(f"{prefix}/tokenizer_info")(front.tokenizer_info)
+    for path in ("/healthz", "/health"):
+        app.get(path)(front.health)
     app.get("/metrics", response_class=Response)(front.measure)
     return app
 
 
 class Front:
-    """The functions behind the routes. What reads files or tokenizes runs in a pool of threads (``def``, not
-    ``async``)."""
+    """The functions behind the routes that answer. What reads files or tokenizes runs in a pool of threads (``def``,
+    not ``async``)."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings, registry: Registry) -> None:
         self.engine = engine
         self.settings = settings
+        self.registry = registry
         self.folder = None if engine.bank is None else engine.bank.folder
         self.metrics = Metrics(engine)
+        self.generation = Generation(engine, settings, self.metrics, self.folder)
 
     async def failed(self, request: HttpRequest, error: Exception) -> JSONResponse:
         """Any exception as OpenAI's clients expect it."""
@@ -74,116 +86,72 @@ class Front:
 
     async def complete(self, body: CompletionBody, request: HttpRequest) -> Response:
         """POST /v1/completions."""
-        prompts = body.prompts()
-        if len(prompts) > self.settings.most_prompts:
-            raise RequestError(f"{len(prompts)} prompts in one request; this server takes {self.settings.most_prompts}",
-                               "prompt")
-        return await self._answer(body, prompts, request, chat=False)
+        def ask() -> Asked:
+            prompts, several = body.prompts(self.settings), _several(body)
+            options = self._options(body, several)
+            echo = [text.shown(self.engine.tokenizer, prompt) for prompt in prompts] if body.echo else None
+            answers = CompletionAnswers(body.model, self.engine.tokenizer, echo, records=bool(body.records), **several)
+            return Asked(prompts, options, answers, bool(body.stream), body.first_seed())
+
+        return await self.generation.respond(request, ask)
 
     async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        return await self._answer(body, [body.conversation()], request, chat=True)
+        def ask() -> Asked:
+            several = _several(body)
+            box = toolbox(body, self.engine.tokenizer, self.settings.tool_calls)
+            options = self._options(body, several, box)
+            prompt = conversation(body, self.engine.tokenizer, box)
+            answers = ChatAnswers(body.model, self.engine.tokenizer, box, records=bool(body.records), **several)
+            return Asked([prompt], options, answers, bool(body.stream), body.first_seed())
 
-    async def _answer(self, body: GenerationBody, prompts: List[Any], request: HttpRequest, chat: bool) -> Response:
-        if body.stream_options is not None and not body.stream:
-            raise RequestError("stream_options is only for \"stream\": true", "stream_options")
-        handles = await run_in_threadpool(self._submit, body, prompts)
-        echo = [self._text(prompt) for prompt in prompts] if getattr(body, "echo", False) else None
-        answers = Answers(chat, body.model, bool(body.records), echo)
-        if body.stream:
-            counts = body.stream_options is not None and bool(body.stream_options.include_usage)
-            return EventStream(self, handles, answers, counts)
-        try:
-            completions = await unless_gone(request.receive, _collect(handles))
-        finally:
-            self.finish(handles)
-        if completions is None:
-            return Response(status_code=499)  # nobody reads it; nginx's number for a client that left
-        return JSONResponse(answers.whole(completions))
+        return await self.generation.respond(request, ask)
 
-    def _text(self, prompt: Union[str, List[int]]) -> str:
-        """A prompt's text: as it came, or what its ids give; a character that the answer completes is the answer's."""
-        if isinstance(prompt, str):
-            return prompt
-        stream = stream_of(self.engine.tokenizer)
-        return "".join([stream.push(one) for one in prompt])
+    async def answer(self, body: ResponsesBody, request: HttpRequest) -> Response:
+        """POST /v1/responses."""
+        def ask() -> Asked:
+            chat = body.chat()
+            box = toolbox(chat, self.engine.tokenizer, self.settings.tool_calls)
+            options = self._options(body, {}, box)
+            prompt = conversation(chat, self.engine.tokenizer, box)
+            return Asked([prompt], options, ResponseAnswers(body, options, box), bool(body.stream), body.first_seed())
 
-    def _submit(self, body: GenerationBody, prompts: List[Any]) -> List[RequestHandle]:
-        """Handles of all prompts, or of none."""
-        arguments = body.submission(self.settings)
-        handles: List[RequestHandle] = []
-        try:
-            for prompt in prompts:
-                handles.append(self.engine.submit(prompt, **arguments))
-        except BaseException:
-            for handle in handles:
-                handle.cancel()
-            raise
-        return handles
+        return await self.generation.respond(request, ask)
 
-    def finish(self, handles: Iterable[RequestHandle]) -> None:
-        """Cancel what still runs, and take the latencies of what has ended."""
-        for handle in handles:
-            if handle.done:
-                self.metrics.observe(handle)
-            else:
-                handle.cancel()
+    def _options(self, body: GenerationBody, several: Dict[str, Any], box: Optional[Toolbox] = None) -> Dict[str, Any]:
+        """The engine's options; with tools the answer shows the tokens that calls stand between."""
+        options = body.submission(self.settings, self.engine.tokenizer, self.registry)
+        if several.get("top") is not None or several.get("wanted") != several.get("copies"):
+            options["logprobs"] = several["top"] or 0
+        if box is not None:
+            options["show_special"] = tuple(sorted({*options["show_special"], *box.form.specials}))
+            if box.grammar is not None:
+                if options["grammar"] is not None:
+                    raise RequestError("tool_choice asks for a call, and another field for another form of the answer; "
+                                       "send one of them", "tool_choice")
+                options["grammar"] = box.grammar
+        return options
 
-    # -- models and adapters -----------------------------------------------------------------------------------------
+    # -- text --------------------------------------------------------------------------------------------------------
 
-    def models(self) -> Dict[str, Any]:
-        """GET /v1/models."""
-        return {"object": "list", "data": [self._model(name) for name in [self.settings.base_model, *self._names()]]}
+    def tokenize(self, body: text.TokenizeBody) -> Dict[str, Any]:
+        """POST /tokenize."""
+        self.registry.check(body.model)
+        return text.tokenize(self.engine, body)
 
-    def model(self, name: str) -> Dict[str, Any]:
-        """GET /v1/models/NAME."""
-        if name != self.settings.base_model and name not in self._names():
-            raise UnknownAdapterError(f"there is no model {name!r:.80}; GET /v1/models lists them")
-        return self._model(name)
+    def detokenize(self, body: text.DetokenizeBody) -> Dict[str, Any]:
+        """POST /detokenize."""
+        self.registry.check(body.model)
+        return text.detokenize(self.engine, body)
 
-    def _names(self) -> List[str]:
-        return [] if self.engine.bank is None else self.engine.bank.names()
-
-    def _model(self, name: str) -> Dict[str, Any]:
-        base = self.settings.base_model
-        return {"id": name, "object": "model", "created": 0, "owned_by": "colora_ms", "root": base,
-                "parent": None if name == base else base}
-
-    def adapters(self) -> Dict[str, Any]:
-        """GET /v1/adapters."""
-        info = self._bank().info()
-        return {"object": "list", "data": info["adapters"], "slots": info["max_loaded"], "max_rank": info["max_rank"],
-                "adapter_format": info["adapter_format"], "slot_bytes": info["slot_bytes"],
-                "host_bytes": info["host_bytes"], "host_limit": info["host_limit"]}
-
-    def load(self, body: dict) -> Dict[str, Any]:
-        """POST /v1/adapters: read and check one, or read it anew."""
-        if set(body) != {"name"} or not isinstance(body["name"], str):
-            raise RequestError(f"expected {{\"name\": \"an adapter's folder name\"}}, got {body!r:.80}", "name")
-        name = body["name"]
-        if name == self.settings.base_model:
-            raise RequestError(f"{name!r} is the base model's name here; rename the adapter", "name")
-        self._bank().load(name)
-        entry = next((one for one in self._bank().info()["adapters"] if one["name"] == name), None)
-        if entry is None:
-            raise UnknownAdapterError(f"adapter {name!r} was unloaded by another request while it was loaded; load it "
-                                      "again")
-        return entry
-
-    def unload(self, name: str) -> Dict[str, Any]:
-        """DELETE /v1/adapters/NAME."""
-        self._bank().unload(name)
-        return {"id": name, "object": "adapter", "deleted": True}
-
-    def _bank(self) -> AdapterBank:
-        if self.engine.bank is None:
-            raise AdapterError("this server was started without adapters")
-        return self.engine.bank
+    def tokenizer_info(self) -> Dict[str, Any]:
+        """GET /tokenizer_info."""
+        return text.tokenizer_info(self.engine.tokenizer)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def health(self) -> Dict[str, Any]:
-        """GET /healthz."""
+        """GET /health and /healthz."""
         stats = self.engine.stats()
         return {"status": "ok", **{key: stats[key] for key in ("waiting", "running", "rows", "rows_used", "failures")}}
 
@@ -192,57 +160,7 @@ class Front:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-class EventStream(Response):
-    """The response of a streamed request; ends its handles when the client leaves, however the stream ends."""
-
-    def __init__(self, front: Front, handles: List[RequestHandle], answers: Answers, counts: bool) -> None:
-        # Proxies must not hold events back.
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-                         media_type="text/event-stream")
-        del self.headers["content-length"]
-        self.front = front
-        self.handles = handles
-        self.answers = answers
-        self.counts = counts
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send the stream until it ends or the client leaves."""
-        try:
-            await unless_gone(receive, self._send(send))
-        finally:
-            self.front.finish(self.handles)
-
-    async def _send(self, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for part in self._parts():
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-    async def _parts(self) -> AsyncIterator[bytes]:
-        ended: Dict[int, Completion] = {}
-        try:
-            for index in range(len(self.handles)):
-                yield self.answers.opening(index) or b""
-            async for index, one in follow(self.handles):
-                if isinstance(one, Completion):
-                    ended[index] = one
-                    yield self.answers.ending(index, one)
-                else:
-                    yield self.answers.piece(index, one) or b""
-            if self.counts:
-                yield self.answers.counts(ended.values())
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # the status is gone already, so the error is an event
-            yield event(describe(error, self.front.folder)[1])
-            return
-        yield DONE
-
-
-async def _collect(handles: List[RequestHandle]) -> List[Completion]:
-    """The completions of all handles, in their order."""
-    found = {}
-    async for index, one in follow(handles):
-        if isinstance(one, Completion):
-            found[index] = one
-    return [found[index] for index in range(len(handles))]
+def _several(body: AnswersBody) -> Dict[str, Any]:
+    """How many answers, and what is told beside them: arguments of ``Answers``."""
+    wanted, computed = body.copies()
+    return {"copies": computed, "wanted": wanted, "counts": body.counts(), "top": body.top()}

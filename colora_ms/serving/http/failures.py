@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
@@ -63,6 +64,8 @@ def describe(error: Exception, folder: Optional[Path] = None) -> Tuple[int, Dict
         status, code = 503, "shutting_down"
     elif isinstance(error, ColoraError):
         status = 500 if isinstance(error, (CheckpointError, ServingError)) else 400
+        named = re.match(r"[a-z_]+(?==)", message)  # "top_p=1.5 is …"
+        param = named[0] if named else None
     else:
         _log.error("a request failed unexpectedly", exc_info=error)
         message = "the server failed at this request; its log says why"

@@ -11,8 +11,8 @@ from colora_ms.serving.http.failures import RequestError, respond
 from colora_ms.serving.http.metrics import Metrics
 from colora_ms.serving.http.settings import Settings
 
-#: The only path that needs no token: a load balancer's probe has none.
-OPEN_PATHS = ("/healthz",)
+#: The only paths that need no token: a load balancer's probe has none.
+OPEN_PATHS = ("/healthz", "/health")
 
 
 class Guard:

@@ -41,7 +41,8 @@ class Arguments(dict):
         return other + str(self)
 
 
-def clean_messages(messages: Sequence[Any], what: str = "messages") -> tuple[dict, ...]:
+def clean_messages(messages: Sequence[Any], what: str = "messages",
+                   roles: Sequence[str] | None = ROLES) -> tuple[dict, ...]:
     """A tuple of checked messages: dictionaries with ``role``, ``content`` and whatever else of ``FIELDS`` they have.
 
     ``content`` is a str, or ``None`` in an assistant's message that only calls tools. ``weight`` is 0 or 1.
@@ -49,14 +50,15 @@ def clean_messages(messages: Sequence[Any], what: str = "messages") -> tuple[dic
     Args:
         messages: a list of dictionaries.
         what: how errors call the list.
+        roles: those that a message may have; None: any name, for templates that know further ones.
 
     Raises:
         DataError: a message that cannot be used; says which one and why.
     """
-    return tuple(_clean(item, f"{what}[{number}]") for number, item in enumerate(messages))
+    return tuple(_clean(item, f"{what}[{number}]", roles) for number, item in enumerate(messages))
 
 
-def _clean(item: Any, where: str) -> dict:
+def _clean(item: Any, where: str, roles: Sequence[str] | None) -> dict:
     if not isinstance(item, dict):
         raise DataError(f"{where} is {short(item)}, expected {{'role', 'content'}}")
     item = {key: value for key, value in item.items() if value is not None}
@@ -66,8 +68,9 @@ def _clean(item: Any, where: str) -> dict:
             raise DataError(f"{where} has the key {key!r}, which is not read; a message has {', '.join(FIELDS)}."
                             f"{near(key, FIELDS)}")
     role = item.get("role")
-    if role not in ROLES:
-        raise DataError(f"{where} has the role {short(role)}, expected one of {', '.join(ROLES)}.{near(role, ROLES)}")
+    if not isinstance(role, str) or not role or roles is not None and role not in roles:
+        known = ROLES if roles is None else roles
+        raise DataError(f"{where} has the role {short(role)}, expected one of {', '.join(known)}.{near(role, known)}")
     made = {"role": role, "content": _text_of(item.get("content"), where)}
     calls = _calls(item.get("tool_calls") or [], where)
     if calls and role != "assistant":
@@ -109,8 +112,8 @@ def _text_of(content: Any, where: str) -> str | None:
         part = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else part
-            raise DataError(f"{where} has a content part of the type {short(kind)}; only parts like "
-                            "{'type': 'text', 'text': '...'} are read")
+            raise DataError(f"{where} has a content part of the type {short(kind)}; messages are text only, "
+                            "in parts like {'type': 'text', 'text': '...'}")
         if set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise DataError(f"{where} has the content part {short(part)}, expected {{'type': 'text', 'text': '...'}}")
         texts.append(part["text"])
