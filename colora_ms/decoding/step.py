@@ -8,7 +8,7 @@ for buckets of tokens, rows and requests. Both make the same tokens.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class FlatBatch:
     eos: np.ndarray
     steps: int = 1
     prompts: Optional[Sequence[Optional[np.ndarray]]] = None
-    adjustments: Dict[str, Sequence[Optional[np.ndarray]]] = dataclasses.field(default_factory=dict)
+    adjustments: Mapping[str, Sequence[Optional[np.ndarray]]] = dataclasses.field(default_factory=dict)
     strengths: Optional[np.ndarray] = None
 
 
