@@ -137,7 +137,8 @@ class Case(Model):
         self.extras = Table(extras) if any(one.size for one in extras) else None
         handle = np.zeros(2, np.int64) if self.extras is None else self.extras.handle
         return [self.table.handle, *(np.concatenate([x, fill]) for x in (tokens, rows, positions)), counts, self.slots,
-                self.strengths, self.tables, np.concatenate([self.copies, np.full((2, 2), -7, np.int32)]), self.previous,
+                self.strengths, self.tables, np.concatenate([self.copies, np.full((2, 2), -7, np.int32)]),
+                self.previous,
                 *self.options(), self.uniforms, self.eos, handle]
 
     def outputs(self):
