@@ -155,7 +155,8 @@ class Generator:
 
     def _wanted(self, jobs: Sequence[Running]) -> int:
         """Blocks for the rows that may be computed side by side, the longest ones, and not too few."""
-        rows = sorted((max(_SHORTEST, len(job.prompt(number)) + job.left) for job in jobs
+        least = min(_SHORTEST, self.max_length)
+        rows = sorted((max(least, len(job.prompt(number)) + job.left) for job in jobs
                        for number in range(len(job.keys))), reverse=True)
         return bucket(sum(-(-length // BLOCK) for length in rows[:self.max_rows]))
 
