@@ -175,11 +175,11 @@ def test_answers_of_one_prompt_and_generated_tokens_are_found():
 
 
 def test_the_youngest_gives_its_blocks_back_and_makes_the_same_tokens():
-    core = made(blocks=8, rows=4, length=128)
-    jobs = [running([5 + n] * 12, budget=60, blocks=8, length=128, ignore_eos=True) for n in range(3)]
+    core = made(blocks=24, rows=4, length=256)
+    jobs = [running([5 + n] * 12, budget=200, blocks=24, length=256, ignore_eos=True) for n in range(3)]
     ended = finish(core, jobs)
     assert list(ended) == jobs  # the first ones first
-    assert all(job.tokens == expected(job) and len(job.tokens) == 60 for job in jobs)
+    assert all(job.tokens == expected(job) and len(job.tokens) == 200 for job in jobs)
     assert core.counts["preemptions"] >= 1 and core.stats()["blocks_used"] == 0
 
 
