@@ -90,6 +90,7 @@ class Core:
         self.tokens = tokens
         self.chunk = chunk
         self.budget = budget
+        self.ahead = AHEAD
         self.table_blocks = pool.count(length)
         self.eos = tuple(eos)
         self.seats: List[Seat] = []  # those that hold rows, in the order of coming
@@ -276,8 +277,8 @@ class Core:
             self.seats.sort(key=lambda one: one.age)
 
     def _has_blocks(self, seat: Seat) -> bool:
-        """Whether there are blocks for a request and for those that are here, each with its next :data:`AHEAD`
-        tokens."""
+        """Whether there are blocks for a request and for those that are here, each with its next
+        :data:`AHEAD` tokens."""
         if not self.seats:
             return True  # it is alone: what it may ask for was checked against the whole cache
         return sum(map(self._lacking, (*self.seats, seat))) <= self.pool.available
@@ -289,7 +290,7 @@ class Core:
             held = len(line.table) if line.begun else sum(
                 self.pool.holders(block) > 0
                 for block in self.pool.find(line.root, line.ids(0, line.length - 1), partial=False).blocks)
-            wanted += max(0, self.pool.count(line.length + min(max(seat.job.left, 1), AHEAD)) - held)
+            wanted += max(0, self.pool.count(line.length + min(max(seat.job.left, 1), self.ahead)) - held)
         return wanted
 
     # -- what comes of a call ------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def engines(request, tiny_decoder, word_tokenizer, adapter_folder):
     """(roomy, tight): two engines over equal models, one with a fifth of the blocks that six rows may want."""
     dtype = getattr(ms, request.param)
     found = [made(tiny_decoder, word_tokenizer, adapter_folder, blocks, cache_dtype=dtype) for blocks in (200, 17)]
+    found[1]._core.ahead = 1  # lets in more than there is room for
     yield found
     for engine in found:
         engine.close()
@@ -98,6 +99,8 @@ def test_a_generator_grows_or_keeps_to_its_bytes(tiny_decoder, word_tokenizer):
     assert generator.generate(prompts, max_new_tokens=30, ignore_eos=True, records=True) == alone
     assert generator._core.pool.blocks == 32 and generator._core.counts["preemptions"] == 0
     tight = Generator(decoder, word_tokenizer, max_rows=4, cache_bytes=12 * block_bytes(decoder.config))
+    tight.generate([[5]], max_new_tokens=1)
+    tight._core.ahead = 1
     assert tight.generate(prompts, max_new_tokens=30, ignore_eos=True, records=True) == alone
     assert tight._core.pool.blocks == 12 and tight._core.counts["preemptions"] > 0
     with pytest.raises(DecodingError, match="holds 48.*cache_bytes"):
