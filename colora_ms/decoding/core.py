@@ -80,6 +80,9 @@ class Core:
         budget: tokens of prompts in a call in which other requests make tokens.
         length: tokens that a sequence may have.
         eos: ids that end answers.
+
+    Attributes:
+        ahead: see :data:`AHEAD`; may be set.
     """
 
     def __init__(self, graph: Any, pool: BlockPool, rows: int, tokens: int, chunk: int, budget: int, length: int,
@@ -92,6 +95,7 @@ class Core:
         self.budget = budget
         self.table_blocks = pool.count(length)
         self.eos = tuple(eos)
+        self.ahead = AHEAD
         self.seats: List[Seat] = []  # those that hold rows, in the order of coming
         self.preempted: List[Seat] = []  # those that gave their blocks back, in the same order
         self.counts = dict.fromkeys(("prompt_rows_tokens", "cached_tokens", "copied_blocks", "preemptions", "steps",
@@ -289,7 +293,7 @@ class Core:
             held = len(line.table) if line.begun else sum(
                 self.pool.holders(block) > 0
                 for block in self.pool.find(line.root, line.ids(0, line.length - 1), partial=False).blocks)
-            wanted += max(0, self.pool.count(line.length + min(max(seat.job.left, 1), AHEAD)) - held)
+            wanted += max(0, self.pool.count(line.length + min(max(seat.job.left, 1), self.ahead)) - held)
         return wanted
 
     # -- what comes of a call ------------------------------------------------------------------------------------------

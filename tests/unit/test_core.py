@@ -78,11 +78,14 @@ REQUESTS = st.builds(
 @settings(max_examples=150)
 @given(requests=st.lists(st.tuples(REQUESTS, st.integers(0, 12), st.none() | st.integers(0, 30)), min_size=1,
                          max_size=12),
-       blocks=st.integers(18, 60), rows=st.integers(2, 6), more=st.integers(0, 40), chunk=st.integers(1, 6),
+       ahead=st.sampled_from([1, 128]), blocks=st.integers(18, 60), rows=st.integers(2, 6), more=st.integers(0, 40),
+       chunk=st.integers(1, 6),
        budget=st.integers(1, 40), fused=st.booleans(), forget=st.none() | st.integers(0, 20))
-def test_any_schedule_gives_each_request_its_own_tokens(requests, blocks, rows, more, chunk, budget, fused, forget):
+def test_any_schedule_gives_each_request_its_own_tokens(requests, ahead, blocks, rows, more, chunk, budget, fused,
+                                                        forget):
     """Arrivals, cancels, few blocks, shared prefixes, contrasts, samples, budgets."""
     core = made(blocks, rows, rows + more, chunk, budget, blocks * SIZE, fused)
+    core.ahead = ahead
     coming = sorted(((step, number, running(**wanted, blocks=blocks, length=blocks * SIZE), end)
                      for number, (wanted, step, end) in enumerate(requests)), key=lambda one: one[:2])
     waiting, cancels, ended = [], {}, []
