@@ -267,7 +267,7 @@ def test_refused_responses(served, more, param):
     assert status == 400 and answer["error"]["param"] == param, answer
 
 
-# -- calls that must be -------------------------------------------------------------------------------------------------
+# -- calls that must be ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form, special",
