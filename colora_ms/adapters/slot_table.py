@@ -120,6 +120,13 @@ class SlotTable:
             self._contents[digest] = Held(free[0], rank)
             return free[0], gone is not None
 
+    def mirror(self, number: int, digest: str, rank: int) -> None:
+        """Let a slot hold a content, as another worker's table says; what it held is forgotten."""
+        with self._lock:
+            for other in [other for other, one in self._contents.items() if one.number == number or other == digest]:
+                del self._contents[other]
+            self._contents[digest] = Held(number, rank)
+
     def pin(self, digest: str) -> int:
         """Lease the slot of a content; returns its number."""
         with self._lock:

@@ -7,6 +7,7 @@ import sys
 
 from colora_ms.cli import options
 from colora_ms.decoding.options import Contrast, Sampling
+from colora_ms.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_record(parser, Contrast)
     options.add_record(parser, Sampling)
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    options.add_mix(parser)
     parser.add_argument("--system", default=None, help="system message at the head of the conversation")
     parser.add_argument("--plain", action="store_true",
                         help="send each line as it is, without chat template and memory")
@@ -29,11 +31,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     sampling = Sampling.asked(**options.given(arguments, Sampling))
     contrast = Contrast(**options.given(arguments, Contrast))
+    asked = options.asked(arguments)
+    mix, adapters = options.mix(arguments)
     # Two rows are one contrastive request; short chunks make a smooth stream.
-    engine, name = options.engine(arguments, rows=2, chunk=4)
+    engine, name = options.engine(arguments, rows=2 if mix is None else max(2, len(mix.voices)), chunk=4)
     with engine:
+        for one, folder in adapters.items():
+            if engine.bank is None:
+                raise ConfigError(f"the mix has the adapter {one!r}; start with --adapters FOLDER, which makes room "
+                                  "for adapters")
+            if one not in engine.bank.names():
+                engine.bank.add(one, folder)
         chat = Chat(engine, name, contrast, sampling=sampling, max_new_tokens=arguments.max_new_tokens,
-                    system=arguments.system, plain=arguments.plain)
+                    system=arguments.system, plain=arguments.plain, more=asked)
         if arguments.adapter is not None:
             chat.command(f"/adapter {arguments.adapter}")
         if arguments.contrast:

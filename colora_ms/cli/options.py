@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colora_ms.decoding.fields import Record
-from colora_ms.decoding.options import Contrast, Sampling
+from colora_ms.decoding.options import Contrast, Options, Sampling
 from colora_ms.models.formats import WEIGHT_FORMATS
 
 if TYPE_CHECKING:
     from colora_ms.decoding import Generator
+    from colora_ms.decoding.mix import Mix
     from colora_ms.distributed.workers import Workers
     from colora_ms.serving import Engine
+
+
+#: Options of a request that have a flag of their own beside the records'.
+PLAIN = ("adapter_scale", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +39,57 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     add_record(parser, Contrast)
     add_record(parser, Sampling)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
+    add_mix(parser)
+
+
+def add_mix(parser: argparse.ArgumentParser) -> None:
+    """Options of mixes, penalties and forms of answers; :func:`asked` reads them."""
+    parser.add_argument("--mix", default=None, metavar="FILE or JSON",
+                        help="several voices: a mix.yaml, or such as '{\"negative\": {\"prompt\": \"...\"}}'")
+    for name in PLAIN:
+        one = Options.known()[name]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=one.kind, default=one.default, help=one.meaning)
+    parser.add_argument("--grammar", default=None, metavar="JSON",
+                        help="what answers keep to, such as '{\"regex\": \"[0-9]+\"}', '{\"json\": true}' or "
+                             "'{\"json_schema\": {...}}'")
+
+
+def mix(arguments: argparse.Namespace) -> tuple[Mix | None, dict[str, Path]]:
+    """(the mix of the parsed options or None, {name: folder} of the adapters that its file names).
+
+    Raises:
+        ConfigError, DecodingError: the file, or what stands in the option, cannot be used.
+    """
+    if arguments.mix is None:
+        return None, {}
+    if arguments.mix.lstrip().startswith("{"):
+        from colora_ms.decoding.mix import mix_of
+
+        return mix_of(_mapping("mix", arguments.mix), "--mix"), {}
+    from colora_ms.decoding.mix_file import load_mix
+
+    saved = load_mix(arguments.mix)
+    return saved.mix, dict(saved.adapters)
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``Generator.generate`` for the options of :func:`add_mix` that ask for something."""
+    known = Options.known()
+    found = {name: getattr(arguments, name) for name in PLAIN if getattr(arguments, name) != known[name].default}
+    if arguments.mix is not None:
+        found["mix"] = mix(arguments)[0]
+    if arguments.grammar is not None:
+        found["grammar"] = _mapping("grammar", arguments.grammar)
+    return found
+
+
+def _mapping(name: str, text: str) -> Any:
+    from colora_ms.errors import ConfigError
+
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--{name} {text!r:.80} is no JSON: {error}") from None
 
 
 def add_record(parser: argparse.ArgumentParser, record: type[Record]) -> None:
@@ -54,7 +112,7 @@ def generator(arguments: argparse.Namespace, team: Workers | None = None) -> tup
     from colora_ms.decoding import Generator
 
     folder = getattr(arguments, "adapter", None)
-    adapters = {"adapter": folder} if folder else None
+    adapters = {**({"adapter": folder} if folder else {}), **(mix(arguments)[1] if "mix" in arguments else {})} or None
     if team is not None:
         from colora_ms.distributed.loading import load_sharded
 
@@ -67,7 +125,8 @@ def generator(arguments: argparse.Namespace, team: Workers | None = None) -> tup
 def decoding(arguments: argparse.Namespace) -> dict:
     """Keyword arguments of ``Generator.generate`` for the parsed options, without the adapter."""
     return dict(contrast=Contrast(**given(arguments, Contrast)) if arguments.contrast else None,
-                sampling=Sampling.asked(**given(arguments, Sampling)), max_new_tokens=arguments.max_new_tokens)
+                sampling=Sampling.asked(**given(arguments, Sampling)), max_new_tokens=arguments.max_new_tokens,
+                **asked(arguments))
 
 
 def model_hash(arguments: argparse.Namespace) -> str:
@@ -90,19 +149,40 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and its answer together")
 
 
-def engine(arguments: argparse.Namespace, rows: int, **more: Any) -> tuple[Engine, str]:
-    """(Engine, the base model's name) for the parsed options; ``more`` goes to the Engine."""
+def engine(arguments: argparse.Namespace, rows: int, team: Workers | None = None, **more: Any) -> tuple[Engine, str]:
+    """(Engine, the base model's name) for the parsed options; ``more`` goes to the Engine.
+
+    With a ``team`` of several workers the model is split over them; only worker 0 comes back, the others follow it to
+    its end and leave the process.
+    """
+    from colora_ms.distributed.loading import load_sharded
     from colora_ms.models import load_model
     from colora_ms.serving import AdapterBank, Engine
+    from colora_ms.serving.split import SplitBank, follow
 
     name = Path(arguments.model).name
-    decoder, tokenizer = load_model(arguments.model, arguments.weights, max_positions=arguments.max_length)
-    bank = None
-    if arguments.adapters is not None:
-        bank = AdapterBank(decoder, arguments.adapters, max_loaded=arguments.slots, max_rank=arguments.max_rank,
-                           host_bytes=arguments.host_megabytes << 20, base_model=name,
-                           adapter_format=arguments.adapter_format)
-    return Engine(decoder, tokenizer, bank, rows=rows, max_length=arguments.max_length, **more), name
+    split = team is not None and team.world > 1
+    banks: list[Any] = []
+
+    def prepare(decoder: Any) -> None:
+        if arguments.adapters is not None:
+            kind: Any = functools.partial(SplitBank, team=team) if split else AdapterBank
+            banks.append(kind(decoder, arguments.adapters, max_loaded=arguments.slots, max_rank=arguments.max_rank,
+                              host_bytes=arguments.host_megabytes << 20, base_model=name,
+                              adapter_format=arguments.adapter_format))
+
+    if team is not None and split:
+        decoder, tokenizer, _ = load_sharded(arguments.model, team, arguments.weights, arguments.max_length,
+                                             prepare=prepare)
+    else:
+        decoder, tokenizer = load_model(arguments.model, arguments.weights, max_positions=arguments.max_length)
+        prepare(decoder)
+    made = Engine(decoder, tokenizer, next(iter(banks), None), rows=rows, max_length=arguments.max_length,
+                  team=team, **more)
+    if team is not None and not team.first:
+        follow(made.follower(), next(iter(banks), None), team)
+        sys.exit(0)
+    return made, name
 
 
 def write_json(path: str | Path, value: Any) -> None:

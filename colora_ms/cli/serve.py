@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--default-tokens", type=int, default=128, help="tokens of a request that does not say")
     parser.add_argument("--max-body-bytes", type=int, default=1 << 20, help="larger requests are refused with 413")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a request is ended")
+    parser.add_argument("--tensor-parallel", action="store_true",
+                        help="split the model over the workers of a job: bash scripts/msrun_serve.sh -n 2 ...")
     parser.add_argument("--cors", action="append", default=[], metavar="ORIGIN",
                         help="let pages of this origin call the server from a browser; may be given more than once; "
                              "*: any")
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    from colora_ms.distributed import workers
     from colora_ms.serving.http import Server, Settings, create_app
 
     settings = dict(token=_token(arguments), max_body_bytes=arguments.max_body_bytes, max_tokens=arguments.max_tokens,
@@ -54,7 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
                     tool_calls=arguments.tool_calls, adapter_roots=tuple(arguments.allow_adapters_from),
                     mixes=arguments.mixes)
     Settings(**settings)  # its errors come before the model is loaded
-    engine, name = options.engine(arguments, arguments.rows, chunk=arguments.chunk, queue=arguments.queue)
+    team = workers.start() if arguments.tensor_parallel else workers.Workers()
+    if arguments.tensor_parallel and team.world == 1:
+        print("colora-ms serve: --tensor-parallel needs several workers; start them with "
+              "bash scripts/msrun_serve.sh -n 2 ...", file=sys.stderr)
+        return 2
+    engine, name = options.engine(arguments, arguments.rows, team, chunk=arguments.chunk, queue=arguments.queue)
     with engine:
         app = create_app(engine, Settings(base_model=arguments.name or name, **settings))
         server = Server(app, arguments.host, arguments.port, arguments.log_level)

@@ -109,7 +109,8 @@ class Core:
         options = OptionRows(0)
         self.graph.run(FlatBatch(
             tokens=row, rows=row, positions=row, slots=row - 1, tables=np.full((1, 1), block, np.int32),
-            copies=np.zeros((0, 2), np.int32), whole=options.whole, real=options.real, previous=row[:0],
+            copies=np.zeros((0, 2), np.int32), whole=options.whole, real=options.real,
+            mix_rows=options.mix_rows, mix_weights=options.mix_weights, previous=row[:0],
             uniforms=np.zeros((0, self.chunk), np.float32), eos=row[:0]))
         self.pool.release([block])
 

@@ -165,8 +165,8 @@ class _Tokens:
         decoder = str((json.loads(backend.to_str()).get("decoder") or {}))
         level = "'ByteLevel'" in decoder
         if not level and not any(kind in decoder for kind in ("'Metaspace'", "'ByteFallback'", "'Replace'")):
-            raise DecodingError("a grammar needs a tokenizer of bytes or of SentencePiece's kind; this one has the decoder "
-                                f"{decoder[:80] or 'none'}")
+            raise DecodingError("a grammar needs a tokenizer of bytes or of SentencePiece's kind; this one has the "
+                                f"decoder {decoder[:80] or 'none'}")
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = [one for one, token in added.items() if token.special and one < vocabulary]
         self.tokens = [b""] * vocabulary
@@ -181,7 +181,8 @@ class _Tokens:
         """Ids of bytes, the longest token at each place; bytes that no token begins with are left out."""
         found, at = [], 0
         while at < len(text):
-            size = next((n for n in range(min(self._longest, len(text) - at), 0, -1) if text[at:at + n] in self._ids), 0)
+            most = min(self._longest, len(text) - at)
+            size = next((n for n in range(most, 0, -1) if text[at:at + n] in self._ids), 0)
             if size:
                 found.append(self._ids[text[at:at + size]])
             at += max(size, 1)

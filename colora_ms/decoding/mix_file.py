@@ -50,8 +50,8 @@ def used_adapters(mix: Mix) -> Tuple[str, ...]:
         ConfigError: a voice has the adapter of whoever asks, so that the mix alone is no model.
     """
     if mix.needs_adapter:
-        raise ConfigError(f"the mix ({mix.label}) has a voice with the adapter that a request asks for; name its adapter, "
-                          "so that the mix stands for itself")
+        raise ConfigError(f"the mix ({mix.label}) has a voice with the adapter that a request asks for; name its "
+                          "adapter, so that the mix stands for itself")
     return tuple(dict.fromkeys(voice.adapter for voice in mix.voices if voice.adapter is not None))
 
 
@@ -124,8 +124,8 @@ def load_mix(path: Union[str, os.PathLike]) -> SavedMix:
                               f"{near(one, list(folders))}")
         found = digest(folders[one])
         if found != digests.setdefault(one, found):
-            raise ConfigError(f"{source}: the adapter {one!r} in {folders[one]} has the digest {found[:12]}…, the mix was "
-                              f"made with {digests[one][:12]}…; save the mix again, or bring the adapter back")
+            raise ConfigError(f"{source}: the adapter {one!r} in {folders[one]} has the digest {found[:12]}…, the mix "
+                              f"was made with {digests[one][:12]}…; save the mix again, or bring the adapter back")
     return SavedMix(name, mix, folders, digests)
 
 

@@ -8,7 +8,7 @@ for buckets of tokens, rows and requests. Both make the same tokens.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class FlatBatch:
     eos: np.ndarray
     steps: int = 1
     prompts: Optional[Sequence[Optional[np.ndarray]]] = None
-    adjustments: Dict[str, Sequence[Optional[np.ndarray]]] = dataclasses.field(default_factory=dict)
+    adjustments: Mapping[str, Sequence[Optional[np.ndarray]]] = dataclasses.field(default_factory=dict)
     strengths: Optional[np.ndarray] = None
 
 
@@ -170,6 +170,12 @@ class StepGraph:
         self.fused = self.decoder.fused_step
         self._make()
 
+    def rest(self) -> None:
+        """Called now and then while there is nothing to run."""
+
+    def end(self) -> None:
+        """Called when nothing will be run any more."""
+
     def compilations(self) -> int:
         """How many graphs have been compiled."""
         return self._former + sum(runtime.compilations(cell) for cell in self._cells)
@@ -215,12 +221,13 @@ class StepGraph:
         for source, target in batch.copies.reshape(-1, 2):
             runtime.run(self._cells[1], Tensor(np.array([source], np.int32)),
                         Tensor(np.array([target], np.int32))).asnumpy()
-        tokens = bucket(len(batch.tokens))
-        rows, requests = bucket(len(batch.slots), 1), bucket(len(batch.whole), 1)
+        # Each shape is a graph to compile, so that there are few: one number for tokens, rows and requests.
+        tokens = min(coarse(len(batch.tokens)), self.tokens)
+        rows, requests = min(tokens, self.rows), min(tokens, self.requests)
         read = np.zeros(rows, np.int32)
         read[batch.rows] = np.arange(len(batch.rows))  # the last token of each row stays
         ids, lengths = _prompt_rows(batch.prompts, requests)
-        width = bucket(int(batch.positions.max(initial=0)) // BLOCK + 1)
+        width = min(coarse(int(batch.positions.max(initial=0)) // BLOCK + 1), self.width)
         results = runtime.run(
             self._cells[0], *(Tensor(padded(one, tokens, fill)) for one, fill in (
                 (batch.tokens, 0), (batch.rows, -1), (batch.positions, 0), (batch.slots[batch.rows], -1))),
@@ -242,6 +249,11 @@ MOST_ENDS = 16
 def bucket(size: int, smallest: int = 4) -> int:
     """The smallest static size that holds ``size``: 4, 8, 16, ..."""
     return max(smallest, 1 << max(size - 1, 0).bit_length())
+
+
+def coarse(size: int) -> int:
+    """The smallest power of four that holds ``size``, at least 4."""
+    return 4 ** max(1, -(-max(size - 1, 0).bit_length() // 2))
 
 
 def padded(array: np.ndarray, size: int, fill: int) -> np.ndarray:

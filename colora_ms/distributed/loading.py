@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Optional
 
@@ -28,8 +28,8 @@ _FORMATS = tuple(name for name in WEIGHT_FORMATS if FORMATS[name].is_float)
 
 def shard_decoder(config: DecoderConfig, weights: Mapping[str, np.ndarray], team: Workers,
                   weight_format: str = "float32", max_positions: Optional[int] = None,
-                  adapters: Optional[Mapping[str, PathLike]] = None,
-                  trainable: bool = False) -> tuple[Decoder, Optional[Adapters]]:
+                  adapters: Optional[Mapping[str, PathLike]] = None, trainable: bool = False,
+                  prepare: Optional[Callable[[Decoder], None]] = None) -> tuple[Decoder, Optional[Adapters]]:
     """This worker's share of a decoder, with its share of the adapters.
 
     Args:
@@ -40,6 +40,8 @@ def shard_decoder(config: DecoderConfig, weights: Mapping[str, np.ndarray], team
         max_positions: see ``Decoder``.
         adapters: mapping of names to PEFT folders of plain LoRA, or None.
         trainable: whether the adapters' Parameters require gradients.
+        prepare: what is to be done with the decoder before the sums are put into it, where its Cells are still those of
+            a small whole model: slots for adapters are made here.
 
     Returns:
         ``(Decoder, Adapters or None)``. Its cache has this worker's heads alone; its inputs and logits are those of
@@ -53,7 +55,7 @@ def shard_decoder(config: DecoderConfig, weights: Mapping[str, np.ndarray], team
         raise ConfigError(f"weight_format {weight_format!r} cannot be split, expected one of {', '.join(_FORMATS)}: "
                           "the scales of integer weights would be other ones than those of the whole model")
     decoder = Decoder(local_config(config, team.world), Shares(weights, team), weight_format,
-                      max_positions or min(config.max_position_embeddings, 8192))
+                      max_positions)
     handle = None
     if adapters:
         with tempfile.TemporaryDirectory(prefix="colora-shares-") as folder:
@@ -63,19 +65,22 @@ def shard_decoder(config: DecoderConfig, weights: Mapping[str, np.ndarray], team
         if trainable and handle.dropout:
             raise AdapterError(f"lora_dropout is {handle.dropout}, but a split model is trained without dropout: its "
                                "workers would drop different inputs of one linear")
+    if prepare is not None:
+        prepare(decoder)
     if team.world > 1:
         join_parts(decoder)
     return decoder, handle
 
 
 def load_sharded(name_or_path: PathLike, team: Workers, weight_format: str = "float32",
-                 max_positions: Optional[int] = None, adapters: Optional[Mapping[str, PathLike]] = None
+                 max_positions: Optional[int] = None, adapters: Optional[Mapping[str, PathLike]] = None,
+                 prepare: Optional[Callable[[Decoder], None]] = None
                  ) -> tuple[Decoder, Tokenizer, Optional[Adapters]]:
     """This worker's share of a model from its files, with its tokenizer and its share of the adapters.
 
     Args:
         name_or_path: as for :func:`colora_ms.models.load_model`.
-        team, weight_format, max_positions, adapters: as for :func:`shard_decoder`.
+        team, weight_format, max_positions, adapters, prepare: as for :func:`shard_decoder`.
 
     Returns:
         ``(Decoder, Tokenizer, Adapters or None)``.
@@ -90,5 +95,6 @@ def load_sharded(name_or_path: PathLike, team: Workers, weight_format: str = "fl
         raise ConfigError(f"{checkpoint.path} has {kind}, which cannot be split over workers; run it in one process, "
                           "or split the float model that it was made from")
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-    decoder, handle = shard_decoder(checkpoint.config, checkpoint.tensors, team, weight_format, max_positions, adapters)
+    decoder, handle = shard_decoder(checkpoint.config, checkpoint.tensors, team, weight_format, max_positions, adapters,
+                                    prepare=prepare)
     return decoder, tokenizer, handle

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from colora_ms.models.decoder import Decoder
     from colora_ms.models.tokenizer import Tokenizer
 
-_EXPORTS = {"Decoder": "decoder", "DecoderConfig": "config", "PagedCache": "paged_cache", "open_checkpoint": "checkpoint"}
+_EXPORTS = {"Decoder": "decoder", "DecoderConfig": "config", "PagedCache": "paged_cache",
+            "open_checkpoint": "checkpoint"}
 
 __all__ = ["Decoder", "DecoderConfig", "PagedCache", "build_decoder", "load_model", "open_checkpoint"]
 

@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Optional, Union
 from colora_ms.adapters import LoraConfig, adapter_path, check_name, inject
 from colora_ms.adapters.store import CONFIG_FILE
 from colora_ms.errors import AdapterError, ConfigError, UnknownAdapterError, near
-from colora_ms.serving.content import read_content
+from colora_ms.serving.content import Content, read_content
 
 
 @dataclass(frozen=True)
@@ -232,13 +232,17 @@ class AdapterBank:
         self._counters.evictions += evicted
         started = time.perf_counter()
         try:
-            self.adapters.write_slot(number, content.matched, content.values)
+            self.write(number, content)
         except BaseException:
             self._slots.forget(content.digest)
             raise
         self._counters.place_ms = 1e3 * (time.perf_counter() - started)
         self._counters.loads += 1
         return True
+
+    def write(self, number: int, content: Content) -> None:
+        """Put a content into a slot of the model."""
+        self.adapters.write_slot(number, content.matched, content.values)
 
     def release(self, lease: Lease) -> None:
         """Give a lease back."""
@@ -266,7 +270,7 @@ class AdapterBank:
     def _read(self, name, path=None):
         path = self._path(name) if path is None else path
         started = time.perf_counter()
-        content = read_content(self.adapters, path, self.max_rank, self.host_bytes, self.allow_pickle)
+        content = self.read(path)
         with self._lock:
             self._counters.reads += 1
             self._counters.read_ms = 1e3 * (time.perf_counter() - started)
@@ -276,6 +280,10 @@ class AdapterBank:
                 self._host.popitem(last=False)
                 self._counters.host_evictions += 1
         return content
+
+    def read(self, path: Path) -> Content:
+        """The checked content of a folder; any thread may call this."""
+        return read_content(self.adapters, path, self.max_rank, self.host_bytes, self.allow_pickle)
 
     def _used(self):
         return sum(content.nbytes for content in self._host.values())

@@ -32,17 +32,21 @@ class Chat:
         system: system message, or None.
         plain: send each line as it is, without template and memory; so is a model without a chat template.
         out: text file for everything that is said.
+        more: further options of every request, see :class:`colora_ms.decoding.options.Options`; a mix among them gives
+            way to a contrast.
     """
 
     def __init__(self, engine: Engine, name: str = "base", contrast: Optional[Contrast] = None,
                  sampling: Optional[Sampling] = None, max_new_tokens: int = 256, system: Optional[str] = None,
-                 plain: bool = False, out: Optional[TextIO] = None) -> None:
+                 plain: bool = False, out: Optional[TextIO] = None,
+                 more: Optional[Dict[str, Any]] = None) -> None:
         self.engine = engine
         self.name = name
         self.usual = contrast or Contrast()
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.out = out or sys.stdout
+        self.more = dict(more or {})
         self.adapter: Optional[str] = None
         self.contrast: Optional[Contrast] = None
         self.last: Optional[Completion] = None
@@ -93,8 +97,9 @@ class Chat:
             ColoraError: it cannot be answered; the conversation stays as it was.
         """
         said = [*self.messages, {"role": "user", "content": text}]
+        more = {name: value for name, value in self.more.items() if name != "mix" or self.contrast is None}
         handle = self.engine.submit(text if self.plain else said, adapter=self.adapter, contrast=self.contrast,
-                                    sampling=self.sampling, max_new_tokens=self.max_new_tokens, records=True)
+                                    sampling=self.sampling, max_new_tokens=self.max_new_tokens, records=True, **more)
         try:
             for part in handle:
                 self._write(part)

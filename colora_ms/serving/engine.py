@@ -20,18 +20,24 @@ from colora_ms.decoding.core import Core, cache_blocks
 from colora_ms.decoding.options import Options
 from colora_ms.decoding.prompt import ending_ids
 from colora_ms.decoding.request import Limits, Request
+from colora_ms.decoding.step import StepGraph
 from colora_ms.decoding.values import shown
+from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ColoraError, ConfigError, DecodingError, EngineClosedError, UnknownAdapterError
 from colora_ms.serving.bank import AdapterBank
 from colora_ms.serving.handle import RequestHandle, Timing, Usage
 from colora_ms.serving.job import Job
 from colora_ms.serving.rounds import Rounds
 from colora_ms.serving.scheduler import WaitingQueue
+from colora_ms.serving.split import LeadingGraph
 
 _log = logging.getLogger(__name__)
 
 #: Bytes of the engine thread's stack: MindSpore parses deep graphs by recursion.
 _STACK = 256 << 20
+
+#: Seconds after which an idle engine tells its graph that it is.
+_REST = 2.0
 
 
 class Engine:
@@ -51,6 +57,7 @@ class Engine:
         prompt_chunk: tokens of prompts that are computed in a step in which other requests make tokens, so that the
             time between their tokens stays even.
         cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values.
+        team: the workers over which the decoder is split (:mod:`colora_ms.serving.split`); this is the first of them.
 
     Raises:
         ConfigError: a number is out of range, or the bank is another model's.
@@ -58,7 +65,7 @@ class Engine:
 
     def __init__(self, decoder: Any, tokenizer: Any, bank: Optional[AdapterBank] = None, rows: int = 16,
                  cache_bytes: Optional[int] = None, max_length: Optional[int] = None, chunk: int = 8, queue: int = 256,
-                 prompt_chunk: int = 128, cache_dtype: Any = ms.float32) -> None:
+                 prompt_chunk: int = 128, cache_dtype: Any = ms.float32, team: Optional[Workers] = None) -> None:
         limit = min(decoder.max_positions, decoder.config.max_position_embeddings)
         max_length = limit if max_length is None else max_length
         for label, value, least in (("rows", rows, 2), ("max_length", max_length, 2), ("chunk", chunk, 1),
@@ -80,6 +87,10 @@ class Engine:
         self._limits = Limits(decoder.config.vocab_size, self.max_length, "the engine's cache",
                               ": shorten it, or make the engine with a larger max_length or cache_bytes", blocks)
         self._core = Core.of(decoder, blocks, cache_dtype, rows, chunk, prompt_chunk, self.max_length, self.eos)
+        if team is not None and team.world > 1:
+            if not team.first:
+                return  # its graph is all that is wanted, see :meth:`follower`
+            self._core.graph = LeadingGraph(self._core.graph, team)
         self._waiting = WaitingQueue(queue)
         self._rounds = Rounds(self._core, self._waiting, bank)
         self._numbers = itertools.count()
@@ -171,6 +182,10 @@ class Engine:
         if self._closing is not None:
             raise EngineClosedError("the engine was closed")
 
+    def follower(self) -> StepGraph:
+        """The graph of a worker that is not the first one: it follows, and this engine takes no requests."""
+        return self._core.graph
+
     # -- life --------------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
@@ -243,7 +258,9 @@ class Engine:
         rounds = self._rounds
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: rounds.busy or self._calls or self._closing)
+                if not self._wake.wait_for(lambda: rounds.busy or self._calls or self._closing, _REST):
+                    self._core.graph.rest()
+                    continue
                 closing, calls = self._closing, list(self._calls)
                 self._calls.clear()
             for task in calls:
@@ -261,3 +278,4 @@ class Engine:
         with self._wake:
             self._closing = "now"
         rounds.abandon(EngineClosedError("the engine was closed before the request ended"))
+        self._core.graph.end()

@@ -10,6 +10,9 @@ from colora_ms.kernels.operands import LAYER, OPTIONAL
 from colora_ms.kernels.paged import BLOCK
 from paged_case import empty_cache, numbers
 
+#: Factor on the scales of the second three slots.
+STRENGTH = np.float32(0.7)
+
 
 class Product(NamedTuple):
     """In the place of a linear's six tensors: a product of two or three small matrices, with adapters or without."""
@@ -102,9 +105,11 @@ class Model:
         return [weight, scale, self.normal(out) if self.bias else None, *self.adapter(out, columns)]
 
     def adapter(self, out, columns):
+        """Six slots: three adapters, and the same at another strength."""
         if not self.rank:
             return [None] * 3
-        return [self.normal(3, self.rank, columns), self.normal(3, out, self.rank), self.normal(3)]
+        down, up, scale = self.normal(3, self.rank, columns), self.normal(3, out, self.rank), self.normal(3)
+        return [np.concatenate([x, x]) for x in (down, up)] + [np.concatenate([scale, scale * STRENGTH])]
 
     def factors(self, out, columns):
         """In the place of a weight: a product of two or three small matrices."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from call import Refused, Table, call, options, set_threads
 from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.flat_step import ARGUMENTS, EXTRAS, _shapes
-from model_case import Model, Product, bits, copied, first_shape, tables_for
+from model_case import STRENGTH, Model, Product, bits, copied, first_shape, tables_for
 from paged_case import numbers
 
 FIXED, ENTROPY, DIVERGENCE, MARGIN, SKIP = 0, 1, 2, 3, 8
@@ -39,6 +39,7 @@ class Case(Model):
             if row not in used and row != self.starting:
                 self.new[row] = 0
         self.slots = random.integers(-1, 3, rows).astype(np.int32)
+        self.strengths = random.choice([np.float32(1), STRENGTH], rows).astype(np.float32)
         self.ids = [random.integers(0, self.vocab, p + n).astype(np.int32) for p, n in zip(self.past, self.new)]
         self.tables = tables_for([p + n + capacity for p, n in zip(self.past, self.new)], self.blocks, random)
         self.budget = random.integers(0, capacity + 3, requests).astype(np.int32)
@@ -59,7 +60,7 @@ class Case(Model):
             if self.past[row]:
                 n = int(self.past[row])
                 self.hidden_states(self.ids[row][:n], np.full(n, row, np.int32), np.arange(n, dtype=np.int32),
-                                   np.full(n, self.slots[row], np.int32), self.tables)
+                                   np.full(n, self.part_slots[row], np.int32), self.tables)
         self.table = Table(self.operands())
 
     def batch(self, order=None):
@@ -120,6 +121,11 @@ class Case(Model):
             whole["masked"] = self.adjusted["masked"]
         return options(whole, real)
 
+    @property
+    def part_slots(self):
+        """Slots whose scales hold the rows' strengths."""
+        return (self.slots + 3 * ((self.slots >= 0) & (self.strengths != 1))).astype(np.int32)
+
     def inputs(self):
         tokens, rows, positions = self.batch()
         counts = np.int32([len(tokens), len(self.copies), self.steps])
@@ -131,7 +137,8 @@ class Case(Model):
         self.extras = Table(extras) if any(one.size for one in extras) else None
         handle = np.zeros(2, np.int64) if self.extras is None else self.extras.handle
         return [self.table.handle, *(np.concatenate([x, fill]) for x in (tokens, rows, positions)), counts, self.slots,
-                self.tables, np.concatenate([self.copies, np.full((2, 2), -7, np.int32)]), self.previous,
+                self.strengths, self.tables, np.concatenate([self.copies, np.full((2, 2), -7, np.int32)]),
+                self.previous,
                 *self.options(), self.uniforms, self.eos, handle]
 
     def outputs(self):
@@ -167,12 +174,12 @@ class Case(Model):
                 tokens = np.array([previous[i] for _, i in users], np.int32)
                 position[rows] += 1
                 positions = position[rows]
-            h = self.hidden_states(tokens, rows, positions, self.slots[rows], self.tables)
+            h = self.hidden_states(tokens, rows, positions, self.part_slots[rows], self.tables)
             last = {int(r): i for i, r in enumerate(rows)}  # the last token of each row
             states = np.zeros((self.rows, self.hidden), np.float32)
             for r, i in last.items():
                 states[r] = h[i]
-            logits = self.logits(states, self.slots)
+            logits = self.logits(states, self.part_slots)
             expert = np.where(active, self.expert, -1).astype(np.int32)
             if self.adjusted is not None:
                 rows_, biases, masks = self.adjusting(entries)
@@ -265,7 +272,7 @@ def test_usual_sizes_on_one_and_two_threads(weights, requests):
 def test_a_head_and_layers_that_are_products(adapted):
     """Decomposed linears with adapters, the head among them."""
     case = Case(4, products=0.6, mode=(ENTROPY, DIVERGENCE), rank=3)
-    down, up, scale = (case.normal(3, 2, 24), case.normal(3, 29, 2), case.normal(3)) if adapted else [None] * 3
+    down, up, scale = (case.normal(6, 2, 24), case.normal(6, 29, 2), case.normal(6)) if adapted else [None] * 3
     case.head = Product(case.normal(5, 24), case.normal(29, 5), None, None, down, up, scale)
     case.embed = [case.normal(29, 24), None]
     case.table = Table(case.operands())
@@ -368,7 +375,8 @@ def set_column(name, place, value):
 @pytest.mark.parametrize("change, message", [
     (set_batch("tokens", 29), "'tokens' is 29 at token 0"), (set_batch("rows", 9), "'rows' is 9 at token 0"),
     (set_batch("rows", -1), "'rows' is -1 at token 0"), (set_batch("positions", -1), "'positions' is -1 at token 0"),
-    (set_column("slots", 0, 3), "'slots' holds slot 3 at index 0"),
+    (set_column("slots", 0, 6), "'slots' holds slot 6 at index 0"),
+    (set_column("strengths", 0, np.nan), "'strengths' is nan in row 0"),
     (set_column("expert", 1, 0), "row 0 is used by request 0 and by request 1"),
     (set_column("expert", 0, 7), "'mix_rows' is 7 at place 0 of request 0"),
     (set_column("tables", (0, 0), -1), "'tables' has -1 as entry 0 of row 0"),

@@ -6,6 +6,7 @@ import pytest
 
 from colora_ms.cli import main
 from colora_ms.decoding import Contrast
+from colora_ms.decoding.mix import Guide
 from colora_ms.serving.chat import Chat
 
 
@@ -35,6 +36,18 @@ def test_why_lists_the_changed_tokens(engine):
                       contrast=Contrast(0.05, 2.0),
                       plain=True)
     assert "contrast: fixed, alpha 0.05, beta 2" in text and "changed 0 of" in text
+
+
+def test_why_of_a_mix_lists_every_row(engine):
+    mix = Guide("a4", "a0", 3.0)
+    text, chat = talk(engine, "5 17 33", "/why", plain=True, more={"mix": mix, "frequency_penalty": 0.5})
+    want = engine.submit([5, 17, 33], mix=mix, frequency_penalty=0.5, max_new_tokens=8).result(60)
+    assert chat.last.tokens == want.tokens
+    for record in (one for one in chat.last.records if one.changed):
+        assert [role for role, _ in record.voices] == ["base", "expert", "anti"]
+        assert all(f"{role} {chance:.2f}" in text for role, chance in record.voices)
+    assert any(one.changed for one in chat.last.records)
+    talk(engine, "/adapter a1", "/contrast on", "5 6", plain=True, more={"mix": mix})  # a contrast comes first
 
 
 @pytest.mark.parametrize("line, words", [

@@ -86,8 +86,28 @@ def test_generate_takes_what_the_generator_takes(capsys, shared):
     assert rows("--top-p", "0", "--top-k", "-1", "a")["tokens"] == rows("a")["tokens"]
     assert rows("--temperature", "1", "--top-p", "0", "a")["tokens"] == rows("a")["tokens"]
     for option, value, words in (("--temperature", "1e39", "float32"), ("--temperature", "nan", "not a finite number"),
-                                 ("--stop-token-id", "512", "0..511")):
+                                 ("--stop-token-id", "512", "0..511"), ("--mix", "{", "--mix '{' is no JSON"),
+                                 ("--mix", "nowhere.yaml", "nowhere.yaml cannot be read"),
+                                 ("--mix", '{"negativ": {}}', "Did you mean 'negative'"),
+                                 ("--repetition-penalty", "0", "(0, 100]"), ("--adapter-scale", "2", "needs adapter")):
         assert words in rows(option, value, "a")
+
+
+def test_generate_with_a_mix_and_penalties(capsys, shared):
+    """The options' names on the command line are those of the records."""
+    def row(*more):
+        model = str(shared / "data" / "stories260k")
+        assert main(["generate", "--model", model, "--max-new-tokens", "16", "--json", *more,
+                     "Once upon a time, there was"]) == 0
+        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+    plain = row()
+    negative = row("--mix", '{"negative": {"prompt": "Once upon a time, there was a little", "gamma": 4.0}}')
+    assert negative["tokens"] != plain["tokens"]
+    assert [[name for name, _ in one["voices"]] for one in negative["records"]] == [["prompt", "negative"]] * 16
+    assert row("--mix", '{"negative": {"prompt": "A little girl", "gamma": 1.0}}')["tokens"] == plain["tokens"]
+    never = row("--presence-penalty", "2", "--frequency-penalty", "2", "--repetition-penalty", "9")["tokens"]
+    assert never != plain["tokens"] and len(set(never)) == 16
 
 
 def test_import_is_light():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import benchmark_serving  # noqa: E402
+import soak_clients  # noqa: E402
 import soak_serving  # noqa: E402
 
 
 @pytest.fixture
 def client():
-    return soak_serving.Client(0, "nowhere", ["base", "a00"], [[5]], soak_serving.Tally(), end=0)
+    return soak_clients.Client(0, "nowhere", ["base", "a00", "a01", "a02"], [[5]], soak_clients.Tally(), end=0)
 
 
 def refusal(message):
@@ -24,7 +25,7 @@ def refusal(message):
 
 
 def test_what_is_lost_and_what_is_a_refusal(client, monkeypatch):
-    monkeypatch.setattr(soak_serving.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(soak_clients.time, "sleep", lambda seconds: None)
     tally = client.tally
     assert not client.settle(200, "{}") and client.settle(429, refusal("64 requests wait"))
     assert client.settle(404, refusal("adapter 'a00' was unloaded")) and not tally.lost
@@ -45,8 +46,39 @@ def test_a_bad_request_that_is_taken_is_lost(client, monkeypatch):
     assert len(client.tally.lost) == 1 and not client.tally.refusals
 
 
-def test_percentiles_are_milliseconds():
-    assert benchmark_serving.percentiles([0.001 * i for i in range(101)]) == pytest.approx([50.0, 99.0])
+def test_equal_ensembles_give_equal_answers(client):
+    from colora_ms.errors import QueueFullError, UnknownAdapterError
+
+    asked, answers = [], [[5, 6], [5, 6], [5, 7]]
+    client.mixed = lambda prompt, adapters, tokens: asked.append((prompt, adapters, tokens)) or answers[len(asked) - 1]
+    for _ in answers:
+        client.mix()
+    assert asked == [([5], ["a00", "a01", "a02"], 1)] * 3
+    assert client.tally.counts["mixes"] == 3 and client.tally.counts["answered"] == 2
+    assert len(client.tally.lost) == 1 and "another answer" in client.tally.lost[0]
+
+    def refuse(*arguments, error):
+        raise error("no")
+
+    for error in (QueueFullError, UnknownAdapterError):
+        client.mixed = lambda *arguments, error=error: refuse(error=error)
+        client.mix()
+    assert dict(client.tally.refusals) == {"queue full": 1, "adapter unloaded": 1} and len(client.tally.lost) == 1
+
+
+def test_the_engine_gets_few_blocks_if_it_has_any(monkeypatch):
+    paged = types.SimpleNamespace(BLOCK=16, block_bytes=lambda config: 100)
+    monkeypatch.setitem(sys.modules, "colora_ms.models.paged_cache", paged)
+
+    def paged_engine(decoder, rows=16, cache_bytes=0):
+        pass
+
+    def rows_engine(decoder, rows=16, max_length=1024):
+        pass
+
+    # The longest ensemble: three rows of 60 + 64 tokens, eight blocks each.
+    assert soak_serving.engine_options(paged_engine, None) == {"cache_bytes": 26 * 100}
+    assert soak_serving.engine_options(rows_engine, None) == {"max_length": 160}
 
 
 @pytest.mark.slow

@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""Starting: what the first answer of a process costs beyond a later one.
+
+    python scripts/benchmark_loading.py --json loading.json
+
+* compile: the generation graph of a decoder of 30 layers of tiny random weights (hidden 64), so that nearly all is
+  compilation, in a process of its own with an empty graph cache. ``compile_s_30_layers``: seconds of the first answer
+  less those of a second one; ``compile_mib_30_layers``: the process's peak memory during the first answer less its
+  memory before. The same for 4 layers, which tells what a layer costs.
+
+Each round is a process of its own; the medians count. A further part is a function in ``PARTS`` that gives measures.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from benchmark_common import (
+    ROOT,
+    BenchmarkError,
+    Worker,
+    machine,
+    measure,
+    peak_bytes,
+    reset_peak,
+    run_benchmark,
+    serve,
+    table,
+    versions,
+)
+
+sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
+
+FEW, LAYERS = 4, 30
+PROMPT_TOKENS, ANSWER_TOKENS = 8, 8
+
+
+# -- what runs in child processes -------------------------------------------------------------------------------------
+
+
+def resident_bytes():
+    """Resident memory of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Numbers:
+    """A tokenizer whose texts are ids with blanks between them."""
+
+    eos_token_id, chat_template = 2, None
+
+    def encode(self, text, add_special_tokens=True):
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(map(str, ids))
+
+
+class Child:
+    """One process; the handler of the questions."""
+
+    def compile(self, layers):
+        """{"first", "second": seconds of an answer, the first one with the making of the Generator; "bytes": peak of
+        the first one less what was there before; "graphs": compiled for it}."""
+        from colora_ms import runtime
+        from colora_ms.decoding import Generator
+        from colora_ms.models.config import DecoderConfig
+        from colora_ms.models.decoder import Decoder
+
+        config = DecoderConfig(model_type="llama", vocab_size=256, hidden_size=64, intermediate_size=128,
+                               num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                               max_position_embeddings=256, eos_token_ids=(2,))
+        decoder = Decoder(config)
+        prompt, seconds, graphs = list(range(3, 3 + PROMPT_TOKENS)), [], [runtime.all_compilations()]
+        generator, peak, before = None, 0, resident_bytes()
+        reset_peak()
+        for _ in range(2):
+            start = time.perf_counter()
+            generator = generator or Generator(decoder, Numbers())
+            generator.generate([prompt], max_new_tokens=ANSWER_TOKENS, ignore_eos=True)
+            seconds.append(time.perf_counter() - start)
+            peak = peak or peak_bytes()
+            graphs.append(runtime.all_compilations())
+        if not graphs[0] < graphs[1] == graphs[2]:
+            raise BenchmarkError(f"{graphs} graphs were compiled before the first answer, after it, and after the "
+                                 "second one: they are expected in the first one")
+        return {"first": seconds[0], "second": seconds[1], "bytes": peak - before, "graphs": graphs[1] - graphs[0]}
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def compilation(rounds):
+    """Figures of one model's compilation from what its processes answered: {"s", "mib"}, medians."""
+    return {"s": statistics.median(one["first"] - one["second"] for one in rounds),
+            "mib": statistics.median(one["bytes"] / 2**20 for one in rounds)}
+
+
+def measure_compile(arguments, folder):
+    """(measures, further entries of the JSON file)"""
+    rounds = {FEW: [], LAYERS: []}
+    for number in range(arguments.repeats):
+        for layers, answers in rounds.items():
+            # A cache of its own, which is empty; graphs are kept there as a user's are.
+            worker = Worker([sys.executable, __file__, "--child"],
+                            {"COLORA_CACHE": str(folder / f"cache-{layers}-{number}")}, timeout=1800)
+            answers.append(worker.ask("compile", layers=layers))
+            worker.close()
+    found = {layers: compilation(answers) for layers, answers in rounds.items()}
+    measures = []
+    for layers, one in found.items():
+        measures += [measure(f"compile_s_{layers}_layers", one["s"], "s"),
+                     measure(f"compile_mib_{layers}_layers", one["mib"], "MiB")]
+    more = LAYERS - FEW
+    measures += [measure("compile_s_a_layer", (found[LAYERS]["s"] - found[FEW]["s"]) / more, "s"),
+                 measure("compile_mib_a_layer", (found[LAYERS]["mib"] - found[FEW]["mib"]) / more, "MiB")]
+    return measures, {"compile": {str(layers): answers for layers, answers in rounds.items()}}
+
+
+#: What can be measured, by name.
+PARTS = {"compile": measure_compile}
+
+
+def benchmark(arguments, folder):
+    """(measures, versions, further entries of the JSON file)"""
+    print(", ".join(f"{k} {v}" for k, v in machine().items()), flush=True)
+    measures, more = [], {}
+    for name in arguments.only or PARTS:
+        found, entries = PARTS[name](arguments, folder)
+        measures += found
+        more.update(entries)
+    print(table(("measure", "value", "unit"), [(m["name"], f"{m['value']:.4g}", m["unit"]) for m in measures]))
+    return measures, versions("colora-ms", "mindspore"), more
+
+
+def main():
+    if sys.argv[1:] == ["--child"]:
+        return serve(Child())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measures here")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--threads", type=int, default=2, help="processors to use")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each measure")
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    return run_benchmark(benchmark, arguments)
+
+
+if __name__ == "__main__":
+    main()
