@@ -80,6 +80,9 @@ class Core:
         budget: tokens of prompts in a call in which other requests make tokens.
         length: tokens that a sequence may have.
         eos: ids that end answers.
+
+    Attributes:
+        ahead: see :data:`AHEAD`; may be set.
     """
 
     def __init__(self, graph: Any, pool: BlockPool, rows: int, tokens: int, chunk: int, budget: int, length: int,
@@ -90,9 +93,9 @@ class Core:
         self.tokens = tokens
         self.chunk = chunk
         self.budget = budget
-        self.ahead = AHEAD
         self.table_blocks = pool.count(length)
         self.eos = tuple(eos)
+        self.ahead = AHEAD
         self.seats: List[Seat] = []  # those that hold rows, in the order of coming
         self.preempted: List[Seat] = []  # those that gave their blocks back, in the same order
         self.counts = dict.fromkeys(("prompt_rows_tokens", "cached_tokens", "copied_blocks", "preemptions", "steps",

@@ -6,6 +6,7 @@ import pytest
 
 from colora_ms.serving import Engine
 from colora_ms.serving.http import Server, Settings, create_app
+from colora_ms.serving.http.calls import FORMATS
 from tests.serving.conftest import call
 from tests.serving.test_answers import scripted
 from tests.serving.test_http_requests import events_of
@@ -25,21 +26,23 @@ PIECES = ["Let me", " see.", "\n", "<tool_call>", '{"name": "weather", ', '"argu
           "</tool_call>", "<|im_end|>"]
 
 
-def model_of(pieces, special=("<|im_start|>", "<|im_end|>", "<|go|>"), template=TEMPLATE, **settings):
-    """(decoder, tokenizer) of a model that writes these pieces behind <|go|>, and then ends."""
+def model_of(pieces, special=("<|im_start|>", "<|im_end|>", "<|go|>"), template=TEMPLATE, letters="", **settings):
+    """(decoder, tokenizer) of a model that writes these pieces behind <|go|>, and then ends; ``letters`` are tokens,
+    too."""
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Backend
 
     from colora_ms.models.tokenizer import Tokenizer
 
-    texts = list(dict.fromkeys(["q", *pieces, *special]))
+    texts = list(dict.fromkeys(["q", *pieces, *special, *letters]))
     backend = Backend(models.BPE({text: place for place, text in enumerate(texts)}, []))
     backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in special])
-    backend.add_tokens([AddedToken(one, special=False, normalized=False) for one in texts if one not in special])
-    backend.decoder = decoders.Fuse()
+    backend.add_tokens([AddedToken(one, special=False, normalized=False) for one in ["q", *pieces]
+                        if one not in special])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
     tokenizer = Tokenizer(backend, {"eos_token": "<|im_end|>", "chat_template": template, **settings})
     path = [texts.index(one) for one in ("<|go|>", *pieces)]
-    return scripted(dict(zip(path, path[1:])), tokenizer)
+    return scripted(dict(zip(path, path[1:])), tokenizer, 128 if letters else 32)
 
 
 @pytest.fixture
@@ -262,3 +265,33 @@ def test_a_response_that_is_cut(served):
 def test_refused_responses(served, more, param):
     status, _, answer = respond(served(PIECES), **more)
     assert status == 400 and answer["error"]["param"] == param, answer
+
+
+# -- calls that must be ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form, special",
+                         [("hermes", False), ("hermes", True), ("mistral", True), ("llama3", False)])
+def test_a_model_that_would_rather_talk_must_call(served, form, special):
+    pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'colora-ms[constraints]'")
+    opening, closing = FORMATS[form].opening, FORMATS[form].closing
+    own = [one for one in (opening, closing) if one and special]
+    letters = [chr(code) for code in range(32, 127)]
+    special = ("<|im_start|>", "<|im_end|>", "<|go|>", *own)
+    url = served(["Let me", "<|im_end|>"], form, special=special, letters=letters)
+    only = {"type": "object", "properties": {"city": {"const": "Ulm"}}, "required": ["city"],
+            "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": name, "parameters": only, "strict": True}}
+             for name in ("weather", "time")]
+    assert chat(url, tool_choice="none")[2]["choices"][0]["message"]["content"] == "Let me"
+    for name in ("weather", "time"):
+        chosen = {"type": "function", "function": {"name": name}}
+        status, _, answer = chat(url, tools=tools, tool_choice=chosen, max_tokens=100)
+        assert status == 200, answer
+        answer = answer["choices"][0]
+        assert answer["finish_reason"] == "tool_calls" and answer["message"]["content"] is None, answer
+        call, = answer["message"]["tool_calls"]
+        assert call["function"]["name"] == name and json.loads(call["function"]["arguments"]) == ARGUMENTS
+    item = respond(url, tools=[{"type": "function", **tool["function"]} for tool in tools], max_output_tokens=100,
+                   tool_choice={"type": "function", "name": "weather"})[2]["output"][0]
+    assert item["type"] == "function_call" and json.loads(item["arguments"]) == ARGUMENTS

@@ -30,8 +30,8 @@ def made(tiny_decoder, word_tokenizer, adapter_folder, blocks, **more):
 def engines(request, tiny_decoder, word_tokenizer, adapter_folder):
     """(roomy, tight): two engines over equal models, one with a fifth of the blocks that six rows may want."""
     dtype = getattr(ms, request.param)
-    found = [made(tiny_decoder, word_tokenizer, adapter_folder, blocks, cache_dtype=dtype) for blocks in (200, 17)]
-    found[1]._core.ahead = 1  # lets in more than there is room for
+    found = [made(tiny_decoder, word_tokenizer, adapter_folder, 200, cache_dtype=dtype),
+             made(tiny_decoder, word_tokenizer, adapter_folder, 17, cache_dtype=dtype, ahead=1)]
     yield found
     for engine in found:
         engine.close()

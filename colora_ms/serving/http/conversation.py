@@ -9,6 +9,7 @@ from colora_ms.decoding.grammar import Grammar
 from colora_ms.decoding.prompt import Conversation
 from colora_ms.errors import DataError, TokenizerError, near
 from colora_ms.models.chat_template import variables_of
+from colora_ms.models.detokenizer import special_texts
 from colora_ms.models.messages import clean_messages, clean_tools
 from colora_ms.serving.http.calls import FORMATS, CallFormat, CallReader, format_of
 from colora_ms.serving.http.failures import RequestError
@@ -97,11 +98,11 @@ def _forced(choice: Any, tools: Tuple[dict, ...]) -> Tuple[bool, Optional[str]]:
     return True, name
 
 
-def _tokens(tokenizer: Any, form: CallFormat) -> Tuple[str, ...]:
-    """The texts of a format that are single special tokens of the vocabulary."""
+def _tokens(tokenizer: Any, form: CallFormat) -> Dict[str, int]:
+    """{text: id} of a format's texts that are special tokens."""
     backend = getattr(tokenizer, "backend", None)
-    added = set() if backend is None else {token.content for token in backend.get_added_tokens_decoder().values()}
-    return tuple(one for one in form.specials if one in added)
+    special = frozenset() if backend is None else special_texts(tokenizer)
+    return {one: backend.token_to_id(one) for one in form.specials if one in special}
 
 
 def _checked_tools(tools: Tuple[dict, ...]) -> Tuple[dict, ...]:

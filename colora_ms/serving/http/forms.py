@@ -94,14 +94,14 @@ def grammar_asked(given: Dict[str, Any]) -> Optional[Grammar]:
 
 
 def calls_grammar(tools: Tuple[dict, ...], form: CallFormat, named: Optional[str], several: bool,
-                  tokens: Tuple[str, ...]) -> Grammar:
+                  tokens: Dict[str, int]) -> Grammar:
     """The grammar of an answer that must call a tool.
 
     Args:
         tools: as the template reads them; form: how calls are written.
         named: the tool that must be called; None: any.
         several: whether it may make more than one call.
-        tokens: of the format's texts those that are single tokens of the vocabulary.
+        tokens: {text of the format: id} of those that are special tokens.
     """
     inner = "parameters" if form.bare else "arguments"
     options = []
@@ -116,15 +116,20 @@ def calls_grammar(tools: Tuple[dict, ...], form: CallFormat, named: Optional[str
         return grammar_of({"json_schema": call})
     listed = form.short_ids
     body = {"type": "array", "items": call, "minItems": 1, **({} if several else {"maxItems": 1})} if listed else call
+    body["x-guidance"] = _LAYOUT
     parts = [_literal(form.opening, tokens), f"%json {json.dumps(body)}"]
     if form.closing:
         parts.append(_literal(form.closing, tokens))
     return grammar_of({"lark": f"start: call{'+' if several and not listed else ''}\ncall: {' '.join(parts)}\n"})
 
 
-def _literal(text: str, tokens: Tuple[str, ...]) -> str:
-    """A text in Lark: a token of the vocabulary by its name, else the characters."""
-    return text if text in tokens and text.startswith("<") else json.dumps(text)
+#: How templates write the JSON of calls; with free blanks a model may write blanks for ever.
+_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def _literal(text: str, tokens: Dict[str, int]) -> str:
+    """A text in llguidance's Lark: a special token by its number, else the characters."""
+    return f"<[{tokens[text]}]>" if text in tokens else json.dumps(text)
 
 
 def one_adapter(wanted: List[Dict[str, Any]], names: List[str]) -> Optional[Tuple[Optional[str], float]]:
