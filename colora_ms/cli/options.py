@@ -151,7 +151,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
                              "speed")
     parser.add_argument("--host-megabytes", type=int, default=1024, help="memory for adapters behind the slots")
     parser.add_argument("--max-length", type=int, default=None,
-                        help="tokens of a prompt and its answer together; none: as many as the model and the cache take")
+                        help="tokens of a prompt and its answer together; none: what model and cache take")
     parser.add_argument("--cache-bytes", type=int, default=None,
                         help="memory for keys and values; none: as much as 1,024 tokens in every row need")
     parser.add_argument("--cache-dtype", default="float32", choices=CACHE_DTYPES,
