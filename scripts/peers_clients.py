@@ -52,11 +52,24 @@ def try_openai(url, model):
         print("openai tools:", choice.finish_reason, choice.message.tool_calls or said(choice.message.content))
     except openai.BadRequestError as error:  # a model whose template knows no tools
         print("openai tools, refused:", error.body["message"])
-    with client.responses.stream(model=model, input="Say hello.", instructions="Be brief.",
-                                 max_output_tokens=16) as stream:
-        kinds = [event.type for event in stream]
-        final = stream.get_final_response()
-    print("openai responses:", said(final.output_text), final.status, len(kinds), "events")
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": {
+        "type": "object", "properties": {"colour": {"enum": ["red", "green", "blue"]}, "sure": {"type": "boolean"}},
+        "required": ["colour", "sure"], "additionalProperties": False}}}
+    asked = [{"role": "user", "content": "What colour is the sky?"}]
+    try:
+        answer = client.chat.completions.create(model=model, messages=asked, response_format=form, max_tokens=48)
+        print("openai response_format:", json.loads(answer.choices[0].message.content))
+    except openai.BadRequestError as error:  # a server without the extra "constraints"
+        print("openai response_format, refused:", error.body["message"])
+    scored = client.completions.create(model=model, prompt="The capital of France is", max_tokens=1, logprobs=3,
+                                       echo=True)
+    lists = scored.choices[0].logprobs
+    print("openai logprobs:", [(token, value and round(value, 2))
+                               for token, value in zip(lists.tokens, lists.token_logprobs)])
+    events = list(client.responses.create(model=model, input="Say hello.", instructions="Be brief.",
+                                          max_output_tokens=16, stream=True))
+    final = events[-1].response
+    print("openai responses:", said(final.output_text), final.status, len(events), "events")
     try:
         client.chat.completions.create(**more, extra_body={"guided_regex": "["})
     except openai.BadRequestError as error:

@@ -195,6 +195,9 @@ class Generator:
         if len(request.rows) > self.max_rows:
             raise DecodingError(f"prompt {index} takes {len(request.rows)} rows, this generator has "
                                 f"max_rows={self.max_rows}")
+        if not self.decoder.fused_step and any(row.scale != 1.0 for row in request.rows):
+            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; "
+                                "leave it out")
         slots = [self._slot(row.adapter) for row in request.rows]
         keys = [row_key("" if slot < 0 else f"slot {slot}", row) for slot, row in zip(slots, request.rows)]
         return Running(request, self.tokenizer, eos, slots, keys)

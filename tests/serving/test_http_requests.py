@@ -78,13 +78,22 @@ def test_messages_as_clients_send_back_what_they_got(ask):
     wanted = chat(ask, *plain)[1]
     more = dict(refusal=None, annotations=[], audio=None, function_call=None, tool_calls=[], reasoning_content=None)
     for second in (dict(plain[1], **more), dict(plain[1], reasoning_content="hm"), dict(plain[1], name="someone"),
-                   {"role": "assistant", "content": [{"type": "text", "text": "7 "}, {"type": "text", "text": "8"}]}):
+                   {"role": "assistant", "content": [{"type": "text", "text": "7 "}, {"type": "text", "text": "8"}]},
+                   dict(plain[1], parsed={"a": 1}, reasoning="hm", logprobs=None, function_call=None),
+                   {"role": "assistant", "content": [{"type": "text", "text": "7 8", "annotations": [], "index": 0,
+                                                      "cache_control": {"type": "ephemeral"}}]},
+                   {"role": "assistant", "content": [{"type": "refusal", "refusal": "7 8"}]},
+                   {"role": "assistant", "content": None, "refusal": "7 8"}):
         status, answer = chat(ask, plain[0], second, plain[2])
         assert status == 200 and answer["choices"][0]["message"] == wanted["choices"][0]["message"], answer
         assert answer["usage"] == wanted["usage"]
     empty = chat(ask, USER, {"role": "assistant", "content": ""}, USER)[1]
     for second in ({"role": "assistant", "content": None, "tool_calls": []}, {"role": "assistant"}):
         assert chat(ask, USER, second, USER)[1]["usage"] == empty["usage"]
+    for second in (dict(plain[1], weight=1), dict(plain[1], audio={"id": "x"}), dict(plain[1], something="else"),
+                   dict(plain[1], function_call={"name": "f", "arguments": "{}"})):
+        status, answer = chat(ask, USER, second, USER)
+        assert status == 400 and answer["error"]["param"] == "messages[1]", answer
 
 
 def test_a_developer_is_the_system_where_the_template_knows_none(ask):

@@ -20,8 +20,13 @@ from colora_ms.serving.http.schema import ChatBody, ConversationBody
 _TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 #: Switches of reasoning that clients send to every model: a template that does not know them has nothing to switch.
 _SWITCHES = ("enable_thinking", "thinking")
-#: Fields of former answers that clients send back as they got them, and that hold no text of the conversation.
-_SENT_BACK = ("annotations", "audio", "function_call", "refusal", "weight", "reasoning")
+#: Fields of former answers that clients send back as they got them, and that say nothing to the model: of messages, of
+#: parts of their content, of functions of their calls.
+_NOTHING = ("annotations", "parsed", "logprobs")
+_NOTHING_OF_PARTS = ("annotations", "cache_control", "id", "index", "logprobs")
+_NOTHING_OF_FUNCTIONS = ("parsed_arguments", "strict")
+#: Fields of messages that would say something.
+_REFUSED = ("audio", "function_call", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,27 +154,41 @@ def conversation(body: ConversationBody, tokenizer: Any, box: Optional[Toolbox] 
 
 def _prepared(message: Dict[str, Any], where: str) -> Dict[str, Any]:
     """A message without what asks for nothing; an assistant's without a text and calls has an empty text."""
-    kept = {name: value for name, value in message.items() if value not in (None, [], "") or name == "content"}
-    refusal = kept.pop("refusal", None)
-    kept.pop("annotations", None)
-    for name in _SENT_BACK:
+    kept = {name: value for name, value in message.items()
+            if name == "content" or value not in (None, [], "") and name not in _NOTHING}
+    for name in _REFUSED:
         if name in kept:
             raise RequestError(f"{where} has {name!r:.40}, which this server cannot use", where)
-    if kept.get("role") == "assistant":
-        if kept.get("content") is None and refusal is not None:
-            kept["content"] = refusal
-        kept["content"] = _without_refusals(kept.get("content"))
-        if kept["content"] is None and not kept.get("tool_calls"):
-            kept["content"] = ""
+    kept["content"] = _parts(kept.get("content"))
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_without(call, "function", _NOTHING_OF_FUNCTIONS) for call in kept["tool_calls"]]
+    if "reasoning" in kept:  # the newer name of the same
+        kept.setdefault("reasoning_content", kept.pop("reasoning"))
+    refusal = kept.pop("refusal", None)
+    if kept.get("role") == "assistant" and kept["content"] is None and not kept.get("tool_calls"):
+        kept["content"] = "" if refusal is None else refusal  # a refusal is what it said
     return kept
 
 
-def _without_refusals(content: Any) -> Any:
-    """Parts of an assistant's message; a refusal is what it said."""
+def _parts(content: Any) -> Any:
+    """Content without what says nothing; a refusal among its parts is text."""
     if not isinstance(content, list):
         return content
-    return [{"type": "text", "text": part.get("refusal")} if isinstance(part, dict) and part.get("type") == "refusal"
-            else part for part in content]
+    made = []
+    for part in content:
+        if isinstance(part, dict):
+            part = {name: value for name, value in part.items() if name not in _NOTHING_OF_PARTS}
+            if part.get("type") == "refusal":
+                part = {"type": "text", "text": part.get("refusal")}
+        made.append(part)
+    return made
+
+
+def _without(outer: Any, field: str, names: Tuple[str, ...]) -> Any:
+    """A dictionary whose field, a dictionary, lacks these names."""
+    if not isinstance(outer, dict) or not isinstance(outer.get(field), dict):
+        return outer
+    return {**outer, field: {name: value for name, value in outer[field].items() if name not in names}}
 
 
 def _variables(body: ConversationBody, template: str) -> Dict[str, Any]:
