@@ -243,6 +243,12 @@ def _priority(name: str, value: Any) -> int:
     return int(value)
 
 
+def _salt(name: str, value: Any) -> Optional[str]:
+    if value is not None and (not isinstance(value, str) or not 0 < len(value) <= LONGEST_STOP):
+        raise DecodingError(f"{name}={shown(value)} is not a text of 1 to {LONGEST_STOP} characters")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Options(Record):
     """The options of one request, beside its prompt and its adapter: keyword arguments of ``Generator.generate`` and
@@ -261,6 +267,8 @@ class Options(Record):
         show_special: special tokens whose text is shown in the answer, such as "<tool_call>"; the others' is not.
         priority: larger ones leave the engine's queue first.
         timeout: seconds from submission on after which the engine ends the request; None: no limit.
+        cache_salt: what stands in the cache of this request is found by requests of the same salt alone, so that nobody
+            else can tell by the time of an answer what was asked before; None: by all that have none.
         mix: :class:`colora_ms.decoding.mix.Mix` or a mapping of one (:func:`colora_ms.decoding.mix.mix_of`), in the
             place of a contrast.
         adapter_scale: factor on the scale of the request's adapter, in its voices too.
@@ -287,6 +295,8 @@ class Options(Record):
     show_special: Tuple[str, ...] = option(List[str], (), "special tokens whose text is shown", check=_texts)
     priority: int = option(int, 0, "larger ones leave the queue first", check=_priority, engine=True)
     timeout: Optional[float] = option(float, None, "seconds after which the request ends", check=_seconds, engine=True)
+    cache_salt: Optional[str] = option(str, None, "shares cached prefixes with requests of the same salt alone",
+                                       check=_salt, engine=True)
     mix: Optional[Mix] = option(Dict[str, Any], None, "several voices in the place of a contrast", check=_mix)
     adapter_scale: float = option(float, 1.0, "factor on the adapter's scale", least=-1e3, most=1e3)
     presence_penalty: float = option(float, 0.0, "taken off the logits of tokens that the answer has", least=-2.0,

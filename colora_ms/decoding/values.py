@@ -2,7 +2,7 @@
 
 A number that is fine in Python may overflow, round to 0 or leave its range when it is cast. Whoever takes options of a
 request (Generator, engine, HTTP, command line, recipes) hands them to the records of :mod:`colora_ms.decoding.options`,
-and these use what is here; :func:`colora_ms.decoding.batch.columns` casts.
+and these use what is here; :class:`colora_ms.kernels.options.OptionRows` casts.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Job(Running):
     """
 
     def __init__(self, request: Request, contents: Mapping[str, str], tokenizer: Any, eos: Iterable[int]) -> None:
-        super().__init__(request, tokenizer, eos, [-1] * len(request.rows))
+        super().__init__(request, tokenizer, eos, [-1] * len(request.rows), salt=request.options.cache_salt or "")
         self.handle: RequestHandle = None  # type: ignore[assignment]  # it needs the job to be made
         self.deadline: Optional[float] = None
         self.cancelled = False

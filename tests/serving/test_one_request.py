@@ -140,7 +140,7 @@ def test_an_answer_that_is_cancelled_is_what_was_streamed(engine, stop):
 
 
 def test_the_engines_options_are_refused_where_there_is_no_queue(callers):
-    for name, value in (("priority", 1), ("timeout", 5.0)):
+    for name, value in (("priority", 1), ("timeout", 5.0), ("cache_salt", "x")):
         with pytest.raises(DecodingError, match=f"no option '{name}' here; only the serving engine has it"):
             callers["generator True"]([5], **{name: value})
         assert callers["engine True"]([5], max_new_tokens=1, **{name: value}).tokens

@@ -190,6 +190,17 @@ def test_common_prefixes_are_computed_once_and_change_nothing(engine):
         assert handle.result(60).tokens == tokens and handle.usage.cached == 0
 
 
+def test_a_salt_keeps_prefixes_apart(engine):
+    prompt = np.random.default_rng(10).integers(3, 97, 40).tolist()
+    handles = [engine.submit(prompt, adapter="a0", max_new_tokens=8, cache_salt=salt)
+               for salt in (None, "one", "one", None, "two")]
+    assert len({handle.result(60).tokens for handle in handles}) == 1
+    assert [handle.usage.cached for handle in handles] == [0, 0, 39, 39, 0]
+    for salt in ("", 5, "x" * 257):
+        with pytest.raises(DecodingError, match="cache_salt="):
+            engine.submit(prompt, cache_salt=salt)
+
+
 def test_new_content_never_meets_old_keys_and_values(engine, adapter_folder):
     prompt = np.random.default_rng(9).integers(3, 97, 40).tolist()
     write_adapter(adapter_folder / "fresh", seed=50, r=3)

@@ -56,7 +56,7 @@ NEUTRAL: Dict[str, Tuple[Any, ...]] = {
     "allowed_token_ids": (None, []), "bad_words": (None, []), "prompt_logprobs": (None, False),
     "return_token_ids": (None, False), "return_tokens_as_token_ids": (None, False), "add_special_tokens": (None,),
     "chat_template": (None,), "documents": (None, []), "logits_processors": (None, []),
-    "include_reasoning": (None, True), "cache_salt": (None,), "mm_processor_kwargs": (None,),
+    "include_reasoning": (None, True), "mm_processor_kwargs": (None,),
     "kv_transfer_params": (None,),
     # llama-server's
     "typical_p": (None, 1), "tfs_z": (None, 1), "mirostat": (None, 0), "dynatemp_range": (None, 0),
@@ -72,7 +72,6 @@ HINTS = {
     "function_call": "this is OpenAI's older form; send tool_choice",
     "chat_template": "templates are code; this server runs only the model's own",
     "prompt_logprobs": "send echo and logprobs to /v1/completions",
-    "cache_salt": "this server keeps the prefixes of all its clients together",
     "verbosity": "no chat template here reads it; leave it out",
 }
 
