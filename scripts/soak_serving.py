@@ -105,10 +105,11 @@ def few_blocks(config):
 
 
 def engine_options(engine, config):
-    """Further arguments of an Engine class: a small cache if it has one, else rows of a fixed length."""
+    """Further arguments of an Engine class: a small cache that lets in more than it holds if it has one, else rows of a
+    fixed length."""
     known = inspect.signature(engine).parameters
     more = {"max_length": LONGEST} if "max_length" in known else {}
-    return {**more, "cache_bytes": few_blocks(config)} if "cache_bytes" in known else more
+    return {**more, "cache_bytes": few_blocks(config), "ahead": 1} if "cache_bytes" in known else more
 
 
 def ensembles(engine):

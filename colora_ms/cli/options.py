@@ -136,6 +136,10 @@ def model_hash(arguments: argparse.Namespace) -> str:
     return evaluate.model_hash(arguments.model, arguments.weights)
 
 
+#: Types of keys and values, as of ``models.paged_cache.CACHE_DTYPES`` (without MindSpore).
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Options of the serving engine; :func:`engine` reads them."""
     parser.add_argument("--adapters", default=None, metavar="FOLDER", help="folder of PEFT adapter folders, named by "
@@ -146,7 +150,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
                         help="of the adapters in the slots; bfloat16 rounds them, unless they were stored so, for "
                              "speed")
     parser.add_argument("--host-megabytes", type=int, default=1024, help="memory for adapters behind the slots")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and its answer together")
+    parser.add_argument("--max-length", type=int, default=None,
+                        help="tokens of a prompt and its answer together; none: what model and cache take")
+    parser.add_argument("--cache-bytes", type=int, default=None,
+                        help="memory for keys and values; none: as much as 1,024 tokens in every row need")
+    parser.add_argument("--cache-dtype", default="float32", choices=CACHE_DTYPES,
+                        help="of keys and values; bfloat16 and int8 take a half and a quarter of the memory")
 
 
 def engine(arguments: argparse.Namespace, rows: int, team: Workers | None = None, **more: Any) -> tuple[Engine, str]:
@@ -155,6 +164,8 @@ def engine(arguments: argparse.Namespace, rows: int, team: Workers | None = None
     With a ``team`` of several workers the model is split over them; only worker 0 comes back, the others follow it to
     its end and leave the process.
     """
+    import mindspore as ms
+
     from colora_ms.distributed.loading import load_sharded
     from colora_ms.models import load_model
     from colora_ms.serving import AdapterBank, Engine
@@ -178,7 +189,7 @@ def engine(arguments: argparse.Namespace, rows: int, team: Workers | None = None
         decoder, tokenizer = load_model(arguments.model, arguments.weights, max_positions=arguments.max_length)
         prepare(decoder)
     made = Engine(decoder, tokenizer, next(iter(banks), None), rows=rows, max_length=arguments.max_length,
-                  team=team, **more)
+                  cache_bytes=arguments.cache_bytes, cache_dtype=getattr(ms, arguments.cache_dtype), team=team, **more)
     if team is not None and not team.first:
         follow(made.follower(), next(iter(banks), None), team)
         sys.exit(0)

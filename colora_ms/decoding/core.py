@@ -29,6 +29,10 @@ from colora_ms.models.paged_cache import BLOCK, PagedCache, block_bytes
 
 _log = logging.getLogger(__name__)
 
+#: Tokens of every running request for which blocks are kept free when a further one is let in: letting in too many
+#: means that some are computed twice.
+AHEAD = 128
+
 #: Tokens of a flat batch: as many as make the reading of the weights cheap, and as few as keep a call short.
 TOKENS = 256
 
@@ -76,6 +80,9 @@ class Core:
         budget: tokens of prompts in a call in which other requests make tokens.
         length: tokens that a sequence may have.
         eos: ids that end answers.
+
+    Attributes:
+        ahead: see :data:`AHEAD`; may be set.
     """
 
     def __init__(self, graph: Any, pool: BlockPool, rows: int, tokens: int, chunk: int, budget: int, length: int,
@@ -88,6 +95,7 @@ class Core:
         self.budget = budget
         self.table_blocks = pool.count(length)
         self.eos = tuple(eos)
+        self.ahead = AHEAD
         self.seats: List[Seat] = []  # those that hold rows, in the order of coming
         self.preempted: List[Seat] = []  # those that gave their blocks back, in the same order
         self.counts = dict.fromkeys(("prompt_rows_tokens", "cached_tokens", "copied_blocks", "preemptions", "steps",
@@ -272,15 +280,21 @@ class Core:
             self.seats.sort(key=lambda one: one.age)
 
     def _has_blocks(self, seat: Seat) -> bool:
-        """Whether there are blocks for a sequence and its next token, and one more for every row that runs."""
+        """Whether there are blocks for a request and for those that are here, each with its next
+        :data:`AHEAD` tokens."""
         if not self.seats:
             return True  # it is alone: what it may ask for was checked against the whole cache
-        wanted = self.rows_used
+        return sum(map(self._lacking, (*self.seats, seat))) <= self.pool.available
+
+    def _lacking(self, seat: Seat) -> int:
+        """Blocks that a request will want before long, beyond those that it holds or others hold for it."""
+        wanted = 0
         for line in seat.lines:
-            held = sum(self.pool.holders(block) > 0
-                       for block in self.pool.find(line.root, line.ids(0, line.length - 1), partial=False).blocks)
-            wanted += self.pool.count(line.length + 1) - held
-        return wanted <= self.pool.available
+            held = len(line.table) if line.begun else sum(
+                self.pool.holders(block) > 0
+                for block in self.pool.find(line.root, line.ids(0, line.length - 1), partial=False).blocks)
+            wanted += max(0, self.pool.count(line.length + min(max(seat.job.left, 1), self.ahead)) - held)
+        return wanted
 
     # -- what comes of a call ------------------------------------------------------------------------------------------
 

@@ -155,7 +155,8 @@ class Generator:
 
     def _wanted(self, jobs: Sequence[Running]) -> int:
         """Blocks for the rows that may be computed side by side, the longest ones, and not too few."""
-        rows = sorted((max(_SHORTEST, len(job.prompt(number)) + job.left) for job in jobs
+        least = min(_SHORTEST, self.max_length)
+        rows = sorted((max(least, len(job.prompt(number)) + job.left) for job in jobs
                        for number in range(len(job.keys))), reverse=True)
         return bucket(sum(-(-length // BLOCK) for length in rows[:self.max_rows]))
 
@@ -194,6 +195,9 @@ class Generator:
         if len(request.rows) > self.max_rows:
             raise DecodingError(f"prompt {index} takes {len(request.rows)} rows, this generator has "
                                 f"max_rows={self.max_rows}")
+        if not self.decoder.fused_step and any(row.scale != 1.0 for row in request.rows):
+            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; "
+                                "leave it out")
         slots = [self._slot(row.adapter) for row in request.rows]
         keys = [row_key("" if slot < 0 else f"slot {slot}", row) for slot, row in zip(slots, request.rows)]
         return Running(request, self.tokenizer, eos, slots, keys)

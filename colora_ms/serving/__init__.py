@@ -7,8 +7,8 @@
     bank.unload("support")             # withdraw it: requests that name it are refused until load()
     bank.info()                        # slots, memory, hits and evictions, and an entry for each adapter
 
-    engine = Engine(decoder, tokenizer, bank, rows=16, max_length=1024, chunk=8, queue=256)
-    engine.warm_up()                   # compile all graphs now, not when they are first met
+    engine = Engine(decoder, tokenizer, bank, rows=16, cache_bytes=1 << 30, chunk=8, queue=256)
+    engine.warm_up()                   # compile the graph now, not when it is first met
     handle = engine.submit("Hello", adapter="support", contrast=Contrast(0.1, 0.5), sampling=None, max_new_tokens=64,
                            stop=("\\n\\n",), seed=None, priority=0, timeout=None, records=False)
     for text in handle: ...            # streamed text;  handle.pieces() has the tokens and their records, too
@@ -22,9 +22,9 @@ raises at once what can be known at once: UnknownAdapterError (no such adapter),
 DecodingError (prompt or settings), QueueFullError, EngineClosedError. What comes later is raised by ``result``.
 
 A request's tokens are the same alone and in any mix of neighbours, and what fails (a value, a row, a listener) ends its
-own request. One thread, the engine's, runs the graphs; between chunks of steps requests join and leave the batch and
-adapters are put into slots. Shapes stay static throughout: no adapter, setting or mix of requests compiles a graph;
-only the buckets of rows and of prompt lengths do, once each.
+own request. One thread, the engine's, runs the graphs; between two calls requests join and leave the batch and
+adapters are put into slots. There is one graph, of one shape, for every load: no adapter,
+setting or mix of requests compiles anything.
 """
 
 from colora_ms.serving.bank import AdapterBank

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional
 import mindspore as ms
 
 from colora_ms import runtime
-from colora_ms.decoding.core import Core, cache_blocks
+from colora_ms.decoding.core import AHEAD, Core, cache_blocks
 from colora_ms.decoding.options import Options
 from colora_ms.decoding.prompt import ending_ids
 from colora_ms.decoding.request import Limits, Request
@@ -57,6 +57,8 @@ class Engine:
         prompt_chunk: tokens of prompts that are computed in a step in which other requests make tokens, so that the
             time between their tokens stays even.
         cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values.
+        ahead: tokens of every running request for which blocks are kept free when a further one is let in; with fewer,
+            more run at a time and more have to wait again, see ``preemptions``.
         team: the workers over which the decoder is split (:mod:`colora_ms.serving.split`); this is the first of them.
 
     Raises:
@@ -65,11 +67,12 @@ class Engine:
 
     def __init__(self, decoder: Any, tokenizer: Any, bank: Optional[AdapterBank] = None, rows: int = 16,
                  cache_bytes: Optional[int] = None, max_length: Optional[int] = None, chunk: int = 8, queue: int = 256,
-                 prompt_chunk: int = 128, cache_dtype: Any = ms.float32, team: Optional[Workers] = None) -> None:
+                 prompt_chunk: int = 128, cache_dtype: Any = ms.float32, ahead: int = AHEAD,
+                 team: Optional[Workers] = None) -> None:
         limit = min(decoder.max_positions, decoder.config.max_position_embeddings)
         max_length = limit if max_length is None else max_length
         for label, value, least in (("rows", rows, 2), ("max_length", max_length, 2), ("chunk", chunk, 1),
-                                    ("queue", queue, 1), ("prompt_chunk", prompt_chunk, 2)):
+                                    ("queue", queue, 1), ("prompt_chunk", prompt_chunk, 2), ("ahead", ahead, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{label}={value!r} is not a whole number >= {least}")
         if bank is not None and bank.decoder is not decoder:
@@ -87,6 +90,7 @@ class Engine:
         self._limits = Limits(decoder.config.vocab_size, self.max_length, "the engine's cache",
                               ": shorten it, or make the engine with a larger max_length or cache_bytes", blocks)
         self._core = Core.of(decoder, blocks, cache_dtype, rows, chunk, prompt_chunk, self.max_length, self.eos)
+        self._core.ahead = ahead
         if team is not None and team.world > 1:
             if not team.first:
                 return  # its graph is all that is wanted, see :meth:`follower`

@@ -52,7 +52,7 @@ class Rounds:
             if len(self._waiting):
                 time.sleep(0.002)  # all that wait lack a slot that is about to become free, or an adapter being read
             return
-        for outcome in self._core.step(waiting=bool(len(self._waiting))):
+        for outcome in self._core.step(waiting=True):  # whoever gets an answer may ask again
             job = cast(Job, outcome.job)
             if outcome.error is not None:
                 self._end(job, _reason(outcome.error))

@@ -71,18 +71,15 @@ REQUESTS = st.builds(
         contrast=contrast if adapter else None, sampling=Sampling(1.0, seed=seed) if hot else None, ignore_eos=ignore),
     st.integers(0, len(PREFIXES) - 1), st.lists(st.integers(0, 5), min_size=1, max_size=40),
     st.sampled_from([None, "a", "b"]),
-    st.integers(1, 40), st.none() | st.builds(Contrast, skip_copies=st.booleans()), st.booleans(), st.integers(0, 3),
+    st.integers(1, 60), st.none() | st.builds(Contrast, skip_copies=st.booleans()), st.booleans(), st.integers(0, 3),
     st.booleans())
 
 
-@settings(max_examples=150)
-@given(requests=st.lists(st.tuples(REQUESTS, st.integers(0, 12), st.none() | st.integers(0, 30)), min_size=1,
-                         max_size=12),
-       blocks=st.integers(18, 60), rows=st.integers(2, 6), more=st.integers(0, 40), chunk=st.integers(1, 6),
-       budget=st.integers(1, 40), fused=st.booleans(), forget=st.none() | st.integers(0, 20))
-def test_any_schedule_gives_each_request_its_own_tokens(requests, blocks, rows, more, chunk, budget, fused, forget):
-    """Arrivals, cancels, few blocks, shared prefixes, contrasts, samples, budgets."""
-    core = made(blocks, rows, rows + more, chunk, budget, blocks * SIZE, fused)
+def play(core, requests, forget=None):
+    """Let requests [(options, step at which it comes, steps after which it is cancelled or None)] run to their ends."""
+    blocks = core.pool.blocks
+    room = blocks // 2 * SIZE - 1  # for a prompt of two rows
+    requests = [({**wanted, "prompt": wanted["prompt"][-room:]}, *more) for wanted, *more in requests]
     coming = sorted(((step, number, running(**wanted, blocks=blocks, length=blocks * SIZE), end)
                      for number, (wanted, step, end) in enumerate(requests)), key=lambda one: one[:2])
     waiting, cancels, ended = [], {}, []
@@ -112,6 +109,38 @@ def test_any_schedule_gives_each_request_its_own_tokens(requests, blocks, rows, 
         if not (coming or waiting or core.busy):
             break
     assert len(ended) == len(requests) and core.pool.used == 0 and not core.busy
+
+
+@settings(max_examples=120)
+@given(requests=st.lists(st.tuples(REQUESTS, st.integers(0, 12), st.none() | st.integers(0, 30)), min_size=1,
+                         max_size=12),
+       blocks=st.integers(4, 60), rows=st.integers(2, 6), more=st.integers(0, 40), chunk=st.integers(1, 6),
+       budget=st.integers(1, 40), fused=st.booleans(), forget=st.none() | st.integers(0, 20),
+       ahead=st.sampled_from([1, 16, 128]))
+def test_any_schedule_gives_each_request_its_own_tokens(requests, blocks, rows, more, chunk, budget, fused, forget,
+                                                        ahead):
+    """Arrivals, cancels, few blocks, shared prefixes, contrasts, samples, budgets."""
+    core = made(blocks, rows, rows + more, chunk, budget, blocks * SIZE, fused)
+    core.ahead = ahead
+    play(core, requests, forget)
+
+
+def test_any_schedule_under_pressure():
+    """Many requests that grow long in a cache that holds two or three of them."""
+    preemptions = []
+
+    @settings(max_examples=40)
+    @given(requests=st.lists(st.tuples(REQUESTS.map(lambda one: {**one, "budget": 60, "ignore_eos": True}),
+                                       st.integers(0, 9), st.none() | st.integers(5, 60)), min_size=4, max_size=8),
+           blocks=st.integers(10, 20), chunk=st.integers(1, 6))
+    def run(requests, blocks, chunk):
+        core = made(blocks, 6, 40, chunk, 20, blocks * SIZE)
+        core.ahead = 1
+        play(core, requests)
+        preemptions.append(core.counts["preemptions"])
+
+    run()
+    assert sum(count > 0 for count in preemptions) >= 20
 
 
 def test_prompts_share_steps_with_running_requests_within_the_budget():
@@ -175,11 +204,11 @@ def test_answers_of_one_prompt_and_generated_tokens_are_found():
 
 
 def test_the_youngest_gives_its_blocks_back_and_makes_the_same_tokens():
-    core = made(blocks=8, rows=4, length=128)
-    jobs = [running([5 + n] * 12, budget=60, blocks=8, length=128, ignore_eos=True) for n in range(3)]
+    core = made(blocks=24, rows=4, length=256)
+    jobs = [running([5 + n] * 12, budget=200, blocks=24, length=256, ignore_eos=True) for n in range(3)]
     ended = finish(core, jobs)
     assert list(ended) == jobs  # the first ones first
-    assert all(job.tokens == expected(job) and len(job.tokens) == 60 for job in jobs)
+    assert all(job.tokens == expected(job) and len(job.tokens) == 200 for job in jobs)
     assert core.counts["preemptions"] >= 1 and core.stats()["blocks_used"] == 0
 
 

@@ -156,6 +156,13 @@ def test_the_strength_of_an_adapter(made):
     assert one(generator, mix).tokens != one(generator, Ensemble(["a"])).tokens or half.tokens == whole.tokens
 
 
+def test_strengths_need_the_operator(made, monkeypatch):
+    generator, handle = made
+    monkeypatch.setattr(type(generator.decoder), "fused_step", property(lambda self: False))
+    with pytest.raises(DecodingError, match="adapter_scale needs a model whose steps are one operator"):
+        generator.generate([PROMPT], adapter="a", adapter_scale=0.5)
+
+
 def layers_with_scales(decoder):
     return [cell for _, cell in decoder.cells_and_names() if hasattr(cell, "scale") and hasattr(cell, "down")]
 

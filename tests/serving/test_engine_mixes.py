@@ -47,6 +47,29 @@ def test_any_order_beside_any_others(engine, alone):
     assert engine.bank.info()["pinned"] == 0
 
 
+def test_out_of_blocks_they_wait_and_make_the_same_tokens(adapter_folder, tiny_decoder, word_tokenizer):
+    """Penalties and rows with prompts of their own survive it that a request is computed again."""
+    from colora_ms.models.paged_cache import PagedCache
+    from colora_ms.serving import AdapterBank, Engine
+
+    options = {**OPTIONS, "max_new_tokens": 40}
+
+    def run(blocks, order, **more):
+        """(answers, preemptions) of an engine with so many blocks of cache."""
+        decoder = tiny_decoder()
+        bank = AdapterBank(decoder, adapter_folder, max_loaded=6, max_rank=6)
+        room = blocks * PagedCache(decoder.config, 1).block_bytes
+        with Engine(decoder, word_tokenizer, bank, rows=12, cache_bytes=room, chunk=4, prompt_chunk=24,
+                    **more) as engine:
+            handles = [engine.submit(PROMPTS[i], **MIXES[i], **options) for i in order]
+            return [handle.result(240) for handle in handles], engine.stats()["preemptions"]
+
+    order = list(range(len(MIXES)))
+    want, none = run(100, order)
+    found, some = run(16, order, ahead=1)
+    assert found == want and none == 0 < some
+
+
 def test_pieces_carry_log_probabilities(engine):
     handle = engine.submit(PROMPTS[4], **MIXES[4], **OPTIONS)
     pieces = list(handle.pieces())
