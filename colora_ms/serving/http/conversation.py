@@ -106,7 +106,9 @@ def _forced(choice: Any, tools: Tuple[dict, ...]) -> Tuple[bool, Optional[str]]:
 def _tokens(tokenizer: Any, form: CallFormat) -> Dict[str, int]:
     """{text: id} of a format's texts that are special tokens."""
     backend = getattr(tokenizer, "backend", None)
-    special = frozenset() if backend is None else special_texts(tokenizer)
+    if backend is None:
+        return {}
+    special = special_texts(tokenizer)
     return {one: backend.token_to_id(one) for one in form.specials if one in special}
 
 
