@@ -101,6 +101,7 @@ class Core:
         self.counts = dict.fromkeys(("prompt_rows_tokens", "cached_tokens", "copied_blocks", "preemptions", "steps",
                                      "row_steps", "chunks", "failures"), 0)
         self._age = 0
+        self._outcomes: List[Outcome] = []  # of the present call, for the case that it does not return
 
     @classmethod
     def of(cls, decoder: Any, blocks: int, dtype: Any, rows: int, chunk: int, budget: int, length: int,
@@ -181,8 +182,10 @@ class Core:
         """After a failure that nobody foresaw: all requests are computed again, alone until they are past the place.
 
         Returns:
-            those that failed too often, which are no longer here; the error is the caller's to know.
+            what the call brought before it failed, and then, without an error, which is the caller's to know, those that
+            failed too often; these are no longer here.
         """
+        brought, self._outcomes = self._outcomes, []
         self.counts["failures"] += 1
         seats = self.seats + self.preempted
         ended = recovery.blame(seats, self.chunk)
@@ -192,7 +195,7 @@ class Core:
         self.pool.forget()
         self.seats = [seat for seat in self.seats if seat not in ended]
         self.preempted = [seat for seat in self.preempted if seat not in ended]
-        return [Outcome(seat.job) for seat in ended]
+        return brought + [Outcome(seat.job) for seat in ended]
 
     # -- one call ------------------------------------------------------------------------------------------------------
 
@@ -227,7 +230,9 @@ class Core:
             result = self.graph.run(batch)
         except Exception as error:  # the requests' own; what interrupts the process is not
             return self._failed(parts, steps, error)
-        return self._taken(parts, takers, result)
+        self._taken(parts, takers, result)
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
 
     def _steps(self, ready: Sequence[Seat], starting: Sequence[Seat], waiting: bool) -> int:
         """How many steps the next call makes."""
@@ -298,7 +303,7 @@ class Core:
 
     # -- what comes of a call ------------------------------------------------------------------------------------------
 
-    def _taken(self, parts: Sequence[Part], takers: Sequence[Part], result: Any) -> List[Outcome]:
+    def _taken(self, parts: Sequence[Part], takers: Sequence[Part], result: Any) -> None:
         for part in parts:
             for line, count in zip(part.seat.lines, part.counts):
                 if count:
@@ -307,11 +312,10 @@ class Core:
                     line.filled += count
             # A prompt's last token makes a token, like those that come behind it.
             self.counts["prompt_rows_tokens"] += sum(part.counts) - part.takes * len(part.counts)
-        outcomes = []
         for place, part in enumerate(takers):
             count = int(result.counts[place])
-            outcomes.append(self._take(part.seat, count, result.ints[:, place], result.floats[:, place],
-                                       result.tops[:, place], result.details[:, place]))
+            self._outcomes.append(self._take(part.seat, count, result.ints[:, place], result.floats[:, place],
+                                             result.tops[:, place], result.details[:, place]))
             self.counts["row_steps"] += count * len(part.seat.lines)
         self.counts["chunks"] += 1
         self.counts["steps"] += int(result.counts[:len(takers)].max(initial=0))
@@ -321,7 +325,6 @@ class Core:
                 for line in part.seat.lines:
                     if line.begun:
                         line.publish(self.pool, end=not part.takes or max(part.counts) > 1)
-        return outcomes
 
     def _take(self, seat: Seat, count: int, ints: Any, floats: Any, tops: Any, details: Any) -> Outcome:
         """Give a request its tokens; what fails there (its logits, its text) ends it and nobody else."""

@@ -170,7 +170,11 @@ class Rounds:
         """Something failed outside of a call of the core; see ``Core.restart``."""
         _log.exception("the engine failed, and its requests are computed again")
         for outcome in self._core.restart():
-            self._end(cast(Job, outcome.job), _reason(error))
+            job = cast(Job, outcome.job)
+            if outcome.tokens and outcome.error is None:
+                self._guarded(job, self._settle, None, time.monotonic())
+            else:
+                self._end(job, _reason(outcome.error or error))
 
 
 def _reason(error: Exception) -> ColoraError:

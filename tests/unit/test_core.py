@@ -288,6 +288,26 @@ def test_all_begin_anew_after_a_failure_that_nobody_foresaw():
     assert len(ended) == 3 and all(job.tokens == expected(job) for job in jobs)
 
 
+def test_answers_that_ended_in_a_call_that_fails_behind_them_are_not_lost(monkeypatch):
+    core = made()
+    short, *rest = [running([5 + n] * 12, budget=1 + 8 * n, ignore_eos=True) for n in range(3)]
+    for job in (short, *rest):
+        core.add(job)
+
+    def fails(*more):
+        monkeypatch.undo()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(core.pool, "publish", fails)
+    monkeypatch.setattr(core, "remove", lambda job: core.seats.pop(0).release(core.pool, False))
+    with pytest.raises(ZeroDivisionError):
+        core.step()
+    assert [(outcome.job, outcome.tokens) for outcome in core.restart()] == [(job, 1) for job in (short, *rest)]
+    assert core.jobs == rest and core.pool.used == 0
+    finish(core, [])
+    assert all(job.tokens == expected(job) for job in (short, *rest))
+
+
 def test_a_request_that_must_be_seen_token_by_token_makes_single_steps():
     class Seen(Running):
         one_step = True
