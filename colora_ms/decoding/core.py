@@ -182,8 +182,8 @@ class Core:
         """After a failure that nobody foresaw: all requests are computed again, alone until they are past the place.
 
         Returns:
-            what the call brought before it failed, and then, without an error, which is the caller's to know, those that
-            failed too often; these are no longer here.
+            what the call brought before it failed; then, without an error, which is the caller's to know, those that
+            failed too often, which are no longer here.
         """
         brought, self._outcomes = self._outcomes, []
         self.counts["failures"] += 1
