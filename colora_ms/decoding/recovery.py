@@ -11,7 +11,7 @@ from typing import List, Sequence
 
 from colora_ms.decoding.seat import Seat
 
-#: Calls that may fail around a request that does not fail alone; then it ends, so that nothing is tried for ever.
+#: Failures around a request that it is not cleared between; then it ends, so that nothing is tried for ever.
 MOST_DOUBTS = 4
 
 
@@ -33,6 +33,7 @@ def blame(seats: Sequence[Seat], steps: int) -> List[Seat]:
 
 
 def clear(seat: Seat) -> None:
-    """Take the doubt from a request that is past the place where a call failed."""
+    """Take the doubt from a request that is past the place where a call failed: it was a neighbour's, and whatever
+    comes later is another matter."""
     if seat.doubtful is not None and seat.ready and len(seat.job.tokens) >= seat.doubtful:
-        seat.doubtful = None
+        seat.doubtful, seat.doubts = None, 0

@@ -113,7 +113,7 @@ class Seat:
         options: (whole (1, columns) int32, real (1, columns) float32), its options without what places it in a batch.
         resumed: whether it was computed before and had to give its blocks back.
         doubtful: None, or, after a call failed that it was in: tokens it has to reach alone to be cleared.
-        doubts: how many calls failed that it was in.
+        doubts: how many calls failed that it was in, since it was cleared.
     """
 
     def __init__(self, job: Running, age: int, pool: BlockPool) -> None:

@@ -249,6 +249,20 @@ def test_a_refusal_ends_its_request_and_nobody_else(fused):
     assert core.counts["prompt_rows_tokens"] == 3 * 19
 
 
+def test_a_neighbour_outlives_any_number_of_refusals():
+    core = made(refuse=lambda batch: "no" if VOCABULARY + 1 in batch.tokens else None)
+    good = running([5] * 20, budget=100, ignore_eos=True)
+    core.add(good)
+    refused = 0
+    for n in range(60):
+        if n % 6 == 0:
+            core.add(running([n % 30, VOCABULARY + 1], budget=4))
+        refused += sum(outcome.error is not None for outcome in core.step())
+    assert refused == 10 and core.jobs in ([good], [])
+    finish(core, [])
+    assert good.tokens == expected(good)
+
+
 def test_a_failure_that_finds_nobody_ends_nobody():
     left = [1]
 
