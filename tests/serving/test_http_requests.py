@@ -294,3 +294,17 @@ def test_cors_is_an_option(engine, ask):
     for origin in ("a.example", "https://a.example/x", ""):
         with pytest.raises(ConfigError, match="origin"):
             Settings(cors=(origin,))
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--cors", "example.org"], "is not an origin"), (["--allow-adapters-from", "/nowhere/at/all"], "no folder"),
+    (["--mixes", "/nowhere/at/all"], "no folder"), (["--tool-calls", "xml"], "invalid choice"),
+])
+def test_the_commands_options_are_checked_before_the_model_is_loaded(capsys, options, words):
+    from colora_ms.cli import main
+
+    try:
+        code = main(["serve", "--model", "/no/such/model", *options])
+    except SystemExit as stop:
+        code = stop.code
+    assert code and words in capsys.readouterr().err
