@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colora_ms.decoding import Contrast, Sampling
+from colora_ms.decoding import Contrast, Ensemble, Guide, Negative, Sampling
 from colora_ms.decoding.blocks import BlockPool
 from colora_ms.decoding.core import Core
 from colora_ms.decoding.options import Options
@@ -26,10 +26,9 @@ class Silent:
 
 
 def running(prompt, adapter=None, budget=8, blocks=64, length=400, **options):
-    contrast = options.get("contrast")
     request = Request.of(Silent(), prompt, adapter, Options(max_new_tokens=budget, **options),
                          Limits(VOCABULARY + 9, length, blocks=blocks))
-    names = [adapter] + [None] * (contrast is not None)
+    names = [row.adapter for row in request.rows]
     return Running(request, Silent(), (EOS,), [SLOTS[name] for name in names], [name or "" for name in names])
 
 
@@ -38,8 +37,8 @@ def expected(job):
     options = job.request.options
     uniforms = None if options.sampling.greedy else options.sampling.uniforms(options.max_new_tokens)
     copies = tuple(job.request.ids.tolist()) if job.request.copies else None
-    return alone([job.request.ids.tolist()] * len(job.slots), job.slots, options.max_new_tokens, uniforms, copies,
-                 () if options.ignore_eos else (EOS,))
+    prompts = [job.prompt(number).tolist() for number in range(len(job.slots))]
+    return alone(prompts, job.slots, options.max_new_tokens, uniforms, copies, () if options.ignore_eos else (EOS,))
 
 
 def made(blocks=64, rows=6, tokens=48, chunk=4, budget=20, length=400, fused=True, refuse=None):
@@ -65,20 +64,30 @@ def finish(core, jobs, most=2000):
     raise AssertionError("the core does not come to an end")
 
 
+#: function (adapter, another prompt) -> the options of one row, of two, of three, and of rows with other prompts.
+MIXES = [
+    lambda adapter, prompt: {},
+    lambda adapter, prompt: {"contrast": Contrast()} if adapter else {},
+    lambda adapter, prompt: {"contrast": Contrast(skip_copies=True)} if adapter else {},
+    lambda adapter, prompt: {} if adapter else {"mix": Ensemble(["a", "b", None])},
+    lambda adapter, prompt: {} if adapter else {"mix": Guide("a", None)},  # two rows of the base
+    lambda adapter, prompt: {"mix": Negative(prompt)},
+]
+
 REQUESTS = st.builds(
-    lambda prefix, tail, adapter, budget, contrast, hot, seed, ignore: dict(
+    lambda prefix, tail, adapter, budget, mix, hot, seed, ignore: dict(
         prompt=PREFIXES[prefix] + tail, adapter=adapter, budget=budget,
-        contrast=contrast if adapter else None, sampling=Sampling(1.0, seed=seed) if hot else None, ignore_eos=ignore),
+        **MIXES[mix](adapter, PREFIXES[prefix][:18] + tail[:9]),
+        sampling=Sampling(1.0, seed=seed) if hot else None, ignore_eos=ignore),
     st.integers(0, len(PREFIXES) - 1), st.lists(st.integers(0, 5), min_size=1, max_size=40),
     st.sampled_from([None, "a", "b"]),
-    st.integers(1, 60), st.none() | st.builds(Contrast, skip_copies=st.booleans()), st.booleans(), st.integers(0, 3),
-    st.booleans())
+    st.integers(1, 60), st.integers(0, len(MIXES) - 1), st.booleans(), st.integers(0, 3), st.booleans())
 
 
 def play(core, requests, forget=None):
     """Let requests [(options, step at which it comes, steps after which it is cancelled or None)] run to their ends."""
     blocks = core.pool.blocks
-    room = blocks // 2 * SIZE - 1  # for a prompt of two rows
+    room = blocks // 3 * SIZE - 1  # for a prompt of three rows
     requests = [({**wanted, "prompt": wanted["prompt"][-room:]}, *more) for wanted, *more in requests]
     coming = sorted(((step, number, running(**wanted, blocks=blocks, length=blocks * SIZE), end)
                      for number, (wanted, step, end) in enumerate(requests)), key=lambda one: one[:2])
@@ -114,12 +123,12 @@ def play(core, requests, forget=None):
 @settings(max_examples=120)
 @given(requests=st.lists(st.tuples(REQUESTS, st.integers(0, 12), st.none() | st.integers(0, 30)), min_size=1,
                          max_size=12),
-       blocks=st.integers(4, 60), rows=st.integers(2, 6), more=st.integers(0, 40), chunk=st.integers(1, 6),
+       blocks=st.integers(6, 60), rows=st.integers(3, 6), more=st.integers(0, 40), chunk=st.integers(1, 6),
        budget=st.integers(1, 40), fused=st.booleans(), forget=st.none() | st.integers(0, 20),
        ahead=st.sampled_from([1, 16, 128]))
 def test_any_schedule_gives_each_request_its_own_tokens(requests, blocks, rows, more, chunk, budget, fused, forget,
                                                         ahead):
-    """Arrivals, cancels, few blocks, shared prefixes, contrasts, samples, budgets."""
+    """Arrivals, cancels, few blocks, shared prefixes, mixes of rows with prompts of their own, samples, budgets."""
     core = made(blocks, rows, rows + more, chunk, budget, blocks * SIZE, fused)
     core.ahead = ahead
     play(core, requests, forget)
