@@ -91,6 +91,7 @@ class Engine:
                               ": shorten it, or make the engine with a larger max_length or cache_bytes", blocks)
         self._core = Core.of(decoder, blocks, cache_dtype, rows, chunk, prompt_chunk, self.max_length, self.eos)
         self._core.ahead = ahead
+        self.split = team is not None and team.world > 1
         if team is not None and team.world > 1:
             if not team.first:
                 return  # its graph is all that is wanted, see :meth:`follower`

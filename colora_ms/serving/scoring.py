@@ -89,9 +89,12 @@ class Scorer:
             timeout: seconds to wait for a free adapter slot.
 
         Raises:
-            DecodingError: the sequence is longer than the model's context.
+            DecodingError: the sequence is longer than the model's context, or the model is split over workers.
             UnknownAdapterError, AdapterError: there is no such adapter, it cannot be loaded, or no slot became free.
         """
+        if self._engine.split:
+            raise DecodingError("log-probabilities of given tokens (echo with logprobs) are not there where the model "
+                                "is split over workers")
         most = self._engine.decoder.max_positions
         if len(ids) - 1 > most:
             raise DecodingError(f"log-probabilities of {len(ids)} tokens were asked for; the model's context is {most}")

@@ -65,7 +65,7 @@ def test_an_answer_by_its_definition(ids, stop, stop_ids, budget, end, cuts):
         text, kept, reason = expected(ids, stop, stop_ids, budget)
     answer = Answer(Pieces(), [], Options(None, Sampling(), budget, tuple(stop), tuple(stop_ids), records=True),
                     (EOS,))
-    news = [("", (), ())]
+    news = [("", (), (), ())]
     for place, one in enumerate(ids):
         answer.take(one, one, 1, (0.0, 0.0, 0.0, 0.0))
         if place + 1 in cuts or answer.finish_reason:
@@ -73,9 +73,9 @@ def test_an_answer_by_its_definition(ids, stop, stop_ids, budget, end, cuts):
     done = answer.completion(3, None)
     assert (done.text, list(done.tokens), done.finish_reason) == (text, kept, reason)
     assert [record.token for record in done.records] == kept
-    assert "".join(text for text, _, _ in news) == done.text
-    assert sum((tokens for _, tokens, _ in news), ()) == done.tokens
-    assert sum((records for _, _, records in news), ()) == done.records
+    assert "".join(text for text, *_ in news) == done.text
+    assert sum((tokens for _, tokens, *_ in news), ()) == done.tokens
+    assert sum((records for _, _, records, *_ in news), ()) == done.records
 
 
 @pytest.mark.parametrize("ids, stop, text, count", [

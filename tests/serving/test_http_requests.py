@@ -294,3 +294,57 @@ def test_cors_is_an_option(engine, ask):
     for origin in ("a.example", "https://a.example/x", ""):
         with pytest.raises(ConfigError, match="origin"):
             Settings(cors=(origin,))
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--cors", "example.org"], "is not an origin"), (["--allow-adapters-from", "/nowhere/at/all"], "no folder"),
+    (["--mixes", "/nowhere/at/all"], "no folder"), (["--tool-calls", "xml"], "invalid choice"),
+])
+def test_the_commands_options_are_checked_before_the_model_is_loaded(capsys, options, words):
+    from colora_ms.cli import main
+
+    try:
+        code = main(["serve", "--model", "/no/such/model", *options])
+    except SystemExit as stop:
+        code = stop.code
+    assert code and words in capsys.readouterr().err
+
+
+class Templated:
+    """A tokenizer that is only a chat template."""
+
+    def __init__(self, source, special):
+        self.chat_template, self._special = source, special
+
+    def apply_chat_template(self, messages, add_generation_prompt=True, continue_final_message=False, **more):
+        from colora_ms.models.chat_template import render
+
+        return render(self.chat_template, messages, add_generation_prompt, {**self._special, **more},
+                      continue_final_message)
+
+
+@pytest.mark.parametrize("name", ["qwen25", "llama31"])
+def test_a_chats_prompt_is_the_one_of_transformers(goldens, name):
+    """With arguments as the JSON texts that OpenAI's messages have. (Parts of a content are joined here, a tool's
+    result is a text, and no tools are none.)"""
+    from colora_ms.serving.http.conversation import conversation, toolbox
+    from colora_ms.serving.http.schema import ChatBody
+
+    golden = json.loads((goldens / "chat_templates.json").read_text())
+    tokenizer = Templated((goldens / "chat_templates" / f"{name}.jinja").read_text(), golden["special"])
+    compared = set()
+    for case in golden["cases"]:
+        messages, variables = golden["conversations"][case["name"]]
+        if case["template"] != f"{name}.jinja" or "error" in case or set(variables) - {"tools"} \
+                or case["name"] in ("tool gives an object", "parts") or variables.get("tools") == [] \
+                or case["mode"] == "continue" and "tool_calls" in messages[-1]:  # which is cut off, and so refused
+            continue
+        messages = json.loads(json.dumps(messages))
+        for made in (one for message in messages for one in message.get("tool_calls", [])):
+            made["function"]["arguments"] = json.dumps(made["function"]["arguments"], ensure_ascii=False)
+        body = ChatBody(model="x", messages=messages, **variables, add_generation_prompt=case["mode"] == "open",
+                        continue_final_message=case["mode"] == "continue")
+        asked = conversation(body, tokenizer, toolbox(body, tokenizer, "auto"))
+        assert asked.text(tokenizer) == case["text"], case["name"]
+        compared.add((case["name"], case["mode"]))
+    assert len(compared) > 20 and {("tools", "open"), ("turns", "continue")} <= compared

@@ -184,6 +184,9 @@ def test_the_tokenizer_as_clients_ask_for_it(served):
     ids = call(url, "POST", "/tokenize", asked)[2]["tokens"]
     assert call(url, "POST", "/detokenize", {"tokens": ids})[2]["prompt"] == "<|im_start|>q<|im_end|><|go|>"
     assert chat(url, tools=None)[2]["usage"]["prompt_tokens"] == len(ids)
+    assert call(url, "POST", "/tokenize", {**asked, "tools": [{"type": "web"}]})[0] == 400
+    with_tools = call(url, "POST", "/tokenize", {**asked, "tools": TOOLS})[2]
+    assert with_tools["count"] == chat(url)[2]["usage"]["prompt_tokens"]
 
 
 # -- responses --------------------------------------------------------------------------------------------------------

@@ -49,13 +49,16 @@ def test_a_greedy_answer_takes_the_most_likely_tokens(engine):
     np.testing.assert_array_equal(found.logprobs[3:], found.top_logprobs[3:, 0])
 
 
-def test_bounds(engine):
+def test_bounds(engine, monkeypatch):
     scorer = Scorer(engine)
     assert np.isnan(scorer.score([5]).logprobs).all()
     with pytest.raises(DecodingError, match="context is"):
         scorer.score([5] * (engine.decoder.max_positions + 2))
     with pytest.raises(UnknownAdapterError):
         scorer.score([5, 6], "nobody")
+    monkeypatch.setattr(engine, "split", True)  # its other workers would not know of the call
+    with pytest.raises(DecodingError, match="split over workers"):
+        scorer.score([5, 6])
 
 
 def test_it_waits_for_a_slot(engine):

@@ -62,7 +62,7 @@ def toolbox(body: ChatBody, tokenizer: Any, wanted: str) -> Optional[Toolbox]:
         if choice not in (None, "none", "auto"):
             raise RequestError(f"tool_choice={choice!r:.60}, but the request has no tools", "tool_choice")
         return None
-    made = _checked_tools(tools)
+    made = checked_tools(tools)
     if choice == "none":
         return None
     forced, named = _forced(choice, made)
@@ -112,7 +112,12 @@ def _tokens(tokenizer: Any, form: CallFormat) -> Dict[str, int]:
     return {one: backend.token_to_id(one) for one in form.specials if one in special}
 
 
-def _checked_tools(tools: Tuple[dict, ...]) -> Tuple[dict, ...]:
+def checked_tools(tools: Tuple[dict, ...]) -> Tuple[dict, ...]:
+    """Tools as a template reads them.
+
+    Raises:
+        RequestError: one is no function.
+    """
     for number, tool in enumerate(tools):
         if tool.get("type", "function") != "function":
             raise RequestError(f"tools[{number}] has the type {tool['type']!r:.40}; this server knows functions only",

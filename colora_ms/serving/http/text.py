@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Dict, List, Optional
 
 from pydantic import BaseModel, ConfigDict
 
 from colora_ms.models.detokenizer import stream_of
 from colora_ms.serving.engine import Engine
-from colora_ms.serving.http.conversation import conversation
+from colora_ms.serving.http.conversation import checked_tools, conversation
 from colora_ms.serving.http.failures import RequestError
 from colora_ms.serving.http.schema import ConversationBody
 
@@ -59,7 +60,7 @@ def tokenize(engine: Engine, body: TokenizeBody) -> Dict[str, Any]:
     if text is None:
         asked = conversation(body, tokenizer)
         if body.tools:
-            raise RequestError("tools: /tokenize does not take them", "tools", "unsupported_parameter")
+            asked = dataclasses.replace(asked, tools=checked_tools(tuple(body.tools)))
         text = asked.text(tokenizer)
     ids = [int(one) for one in tokenizer.encode(text, add_special_tokens=begins)]
     texts = _texts(tokenizer, ids) if body.return_token_strs or body.with_pieces else None
