@@ -15,6 +15,7 @@ COMMANDS = {
     "quickstart": "train a small adapter, decode it greedily and contrastively, print the comparison",
     "generate": "answer prompts with a model, an adapter and a contrast",
     "serve": "answer requests over HTTP (OpenAI's API), many adapters in one batch",
+    "route": "one address before several servers; a request goes where its adapter is",
     "chat": "talk to a model and its adapters in the terminal",
     "run": "train, evaluate and make the table of results, as a recipe says",
     "train": "train an adapter as a recipe says",
