@@ -105,10 +105,16 @@ class Core:
 
     @classmethod
     def of(cls, decoder: Any, blocks: int, dtype: Any, rows: int, chunk: int, budget: int, length: int,
-           eos: Sequence[int]) -> Core:
-        """The core of a decoder, with a cache of its own: ``blocks`` of type ``dtype``; the others as of the class."""
+           eos: Sequence[int], graph: Optional[StepGraph] = None) -> Core:
+        """The core of a decoder, with a cache of its own: ``blocks`` of type ``dtype``; the others as of the class.
+
+        ``graph``: of a former core; if it has these sizes, it goes on over the new cache and is not compiled again.
+        """
         tokens = max(TOKENS, rows + budget)
-        graph = StepGraph(decoder, PagedCache(decoder.config, blocks, dtype), tokens, rows, rows, chunk)
+        if graph is None or (graph.tokens, graph.rows, graph.capacity) != (tokens, rows, chunk):
+            graph = StepGraph(decoder, PagedCache(decoder.config, blocks, dtype), tokens, rows, rows, chunk)
+        else:
+            graph.over(lambda: PagedCache(decoder.config, blocks, dtype))
         return cls(graph, BlockPool(blocks, kind=str(dtype)), rows, tokens, chunk, budget, length, eos)
 
     def warm_up(self) -> None:

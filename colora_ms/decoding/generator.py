@@ -140,13 +140,15 @@ class Generator:
         return [job.answer.completion(len(job.request.ids), job.request.adapter) for job in jobs]
 
     def _reserve(self, jobs: Sequence[Running]) -> Core:
-        """The core, with a cache for these; a larger one replaces the present one, and with it what was compiled."""
+        """The core, with a cache for these; a larger one replaces the present one."""
         blocks = self._blocks or self._wanted(jobs)
         if self._core is None or self._core.pool.blocks < blocks:
+            same = self._core is not None and self._replacements == replacements()
+            graph = self._core.graph if self._core is not None and same else None
             self._core = None  # its cache goes first
             self.decoder.set_train(False)
             self._core = Core.of(self.decoder, blocks, self.cache_dtype, self.max_rows, self.chunk, _BUDGET,
-                                 self.max_length, self.eos_token_ids)
+                                 self.max_length, self.eos_token_ids, graph)
             self._replacements = replacements()
         elif self._replacements != replacements():
             self._core.graph.renew()

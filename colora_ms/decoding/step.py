@@ -8,7 +8,7 @@ for buckets of tokens, rows and requests. Both make the same tokens.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -152,6 +152,7 @@ class StepGraph:
         self.fused = decoder.fused_step
         self.width = -(-decoder.max_positions // BLOCK)  # blocks of the longest row
         self._former = 0
+        self._table: Optional[WeightTable] = None
         self._make()
 
     def _make(self) -> None:
@@ -169,6 +170,20 @@ class StepGraph:
         self._former = self.compilations()
         self.fused = self.decoder.fused_step
         self._make()
+
+    def over(self, make: Callable[[], Any]) -> StepGraph:
+        """The same graph over another cache, which ``make`` makes when the present one is gone; an operator is not
+        compiled again."""
+        self.cache = None
+        if not self.fused:
+            self._former, self._cells = self.compilations(), []
+        self._table = None
+        self.cache = make()
+        if self.fused:
+            self._table = WeightTable(self.decoder.step_operands(self.cache))
+        else:
+            self._make()
+        return self
 
     def rest(self) -> None:
         """Called now and then while there is nothing to run."""
@@ -196,12 +211,14 @@ class StepGraph:
         return self._run_fused(batch) if self.fused else self._run_cells(batch)
 
     def _run_fused(self, batch: FlatBatch) -> StepResult:
+        table = self._table
+        assert table is not None
         counts = np.array([len(batch.tokens), len(batch.copies), batch.steps], np.int32)
         extras = NOTHING
         if batch.prompts is not None or batch.adjustments:
             extras = self._extras.put(_extras({"prompt": batch.prompts or (), **batch.adjustments}, self.requests))
         *found, taken, tops, details = runtime.run(
-            self._cells[0], Tensor(np.array(self._table.handle(), np.int64)),
+            self._cells[0], Tensor(np.array(table.handle(), np.int64)),
             *(Tensor(padded(one, self.tokens, -1)) for one in (batch.tokens, batch.rows, batch.positions)),
             Tensor(counts), Tensor(padded(batch.slots, self.rows, -1)), Tensor(_strengths(batch, self.rows)),
             Tensor(_padded_tables(batch.tables, self.rows, self.width)),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from colora_ms.adapters import LoraConfig, inject
+from colora_ms.decoding import Generator
 from colora_ms.decoding.step import FlatBatch, StepGraph, bucket
 from colora_ms.errors import DecodingError
 from colora_ms.kernels import backend
@@ -139,6 +140,26 @@ def test_weights_that_move_are_followed(decoder, mindspore):
     norm.set_data(mindspore.Tensor(values))
     assert driver.run(6, 2) == want
     assert driver.graph.compilations() == 1
+
+
+def test_another_cache_compiles_nothing(decoder):
+    needs_cpu()
+    driver = Driver(decoder)
+    want = driver.run(6, 2)
+    driver.graph.over(lambda: PagedCache(decoder.config, 20))
+    driver.cache = driver.graph.cache
+    assert driver.run(6, 2) == want
+    assert driver.graph.compilations() == 1
+
+
+def test_a_generator_compiles_once_whatever_comes(decoder, word_tokenizer):
+    needs_cpu()
+    generator = Generator(decoder, word_tokenizer, max_rows=4)
+    first = generator.generate([5, 6, 7], max_new_tokens=4)[0].tokens
+    for prompts, tokens in (([[5] * 60, [6], [7, 8]], 40), ([[9]], 1), ([[5] * n for n in range(1, 30)], 7)):
+        generator.generate(prompts, max_new_tokens=tokens, ignore_eos=True)
+    assert generator.generate([5, 6, 7], max_new_tokens=4)[0].tokens == first
+    assert generator._core.graph.compilations() == 1 and generator._core.pool.blocks > 16
 
 
 def test_batches_that_are_too_large_are_told(decoder):
