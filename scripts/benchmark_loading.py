@@ -8,6 +8,11 @@
   less those of a second one; ``compile_mib_30_layers``: the process's peak memory during the first answer less its
   memory before. The same for 4 layers, which tells what a layer costs.
 
+* start (loading_start.py): seconds from process start to the first token of SmolLM2 with a LoRA and a contrast, and to
+  the first completion of ``colora-ms serve``, each with an empty folder of compiled graphs and with a filled one.
+* later: ``compilations_after_first``, graphs that 40 requests of random lengths, rows and budgets compile after the
+  first answer; ``rss_smollm2_int4_mib``, the process's peak memory up to its first answers.
+
 Each round is a process of its own; the medians count. A further part is a function in ``PARTS`` that gives measures.
 """
 
@@ -18,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+import loading_start
 from benchmark_common import (
     ROOT,
     BenchmarkError,
@@ -88,6 +94,10 @@ class Child:
                                  "second one: they are expected in the first one")
         return {"first": seconds[0], "second": seconds[1], "bytes": peak - before, "graphs": graphs[1] - graphs[0]}
 
+    def later(self, adapter, requests):
+        """See :func:`loading_start.later`."""
+        return loading_start.later(adapter, requests)
+
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 
@@ -120,7 +130,8 @@ def measure_compile(arguments, folder):
 
 
 #: What can be measured, by name.
-PARTS = {"compile": measure_compile}
+PARTS = {"compile": measure_compile, "start": loading_start.measure_start,
+         "later": loading_start.measure_later}
 
 
 def benchmark(arguments, folder):
