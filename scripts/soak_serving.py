@@ -17,7 +17,6 @@ the summary says so.
 """
 
 import argparse
-import inspect
 import json
 import os
 import sys
@@ -104,12 +103,9 @@ def few_blocks(config):
     return (VOICES * -(-(PROMPT_TOKENS + 64) // BLOCK) + 2) * block_bytes(config)
 
 
-def engine_options(engine, config):
-    """Further arguments of an Engine class: a small cache that lets in more than it holds if it has one, else rows of a
-    fixed length."""
-    known = inspect.signature(engine).parameters
-    more = {"max_length": LONGEST} if "max_length" in known else {}
-    return {**more, "cache_bytes": few_blocks(config), "ahead": 1} if "cache_bytes" in known else more
+def engine_options(config):
+    """Further arguments of the Engine: a small cache, and more requests let in than it holds."""
+    return {"max_length": LONGEST, "cache_bytes": few_blocks(config), "ahead": 1}
 
 
 def ensembles(engine):
@@ -136,7 +132,7 @@ def soak(arguments, folder):
     prompts = [source.integers(3, decoder.config.vocab_size, source.integers(1, PROMPT_TOKENS)).tolist()
                for _ in ANSWERS]
     with Engine(decoder, tokenizer, bank, rows=ROWS, queue=arguments.clients // 2,
-                **engine_options(Engine, decoder.config)) as engine:
+                **engine_options(decoder.config)) as engine:
         engine.warm_up()
         mixed = ensembles(engine)
         with Server(create_app(engine, Settings(base_model="base"))) as server:

@@ -66,19 +66,11 @@ def test_equal_ensembles_give_equal_answers(client):
     assert dict(client.tally.refusals) == {"queue full": 1, "adapter unloaded": 1} and len(client.tally.lost) == 1
 
 
-def test_the_engine_gets_few_blocks_if_it_has_any(monkeypatch):
+def test_the_soaks_engine_gets_few_blocks(monkeypatch):
     paged = types.SimpleNamespace(BLOCK=16, block_bytes=lambda config: 100)
     monkeypatch.setitem(sys.modules, "colora_ms.models.paged_cache", paged)
-
-    def paged_engine(decoder, rows=16, cache_bytes=0):
-        pass
-
-    def rows_engine(decoder, rows=16, max_length=1024):
-        pass
-
     # The longest ensemble: three rows of 60 + 64 tokens, eight blocks each.
-    assert soak_serving.engine_options(paged_engine, None) == {"cache_bytes": 26 * 100}
-    assert soak_serving.engine_options(rows_engine, None) == {"max_length": 160}
+    assert soak_serving.engine_options(None) == {"max_length": 160, "cache_bytes": 26 * 100, "ahead": 1}
 
 
 @pytest.mark.slow
