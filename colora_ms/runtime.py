@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ _configured = False
 _graphs: GraphCache | None = None
 _compiled: weakref.WeakKeyDictionary[nn.Cell, set] = weakref.WeakKeyDictionary()
 _compilations = 0
+_running = threading.RLock()
 
 
 def cache_folder() -> Path:
@@ -74,11 +76,17 @@ def graph_mode() -> Iterator[None]:
 
 
 def run(cell: nn.Cell, *args: Any) -> Any:
-    """Call a Cell with tensors in graph mode, through the graph cache where it has to be compiled.
+    """Call a Cell with tensors in graph mode, through the graph cache where it has to be compiled. Any thread may;
+    MindSpore runs one graph at a time.
 
     Raises:
         KernelError: a custom operator refused an argument; the message names operator, argument and value.
     """
+    with _running:
+        return _run(cell, args)
+
+
+def _run(cell: nn.Cell, args: tuple) -> Any:
     global _compilations
     known = _compiled.setdefault(cell, set())
     shapes = tuple((str(a.dtype), a.shape) if isinstance(a, Tensor) else repr(a) for a in args)

@@ -59,6 +59,8 @@ class Option:
     def _chosen(self, name: str, value: Any) -> str:
         known = list(self.choices()) if self.choices is not None else []
         if not isinstance(value, str) or known and value not in known:
+            if not known:
+                raise DecodingError(f"{name}={shown(value)} is not a text")
             hint = near(value, known) if isinstance(value, str) else ""
             raise DecodingError(f"{name}={shown(value)} is none of {', '.join(known)}.{hint}")
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -24,6 +25,9 @@ from colora_ms.models.replacing import replacements
 #: Tokens of prompts in a call in which other requests make tokens; nobody waits for these one by one.
 _BUDGET = 240
 
+#: Rows and tokens of a call at most.
+_MOST = 4096
+
 #: Positions that each row of a cache has at least, where its size is not given.
 _SHORTEST = 256
 
@@ -44,8 +48,10 @@ class Generator:
 
     def __init__(self, decoder: Any, tokenizer: Any, adapters: Any = None, max_rows: int = 16, chunk: int = 16,
                  cache_dtype: Any = ms.float32, cache_bytes: Optional[int] = None) -> None:
-        if max_rows < 2:
-            raise DecodingError(f"max_rows={max_rows} leaves no room for a contrastive request, which takes two rows")
+        for label, value, least in (("max_rows", max_rows, 2), ("chunk", chunk, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+                raise DecodingError(f"{label}={shown(value)} is not a whole number of {least} to {_MOST}"
+                                    + (" (a contrastive request takes two rows)" if label == "max_rows" else ""))
         runtime.configure()
         self.decoder = decoder
         self.tokenizer = tokenizer
@@ -56,6 +62,7 @@ class Generator:
         self._blocks = None if cache_bytes is None else cache_blocks(decoder, cache_bytes, 0, cache_dtype)
         self._core: Optional[Core] = None
         self._replacements = 0
+        self._one = threading.RLock()  # one call at a time; a listener may make another one
         #: Graphs of the decoders that leave the graph at every token; see ``colora_ms.decoding.stepwise``.
         self.steppers: Dict[Any, Any] = {}
         decoder.set_train(False)
@@ -115,6 +122,11 @@ class Generator:
             AdapterError: unknown adapter, or one that makes the logits of a prompt infinite or not a number.
             CheckpointError: so do the base model's weights.
         """
+        with self._one:
+            return self._generate(prompts, adapter, on_text, options)
+
+    def _generate(self, prompts: Any, adapter: Any, on_text: Optional[Callable[[int, str], None]],
+                  options: Dict[str, Any]) -> List[Completion]:
         eos = self.eos_token_ids
         jobs = self._requests(prompts, adapter, options, eos)
         if not jobs:

@@ -69,7 +69,7 @@ class Voice(Record):
     role: str = option(str, "voice", "what the row is called in records")
     adapter: Optional[str] = option(str, OWN, "adapter; null is the base model, \"\" the request's", check=_adapter)
     weight: float = option(float, 1.0, "weight in the mixture")
-    scale: float = option(float, 1.0, "factor on the adapter's scale")
+    scale: float = option(float, 1.0, "factor on the adapter's scale", least=-1e3, most=1e3)
     prompt: Any = option(Any, None, "prompt in the place of the request's", check=_prompt)
 
 

@@ -146,10 +146,10 @@ def rows_of(options: Options, adapter: Optional[str], encoded: Callable[[Any, st
             but none is asked for where the strength of one matters.
     """
     mix = options.mixture
+    if adapter is None and options.adapter_scale != 1.0:
+        raise DecodingError(f"adapter_scale={options.adapter_scale:g} is a factor on the scale of the request's "
+                            "adapter, so it needs adapter=…" + ("" if mix is None else "; a mix's voices have scale=…"))
     if mix is None:
-        if adapter is None and options.adapter_scale != 1.0:
-            raise DecodingError(f"adapter_scale={options.adapter_scale:g} is a factor on an adapter's scale, so it "
-                                "needs adapter=…")
         return (Row(EXPERT, adapter, options.adapter_scale),)
     if adapter is not None and not mix.needs_adapter:
         raise DecodingError(f"adapter={shown(adapter)} is given beside a mix that names all its adapters "

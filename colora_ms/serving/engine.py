@@ -24,6 +24,7 @@ from colora_ms.decoding.step import StepGraph
 from colora_ms.decoding.values import shown
 from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ColoraError, ConfigError, DecodingError, EngineClosedError, UnknownAdapterError
+from colora_ms.models.paged_cache import BLOCK
 from colora_ms.serving.bank import AdapterBank
 from colora_ms.serving.handle import RequestHandle, Timing, Usage
 from colora_ms.serving.job import Job
@@ -87,6 +88,7 @@ class Engine:
         self.chunk = chunk
         self.eos = ending_ids(decoder, tokenizer)
         blocks = cache_blocks(decoder, cache_bytes, rows * min(self.max_length, 1024), cache_dtype)
+        self.max_length = min(self.max_length, blocks * BLOCK)
         self._limits = Limits(decoder.config.vocab_size, self.max_length, "the engine's cache",
                               ": shorten it, or make the engine with a larger max_length or cache_bytes", blocks)
         self._core = Core.of(decoder, blocks, cache_dtype, rows, chunk, prompt_chunk, self.max_length, self.eos)

@@ -1,6 +1,7 @@
 """Requests of several rows: mixes, strengths, penalties, log-probabilities and forms, against steppers and NumPy."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -251,3 +252,34 @@ def test_mappings_of_mixes_come_back(made):
     for mix in MIXES.values():
         assert mix_of(json.loads(json.dumps(as_mapping(mix)))) == mix
     assert mix_of({"ensemble": {"adapters": ["a", "b"], "mean": "prob"}}) == Ensemble(["a", "b"], mean="prob")
+
+
+def test_a_strength_without_the_requests_adapter_is_refused(tiny_decoder, word_tokenizer):
+    decoder = tiny_decoder()
+    handle = inject(decoder, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), adapter_name="a",
+                    seed=1)
+    generator = Generator(decoder, word_tokenizer, handle)
+    with pytest.raises(DecodingError, match="needs adapter=…; a mix's voices have scale"):
+        generator.generate([[5, 6]], mix=Ensemble(["a", None]), adapter_scale=0.5)
+    with pytest.raises(DecodingError, match="scale=1e"):
+        Voice(adapter="a", scale=1e20)
+    with pytest.raises(DecodingError, match="role=3 is not a text"):
+        Voice(role=3)
+
+
+def test_threads_take_turns(tiny_decoder, word_tokenizer):
+    """Several threads with one generator, and each with its own: everybody's tokens are right."""
+    generators = [Generator(tiny_decoder(), word_tokenizer, max_rows=2) for _ in range(2)]
+    want = generators[0].generate([[5, 6, 7]], max_new_tokens=6, ignore_eos=True)[0].tokens
+    found = []
+
+    def work(generator):
+        for _ in range(3):
+            found.append(generator.generate([[5, 6, 7]], max_new_tokens=6, ignore_eos=True)[0].tokens)
+
+    threads = [threading.Thread(target=work, args=(generators[i % 2],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert found == [want] * 12

@@ -142,6 +142,7 @@ class Registry:
         try:
             path = Path(given) if Path(given).is_absolute() or not roots else roots[0] / given
             path = path.resolve()
+            path.is_dir()  # finds names that are too long for a file system
         except (OSError, ValueError, RuntimeError):
             raise RequestError(f"lora_path={given!r:.80} is not a path", "lora_path") from None
         if not any(root in path.parents for root in roots):

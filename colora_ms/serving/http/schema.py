@@ -210,7 +210,7 @@ class CompletionBody(AnswersBody):
         """As the base class; a prompt's own log-probabilities are those of one row, without what changes an answer."""
         options = super().submission(settings, tokenizer, registry)
         if self.echo and self.top() is not None:
-            for name, wanted in (("contrast", self.contrast), ("mix", self.mix),
+            for name, wanted in (("contrast", self.contrast), ("mix", options.get("mix") is not None),
                                  ("adapter_scale", options.get("adapter_scale", 1.0) != 1.0)):
                 if wanted:
                     raise RequestError("echo with logprobs: a prompt's log-probabilities cannot be given together "
