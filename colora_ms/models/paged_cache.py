@@ -57,6 +57,6 @@ def block_bytes(config: DecoderConfig, dtype: ms.dtype.Type = ms.float32) -> int
 
 
 def _parameters(kind: str, shape: tuple, layers: int, dtype: ms.dtype.Type) -> ParameterTuple:
-    return ParameterTuple([Parameter(Tensor(np.zeros(shape, np.float32), dtype) if dtype != ms.int8
-                                     else Tensor(np.zeros(shape, np.int8)),
-                                     name=f"cache.{kind}.{i}", requires_grad=False) for i in range(layers)])
+    zeros = np.zeros(shape, np.int8)
+    return ParameterTuple([Parameter(Tensor(zeros, dtype), name=f"cache.{kind}.{i}", requires_grad=False)
+                           for i in range(layers)])
