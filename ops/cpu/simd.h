@@ -154,9 +154,10 @@ inline vf load_int8(const int8_t* p) {
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
-  vf v;
-  for (int i = 0; i < kLanes; ++i) v[i] = float(p[i]);
-  return v;
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes b;
+  std::memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, vf);
 #endif
 }
 

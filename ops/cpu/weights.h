@@ -131,28 +131,14 @@ struct Bfloat16Reader {
 struct Int8Reader {
   static constexpr int kUnits = 1, kStep = kLanes;
   using Scale = vf;
-  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
   const int8_t* p;
   const float* scales;
   int64_t stride, groups;
   explicit Int8Reader(const Weight& w) : p(w.i8()), scales(w.scale), stride(w.in), groups(w.groups) {}
   Scale scale(int64_t o, int64_t g) const { return splat(scales[o * groups + g]); }
-  static vf widen(const int8_t* q) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q)));
-#elif defined(__AVX2__)
-    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)q)));
-#else
-    Bytes b;
-    std::memcpy(&b, q, sizeof b);
-    return __builtin_convertvector(b, vf);
-#endif
-  }
   void read(int64_t o, int64_t k, const Scale& s, vf* out) const { out[0] = widen(p + o * stride + k) * s; }
   void read_tail(int64_t o, int64_t k, int64_t n, const Scale& s, vf* out) const {
-    int8_t buffer[kLanes] = {};
-    std::memcpy(buffer, p + o * stride + k, size_t(n));
-    out[0] = widen(buffer) * s;
+    out[0] = widen_partial(p + o * stride + k, n) * s;
   }
   const void* address(int64_t o, int64_t k) const { return p + o * stride + k; }
 };
