@@ -12,7 +12,6 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
@@ -103,7 +102,6 @@ class CellStep(nn.Cell):
         bind()
         self.decoder = decoder
         self.cache = cache
-        self.one = Tensor(1, ms.int32)
 
     def construct(self, tokens: Tensor, rows: Tensor, positions: Tensor, token_slots: Tensor, tables: Tensor,
                   read: Tensor, slots: Tensor, previous: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor,
@@ -158,7 +156,7 @@ class StepGraph:
     def _make(self) -> None:
         self._cells: List[nn.Cell]
         if self.fused:
-            self._table = WeightTable(self.decoder.step_operands(self.cache))
+            self._read_weights()
             self._extras = ArrayTable()
             self._cells = [FusedStep().set_train(False)]
         else:
@@ -180,10 +178,13 @@ class StepGraph:
         self._table = None
         self.cache = make()
         if self.fused:
-            self._table = WeightTable(self.decoder.step_operands(self.cache))
+            self._read_weights()
         else:
             self._make()
         return self
+
+    def _read_weights(self) -> None:
+        self._table = WeightTable(self.decoder.step_operands(self.cache))
 
     def rest(self) -> None:
         """Called now and then while there is nothing to run."""
