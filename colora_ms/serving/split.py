@@ -86,8 +86,10 @@ class SplitBank(AdapterBank):
             AdapterError: another worker could not; the slot holds nothing then.
         """
         self.team.share((_WRITE, number, *self._sources[content.digest]))
-        super().write(number, content)
-        problems = [one for one in self.team.gather(None) if one]
+        try:
+            super().write(number, content)
+        finally:  # the others wait for this, also where the own share failed
+            problems = [one for one in self.team.gather(None) if one]
         if problems:
             raise AdapterError(problems[0])
 
