@@ -1,6 +1,6 @@
 """The operations that must be fast: one Python face each, a reference form, and a form for each device."""
 
-from colora_ms.kernels.activation import swiglu, swiglu_reference
+from colora_ms.kernels.activation import geglu, swiglu, swiglu_reference
 from colora_ms.kernels.adjust import adjust_logits, adjust_logits_reference
 from colora_ms.kernels.aot import ABSENT, KernelError
 from colora_ms.kernels.attention import (
@@ -46,6 +46,7 @@ __all__ = [
     "embedding",
     "embedding_reference",
     "fuses_step",
+    "geglu",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_token_cross_entropy",

@@ -63,12 +63,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return ops.concat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
-    """:func:`causal_attention` in built-in operators; differentiable, any device; lengths are not checked."""
+def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor,
+                               window: int = 0, cap: float = 0.0, factor: float = 0.0) -> Tensor:
+    """:func:`causal_attention` in built-in operators; differentiable, any device; lengths are not checked.
+
+    Args:
+        window, cap, factor: as for :func:`colora_ms.kernels.paged_attention`.
+    """
     rows, tokens, _ = q.shape
     dim = 2 * cos.shape[1]
     steps = ops.arange(tokens).astype(ms.int32)
     seen = steps.reshape((1, 1, tokens)) <= steps.reshape((1, tokens, 1))
+    if window > 0:
+        seen = ops.logical_and(seen, steps.reshape((1, 1, tokens)) > steps.reshape((1, tokens, 1)) - window)
     if lengths.ndim == 2:
         # A segment starts where those that are over by then end: what they sum up to.
         over = steps.reshape((1, tokens, 1)) >= ops.cumsum(lengths, 1).reshape((rows, 1, -1))
@@ -84,17 +91,19 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin
     keys = rotate(k.reshape((rows, tokens, -1, dim)), cosines, sines).transpose((0, 2, 1, 3))
     values = v.reshape((rows, tokens, -1, dim)).transpose((0, 2, 1, 3))
     real = steps.reshape((1, tokens)) < lengths.reshape((rows, 1))
-    out = attend(queries, keys, values, seen)
+    out = attend(queries, keys, values, seen, cap, factor)
     return ops.where(real.reshape((rows, tokens, 1)), out, ops.zeros_like(out))
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, cap: float = 0.0,
+           factor: float = 0.0) -> Tensor:
     """Softmax attention in built-in operators.
 
     Args:
         queries: (rows, T, heads, dim).
         keys, values: (rows, kv_heads, positions, dim).
         seen: (rows or 1, T, positions) bool.
+        cap: 0, or c of c * tanh(score / c); factor: on scores, 0: 1 / sqrt(dim).
 
     Returns:
         (rows, T, heads * dim).
@@ -103,7 +112,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tenso
     kv_heads, positions = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     queries = queries.transpose((0, 2, 1, 3)).reshape((rows, kv_heads, group * tokens, dim))
-    scores = ops.matmul(queries, keys.transpose((0, 1, 3, 2))) / math.sqrt(dim)
+    scores = ops.matmul(queries, keys.transpose((0, 1, 3, 2)))
+    scores = scores * factor if factor > 0 else scores / math.sqrt(dim)
+    if cap > 0:
+        scores = cap * ops.tanh(scores / cap)
     scores = scores.reshape((rows, heads, tokens, positions))
     mask = seen.reshape((seen.shape[0], 1, tokens, positions))
     scores = ops.where(mask, scores, ops.full_like(scores, _MASKED))

@@ -18,6 +18,7 @@ come to an operator by a table of weights (:mod:`colora_ms.kernels.weight_table`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy as np
 from mindspore import Tensor
 
 from colora_ms.kernels.aot import ABSENT
+from colora_ms.kernels.layer_form import LAYER_REAL, LAYER_WHOLE, form_tensors
 from colora_ms.kernels.shapes import require
 
 #: Formats of a base: (name, its tensors); the first ones have the numbers of ``Format`` in ops/cpu/weights.h, which are
@@ -37,12 +39,15 @@ FLOAT32, BFLOAT16, INT8, INT4, PRODUCT, PRODUCT_WITH_CORE = range(len(FORMATS))
 #: Tensors of a linear's adapters, which come together.
 ADAPTER = ("down", "up", "scale")
 
-#: Parts of a layer, in order: (name, kind). A norm is weight and eps, a tensor itself.
-LAYER = (("input_layernorm", "norm"), ("q_proj", "linear"), ("k_proj", "linear"), ("v_proj", "linear"),
+#: Parts of a layer, in order: (name, kind). A norm is weight and eps, a tensor itself, experts are gate, up and down of
+#: each.
+LAYER = (("before_attention", "optional_norm"), ("q_proj", "linear"), ("k_proj", "linear"), ("v_proj", "linear"),
          ("q_norm", "optional_norm"), ("k_norm", "optional_norm"), ("k_cache", "tensor"), ("v_cache", "tensor"),
-         ("o_proj", "linear"), ("post_attention_layernorm", "norm"), ("gate_proj", "linear"), ("up_proj", "linear"),
-         ("down_proj", "linear"))
-OPTIONAL = tuple(name for name, kind in LAYER if kind == "optional_norm")
+         ("o_proj", "linear"), ("after_attention", "optional_norm"), ("before_mlp", "optional_norm"),
+         ("gate_proj", "optional_linear"), ("up_proj", "optional_linear"), ("down_proj", "optional_linear"),
+         ("router", "optional_linear"), ("shared_gate", "optional_linear"), ("experts", "experts"),
+         ("after_mlp", "optional_norm"))
+OPTIONAL = tuple(name for name, kind in LAYER if kind.startswith("optional"))
 
 #: Most tensors of one linear: tag, base, bias, adapters. Least: tag and weight.
 MOST_TENSORS = 2 + max(len(tensors) for _, tensors in FORMATS) + len(ADAPTER)
@@ -66,7 +71,6 @@ def tag_parts(length: int) -> tuple[int, int, int]:
 _TAGS = tuple(tuple(tuple(_tag(tag_length(form, bias, adapter)) for adapter in (0, 1)) for bias in (0, 1))
               for form in range(len(FORMATS)))
 _TENSORS = tuple(len(tensors) for _, tensors in FORMATS)
-_LAYER_TAGS = tuple(_tag(1 + mask) for mask in range(1 << len(OPTIONAL)))
 
 
 # -- in graphs --------------------------------------------------------------------------------------------------------
@@ -129,14 +133,27 @@ def linears_of(flat: tuple) -> tuple:
     return linears
 
 
-def flat_layer(input_layernorm: tuple, q_proj: tuple, k_proj: tuple, v_proj: tuple, q_norm: tuple, k_norm: tuple,
-               caches: tuple, o_proj: tuple, post_attention_layernorm: tuple, gate_proj: tuple, up_proj: tuple,
-               down_proj: tuple) -> tuple[Tensor, ...]:
-    """The tensors of a layer for an operator: norms are (weight, eps), q_norm and k_norm may be (), caches two
-    tensors."""
-    mask = (1 if len(q_norm) > 0 else 0) + (2 if len(k_norm) > 0 else 0)
-    return ((_LAYER_TAGS[mask],) + input_layernorm + flat_linears((q_proj, k_proj, v_proj)) + q_norm + k_norm + caches
-            + flat_linears((o_proj,)) + post_attention_layernorm + flat_linears((gate_proj, up_proj, down_proj)))
+# -- for tables of weights --------------------------------------------------------------------------------------------
+
+
+def flat_layer(form: Mapping[str, float], parts: Mapping[str, tuple]) -> tuple[Tensor, ...]:
+    """The tensors of a layer in a table of weights.
+
+    Args:
+        form: the layer's numbers (``layer_form.LAYER_WHOLE`` and ``LAYER_REAL``) without ``parts``.
+        parts: {name of ``LAYER``: what it is}: norms (weight, eps), linears as of :func:`linear_of`, caches (tensor,),
+            experts a tuple of linears; what is not there is left out.
+    """
+    mask = sum(1 << i for i, name in enumerate(OPTIONAL) if name in parts)
+    flat = form_tensors(LAYER_WHOLE, LAYER_REAL, {**form, "parts": mask})
+    for name, kind in LAYER:
+        if name not in parts:
+            continue
+        if kind in ("linear", "optional_linear"):
+            flat += flat_linears((parts[name],))
+        else:
+            flat += flat_linears(parts[name]) if kind == "experts" else tuple(parts[name])
+    return flat
 
 
 # -- while a graph is compiled ----------------------------------------------------------------------------------------

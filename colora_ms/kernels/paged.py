@@ -9,7 +9,7 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
-from colora_ms.kernels.aot import custom
+from colora_ms.kernels.aot import ABSENT, custom
 from colora_ms.kernels.attention import attend, rotate
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
@@ -18,7 +18,7 @@ from colora_ms.kernels.shapes import element_type, require, require_dtype, requi
 BLOCK = 16
 
 _NAME = "paged_attention"
-_ARGUMENTS = ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "rows", "positions", "tables")
+_ARGUMENTS = ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "rows", "positions", "tables", "form")
 _CACHES = (ms.float32, ms.bfloat16, ms.int8)
 
 
@@ -29,7 +29,8 @@ def block_numbers(head_dim: int, dtype: Any) -> int:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-                    rows: Tensor, positions: Tensor, tables: Tensor) -> Tensor:
+                    rows: Tensor, positions: Tensor, tables: Tensor, window: int = 0, cap: float = 0.0,
+                    factor: float = 0.0, form: Tensor = ABSENT) -> Tensor:
     """Rotate q and k, append k and v to the cache in place, and attend over each row's own past.
 
     Semantics, for token t of row r = rows[t] at position p = positions[t]: its key (rotated) and value go to place p %
@@ -47,6 +48,8 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k
             written.
         positions: (T,) int32, ascending by one within a row.
         tables: (rows, blocks of a row) int32, the blocks of each row's positions; behind those that it uses anything.
+        window: 0, or how many positions a token sees, its own counted; cap: 0, or c of c * tanh(score / c); factor: on
+            scores, 0: 1 / sqrt(head_dim). form: the three as (3,) float32, unless all are 0.
 
     Returns:
         (T, heads * head_dim) float32; 0 for tokens that only fill.
@@ -58,11 +61,15 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k
 
     Gradients: refused (use :func:`colora_ms.kernels.causal_attention` for training).
     """
-    return bound.paged_attention(q, k, v, cos, sin, k_cache, v_cache, rows, positions, tables)
+    if window == 0 and cap == 0 and factor == 0:
+        return bound.paged_attention(q, k, v, cos, sin, k_cache, v_cache, rows, positions, tables)
+    return bound.formed_attention(q, k, v, cos, sin, k_cache, v_cache, rows, positions, tables, window, cap, factor,
+                                  form)
 
 
 def paged_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor,
-                              v_cache: Tensor, rows: Tensor, positions: Tensor, tables: Tensor) -> Tensor:
+                              v_cache: Tensor, rows: Tensor, positions: Tensor, tables: Tensor, window: int = 0,
+                              cap: float = 0.0, factor: float = 0.0, form: Tensor = ABSENT) -> Tensor:
     """:func:`paged_attention` in built-in operators over float32 caches, any device; numbers are not checked."""
     tokens = q.shape[0]
     blocks, kv_heads, _ = k_cache.shape
@@ -88,13 +95,16 @@ def paged_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin:
                                             real, written)
                          .reshape((blocks, BLOCK, kv_heads, dim)).transpose((0, 2, 1, 3)).reshape(v_cache.shape))
     width = places.shape[1] * BLOCK
-    seen = ops.arange(width).astype(ms.int32).reshape((1, 1, width)) <= positions.reshape((tokens, 1, 1))
+    place = ops.arange(width).astype(ms.int32).reshape((1, 1, width))
+    seen = place <= positions.reshape((tokens, 1, 1))
+    if window > 0:
+        seen = ops.logical_and(seen, place > positions.reshape((tokens, 1, 1)) - window)
     spread = places.reshape((-1,))
     past_keys = ops.gather(_by_position(k_cache, dim, True).reshape((blocks, BLOCK, kv_heads, dim)), spread, 0)
     past_values = ops.gather(_by_position(v_cache, dim, False).reshape((blocks, BLOCK, kv_heads, dim)), spread, 0)
     shape = (tokens, width, kv_heads, dim)
     out = attend(queries.expand_dims(1), past_keys.reshape(shape).transpose((0, 2, 1, 3)),
-                 past_values.reshape(shape).transpose((0, 2, 1, 3)), seen)  # (T, 1, heads * head_dim)
+                 past_values.reshape(shape).transpose((0, 2, 1, 3)), seen, cap, factor)  # (T, 1, heads * head_dim)
     out = out.reshape((tokens, -1))
     return ops.where(real.reshape((tokens, 1)), out, ops.zeros_like(out))
 
@@ -122,7 +132,8 @@ def _appended(cache, new, where, real, written):
     return ops.where(written.reshape((-1, 1, 1)), placed, cache)
 
 
-def _shapes(q, k, v, cos, sin, k_cache, v_cache, rows, positions, tables):
+def _shapes(q, k, v, cos, sin, k_cache, v_cache, rows, positions, tables, form=(3,)):
+    require(list(form) == [3], _NAME, "form", form, "(3,), window, cap and factor")
     require(len(q) == 2, _NAME, "q", q, "(tokens, heads * head_dim)")
     require(len(cos) == 2 and cos[1] > 0, _NAME, "cos", cos, "(positions, head_dim / 2)")
     require_shape(_NAME, "sin", sin, cos)
@@ -148,9 +159,15 @@ def _dtypes(*dtypes):
     return ms.float32
 
 
-def _no_gradient(q, k, v, cos, sin, k_cache, v_cache, rows, positions, tables, out, dout):
+def _no_gradient(*arguments):
     raise RuntimeError("paged_attention has no gradient; use causal_attention for training")
+
+
+def _formed_attention(q, k, v, cos, sin, k_cache, v_cache, rows, positions, tables, window, cap, factor, form):
+    return bound.formed_attention_operator(q, k, v, cos, sin, k_cache, v_cache, rows, positions, tables, form)
 
 
 operation(_NAME, reference=lambda: paged_attention_reference,
           cpu=lambda: custom(_NAME, _shapes, _dtypes, _no_gradient))
+operation("formed_attention", reference=lambda: paged_attention_reference, cpu=lambda: _formed_attention)
+operation("formed_attention_operator", cpu=lambda: custom(_NAME, _shapes, _dtypes, _no_gradient))

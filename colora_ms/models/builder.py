@@ -12,8 +12,9 @@ from mindspore import Parameter, Tensor
 from colora_ms.errors import CheckpointError
 from colora_ms.models.activation_quant import ActivationQuantizedLinear
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.families import family
 from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float, weight_format
-from colora_ms.models.layers import Embedding, Linear, RMSNorm
+from colora_ms.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
 
 #: What a decoder is built from; see :class:`Builder`.
@@ -39,6 +40,7 @@ class Builder:
         self.weights = weights
         self.wanted = weight_format(wanted)
         self.eps = config.rms_norm_eps
+        self.norms = family(config.model_type).norm  # their kind
         self.random = np.random.default_rng(0)
         self.names: dict[int, tuple[Parameter, str]] = {}
 
@@ -51,7 +53,7 @@ class Builder:
         shape = tuple(self.shapes[name])
         if self.weights is None:
             if name.endswith("norm.weight"):
-                return stored_float(np.ones(shape, np.float32))
+                return stored_float(np.full(shape, 0 if self.norms == "rms_plus_one" else 1, np.float32))
             return stored_float((self.random.standard_normal(shape, np.float32) * np.float32(0.02)).astype(np.float32))
         if name not in self.weights:
             raise CheckpointError(f"tensor {name!r} of shape {shape} is missing")
@@ -93,7 +95,8 @@ class Builder:
 
     def norm(self, prefix: str) -> RMSNorm:
         """The norm called ``prefix``."""
-        return RMSNorm(self.vector(f"{prefix}.weight"), self.eps)
+        kind = LayerNorm if self.norms == "layer" else RMSNorm
+        return kind(self.vector(f"{prefix}.weight"), self.eps, self.norms == "rms_plus_one")
 
     def vector(self, name: str) -> Parameter:
         """A float32 Parameter, for what is no matrix."""

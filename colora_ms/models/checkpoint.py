@@ -14,6 +14,7 @@ from typing import Optional, Union
 from colora_ms.errors import CheckpointError, near
 from colora_ms.models import low_rank_folder
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.family_tensors import FamilyTensors
 from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float
 from colora_ms.models.gguf_decoder import GgufDecoder
 from colora_ms.models.gguf_parts import only_model, open_gguf
@@ -149,6 +150,7 @@ def _open_safetensors(path, folder, config, files):
         quantized = QuantizedTensors(store, settings, path)
         check_shapes(quantized.shapes, config.parameter_shapes(), path)
         return Checkpoint(path, "safetensors", config, quantized.stored, tokenizer_in(folder), settings)
+    store = FamilyTensors(store, config)
     shapes = {name: shape for name, shape in store.shapes.items()
               if not _is_state(name)}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -1,7 +1,7 @@
 """The configuration of a decoder, with Hugging Face's names.
 
-``DecoderConfig.from_hf`` reads a ``config.json`` of a family that ``families`` has a record of, ``to_hf`` writes one.
-What this package does not implement is refused, never ignored.  Pure Python.
+``DecoderConfig.from_hf`` reads a ``config.json`` of a family that ``families`` has a record of, ``to_hf`` writes one
+(:mod:`colora_ms.models.config_json`). What this package does not implement is refused, never ignored. Pure Python.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import math
 from typing import Optional
 
 from colora_ms.errors import ConfigError, short
-from colora_ms.models.families import DEFAULTS, Family, family, family_of_class, find_family, unsupported
+from colora_ms.models import config_json
+from colora_ms.models.families import family, find_family, unsupported
 from colora_ms.models.rope import normalize_scaling
 
 # Upper bounds far above every released model, so that a damaged config cannot ask for terabytes.
@@ -56,6 +57,26 @@ class DecoderConfig:
     eos_token_ids: tuple = ()
     pad_token_id: Optional[int] = None
     torch_dtype: str = "float32"      # information only: how the weights are stored
+    # What a family other than Llama may have; its record says which of it.
+    window: Optional[int] = None      # positions that a query of a sliding layer sees, itself counted
+    sliding_layers: tuple = ()        # bool a layer: whether it has the window; (): none has
+    rotary_layers: tuple = ()         # bool a layer: whether it turns queries and keys; (): all do
+    partial_rotary: float = 1.0       # share of a head's channels that turn
+    rope_local_theta: Optional[float] = None  # base of the sliding layers' own rotary table, which is never scaled
+    query_scalar: Optional[float] = None      # scores are multiplied by its root's inverse ...
+    score_factor: Optional[float] = None      # ... or by this; without both by head_dim ** -0.5
+    attention_cap: Optional[float] = None     # c of c * tanh(score / c)
+    logit_cap: Optional[float] = None         # c of c * tanh(logit / c)
+    embedding_factor: float = 1.0             # on rows of the embedding
+    branch_factor: float = 1.0                # on what attention and MLP add to the residual
+    logits_factor: float = 1.0                # logits are multiplied by this ...
+    logits_divisor: float = 1.0               # ... and divided by this
+    experts: int = 0                  # routed experts of a sparse layer; 0: none
+    experts_per_token: int = 0
+    expert_size: int = 0              # an expert's width
+    shared_size: int = 0              # width of the expert that every token has; 0: none
+    normalised_experts: bool = False  # the chosen experts' shares are divided by their sum
+    dense_layers: tuple = ()          # numbers of the layers with an MLP of intermediate_size in the experts' place
 
     def __post_init__(self) -> None:
         scaling, problems = normalize_scaling(self.rope_scaling)
@@ -87,11 +108,20 @@ class DecoderConfig:
             value = getattr(self, name)
             if not _is_int(value) or not 1 <= value <= limit:
                 problems.append(f"{name} is {short(value)}, expected an integer from 1 to {limit}")
-        for name in ("rms_norm_eps", "rope_theta"):
+        for name in ("rms_norm_eps", "rope_theta", "partial_rotary", "rope_local_theta", "query_scalar", "score_factor",
+                     "attention_cap", "logit_cap", "embedding_factor", "branch_factor", "logits_factor",
+                     "logits_divisor"):
             value = getattr(self, name)
+            if value is None and name not in ("rms_norm_eps", "rope_theta"):
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) \
                     or not math.isfinite(value) or value <= 0:
                 problems.append(f"{name} is {short(value)}, expected a positive finite number")
+        for name, limit in (("experts", 4096), ("experts_per_token", 4096), ("expert_size", 1 << 20),
+                            ("shared_size", 1 << 20)):
+            value = getattr(self, name)
+            if not _is_int(value) or not 0 <= value <= limit:
+                problems.append(f"{name} is {short(value)}, expected an integer from 0 to {limit}")
         for field in dataclasses.fields(self):
             if field.type in (bool, "bool") and not isinstance(getattr(self, field.name), bool):
                 problems.append(f"{field.name} is {short(getattr(self, field.name))}, expected "
@@ -115,6 +145,7 @@ class DecoderConfig:
             problems.append(f"head_dim={self.head_dim} is odd, rotary positions need an even one")
         if self.rope_theta <= 1:
             problems.append(f"rope_theta={self.rope_theta} must be larger than 1")
+        problems += self._layer_problems()
         record = family(self.model_type)
         for name, option in record.options().items():
             expected = getattr(self, record.keys()[option]) if isinstance(option, str) else option
@@ -123,12 +154,72 @@ class DecoderConfig:
                                 f"attention_bias={self.attention_bias} has {expected}")
         return problems
 
+    def _layer_problems(self):
+        problems, count = [], self.num_hidden_layers
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            problems.append(f"partial_rotary_factor={self.partial_rotary} of head_dim={self.head_dim} gives "
+                            f"{self.rotary_dim} channels, expected an even number from 2 to head_dim")
+        for name in ("sliding_layers", "rotary_layers"):
+            value = getattr(self, name)
+            if value and (len(value) != count or not all(isinstance(one, bool) for one in value)):
+                problems.append(f"{name} is {short(value)}, expected true or false for each of {count} layers")
+        if any(self.sliding_layers) and (not _is_int(self.window) or self.window < 1):
+            problems.append(f"sliding_window is {short(self.window)}, but layer {self.sliding_layers.index(True)} "
+                            "slides: expected at least 1 position")
+        if self.experts:
+            if not 1 <= self.experts_per_token <= self.experts:
+                problems.append(f"num_experts_per_tok is {self.experts_per_token}, expected 1 to {self.experts}, the "
+                                "experts")
+            if self.expert_size < 1:
+                problems.append(f"an expert's width is {self.expert_size}, expected at least 1")
+        return problems
+
+    # -- what its layers do -------------------------------------------------------------------------------------------
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that turn."""
+        return int(self.head_dim * self.partial_rotary)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on attention scores."""
+        if self.score_factor is not None:
+            return float(self.score_factor)
+        return float(self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on rows of the embedding."""
+        root = math.sqrt(self.hidden_size) if family(self.model_type).embedding_root else 1.0
+        return root * self.embedding_factor
+
+    @property
+    def hidden_scale(self) -> float:
+        """Factor on what the head reads: that of the logits."""
+        return self.logits_factor / self.logits_divisor
+
+    def slides(self, layer: int) -> bool:
+        """Whether a layer has the window."""
+        return bool(self.sliding_layers) and self.sliding_layers[layer]
+
+    def turns(self, layer: int) -> bool:
+        """Whether a layer turns queries and keys."""
+        return not self.rotary_layers or self.rotary_layers[layer]
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer has routed experts."""
+        return self.experts > 0 and layer not in self.dense_layers
+
+    # -- config.json --------------------------------------------------------------------------------------------------
+
     @classmethod
     def from_hf(cls, values: object) -> DecoderConfig:
         """Read the dictionary of a Hugging Face ``config.json``.
 
         Both spellings of the rotary settings are read: ``rope_theta`` with ``rope_scaling``, and
-        the newer ``rope_parameters``.  Keys that do not change the model's output are skipped.
+        the newer ``rope_parameters``. A config that wraps one (``text_config``) is read as that. Keys that do not
+        change the model's output are skipped.
 
         Args:
             values: the parsed JSON object.
@@ -137,105 +228,65 @@ class DecoderConfig:
             DecoderConfig.
 
         Raises:
-            ConfigError: lists all problems: an architecture or setting that is not implemented
-                (sliding-window attention that is really used, unknown rotary scaling, quantized
-                weights, ...), missing sizes, impossible values.
+            ConfigError: lists all problems: an architecture or setting that is not implemented, missing sizes,
+                impossible values.
         """
-        if not isinstance(values, dict):
-            raise ConfigError(f"config.json holds {short(values)}, expected a JSON object")
-        record = _family_of(values)
-        problems = _refused_settings(values, record)
-        missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size",
-                                     "num_hidden_layers", "num_attention_heads")
-                   if values.get(name) is None]
-        if missing:
-            problems.append("missing " + ", ".join(missing))
-        theta, scaling, rope_problems = _read_rope(values)
-        problems += rope_problems
-        if problems:
-            raise ConfigError("the model config cannot be used: " + "; ".join(problems))
-
-        def read(key, otherwise=None):
-            """The key's value, else what transformers takes in its place."""
-            value = values.get(key)
-            return record.defaults.get(key, DEFAULTS.get(key, otherwise)) if value is None else value
-
-        heads = values["num_attention_heads"]
-        head_dim = read("head_dim")
-        eos = values.get("eos_token_id")
-        eos = () if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,)
-        options = {name: option if isinstance(option, bool) else read(option, False)
-                   for name, option in record.options().items()}
-        return cls(
-            model_type=record.name, vocab_size=values["vocab_size"],
-            hidden_size=values["hidden_size"], intermediate_size=values["intermediate_size"],
-            num_hidden_layers=values["num_hidden_layers"], num_attention_heads=heads,
-            num_key_value_heads=read("num_key_value_heads", heads),
-            head_dim=_equal_heads(values["hidden_size"], heads) if head_dim is None else head_dim,
-            max_position_embeddings=read("max_position_embeddings"), rms_norm_eps=read("rms_norm_eps"),
-            rope_theta=record.defaults.get("rope_theta", DEFAULTS["rope_theta"]) if theta is None else theta,
-            rope_scaling=scaling, tie_word_embeddings=read("tie_word_embeddings"), **options,
-            bos_token_id=values.get("bos_token_id"),
-            eos_token_ids=tuple(eos), pad_token_id=values.get("pad_token_id"),
-            torch_dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"))
+        return cls(**config_json.read_config_json(values))
 
     def to_hf(self) -> dict:
         """The dictionary for a Hugging Face ``config.json``; ``from_hf`` reads it back equal."""
-        record, eos = family(self.model_type), list(self.eos_token_ids)
-        values = {
-            "architectures": [record.architecture], "model_type": self.model_type,
-            "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads, "head_dim": self.head_dim,
-            "hidden_act": "silu", "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta,
-            "rope_scaling": dict(self.rope_scaling) if self.rope_scaling else None,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-            "pad_token_id": self.pad_token_id, "torch_dtype": self.torch_dtype,
-        }
-        for key, name in reversed(list(record.keys().items())):
-            values[key] = getattr(self, name)
-        if record.window_layers is not None:
-            values["use_sliding_window"] = False
-        return values
+        return config_json.write_config_json(self)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """All tensors of a checkpoint of this config.
 
         Returns:
             ``{Hugging Face tensor name: shape}`` in the order of the forward pass; linear weights
-            are ``(out, in)``; no ``lm_head.weight`` when the head is tied to the embedding.
+            are ``(out, in)``; no ``lm_head.weight`` when the head is tied to the embedding. Linears that the family's
+            folders keep as one (``families``) stand apart here.
         """
-        hidden, inner = self.hidden_size, self.intermediate_size
-        query = self.num_attention_heads * self.head_dim
-        key = self.num_key_value_heads * self.head_dim
+        record, hidden = family(self.model_type), self.hidden_size
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         shapes = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
 
-        def linear(name, rows, columns, bias):
+        def linear(name, rows, columns, bias=False):
             shapes[name + ".weight"] = (rows, columns)
             if bias:
                 shapes[name + ".bias"] = (rows,)
 
+        def norm(name, size=hidden):
+            if name:
+                shapes[name + ".weight"] = (size,)
+
+        def gated(name, inner, parts=("gate_proj", "up_proj", "down_proj"), bias=False):
+            for part in parts[:2]:
+                linear(f"{name}.{part}", inner, hidden, bias)
+            linear(f"{name}.{parts[2]}", hidden, inner, bias)
+
+        places = record.norms
         for index in range(self.num_hidden_layers):
             layer = f"model.layers.{index}."
-            attention = layer + "self_attn."
-            shapes[layer + "input_layernorm.weight"] = (hidden,)
-            linear(attention + "q_proj", query, hidden, self.attention_bias)
-            linear(attention + "k_proj", key, hidden, self.attention_bias)
-            linear(attention + "v_proj", key, hidden, self.attention_bias)
+            attention, mlp = layer + "self_attn.", layer + record.mlp
+            norm(places.before_attention and layer + places.before_attention)
+            for part, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+                linear(attention + part, rows, hidden, self.attention_bias)
             if self.qk_norm:
-                shapes[attention + "q_norm.weight"] = (self.head_dim,)
-                shapes[attention + "k_norm.weight"] = (self.head_dim,)
+                norm(attention + "q_norm", query if record.whole_qk_norm else self.head_dim)
+                norm(attention + "k_norm", key if record.whole_qk_norm else self.head_dim)
             linear(attention + "o_proj", hidden, query, self.attention_out_bias)
-            shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
-            linear(layer + "mlp.gate_proj", inner, hidden, self.mlp_bias)
-            linear(layer + "mlp.up_proj", inner, hidden, self.mlp_bias)
-            linear(layer + "mlp.down_proj", hidden, inner, self.mlp_bias)
-        shapes["model.norm.weight"] = (hidden,)
+            norm(places.after_attention and layer + places.after_attention)
+            norm(places.before_mlp and layer + places.before_mlp)
+            if self.sparse(index):
+                linear(f"{mlp}.gate", self.experts, hidden)
+                for number in range(self.experts):
+                    gated(f"{mlp}.experts.{number}", self.expert_size, record.routing.parts)
+                if self.shared_size:
+                    gated(f"{mlp}.shared_expert", self.shared_size)
+                    linear(f"{mlp}.shared_expert_gate", 1, hidden)
+            else:
+                gated(mlp, self.intermediate_size, bias=self.mlp_bias)
+            norm(places.after_mlp and layer + places.after_mlp)
+        norm("model.norm")
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
@@ -243,111 +294,6 @@ class DecoderConfig:
     def parameter_count(self) -> int:
         """Number of weights of the model (a tied head counts once)."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
-
-
-def _family_of(values) -> Family:
-    """The record of a config.json's family, or ConfigError naming what is supported."""
-    model_type = values.get("model_type")
-    names = values.get("architectures")
-    if isinstance(names, str):
-        names = [names]
-    record = find_family(model_type)
-    if model_type is None and isinstance(names, list) and len(names) == 1:
-        record = family_of_class(names[0])
-    if record is None:
-        raise ConfigError(unsupported(model_type))
-    if names and (not isinstance(names, list) or record.architecture not in names):
-        raise ConfigError(
-            f"config.json names the architecture {short(names)} for model_type {record.name!r}; "
-            f"only {record.architecture} (a decoder with a language-model head) is supported")
-    return record
-
-
-def _refused_settings(values, record):
-    """Settings that are present and would change the output in a way not implemented here."""
-    problems = []
-    for name, allowed in record.neutral.items():
-        value = values.get(name)
-        if not any(value is item or (not isinstance(value, bool) and value == item)
-                   for item in allowed):
-            reason = ("quantized Hugging Face weights are not read; use the unquantized model or "
-                      "a GGUF file" if name == "quantization_config"
-                      else f"only {allowed[0]!r} is implemented")
-            problems.append(f"{name} is {short(value)}: {reason}")
-    for name in dict.fromkeys(["attention_bias", "mlp_bias", "tie_word_embeddings", *record.keys()]):
-        if values.get(name) is not None and not isinstance(values[name], bool):
-            problems.append(f"{name} is {short(values[name])}, expected true or false")
-    for name, where in (("attention_bias", "q, k and v"), ("mlp_bias", "gate, up and down")):
-        option, said = getattr(record, name), values.get(name)
-        if option is True and said is False:
-            problems.append(f"{name} is false, but {record.name} always has a bias on {where}")
-        if option is False and said:
-            problems.append(f"{name} is true, but {record.name} has none")
-    return problems + _sliding_problems(values, record)
-
-
-def _sliding_problems(values, record):
-    """A sliding window matters only if some layer uses it and it is shorter than the context."""
-    window = values.get("sliding_window")
-    layers = values.get("num_hidden_layers")
-    kinds = values.get("layer_types")
-    if kinds is not None and not (isinstance(kinds, list) and all(
-            kind in ("full_attention", "sliding_attention") for kind in kinds)):
-        return [f"layer_types is {short(kinds)}: only 'full_attention' is implemented"]
-    if window is None:
-        return []
-    if not _is_int(window) or window < 1:
-        return [f"sliding_window is {short(window)}, expected a positive integer or null"]
-    switch = values.get("use_sliding_window")
-    used = record.window if switch is None else bool(switch)
-    if used and record.window_layers is not None:
-        first = _default(values.get("max_window_layers"), record.window_layers)
-        used = "sliding_attention" in kinds if kinds is not None else \
-            not (_is_int(first) and _is_int(layers) and first >= layers)
-    length = values.get("max_position_embeddings")
-    if used and not (_is_int(length) and window >= length):
-        return [f"sliding_window={window} is used by some layers: sliding-window attention is not "
-                "implemented"]
-    return []
-
-
-def _read_rope(values):
-    """(theta or None, rope_scaling, problems) from either spelling of the rotary settings."""
-    theta, scaling = values.get("rope_theta"), values.get("rope_scaling")
-    newer = values.get("rope_parameters")
-    if newer is not None:
-        if not isinstance(newer, dict) or any(isinstance(item, dict) for item in newer.values()):
-            return None, None, [f"rope_parameters is {short(newer)}: only one set of rotary "
-                               "settings for all layers is implemented"]
-        newer = dict(newer)
-        inner_theta = newer.pop("rope_theta", None)
-        if theta is not None and inner_theta is not None and theta != inner_theta:
-            return None, None, [f"rope_theta={theta!r} contradicts rope_parameters' {inner_theta!r}"]
-        theta = inner_theta if inner_theta is not None else theta
-        if newer.get("partial_rotary_factor") in (None, 1, 1.0):
-            newer.pop("partial_rotary_factor", None)
-        if newer and newer.get("rope_type", newer.get("type")) is None:
-            newer["rope_type"] = "default"
-        read, problems = normalize_scaling(newer)
-        if scaling is not None and not problems and normalize_scaling(scaling)[0] != read:
-            problems = [f"rope_scaling={short(scaling)} contradicts rope_parameters="
-                        f"{short(newer)}"]
-        return theta, newer or None, problems
-    return theta, scaling, normalize_scaling(scaling)[1]
-
-
-def _equal_heads(hidden, heads):
-    """The size of a head where neither config.json nor the family says it."""
-    if not _is_int(hidden) or not _is_int(heads) or heads < 1:
-        return 2  # the sizes themselves are reported by validate()
-    if hidden % heads:
-        raise ConfigError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads} "
-                          "and head_dim is not given")
-    return hidden // heads
-
-
-def _default(value, default):
-    return default if value is None else value
 
 
 def _is_int(value):

@@ -1,4 +1,4 @@
-"""One decoder-only model for the Llama family: Llama, SmolLM2, Qwen2/2.5 and Qwen3, told apart by their config.
+"""One decoder-only model for all families, told apart by their config and their family's record.
 
 The Cell tree has Hugging Face's names, so a parameter's name is its name in the checkpoint
 (``model.layers.0.self_attn.q_proj.weight``). Rows carry an adapter slot each; a plain model ignores it.
@@ -6,137 +6,129 @@ The Cell tree has Hugging Face's names, so a parameter's name is its name in the
 
 from mindspore import Parameter, Tensor, nn, ops
 
-from colora_ms.kernels import (
-    bind,
-    causal_attention,
-    fuses_step,
-    multi_lora_linear,
-    paged_attention,
-    swiglu,
-)
+from colora_ms.kernels import fuses_step
+from colora_ms.kernels.layer_form import ACTIVATIONS, MODEL_REAL, MODEL_WHOLE, NORM_KINDS, form_tensors
 from colora_ms.kernels.operands import flat_layer, flat_linears, linear_of
+from colora_ms.models.attention import Attention
 from colora_ms.models.builder import Builder
+from colora_ms.models.families import family
+from colora_ms.models.feed_forward import Mlp, RoutedMlp
 from colora_ms.models.layers import Linear
-from colora_ms.models.rope import rope_tables
+from colora_ms.models.rope import default_positions, local_rope_tables, rope_tables
 
-
-class Attention(nn.Cell):
-    """Grouped-query self-attention with rotary position embedding; q/k norm where the config has it (Qwen3)."""
-
-    def __init__(self, config, build, layer):
-        super().__init__()
-        bind()
-        prefix = f"model.layers.{layer}.self_attn"
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
-        self.q_proj = build.linear(f"{prefix}.q_proj")
-        self.k_proj = build.linear(f"{prefix}.k_proj")
-        self.v_proj = build.linear(f"{prefix}.v_proj")
-        self.o_proj = build.linear(f"{prefix}.o_proj")
-        self.qk_norm = config.qk_norm
-        if config.qk_norm:
-            self.q_norm = build.norm(f"{prefix}.q_norm")
-            self.k_norm = build.norm(f"{prefix}.k_norm")
-
-    def project(self, x: Tensor, rows: tuple) -> tuple:
-        """x: (rows, tokens, hidden) -> q (rows, tokens, heads * head_dim), k, v (rows, tokens, kv_heads * head_dim)."""
-        if self.q_proj.fusible and self.k_proj.fusible and self.v_proj.fusible:
-            linears = (self.q_proj.operands(), self.k_proj.operands(), self.v_proj.operands())
-            q, k, v = multi_lora_linear(x, rows[0], *linears)
-        else:
-            q, k, v = self.q_proj(x, rows), self.k_proj(x, rows), self.v_proj(x, rows)
-        if self.qk_norm:
-            q = self.norm_heads(q, self.q_norm, self.num_heads, rows)
-            k = self.norm_heads(k, self.k_norm, self.num_kv_heads, rows)
-        return q, k, v
-
-    def norm_heads(self, x: Tensor, norm: nn.Cell, heads: int, rows: tuple) -> Tensor:
-        """RMS norm of each head of x (rows, tokens, heads * head_dim)."""
-        shape = x.shape
-        return norm(x.reshape(shape[0], shape[1], heads, self.head_dim), rows).reshape(shape)
-
-    def construct(self, x: Tensor, rows: tuple, cos: Tensor, sin: Tensor) -> Tensor:
-        """Causal attention without a cache (training)."""
-        q, k, v = self.project(x, rows)
-        return self.o_proj(causal_attention(q, k, v, cos, sin, rows[1]), rows)
-
-    def paged(self, x: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter, values: Parameter,
-              places: tuple) -> Tensor:
-        """x: (tokens, 1, hidden), a flat batch; see ``kernels.paged_attention``. places: (rows, positions, tables)."""
-        q, k, v = self.project(x, rows)
-        tokens = x.shape[0]
-        out = paged_attention(q.reshape(tokens, -1), k.reshape(tokens, -1), v.reshape(tokens, -1), cos, sin, keys,
-                              values, places[0], places[1], places[2])
-        return self.o_proj(out.expand_dims(1), rows)
-
-
-class Mlp(nn.Cell):
-    """``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, build, layer):
-        super().__init__()
-        prefix = f"model.layers.{layer}.mlp"
-        self.gate_proj = build.linear(f"{prefix}.gate_proj")
-        self.up_proj = build.linear(f"{prefix}.up_proj")
-        self.down_proj = build.linear(f"{prefix}.down_proj")
-
-    def construct(self, x: Tensor, rows: tuple) -> Tensor:
-        """x: (rows, tokens, hidden) float32 -> the same shape."""
-        if self.gate_proj.fusible and self.up_proj.fusible:
-            gate, up = multi_lora_linear(x, rows[0], self.gate_proj.operands(), self.up_proj.operands())
-        else:
-            gate, up = self.gate_proj(x, rows), self.up_proj(x, rows)
-        return self.down_proj(swiglu(gate, up), rows)
+#: Places of a layer's norms.
+_PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
 
 
 class DecoderLayer(nn.Cell):
-    """Pre-norm attention and MLP; carries the residual stream beside the last block's output."""
+    """Attention and MLP with their norms, where the family has them; carries the residual stream beside the last
+    block's output."""
 
     def __init__(self, config, build, layer):
         super().__init__()
-        prefix = f"model.layers.{layer}"
+        prefix, record = f"model.layers.{layer}", family(config.model_type)
+        parts = record.routing.parts if record.routing else ()
         self.self_attn = Attention(config, build, layer)
-        self.mlp = Mlp(build, layer)
-        self.input_layernorm = build.norm(f"{prefix}.input_layernorm")
-        self.post_attention_layernorm = build.norm(f"{prefix}.post_attention_layernorm")
+        self.mlp_name = record.mlp
+        mlp = f"{prefix}.{record.mlp}"
+        setattr(self, record.mlp, RoutedMlp(config, build, mlp, parts, record.activation) if config.sparse(layer)
+                else Mlp(build, mlp, activation=record.activation))
+        self.norm_names = {place: getattr(record.norms, place) for place in _PLACES}
+        for name in self.norm_names.values():
+            if name:
+                setattr(self, name, build.norm(f"{prefix}.{name}"))
+        self.norms_attention, self.norms_attended, self.norms_mlp, self.norms_output = (
+            bool(self.norm_names[place]) for place in _PLACES)
+        self.parallel, self.branch_factor = record.parallel, config.branch_factor
+        # number of the model's rotary table, -1: none
+        local = config.rope_local_theta is not None and config.slides(layer)
+        self.rotary_table = -1 if not config.turns(layer) else 1 if local else 0
+        self.norm_kind, self.activation = NORM_KINDS.index(record.norm), ACTIVATIONS.index(record.activation)
+
+    @property
+    def feed_forward(self) -> nn.Cell:
+        """The MLP, whatever its name."""
+        return getattr(self, self.mlp_name)
+
+    @property
+    def before_attention(self) -> nn.Cell:
+        """The norm that attention reads."""
+        return getattr(self, self.norm_names["before_attention"])
+
+    @property
+    def after_attention(self) -> nn.Cell:
+        """The norm of attention's output."""
+        return getattr(self, self.norm_names["after_attention"])
+
+    @property
+    def before_mlp(self) -> nn.Cell:
+        """The norm that the MLP reads."""
+        return getattr(self, self.norm_names["before_mlp"])
+
+    @property
+    def after_mlp(self) -> nn.Cell:
+        """The norm of the MLP's output."""
+        return getattr(self, self.norm_names["after_mlp"])
 
     def construct(self, x: Tensor, residual: Tensor, rows: tuple, cos: Tensor, sin: Tensor) -> tuple:
         """x, residual: (rows, tokens, hidden) float32 -> the block's output and the residual, without a cache."""
-        h, residual = self.input_layernorm.add(x, residual, rows)
-        h = self.self_attn(h, rows, cos, sin)
-        h, residual = self.post_attention_layernorm.add(h, residual, rows)
-        return self.mlp(h, rows), residual
+        h, residual = self.enter(x, residual, rows)
+        return self.leave(h, self.self_attn(h, rows, cos, sin), residual, rows)
 
     def paged(self, x: Tensor, residual: Tensor, rows: tuple, cos: Tensor, sin: Tensor, keys: Parameter,
               values: Parameter, places: tuple) -> tuple:
         """As :meth:`construct`, over the paged cache; see :meth:`Attention.paged`."""
-        h, residual = self.input_layernorm.add(x, residual, rows)
-        h = self.self_attn.paged(h, rows, cos, sin, keys, values, places)
-        h, residual = self.post_attention_layernorm.add(h, residual, rows)
-        return self.mlp(h, rows), residual
+        h, residual = self.enter(x, residual, rows)
+        return self.leave(h, self.self_attn.paged(h, rows, cos, sin, keys, values, places), residual, rows)
+
+    def enter(self, x: Tensor, residual: Tensor, rows: tuple) -> tuple:
+        """What attention reads, and the residual with x added."""
+        if self.norms_attention:
+            return self.before_attention.add(x, residual, rows)
+        total = x + residual
+        return total, total
+
+    def leave(self, read: Tensor, attended: Tensor, residual: Tensor, rows: tuple) -> tuple:
+        """The layer's output and the residual, from what attention has read and made."""
+        if self.norms_attended:
+            attended = self.after_attention(attended, rows)
+        attended = self.branch(attended)
+        if self.parallel:
+            return attended + self.second_half(read, rows), residual
+        if self.norms_mlp:
+            read, residual = self.before_mlp.add(attended, residual, rows)
+        else:
+            residual = attended + residual
+            read = residual
+        return self.second_half(read, rows), residual
+
+    def second_half(self, x: Tensor, rows: tuple) -> Tensor:
+        """What the MLP adds."""
+        x = self.feed_forward(x, rows)
+        if self.norms_output:
+            x = self.after_mlp(x, rows)
+        return self.branch(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x times the branches' factor."""
+        if self.branch_factor != 1:
+            return x * self.branch_factor
+        return x
 
     @property
     def fusible(self) -> bool:
         """Whether ``layer_operands()`` tells all that the layer computes, so that layers can share one kernel call."""
-        attention, mlp = self.self_attn, self.mlp
-        cells = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
-                 mlp.down_proj, self.input_layernorm, self.post_attention_layernorm]
-        cells += [attention.q_norm, attention.k_norm] if attention.qk_norm else []
-        return all(cell.fusible for cell in cells)
+        norms = [getattr(self, name) for name in self.norm_names.values() if name]
+        return all(cell.fusible for cell in (*self.self_attn.cells(), *self.feed_forward.cells(), *norms))
 
     def layer_operands(self, keys: Parameter, values: Parameter) -> tuple:
         """The layer's tensors in the table of weights of :func:`colora_ms.kernels.step`."""
-        attention, mlp = self.self_attn, self.mlp
-        before, after = self.input_layernorm, self.post_attention_layernorm
-        q_norm, k_norm = (), ()
-        if attention.qk_norm:
-            q_norm = (attention.q_norm.weight, attention.q_norm.eps)
-            k_norm = (attention.k_norm.weight, attention.k_norm.eps)
-        return flat_layer((before.weight, before.eps), attention.q_proj.operands(), attention.k_proj.operands(),
-                          attention.v_proj.operands(), q_norm, k_norm, (keys, values), attention.o_proj.operands(),
-                          (after.weight, after.eps), mlp.gate_proj.operands(), mlp.up_proj.operands(),
-                          mlp.down_proj.operands())
+        parts = {place: getattr(self, name) for place, name in self.norm_names.items() if name}
+        parts = {place: (norm.weight, norm.eps) for place, norm in parts.items()}
+        form = {"norm": self.norm_kind, "parallel": int(self.parallel), "activation": self.activation,
+                "rotary_table": self.rotary_table, "branch_factor": self.branch_factor,
+                **self.self_attn.numbers(), **self.feed_forward.numbers()}
+        return flat_layer(form, {**parts, **self.self_attn.parts(keys, values), **self.feed_forward.parts()})
 
 
 class DecoderModel(nn.Cell):
@@ -147,19 +139,53 @@ class DecoderModel(nn.Cell):
         self.embed_tokens = build.embedding("model.embed_tokens")
         self.layers = nn.CellList([DecoderLayer(config, build, i) for i in range(config.num_hidden_layers)])
         self.norm = build.norm("model.norm")
+        self.embedding_scale, self.hidden_scale = config.embedding_scale, config.hidden_scale
         cos, sin = rope_tables(config, max_positions)
-        self.rope_cos = Parameter(Tensor(cos), requires_grad=False)
-        self.rope_sin = Parameter(Tensor(sin), requires_grad=False)
+        self.rope_cos = Parameter(Tensor(cos), name="rope.cos", requires_grad=False)
+        self.rope_sin = Parameter(Tensor(sin), name="rope.sin", requires_grad=False)
+        self.local = config.rope_local_theta is not None
+        if self.local:
+            cos, sin = local_rope_tables(config, max_positions)
+            self.local_cos = Parameter(Tensor(cos), name="rope.local_cos", requires_grad=False)
+            self.local_sin = Parameter(Tensor(sin), name="rope.local_sin", requires_grad=False)
+
+    def tables(self) -> tuple:
+        """The pairs of rotary tables, one after another."""
+        if self.local:
+            return (self.rope_cos, self.rope_sin, self.local_cos, self.local_sin)
+        return (self.rope_cos, self.rope_sin)
+
+    def embedded(self, ids: Tensor, rows: tuple) -> Tensor:
+        """Rows of the embedding as the first layer reads them."""
+        x = self.embed_tokens(ids, rows)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
+        return x
+
+    def table_of(self, number: int) -> tuple:
+        """Cosines and sines of a layer's rotary table; of none, ones and zeros."""
+        if number == 1:
+            return self.local_cos, self.local_sin
+        if number == 0:
+            return self.rope_cos, self.rope_sin
+        return ops.ones_like(self.rope_cos), ops.zeros_like(self.rope_sin)
+
+    def last(self, x: Tensor, residual: Tensor, rows: tuple) -> Tensor:
+        """What the head reads."""
+        x, residual = self.norm.add(x, residual, rows)
+        if self.hidden_scale != 1:
+            x = x * self.hidden_scale
+        return x
 
     def construct(self, ids: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """See :meth:`Decoder.hidden`."""
         rows = (slots, lengths)
-        x = self.embed_tokens(ids, rows)
+        x = self.embedded(ids, rows)
         residual = ops.zeros_like(x)
         for layer in self.layers:
-            x, residual = layer(x, residual, rows, self.rope_cos, self.rope_sin)
-        x, residual = self.norm.add(x, residual, rows)
-        return x
+            cos, sin = self.table_of(layer.rotary_table)
+            x, residual = layer(x, residual, rows, cos, sin)
+        return self.last(x, residual, rows)
 
     def layer_operands(self, cache: nn.Cell) -> tuple:
         """The tensors of all layers in the table of weights of :func:`colora_ms.kernels.step`."""
@@ -173,13 +199,21 @@ class DecoderModel(nn.Cell):
         """Hidden states of a flat batch, (tokens, 1, hidden) float32; arguments as for :meth:`Decoder.paged`."""
         lengths = ops.ones_like(tokens)
         rows = (slots, lengths)
-        x = self.embed_tokens(tokens.reshape(-1, 1), rows)
+        x = self.embedded(tokens.reshape(-1, 1), rows)
         residual = ops.zeros_like(x)
         keys, values = cache.keys, cache.values
         for i, layer in enumerate(self.layers):
-            x, residual = layer.paged(x, residual, rows, self.rope_cos, self.rope_sin, keys[i], values[i], places)
-        x, residual = self.norm.add(x, residual, rows)
-        return x
+            cos, sin = self.table_of(layer.rotary_table)
+            x, residual = layer.paged(x, residual, rows, cos, sin, keys[i], values[i], places)
+        return self.last(x, residual, rows)
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """c * tanh(logits / c) where c = ``cap`` is not 0."""
+    if cap > 0:
+        return cap * ops.tanh(logits / cap)
+    return logits
+
 
 class Decoder(nn.Cell):
     """A decoder-only language model.
@@ -191,8 +225,11 @@ class Decoder(nn.Cell):
             time; or None for random weights (normal, standard deviation 0.02, seed 0).
         weight_format: name of the format of the linears, the embedding and the head, see
             :mod:`colora_ms.models.formats`; weights that are stored as integers stay as they are.
-        max_positions: rows of the rotary tables, the longest sequence; by default the config's
-            maximum.
+        max_positions: rows of the rotary tables, the longest sequence; by default the config's maximum, of a model of
+            longrope its original length. (Longer ones have other frequencies at all positions.)
+
+    Attributes:
+        logit_cap: c of c * tanh(logit / c), which every user of ``lm_head`` applies (:func:`capped`); 0: none.
 
     Rows: every construct takes ``slots`` (rows,) int32, the adapter slot of each row, -1 for none.
     """
@@ -201,7 +238,8 @@ class Decoder(nn.Cell):
         super().__init__()
         self.config = config
         self.weight_format = weight_format
-        self.max_positions = max_positions or config.max_position_embeddings
+        self.max_positions = max_positions or default_positions(config)
+        self.logit_cap = float(config.logit_cap or 0)
         build = Builder(config, weights, weight_format)
         self.model = DecoderModel(config, build, self.max_positions)
         if config.tie_word_embeddings:
@@ -214,7 +252,8 @@ class Decoder(nn.Cell):
         # A Cell renames the parameters that are put into it; the names of the checkpoint are the ones that count.
         for parameter, name in build.names.values():
             parameter.name = name
-        self.model.rope_cos.name, self.model.rope_sin.name = "rope.cos", "rope.sin"
+        for parameter, name in zip(self.model.tables(), ("cos", "sin", "local_cos", "local_sin")):
+            parameter.name = f"rope.{name}"
 
     def hidden(self, ids: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """Hidden states after the last norm, without a cache.
@@ -232,7 +271,7 @@ class Decoder(nn.Cell):
 
     def construct(self, ids: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """Logits of all positions, (rows, tokens, vocab) float32; arguments as :meth:`hidden`."""
-        return self.lm_head(self.hidden(ids, lengths, slots), (slots, lengths))
+        return capped(self.lm_head(self.hidden(ids, lengths, slots), (slots, lengths)), self.logit_cap)
 
     def paged(self, tokens: Tensor, slots: Tensor, cache: nn.Cell, rows: Tensor, positions: Tensor, tables: Tensor,
               read: Tensor, read_slots: Tensor) -> Tensor:
@@ -248,7 +287,8 @@ class Decoder(nn.Cell):
             (R, vocab) float32.
         """
         x = ops.gather(self.model.paged(tokens, slots, cache, (rows, positions, tables)), read, 0)  # (R, 1, hidden)
-        return self.lm_head(x, (read_slots, ops.ones_like(read_slots))).reshape(read.shape[0], -1)
+        logits = self.lm_head(x, (read_slots, ops.ones_like(read_slots))).reshape(read.shape[0], -1)
+        return capped(logits, self.logit_cap)
 
     @property
     def fused_step(self) -> bool:
@@ -260,6 +300,10 @@ class Decoder(nn.Cell):
     def step_operands(self, cache: nn.Cell) -> tuple:
         """The model's tensors in the table of weights of :func:`colora_ms.kernels.step`."""
         model = self.model
-        embed, norm = model.embed_tokens, model.norm
+        embed, norm, tables = model.embed_tokens, model.norm, model.tables()
+        form = {"norm": NORM_KINDS.index(family(self.config.model_type).norm), "rotary_tables": len(tables) // 2,
+                "embedding_factor": model.embedding_scale, "hidden_factor": model.hidden_scale,
+                "logit_cap": self.logit_cap}
         ends = flat_linears((linear_of(embed.base()), self.lm_head.operands()))
-        return (model.rope_cos, model.rope_sin, norm.weight, norm.eps) + ends + model.layer_operands(cache)
+        return (form_tensors(MODEL_WHOLE, MODEL_REAL, form) + tables + (norm.weight, norm.eps) + ends
+                + model.layer_operands(cache))

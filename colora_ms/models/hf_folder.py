@@ -19,6 +19,7 @@ import numpy as np
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.files import read_json, replacing_folder
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.family_tensors import FolderTensors
 from colora_ms.models.formats import BFLOAT16, StoredWeight, stored_float
 from colora_ms.models.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, WRITE_DTYPES, SafetensorsFile, write_safetensors
 from colora_ms.models.tensors import check_shapes
@@ -236,8 +237,11 @@ def write_hf_folder(path: str | os.PathLike[str], config: DecoderConfig, tensors
             way, or a place that cannot be written.  Nothing is left behind.
         TokenizerError: the tokenizer cannot be read.
     """
-    return write_model_folder(path, config.to_hf(), config.parameter_shapes(), tensors,
-                              tokenizer_source, dtype, max_shard_bytes, overwrite, files)
+    given = getattr(tensors, "shapes", None) or {name: np.shape(tensors[name]) for name in tensors}
+    check_shapes(given, config.parameter_shapes(), os.path.abspath(path))
+    folder = FolderTensors(config, tensors)
+    return write_model_folder(path, config.to_hf(), folder.shapes, folder, tokenizer_source, dtype, max_shard_bytes,
+                              overwrite, files)
 
 
 def write_model_folder(path: str | os.PathLike[str], values: dict, shapes: Mapping[str, tuple[int, ...]],

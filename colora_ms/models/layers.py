@@ -1,4 +1,4 @@
-"""The three parameterised Cells of a decoder: ``Linear``, ``Embedding`` and ``RMSNorm``.
+"""The parameterised Cells of a decoder: ``Linear``, ``Embedding``, ``RMSNorm`` and ``LayerNorm``.
 
 Each takes ``rows``, what the decoder knows of the rows of its batch (see :mod:`colora_ms.models.rows`), so that an
 adapter Cell can stand in its place, and keeps its weight in a format of :mod:`colora_ms.models.formats`, which it
@@ -8,7 +8,7 @@ carries as ``format``.
 from typing import Optional
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.kernels import (
     ABSENT,
@@ -115,26 +115,37 @@ class Embedding(Leaf, nn.Cell):
 
 
 class RMSNorm(Leaf, nn.Cell):
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last axis, in float32."""
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last axis, in float32.
+
+    Args:
+        weight: Parameter (hidden,); eps: positive. raised: 1 + weight stands in weight's place (Gemma).
+    """
 
     kind = "norm"
     plain = False
     #: True where weight and eps are all that the Cell computes with.
     fusible = True
 
-    def __init__(self, weight: Parameter, eps: float) -> None:
+    def __init__(self, weight: Parameter, eps: float, raised: bool = False) -> None:
         super().__init__()
         bind()
         self.weight = weight
         self.eps = Tensor(eps, ms.float32)
+        self.raised = raised
+
+    def factors(self) -> Tensor:
+        """What the normed numbers are multiplied by."""
+        if self.raised:
+            return self.weight + 1.0
+        return self.weight
 
     def construct(self, x: Tensor, rows: tuple) -> Tensor:
         """x: (..., hidden) float32 -> the same shape."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.factors(), self.eps)
 
     def add(self, x: Tensor, residual: Tensor, rows: tuple) -> tuple:
         """The norm of ``x + residual``, and that sum; both of x's shape."""
-        return rms_norm_residual(x, residual, self.weight, self.eps)
+        return rms_norm_residual(x, residual, self.factors(), self.eps)
 
     def sizes(self) -> tuple[int, int]:
         """As :class:`colora_ms.models.leaf.Leaf` says."""
@@ -146,6 +157,20 @@ class RMSNorm(Leaf, nn.Cell):
 
     def float_copy(self, values: dict[str, Parameter], trainable: bool) -> 'RMSNorm':
         """As :class:`colora_ms.models.leaf.Leaf` says."""
-        copy = RMSNorm(values["weight"], 0.0)
+        copy = type(self)(values["weight"], 0.0, self.raised)
         copy.eps = self.eps
         return copy
+
+
+class LayerNorm(RMSNorm):
+    """``weight * (x - mean) / sqrt(variance + eps)`` over the last axis, without a bias, in built-in operators."""
+
+    def construct(self, x: Tensor, rows: tuple) -> Tensor:
+        """As of :class:`RMSNorm`."""
+        apart = x - ops.mean(x, -1, True)
+        return apart * ops.rsqrt(ops.mean(apart * apart, -1, True) + self.eps) * self.factors()
+
+    def add(self, x: Tensor, residual: Tensor, rows: tuple) -> tuple:
+        """As of :class:`RMSNorm`."""
+        total = x + residual
+        return self.construct(total, rows), total

@@ -5,12 +5,13 @@ that logits agree with it; a float64 table would differ from the models' trainin
 float32 rounding at large positions.
 
 Supported ``rope_scaling`` types: ``default``, ``linear`` (position interpolation), ``dynamic``
-(NTK-aware; within the original length), ``llama3`` (Llama 3.1's frequency bands) and ``yarn``
-(arXiv 2309.00071).  Pure NumPy.
+(NTK-aware; within the original length), ``llama3`` (Llama 3.1's frequency bands), ``yarn``
+(arXiv 2309.00071) and ``longrope`` (arXiv 2402.13753). Pure NumPy.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Optional, Protocol
 
@@ -23,6 +24,7 @@ class RotarySettings(Protocol):
     """What is read of a ``DecoderConfig``."""
 
     head_dim: int
+    rotary_dim: int
     max_position_embeddings: int
     rope_theta: float
     rope_scaling: Optional[dict]
@@ -37,6 +39,7 @@ SCALING_KEYS = {
                 "original_max_position_embeddings"), ()),
     "yarn": (("factor",), ("attention_factor", "beta_fast", "beta_slow", "mscale",
                            "mscale_all_dim", "original_max_position_embeddings", "truncate")),
+    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"), ("attention_factor", "factor")),
 }
 
 # Keys that carry no mathematics: seen in released configs beside the ones above.
@@ -86,14 +89,22 @@ def normalize_scaling(scaling: object) -> tuple[Optional[dict], list[str]]:
             if not isinstance(value, bool):
                 problems.append(f"rope_scaling['truncate'] is {value!r}, expected true or false")
             kept[key] = value
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) \
-                or not math.isfinite(value) or value < 0:
+        elif key in ("short_factor", "long_factor"):
+            if not isinstance(value, (list, tuple)) or not value or not all(map(_is_number, value)) or min(value) <= 0:
+                problems.append(f"rope_scaling[{key!r}] is {value!r:.80}, expected a list of positive numbers")
+            else:
+                kept[key] = [float(one) for one in value]
+        elif not _is_number(value) or value < 0:
             problems.append(f"rope_scaling[{key!r}] is {value!r}, expected a finite number >= 0")
         else:
             kept[key] = value
     if not problems:
         problems += _range_problems(kind, kept)
     return (None if kind == "default" else kept), problems
+
+
+def _is_number(value):
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _range_problems(kind, kept):
@@ -104,6 +115,9 @@ def _range_problems(kind, kept):
     for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"):
         if key in kept and kept[key] <= 0:
             problems.append(f"rope_scaling[{key!r}] is {kept[key]!r}, expected a number > 0")
+    if kind == "longrope" and len(kept["short_factor"]) != len(kept["long_factor"]):
+        problems.append(f"rope_scaling has {len(kept['short_factor'])} short factors and {len(kept['long_factor'])} "
+                        "long ones, expected as many")
     if kind == "llama3" and kept["high_freq_factor"] <= kept["low_freq_factor"]:
         problems.append(f"rope_scaling has high_freq_factor={kept['high_freq_factor']!r} <= "
                         f"low_freq_factor={kept['low_freq_factor']!r}, expected it to be larger")
@@ -113,20 +127,21 @@ def _range_problems(kind, kept):
     return problems
 
 
-def rope_frequencies(config: RotarySettings) -> tuple[np.ndarray, float]:
+def rope_frequencies(config: RotarySettings, max_len: int = 1) -> tuple[np.ndarray, float]:
     """The rotation per position of each pair of channels.
 
     Args:
-        config: a ``DecoderConfig`` (``head_dim``, ``rope_theta``, ``rope_scaling``,
+        config: a ``DecoderConfig`` (``rotary_dim``, ``rope_theta``, ``rope_scaling``,
             ``max_position_embeddings`` are read).
+        max_len: the longest sequence, which decides between longrope's two lists.
 
     Returns:
-        ``(frequencies, attention_factor)``: float32 ``(head_dim // 2,)`` in radians per position,
-        and the float that multiplies cos and sin (1.0 but for yarn).
+        ``(frequencies, attention_factor)``: float32 ``(rotary_dim // 2,)`` in radians per position,
+        and the float that multiplies cos and sin (1.0 but for yarn and longrope).
     """
     scaling = config.rope_scaling or {"rope_type": "default"}
     kind = scaling["rope_type"]
-    dim = config.head_dim
+    dim = config.rotary_dim
     exponents = np.arange(0, dim, 2).astype(np.float32) / np.float32(dim)
     # a float32 power, correctly rounded (torch's is; NumPy's own float32 power is not): one unit
     # in the last place would be 2e-4 radians at position 4000
@@ -136,12 +151,37 @@ def rope_frequencies(config: RotarySettings) -> tuple[np.ndarray, float]:
     if kind in ("default", "dynamic"):
         # dynamic: the base only grows beyond the original length, which rope_tables refuses.
         return frequencies, 1.0
+    if kind == "longrope":
+        return _longrope_frequencies(config, powers, scaling, max_len)
     factor = np.float32(scaling["factor"])
     if kind == "linear":
         return frequencies / factor, 1.0
     if kind == "llama3":
         return _llama3_frequencies(frequencies, scaling), 1.0
     return _yarn_frequencies(config, powers, scaling)
+
+
+def longrope_list(config: RotarySettings, max_len: int) -> str:
+    """Which of longrope's lists serves a model opened for sequences of ``max_len``: "short_factor" or "long_factor"; ""
+    without longrope. It holds for all of its positions, so that cached keys stay right."""
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] != "longrope":
+        return ""
+    return "long_factor" if max_len > scaling["original_max_position_embeddings"] else "short_factor"
+
+
+def _longrope_frequencies(config, powers, scaling, max_len):
+    """LongRoPE (arXiv 2402.13753) as Phi-3 has it: a divisor for each frequency."""
+    original, name = scaling["original_max_position_embeddings"], longrope_list(config, max_len)
+    divisors = np.array(scaling[name], np.float32)
+    if divisors.shape != powers.shape:
+        raise ConfigError(f"rope_scaling[{name!r}] has {len(divisors)} numbers, expected {len(powers)}, one for each "
+                          "two channels that turn")
+    factor = scaling.get("attention_factor")
+    if factor is None:
+        grown = config.max_position_embeddings / original
+        factor = 1.0 if grown <= 1 else math.sqrt(1 + math.log(grown) / math.log(original))
+    return np.float32(1.0) / (divisors * powers), float(factor)
 
 
 def _llama3_frequencies(frequencies, scaling):
@@ -161,7 +201,7 @@ def _llama3_frequencies(frequencies, scaling):
 
 def _yarn_frequencies(config, powers, scaling):
     """YaRN (arXiv 2309.00071, section 3.2): a ramp between interpolation and extrapolation."""
-    dim, base = config.head_dim, config.rope_theta
+    dim, base = config.rotary_dim, config.rope_theta
     factor = scaling["factor"]
     length = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
     attention_factor = scaling.get("attention_factor")
@@ -201,7 +241,8 @@ def rope_tables(config: RotarySettings, max_len: int) -> tuple[np.ndarray, np.nd
 
     Rotation of a head's vector x (head_dim,), with the halves x1 = x[:head_dim/2] and
     x2 = x[head_dim/2:]: ``(x1 cos - x2 sin, x2 cos + x1 sin)`` (the layout of Hugging Face
-    checkpoints).  YaRN's attention factor is already multiplied into both tables.
+    checkpoints). The attention factor of YaRN and longrope is already multiplied into both tables. Of channels that do
+    not turn cosine is 1 and sine 0: their columns stand behind the others.
 
     Args:
         config: a ``DecoderConfig``.
@@ -223,8 +264,26 @@ def rope_tables(config: RotarySettings, max_len: int) -> tuple[np.ndarray, np.nd
             f"rope_scaling type 'dynamic' changes all frequencies beyond the original length of "
             f"{config.max_position_embeddings} positions, {max_len} were asked for; stay within "
             "that length or use a model with 'yarn' or 'llama3' scaling")
-    frequencies, attention_factor = rope_frequencies(config)
+    frequencies, attention_factor = rope_frequencies(config, max_len)
     positions = np.arange(max_len, dtype=np.float32)
-    angles = positions[:, None] * frequencies[None, :]  # (max_len, head_dim / 2)
+    angles = positions[:, None] * frequencies[None, :]  # (max_len, rotary_dim / 2)
     scale = np.float32(attention_factor)
-    return np.cos(angles) * scale, np.sin(angles) * scale
+    cos, sin = np.cos(angles) * scale, np.sin(angles) * scale
+    still = (config.head_dim - config.rotary_dim) // 2
+    if still:
+        cos = np.concatenate([cos, np.ones((max_len, still), np.float32)], 1)
+        sin = np.concatenate([sin, np.zeros((max_len, still), np.float32)], 1)
+    return cos, sin
+
+
+def local_rope_tables(config: RotarySettings, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`rope_tables`, of the sliding layers' own base (``rope_local_theta``) and without scaling."""
+    return rope_tables(dataclasses.replace(config, rope_theta=config.rope_local_theta, rope_scaling=None), max_len)
+
+
+def default_positions(config: RotarySettings) -> int:
+    """The longest sequence of a model that is opened without one: the config's maximum; with longrope the original
+    length, whose frequencies are the better ones for it."""
+    if longrope_list(config, 1):
+        return int(min(config.max_position_embeddings, config.rope_scaling["original_max_position_embeddings"]))
+    return config.max_position_embeddings

@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "small_gemm.h"
+#include "vec_math.h"
 
 namespace COLORA_ISA_NAMESPACE {
 
@@ -93,9 +94,13 @@ inline void score_chunk(const float* queries, int64_t query_row, const T* const*
   for (; b < all; ++b) score_blocks<kHeads, 1>(queries, query_row, blocks + b, dim, scores + b * kBlock, score_row);
 }
 
-// Scores -> weights exp(score - top) of the first `count` positions, zeros up to the next whole block.
-inline void weigh(float* scores, int64_t count, float& top, float& mass) {
+// Scores -> weights exp(score - top) of the positions from .. count - 1; zeros before them and up to the next whole block.
+// cap: 0, or c of c * tanh(score / c).
+inline void weigh(float* scores, int64_t from, int64_t count, float cap, float& top, float& mass) {
   const int64_t end = (count + kBlock - 1) / kBlock * kBlock;
+  if (cap > 0.0f)
+    for (int64_t p = from / kLanes * kLanes; p < end; p += kLanes) store(scores + p, capped(load(scores + p), cap));
+  for (int64_t p = 0; p < from; ++p) scores[p] = -std::numeric_limits<float>::infinity();
   for (int64_t p = count; p < end; ++p) scores[p] = -std::numeric_limits<float>::infinity();
   vf highest = splat(-std::numeric_limits<float>::infinity()), total{};
   for (int64_t p = 0; p < end; p += kLanes) highest = max(load(scores + p), highest);
@@ -165,10 +170,10 @@ inline void by_heads(int64_t heads, const Work& work) {
 }
 
 // What a query has of the chunks so far: the sum (dim) of weights times values relative to the maximum `top`, and their
-// mass. The next chunk's part is merged into it; chunk 0 begins.
-inline void merge_chunk(const float* part, float part_top, float part_mass, int64_t chunk, int64_t dim, float* out,
+// mass. The next chunk's part is merged into it; the first one begins.
+inline void merge_chunk(const float* part, float part_top, float part_mass, bool begins, int64_t dim, float* out,
                         float& top, float& mass) {
-  if (chunk == 0) {
+  if (begins) {
     if (part != out) std::memcpy(out, part, size_t(dim) * sizeof(float));
     top = part_top, mass = part_mass;
     return;

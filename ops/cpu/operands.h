@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "form.h"
 #include "lora.h"
 #include "weight_table.h"
 #include "weights.h"
@@ -33,24 +34,29 @@
   X(product, 2)                \
   X(product_with_core, 3)
 
-// The parts of a layer, in order, and what each consists of: weight and eps of a norm (an optional one may have no place,
-// which the layer's tag says), a linear, or one tensor.
-#define COLORA_LAYER_PARTS(X)       \
-  X(input_layernorm, norm)          \
-  X(q_proj, linear)                 \
-  X(k_proj, linear)                 \
-  X(v_proj, linear)                 \
-  X(q_norm, optional_norm)          \
-  X(k_norm, optional_norm)          \
-  X(k_cache, tensor)                \
-  X(v_cache, tensor)                \
-  X(o_proj, linear)                 \
-  X(post_attention_layernorm, norm) \
-  X(gate_proj, linear)              \
-  X(up_proj, linear)                \
-  X(down_proj, linear)
+// The parts of a layer, in order, and what each consists of: weight and eps of a norm, a linear, one tensor, or gate_proj,
+// up_proj and down_proj of every expert. The layer's form (form.h) says which of the optional ones are there.
+#define COLORA_LAYER_PARTS(X)        \
+  X(before_attention, optional_norm) \
+  X(q_proj, linear)                  \
+  X(k_proj, linear)                  \
+  X(v_proj, linear)                  \
+  X(q_norm, optional_norm)           \
+  X(k_norm, optional_norm)           \
+  X(k_cache, tensor)                 \
+  X(v_cache, tensor)                 \
+  X(o_proj, linear)                  \
+  X(after_attention, optional_norm)  \
+  X(before_mlp, optional_norm)       \
+  X(gate_proj, optional_linear)      \
+  X(up_proj, optional_linear)        \
+  X(down_proj, optional_linear)      \
+  X(router, optional_linear)         \
+  X(shared_gate, optional_linear)    \
+  X(experts, experts)                \
+  X(after_mlp, optional_norm)
 
-// Inputs of step, whose embedding (a linear's base), head (a linear), last norm and layers stand in the table of weights.
+// Inputs of step, whose model stands in the table of weights.
 #define COLORA_STEP_ARGUMENTS(X) \
   X(table)                       \
   X(tokens)                      \
@@ -87,7 +93,7 @@ COLORA_NAMES(Extra, COLORA_EXTRAS)
 #define COLORA_SECOND(name, second) second,
 enum class BaseFormat : int { COLORA_BASE_FORMATS(COLORA_FIRST) count };
 enum class LayerPart : int { COLORA_LAYER_PARTS(COLORA_FIRST) count };
-enum class PartKind { norm, optional_norm, linear, tensor };
+enum class PartKind { optional_norm, linear, optional_linear, experts, tensor };
 
 inline const char* name_of(BaseFormat format) {
 #define COLORA_FIRST_TEXT(name, second) #name,
@@ -232,34 +238,45 @@ inline Adapters read_adapters(Reader& reader, const Tag& tag, int64_t in, int64_
 
 // Where the parts of one layer begin.
 struct LayerTensors {
+  LayerForm form;
   std::vector<Reader> parts;
   std::vector<bool> there;
   bool has(LayerPart part) const { return there[size_t(part)]; }
   Reader at(LayerPart part) const { return parts[size_t(part)]; }
 };
 
-// Finds the parts of the layer that begins with its tag: an int8 tensor whose length is 1, and 1, 2, 4, ... more for the
-// first, second, ... optional norm that is there.
+// A reader at the linear, and the given one behind it.
+inline Reader skip_linear(Reader& reader, const char* name) {
+  Reader linear = reader;
+  return reader.skip(Tag::of(linear.next(name)).tensors());
+}
+
+// Finds the parts of the layer that begins with its form.
 inline LayerTensors read_layer_places(Reader& reader) {
-  constexpr int kParts = int(LayerPart::count);
+  constexpr int64_t kMostExperts = 4096;
+  const colora::Tensor whole = reader.next("layer_whole");
+  LayerTensors found{LayerForm(whole, reader.next("layer_real")), {}, {}};
   int optional = 0;
-  for (int i = 0; i < kParts; ++i) optional += kind_of(LayerPart(i)) == PartKind::optional_norm;
-  const colora::Tensor tag = reader.next("layer");
-  if (!tag.is("int8") || tag.ndim != 1 || tag.dim(0) < 1 || tag.dim(0) > (1 << optional))
-    tag.fail("is %s of shape %s, expected int8 of 1 to %d numbers, which begins a layer", tag.dtype,
-             tag.shape_text().c_str(), 1 << optional);
-  const int mask = int(tag.dim(0)) - 1;
-  LayerTensors found;
-  for (int i = 0, bit = 0; i < kParts; ++i) {
+  for (int i = 0; i < int(LayerPart::count); ++i) {
     const PartKind kind = kind_of(LayerPart(i));
-    const bool there = kind != PartKind::optional_norm || (mask >> bit++ & 1);
-    int tensors = kind == PartKind::tensor ? 1 : 2;  // weight and eps of a norm
-    if (kind == PartKind::linear) {
-      Reader linear = reader;
-      tensors = Tag::of(linear.next(name_of(LayerPart(i)))).tensors();
-    }
+    optional += kind == PartKind::optional_norm || kind == PartKind::optional_linear;
+  }
+  const int64_t mask = found.form.within(LayerWhole::parts, "parts", 0, (int64_t(1) << optional) - 1);
+  const int64_t experts = found.form.within(LayerWhole::experts, "experts", 0, kMostExperts);
+  for (int i = 0, bit = 0; i < int(LayerPart::count); ++i) {
+    const char* name = name_of(LayerPart(i));
+    const PartKind kind = kind_of(LayerPart(i));
+    bool there = true;
+    if (kind == PartKind::optional_norm || kind == PartKind::optional_linear) there = mask >> bit++ & 1;
+    if (kind == PartKind::experts) there = experts > 0;
     found.there.push_back(there);
-    found.parts.push_back(reader.skip(there ? tensors : 0));
+    found.parts.push_back(reader.skip(0));
+    if (!there) continue;
+    if (kind == PartKind::optional_norm) reader.skip(2);  // weight and eps
+    if (kind == PartKind::tensor) reader.skip(1);
+    const int64_t linears = kind == PartKind::experts ? 3 * experts
+                            : kind == PartKind::linear || kind == PartKind::optional_linear ? 1 : 0;
+    for (int64_t n = 0; n < linears; ++n) skip_linear(reader, name);
   }
   return found;
 }

@@ -30,6 +30,7 @@ PagedSizes paged_sizes(const Tensor& k_cache, const Tensor& v_cache, const Tenso
   PagedSizes n{};
   n.half = cos.dim(1), n.dim = 2 * n.half;
   if (n.half < 1) cos.fail("has no columns, expected head_dim / 2 of them");
+  n.factor = 1.0f / std::sqrt(float(n.dim));
   n.type = k_cache.is("float32") ? CacheType::kFloat32 : k_cache.is("int8") ? CacheType::kInt8 : CacheType::kBfloat16;
   n.blocks = k_cache.dim(0), n.kv_heads = k_cache.dim(1);
   if (n.kv_heads < 1) k_cache.fail("has %lld key/value heads, expected at least 1", (long long)n.kv_heads);
@@ -112,9 +113,23 @@ struct PagedAttention::Call {
                         const T** to) {
     for (int64_t i = 0; i * kBlock < count; ++i) to[i] = block<T>(cache, n, table[p0 / kBlock + i], kv);
   }
+  // A head's vector at a position, its channels in the layer's order, rotated, times a factor.
+  void rotate(const float* x, int64_t position, float factor, float* to) const {
+    if (!cos) {
+      for (int64_t d = 0; d < n.dim; d += kLanes)
+        store_upto(to + d, load_upto(x + d, n.dim - d) * splat(factor), n.dim - d);
+      return;
+    }
+    if (n.order) {
+      static thread_local std::vector<float> ordered;
+      ordered.resize(size_t(n.dim));
+      for (int64_t d = 0; d < n.dim; ++d) ordered[size_t(d)] = x[n.order[d]];
+      x = ordered.data();
+    }
+    rotate_head(x, cos + position * n.half, sin + position * n.half, n.half, factor, to);
+  }
   void rotate_query(int64_t token, int64_t head, int64_t position, float* to) const {
-    rotate_head(q + (token * n.heads + head) * n.dim, cos + position * n.half, sin + position * n.half, n.half,
-                1.0f / std::sqrt(float(n.dim)), to);
+    rotate(q + (token * n.heads + head) * n.dim, position, n.factor, to);
   }
 };
 
@@ -132,9 +147,9 @@ void PagedAttention::begin(const FlatBatch& batch, std::vector<Segment> segments
 }
 
 void PagedAttention::plan(const PagedSizes& n) {
-  if (n.kv_heads == kv_heads_ && n.group == group_ && n.dim == dim_) return;
+  if (n.kv_heads == kv_heads_ && n.group == group_ && n.dim == dim_ && n.window == window_) return;
   const bool same_scratch = n.group == group_ && n.dim == dim_;
-  kv_heads_ = n.kv_heads, group_ = n.group, dim_ = n.dim;
+  kv_heads_ = n.kv_heads, group_ = n.group, dim_ = n.dim, window_ = n.window;
   query_tokens_ = std::max<int64_t>(1, kQueryBlock / n.group);
   tasks_.clear(), first_part_.assign(segments_.size(), 0);
   positions_ = 0;
@@ -149,17 +164,18 @@ void PagedAttention::plan(const PagedSizes& n) {
       continue;
     }
     first_part_[s] = parts;
-    const int64_t chunks = one.start / kChunk + 1;
+    const int64_t begin = n.lower(one.start) / kChunk, end = one.start / kChunk + 1;
     for (int64_t kv = 0; kv < n.kv_heads; ++kv)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) tasks_.push_back({int64_t(s), kv, chunk});
-    parts += chunks * n.heads;
-    positions_ += one.start + 1;
+      for (int64_t chunk = begin; chunk < end; ++chunk) tasks_.push_back({int64_t(s), kv, chunk});
+    parts += (end - begin) * n.heads;
+    positions_ += one.start + 1 - begin * kChunk;
   }
   if (longer) {
     // The longest first, so that no thread is left with a long one at the end.
     const auto cost = [&](const Task& t) {
       const Segment& s = segments_[size_t(t.segment)];
-      return s.count > 1 ? (s.start + t.part + kBlock) * std::min(query_tokens_, s.count - t.part) : int64_t(0);
+      const int64_t seen = s.start + t.part - n.lower(s.start + t.part);
+      return s.count > 1 ? (seen + kBlock) * std::min(query_tokens_, s.count - t.part) : int64_t(0);
     };
     std::stable_sort(tasks_.begin(), tasks_.end(), [&](const Task& x, const Task& y) { return cost(x) > cost(y); });
     positions_ = int64_t(1) << 40;
@@ -189,8 +205,7 @@ void PagedAttention::append(const Call& call, int64_t token) const {
   for (int64_t kv = 0; kv < n.kv_heads; ++kv) {
     const float* values_from = call.v + (token * n.kv_heads + kv) * dim;
     T *keys = Call::block<T>(call.k_cache, n, number, kv), *values = Call::block<T>(call.v_cache, n, number, kv);
-    rotate_head(call.k + (token * n.kv_heads + kv) * dim, call.cos + position * n.half, call.sin + position * n.half,
-                n.half, 1.0f, rotated);
+    call.rotate(call.k + (token * n.kv_heads + kv) * dim, position, 1.0f, rotated);
     if constexpr (sizeof(T) == 1) {
       const float key_scale = largest(rotated) / 127.0f, value_scale = largest(values_from) / 127.0f;
       scales_of(keys, dim)[at] = key_scale, scales_of(values, dim)[at] = value_scale;
@@ -216,48 +231,55 @@ void PagedAttention::decode(const Call& call, const Task& task) {
   const PagedSizes& n = call.n;
   const Segment& segment = segments_[size_t(task.segment)];
   const int64_t p0 = task.part * kChunk, count = std::min(kChunk, segment.start + 1 - p0);
+  const int64_t lower = n.lower(segment.start), from = std::max<int64_t>(0, lower - p0), skipped = from / kBlock;
+  const int64_t part_of_row = task.part - lower / kChunk;
   const T *keys[kChunkBlocks], *values[kChunkBlocks];
   Call::blocks_of(call.k_cache, n, batch_.table(segment.row), task.kv, p0, count, keys);
   Call::blocks_of(call.v_cache, n, batch_.table(segment.row), task.kv, p0, count, values);
   by_heads(n.group, [&](auto together, int64_t g) {
     constexpr int kHeads = decltype(together)::value;
-    const int64_t h = task.kv * n.group + g, part = first_part_[size_t(task.segment)] + task.part * n.heads + h;
+    const int64_t h = task.kv * n.group + g, part = first_part_[size_t(task.segment)] + part_of_row * n.heads + h;
     alignas(64) float weights[kHeads][kChunk];
-    score_chunk<kHeads>(queries_.data() + (task.segment * n.heads + h) * n.dim, n.dim, keys, n.dim, count,
-                        &weights[0][0], kChunk);
-    for (int k = 0; k < kHeads; ++k) weigh(weights[k], count, top_.data()[part + k], mass_.data()[part + k]);
-    weighted_values<kHeads>(&weights[0][0], kChunk, values, 0, count, n.dim, partial_.data() + part * n.dim, n.dim,
+    score_chunk<kHeads>(queries_.data() + (task.segment * n.heads + h) * n.dim, n.dim, keys + skipped, n.dim,
+                        count - skipped * kBlock, &weights[0][skipped * kBlock], kChunk);
+    for (int k = 0; k < kHeads; ++k)
+      weigh(weights[k], from, count, n.cap, top_.data()[part + k], mass_.data()[part + k]);
+    weighted_values<kHeads>(&weights[0][0], kChunk, values, from, count, n.dim, partial_.data() + part * n.dim, n.dim,
                             false);
   });
 }
 
 // Attention of a block of query rows (s.queries) over the positions 0.. of one head of a row. Query row m belongs to token
-// m / group and sees the positions 0 .. first + m / group.
+// m / group and sees the positions up to first + m / group, with a window the last ones of them.
 template <class T>
 void PagedAttention::attend_rows(const Call& call, Scratch& s, const Segment& segment, int64_t kv, int64_t rows,
                                  int64_t first) {
   const PagedSizes& n = call.n;
   const int64_t group = n.group, dim = n.dim, positions = first + (rows - 1) / group + 1;
   const T *keys[kChunkBlocks], *values[kChunkBlocks];
-  for (int64_t p0 = 0; p0 < positions; p0 += kChunk) {
+  for (int64_t p0 = n.lower(first) / kChunk * kChunk; p0 < positions; p0 += kChunk) {
     const int64_t count = std::min(kChunk, positions - p0);
     Call::blocks_of(call.k_cache, n, batch_.table(segment.row), kv, p0, count, keys);
     Call::blocks_of(call.v_cache, n, batch_.table(segment.row), kv, p0, count, values);
-    // Tokens before `skip` see nothing of this chunk; all that come behind see its first `common` positions.
-    const int64_t skip = std::max<int64_t>(0, p0 - first), begin = skip * group, tokens = rows / group - skip;
+    // Tokens before `skip` see nothing of this chunk yet, those from `past` on nothing any more; all between see, but for
+    // their windows, its first `common` positions.
+    const int64_t skip = std::max<int64_t>(0, p0 - first), begin = skip * group;
+    const int64_t past = n.window > 0 ? std::min(rows / group, p0 + kChunk + n.window - 1 - first) : rows / group;
+    const int64_t end = past * group, tokens = past - skip;
     const int64_t common = std::min(count, first + skip + 1 - p0);
+    const auto lower = [&](int64_t m) { return n.lower(first + m / group); };
     for (int64_t p = 0; p < count; p += kKeyBlock) {
       const int64_t width = std::min(kKeyBlock, count - p);
       for (int64_t b = 0; b < width; b += kBlock)  // keys as (dim, kKeyBlock)
         for (int64_t d = 0; d < dim; ++d)
           for (int64_t v = 0; v < kBlockVectors; ++v)
             store(s.keys.data() + d * kKeyBlock + b + v * kLanes, keys_at(keys[(p + b) / kBlock], dim, d, v));
-      small_gemm(rows - begin, width, dim, s.queries.data() + begin * dim, dim, 1, s.keys.data(), kKeyBlock,
+      small_gemm(end - begin, width, dim, s.queries.data() + begin * dim, dim, 1, s.keys.data(), kKeyBlock,
                  s.scores.data() + begin * kChunk + p, kChunk, false);
     }
-    for (int64_t m = begin; m < rows; ++m)
-      weigh(s.scores.data() + m * kChunk, std::min(count, first + m / group + 1 - p0), s.part_top[size_t(m)],
-            s.part_mass[size_t(m)]);
+    for (int64_t m = begin; m < end; ++m)
+      weigh(s.scores.data() + m * kChunk, std::max<int64_t>(0, lower(m) - p0),
+            std::min(count, first + m / group + 1 - p0), n.cap, s.part_top[size_t(m)], s.part_mass[size_t(m)]);
     for (int64_t p = 0; p < common; p += kKeyBlock) {
       const int64_t width = std::min(kKeyBlock, common - p);
       for (int64_t i = 0; i < width; ++i) {  // values as (kKeyBlock, dim)
@@ -269,7 +291,7 @@ void PagedAttention::attend_rows(const Call& call, Scratch& s, const Segment& se
           store_upto(s.values.data() + i * dim + d, value, dim - d);
         }
       }
-      small_gemm(rows - begin, dim, width, s.scores.data() + begin * kChunk + p, kChunk, 1, s.values.data(), dim,
+      small_gemm(end - begin, dim, width, s.scores.data() + begin * kChunk + p, kChunk, 1, s.values.data(), dim,
                  s.part.data() + begin * dim, dim, p > 0);
     }
     for (int64_t t = 0; t < tokens; ++t) {  // what a token sees beyond that, and no later position
@@ -281,8 +303,8 @@ void PagedAttention::attend_rows(const Call& call, Scratch& s, const Segment& se
                                                      s.part.data() + m * dim, dim, true);
         });
     }
-    for (int64_t m = begin; m < rows; ++m)
-      merge_chunk(s.part.data() + m * dim, s.part_top[size_t(m)], s.part_mass[size_t(m)], p0 / kChunk, dim,
+    for (int64_t m = begin; m < end; ++m)
+      merge_chunk(s.part.data() + m * dim, s.part_top[size_t(m)], s.part_mass[size_t(m)], lower(m) >= p0, dim,
                   s.out.data() + m * dim, s.top[size_t(m)], s.mass[size_t(m)]);
   }
 }
@@ -309,12 +331,12 @@ void PagedAttention::merge(const Call& call) {
   for (size_t s = 0; s < segments_.size(); ++s) {
     const Segment& segment = segments_[s];
     if (segment.count > 1) continue;
-    const int64_t chunks = segment.start / kChunk + 1;
+    const int64_t chunks = segment.start / kChunk + 1 - n.lower(segment.start) / kChunk;
     for (int64_t h = 0; h < n.heads; ++h) {
       const int64_t first = first_part_[s] + h;
       float highest = 0, total = 0, *sum = partial_.data() + first * n.dim;
       for (int64_t c = 0; c < chunks; ++c)
-        merge_chunk(sum + c * n.heads * n.dim, top_.data()[first + c * n.heads], mass_.data()[first + c * n.heads], c,
+        merge_chunk(sum + c * n.heads * n.dim, top_.data()[first + c * n.heads], mass_.data()[first + c * n.heads], c == 0,
                     n.dim, sum, highest, total);
       finish_chunks(sum, total, n.dim, call.out + (segment.first * n.heads + h) * n.dim);
     }
@@ -355,33 +377,3 @@ void PagedAttention::run(const PagedSizes& n, const float* q, const float* k, co
 }
 
 }  // namespace COLORA_ISA_NAMESPACE
-
-// (q, k, v, cos, sin, k_cache, v_cache, rows, positions, tables) -> out
-COLORA_OPERATOR(paged_attention) {
-  using namespace COLORA_ISA_NAMESPACE;
-  using colora::Tensor;
-  call.expect(10, 1);
-  const Tensor q = call.in(0, "q"), k = call.in(1, "k"), v = call.in(2, "v"), cos = call.in(3, "cos"),
-               sin = call.in(4, "sin"), k_cache = call.in(5, "k_cache"), v_cache = call.in(6, "v_cache"),
-               rows = call.in(7, "rows"), positions = call.in(8, "positions"), tables = call.in(9, "tables"),
-               out = call.out(0, "out");
-  for (const Tensor* t : {&q, &k, &v}) t->expect_dtype("float32").expect_rank(2);
-  const PagedSizes n = paged_sizes(k_cache, v_cache, cos, sin, q.dim(1), q);
-  k.expect_dim(0, q.dim(0), "tokens, as in q").expect_dim(1, n.kv_heads * n.dim, "kv_heads * head_dim");
-  v.expect_same_shape(k);
-  out.expect_dtype("float32").expect_same_shape(q);
-  for (const Tensor* t : {&rows, &positions})
-    t->expect_dtype("int32").expect_rank(1).expect_dim(0, q.dim(0), "tokens, as in q");
-  tables.expect_dtype("int32").expect_rank(2);
-  const FlatBatch batch{rows.data<int32_t>(), positions.data<int32_t>(), tables.data<int32_t>(), q.dim(0), tables.dim(0),
-                        tables.dim(1)};
-  std::vector<Segment> segments = segments_of(batch, rows, positions, cos.dim(0));
-  std::vector<int64_t> first(size_t(batch.table_rows), 0), last(size_t(batch.table_rows), -1);
-  for (const Segment& s : segments) first[size_t(s.row)] = s.start, last[size_t(s.row)] = s.start + s.count - 1;
-  check_blocks(batch, tables, first, last, n.blocks);
-  std::fill(out.data<float>(), out.data<float>() + out.size(), 0.0f);
-  PagedAttention attention;
-  attention.begin(batch, std::move(segments));
-  attention.run(n, q.data<float>(), k.data<float>(), v.data<float>(), cos.data<float>(), sin.data<float>(), k_cache.raw,
-                v_cache.raw, out.data<float>());
-}

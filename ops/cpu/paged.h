@@ -13,10 +13,16 @@ namespace COLORA_ISA_NAMESPACE {
 
 enum class CacheType { kFloat32, kBfloat16, kInt8 };
 
-// What the tensors of a layer's cache say, and the queries' width.
+// What the tensors of a layer's cache say, and the queries' width; and the form of the attention.
 struct PagedSizes {
   int64_t blocks, heads, kv_heads, group, dim, half;
   CacheType type;
+  float factor;                    // on scores; 1 / sqrt(dim) unless said otherwise
+  float cap = 0;                   // 0, or c of c * tanh(score / c)
+  int64_t window = 0;              // 0, or how many positions a query sees, its own counted
+  const int32_t* order = nullptr;  // of a head's channels, see channel_order; null: as they are
+  // The first position that a query at `position` sees.
+  int64_t lower(int64_t position) const { return window > 0 ? std::max<int64_t>(0, position - window + 1) : 0; }
   int64_t block_bytes() const;  // of one block of all heads, keys or values
 };
 
@@ -52,7 +58,8 @@ class PagedAttention {
  public:
   // Takes the batch's segments (which must be checked).
   void begin(const FlatBatch& batch, std::vector<Segment> segments);
-  // q (tokens, heads * dim), k and v (tokens, kv_heads * dim), not rotated: appends k and v and writes out like q.
+  // q (tokens, heads * dim), k and v (tokens, kv_heads * dim), not rotated: appends k and v and writes out like q. cos and
+  // sin may be null: no rotary.
   void run(const PagedSizes& n, const float* q, const float* k, const float* v, const float* cos, const float* sin,
            void* k_cache, void* v_cache, float* out);
 
@@ -75,7 +82,7 @@ class PagedAttention {
 
   FlatBatch batch_{};
   std::vector<Segment> segments_;
-  int64_t kv_heads_ = -1, group_ = -1, dim_ = -1;  // what the plan was made for
+  int64_t kv_heads_ = -1, group_ = -1, dim_ = -1, window_ = 0;  // what the plan was made for
   int64_t query_tokens_ = 1, positions_ = 0;
   std::vector<int64_t> token_position_, first_part_;  // by token: its position; by segment: its first partial result
   std::vector<Task> tasks_;

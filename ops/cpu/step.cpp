@@ -9,8 +9,9 @@
 // places, rows of requests that have ended, and, of rows behind a leading one, the logits of tokens that do not survive its
 // cut (the head is multiplied for the blocks of survivors alone).
 //
-// Inputs: those of COLORA_STEP_ARGUMENTS, see operands.h and colora_ms/kernels/flat_step.py. The table of weights holds cos, sin,
-// the last norm's weight and eps, the embedding's base, the head and the layers.
+// Inputs: those of COLORA_STEP_ARGUMENTS, see operands.h and colora_ms/kernels/flat_step.py. The table of weights holds the
+// model's form (form.h), its pairs of cos and sin, the last norm's weight and eps, the embedding's base, the head and the
+// layers, each behind its form.
 // Outputs: ints (capacity, requests, 3), floats (capacity, requests, 4), taken (requests,), tops (capacity, requests,
 // kMostTop), details (capacity, requests, kDetails), see details.h.
 #include <memory>
@@ -105,13 +106,23 @@ class Step {
 
   void read_model(const colora::Call& call) {
     Reader reader(*table_of_weights_, call.op());
-    const Tensor cos = reader.next("cos"), sin = reader.next("sin"), norm = reader.next("norm"),
-                 norm_eps = reader.next("norm_eps");
+    const Tensor whole = reader.next("model_whole");
+    const ModelForm form(whole, reader.next("model_real"));
+    StackInputs inputs{slots_, {}, {}, 0};
+    for (int64_t i = form.within(ModelWhole::rotary_tables, "rotary_tables", 1, 8); i > 0; --i) {
+      inputs.cos.push_back(reader.next("cos"));
+      inputs.sin.push_back(reader.next("sin"));
+      inputs.cos.back().expect_rank(2).expect_dim(0, inputs.cos[0].dim(0), "positions, as in the first table");
+    }
+    embedding_factor_ = form.positive(ModelReal::embedding_factor, "embedding_factor", false);
+    hidden_factor_ = form.positive(ModelReal::hidden_factor, "hidden_factor", false);
+    logit_cap_ = form.positive(ModelReal::logit_cap, "logit_cap", true);
+    const Tensor norm = reader.next("norm"), norm_eps = reader.next("norm_eps");
     const Tag tag = Tag::of(reader.next("embed_tokens"));
     const Base table = read_base(reader, tag, -1, "embed_tokens");
     if (table.product() || tag.bias || tag.adapter) table.last.fail("is no table: expected one matrix alone");
     table_ = table.matrix();
-    read_norm(norm, norm_eps, table_.in, norm_);
+    read_norm(norm, norm_eps, table_.in, NormKind(form.within(ModelWhole::norm, "norm", 0, int(NormKind::count) - 1)), norm_);
     head_.push_back(read_linear(reader, table_.in, slots_));
     if (head_[0].out() < 1 || head_[0].out() > table_.out) {
       Tensor head = head_[0].base.last;
@@ -119,8 +130,8 @@ class Step {
       head.fail("has %lld outputs, expected 1 to %lld, the tokens of embed_tokens", (long long)head_[0].out(),
                 (long long)table_.out);
     }
-    most_positions_ = cos.expect_rank(2).dim(0);
-    stack_ = std::make_unique<LayerStack>(reader, StackInputs{slots_, cos, sin, table_.in});
+    most_positions_ = inputs.cos[0].dim(0), inputs.hidden = table_.in;
+    stack_ = std::make_unique<LayerStack>(reader, inputs);
   }
 
   // What request r brings of a kind; empty: nothing.
@@ -141,7 +152,7 @@ class Step {
       Request& q = requests_[size_t(r)];
       q.select = options.read(r, slots_.dim(0));
       q.previous = previous.data<int32_t>()[r], q.budget = options.get(r, Whole::budget);
-      q.active = q.budget > 0 && q.select.active();
+      q.active = q.budget > 0 && q.select.active(), q.logit_cap = logit_cap_;
       if (!q.active) continue;
       if (q.select.temperature > 0.0f)
         for (int64_t i = 0; i < std::min<int64_t>(steps_, q.budget); ++i)
@@ -289,6 +300,7 @@ class Step {
       reserved_rows_ = rows;
     }
     embed_rows(table_, ids_, tokens, x_.data());  // (tokens, hidden)
+    scale_rows(x_.data(), embedding_factor_, tokens, hidden);
     std::fill(sum_.data(), sum_.data() + tokens * hidden, 0.0f);
     row_slots_.set(tokens, 1, token_slots_.data(), token_strengths_.data());
     stack_->run(row_slots_, attention_, x_.data(), sum_.data(), x_.data(), sum_.data());
@@ -300,11 +312,15 @@ class Step {
       std::memcpy(read_sum_.data() + i * hidden, sum_.data() + t * hidden, size_t(hidden) * sizeof(float));
       read_slots_[size_t(i)] = token_slots_[size_t(t)], read_strengths_[size_t(i)] = token_strengths_[size_t(t)];
     }
-    add_norm_rows(read_x_.data(), read_sum_.data(), norm_.weight, norm_.eps, rows, hidden, read_sum_.data(), h_.data(),
-                  nullptr);
+    enter(norm_, read_x_.data(), read_sum_.data(), rows, hidden, read_sum_.data(), h_.data());
+    scale_rows(h_.data(), hidden_factor_, rows, hidden);
     head_[0].y = logits_.data();  // (full rows, vocab)
     row_slots_.set(full_, 1, read_slots_.data(), read_strengths_.data());
     run_linears(head_, h_.data(), hidden, row_slots_);
+    if (logit_cap_ > 0.0f)
+      parallel_ranges(full_, 1, kNormGrain / (vocab + 1) + 1, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) cap_range(logits_.data() + r * vocab, vocab, logit_cap_);
+      });
   }
 
   void choose_all(int32_t* tops, float* details) {
@@ -342,6 +358,7 @@ class Step {
   const Tensor tokens_, rows_, positions_, slots_, strengths_, tables_, copies_, uniforms_, eos_;
   int64_t capacity_ = 0, used_ = 0, copied_ = 0, steps_ = 0, full_ = 0, reserved_ = 0, reserved_rows_ = 0;
   int64_t most_positions_ = 0;
+  float embedding_factor_ = 1.0f, hidden_factor_ = 1.0f, logit_cap_ = 0.0f;
   FlatBatch batch_{};
   std::shared_ptr<const colora::WeightTable> table_of_weights_, extras_;
   Weight table_;

@@ -32,6 +32,12 @@ inline vf exp(vf x) {
 // 1 / (1 + e^-x)
 inline vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp(vf{} - x)); }
 
+// tanh x, off by less than 2e-7.
+inline vf tanh(vf x) { return splat(1.0f) - splat(2.0f) / (exp(x + x) + splat(1.0f)); }
+
+// c * tanh(x / c): a number that does not exceed the cap.
+inline vf capped(vf x, float cap) { return splat(cap) * tanh(x / splat(cap)); }
+
 // The same e^x for one number, through the same instructions (so that a lane and a scalar agree to the bit).
 inline float exp_one(float x) { return exp(splat(x))[0]; }
 

@@ -6,6 +6,7 @@
 #include "contrast.h"
 #include "details.h"
 #include "linear.h"
+#include "norms.h"
 #include "select.h"
 
 namespace COLORA_ISA_NAMESPACE {
@@ -19,6 +20,7 @@ struct Voices {
   int64_t at[kMostRows] = {};  // rows of this step's logits
   bool whole = false;          // the logits of rows behind the first one are computed for every token
   int32_t previous = -1;
+  float logit_cap = 0;  // 0, or c of c * tanh(logit / c)
 
   // Whether rows behind the first one need all logits; `head` adds adapters, slots: of the batch's rows.
   void settle(const Linear& head, const int32_t* slots) {
@@ -63,6 +65,7 @@ inline void survivors_logits(const Voices& q, const Base& head, const float* h, 
       part.bias = bias ? bias + std::max<int64_t>(o, 0) : nullptr;
       part.y = logits + q.at[k] * w.out + std::max<int64_t>(o, 0);
       run_group({&part}, x, w.in, x, w.in, alone);
+      if (q.logit_cap > 0.0f) cap_range(part.y, part.weight.out, q.logit_cap);
     }
   }
 }

@@ -6,6 +6,7 @@ import numpy as np
 
 import call as direct
 from call import call, to_bf16
+from colora_ms.kernels.layer_form import LAYER_REAL, LAYER_WHOLE
 from colora_ms.kernels.operands import LAYER, OPTIONAL
 from colora_ms.kernels.paged import BLOCK
 from paged_case import empty_cache, numbers
@@ -31,16 +32,19 @@ def flat(part):
     return direct.product(*part) if isinstance(part, Product) else direct.linear(*part)
 
 
-def flat_layer(layer):
-    """A layer's tensors as the operators take them, its tag first."""
-    mask = sum(1 << i for i, name in enumerate(OPTIONAL) if layer[name][0] is not None)
-    found = [np.zeros(1 + mask, np.int8)]
+#: A layer of the Llama family, in numbers.
+LLAMA = {name: 0 for name in (*LAYER_WHOLE, *LAYER_REAL)} | {"branch_factor": 1.0}
+
+
+def flat_layer(layer, dim):
+    """A layer's tensors as the step takes them, its form first."""
+    there = {name: name in layer and layer[name][0] is not None for name, _ in LAYER}
+    form = {**LLAMA, "rotary_width": dim, "parts": sum(1 << i for i, name in enumerate(OPTIONAL) if there[name])}
+    found = [np.array([form[name] for name in LAYER_WHOLE], np.int32),
+             np.array([form[name] for name in LAYER_REAL], np.float32)]
     for name, kind in LAYER:
-        part = layer[name]
-        if kind == "linear":
-            found += flat(part)
-        elif kind != "optional_norm" or part[0] is not None:
-            found += part
+        if there[name]:
+            found += flat(layer[name]) if kind in ("linear", "optional_linear") else layer[name]
     return found
 
 
@@ -73,12 +77,12 @@ class Model:
         for _ in range(count):
             caches = [empty_cache(blocks, kv_heads, dim, cache) for _ in range(2)]
             self.layers.append({
-                "input_layernorm": self.norm(hidden), "q_proj": self.linear(width, hidden),
+                "before_attention": self.norm(hidden), "q_proj": self.linear(width, hidden),
                 "k_proj": self.linear(kv_width, hidden), "v_proj": self.linear(kv_width, hidden),
                 "q_norm": self.norm(dim) if qk_norm else [None, None],
                 "k_norm": self.norm(dim) if qk_norm else [None, None],
                 "k_cache": [caches[0]], "v_cache": [caches[1]],
-                "o_proj": self.linear(hidden, width), "post_attention_layernorm": self.norm(hidden),
+                "o_proj": self.linear(hidden, width), "before_mlp": self.norm(hidden),
                 "gate_proj": self.linear(inner, hidden), "up_proj": self.linear(inner, hidden),
                 "down_proj": self.linear(hidden, inner)})
         self.embed = self.linear(vocab, hidden, plain=True)[:2]
@@ -123,8 +127,9 @@ class Model:
 
     def operands(self):
         """The tensors of the model's table of weights (``Decoder.step_operands``)."""
-        return [self.cos, self.sin, *self.last_norm, *flat(self.embed), *flat(self.head),
-                *(t for layer in self.layers for t in flat_layer(layer))]
+        return [np.array([0, 1], np.int32), np.array([1, 1, 0], np.float32), self.cos, self.sin, *self.last_norm,
+                *flat(self.embed), *flat(self.head),
+                *(t for layer in self.layers for t in flat_layer(layer, 2 * self.cos.shape[1]))]
 
     def caches(self):
         return [layer[name][0] for layer in self.layers for name in ("k_cache", "v_cache")]
@@ -140,13 +145,13 @@ class Model:
         x = call("embedding", [ids.reshape(-1, 1), *self.embed], [((len(ids), 1, self.hidden), "float32")])[0]
         residual = np.zeros_like(x)
         for layer in self.layers:
-            h, residual = self.add_norm(x, residual, layer["input_layernorm"])
+            h, residual = self.add_norm(x, residual, layer["before_attention"])
             q, k, v = self.products_of(h, slots, layer, "q_proj", "k_proj", "v_proj")
             q, k = self.norm_heads(q, layer["q_norm"]), self.norm_heads(k, layer["k_norm"])
             y = call("paged_attention", [*(t[:, 0] for t in (q, k, v)), self.cos, self.sin, layer["k_cache"][0],
                                          layer["v_cache"][0], rows, positions, tables], [(q[:, 0].shape, "float32")])[0]
             x, = self.products_of(y[:, None], slots, layer, "o_proj")
-            h, residual = self.add_norm(x, residual, layer["post_attention_layernorm"])
+            h, residual = self.add_norm(x, residual, layer["before_mlp"])
             gate, up = self.products_of(h, slots, layer, "gate_proj", "up_proj")
             act = call("swiglu", [gate, up], [(gate.shape, "float32")])[0]
             x, = self.products_of(act, slots, layer, "down_proj")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from colora_ms.kernels import flat_step, operands, options
+from colora_ms.kernels import flat_step, layer_form, operands, options
 from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.options import OptionRows
 
@@ -23,6 +23,8 @@ def listed(file, name):
 @pytest.mark.parametrize("file, name, names", [
     ("options.h", "COLORA_WHOLE_OPTIONS", options.WHOLE), ("options.h", "COLORA_REAL_OPTIONS", options.REAL),
     ("operands.h", "COLORA_STEP_ARGUMENTS", flat_step.ARGUMENTS), ("operands.h", "COLORA_EXTRAS", flat_step.EXTRAS),
+    *(("form.h", f"COLORA_{name}", getattr(layer_form, name))
+      for name in ("NORM_KINDS", "ACTIVATIONS", "LAYER_WHOLE", "LAYER_REAL", "MODEL_WHOLE", "MODEL_REAL")),
 ])
 def test_names_are_the_same_in_the_same_order(file, name, names):
     assert [one for one, in listed(file, name)] == list(names)
@@ -36,8 +38,8 @@ def test_layers_and_bases_are_the_same():
 
 def test_no_number_of_an_operand_is_typed_by_hand():
     """Inputs are read by a name of a list or one after another; outputs are few and have their number."""
-    for path in (CPU / name for name in ("linear.cpp", "linear_grad.cpp", "stack.h", "step.cpp", "select.cpp",
-                                         "contrast.cpp", "adjust.cpp", "details.cpp")):
+    for path in (CPU / name for name in ("linear.cpp", "linear_grad.cpp", "stack.h", "layer.h", "feed_forward.h",
+                                         "step.cpp", "select.cpp", "contrast.cpp", "adjust.cpp", "details.cpp")):
         assert not re.search(r"\.in\(\s*[0-9at]", path.read_text()), path.name
 
 
