@@ -20,6 +20,7 @@ import numpy as np
 from mindspore import nn
 
 from colora_ms.adapters import pickle_file, store
+from colora_ms.adapters.fused_linears import split_fused
 from colora_ms.adapters.gguf_lora import GgufLoraFile
 from colora_ms.adapters.key_names import PREFIX, PlainFile, plain_names
 from colora_ms.adapters.matching import Matched, Module, shortest_names
@@ -66,6 +67,7 @@ class StoredAdapter:
         else:
             self.values = store.read_config(folder)
             self.file = _plain(_open_weights(self.folder, allow_pickle), self.folder)
+        self._stored = self.file
         kind = self.values.get("peft_type") if isinstance(self.values, dict) else None
         self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
         self.problems = [*getattr(self.file, "problems", ()), *self.problems]
@@ -73,11 +75,17 @@ class StoredAdapter:
     def fit(self, net: nn.Cell) -> list[str]:
         """Prepare for a model (anything with its ``config``); returns what is wrong, as a list of sentences."""
         fit = getattr(self.file, "fit", None)
-        return fit(net) if fit else []
+        problems = fit(net) if fit else []
+        if self.config is not None:
+            try:
+                self.file, self.config = split_fused(self.file, self.config, getattr(net, "config", None))
+            except AdapterError as error:
+                problems = [*problems, str(error)]
+        return problems
 
     def digest(self) -> str:
         """Digest of the content; see :func:`colora_ms.adapters.store.digest`."""
-        return store.digest(self.values, self.file)
+        return store.digest(self.values, self._stored)
 
     def refuse(self, problems: list[str], base_model: Optional[str] = None) -> None:
         """Raise AdapterError with all problems, if there are any."""

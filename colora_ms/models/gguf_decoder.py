@@ -1,15 +1,21 @@
 """A GGUF file seen as a Hugging Face decoder: its config, and its tensors under HF names and in HF's order."""
 
+import re
+
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.families import find_gguf_family, unsupported
+from colora_ms.models.family import QKV
+from colora_ms.models.family_tensors import fused_parts
 from colora_ms.models.gguf_names import (
     EMBEDDING,
     HEAD,
     LLAMA3_KEYS,
+    LONGROPE,
     ROPE_FACTORS,
+    expert_tensors,
     hf_name,
     interleaved_heads,
     restore_rows,
@@ -20,6 +26,8 @@ from colora_ms.models.rope import rope_frequencies
 # Llama 3.1 and 3.2 in GGUF: the frequency factors are a tensor, their rule is not written down.
 _LLAMA3_RULE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192}
+
+_FUSED = re.compile(r"blk\.(\d+)\.(attn_qkv|[a-z_]+)\.(weight|bias)")
 
 # A linear of the first layer whose bias says that the model has those of a family's option.
 _BIASED = {"attention_bias": "self_attn.q_proj", "attention_out_bias": "self_attn.o_proj", "mlp_bias": "mlp.gate_proj"}
@@ -51,20 +59,58 @@ class GgufDecoder:
             raise CheckpointError(f"{file.path} holds no tensor 'token_embd.weight': it is not a "
                                   "whole language model (a vocabulary or an adapter only?)")
         architecture = self._get("general.architecture", str)
-        self.family = find_gguf_family(architecture)
+        experts = isinstance(architecture, str) and file.metadata.get(f"{architecture}.expert_count", 0) != 0
+        self.family = find_gguf_family(architecture, experts)
         if self.family is None:
             raise ConfigError(unsupported(architecture))
-        self._source = {}
+        self._source, self._parts = {}, {}
         self.unknown = []
-        for name in file.tensors:
+        fused = []
+        for name, tensor in file.tensors.items():
+            parts = expert_tensors(name, self.family, tensor.shape)
             target = hf_name(name, self.family)
-            if target is not None:
+            if parts is not None:
+                self._source.update(dict.fromkeys(parts, name))
+                self._parts.update({own: place for own, place in parts.items() if place != (None, None)})
+            elif self._fused_name(name) is not None:
+                fused.append(name)
+            elif target is not None:
                 self._source[target] = name
-            elif name != ROPE_FACTORS:
+            elif name not in (ROPE_FACTORS, *LONGROPE):
                 self.unknown.append(name)
+        self._apart = {f"{layer}{part}.{field}" for layer, parts, field in map(self._fused_name, fused)
+                       for part in parts}
         tied = self._tie_head()
         self.config = self._read_config(tied)
-        self.shapes = {name: file.tensors[source].shape for name, source in self._source.items()}
+        for name in fused:
+            self._take_apart(name)
+        self.shapes = {name: self._shape(name) for name in self._source}
+
+    def _fused_name(self, name):
+        """The name, as in ``Family.fused``, of a tensor that holds several linears as one, or None."""
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            return None
+        fused = {"attn_qkv": QKV, **self.family.gguf_fused}
+        # ffn_up is both factors only where there is no ffn_gate
+        there = match.group(2) in fused and f"blk.{match.group(1)}.ffn_gate.weight" not in self._file.tensors \
+            or match.group(2) == "attn_qkv"
+        return (f"model.layers.{match.group(1)}.", fused[match.group(2)], match.group(3)) if there else None
+
+    def _take_apart(self, name):
+        """Note where the linears of a fused tensor stand in it."""
+        layer, parts, field = self._fused_name(name)
+        shape = self._file.tensors[name].shape
+        places = fused_parts(self.config, {"all": parts}, f"{layer}all.{field}", shape[0])
+        for part, rows in places.items():
+            self._source[part], self._parts[part] = name, (None, rows)
+
+    def _shape(self, name):
+        shape = self._file.tensors[self._source[name]].shape
+        index, rows = self._parts.get(name, (None, None))
+        shape = shape if index is None else shape[1:]
+        shape = shape if rows is None else (rows[1] - rows[0], *shape[1:])
+        return (1, *shape) if name.endswith("shared_expert_gate.weight") and len(shape) == 1 else shape
 
     def packed_types(self) -> "list[str]":
         """Names of the quantised types that the file's tensors have, in its order."""
@@ -76,7 +122,13 @@ class GgufDecoder:
     def read(self, name: str) -> np.ndarray:
         """The tensor of a Hugging Face name, float32."""
         heads = interleaved_heads(self.config, name.rpartition(".")[0])
-        return restore_rows(self._file.read(self._source[name]), heads)
+        values = self._file.read(self._source[name])
+        index, rows = self._parts.get(name, (None, None))
+        values = values if index is None else values[index]
+        values = restore_rows(values if rows is None else values[rows[0]:rows[1]], heads)
+        if self.family.norm == "rms_plus_one" and name.endswith("norm.weight"):
+            values = values - np.float32(1)  # llama.cpp's files hold 1 + weight
+        return np.ascontiguousarray(values.reshape(self.shapes[name]))
 
     def _tie_head(self):
         """Whether the head is the embedding; of two stored copies of one matrix the finer one serves both."""
@@ -111,7 +163,8 @@ class GgufDecoder:
         head_dim = self._get(key + "attention.key_length", int, hidden // heads)
         length = self._get(key + "context_length", int)
         self._refuse(key, head_dim, length)
-        epsilon = self._get(key + "attention.layer_norm_rms_epsilon", float)
+        norm = "attention.layer_norm_epsilon" if self.family.norm == "layer" else "attention.layer_norm_rms_epsilon"
+        epsilon = self._get(key + norm, float)
         end = [self._get(f"tokenizer.ggml.{name}_token_id", int, required=False)
                for name in ("eos", "eot", "eom")]
         values = {
@@ -122,7 +175,7 @@ class GgufDecoder:
             "num_attention_heads": heads,
             "num_key_value_heads": self._get(key + "attention.head_count_kv", int, heads),
             "max_position_embeddings": length,
-            "rms_norm_eps": float(f"{epsilon:.6g}"),  # stored as float32: 9.9999997e-06
+            self.family.eps: float(f"{epsilon:.6g}"),  # stored as float32: 9.9999997e-06
             "rope_theta": self._get(key + "rope.freq_base", float, 10000.0),
             "tie_word_embeddings": tied,
             "bos_token_id": self._get("tokenizer.ggml.bos_token_id", int, required=False),
@@ -131,24 +184,61 @@ class GgufDecoder:
             "pad_token_id": self._get("tokenizer.ggml.padding_token_id", int, required=False),
         }
         for option, field in self.family.keys().items():
-            values[option] = f"model.layers.0.{_BIASED[field]}.bias" in self._source
+            name = f"model.layers.0.{_BIASED[field]}.bias"
+            values[option] = name in self._source or name in self._apart
         values["rope_scaling"] = self._scaling(key)
+        self._family_values(key, values)
         config = DecoderConfig.from_hf(values)
         if ROPE_FACTORS in self._file.tensors:
             values["rope_scaling"] = self._llama3_scaling(config)
             config = DecoderConfig.from_hf(values)
         return config
 
+    def _family_values(self, key, values):
+        """Put what the family's record asks for into the values of config.json."""
+        record, metadata = self.family, self._file.metadata
+        for own, other in record.gguf_keys.items():
+            value = metadata.get(key + other)
+            if isinstance(value, float):
+                value = float(f"{value:.6g}")
+            if isinstance(value, list):  # a boolean a layer, whether it slides
+                values["layer_types"] = ["sliding_attention" if one else "full_attention" for one in value]
+            elif value is not None:
+                values[own] = value
+        if record.partial_rotary:
+            width = self._get(key + "rope.dimension_count", int, values["head_dim"])
+            values["partial_rotary_factor"] = width / values["head_dim"]
+        if record.routing is not None:
+            routing = record.routing
+            values[routing.count] = self._get(key + "expert_count", int)
+            values[routing.per_token] = self._get(key + "expert_used_count", int)
+            if routing.size != "intermediate_size":
+                values[routing.size] = self._get(key + "expert_feed_forward_length", int, self._width("experts.0."))
+            if routing.shared:
+                values[routing.shared] = self._get(key + "expert_shared_feed_forward_length", int,
+                                                   self._width("shared_expert."))
+            if routing.dense:
+                count = range(values["num_hidden_layers"])
+                values["mlp_only_layers"] = [i for i in count if f"model.layers.{i}.{record.mlp}.gate.weight"
+                                             not in self._source]
+        record.gguf_rest(values, metadata)
+
+    def _width(self, expert):
+        """The width of an expert by its tensors, where the file does not say it; 0: there is none."""
+        found = [name for name in self._source if f".{expert}up_proj." in name]
+        return self._shape(found[0])[0] if found else 0
+
     def _refuse(self, key, head_dim, length):
         """Settings of llama.cpp's format that this package does not implement."""
-        problems = []
+        problems, record = [], self.family
         for name, expected in (("rope.dimension_count", head_dim),
                                ("attention.value_length", head_dim), ("expert_count", 0)):
             value = self._file.metadata.get(key + name, expected)
-            if value != expected:
+            read = name == "expert_count" and record.routing or name == "rope.dimension_count" and record.partial_rotary
+            if value != expected and not read:
                 problems.append(f"{key + name} is {value!r:.80}, only {expected} is implemented")
         window = self._file.metadata.get(key + "attention.sliding_window", 0)
-        if not isinstance(window, int) or 0 < window < length:
+        if record.sliding is None and (not isinstance(window, int) or 0 < window < length):
             problems.append(f"{key}attention.sliding_window is {window!r:.80}: sliding-window "
                             "attention is not implemented")
         if problems:
@@ -161,12 +251,14 @@ class GgufDecoder:
                            self._file.metadata.get(key + "rope.scale_linear"), required=False)
         known = {key + "rope.scaling." + name
                  for name in ("type", "factor", "original_context_length", "finetuned", "yarn_beta_fast",
-                              "yarn_beta_slow")}
+                              "yarn_beta_slow", *(("attn_factor",) if LONGROPE[0] in self._file.tensors else ()))}
         extra = [name for name in self._file.metadata
                  if name.startswith(key + "rope.scaling.") and name not in known]
         if extra:
             raise ConfigError(f"{self._file.path}: the GGUF rotary setting {extra[0]!r} is not "
                               "implemented")
+        if LONGROPE[0] in self._file.tensors:
+            return self._longrope(key)
         if kind == "none":
             if factor in (None, 0.0, 1.0):
                 return None
@@ -180,6 +272,16 @@ class GgufDecoder:
             if kind == "yarn" and value is not None:
                 scaling[name] = value
         return scaling
+
+    def _longrope(self, key):
+        """The two lists of longrope, which are tensors here, and the original length."""
+        if LONGROPE[1] not in self._file.tensors:
+            raise CheckpointError(f"{self._file.path} has {LONGROPE[0]} and no {LONGROPE[1]}")
+        long, short = (self._file.read(name).reshape(-1).tolist() for name in LONGROPE)
+        factor = self._get(key + "rope.scaling.attn_factor", float, required=False)
+        found = {"rope_type": "longrope", "short_factor": short, "long_factor": long,
+                 "original_max_position_embeddings": self._get(key + "rope.scaling.original_context_length", int)}
+        return found if factor is None else dict(found, attention_factor=factor)
 
     def _llama3_scaling(self, config):
         """Recover Llama 3.1's rule from its factors, and refuse factors that it did not make."""

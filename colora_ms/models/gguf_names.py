@@ -17,6 +17,9 @@ from colora_ms.models.families import GGUF_LAYER, Family, family
 
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
+#: Longrope's divisors of the frequencies, the long list and the short one.
+LONGROPE = ("rope_factors_long.weight", "rope_factors_short.weight")
+
 #: Llama 3.1's rule for the rotary factors, under this package's own keys: llama.cpp only knows the factors.
 LLAMA3_KEYS = {"factor": "colora_ms.rope.factor", "low_freq_factor": "colora_ms.rope.low_freq_factor",
                "high_freq_factor": "colora_ms.rope.high_freq_factor",
@@ -53,6 +56,44 @@ def gguf_module(name: str, record: Family) -> Optional[str]:
     if match:
         table, wanted, prefix = record.gguf_layer, match.group(2), f"blk.{match.group(1)}."
     return next((prefix + own for own, other in table.items() if other == wanted), None)
+
+
+#: Experts under llama.cpp's names, behind ``blk.N.``: (what stands below the MLP, the part of a routed expert or None).
+_EXPERTS = {"ffn_gate_inp": ("gate", None), "ffn_gate_inp_shexp": ("shared_expert_gate", None),
+            "ffn_gate_shexp": ("shared_expert.gate_proj", None), "ffn_up_shexp": ("shared_expert.up_proj", None),
+            "ffn_down_shexp": ("shared_expert.down_proj", None), "ffn_gate_exps": ("experts", 0),
+            "ffn_up_exps": ("experts", 1), "ffn_down_exps": ("experts", 2), "ffn_gate_up_exps": ("experts", 3),
+            "ffn_gate": ("experts", 0), "ffn_up": ("experts", 1), "ffn_down": ("experts", 2)}
+_EXPERT = re.compile(r"blk\.(0|[1-9]\d{0,3})\.([a-z_]+)(?:\.(\d+))?\.weight")
+
+
+def expert_tensors(name: str, record: Family, shape: tuple[int, ...]) -> Optional[dict[str, tuple]]:
+    """{Hugging Face's name: (index of the expert or None, rows or None)} of what a tensor of routed experts holds, or
+    None where it is none.
+
+    Args:
+        name: llama.cpp's: all experts in one tensor (``blk.N.ffn_gate_exps``, with gate and up together
+            ``ffn_gate_up_exps``), one each in old files (``blk.N.ffn_gate.E``), the router and the shared expert.
+        record: of the family; shape: of the tensor.
+    """
+    match = _EXPERT.fullmatch(name)
+    if match is None or record.routing is None or match.group(2) not in _EXPERTS:
+        return None
+    below, part = _EXPERTS[match.group(2)]
+    prefix = f"model.layers.{match.group(1)}.{record.mlp}.{below}"
+    single = match.group(2) in ("ffn_gate", "ffn_up", "ffn_down")
+    if single != (match.group(3) is not None):
+        return None
+    if part is None:
+        return {f"{prefix}.weight": (None, None)}
+    if single:
+        return {f"{prefix}.{match.group(3)}.{record.routing.parts[part]}.weight": (None, None)}
+    if len(shape) != 3:
+        return None
+    middle = shape[1] // 2
+    rows = {0: (0, middle), 1: (middle, shape[1])} if part == 3 else {part: None}
+    return {f"{prefix}.{index}.{record.routing.parts[one]}.weight": (index, place)
+            for index in range(shape[0]) for one, place in rows.items()}
 
 
 def hf_name(name: str, record: Family) -> Optional[str]:

@@ -168,6 +168,9 @@ def _write(writer, path, config, tensors, layout, factors):
 def _config_entries(config):
     """({key: (value, type, None)}, the factors of the rotary frequencies or None, notes) of a config."""
     record = family(config.model_type)
+    if not record.gguf_writes:
+        raise ConfigError(f"a {record.name} model cannot be written as GGUF; those of "
+                          f"{', '.join(one.name for one in FAMILIES.values() if one.gguf_writes)} can")
     key = record.gguf + "."
     biases = [option for option, field in record.keys().items() if getattr(config, field)]
     if biases and not record.gguf_biases:
