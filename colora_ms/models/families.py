@@ -151,6 +151,13 @@ _RECORDS = (
            rotary_pairs=True, rotary_layers="sliding", eps="layer_norm_eps", head_dim_key=False,
            sliding=Sliding(4096, full_every=4, pattern="sliding_window_pattern"),
            gguf_keys={"logit_scale": "logit_scale", "sliding_window": "attention.sliding_window"}),
+    # OLMo-2; a GGUF of OLMo-3 says "olmo2", too, with a window
+    Family("olmo2", "Olmo2ForCausalLM", gguf="olmo2", tokenizer="GPTNeoXTokenizer",
+           defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+           attention_bias="attention_bias", attention_out_bias="attention_bias", qk_norm=True, whole_qk_norm=True,
+           norms=Norms("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+           gguf_layer={"post_attention_norm": "post_attention_layernorm",
+                       "post_ffw_norm": "post_feedforward_layernorm", **GGUF_LINEARS}),
     # Mixtral 8x7B and 8x22B; a GGUF of them says "llama", with experts
     Family("mixtral", "MixtralForCausalLM", gguf="llama", tokenizer="LlamaTokenizer",
            defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
