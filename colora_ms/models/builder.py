@@ -15,6 +15,7 @@ from colora_ms.models.config import DecoderConfig
 from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float, weight_format
 from colora_ms.models.layers import Embedding, Linear, RMSNorm
 from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
+from colora_ms.models.mapped import parameter_of
 
 #: What a decoder is built from; see :class:`Builder`.
 Weights = Mapping[str, Union[StoredWeight, StoredFactors, np.ndarray]]
@@ -97,7 +98,7 @@ class Builder:
 
     def vector(self, name: str) -> Parameter:
         """A float32 Parameter, for what is no matrix."""
-        return self._keep(Parameter(Tensor(self.stored(name).values()), name=name, requires_grad=False), name)
+        return self._keep(parameter_of(Tensor.from_numpy(self.stored(name).values()), name), name)
 
     def _keep_weight(self, cell: Union[Linear, Embedding], prefix: str) -> None:
         self._keep(cell.weight, f"{prefix}.weight")
@@ -112,8 +113,8 @@ class Builder:
 def weight_parameters(path: str, stored: StoredWeight) -> tuple[Parameter, Optional[Parameter]]:
     """(``<path>.weight``, ``<path>.weight_scale`` or None), frozen."""
     weight, scale = stored.tensors()
-    return (Parameter(weight, name=f"{path}.weight", requires_grad=False),
-            None if scale is None else Parameter(scale, name=f"{path}.weight_scale", requires_grad=False))
+    return (parameter_of(weight, f"{path}.weight"),
+            None if scale is None else parameter_of(scale, f"{path}.weight_scale"))
 
 
 def linear_of(path: str, stored: StoredWeight, bias: Optional[Parameter]) -> Linear:

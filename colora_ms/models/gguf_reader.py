@@ -15,7 +15,7 @@ from typing import Optional
 import numpy as np
 
 from colora_ms.errors import CheckpointError
-from colora_ms.models.safetensors_file import map_file
+from colora_ms.models.mapped import map_file
 
 # value type -> struct format, for the scalar types of the format
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
