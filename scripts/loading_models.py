@@ -85,7 +85,8 @@ def fetch_parts(path):
 def q4_k_blocks(random, count):
     """(count, 144) uint8: blocks of 256 values d * s * q - dmin * m with random 6-bit s, m and 4-bit q."""
     blocks = np.frombuffer(random.bytes(count * 144), np.uint8).reshape(count, 144).copy()
-    # Of uniform s, q, m: E(s q) = 31.5 * 7.5, E(m) = 31.5, so that dmin = 7.5 d makes the mean 0; the deviation is 258 d.
+    # s, q and m are uniform: E(s q) = 31.5 * 7.5 and E(m) = 31.5, so that dmin = 7.5 d makes the mean 0; the deviation
+    # is then 258 d.
     blocks[:, 0:4] = np.array([_DEVIATION / 258, 7.5 * _DEVIATION / 258], "<f2").view(np.uint8)
     return blocks
 

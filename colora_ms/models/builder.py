@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Optional, Union
 
 import numpy as np
+from tqdm import tqdm
 
 from mindspore import Parameter, Tensor
 
@@ -16,6 +18,9 @@ from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float, 
 from colora_ms.models.layers import Embedding, Linear, RMSNorm
 from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
 from colora_ms.models.mapped import parameter_of
+from colora_ms.models.repack import repacked
+
+_PATIENCE = 2.0  # seconds without a bar
 
 #: What a decoder is built from; see :class:`Builder`.
 Weights = Mapping[str, Union[StoredWeight, StoredFactors, np.ndarray]]
@@ -42,6 +47,7 @@ class Builder:
         self.eps = config.rms_norm_eps
         self.random = np.random.default_rng(0)
         self.names: dict[int, tuple[Parameter, str]] = {}
+        self._progress = _Progress(sum(map(math.prod, self.shapes.values())))
 
     def stored(self, name: str) -> Union[StoredWeight, StoredFactors]:
         """What is stored under a name.
@@ -50,6 +56,7 @@ class Builder:
             CheckpointError: nothing, or of another shape than the config's.
         """
         shape = tuple(self.shapes[name])
+        self._progress.add(math.prod(shape))
         if self.weights is None:
             if name.endswith("norm.weight"):
                 return stored_float(np.ones(shape, np.float32))
@@ -71,7 +78,7 @@ class Builder:
             for part, parameter in cell.factor_parameters().items():
                 self._keep(parameter, f"{prefix}.{part}")
             return cell
-        cell = linear_of(prefix, stored.as_format(self.wanted), bias)
+        cell = linear_of(prefix, repacked(stored, self.wanted), bias)
         self._keep_weight(cell, prefix)
         inputs, outputs = stored.activations
         return ActivationQuantizedLinear(cell, inputs, outputs) if inputs or outputs else cell
@@ -86,7 +93,7 @@ class Builder:
         if isinstance(stored, StoredFactors) or any(stored.activations):
             raise CheckpointError(f"the embedding {prefix} is stored as factors or with rounded activations, which "
                                   "only linears can be")
-        stored = stored.as_format(self.wanted)
+        stored = repacked(stored, self.wanted)
         weight, scale = weight_parameters(prefix, stored)
         cell = Embedding(weight, stored.shape[1], weight_scale=scale, weight_format=stored.format)
         self._keep_weight(cell, prefix)
@@ -108,6 +115,26 @@ class Builder:
     def _keep(self, parameter: Parameter, name: str) -> Parameter:
         self.names[id(parameter)] = (parameter, name)
         return parameter
+
+
+class _Progress:
+    """A bar on standard error, if that is a terminal and loading takes more than two seconds.
+
+    Args:
+        total: numbers that the model has.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.left = total
+        self.bar = tqdm(total=total, desc="loading", unit=" weights", unit_scale=True, delay=_PATIENCE, disable=None,
+                        leave=False)
+
+    def add(self, count: int) -> None:
+        """So many numbers more are being read; behind the last ones the bar goes."""
+        self.left -= count
+        self.bar.update(count)
+        if self.left <= 0:
+            self.bar.close()
 
 
 def weight_parameters(path: str, stored: StoredWeight) -> tuple[Parameter, Optional[Parameter]]:

@@ -98,7 +98,7 @@ class GgufFile:
             raise self._damaged(f"the array {key!r} holds values of type {inner}")
         if count * 8 > self._bytes.size - self._at:
             raise self._damaged(f"the array {key!r} claims {count} strings")
-        return [self._string() for _ in range(count)]
+        return self._strings(count)
 
     def _tensor_info(self):
         name = self._text("a tensor's name")
@@ -205,6 +205,20 @@ class GgufFile:
 
     def _string(self):
         return bytes(self._take(self._number("<Q")))
+
+    def _strings(self, count):
+        """``count`` strings; a vocabulary has hundreds of thousands, so that each is cut out without a call."""
+        view, at, end, length = self._view, self._at, self._bytes.size, struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            start = at + 8
+            at = start + length(view, at)[0] if start <= end else end + 1
+            if at > end:
+                raise self._damaged(f"it ends at byte {end} in the middle of its header (a string stands at byte "
+                                    f"{start - 8})")
+            found.append(bytes(view[start:at]))
+        self._at = at
+        return found
 
     def _text(self, what):
         text = self._string()
