@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-from typing import Optional
 
 import numpy as np
 
@@ -157,21 +156,14 @@ class GgufFile:
         table = self._bytes[tensor.begin:tensor.end].reshape(total, -1)
         return self._dequantize(tensor, table[rows], (len(rows),) + tensor.shape[1:])
 
-    def noise_of_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
-        """How far the values that ``read_rows`` gave may lie from those that were stored; see ``gguf_noise``.
-
-        Returns:
-            float32 of the shape of values, or None for a type whose rounding is not known.
-        """
+    def blocks_of_rows(self, name: str, rows: np.ndarray) -> tuple[str, np.ndarray]:
+        """The name of a matrix's type, such as "Q5_0", and the blocks of some of its rows, uint8 (n, bytes of a block);
+        see ``gguf_noise``."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        from colora_ms.models.gguf_noise import stored_noise
         tensor = self.tensors[name]
         kind = GGMLQuantizationType(tensor.type)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
         table = self._bytes[tensor.begin:tensor.end].reshape(tensor.shape[0], -1)
-        noise = stored_noise(kind.name, table[rows].reshape(-1, block_bytes), values.reshape(-1, block))
-        return None if noise is None else noise.reshape(values.shape)
+        return kind.name, table[rows].reshape(-1, GGML_QUANT_SIZES[kind][1])
 
     def _dequantize(self, tensor, data, shape):
         from gguf.constants import GGMLQuantizationType

@@ -6,13 +6,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Optional
+from typing import Optional, TypeVar
 
 import numpy as np
 
 from colora_ms.models.formats import StoredWeight, WeightFormat
 from colora_ms.models.mapped import release
+
+T, R = TypeVar("T"), TypeVar("R")
 
 #: Values that one worker has in float32 at a time.
 _VALUES = 1 << 20
@@ -43,17 +47,38 @@ def repacked(stored: StoredWeight, wanted: WeightFormat) -> StoredWeight:
             release(array[at:at + rows])
 
     put(0, first)
-    for _ in _workers().map(put, range(rows, stored.shape[0], rows)):
+    for _ in on_all_cores(put, range(rows, stored.shape[0], rows)):
         pass
     return dataclasses.replace(first, shape=stored.shape, **out)
 
 
+def on_all_cores(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """The results of a function of NumPy arrays, in order; NumPy leaves the interpreter to others while it computes.
+
+    Who stops to ask for results leaves the rest undone. Not to be nested.
+    """
+    workers, ahead = _workers(), 2 * _threads()
+    waiting: deque = deque()
+    try:
+        for item in items:
+            waiting.append(workers.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for one in waiting:
+            one.cancel()
+
+
+def _threads() -> int:
+    wanted = os.environ.get("COLORA_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
+
+
 @functools.lru_cache(maxsize=1)
 def _workers() -> ThreadPoolExecutor:
-    """NumPy leaves the interpreter to others while it computes."""
-    threads = os.environ.get("COLORA_NUM_THREADS", "")
-    return ThreadPoolExecutor(int(threads) if threads.isdigit() and int(threads) else len(os.sched_getaffinity(0)),
-                              "colora-repack")
+    return ThreadPoolExecutor(_threads(), "colora-repack")
 
 
 def _arrays(stored: StoredWeight) -> dict[str, np.ndarray]:
