@@ -23,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+import loading_real
 import loading_start
 from benchmark_common import (
     ROOT,
@@ -98,6 +99,14 @@ class Child:
         """See :func:`loading_start.later`."""
         return loading_start.later(adapter, requests)
 
+    def answer(self, model, adapter=None):
+        """See :func:`loading_real.answer`."""
+        return loading_real.answer(model, adapter)
+
+    def train(self, model):
+        """See :func:`loading_real.train`."""
+        return loading_real.train(model)
+
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 
@@ -131,14 +140,16 @@ def measure_compile(arguments, folder):
 
 #: What can be measured, by name.
 PARTS = {"compile": measure_compile, "start": loading_start.measure_start,
-         "later": loading_start.measure_later}
+         "later": loading_start.measure_later, "1.5b": loading_real.measure_qwen, "8b": loading_real.measure_eight}
+#: Those that need no further files, and run if none are named.
+USUAL = ("compile", "start", "later")
 
 
 def benchmark(arguments, folder):
     """(measures, versions, further entries of the JSON file)"""
     print(", ".join(f"{k} {v}" for k, v in machine().items()), flush=True)
     measures, more = [], {}
-    for name in arguments.only or PARTS:
+    for name in arguments.only or USUAL:
         found, entries = PARTS[name](arguments, folder)
         measures += found
         more.update(entries)

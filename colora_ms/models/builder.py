@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Optional, Union
 
 import numpy as np
+from tqdm import tqdm
 
 from mindspore import Parameter, Tensor
 
@@ -16,6 +18,10 @@ from colora_ms.models.families import family
 from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float, weight_format
 from colora_ms.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
+from colora_ms.models.mapped import parameter_of
+from colora_ms.models.repack import repacked
+
+_PATIENCE = 2.0  # seconds without a bar
 
 #: What a decoder is built from; see :class:`Builder`.
 Weights = Mapping[str, Union[StoredWeight, StoredFactors, np.ndarray]]
@@ -43,6 +49,7 @@ class Builder:
         self.norms = family(config.model_type).norm  # their kind
         self.random = np.random.default_rng(0)
         self.names: dict[int, tuple[Parameter, str]] = {}
+        self._progress = _Progress(sum(map(math.prod, self.shapes.values())))
 
     def stored(self, name: str) -> Union[StoredWeight, StoredFactors]:
         """What is stored under a name.
@@ -51,6 +58,7 @@ class Builder:
             CheckpointError: nothing, or of another shape than the config's.
         """
         shape = tuple(self.shapes[name])
+        self._progress.add(math.prod(shape))
         if self.weights is None:
             if name.endswith("norm.weight"):
                 return stored_float(np.full(shape, 0 if self.norms == "rms_plus_one" else 1, np.float32))
@@ -72,7 +80,7 @@ class Builder:
             for part, parameter in cell.factor_parameters().items():
                 self._keep(parameter, f"{prefix}.{part}")
             return cell
-        cell = linear_of(prefix, stored.as_format(self.wanted), bias)
+        cell = linear_of(prefix, repacked(stored, self.wanted), bias)
         self._keep_weight(cell, prefix)
         inputs, outputs = stored.activations
         return ActivationQuantizedLinear(cell, inputs, outputs) if inputs or outputs else cell
@@ -87,7 +95,7 @@ class Builder:
         if isinstance(stored, StoredFactors) or any(stored.activations):
             raise CheckpointError(f"the embedding {prefix} is stored as factors or with rounded activations, which "
                                   "only linears can be")
-        stored = stored.as_format(self.wanted)
+        stored = repacked(stored, self.wanted)
         weight, scale = weight_parameters(prefix, stored)
         cell = Embedding(weight, stored.shape[1], weight_scale=scale, weight_format=stored.format)
         self._keep_weight(cell, prefix)
@@ -100,7 +108,7 @@ class Builder:
 
     def vector(self, name: str) -> Parameter:
         """A float32 Parameter, for what is no matrix."""
-        return self._keep(Parameter(Tensor(self.stored(name).values()), name=name, requires_grad=False), name)
+        return self._keep(parameter_of(Tensor.from_numpy(self.stored(name).values()), name), name)
 
     def _keep_weight(self, cell: Union[Linear, Embedding], prefix: str) -> None:
         self._keep(cell.weight, f"{prefix}.weight")
@@ -112,11 +120,31 @@ class Builder:
         return parameter
 
 
+class _Progress:
+    """A bar on standard error, if that is a terminal and loading takes more than two seconds.
+
+    Args:
+        total: numbers that the model has.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.left = total
+        self.bar = tqdm(total=total, desc="loading", unit=" weights", unit_scale=True, delay=_PATIENCE, disable=None,
+                        leave=False)
+
+    def add(self, count: int) -> None:
+        """So many numbers more are being read; behind the last ones the bar goes."""
+        self.left -= count
+        self.bar.update(count)
+        if self.left <= 0:
+            self.bar.close()
+
+
 def weight_parameters(path: str, stored: StoredWeight) -> tuple[Parameter, Optional[Parameter]]:
     """(``<path>.weight``, ``<path>.weight_scale`` or None), frozen."""
     weight, scale = stored.tensors()
-    return (Parameter(weight, name=f"{path}.weight", requires_grad=False),
-            None if scale is None else Parameter(scale, name=f"{path}.weight_scale", requires_grad=False))
+    return (parameter_of(weight, f"{path}.weight"),
+            None if scale is None else parameter_of(scale, f"{path}.weight_scale"))
 
 
 def linear_of(path: str, stored: StoredWeight, bias: Optional[Parameter]) -> Linear:

@@ -198,11 +198,14 @@ class StoredWeight:
                             np.concatenate([self.data, more.data]), scale, activations=self.activations)
 
     def tensors(self) -> tuple[Tensor, Optional[Tensor]]:
-        """(weight, scale or None) as a Cell takes them."""
-        import mindspore as ms
+        """(weight, scale or None) as a Cell takes them: views of the arrays, so that a Parameter of
+        :func:`colora_ms.models.mapped.parameter_of` lies where they lie."""
+        from mindspore import Tensor
 
         data = self.data.view(_bfloat16()) if self.format.element == "bfloat16" else self.data
-        return ms.Tensor(data), None if self.scale is None else ms.Tensor(self.scale)
+        weight, scale = (None if one is None else Tensor.from_numpy(np.ascontiguousarray(one))
+                         for one in (data, self.scale))
+        return weight, scale
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Union
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def open_gguf(path: PathLike) -> Union[GgufFile, GgufParts]:
 
     Returns:
         ``GgufFile`` or ``GgufParts``: both have ``path``, ``metadata``, ``value_types``, ``tensors``, ``read``,
-        ``read_rows`` and ``noise_of_rows``.
+        ``read_rows`` and ``blocks_of_rows``.
 
     Raises:
         CheckpointError: a file is damaged or missing, or the files do not belong together.
@@ -117,9 +117,9 @@ class GgufParts:
         """Some rows of a matrix; see ``GgufFile.read_rows``."""
         return self._part_of[name].read_rows(name, rows)
 
-    def noise_of_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
-        """The rounding of some rows; see ``GgufFile.noise_of_rows``."""
-        return self._part_of[name].noise_of_rows(name, rows, values)
+    def blocks_of_rows(self, name: str, rows: np.ndarray) -> tuple[str, np.ndarray]:
+        """The blocks of some rows; see ``GgufFile.blocks_of_rows``."""
+        return self._part_of[name].blocks_of_rows(name, rows)
 
 
 def _whole(file, key, default):

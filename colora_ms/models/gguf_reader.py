@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 import os
 import struct
-from typing import Optional
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError
-from colora_ms.models.safetensors_file import map_file
+from colora_ms.models.mapped import map_file
 
 # value type -> struct format, for the scalar types of the format
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
@@ -98,7 +97,7 @@ class GgufFile:
             raise self._damaged(f"the array {key!r} holds values of type {inner}")
         if count * 8 > self._bytes.size - self._at:
             raise self._damaged(f"the array {key!r} claims {count} strings")
-        return [self._string() for _ in range(count)]
+        return self._strings(count)
 
     def _tensor_info(self):
         name = self._text("a tensor's name")
@@ -157,21 +156,14 @@ class GgufFile:
         table = self._bytes[tensor.begin:tensor.end].reshape(total, -1)
         return self._dequantize(tensor, table[rows], (len(rows),) + tensor.shape[1:])
 
-    def noise_of_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
-        """How far the values that ``read_rows`` gave may lie from those that were stored; see ``gguf_noise``.
-
-        Returns:
-            float32 of the shape of values, or None for a type whose rounding is not known.
-        """
+    def blocks_of_rows(self, name: str, rows: np.ndarray) -> tuple[str, np.ndarray]:
+        """The name of a matrix's type, such as "Q5_0", and the blocks of some of its rows, uint8 (n, bytes of a block);
+        see ``gguf_noise``."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        from colora_ms.models.gguf_noise import stored_noise
         tensor = self.tensors[name]
         kind = GGMLQuantizationType(tensor.type)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
         table = self._bytes[tensor.begin:tensor.end].reshape(tensor.shape[0], -1)
-        noise = stored_noise(kind.name, table[rows].reshape(-1, block_bytes), values.reshape(-1, block))
-        return None if noise is None else noise.reshape(values.shape)
+        return kind.name, table[rows].reshape(-1, GGML_QUANT_SIZES[kind][1])
 
     def _dequantize(self, tensor, data, shape):
         from gguf.constants import GGMLQuantizationType
@@ -205,6 +197,20 @@ class GgufFile:
 
     def _string(self):
         return bytes(self._take(self._number("<Q")))
+
+    def _strings(self, count):
+        """``count`` strings; a vocabulary has hundreds of thousands, so that each is cut out without a call."""
+        view, at, end, length = self._view, self._at, self._bytes.size, struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            start = at + 8
+            at = start + length(view, at)[0] if start <= end else end + 1
+            if at > end:
+                raise self._damaged(f"it ends at byte {end} in the middle of its header (a string stands at byte "
+                                    f"{start - 8})")
+            found.append(bytes(view[start:at]))
+        self._at = at
+        return found
 
     def _text(self, what):
         text = self._string()

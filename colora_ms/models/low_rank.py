@@ -9,6 +9,7 @@ from colora_ms.kernels.operands import product_of
 from colora_ms.models.formats import BFLOAT16, FLOAT32, StoredFactors, WeightFormat
 from colora_ms.models.leaf import LinearLeaf
 from colora_ms.models.low_rank_folder import CORE, INNER, OUTER
+from colora_ms.models.mapped import parameter_of
 
 
 class LowRankLinear(LinearLeaf, nn.Cell):
@@ -87,6 +88,6 @@ def low_rank_linear(path: str, factors: StoredFactors, weight_format: str,
         bias: the Parameter that the module has, or None.
     """
     wanted = factor_format(weight_format)
-    made = {name: Parameter(wanted.pack(one.values()).tensors()[0], name=f"{path}.{name}", requires_grad=False)
+    made = {name: parameter_of(wanted.pack(one.values()).tensors()[0], f"{path}.{name}")
             for name, one in ((INNER, factors.inner), (CORE, factors.core), (OUTER, factors.outer)) if one is not None}
     return LowRankLinear(made[INNER], made[OUTER], made.get(CORE), bias, wanted)
