@@ -10,8 +10,8 @@ of it is one launch on Ascend at jit level O0, by these rules:
 * a launch that computes: everything else;
 * a stand-in of the rehearsal, or an emulated operator of ours, is one launch under the real operator's name.
 
-What a CPU's back end adds (casts for types that its kernels lack) does not count; what Ascend's adds (format conversions
-of the O2 level) is not there at O0. Not yet compared with a trace of an NPU.
+What a CPU's back end adds (casts for types that its kernels lack) does not count; what Ascend's adds (format
+conversions of the O2 level) is not there at O0. Not yet compared with a trace of an NPU.
 """
 
 from __future__ import annotations
