@@ -151,9 +151,14 @@ _LIBRARIES = {}  # path of an emulated operators' library -> sha256 of what it h
 
 
 def libraries_in_use() -> "list[tuple[str, str]]":
-    """[(path, sha256)] of the emulated libraries that this process has made primitives from: a compiled graph names
-    such a library by its path, so both belong to the key under which it is kept."""
+    """[(path, sha256)] of the emulated libraries, and of the rehearsal's, from which this process has made primitives:
+    a compiled graph names such a library by its path, so both belong to the key under which it is kept."""
     return sorted(_LIBRARIES.items())
+
+
+def note_library(path: Path) -> None:
+    """Count a library among :func:`libraries_in_use`."""
+    _LIBRARIES[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def primitive(name: str, target: Optional[str] = None, **attributes: Any) -> ops.Custom:
@@ -347,54 +352,3 @@ def lily_mix(h: Tensor, weights: Tensor, slots: Tensor, up: Tensor, scale: Tenso
         KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
     """
     return bound.device_lily_mix(h, weights, up, scale, slots, y)
-
-
-# -- what the NPU has built in
-# ------------------------------------------------------------------------------------------
-
-#: kernel of this package -> how Ascend's built-in operator is called: the MindSpore primitive, the construction
-#: arguments, the call arguments in their order ("None" where one is left out) and the conversions before and after.
-BUILT_IN = {
-    "rms_norm": {
-        "primitive": "RmsNorm", "init": ("epsilon",), "call": ("x", "gamma"),
-        "note": "x and gamma in one dtype (float16, bfloat16, float32); the first of two outputs is the result",
-    },
-    "rotary": {
-        "primitive": "ApplyRotaryPosEmb", "init": ("cos_format",),
-        "call": ("query", "key", "cos", "sin", "position_ids"),
-        "note": "query, key (tokens, heads * head_dim) float16 or bfloat16; cos, sin (tokens, head_dim); cos_format=0 "
-                "for one cos row a token; the halves convention of Llama",
-    },
-    "cache_append": {
-        "primitive": "ReshapeAndCache", "init": (),
-        "call": ("key", "value", "key_cache", "value_cache", "slot_mapping"),
-        "note": "key, value (tokens, kv_heads, head_dim) or (tokens, kv_heads * head_dim); caches (blocks, block, "
-                "kv_heads, head_dim), written in place; slot_mapping int32 position in the cache, -1 skips",
-    },
-    "decode_attention": {
-        "primitive": "PagedAttention", "init": ("head_num", "scale_value", "kv_head_num"),
-        "call": ("query", "key_cache", "value_cache", "block_tables", "context_lens"),
-        "note": "one query token a row; block_tables int32 (rows, blocks), context_lens int32 (rows,) counts the new "
-                "token",
-    },
-    "prefill_attention": {
-        "primitive": "FlashAttentionScore",
-        "init": ("head_num", "keep_prob", "scale_value", "pre_tokens", "next_tokens", "inner_precise", "input_layout",
-                 "sparse_mode"),
-        "call": ("query", "key", "value", "real_shift", "drop_mask", "padding_mask", "attn_mask", "prefix",
-                 "actual_seq_qlen", "actual_seq_kvlen"),
-        "note": "input_layout BSH; sparse_mode=2 with a (2048, 2048) uint8 mask whose upper triangle is 1; the fourth "
-                "output is the result",
-    },
-    "swiglu": {
-        "primitive": "Swiglu", "init": (), "call": ("input", "dim"),
-        "note": "input is gate and up side by side on axis dim: silu(first half) * second half",
-    },
-    "quantized_linear": {
-        "primitive": "WeightQuantBatchMatmul", "init": ("transpose_x", "transpose_weight", "antiquant_group_size"),
-        "call": ("x", "weight", "antiquant_scale", "antiquant_offset", "quant_scale", "quant_offset", "bias"),
-        "note": "x float16 or bfloat16 (tokens, in); weight int8 or qint4x2 (out, in) with transpose_weight=True; "
-                "scale in x's dtype, (out, 1) or (out, groups); values are signed, so the packed nibbles (stored + 8) "
-                "lose 8 first",
-    },
-}
