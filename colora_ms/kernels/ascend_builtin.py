@@ -200,8 +200,13 @@ def embedding(table: Tensor, tokens: Tensor) -> Tensor:
     return bound.builtin_embedding(table, tokens)
 
 
+def reshape(x: Tensor, shape: tuple) -> Tensor:
+    """``x`` with another shape (Reshape): no kernel on the device. (A CPU has none for bfloat16, hence the face.)"""
+    return bound.builtin_reshape(x, shape)
+
+
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """``a + b`` (Add) of one shape and dtype."""
+    """``a + b`` (Add) of one dtype; b has a's shape, or is a row, (columns,), as a bias is."""
     return bound.builtin_add(a, b)
 
 

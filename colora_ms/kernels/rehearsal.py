@@ -72,10 +72,13 @@ def publish_inputs() -> None:
 
     That is what the device's runtime does with these names when a graph starts. Done once, for the process.
     """
-    plain = nn.Cell.compile_and_run
+    for name in ("compile_and_run", "_predict"):  # a Cell of phase "prefill" or "increment" has a short way of its own
+        setattr(nn.Cell, name, _publishing(getattr(nn.Cell, name)))
 
+
+def _publishing(plain):
     @functools.wraps(plain)
-    def compile_and_run(self, *args, **kwargs):
+    def started(self, *args, **kwargs):
         functions = _functions()
         given = inspect.signature(self.construct).bind(*args, **kwargs).arguments
         boost = {**ms.context.get_jit_config(), **self.jit_config_dict}.get("infer_boost") == "on"
@@ -93,7 +96,7 @@ def publish_inputs() -> None:
         finally:
             functions.colora_rehearsal_end()
 
-    nn.Cell.compile_and_run = compile_and_run
+    return started
 
 
 def _publish(functions, name, value):
@@ -210,6 +213,10 @@ def _embedding(table, tokens):
     return _agreed(bound.rehearsal_Gather(table, tokens), CALLS["embedding"](table, tokens))
 
 
+def _reshape(x, shape):
+    return bound.rehearsal_Reshape(x, *shape)
+
+
 def _add(a, b):
     return _agreed(bound.rehearsal_Add(a, b), CALLS["add"](a, b))
 
@@ -219,4 +226,4 @@ STAND_INS = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rotary": _ro
              "reshape_and_cache": _reshape_and_cache, "paged_attention": _paged_attention,
              "flash_attention": _flash_attention, "swiglu": _swiglu, "linear": _linear,
              "grouped_linear": _grouped_linear, "quantized_linear": _quantized_linear, "embedding": _embedding,
-             "add": _add}
+             "reshape": _reshape, "add": _add}

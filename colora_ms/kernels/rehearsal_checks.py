@@ -219,10 +219,15 @@ def _gather(table: Argument, tokens: Argument) -> Outputs:
     return [(tokens.shape + table.shape[1:], table.dtype)]
 
 
+def _reshape(x: Argument, *shape: Argument) -> Outputs:
+    require(all(one.value is not None for one in shape), "Reshape", "shape", [one.value for one in shape], "constants")
+    return [([one.value for one in shape], x.dtype)]
+
+
 def _add(a: Argument, b: Argument) -> Outputs:
     require_dtype("Add", "a", a.dtype, FLOATS)
     _one_dtype("Add", a=a, b=b)
-    require_shape("Add", "b", b.shape, a.shape)
+    require(b.shape in (a.shape, a.shape[-1:]), "Add", "b", b.shape, f"{a.shape} or {a.shape[-1:]}")
     return [(a.shape, a.dtype)]
 
 
@@ -231,4 +236,4 @@ CHECKS: dict[str, Callable[..., Outputs]] = {
     "RmsNorm": _rms_norm, "AddRmsNorm": _add_rms_norm, "ApplyRotaryPosEmb": _rotary,
     "ReshapeAndCache": _reshape_and_cache, "PagedAttention": _paged_attention, "FlashAttentionScore": _flash_attention,
     "Swiglu": _swiglu, "MatMul": _matmul, "GroupedMatmul": _grouped_matmul, "WeightQuantBatchMatmul": _quantized,
-    "Gather": _gather, "Add": _add}
+    "Gather": _gather, "Reshape": _reshape, "Add": _add}
