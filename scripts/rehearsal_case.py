@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
+
 from half_reference import UNIT, Adapter, HalfReference
 
 #: Largest error of a logit, in roundings of the largest logit of its row.
