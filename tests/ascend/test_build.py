@@ -29,10 +29,10 @@ def build(cann, *arguments, path=(), **environment):
             (stubs / f"{module}.py").write_text("")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("ASCEND", "COLORA"))}
     paths = [*map(str, path), str(Path(sys.executable).parent), clean["PATH"]]
+    values = {"ASCEND_HOME_PATH": str(cann), "PYTHON": sys.executable, "PYTHONPATH": str(stubs),
+              "COLORA_BUILD": str(stubs.parent / "build"), "PATH": os.pathsep.join(paths)}
     return subprocess.run(["bash", str(ASCEND / "build.sh"), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300, env={**clean, "ASCEND_HOME_PATH": str(cann), "PYTHON": sys.executable,
-                                            "PYTHONPATH": str(stubs),
-                                            "COLORA_BUILD": str(stubs.parent / "build"), "PATH": os.pathsep.join(paths), **environment})
+                          timeout=300, env={**clean, **values, **environment})
 
 
 @pytest.mark.parametrize("layout", ["customize", "custom_op"])
