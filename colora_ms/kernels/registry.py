@@ -1,10 +1,12 @@
-"""One table: operation x {reference, cpu, emulator, ascend}, and the one place where a process takes its column.
+"""One table: operation x {reference, cpu, emulator, rehearsal, ascend}; here a process takes its column.
 
 Every kernel has one Python face and several forms: ``reference`` (built-in operators of MindSpore, any device), ``cpu``
 (the C++ library built from ``ops/cpu``), ``emulator`` (the Ascend C sources compiled for the host) and ``ascend``. The
 environment variable ``COLORA_KERNELS`` names a column, otherwise the device target does; a CPU without the compiled
-library takes ``reference``. Nothing is chosen at import: :func:`bind` does it when the first Cell that needs an
-operation is constructed, and what was bound then holds for the life of the process, because graphs may hold it.
+library takes ``reference``. ``rehearsal`` runs the device's graph on a CPU: strict stand-ins for Ascend's built-in
+operators, our own from the emulator, everything else as on Ascend. Nothing is chosen at import: :func:`bind` does it
+when the first Cell that needs an operation is constructed, and what was bound then holds for the life of the process,
+because graphs may hold it.
 """
 
 import os
@@ -16,7 +18,7 @@ import mindspore as ms
 from colora_ms import ascend_settings
 from colora_ms.kernels.aot import KernelError, library_path
 
-BACKENDS = ("reference", "cpu", "emulator", "ascend")
+BACKENDS = ("reference", "cpu", "emulator", "rehearsal", "ascend")
 
 _TABLE: dict[str, dict[str, Callable[[], Any]]] = {}
 _BOUND: "Optional[Choice]" = None
@@ -35,6 +37,8 @@ class Choice(NamedTuple):
         """The columns in which a form is looked for, the best first."""
         if self.backend == "emulator":
             return ("emulator", "cpu", "reference") if self.library else ("emulator", "reference")
+        if self.backend == "rehearsal":
+            return "rehearsal", "emulator", "reference"
         return (self.backend,) if self.backend == "reference" else (self.backend, "reference")
 
 
@@ -98,8 +102,13 @@ def bind() -> Choice:
     return _BOUND
 
 
+def fill(names: Iterable[str], column: str) -> None:
+    """Put the forms of one column into ``bound`` beside those of the column in use, for tests."""
+    _NAMES.update({name: _TABLE[name][column]() for name in names})
+
+
 def backend() -> str:
-    """The column in use: "reference", "cpu", "emulator" or "ascend"; binds if nothing was bound yet."""
+    """The column in use: "reference", "cpu", "emulator", "rehearsal" or "ascend"; binds if nothing was bound yet."""
     return (_BOUND or bind()).backend
 
 

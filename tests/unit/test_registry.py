@@ -48,6 +48,10 @@ def test_every_operation_has_a_form_for_every_device_or_is_a_part_of_one():
     for name, columns in registry.table():
         if name.startswith("device_"):
             assert columns == ("emulator", "ascend"), name
+        elif name.startswith("builtin_"):
+            assert columns == ("rehearsal", "ascend"), name
+        elif name.startswith("rehearsal_"):
+            assert columns == ("rehearsal",), name
         elif "reference" not in columns:
             assert columns == ("cpu",), name
             assert name.endswith(parts) or name == "step", name

@@ -1,0 +1,234 @@
+"""What Ascend's built-in operators ask of shapes, dtypes and attributes, checked while a rehearsal's graph is compiled.
+
+One function an operator: it takes an :class:`Argument` for each argument of the stand-in and returns its outputs as
+(shape, dtype). The contracts are those of :mod:`colora_ms.kernels.ascend_builtin`; sources: CANN's operator documents
+for Atlas A2 and A3, the inference functions of MindSpore 2.9, the calls of mindformers 1.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mindspore as ms
+
+from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
+
+HALF = (ms.float16, ms.bfloat16)
+FLOATS = (*HALF, ms.float32)
+
+#: Block sizes that the paged operators take.
+BLOCKS = (16, 32, 64, 128)
+
+#: PagedAttention's largest head_dim and largest block * head_dim, and rows of a call.
+MOST_DIM, MOST_BLOCK_DIM, MOST_ROWS = 256, 128 * 128, 8192
+
+#: Query heads that FlashAttentionScore takes; groups and last axis of GroupedMatmul.
+MOST_HEADS, MOST_GROUPS, MOST_AXIS = 256, 1024, 65535
+
+
+class Argument(NamedTuple):
+    """One argument of a call: its shape (a list), dtype, and value where it is a constant of the graph, else None."""
+
+    shape: list[int]
+    dtype: Any
+    value: Any
+
+
+Outputs = list[tuple[list[int], Any]]
+
+
+def argument(record: dict) -> Argument:
+    """An :class:`Argument` from what MindSpore hands to ``__infer__``."""
+    return Argument(list(record["shape"]), element_type(record["dtype"]), record["value"])
+
+
+def _bytes(dtype):
+    return 4 if dtype == ms.float32 else 2
+
+
+def _one_dtype(name, **arguments):
+    first = next(iter(arguments.values()))
+    for label, given in arguments.items():
+        require_dtype(name, label, given.dtype, (first.dtype,))
+
+
+def _caches(name, key_cache, value_cache, dtype):
+    require(len(key_cache.shape) == 4, name, "key_cache", key_cache.shape, "(blocks, block, kv_heads, head_dim)")
+    require_shape(name, "value_cache", value_cache.shape, key_cache.shape)
+    for label, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        require_dtype(name, label, cache.dtype, HALF)
+        require_dtype(name, label, cache.dtype, (dtype,))
+    require(key_cache.shape[1] in BLOCKS, name, "block size", key_cache.shape[1], "16, 32, 64 or 128")
+
+
+def _rms_norm(x: Argument, gamma: Argument, eps: Argument) -> Outputs:
+    require_dtype("RmsNorm", "x", x.dtype, FLOATS)
+    require_dtype("RmsNorm", "gamma", gamma.dtype, (x.dtype, ms.float32))
+    require_shape("RmsNorm", "gamma", gamma.shape, x.shape[-1:])
+    return [(x.shape, x.dtype), (x.shape[:-1] + [1], ms.float32)]
+
+
+def _add_rms_norm(x1: Argument, x2: Argument, gamma: Argument, eps: Argument) -> Outputs:
+    require_dtype("AddRmsNorm", "x1", x1.dtype, FLOATS)
+    _one_dtype("AddRmsNorm", x1=x1, x2=x2, gamma=gamma)
+    require_shape("AddRmsNorm", "x2", x2.shape, x1.shape)
+    require_shape("AddRmsNorm", "gamma", gamma.shape, x1.shape[-1:])
+    return [(x1.shape, x1.dtype), (x1.shape[:-1] + [1], ms.float32), (x1.shape, x1.dtype)]
+
+
+def _rotary(query: Argument, key: Argument, cos: Argument, sin: Argument, lengths: Argument,
+            cos_format: Argument) -> Outputs:
+    name = "ApplyRotaryPosEmb"
+    require_dtype(name, "query", query.dtype, HALF)
+    _one_dtype(name, query=query, key=key, cos=cos, sin=sin)
+    require_dtype(name, "position_ids", lengths.dtype, (ms.int32,))
+    require(len(query.shape) == 2, name, "query", query.shape, "(tokens, heads * head_dim)")
+    tokens = query.shape[0]
+    require(len(cos.shape) == 2 and cos.shape[0] == tokens, name, "cos", cos.shape, f"({tokens}, head_dim)")
+    require_shape(name, "sin", sin.shape, cos.shape)
+    dim = cos.shape[1]
+    for label, given in (("query", query), ("key", key)):
+        require(len(given.shape) == 2 and given.shape[0] == tokens and given.shape[1] % dim == 0, name, label,
+                given.shape, f"({tokens}, a multiple of head_dim {dim})")
+        require(given.shape[1] * _bytes(given.dtype) % 32 == 0, name, label, given.shape,
+                "a last axis of a multiple of 32 bytes")
+    require(dim % 32 == 0 and dim <= MOST_DIM, name, "head_dim", dim, "a multiple of 32 up to 256")
+    return [(query.shape, query.dtype), (key.shape, key.dtype)]
+
+
+def _reshape_and_cache(key: Argument, value: Argument, key_cache: Argument, value_cache: Argument,
+                       slots: Argument) -> Outputs:
+    name = "ReshapeAndCache"
+    require_dtype(name, "key", key.dtype, HALF)
+    _one_dtype(name, key=key, value=value)
+    _caches(name, key_cache, value_cache, key.dtype)
+    require_dtype(name, "slot_mapping", slots.dtype, (ms.int32,))
+    require(len(slots.shape) == 1, name, "slot_mapping", slots.shape, "(tokens,)")
+    hidden = key_cache.shape[2] * key_cache.shape[3]
+    require(len(key.shape) == 3 and 1 in key.shape[:2] and key.shape[0] * key.shape[1] == slots.shape[0]
+            and key.shape[2] == hidden, name, "key", key.shape,
+            f"(1, {slots.shape[0]}, {hidden}) or ({slots.shape[0]}, 1, {hidden})")
+    require_shape(name, "value", value.shape, key.shape)
+    return [(key.shape, key.dtype)]
+
+
+def _given(argument_):
+    """Whether an optional tensor is there: ABSENT, float32 of rank 0, stands for one that is not."""
+    return bool(argument_.shape) or argument_.dtype != ms.float32
+
+
+def _paged_attention(query: Argument, key_cache: Argument, value_cache: Argument, tables: Argument, lengths: Argument,
+                     mask: Argument, asked: Argument, heads: Argument, scale: Argument, kv_heads: Argument) -> Outputs:
+    name = "PagedAttention"
+    require_dtype(name, "query", query.dtype, HALF)
+    _caches(name, key_cache, value_cache, query.dtype)
+    _, block, held, dim = key_cache.shape
+    require(heads.value is not None and kv_heads.value is not None and scale.value is not None, name, "head_num",
+            heads.value, "a constant, as kv_head_num and scale are")
+    require(kv_heads.value == held, name, "kv_head_num", kv_heads.value, f"{held}, the caches' heads")
+    require(heads.value % held == 0, name, "head_num", heads.value, f"a multiple of kv_head_num {held}")
+    require(dim <= MOST_DIM and dim % 16 == 0, name, "head_dim", dim, "a multiple of 16 up to 256")
+    require(block * dim <= MOST_BLOCK_DIM, name, "block * head_dim", block * dim, f"at most {MOST_BLOCK_DIM}")
+    require(len(query.shape) in (2, 3) and query.shape[-1] == heads.value * dim and
+            (len(query.shape) == 2 or 1 in query.shape[:2]), name, "query", query.shape,
+            f"(tokens, {heads.value * dim}), (1, tokens, ...) or (tokens, 1, ...)")
+    require_dtype(name, "block_tables", tables.dtype, (ms.int32,))
+    require_dtype(name, "context_lens", lengths.dtype, (ms.int32,))
+    require(len(tables.shape) == 2 and 1 <= tables.shape[0] <= MOST_ROWS, name, "block_tables", tables.shape,
+            f"(rows up to {MOST_ROWS}, blocks of a row)")
+    require_shape(name, "context_lens", lengths.shape, tables.shape[:1])
+    if _given(asked):
+        require_dtype(name, "q_seq_lens", asked.dtype, (ms.int32,))
+        require_shape(name, "q_seq_lens", asked.shape, tables.shape[:1])
+    if _given(mask):
+        require_dtype(name, "attn_mask", mask.dtype, (query.dtype,))
+        require(len(mask.shape) == 2, name, "attn_mask", mask.shape, "(tokens, positions), or (1, 1)")
+    return [(query.shape, query.dtype)]
+
+
+def _flash_attention(query: Argument, key: Argument, value: Argument, mask: Argument, heads: Argument,
+                     scale: Argument) -> Outputs:
+    name = "FlashAttentionScore"
+    require_dtype(name, "query", query.dtype, HALF)
+    _one_dtype(name, query=query, key=key, value=value, attn_mask=mask)
+    require(heads.value is not None and 1 <= heads.value <= MOST_HEADS, name, "head_num", heads.value,
+            f"a constant from 1 to {MOST_HEADS}")
+    require(len(query.shape) == 2 and query.shape[1] % heads.value == 0, name, "query", query.shape,
+            f"(tokens, a multiple of {heads.value} heads)")
+    dim = query.shape[1] // heads.value
+    require(dim % 16 == 0 and dim <= MOST_DIM, name, "head_dim", dim, "a multiple of 16 up to 256")
+    require(len(key.shape) == 2 and key.shape[0] == query.shape[0] and key.shape[1] % dim == 0
+            and query.shape[1] % key.shape[1] == 0, name, "key", key.shape,
+            f"({query.shape[0]}, heads that divide the query's, each of {dim})")
+    require_shape(name, "value", value.shape, key.shape)
+    require_shape(name, "attn_mask", mask.shape, (128, 128))
+    return [(query.shape, query.dtype)]
+
+
+def _swiglu(x: Argument, axis: Argument) -> Outputs:
+    require_dtype("Swiglu", "input", x.dtype, FLOATS)
+    require(x.shape[-1] % 2 == 0, "Swiglu", "input", x.shape, "an even last axis")
+    return [(x.shape[:-1] + [x.shape[-1] // 2], x.dtype)]
+
+
+def _matmul(x: Argument, weight: Argument) -> Outputs:
+    require_dtype("MatMul", "x", x.dtype, FLOATS)
+    _one_dtype("MatMul", x=x, weight=weight)
+    require(len(x.shape) == 2, "MatMul", "x", x.shape, "(tokens, in)")
+    require(len(weight.shape) == 2 and weight.shape[1] == x.shape[1], "MatMul", "weight", weight.shape,
+            f"(out, {x.shape[1]})")
+    return [([x.shape[0], weight.shape[0]], x.dtype)]
+
+
+def _grouped_matmul(x: Argument, weight: Argument, groups: Argument, kind: Argument) -> Outputs:
+    name = "GroupedMatmulV4"
+    require_dtype(name, "x", x.dtype, FLOATS)
+    _one_dtype(name, x=x, weight=weight)
+    require_dtype(name, "group_list", groups.dtype, (ms.int64,))
+    require(len(x.shape) == 2 and x.shape[1] <= MOST_AXIS, name, "x", x.shape, f"(rows, in up to {MOST_AXIS})")
+    require(len(weight.shape) == 3 and weight.shape[0] <= MOST_GROUPS and weight.shape[1] == x.shape[1]
+            and weight.shape[2] <= MOST_AXIS, name, "weight", weight.shape,
+            f"(groups up to {MOST_GROUPS}, {x.shape[1]}, out up to {MOST_AXIS}), not transposed")
+    require_shape(name, "group_list", groups.shape, weight.shape[:1])
+    return [([x.shape[0], weight.shape[2]], x.dtype)]
+
+
+def _quantized(x: Argument, weight: Argument, scale: Argument, group: Argument) -> Outputs:
+    name = "WeightQuantBatchMatmul"
+    require_dtype(name, "x", x.dtype, HALF)
+    require_dtype(name, "weight", weight.dtype, (ms.int8, ms.qint4x2))
+    _one_dtype(name, x=x, antiquant_scale=scale)
+    require(len(x.shape) == 2, name, "x", x.shape, "(tokens, in)")
+    width = x.shape[1]
+    held = width // 2 if weight.dtype == ms.qint4x2 else width
+    require(weight.dtype != ms.qint4x2 or width % 2 == 0, name, "x", x.shape, "an even last axis for int4")
+    require(len(weight.shape) == 2 and weight.shape[1] == held, name, "weight", weight.shape, f"(out, {held})")
+    out, size = weight.shape[0], group.value
+    require(size == 0 or size is not None and 32 <= size < width and size % 32 == 0, name, "antiquant_group_size", size,
+            f"0, or a multiple of 32 from 32 to {width - 1}")
+    allowed = [[-(-width // size), out]] if size else [[out], [1, out]]
+    require(scale.shape in allowed, name, "antiquant_scale", scale.shape,
+            " or ".join(str(tuple(one)) for one in allowed))
+    return [([x.shape[0], out], x.dtype)]
+
+
+def _gather(table: Argument, tokens: Argument) -> Outputs:
+    require_dtype("Gather", "table", table.dtype, (*FLOATS, ms.int32))
+    require_dtype("Gather", "indices", tokens.dtype, (ms.int32,))
+    return [(tokens.shape + table.shape[1:], table.dtype)]
+
+
+def _add(a: Argument, b: Argument) -> Outputs:
+    require_dtype("Add", "a", a.dtype, FLOATS)
+    _one_dtype("Add", a=a, b=b)
+    require_shape("Add", "b", b.shape, a.shape)
+    return [(a.shape, a.dtype)]
+
+
+#: stand-in -> its check.
+CHECKS: dict[str, Callable[..., Outputs]] = {
+    "RmsNorm": _rms_norm, "AddRmsNorm": _add_rms_norm, "ApplyRotaryPosEmb": _rotary,
+    "ReshapeAndCache": _reshape_and_cache, "PagedAttention": _paged_attention, "FlashAttentionScore": _flash_attention,
+    "Swiglu": _swiglu, "MatMul": _matmul, "GroupedMatmul": _grouped_matmul, "WeightQuantBatchMatmul": _quantized,
+    "Gather": _gather, "Add": _add}
