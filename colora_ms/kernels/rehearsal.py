@@ -26,6 +26,7 @@ from mindspore.ops import auto_generate as primitives
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import ABSENT, KernelError
+from colora_ms.kernels.ascend import note_library
 from colora_ms.kernels.ascend_builtin_calls import CALLS
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.rehearsal_checks import CHECKS, argument
@@ -112,6 +113,7 @@ class _StandIn(ops.Custom):
 
     def __init__(self, name):
         publish_inputs()
+        note_library(library())
         super().__init__(f"{library()}:{name}", lambda *_: None, lambda *_: None, "aot")
         self._check = CHECKS[name]
 
@@ -213,12 +215,29 @@ def _embedding(table, tokens):
     return _agreed(bound.rehearsal_Gather(table, tokens), CALLS["embedding"](table, tokens))
 
 
-def _reshape(x, shape):
-    return bound.rehearsal_Reshape(x, *shape)
-
-
 def _add(a, b):
     return _agreed(bound.rehearsal_Add(a, b), CALLS["add"](a, b))
+
+
+def _reshape(x, shape):
+    real = CALLS["reshape"](x, shape)
+    axes = real.shape
+    if len(axes) == 1:
+        return _agreed(bound.rehearsal_Reshape(x, axes[0]), real)
+    if len(axes) == 2:
+        return _agreed(bound.rehearsal_Reshape(x, axes[0], axes[1]), real)
+    if len(axes) == 3:
+        return _agreed(bound.rehearsal_Reshape(x, axes[0], axes[1], axes[2]), real)
+    return _agreed(bound.rehearsal_Reshape(x, axes[0], axes[1], axes[2], axes[3]), real)
+
+
+def _split(x, sizes):
+    real = CALLS["split"](x, sizes)
+    if len(sizes) == 2:
+        first, second = bound.rehearsal_SplitWithSize(x, sizes[0], sizes[1])
+        return _agreed(first, real[0]), _agreed(second, real[1])
+    first, second, third = bound.rehearsal_SplitWithSize(x, sizes[0], sizes[1], sizes[2])
+    return _agreed(first, real[0]), _agreed(second, real[1]), _agreed(third, real[2])
 
 
 #: face -> its stand-in.
@@ -226,4 +245,4 @@ STAND_INS = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rotary": _ro
              "reshape_and_cache": _reshape_and_cache, "paged_attention": _paged_attention,
              "flash_attention": _flash_attention, "swiglu": _swiglu, "linear": _linear,
              "grouped_linear": _grouped_linear, "quantized_linear": _quantized_linear, "embedding": _embedding,
-             "reshape": _reshape, "add": _add}
+             "add": _add, "reshape": _reshape, "split": _split}

@@ -14,7 +14,6 @@ import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.ops.auto_generate import SplitWithSize
 
 from colora_ms.kernels import ascend_builtin, bind
 from colora_ms.models.changes import changes
@@ -51,7 +50,6 @@ class DeviceLayer(nn.Cell):
                                                device_dim(config.head_dim))
         self.widths = (self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.dim)
         self.scale = float(config.head_dim ** -0.5)
-        self.split = SplitWithSize()  # one launch; ops.split of a graph is a slice for each part
         query, key = (Heads(count, config.head_dim, self.dim) for count in (self.heads, self.kv_heads))
         self.before = DeviceNorm(f"{name}.input_layernorm", layer.input_layernorm, dtype)
         self.after = DeviceNorm(f"{name}.post_attention_layernorm", layer.post_attention_layernorm, dtype)
@@ -68,7 +66,7 @@ class DeviceLayer(nn.Cell):
     def heads_of(self, h: Tensor, slots: tuple, turn: tuple) -> tuple:
         """h: (tokens, hidden); turn: (cos, sin) of the tokens, and the graph's batch_valid_length -> rotated q, k, and
         v, each (tokens, heads * dim)."""
-        q, k, v = self.split(self.qkv(h, slots), self.widths, 1)
+        q, k, v = ascend_builtin.split(self.qkv(h, slots), self.widths)
         if self.qk_norm:
             tokens = h.shape[0]
             q = self.q_norm(ascend_builtin.reshape(q, (tokens, self.heads, self.dim)))
