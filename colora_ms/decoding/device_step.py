@@ -25,7 +25,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import JitConfig, Parameter, Tensor, nn, ops
 
-from colora_ms import runtime
+from colora_ms import ascend_settings, runtime
 from colora_ms.decoding.selection import select
 from colora_ms.kernels import ascend_builtin, backend, bind
 from colora_ms.models.device_decoder import DeviceDecoder
@@ -152,6 +152,7 @@ class DeviceGraphs:
         cell.phase = phase  # behind set_train, which sets one, too
         cell.set_jit_config(JitConfig(jit_level="O0", infer_boost="on"))
         if backend() == "ascend":
+            ascend_settings.require_paged_attention()
             vector = Tensor(shape=[None], dtype=ms.int32)
             inputs = [vector] * 4 + ([Tensor(shape=[None, None], dtype=ms.int32)] if phase == INCREMENT else [])
             cell.set_inputs(*inputs, vector, vector, vector)
@@ -165,7 +166,7 @@ def step_inputs(batch: Any, block: int, padded: bool) -> Tuple[str, List[np.ndar
 
     Args:
         batch: :class:`colora_ms.decoding.step.FlatBatch`; block: positions of a block of the cache.
-        padded: whether sizes are filled up to powers of two, so that there are few shapes. What fills comes behind,
+        padded: whether sizes are filled up to powers of four, so that there are few shapes. What fills comes behind,
             is written nowhere, and has no adapter.
     """
     rows, first = np.unique(batch.rows, return_index=True)
@@ -187,15 +188,15 @@ def step_inputs(batch: Any, block: int, padded: bool) -> Tuple[str, List[np.ndar
                          *(lengths.astype(np.int32),) * 2]
     width = int(batch.positions.max()) // block + 1
     if padded:
-        count, width = power(count), power(width, 1)
+        count, width = power(count), power(width)
     tables = _filled(np.pad(tables[:, :width], ((0, 0), (0, max(0, width - tables.shape[1])))), count, 0)
     return INCREMENT, [*(_filled(one, count, fill) for one, fill in zip(columns, fills)), tables,
                        _filled(batch.positions + 1, count, 1), np.ones(count, np.int32)]
 
 
-def power(size: int, smallest: int = 4) -> int:
-    """The smallest power of two that holds ``size``."""
-    return max(smallest, 1 << max(size - 1, 0).bit_length())
+def power(size: int) -> int:
+    """The smallest power of four that holds ``size``, at least 4."""
+    return 4 ** max(1, -(-max(size - 1, 0).bit_length() // 2))
 
 
 def _filled(array: np.ndarray, size: int, fill: int) -> np.ndarray:
