@@ -18,6 +18,10 @@ The house in a few lines; every room imports only from those below it:
 
 from __future__ import annotations
 
+from colora_ms import ascend_settings as _ascend_settings
+
+_ascend_settings.prepare()  # MindSpore reads these variables when it is imported or runs its first operator
+
 __version__ = "0.1.0"
 
 _EXPORTS = {

@@ -14,6 +14,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn
 
+from colora_ms import ascend_settings
 from colora_ms.graph_cache import GraphCache, source_fingerprint, unsupported
 from colora_ms.kernels.aot import KernelError, last_error, library_path
 from colora_ms.kernels.registry import bind
@@ -34,6 +35,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colora_ms"
 
 
+def settle() -> None:
+    """On Ascend: the settings of ``ascend_settings``, which must stand before the first tensor and before a job is
+    joined. Nothing on other devices."""
+    if ms.get_context("device_target") == "Ascend":
+        ascend_settings.apply(cache_folder())
+
+
 def configure() -> None:
     """Prepare MindSpore once a process: deep graphs may be parsed, compiled graphs are kept for the next start.
 
@@ -44,6 +52,7 @@ def configure() -> None:
     if _configured:
         return
     _configured = True
+    settle()
     bind()
     ms.set_recursion_limit(10000)
     if os.environ.get("COLORA_COMPILE_CACHE", "1") == "0":
@@ -89,7 +98,9 @@ def run(cell: nn.Cell, *args: Any) -> Any:
 def _run(cell: nn.Cell, args: tuple) -> Any:
     global _compilations
     known = _compiled.setdefault(cell, set())
-    shapes = tuple((str(a.dtype), a.shape) if isinstance(a, Tensor) else repr(a) for a in args)
+    # A Cell that was compiled for unknown dimensions (set_inputs) says so: another shape is no other graph.
+    any_shape = getattr(cell, "any_shape", False)
+    shapes = () if any_shape else tuple((str(a.dtype), a.shape) if isinstance(a, Tensor) else repr(a) for a in args)
     new = shapes not in known
     try:
         with graph_mode():

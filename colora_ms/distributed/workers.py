@@ -87,6 +87,10 @@ def start() -> Workers:
         if role not in ("MS_WORKER", "MS_SCHED"):
             return Workers()
         from mindspore import communication
+
+        from colora_ms.runtime import settle
+        if role == "MS_WORKER":
+            settle()
         communication.init()
         if role == "MS_SCHED":
             sys.exit(0)

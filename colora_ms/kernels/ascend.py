@@ -23,6 +23,7 @@ import mindspore as ms
 from mindspore import Tensor, ops
 from mindspore.ops import CustomRegOp
 
+from colora_ms import ascend_package, ascend_settings
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.ascend_shapes import SHAPES
@@ -105,19 +106,18 @@ def find_package() -> Path:
     """Make the built Ascend package visible to MindSpore and return its path.
 
     Raises:
-        KernelError: neither ``ASCEND_CUSTOM_OPP_PATH`` nor the package's own folder holds the operators.
+        KernelError: neither ``ASCEND_CUSTOM_OPP_PATH`` nor the package's own folder holds the operators, or MindSpore
+            has read the variable already. ConfigError: they were built for another CANN.
     """
-    own = Path(__file__).resolve().parent.parent / "_lib" / "ascend"
-    paths = [p for p in os.environ.get("ASCEND_CUSTOM_OPP_PATH", "").split(":") if p]
-    for path in paths + [str(own)]:
-        if (Path(path) / "op_api" / "include" / "aclnn_multi_lora.h").is_file():
-            if path not in paths:
-                os.environ["ASCEND_CUSTOM_OPP_PATH"] = ":".join([path] + paths)
-            return Path(path)
-    raise KernelError(
-        f"the Ascend operators are not built: looked in ASCEND_CUSTOM_OPP_PATH={':'.join(paths) or '(not set)'} and "
-        f"{own}; run `bash ops/ascend/build.sh` on a machine with the CANN toolkit"
-    )
+    found = ascend_package.find()
+    if found is None:
+        raise KernelError(ascend_package.missing())
+    if found.added:
+        if ascend_settings.device_in_use():
+            raise KernelError(ascend_package.too_late(found.path))
+        ascend_package.put_first(found.path)
+    ascend_package.check(found.path, OPERATORS)
+    return found.path
 
 
 def emulator_library() -> Path:

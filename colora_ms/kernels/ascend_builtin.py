@@ -201,7 +201,7 @@ def embedding(table: Tensor, tokens: Tensor) -> Tensor:
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """``a + b`` (Add) of one shape and dtype."""
+    """``a + b`` (Add) of one dtype; b has a's shape, or is a row, (columns,), as a bias is."""
     return bound.builtin_add(a, b)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Optional
 
 import mindspore as ms
 
+from colora_ms import ascend_settings
 from colora_ms.kernels.aot import KernelError, library_path
 
 BACKENDS = ("reference", "cpu", "emulator", "rehearsal", "ascend")
@@ -79,7 +80,8 @@ def bind() -> Choice:
 
     Raises:
         KernelError: ``COLORA_KERNELS`` is unknown or needs a library that is not there, or something else was bound
-            before: an operation that graphs hold cannot change under them.
+            before: an operation that graphs hold cannot change under them. ConfigError: a setting of Ascend cannot be
+            had (see ``ascend_settings``).
     """
     global _BOUND
     choice = _choose()
@@ -88,6 +90,9 @@ def bind() -> Choice:
         # os.environ does not show: what stands there is what the user has set.
         if "OMP_NUM_THREADS" in os.environ:
             os.environ.setdefault("COLORA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+        if choice.target == "Ascend":
+            ascend_settings.apply()
+            ascend_settings.require_team()
         _fill(_TABLE, choice)
         _BOUND = choice
     elif choice != _BOUND:

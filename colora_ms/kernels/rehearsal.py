@@ -73,10 +73,13 @@ def publish_inputs() -> None:
 
     That is what the device's runtime does with these names when a graph starts. Done once, for the process.
     """
-    plain = nn.Cell.compile_and_run
+    for name in ("compile_and_run", "_predict"):  # a Cell of phase "prefill" or "increment" has a short way of its own
+        setattr(nn.Cell, name, _publishing(getattr(nn.Cell, name)))
 
+
+def _publishing(plain):
     @functools.wraps(plain)
-    def compile_and_run(self, *args, **kwargs):
+    def started(self, *args, **kwargs):
         functions = _functions()
         given = inspect.signature(self.construct).bind(*args, **kwargs).arguments
         boost = {**ms.context.get_jit_config(), **self.jit_config_dict}.get("infer_boost") == "on"
@@ -94,7 +97,7 @@ def publish_inputs() -> None:
         finally:
             functions.colora_rehearsal_end()
 
-    nn.Cell.compile_and_run = compile_and_run
+    return started
 
 
 def _publish(functions, name, value):

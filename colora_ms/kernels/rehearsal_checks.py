@@ -223,7 +223,7 @@ def _gather(table: Argument, tokens: Argument) -> Outputs:
 def _add(a: Argument, b: Argument) -> Outputs:
     require_dtype("Add", "a", a.dtype, FLOATS)
     _one_dtype("Add", a=a, b=b)
-    require_shape("Add", "b", b.shape, a.shape)
+    require(b.shape in (a.shape, a.shape[-1:]), "Add", "b", b.shape, f"{a.shape} or {a.shape[-1:]}")
     return [(a.shape, a.dtype)]
 
 

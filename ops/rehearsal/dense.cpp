@@ -133,7 +133,7 @@ STAND_IN(Add, "Add") {
     const int64_t n = call.elements(0);
     std::vector<float> a = call.all(0);
     const std::vector<float> b = call.all(1);
-    for (int64_t k = 0; k < n; ++k) a[size_t(k)] += b[size_t(k)];
+    for (int64_t k = 0; k < n; ++k) a[size_t(k)] += b[size_t(k) % b.size()];  // a row is added to each
     call.write(2, 0, n, a.data());
     return 0;
 }

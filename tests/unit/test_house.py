@@ -14,7 +14,7 @@ PACKAGE = ROOT / "colora_ms"
 #: From the ground up. A room imports from rooms below it, and from those beside it as long as no circle of rooms
 #: arises. A name that is no folder is a file of the package: the base of the house, and what stands on the kernels.
 FLOORS = (
-    ("errors", "files", "versions", "extras", "pictures", ""),
+    ("errors", "files", "versions", "extras", "pictures", "ascend_facts", "ascend_package", "ascend_settings", ""),
     ("kernels",),
     ("graph_cache", "runtime"),
     ("models",),
@@ -217,5 +217,6 @@ def test_the_faces_of_the_kernels_are_annotated():
 def test_the_layer_above_the_models_is_annotated():
     bare = {module: unannotated(tree) for module, tree in TREES.items()
             if room_of(module) in ("training", "evaluation", "recipes", "cli", "integrations", "runtime", "graph_cache",
-                                   "errors", "files", "pictures", "versions", "") and unannotated(tree)}
+                                   "errors", "files", "pictures", "versions", "ascend_facts", "ascend_package",
+                                   "ascend_settings", "") and unannotated(tree)}
     assert bare == {}
