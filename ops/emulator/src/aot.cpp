@@ -16,8 +16,8 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int emulator_launch(const char* name, int blocks, int n, void** pointers, const uint64_t* bytes, const int* kinds,
-                           uint64_t seed, int flags);
+EXPORT int emulator_launch(const char* name, int blocks, int cores, int n, void** pointers, const uint64_t* bytes,
+                           const int* kinds, uint64_t seed, int flags);
 EXPORT const char* emulator_report();
 
 namespace {
@@ -81,7 +81,7 @@ int launch(const std::string& kernel, const Call& call, int typed, uint64_t work
     bytes.insert(bytes.end(), {workspace, size});
     kinds.insert(kinds.end(), {2, 0});
     static uint64_t seed = 0;
-    const int found = emulator_launch((kernel + "_" + dtype).c_str(), int(cores()), int(pointers.size()), pointers.data(),
+    const int found = emulator_launch((kernel + "_" + dtype).c_str(), int(cores()), int(cores()), int(pointers.size()), pointers.data(),
                                       bytes.data(), kinds.data(), ++seed, 3);
     if (found == 0) return 0;
     fail(found < 0 ? kernel + ": no emulated kernel for " + dtype
