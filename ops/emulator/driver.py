@@ -41,13 +41,14 @@ class Emulator:
     def kernels(self):
         return self.library.emulator_kernels().decode().split()
 
-    def launch(self, kernel, cores, arguments, seed=0, flags=STRICT | INTERLEAVE, counters=True):
-        """Run `kernel` on `cores` blocks. arguments: [(contiguous array, kind)]. Returns the report as a dict."""
+    def launch(self, kernel, blocks, arguments, seed=0, flags=STRICT | INTERLEAVE, counters=True, cores=None):
+        """Run `kernel` in `blocks` blocks on a chip of `cores` vector cores (None: as many as blocks; 40 or 48 on a
+        910B). arguments: [(contiguous array, kind)]. Returns the report as a dict."""
         count = len(arguments)
         pointers = (ctypes.c_void_p * count)(*[a.ctypes.data if a.size else None for a, _ in arguments])
         sizes = (ctypes.c_uint64 * count)(*[a.nbytes for a, _ in arguments])
         kinds = (ctypes.c_int * count)(*[kind for _, kind in arguments])
-        found = self.library.emulator_launch(kernel.encode(), cores, count, pointers, sizes, kinds,
+        found = self.library.emulator_launch(kernel.encode(), blocks, cores or blocks, count, pointers, sizes, kinds,
                                              ctypes.c_uint64(seed), flags)
         if found < 0:
             raise ValueError(f"no kernel {kernel} with {count} arguments")
