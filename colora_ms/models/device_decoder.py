@@ -121,7 +121,7 @@ class DeviceDecoder(nn.Cell):
                                    for i, layer in enumerate(model.layers)])
         self.norm = DeviceNorm("device.norm", model.norm, dtype)
         self.head = PackedLinear("device.lm_head", (decoder.lm_head,), dtype)
-        tied = decoder.config.tie_word_embeddings
+        tied = decoder.config.tie_word_embeddings and not self.head.integer  # rows of integers cannot be gathered
         self.table = self.head.weight if tied else constant(embed.base_values()["weight"], dtype, "device.embed_tokens")
         head = Heads(1, decoder.config.head_dim, device_dim(decoder.config.head_dim))
         self.cos, self.sin = (

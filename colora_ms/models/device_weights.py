@@ -18,6 +18,7 @@ from colora_ms.errors import CheckpointError
 from colora_ms.kernels import ascend, ascend_builtin
 from colora_ms.kernels.operands import ADAPTER
 from colora_ms.models.changes import slot_versions, whole_version
+from colora_ms.models.device_quantized import INTEGERS, integer_tensors
 
 
 def device_tensor(values: np.ndarray, dtype: Any, name: str) -> Tensor:
@@ -76,7 +77,8 @@ class PackedLinear(nn.Cell):
         outputs: the heads of each Cell's outputs; (): they are no heads. inputs: those of the inputs, or None.
 
     Attributes:
-        weight: (out, in); bias: (out,), where ``has_bias``.
+        weight: (out, in); where it is ``integer``, what :mod:`colora_ms.models.device_quantized` makes of it, with
+            antiquant, its scale, and group. bias: (out,), where ``has_bias``.
         down: (slots, slices * rank, in), up: (slots, rank, out), scale: (slots, slices) float32, ends: (slices,) int32,
             the outputs behind the last one of each slice; where ``has_lora``. A slice without an adapter has scale 0.
     """
@@ -92,7 +94,13 @@ class PackedLinear(nn.Cell):
         self.ends_at = tuple(int(n) for n in np.cumsum(widths))
         self.out_features = self.ends_at[-1]
         self.has_bias = any(leaf.has_bias for leaf in leaves)
-        self.weight = constant(self._base_values(), dtype, f"{name}.weight")
+        self.integer, self.group = leaves[0].format.name in INTEGERS, 0
+        if self.integer:
+            weight, scale, self.group = integer_tensors(leaves, dtype, name)
+            self.weight = Parameter(weight, name=f"{name}.weight", requires_grad=False)
+            self.antiquant = Parameter(scale, name=f"{name}.antiquant", requires_grad=False)
+        else:
+            self.weight = constant(self._base_values(), dtype, f"{name}.weight")
         if self.has_bias:
             self.bias = constant(self._bias_values(), dtype, f"{name}.bias")
         pairs = [dict(zip(ADAPTER, cell.operands()[1])) for cell in cells]
@@ -110,20 +118,15 @@ class PackedLinear(nn.Cell):
 
     def construct(self, x: Tensor, slots: tuple) -> Tensor:
         """x: (tokens, in) -> (tokens, out); slots: () for no adapters, or ((tokens,) int32,), -1 for the base."""
-        y = ascend_builtin.linear(x, self.weight)
+        if self.integer:
+            y = ascend_builtin.quantized_linear(x, self.weight, self.antiquant, self.group)
+        else:
+            y = ascend_builtin.linear(x, self.weight)
         if self.has_bias:
             y = ascend_builtin.add(y, self.bias)
         if self.has_lora and len(slots) > 0:
             y = ascend.multi_lora(x, slots[0], self.down, self.up, self.scale, y, self.ends)
         return y
-
-    def bytes_read(self, adapters: int) -> dict[str, int]:
-        """{what: bytes} that one call reads of weights and, for so many adapters in use, of banks."""
-        found = {"weights": self.weight.nbytes + (self.bias.nbytes if self.has_bias else 0), "adapters": 0}
-        if self.has_lora:
-            found["adapters"] = min(adapters, self.slots) * (self.down.nbytes + self.up.nbytes + self.scale.nbytes
-                                                             ) // self.slots
-        return found
 
     # -- keeping up with the decoder -------------------------------------------------------------------------------
 
@@ -135,7 +138,13 @@ class PackedLinear(nn.Cell):
         base = self._base_state()
         leaves = [parameter for cell in self._sources for parameter in plain(cell).leaf_parameters().values()]
         if base != self._seen_base or trained and any(parameter.requires_grad for parameter in leaves):
-            self.weight.set_data(device_tensor(self._base_values(), self._dtype, self.weight.name))
+            if self.integer:
+                weight, scale, _ = integer_tensors([plain(cell) for cell in self._sources], self._dtype,
+                                                   self.weight.name)
+                self.weight.set_data(weight)
+                self.antiquant.set_data(scale)
+            else:
+                self.weight.set_data(device_tensor(self._base_values(), self._dtype, self.weight.name))
             if self.has_bias:
                 self.bias.set_data(device_tensor(self._bias_values(), self._dtype, self.bias.name))
         self._seen_base = base
