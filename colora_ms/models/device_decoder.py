@@ -139,6 +139,11 @@ class DeviceDecoder(nn.Cell):
         """Whether any linear has adapters."""
         return any(one.has_lora for one in self.packed)
 
+    @property
+    def slots(self) -> int:
+        """Slots of the bank of adapters; 0: there is none."""
+        return max((one.slots for one in self.packed if one.has_lora), default=0)
+
     def refresh(self, trained: bool = False) -> None:
         """Read again what was written in the decoder since the last time; trained: also what has gradients."""
         if trained or changes() != self._seen:
@@ -151,7 +156,7 @@ class DeviceDecoder(nn.Cell):
         """Logits (R, vocab) float32 behind some tokens of a flat batch.
 
         Args:
-            tokens, positions: (T,) int32; slots: () or ((T,) int32,), see :class:`PackedLinear`.
+            tokens, positions: (T,) int32; slots: see :class:`PackedLinear`.
             lengths: the graph's batch_valid_length; keys, values: the cache's Parameters, one a layer.
             places: see :meth:`DeviceLayer.increment` (four) and :meth:`DeviceLayer.prefill` (two).
             read: (R,) int32, the tokens whose logits are wanted.

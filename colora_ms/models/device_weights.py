@@ -81,6 +81,8 @@ class PackedLinear(nn.Cell):
             antiquant, its scale, and group. bias: (out,), where ``has_bias``.
         down: (slots, slices * rank, in), up: (slots, rank, out), scale: (slots, slices) float32, ends: (slices,) int32,
             the outputs behind the last one of each slice; where ``has_lora``. A slice without an adapter has scale 0.
+        shrink: (1 + slots, in, slices * rank), expand: (1 + slots, slices * rank, out), the same for GroupedMatmul: the
+            scales are in expand, and number 0 is an adapter of zeros, for the base's rows.
     """
 
     def __init__(self, name: str, cells: Sequence[nn.Cell], dtype: Any, outputs: Sequence[Heads] = (),
@@ -109,22 +111,31 @@ class PackedLinear(nn.Cell):
         if self.has_lora:
             self.rank = max(pair["down"].shape[1] for pair in pairs if pair)
             self.slots = next(pair["down"].shape[0] for pair in pairs if pair)
-            self.down, self.up, self.scale = (
-                constant(np.stack(one), kind, f"{name}.{part}") for one, kind, part in zip(
-                    zip(*(self._slot_values(slot) for slot in range(self.slots))),
-                    (dtype, dtype, ms.float32), ADAPTER))
+            banks = [np.stack(one) for one in zip(*(self._slot_values(slot) for slot in range(self.slots)))]
+            self.down, self.up, self.scale = (constant(one, kind, f"{name}.{part}") for one, kind, part in zip(
+                banks, (dtype, dtype, ms.float32), ADAPTER))
+            self.shrink, self.expand = (
+                constant(np.concatenate((np.zeros_like(one[:1]), one)), dtype, f"{name}.{part}")
+                for one, part in zip(banks[3:], ("shrink", "expand")))
             self.ends = Parameter(Tensor(np.array(self.ends_at, np.int32)), name=f"{name}.ends", requires_grad=False)
         self._seen_base, self._seen_slots = self._base_state(), self._slot_state()
 
     def construct(self, x: Tensor, slots: tuple) -> Tensor:
-        """x: (tokens, in) -> (tokens, out); slots: () for no adapters, or ((tokens,) int32,), -1 for the base."""
+        """x: (tokens, in) -> (tokens, out).
+
+        slots: () for no adapters; ((tokens,) int32,), -1 for the base; or, for many tokens that stand in the order of
+        their slots, ((tokens,) int32, (1 + slots,) int64), behind it the ends of the base's and of each slot's tokens.
+        """
         if self.integer:
             y = ascend_builtin.quantized_linear(x, self.weight, self.antiquant, self.group)
         else:
             y = ascend_builtin.linear(x, self.weight)
         if self.has_bias:
             y = ascend_builtin.add(y, self.bias)
-        if self.has_lora and len(slots) > 0:
+        if self.has_lora and len(slots) == 2:
+            inner = ascend_builtin.grouped_linear(x, self.shrink, slots[1])
+            y = ascend_builtin.add(y, ascend_builtin.grouped_linear(inner, self.expand, slots[1]))
+        elif self.has_lora and len(slots) == 1:
             y = ascend.multi_lora(x, slots[0], self.down, self.up, self.scale, y, self.ends)
         return y
 
@@ -158,8 +169,9 @@ class PackedLinear(nn.Cell):
         self._seen_slots = slots
 
     def _put(self, slot: int) -> None:
-        for parameter, values in zip((self.down, self.up, self.scale), self._slot_values(slot)):
-            write_slot(parameter, slot, device_tensor(values[None], parameter.dtype, parameter.name))
+        banks = ((self.down, 0), (self.up, 0), (self.scale, 0), (self.shrink, 1), (self.expand, 1))
+        for (parameter, first), values in zip(banks, self._slot_values(slot)):
+            write_slot(parameter, first + slot, device_tensor(values[None], parameter.dtype, parameter.name))
 
     def _out(self, i: int, values: np.ndarray, axis: int) -> np.ndarray:
         """Values of Cell i with the device's heads on the axis of the outputs."""
@@ -178,9 +190,11 @@ class PackedLinear(nn.Cell):
                                          else np.zeros(plain(cell).out_features, np.float32), 0)
                                for i, cell in enumerate(self._sources)])
 
-    def _slot_values(self, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """down (slices * rank, in), up (rank, out), scale (slices,) of one slot, float32."""
+    def _slot_values(self, slot: int) -> tuple[np.ndarray, ...]:
+        """down (slices * rank, in), up (rank, out), scale (slices,), shrink (in, slices * rank), expand (slices * rank,
+        out) of one slot, float32."""
         down = np.zeros((self.slices, self.rank, self.in_features), np.float32)
+        expand = np.zeros((self.slices, self.rank, self.out_features), np.float32)
         up = np.zeros((self.rank, self.out_features), np.float32)
         scale = np.zeros(self.slices, np.float32)
         starts = (0, *self.ends_at)
@@ -191,7 +205,10 @@ class PackedLinear(nn.Cell):
                 down[i, :rank] = self._in(values["down"])
                 up[:rank, starts[i]:starts[i + 1]] = self._out(i, values["up"], 0).T
                 scale[i] = values["scale"]
-        return down.reshape(-1, self.in_features), up, scale
+                part = slice(starts[i], starts[i + 1])
+                expand[i, :, part] = scale[i] * up[:, part]
+        down = down.reshape(-1, self.in_features)
+        return down, up, scale, down.T, expand.reshape(-1, self.out_features)
 
     def _base_state(self) -> list[tuple[int, int]]:
         return [(parameter.data_ptr(), whole_version(parameter)) for cell in self._sources
