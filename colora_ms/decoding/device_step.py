@@ -105,7 +105,8 @@ class DeviceGraphs:
         model: the packed decoder; cache: :class:`colora_ms.models.paged_cache.DeviceCache`.
 
     Attributes:
-        cells: the Cells whose graphs were asked for so far.
+        steps: {(phase, whether with adapters, shapes of the inputs where they are static): the Cell of a step}.
+        cells: these, and what copies blocks.
     """
 
     def __init__(self, model: DeviceDecoder, cache: Any) -> None:
@@ -113,7 +114,7 @@ class DeviceGraphs:
         self.model, self.cache = model, cache
         self._copy = CopyDeviceBlocks(cache).set_train(False)
         self.cells: List[nn.Cell] = [self._copy]
-        self._steps: Dict[Tuple[Any, ...], nn.Cell] = {}
+        self.steps: Dict[Tuple[Any, ...], nn.Cell] = {}
 
     def step(self, phase: str, adapters: bool, shapes: Tuple[Any, ...] = ()) -> nn.Cell:
         """The Cell of a phase, with or without adapters; made when it is first asked for.
@@ -122,10 +123,10 @@ class DeviceGraphs:
         compiled is run without looking at shapes again, so that each of them has its own Cell there.
         """
         key = (phase, adapters and self.model.has_lora, shapes)
-        if key not in self._steps:
+        if key not in self.steps:
             kind = PrefillStep if phase == PREFILL else IncrementStep
-            self._steps[key] = self._prepared(kind(self.model, self.cache, key[1]), phase)
-        return self._steps[key]
+            self.steps[key] = self._prepared(kind(self.model, self.cache, key[1]), phase)
+        return self.steps[key]
 
     def logits(self, batch: Any, read: np.ndarray) -> Tensor:
         """Run a batch -> logits (R, vocab) float32, on the device.

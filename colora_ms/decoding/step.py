@@ -145,6 +145,7 @@ class StepGraph:
 
     Attributes:
         fused: whether steps are one operator. Elsewhere ``steps`` must be 1.
+        device: the graphs of a device step, where there is one.
     """
 
     def __init__(self, decoder: Any, cache: Any, tokens: int, rows: int, requests: int, capacity: int) -> None:
@@ -157,7 +158,7 @@ class StepGraph:
         self._former = 0
         self._table: Optional[WeightTable] = None
         self._packed: Optional[DeviceDecoder] = None
-        self._device: Optional[DeviceGraphs] = None
+        self.device: Optional[DeviceGraphs] = None
         self._make()
 
     def _make(self) -> None:
@@ -170,7 +171,7 @@ class StepGraph:
             if self._packed is None or self._packed.made_at != replacements():
                 self._packed = None  # its memory goes first
                 self._packed = DeviceDecoder(self.decoder, self.cache.dtype)
-            self._device = DeviceGraphs(self._packed, self.cache)
+            self.device = DeviceGraphs(self._packed, self.cache)
             self._cells = [Selection().set_train(False)]
         else:
             self._cells = [CellStep(self.decoder, self.cache).set_train(False),
@@ -187,7 +188,7 @@ class StepGraph:
         compiled again."""
         self.cache = None
         if not self.fused:
-            self._former, self._cells, self._device = self.compilations(), [], None
+            self._former, self._cells, self.device = self.compilations(), [], None
         self._table = None
         self.cache = make()
         if self.fused:
@@ -212,7 +213,7 @@ class StepGraph:
 
     def compilations(self) -> int:
         """How many graphs have been compiled."""
-        own = self._device.cells if self._device is not None else []
+        own = self.device.cells if self.device is not None else []
         return self._former + sum(runtime.compilations(cell) for cell in (*self._cells, *own))
 
     def run(self, batch: FlatBatch) -> StepResult:
@@ -233,7 +234,7 @@ class StepGraph:
         if np.any(_strengths(batch, len(batch.slots)) != 1):
             raise DecodingError("adapter_scale: this model's steps are no single operator, which alone scales adapters "
                                 "by row; leave it out, or save the adapter with another scale")
-        return self._run_device(batch, self._device) if self._device is not None else self._run_cells(batch)
+        return self._run_device(batch, self.device) if self.device is not None else self._run_cells(batch)
 
     def _run_fused(self, batch: FlatBatch) -> StepResult:
         table = self._table

@@ -47,6 +47,10 @@ BLOCKS = (16, 32, 64, 128)
 FLOATS = ("float32", "bfloat16")
 
 
+#: Largest rank of MultiLora, and rows of its down factor over all slices.
+MOST_RANK, MOST_ROWS = 256, 512
+
+
 @dataclass(frozen=True)
 class CacheForm:
     """The form of a cache.
@@ -146,6 +150,10 @@ def why_not(decoder: Any, block: int = BLOCKS[-1]) -> str:
     for name, cells in products(decoder):
         if not all(cell.fusible for cell in cells):
             return f"{name}: there is a {type(cells[0]).__name__} that computes more than its tensors tell"
+        rank = max((cell.operands()[1][0].shape[1] for cell in cells if cell.operands()[1]), default=0)
+        if rank > MOST_RANK or rank * len(cells) > MOST_ROWS:
+            return (f"{name}: adapters of rank {rank} are more than MultiLora takes ({MOST_RANK}, and {MOST_ROWS} over "
+                    f"{len(cells)} linears that are one product)")
         kinds = {FORMATS[cell.operands()[0][0]][0] for cell in cells}
         if kinds <= set(FLOATS):
             continue
