@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+import numpy as np
+
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings are for its developers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -129,11 +131,18 @@ def decode_graph(layers: int) -> Tuple[Any, Any]:
     adapters on all linears."""
     from colora_ms.decoding import Generator
     from colora_ms.kernels.launches import launches_of
+    from rehearsal_case import watched
     from step_bytes import Size
 
     decoder = random_decoder(layers)
     generator = Generator(decoder, Words(), with_adapters(decoder), max_rows=4)
-    generator.generate([[5, 6, 7]] * 3, adapter=["one", "two", None], max_new_tokens=2, ignore_eos=True)
+    again = []
+    for _ in range(2):
+        with watched() as rows:
+            generator.generate([[5, 6, 7]] * 3, adapter=["one", "two", None], max_new_tokens=2, ignore_eos=True)
+        again.append(np.stack([row.logits for row in rows]))
+    if not np.array_equal(*again):
+        raise AssertionError("equal calls gave other logits")
     graph = generator._core.graph  # type: ignore[union-attr]  # it has generated
     (key, cell), = [one for one in graph.device.steps.items() if one[0][:2] == ("increment", True)]
     tokens, _, _, _, tables, _, _, read, *choice = key[2]

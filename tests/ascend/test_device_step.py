@@ -258,7 +258,7 @@ def test_the_cells_of_a_step_have_their_phases_and_settings(mindspore):
     for phase in (PREFILL, INCREMENT):
         cell = graphs.step(phase, adapters=True)
         assert cell.phase == phase and not cell.adapters
-        assert cell.jit_config_dict == {"jit_level": "O0", "infer_boost": "on"}
+        assert {"jit_level": "O0", "infer_boost": "on"}.items() <= cell.jit_config_dict.items()
         names = cell.construct.__code__.co_varnames
         assert "batch_valid_length" in names and "q_seq_lens" in names
         assert graphs.step(phase, adapters=False) is cell
