@@ -50,6 +50,22 @@ def plain(cell: nn.Cell) -> nn.Cell:
     return cell
 
 
+class Watch:
+    """Tells whether the weights of Cells were written since the last look."""
+
+    def __init__(self, cells: Sequence[nn.Cell]) -> None:
+        self._parameters = [parameter for cell in cells for parameter in cell.get_parameters()]
+        self._seen = self._state()
+
+    def changed(self, trained: bool) -> bool:
+        """Whether they were, or may have been: what has gradients, after a training."""
+        before, self._seen = self._seen, self._state()
+        return self._seen != before or trained and any(one.requires_grad for one in self._parameters)
+
+    def _state(self) -> list[tuple[int, int]]:
+        return [(one.data_ptr(), whole_version(one)) for one in self._parameters]
+
+
 class Heads(NamedTuple):
     """Heads that are wider on the device than in the model: each half of a head is followed by zeros, so that rotation
     turns the same pairs and products of heads are what they were."""
@@ -105,20 +121,19 @@ class PackedLinear(nn.Cell):
             self.weight = constant(self._base_values(), dtype, f"{name}.weight")
         if self.has_bias:
             self.bias = constant(self._bias_values(), dtype, f"{name}.bias")
-        pairs = [dict(zip(ADAPTER, cell.operands()[1])) for cell in cells]
+        pairs = self._pairs()
         self.has_lora = any(pairs)
-        self._pairs = pairs
         if self.has_lora:
             self.rank = max(pair["down"].shape[1] for pair in pairs if pair)
             self.slots = next(pair["down"].shape[0] for pair in pairs if pair)
-            banks = [np.stack(one) for one in zip(*(self._slot_values(slot) for slot in range(self.slots)))]
+            banks = [np.stack(one) for one in zip(*(self._slot_values(pairs, slot) for slot in range(self.slots)))]
             self.down, self.up, self.scale = (constant(one, kind, f"{name}.{part}") for one, kind, part in zip(
                 banks, (dtype, dtype, ms.float32), ADAPTER))
             self.shrink, self.expand = (
                 constant(np.concatenate((np.zeros_like(one[:1]), one)), dtype, f"{name}.{part}")
                 for one, part in zip(banks[3:], ("shrink", "expand")))
             self.ends = Parameter(Tensor(np.array(self.ends_at, np.int32)), name=f"{name}.ends", requires_grad=False)
-        self._seen_base, self._seen_slots = self._base_state(), self._slot_state()
+        self._base, self._seen_slots = Watch(leaves), self._slot_state()
 
     def construct(self, x: Tensor, slots: tuple) -> Tensor:
         """x: (tokens, in) -> (tokens, out).
@@ -144,11 +159,9 @@ class PackedLinear(nn.Cell):
     def refresh(self, trained: bool = False) -> None:
         """Read again what was written since the last time; trained: also what has gradients.
 
-        What was not written is not touched, and Parameters stay where they are.
+        What was not written is not touched, and banks stay where they are.
         """
-        base = self._base_state()
-        leaves = [parameter for cell in self._sources for parameter in plain(cell).leaf_parameters().values()]
-        if base != self._seen_base or trained and any(parameter.requires_grad for parameter in leaves):
+        if self._base.changed(trained):
             if self.integer:
                 weight, scale, _ = integer_tensors([plain(cell) for cell in self._sources], self._dtype,
                                                    self.weight.name)
@@ -158,19 +171,24 @@ class PackedLinear(nn.Cell):
                 self.weight.set_data(device_tensor(self._base_values(), self._dtype, self.weight.name))
             if self.has_bias:
                 self.bias.set_data(device_tensor(self._bias_values(), self._dtype, self.bias.name))
-        self._seen_base = base
         if not self.has_lora:
             return
         slots = self._slot_state()
-        everything = trained and any(tensor.requires_grad for pair in self._pairs for tensor in pair.values())
-        for slot in range(self.slots):
-            if everything or slots[slot] != self._seen_slots[slot]:
-                self._put(slot)
+        everything = trained and any(parameter.requires_grad for parameter in self._adapter_parameters())
+        changed = [slot for slot in range(self.slots) if everything or slots[slot] != self._seen_slots[slot]]
+        pairs = self._pairs() if changed else []
+        for slot in changed:
+            self._put(pairs, slot)
         self._seen_slots = slots
 
-    def _put(self, slot: int) -> None:
+    def _pairs(self) -> list[dict[str, Tensor]]:
+        """The adapters' tensors of each Cell, {} where it has none; some Cells compute them."""
+        return [dict(zip(ADAPTER, cell.operands()[1])) for cell in self._sources]
+
+    def _put(self, pairs: list[dict[str, Tensor]], slot: int) -> None:
+        """Write one slot of the banks, on the device."""
         banks = ((self.down, 0), (self.up, 0), (self.scale, 0), (self.shrink, 1), (self.expand, 1))
-        for (parameter, first), values in zip(banks, self._slot_values(slot)):
+        for (parameter, first), values in zip(banks, self._slot_values(pairs, slot)):
             write_slot(parameter, first + slot, device_tensor(values[None], parameter.dtype, parameter.name))
 
     def _out(self, i: int, values: np.ndarray, axis: int) -> np.ndarray:
@@ -190,7 +208,7 @@ class PackedLinear(nn.Cell):
                                          else np.zeros(plain(cell).out_features, np.float32), 0)
                                for i, cell in enumerate(self._sources)])
 
-    def _slot_values(self, slot: int) -> tuple[np.ndarray, ...]:
+    def _slot_values(self, pairs: list[dict[str, Tensor]], slot: int) -> tuple[np.ndarray, ...]:
         """down (slices * rank, in), up (rank, out), scale (slices,), shrink (in, slices * rank), expand (slices * rank,
         out) of one slot, float32."""
         down = np.zeros((self.slices, self.rank, self.in_features), np.float32)
@@ -198,7 +216,7 @@ class PackedLinear(nn.Cell):
         up = np.zeros((self.rank, self.out_features), np.float32)
         scale = np.zeros(self.slices, np.float32)
         starts = (0, *self.ends_at)
-        for i, pair in enumerate(self._pairs):
+        for i, pair in enumerate(pairs):
             if pair:
                 values = {name: _slot_of(pair[name], slot) for name in ADAPTER}
                 rank = len(values["down"])
@@ -210,17 +228,15 @@ class PackedLinear(nn.Cell):
         down = down.reshape(-1, self.in_features)
         return down, up, scale, down.T, expand.reshape(-1, self.out_features)
 
-    def _base_state(self) -> list[tuple[int, int]]:
-        return [(parameter.data_ptr(), whole_version(parameter)) for cell in self._sources
-                for parameter in plain(cell).leaf_parameters().values()]
-
     def _slot_state(self) -> list[tuple[int, ...]]:
         """A tuple a slot that changes when the slot is written."""
-        if not self.has_lora:
-            return []
-        tensors = [tensor for pair in self._pairs for tensor in pair.values()]
-        versions = np.stack([slot_versions(tensor) for tensor in tensors], 1)
-        return [tuple(row) for row in versions.tolist()]
+        versions = [slot_versions(parameter) for parameter in self._adapter_parameters()]
+        return [tuple(row) for row in np.stack(versions, 1).tolist()] if versions else []
+
+    def _adapter_parameters(self) -> list[Parameter]:
+        """The stacked Parameters of the adapters, a slot a row."""
+        base = {id(one) for cell in self._sources for one in plain(cell).get_parameters()}
+        return [one for cell in self._sources for one in cell.get_parameters() if id(one) not in base]
 
 
 def write_slot(parameter: Parameter, slot: int, value: Tensor) -> None:

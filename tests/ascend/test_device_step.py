@@ -150,7 +150,10 @@ def test_packed_adapters_are_those_of_the_cells(adapted):
 
 def test_written_slots_and_merged_weights_are_read_again_in_place(adapted):
     net, handle = adapted
+    names = [parameter.name for parameter in net.get_parameters()]
     device = DeviceDecoder(net, ms.bfloat16)
+    assert names == [parameter.name for parameter in net.get_parameters()]
+    assert not {id(one) for one in net.get_parameters()} & {id(one) for one in device.get_parameters()}
     packed = device.layers[1].qkv
     before = banks(packed)
     places = [parameter.data_ptr() for parameter in (packed.down, packed.up, packed.shrink)]
@@ -176,7 +179,11 @@ def test_what_was_trained_is_read_again_when_asked(adapted):
     device = DeviceDecoder(net, ms.float16)
     cell = net.model.layers[0].mlp.down_proj
     cell.down.asnumpy()[...] = 0.5  # as an optimizer does, which says nothing
+    norm = net.model.layers[0].input_layernorm.weight
+    norm.requires_grad = True
+    norm.asnumpy()[...] = 0.25
     device.refresh(trained=True)
+    assert (device.layers[0].before.gamma.asnumpy() == 0.25).all()
     assert (banks(device.layers[0].down)["down"][0] == 0.5).all()
 
 
