@@ -91,7 +91,7 @@ def launches(size: Size) -> List[Launch]:
               Launch("Cast", 0, 0, size.asked * size.vocab * (HALF + FULL))]
     if size.requests:
         found.append(Launch("ContrastiveSelect", 0, 0, size.asked * size.vocab * FULL
-                            + size.requests * (2 * size.voices + 1) * FULL + size.requests * (2 + size.voices) * FULL))
+                            + size.requests * (2 * size.voices + 1) * FULL + size.requests * (5 + size.voices) * FULL))
     return found
 
 

@@ -7,14 +7,14 @@ the graph of built-in operators behind the logits.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from colora_ms.kernels.options import COLUMN, CUTS, MIXINGS, MOST_ROWS
+from colora_ms.kernels.options import COLUMN, CUTS, DETAILS, MIXINGS, MOST_ROWS, MOST_TOP
 
-#: log(alpha) of no cut: below every finite difference of logits, and finite.
-NO_CUT = np.float32(-3.0e38)
+#: log(alpha) of no cut.
+NO_CUT = np.float32(-np.inf)
 
 
 class Choice(NamedTuple):
@@ -29,12 +29,16 @@ class Choice(NamedTuple):
     weights: np.ndarray
     log_alpha: np.ndarray
 
+    @classmethod
+    def of_none(cls) -> Choice:
+        """Of no request."""
+        return cls(np.zeros((0, MOST_ROWS), np.int32), np.zeros((0, MOST_ROWS), np.float32), np.zeros(0, np.float32))
+
     def filled(self, size: int) -> Choice:
-        """The same with further requests of one row, whose tokens nobody takes."""
+        """The same with further requests, which are inactive."""
         rows = np.full((size, MOST_ROWS), -1, np.int32)
         weights = np.zeros((size, MOST_ROWS), np.float32)
         log_alpha = np.full(size, NO_CUT, np.float32)
-        rows[:, 0], weights[:, 0] = 0, 1
         count = len(self.rows)
         rows[:count], weights[:count], log_alpha[:count] = self
         return Choice(rows, weights, log_alpha)
@@ -53,7 +57,7 @@ def choice_of(batch: Any, takes: np.ndarray) -> Optional[Choice]:
     plain = (real[:, COLUMN["temperature"]] == 0) & (whole[:, COLUMN["logprobs"]] < 0) \
         & (whole[:, COLUMN["voices"]] == 0) & (whole[:, COLUMN["masked"]] == 0) \
         & (~several | (mixing != MIXINGS["probability"]) & (cut != CUTS["mixture"]) & (whole[:, COLUMN["mode"]] == 0))
-    if batch.records or batch.adjustments or np.any(takes & ~plain):
+    if batch.adjustments or np.any(takes & ~plain):
         return None
     beta = real[:, COLUMN["beta"]]
     weights = np.where(contrast[:, None], 0, batch.mix_weights).astype(np.float32)
@@ -62,6 +66,18 @@ def choice_of(batch: Any, takes: np.ndarray) -> Optional[Choice]:
     weights[~several, 0] = 1
     log_alpha = np.where(several & (cut == CUTS["leading"]), np.log(real[:, COLUMN["alpha"]]), NO_CUT)
     rows = np.where(takes[:, None], batch.mix_rows, -1).astype(np.int32)
-    rows[~takes, 0] = 0  # nobody reads what comes of it
     weights[rows < 0] = 0
     return Choice(rows, weights, log_alpha.astype(np.float32))
+
+
+def plain_records(chosen: Sequence[Any], count: int) -> List[np.ndarray]:
+    """What ``kernels.contrastive_select`` and ``kernels.token_details`` give: ints (Q, 3), floats (Q, 4), tops (Q, 20),
+    details (Q, 29).
+
+    Args:
+        chosen: (ints, floats) of :func:`colora_ms.kernels.ascend.contrastive_token`, of at least ``count`` requests. Log-
+            probabilities, for which nobody asked, are no numbers.
+    """
+    ints, floats = (one.asnumpy()[:count] for one in chosen)
+    return [ints, np.ascontiguousarray(floats[:, (2, 3, 0, 1)]), np.full((count, MOST_TOP), -1, np.int32),
+            np.full((count, DETAILS), np.nan, np.float32)]

@@ -18,7 +18,7 @@ from the same graph (ContrastiveSelect); for everything else a second graph of b
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -26,8 +26,10 @@ import mindspore as ms
 from mindspore import JitConfig, Parameter, Tensor, nn, ops
 
 from colora_ms import ascend_settings, runtime
+from colora_ms.decoding.device_choice import Choice
 from colora_ms.decoding.selection import select
-from colora_ms.kernels import ascend_builtin, backend, bind
+from colora_ms.kernels import ascend, ascend_builtin, backend, bind
+from colora_ms.kernels.options import MOST_ROWS
 from colora_ms.models.device_decoder import DeviceDecoder
 
 #: Names of the phases, by which MindSpore's internal kernels choose their fusions and the fast path of a step.
@@ -42,12 +44,16 @@ class IncrementStep(nn.Cell):
         self.model, self.cache, self.adapters = model, cache, adapters
 
     def construct(self, tokens: Tensor, positions: Tensor, slots: Tensor, slot_mapping: Tensor, block_tables: Tensor,
-                  batch_valid_length: Tensor, q_seq_lens: Tensor, read: Tensor) -> Tensor:
+                  batch_valid_length: Tensor, q_seq_lens: Tensor, read: Tensor, mix_rows: Tensor, weights: Tensor,
+                  log_alpha: Tensor) -> tuple:
         """tokens, positions, slots, slot_mapping, batch_valid_length, q_seq_lens: (T,); block_tables: (T, blocks of a
-        row); read: (R,); all int32 -> logits (R, vocab) float32."""
+        row); read: (R,); all int32; mix_rows, weights, log_alpha: see :class:`Choice` -> logits (R, vocab) float32,
+        and what :func:`colora_ms.kernels.ascend.contrastive_token` returns of them."""
         used = (slots,) if self.adapters else ()
         places = (slot_mapping, block_tables, batch_valid_length, q_seq_lens)
-        return self.model(tokens, positions, used, batch_valid_length, self.cache.keys, self.cache.values, places, read)
+        logits = self.model(tokens, positions, used, batch_valid_length, self.cache.keys, self.cache.values, places,
+                            read)
+        return logits, ascend.contrastive_token(logits, mix_rows, weights, log_alpha)
 
 
 class PrefillStep(nn.Cell):
@@ -59,12 +65,14 @@ class PrefillStep(nn.Cell):
         self.mask = Parameter(ascend_builtin.prompt_mask(cache.dtype), name="prompt_mask", requires_grad=False)
 
     def construct(self, tokens: Tensor, positions: Tensor, slots: Tensor, slot_mapping: Tensor, groups: Tensor,
-                  batch_valid_length: Tensor, q_seq_lens: Tensor, read: Tensor) -> Tensor:
+                  batch_valid_length: Tensor, q_seq_lens: Tensor, read: Tensor, mix_rows: Tensor, weights: Tensor,
+                  log_alpha: Tensor) -> tuple:
         """As :class:`IncrementStep`, but batch_valid_length, q_seq_lens: (rows,), tokens of each row; groups: (1 +
         slots,) int64, where the base's tokens end and those of each slot, which stand in this order."""
         used = (slots, groups) if self.adapters else ()
-        return self.model(tokens, positions, used, batch_valid_length, self.cache.keys, self.cache.values,
-                          (slot_mapping, self.mask), read)
+        logits = self.model(tokens, positions, used, batch_valid_length, self.cache.keys, self.cache.values,
+                            (slot_mapping, self.mask), read)
+        return logits, ascend.contrastive_token(logits, mix_rows, weights, log_alpha)
 
 
 class CopyDeviceBlocks(nn.Cell):
@@ -128,17 +136,23 @@ class DeviceGraphs:
             self.steps[key] = self._prepared(kind(self.model, self.cache, key[1]), phase)
         return self.steps[key]
 
-    def logits(self, batch: Any, read: np.ndarray) -> Tensor:
-        """Run a batch -> logits (R, vocab) float32, on the device.
+    def run(self, batch: Any, read: np.ndarray, choice: Optional[Choice]) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+        """Run a batch.
 
         Args:
             batch: :class:`colora_ms.decoding.step.FlatBatch`; its copies of blocks are the caller's.
             read: (R,) int32, tokens of the batch.
+            choice: the rows and weights of its requests; None: no token is wanted.
+
+        Returns:
+            logits (R, vocab) float32, on the device; what ``contrastive_token`` says of the requests.
         """
+        chosen = Choice.of_none() if choice is None else choice
         self.model.refresh()
         static = backend() != "ascend"
         phase, inputs, moved = step_inputs(batch, self.cache.block, self.model.slots, padded=static)
-        inputs.append(moved[read].astype(np.int32))
+        size = power(len(chosen.rows)) if static else max(1, len(chosen.rows))
+        inputs += [moved[read].astype(np.int32), *chosen.filled(size)]
         used = bool(np.any(batch.slots[np.unique(batch.rows)] >= 0))
         cell = self.step(phase, used, tuple(one.shape for one in inputs) if static else ())
         return runtime.run(cell, *(Tensor(one) for one in inputs))
@@ -158,7 +172,9 @@ class DeviceGraphs:
             vector = Tensor(shape=[None], dtype=ms.int32)
             groups = Tensor(shape=[1 + self.model.slots], dtype=ms.int64)
             fifth = Tensor(shape=[None, None], dtype=ms.int32) if phase == INCREMENT else groups
-            cell.set_inputs(*[vector] * 4, fifth, *[vector] * 3)
+            choice = [Tensor(shape=shape, dtype=kind) for shape, kind in (
+                ([None, MOST_ROWS], ms.int32), ([None, MOST_ROWS], ms.float32), ([None], ms.float32))]
+            cell.set_inputs(*[vector] * 4, fifth, *[vector] * 3, *choice)
             cell.any_shape = True
         self.cells.append(cell)
         return cell

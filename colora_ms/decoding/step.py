@@ -16,12 +16,13 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
+from colora_ms.decoding.device_choice import choice_of, plain_records
 from colora_ms.decoding.device_step import DeviceGraphs, Selection
 from colora_ms.decoding.selection import select
 from colora_ms.errors import DecodingError
 from colora_ms.kernels import bind, step
 from colora_ms.kernels.flat_step import EXTRAS
-from colora_ms.kernels.options import COLUMN, DETAILS, MOST_TOP, SELECTION, OptionRows
+from colora_ms.kernels.options import COLUMN, SELECTION, OptionRows
 from colora_ms.kernels.weight_table import NOTHING, ArrayTable, WeightTable
 from colora_ms.models.device_decoder import DeviceDecoder
 from colora_ms.models.paged_cache import DeviceCache
@@ -261,9 +262,11 @@ class StepGraph:
         for source, target in batch.copies.reshape(-1, 2).tolist():
             device.copy(source, target)
         rows, requests = bucket(len(batch.slots)), bucket(max(1, len(batch.whole)))
-        logits = device.logits(batch, _last_tokens(batch, rows))
-        if not np.any(_takes(batch)):
-            return _result(batch, [np.zeros((requests, width), kind) for width, kind in _WIDTHS])
+        takes = _takes(batch)
+        choice = choice_of(batch, takes) if np.any(takes) else None
+        logits, chosen = device.run(batch, _last_tokens(batch, rows), choice)
+        if choice is not None or not np.any(takes):
+            return _result(batch, plain_records(chosen, len(batch.whole)))
         found = runtime.run(self._cells[0], logits, Tensor(padded(batch.previous, requests, -1)),
                             *_options(batch, requests).tensors(), *_selection(batch, requests))
         return _result(batch, [one.asnumpy() for one in found])
@@ -323,10 +326,6 @@ def _selection(batch: FlatBatch, requests: int) -> Tuple[Tensor, Tensor, Tensor]
 def _takes(batch: FlatBatch) -> np.ndarray:
     """(Q,) bool: which requests take a token."""
     return (batch.mix_rows[:, 0] >= 0) & (batch.whole[:, _BUDGET] > 0)
-
-
-#: Columns of the four arrays of an iteration, and their types.
-_WIDTHS = ((3, np.int32), (4, np.float32), (MOST_TOP, np.int32), (DETAILS, np.float32))
 
 
 def _result(batch: FlatBatch, found: Sequence[np.ndarray]) -> StepResult:

@@ -35,7 +35,8 @@ class DeviceNorm(nn.Cell):
     def refresh(self, trained: bool) -> None:
         """As :meth:`PackedLinear.refresh`."""
         if self._watch.changed(trained):
-            self.gamma.set_data(device_tensor(self._sources[0].base_values()["weight"], self.gamma.dtype, self.gamma.name))
+            values = self._sources[0].base_values()["weight"]
+            self.gamma.set_data(device_tensor(values, self.gamma.dtype, self.gamma.name))
 
     def construct(self, x: Tensor) -> Tensor:
         """x: (tokens, ..., width) -> the same shape."""

@@ -1,5 +1,6 @@
 """The device step's parts: what a batch is to its graphs, packed weights that follow the decoder, refusals by name; and
 the rehearsal of the whole path in a process of its own."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ ms = pytest.importorskip("mindspore")
 from mindspore import Tensor  # noqa: E402
 
 from colora_ms.adapters import LoraConfig, inject  # noqa: E402
+from colora_ms.decoding.device_choice import choice_of  # noqa: E402
 from colora_ms.decoding.device_step import INCREMENT, PREFILL, DeviceGraphs, step_inputs  # noqa: E402
 from colora_ms.decoding.step import FlatBatch  # noqa: E402
 from colora_ms.errors import CheckpointError, ConfigError  # noqa: E402
@@ -90,6 +92,36 @@ def test_a_row_that_goes_on_makes_an_increment_of_the_whole_batch():
     one = batch([0, 0, 1], [0, 1, 7], [0, 0], [[5], [6]])
     assert step_inputs(one, 16, 1, padded=False)[0] == INCREMENT
     assert step_inputs(batch([0, 1], [0, 0], [0, 0], [[5], [6]]), 16, 1, padded=False)[0] == INCREMENT
+
+
+def options(**columns):
+    rows = OptionRows(2)
+    rows.put_rows(0, [0, 1], [0.75, 0.25])
+    rows.put_rows(1, [2])
+    for name, value in columns.items():
+        rows.put(0, name, value)
+    return dataclasses.replace(batch([0, 1, 2], [0, 0, 0], [-1] * 3, [[1], [2], [3]]),
+                               **{name: getattr(rows, name) for name in SELECTION})
+
+
+def test_what_one_operator_can_choose():
+    takes = np.array([True, True])
+    found = choice_of(options(alpha=0.5, beta=2.0), takes)
+    assert found.rows[:, :2].tolist() == [[0, 1], [2, -1]]
+    assert found.weights[:, :2].tolist() == [[3, -2], [1, 0]]
+    np.testing.assert_allclose(found.log_alpha, [np.log(0.5), -np.inf])
+    found = choice_of(options(mixing=1, cut=0, alpha=0.5), takes)
+    assert found.weights[0, :2].tolist() == [0.75, 0.25] and found.log_alpha[0] == -np.inf
+    assert choice_of(options(mixing=1, cut=1, alpha=0.5), takes).log_alpha[0] == np.log(np.float32(0.5))
+    assert choice_of(options(), np.array([False, True])).rows[0].tolist() == [-1] * 8
+    filled = found.filled(4)
+    assert [len(one) for one in filled] == [4] * 3 and filled.rows[2:].max() == -1
+    for asked in ({"temperature": 1}, {"mixing": 2}, {"mixing": 1, "cut": 2}, {"mode": 1}, {"logprobs": 0},
+                  {"voices": 1}, {"masked": 1}):
+        assert choice_of(options(**asked), takes) is None, asked
+        assert choice_of(options(**asked), np.array([False, True])) is not None, asked
+    with_bias = dataclasses.replace(options(), adjustments={"bias": [None, np.ones(1)]})
+    assert choice_of(with_bias, takes) is None
 
 
 # -- packed weights ----------------------------------------------------------------------------------------------------
