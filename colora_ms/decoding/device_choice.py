@@ -75,8 +75,8 @@ def plain_records(chosen: Sequence[Any], count: int) -> List[np.ndarray]:
     details (Q, 29).
 
     Args:
-        chosen: (ints, floats) of :func:`colora_ms.kernels.ascend.contrastive_token`, of at least ``count`` requests. Log-
-            probabilities, for which nobody asked, are no numbers.
+        chosen: (ints, floats) of :func:`colora_ms.kernels.ascend.contrastive_token`, of at least ``count`` requests.
+            Log-probabilities, for which nobody asked, are no numbers.
     """
     ints, floats = (one.asnumpy()[:count] for one in chosen)
     return [ints, np.ascontiguousarray(floats[:, (2, 3, 0, 1)]), np.full((count, MOST_TOP), -1, np.int32),

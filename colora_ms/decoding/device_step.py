@@ -130,7 +130,7 @@ class DeviceGraphs:
         shapes: of the inputs, where they are static. A Cell of phase "prefill" or "increment" that MindSpore has
         compiled is run without looking at shapes again, so that each of them has its own Cell there.
         """
-        key = (phase, adapters and self.model.has_lora, shapes)
+        key = (phase, adapters and self.model.adapted, shapes)
         if key not in self.steps:
             kind = PrefillStep if phase == PREFILL else IncrementStep
             self.steps[key] = self._prepared(kind(self.model, self.cache, key[1]), phase)

@@ -144,14 +144,14 @@ class DeviceDecoder(nn.Cell):
         return [one for layer in self.layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [self.head]
 
     @property
-    def has_lora(self) -> bool:
+    def adapted(self) -> bool:
         """Whether any linear has adapters."""
-        return any(one.has_lora for one in self.packed)
+        return any(one.adapted for one in self.packed)
 
     @property
     def slots(self) -> int:
         """Slots of the bank of adapters; 0: there is none."""
-        return max((one.slots for one in self.packed if one.has_lora), default=0)
+        return max((one.slots for one in self.packed), default=0)
 
     def refresh(self, trained: bool = False) -> None:
         """Read again what was written in the decoder since the last time; trained: also what has gradients."""

@@ -19,6 +19,7 @@ from colora_ms.errors import ConfigError
 from colora_ms.kernels import backend
 from colora_ms.kernels.operands import FORMATS
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.device_lily import POOLS, is_routed
 from colora_ms.models.device_quantized import INTEGERS, why_not_integers
 from colora_ms.models.device_weights import plain
 from colora_ms.models.paged_cache import (
@@ -148,13 +149,17 @@ def why_not(decoder: Any, block: int = BLOCKS[-1]) -> str:
         return (f"a block of {block} positions with head_dim={dim} is larger than the 128 * 128 of PagedAttention; set "
                 f"COLORA_ASCEND_BLOCK={64 if 64 * dim <= 128 * 128 else 32}")
     for name, cells in products(decoder):
-        if not all(cell.fusible for cell in cells):
-            return f"{name}: there is a {type(cells[0]).__name__} that computes more than its tensors tell"
-        rank = max((cell.operands()[1][0].shape[1] for cell in cells if cell.operands()[1]), default=0)
+        for cell in cells:
+            if is_routed(cell) and not cell.fusible and cell.pool not in POOLS:
+                return f"{name}: experts pooled over a {cell.pool}, which is no row of a step; the device has {POOLS}"
+            if not cell.fusible and not is_routed(cell):
+                return f"{name}: there is a {type(cell).__name__}, which computes more than its tensors tell"
+        pairs = [cell.operands()[1] for cell in cells if cell.fusible]
+        rank = max((pair[0].shape[1] for pair in pairs if pair), default=0)
         if rank > MOST_RANK or rank * len(cells) > MOST_ROWS:
             return (f"{name}: adapters of rank {rank} are more than MultiLora takes ({MOST_RANK}, and {MOST_ROWS} over "
                     f"{len(cells)} linears that are one product)")
-        kinds = {FORMATS[cell.operands()[0][0]][0] for cell in cells}
+        kinds = {FORMATS[plain(cell).operands()[0][0]][0] for cell in cells}
         if kinds <= set(FLOATS):
             continue
         if not kinds <= set(INTEGERS):

@@ -18,6 +18,7 @@ from colora_ms.errors import CheckpointError
 from colora_ms.kernels import ascend, ascend_builtin
 from colora_ms.kernels.operands import ADAPTER
 from colora_ms.models.changes import slot_versions, whole_version
+from colora_ms.models.device_lily import LilyPart, is_routed
 from colora_ms.models.device_quantized import INTEGERS, integer_tensors
 
 
@@ -121,8 +122,12 @@ class PackedLinear(nn.Cell):
             self.weight = constant(self._base_values(), dtype, f"{name}.weight")
         if self.has_bias:
             self.bias = constant(self._bias_values(), dtype, f"{name}.bias")
+        self.mixes = nn.CellList([self._mix(f"{name}.{i}", i, cell) for i, cell in enumerate(cells)
+                                  if is_routed(cell) and not cell.fusible])
         pairs = self._pairs()
-        self.has_lora = any(pairs)
+        self._paired = [cell for cell, pair in zip(cells, pairs) if pair]
+        self.has_lora = bool(self._paired)
+        self.slots = max((mix.slots for mix in self.mixes), default=0)
         if self.has_lora:
             self.rank = max(pair["down"].shape[1] for pair in pairs if pair)
             self.slots = next(pair["down"].shape[0] for pair in pairs if pair)
@@ -152,7 +157,15 @@ class PackedLinear(nn.Cell):
             y = ascend_builtin.add(y, ascend_builtin.grouped_linear(inner, self.expand, slots[1]))
         elif self.has_lora and len(slots) == 1:
             y = ascend.multi_lora(x, slots[0], self.down, self.up, self.scale, y, self.ends)
+        if len(slots) > 0:
+            for mix in self.mixes:
+                y = mix(x, slots[0], y)
         return y
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has adapters of any kind."""
+        return self.has_lora or len(self.mixes) > 0
 
     # -- keeping up with the decoder -------------------------------------------------------------------------------
 
@@ -171,6 +184,8 @@ class PackedLinear(nn.Cell):
                 self.weight.set_data(device_tensor(self._base_values(), self._dtype, self.weight.name))
             if self.has_bias:
                 self.bias.set_data(device_tensor(self._bias_values(), self._dtype, self.bias.name))
+        for mix in self.mixes:
+            mix.refresh(trained)
         if not self.has_lora:
             return
         slots = self._slot_state()
@@ -183,7 +198,19 @@ class PackedLinear(nn.Cell):
 
     def _pairs(self) -> list[dict[str, Tensor]]:
         """The adapters' tensors of each Cell, {} where it has none; some Cells compute them."""
-        return [dict(zip(ADAPTER, cell.operands()[1])) for cell in self._sources]
+        return [{} if is_routed(cell) and not cell.fusible else dict(zip(ADAPTER, cell.operands()[1]))
+                for cell in self._sources]
+
+    def _mix(self, name: str, i: int, cell: nn.Cell) -> LilyPart:
+        """The routed adapters of Cell i."""
+        start = (0, *self.ends_at)[i]
+
+        def put_out(values: np.ndarray) -> np.ndarray:
+            whole = np.zeros((*values.shape[:-1], self.out_features), np.float32)
+            whole[..., start:self.ends_at[i]] = self._out(i, values, -1)
+            return whole
+
+        return LilyPart(name, cell, self._dtype, self._in, put_out, device_tensor, write_slot)
 
     def _put(self, pairs: list[dict[str, Tensor]], slot: int) -> None:
         """Write one slot of the banks, on the device."""
@@ -236,7 +263,7 @@ class PackedLinear(nn.Cell):
     def _adapter_parameters(self) -> list[Parameter]:
         """The stacked Parameters of the adapters, a slot a row."""
         base = {id(one) for cell in self._sources for one in plain(cell).get_parameters()}
-        return [one for cell in self._sources for one in cell.get_parameters() if id(one) not in base]
+        return [one for cell in self._paired for one in cell.get_parameters() if id(one) not in base]
 
 
 def write_slot(parameter: Parameter, slot: int, value: Tensor) -> None:
