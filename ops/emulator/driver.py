@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 INPUT, OUTPUT, WORKSPACE, INOUT = 0, 1, 2, 3
-STRICT, INTERLEAVE = 1, 2
+STRICT, INTERLEAVE, TRACE = 1, 2, 4
 
 
 # ---- bfloat16 as uint16, since NumPy has none -----------------------------------------------------------------
@@ -37,6 +37,8 @@ class Emulator:
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_report.restype = ctypes.c_char_p
         self.library.emulator_kernels.restype = ctypes.c_char_p
+        self.library.emulator_instructions.restype = ctypes.c_char_p
+        self.library.emulator_trace.restype = ctypes.POINTER(ctypes.c_uint32)
 
     def kernels(self):
         return self.library.emulator_kernels().decode().split()
@@ -54,6 +56,18 @@ class Emulator:
         if not counters and not found:
             return {"findings": []}
         return json.loads(self.library.emulator_report())
+
+
+    def trace(self, cores):
+        """Of the last launch with flag TRACE: a list with an array (instructions, 12) of uint32 for each core, the
+        fields of ops/emulator/include/emulator/trace.h, and the names of the vector instructions by number."""
+        found = []
+        for core in range(cores):
+            count = ctypes.c_uint64()
+            pointer = self.library.emulator_trace(core, ctypes.byref(count))
+            shape = (count.value, 12)
+            found.append(np.ctypeslib.as_array(pointer, shape).copy() if count.value else np.zeros(shape, np.uint32))
+        return found, self.library.emulator_instructions().decode().split()
 
 
 # ---- the tiling of the LoRA operators, in Python for what the tests need; compared with the C++ one in test_contract

@@ -25,6 +25,9 @@ class GlobalTensor {
     T GetValue(uint64_t offset, Where at = EMULATOR_HERE) const {
         emulator::issue(emulator::S);
         emulator::core->count.scalar_gm_bytes += sizeof(T);
+        if (emulator::machine->trace) {
+            emulator::trace_size(1 + uint32_t(reinterpret_cast<uint64_t>(data_ + offset) >> 6), sizeof(T), 1);
+        }
         void* p = check(offset * sizeof(T), sizeof(T), at, false, emulator::S);
         T value{};
         if (p) std::memcpy(&value, p, sizeof(T));
