@@ -64,13 +64,13 @@ class _Core:
         self.lines: set = set()
         self.busy = [0.0] * 4
 
-    def run(self, entries: Any, start: int, costs: Sequence[Tuple[int, int, int]], rate: float) -> int:
-        """Until the next meeting or the end; returns the place behind it."""
+    def run(self, entries: Any, start: int, costs: Sequence[Tuple[int, int, int]], rate: float) -> Tuple[int, bool]:
+        """Until the next meeting or the end; returns the place behind it, and whether it was a meeting."""
         finish, free, busy = self.finish, self.free, self.busy
         for place in range(start, len(entries)):
             pipe, what, size, parts, *waits = entries[place]
             if pipe == MEET:
-                return place + 1
+                return place + 1, True
             stall = max(finish[q][waits[4 + q]] for q in (1, 2, 3))
             now = max(self.scalar, stall)
             if pipe == SCALAR:
@@ -96,7 +96,7 @@ class _Core:
             free[pipe] = begin + cost
             busy[pipe] += cost
             finish[pipe].append(begin + cost + after)
-        return len(entries)
+        return len(entries), False
 
     def end(self) -> float:
         return max(self.scalar, *(done[-1] for done in self.finish))
@@ -121,17 +121,16 @@ def simulate(traces: Sequence[Any], names: Sequence[str], sync_all: float = cons
     lists = [trace.tolist() for trace in traces]
     rate = bandwidth(sum(any(one[0] in (READS, WRITES) and one[2] for one in entries) for entries in lists))
     cores = [_Core() for _ in lists]
-    places = [0] * len(cores)
-    meetings = -1
-    while any(place < len(entries) for place, entries in zip(places, lists)):
+    places, meetings = [0] * len(cores), 0
+    while True:
+        stops = [core.run(entries, place, costs, rate) for core, entries, place in zip(cores, lists, places)]
+        places = [place for place, _ in stops]
+        if not any(met for _, met in stops):
+            break
         meetings += 1
-        if meetings:
-            time = max(core.end() for core in cores) + sync_all
-            for core in cores:
-                core.go_on(time)
-        places = [core.run(entries, place, costs, rate) for core, entries, place in zip(cores, lists, places)]
-    ends_in_meeting = any(entries and entries[-1][0] == MEET for entries in lists)
+        time = max(core.end() for core in cores) + sync_all
+        for core in cores:
+            core.go_on(time)
     last = max(cores, key=lambda core: sum(core.busy))
-    return {"cycles": max(core.end() for core in cores) + (sync_all if ends_in_meeting else 0),
-            "meetings": meetings + ends_in_meeting, "busy": [round(one) for one in last.busy],
+    return {"cycles": max(core.end() for core in cores), "meetings": meetings, "busy": [round(one) for one in last.busy],
             "vector": max(sum(1 for one in entries if one[0] == VECTOR) for entries in lists)}

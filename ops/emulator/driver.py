@@ -43,13 +43,14 @@ class Emulator:
     def kernels(self):
         return self.library.emulator_kernels().decode().split()
 
-    def launch(self, kernel, cores, arguments, seed=0, flags=STRICT | INTERLEAVE, counters=True):
-        """Run `kernel` on `cores` blocks. arguments: [(contiguous array, kind)]. Returns the report as a dict."""
+    def launch(self, kernel, blocks, arguments, seed=0, flags=STRICT | INTERLEAVE, counters=True, cores=None):
+        """Run `kernel` in `blocks` blocks on a chip of `cores` vector cores (None: as many as blocks; 40 or 48 on a
+        910B). arguments: [(contiguous array, kind)]. Returns the report as a dict."""
         count = len(arguments)
         pointers = (ctypes.c_void_p * count)(*[a.ctypes.data if a.size else None for a, _ in arguments])
         sizes = (ctypes.c_uint64 * count)(*[a.nbytes for a, _ in arguments])
         kinds = (ctypes.c_int * count)(*[kind for _, kind in arguments])
-        found = self.library.emulator_launch(kernel.encode(), cores, count, pointers, sizes, kinds,
+        found = self.library.emulator_launch(kernel.encode(), blocks, cores or blocks, count, pointers, sizes, kinds,
                                              ctypes.c_uint64(seed), flags)
         if found < 0:
             raise ValueError(f"no kernel {kernel} with {count} arguments")
@@ -93,6 +94,16 @@ def plan_lora(tokens, hidden, rank, width, dtype, cores=48, row_width=None, offs
               column_unit(hidden, cores), column_unit(width, cores), int(exact))
     row = padded * 4 if exact else -(-rank // 16) * 32 + 32
     return np.array(values, np.uint32), np.empty(window * cores * padded * 4 + window * row, np.uint8)
+
+
+def plan_multi_lora(tokens, hidden, rank, width, dtype, cores=48, slots=1, slices=1):
+    """(tiling array, workspace array) as plan_multi_lora of multi_lora_tiling_core.h makes them."""
+    rank8 = -(-rank // 8) * 8
+    window = min(max(tokens, 1), 64)
+    balance = (hidden * slices + width) * rank * BYTES[dtype] // (8 * slices * rank8) + 1
+    values = (tokens, hidden, rank, slices, width, slots, cores, window, column_unit(hidden, cores),
+              column_unit(width, cores), 256 // rank8, balance)
+    return np.array(values, np.uint32), np.empty(2 * window * cores * slices * rank8 * 4, np.uint8)
 
 
 def plan_w4_lora(tokens, hidden, rank, width, dtype, groups=1, cores=48, slots=1, exact=False):

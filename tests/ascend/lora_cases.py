@@ -1,7 +1,7 @@
 """Cases of the LoRA operators: data, the float64 reference, the allowed rounding, and one launch."""
 import numpy as np
 
-from emulated import BYTES, INOUT, INPUT, OUTPUT, ROUNDING, WORKSPACE, plan_lora, to_dtype, to_float64
+from emulated import BYTES, INOUT, INPUT, OUTPUT, ROUNDING, WORKSPACE, plan_multi_lora, to_dtype, to_float64
 
 CORES = 48
 
@@ -86,18 +86,16 @@ class LoraCase:
         assert np.array_equal(got[untouched], want[untouched]), "columns or rows outside the slice changed"
 
 
-def launch_lora(emulator, case, exact=False, in_place=True, cores=CORES, seed=0, **launch):
+def launch_lora(emulator, case, in_place=True, cores=CORES, seed=0, **launch):
     """One multi_lora launch; returns (out, report)."""
     tokens, hidden, rank, width = case.shape
-    tiling, workspace = plan_lora(tokens, hidden, rank, width, case.dtype, cores, case.row_width, case.offset,
-                                  case.bank,
-                                  exact=exact)
+    tiling, workspace = plan_multi_lora(tokens, hidden, rank, width, case.dtype, cores, case.bank, len(case.ends))
     y = case.y.copy()
     out = y if in_place else np.full_like(y, 0x7777 if case.dtype == "bfloat16" else 99)
     kinds = (INOUT, INOUT) if in_place else (INPUT, OUTPUT)
     report = emulator.launch(f"multi_lora_{case.dtype}", cores, [
-        (case.x, INPUT), (case.down, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT),
-        (y, kinds[0]), (out, kinds[1]), (workspace, WORKSPACE), (tiling, INPUT)], seed, **launch)
+        (case.x, INPUT), (case.down, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT), (y, kinds[0]),
+        (case.ends, INPUT), (out, kinds[1]), (workspace, WORKSPACE), (tiling, INPUT)], seed, **launch)
     return out, report
 
 

@@ -12,12 +12,13 @@
 #include "common/op_host/lora_tiling_core.h"
 #include "contrastive_select/op_host/contrastive_select_tiling_core.h"
 #include "lily_mix/op_host/lily_mix_tiling_core.h"
+#include "multi_lora/op_host/multi_lora_tiling_core.h"
 #include "w4_lora/op_host/w4_lora_tiling_core.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int emulator_launch(const char* name, int blocks, int n, void** pointers, const uint64_t* bytes, const int* kinds,
-                           uint64_t seed, int flags);
+EXPORT int emulator_launch(const char* name, int blocks, int cores, int n, void** pointers, const uint64_t* bytes,
+                           const int* kinds, uint64_t seed, int flags);
 EXPORT const char* emulator_report();
 
 namespace {
@@ -81,7 +82,7 @@ int launch(const std::string& kernel, const Call& call, int typed, uint64_t work
     bytes.insert(bytes.end(), {workspace, size});
     kinds.insert(kinds.end(), {2, 0});
     static uint64_t seed = 0;
-    const int found = emulator_launch((kernel + "_" + dtype).c_str(), int(cores()), int(pointers.size()), pointers.data(),
+    const int found = emulator_launch((kernel + "_" + dtype).c_str(), int(cores()), int(cores()), int(pointers.size()), pointers.data(),
                                       bytes.data(), kinds.data(), ++seed, 3);
     if (found == 0) return 0;
     fail(found < 0 ? kernel + ": no emulated kernel for " + dtype
@@ -154,9 +155,37 @@ int lora(const char* name, const std::string& kernel, const Call& call, bool exa
 
 EXPORT const char* colora_emulator_error() { return error_text.c_str(); }
 
-// x, down, up (rank-major), scale, slots, y -> y + scale (x . down^T) . up
-EXPORT int MultiLora(AOT_ARGUMENTS) { return lora("MultiLora", "multi_lora", AOT_CALL, false); }
-EXPORT int MultiLoraExact(AOT_ARGUMENTS) { return lora("MultiLoraExact", "multi_lora", AOT_CALL, true); }
+// x, down, up (rank-major), scale, slots, y, ends -> y + scale (x . down^T) . up, slice by slice
+EXPORT int MultiLora(AOT_ARGUMENTS) {
+    const Call call = AOT_CALL;
+    const char* name = "MultiLora";
+    if (int bad = check_count(name, call, 8)) return bad;
+    if (call.ranks[0] != 2 || call.ranks[1] != 3 || call.ranks[2] != 3) return fail("MultiLora: x is (tokens, in), down and up have 3 axes");
+    const int64_t tokens = call.shapes[0][0], hidden = call.shapes[0][1], bank = call.shapes[1][0], rows = call.shapes[1][1],
+                  rank = call.shapes[2][1], width = call.shapes[2][2], slices = int64_t(call.elements(6));
+    if (int bad = check_shape(name, call, 1, "down", {bank, slices * rank, hidden})) return bad;
+    if (int bad = check_shape(name, call, 2, "up (rank-major)", {bank, rank, width})) return bad;
+    if (int bad = check_shape(name, call, 3, "scale", {bank, slices})) return bad;
+    if (int bad = check_shape(name, call, 4, "slots", {tokens})) return bad;
+    if (int bad = check_shape(name, call, 5, "y", {tokens, width})) return bad;
+    if (int bad = check_shape(name, call, 6, "ends", {slices})) return bad;
+    if (int bad = check_shape(name, call, 7, "out", {tokens, width})) return bad;
+    for (int i : {1, 2, 5, 7}) {
+        if (call.dtype(i) != call.dtype(0)) return fail("MultiLora: x, down, up and y must have one dtype");
+    }
+    if (call.dtype(3) != "float32" || call.dtype(6) != "int32") return fail("MultiLora: scale must be float32, ends int32");
+    if (int bad = check_slots(name, call, 4, uint32_t(bank))) return bad;
+    const int32_t* ends = static_cast<const int32_t*>(call.data[6]);
+    for (int64_t i = 0; i < slices; ++i) {
+        if (ends[i] <= (i ? ends[i - 1] : 0) || (i + 1 == slices && ends[i] != width)) {
+            return fail("MultiLora: ends[" + std::to_string(i) + "] is " + std::to_string(ends[i]) + ", expected to ascend to " + std::to_string(width));
+        }
+    }
+    const auto plan = colora::plan_multi_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rows), uint32_t(rank), uint32_t(width),
+                                              uint32_t(bank), uint32_t(slices), cores(), call.dtype(0) == "float32" ? 4 : 2);
+    if (!plan.error.empty()) return fail("MultiLora: " + plan.error);
+    return launch("multi_lora", call, 0, plan.workspace, &plan.data, sizeof(plan.data));
+}
 // x, down, up (rank-major), scale, starts, slots, y
 EXPORT int MultiLoraSegments(AOT_ARGUMENTS) { return lora("MultiLoraSegments", "multi_lora_segments", AOT_CALL, false); }
 

@@ -293,6 +293,10 @@ void sync_all(Where at) {
     Fiber& fiber = *launch->fibers[launch->current];
     ++core->count.syncs;
     if (machine->trace) trace_issue(PIPES);
+    if (machine->blocks < machine->cores) {
+        report("sync", at, "SyncAll of %d blocks on %d vector cores: it waits for every core of the chip and would hang",
+               machine->blocks, machine->cores);
+    }
     fiber.sync_at = at;
     fiber.state = BlockState::AT_SYNC;
     to_scheduler();
@@ -377,13 +381,13 @@ using namespace emulator;
 #define EMULATOR_EXPORT __attribute__((visibility("default")))
 extern "C" {
 
-// Runs `name` on `blocks` cores. kinds: GmKind of each pointer. flags: 1 strict, 2 interleave, 4 trace.
-// Returns the number of distinct findings, or -1 (no such kernel) / -2 (wrong number of pointers).
-EMULATOR_EXPORT int emulator_launch(const char* name, int blocks, int n, void** pointers, const uint64_t* bytes, const int* kinds,
+// Runs `name` in `blocks` blocks on a chip of `cores` vector cores. kinds: GmKind of each pointer. flags: 1 strict, 2
+// interleave, 4 trace. Returns the number of distinct findings, or -1 (no such kernel) / -2 (wrong number of pointers, or of blocks).
+EMULATOR_EXPORT int emulator_launch(const char* name, int blocks, int cores, int n, void** pointers, const uint64_t* bytes, const int* kinds,
                     uint64_t seed, int flags) {
     auto found = registry().find(name);
     if (found == registry().end()) return -1;
-    if (found->second.arguments != n || blocks < 1 || blocks > 64) return -2;
+    if (found->second.arguments != n || blocks < 1 || blocks > 64 || cores < 1) return -2;
     std::lock_guard<std::mutex> guard(one_launch);
     static std::vector<std::unique_ptr<Fiber>> pool;
     Launch here;
@@ -395,6 +399,7 @@ EMULATOR_EXPORT int emulator_launch(const char* name, int blocks, int n, void** 
     last_trace.clear();
     here.machine.random_state = (seed + 1) * 0x9e3779b97f4a7c15ull | 1;
     here.machine.blocks = blocks;
+    here.machine.cores = cores;
     here.call = found->second.call;
     for (int i = 0; i < n; ++i) {
         GmBuffer b;

@@ -12,16 +12,16 @@ extern "C" __global__ __aicore__ void multi_lora(GM_ADDR x, GM_ADDR down, GM_ADD
     colora::MultiLora<DTYPE_X> lora;
     lora.Init(&pipe, data, AscendC::GetUserWorkspace(workspace));
     lora.SetTensors(x, down, up, scale, slots, y, ends, out);
-    uint32_t half = 0;
+    uint32_t turn = 0;
     for (uint32_t from = 0; from < lora.tokens_; from += lora.window_) {
         lora.Plan(from, colora::Smaller(lora.window_, lora.tokens_ - from));
         lora.CopyOthers();
         if (lora.Nothing()) continue;
-        lora.Shrink(half);
+        lora.Shrink(turn);
         lora.Prefetch();
         AscendC::SyncAll();
-        lora.Expand(half);
-        half = 1 - half;
+        lora.Expand(turn);
+        turn = 1 - turn;
     }
     lora.End();
 }

@@ -92,7 +92,7 @@ class MultiLora {
             chunks_.AddSegment(0, 0, 1);
             Divide();
             const uint32_t begin = From(shrink_, 0) * unitIn_, end = Smaller(To(shrink_, 0) * unitIn_, hidden_);
-            if (begin < end) LoadRows(xGm_, 0, begin, Smaller(Tile(slices_ * rank_, 1), end - begin), hidden_);
+            if (begin < end) LoadRows(xGm_, 0, begin, Smaller(Together(1), end - begin), hidden_, true);
             early_ = begin < end;
         }
         Sort();
@@ -116,34 +116,35 @@ class MultiLora {
         }
     }
 
-    __aicore__ inline void Shrink(uint32_t half) {
+    __aicore__ inline void Shrink(uint32_t turn) {
         for (uint32_t g = 0; g < chunks_.count; ++g) {
             const uint32_t from = From(shrink_, g), to = To(shrink_, g);
-            if (from < to) ShrinkChunk(g, from * unitIn_, Smaller(to * unitIn_, hidden_), PieceAt(g, half, shrink_.Piece(g, core_, from)));
+            if (from < to) ShrinkChunk(g, from * unitIn_, Smaller(to * unitIn_, hidden_), PieceAt(g, turn, shrink_.Piece(g, core_, from)));
         }
     }
-    // The first tile of up.
+    // The first tile of up, ready to be multiplied with.
     __aicore__ inline void Prefetch() {
-        for (uint32_t g = 0; g < chunks_.count && !ahead_; ++g) {
-            const uint32_t from = From(expand_, g) * unitOut_, to = Smaller(To(expand_, g) * unitOut_, width_);
-            if (from >= to) continue;
-            LoadUp(g, from, Columns(g, from, to));
-            ahead_ = true;
-        }
-    }
-    __aicore__ inline void Expand(uint32_t half) {
         for (uint32_t g = 0; g < chunks_.count; ++g) {
             const uint32_t from = From(expand_, g) * unitOut_, to = Smaller(To(expand_, g) * unitOut_, width_);
             if (from >= to) continue;
-            AddPieces(g, half);
+            const uint32_t end = BlockEnd(g, from, to), columns = Smaller(end - from, Tile(rank_));
+            LoadUp(g, from, columns);
+            TakeUp(g, from, columns);
+            ahead_ = true;
+            return;
+        }
+    }
+    __aicore__ inline void Expand(uint32_t turn) {
+        for (uint32_t g = 0; g < chunks_.count; ++g) {
+            const uint32_t from = From(expand_, g) * unitOut_, to = Smaller(To(expand_, g) * unitOut_, width_);
+            if (from >= to) continue;
+            AddPieces(g, turn);
             uint32_t spread = kMostSlices;
-            for (uint32_t c = from, columns = 0; c < to; c += columns) {
-                columns = Columns(g, c, to);
-                LoadRows(yGm_, g, c, columns, width_);
-                if (!ahead_) LoadUp(g, c, columns);
-                ahead_ = false;
+            for (uint32_t c = from, end = 0; c < to; c = end) {
+                end = BlockEnd(g, c, to);
+                LoadRows(yGm_, g, c, end - c, width_, false);
                 if (spread != SliceOf(c)) Spread(g, spread = SliceOf(c));
-                ExpandTile(g, c, columns);
+                ExpandBlock(g, c, end);
             }
         }
     }
@@ -163,23 +164,22 @@ class MultiLora {
         WaitFlag<event>(id);
     }
     __aicore__ inline uint32_t Pitch(uint32_t columns) const { return RoundUp(columns, kPerBlock); }
-    // Columns of a tile of so many rows of weights beside n rows of x or y.
-    __aicore__ inline uint32_t Tile(uint32_t rows, uint32_t n) const {
-        return Smaller(Smaller(kWeights / rows, kRows / n) / 16 * 16, kMaxTileColumns);
-    }
+    // Columns of a tile of so many rows of weights; of n rows of x or y.
+    __aicore__ inline uint32_t Tile(uint32_t rows) const { return Smaller(kWeights / rows / 16 * 16, kMaxTileColumns); }
+    __aicore__ inline uint32_t Together(uint32_t n) const { return Smaller(kRows / n / 16 * 16, kMaxTileColumns); }
     __aicore__ inline uint32_t SliceOf(uint32_t column) const {
         uint32_t i = 0;
         while (i + 1 < slices_ && column >= ends_[i]) ++i;
         return i;
     }
-    // Of [from, to): as many as one slice and one tile have.
-    __aicore__ inline uint32_t Columns(uint32_t g, uint32_t from, uint32_t to) const {
-        return Smaller(Smaller(to, ends_[SliceOf(from)]) - from, Tile(rank_, chunks_.size[g]));
+    // How far of [from, to) one slice and the rows at a time reach.
+    __aicore__ inline uint32_t BlockEnd(uint32_t g, uint32_t from, uint32_t to) const {
+        return Smaller(Smaller(to, ends_[SliceOf(from)]), from + Together(chunks_.size[g]));
     }
     __aicore__ inline uint32_t From(const Split& split, uint32_t g) const { return split.UnitAt(g, split.Boundary(core_)); }
     __aicore__ inline uint32_t To(const Split& split, uint32_t g) const { return split.UnitAt(g, split.Boundary(core_ + 1)); }
-    __aicore__ inline uint64_t PieceAt(uint32_t g, uint32_t half, uint32_t piece) const {
-        return half * half_ + (static_cast<uint64_t>(chunks_.first[g]) * cores_ + static_cast<uint64_t>(piece) * chunks_.size[g]) * padded_;
+    __aicore__ inline uint64_t PieceAt(uint32_t g, uint32_t turn, uint32_t piece) const {
+        return turn * half_ + (static_cast<uint64_t>(chunks_.first[g]) * cores_ + static_cast<uint64_t>(piece) * chunks_.size[g]) * padded_;
     }
     __aicore__ inline void Divide() {
         if (chunks_.tokens == 0) return;
@@ -228,17 +228,38 @@ class MultiLora {
         }
     }
 
-    // The rows of a chunk's tokens, columns [column, column + columns), Pitch(columns) apart.
-    __aicore__ inline void LoadRows(const GlobalTensor<T>& gm, uint32_t g, uint32_t column, uint32_t columns, uint32_t stride) {
+    // How many tokens of a chunk, from its i-th on, are equally far from each other; how far.
+    __aicore__ inline uint32_t Run(uint32_t g, uint32_t i, uint32_t& step) const {
+        const uint32_t* order = chunks_.order + chunks_.first[g];
+        const uint32_t n = chunks_.size[g];
+        step = 1;
+        if (i + 1 == n) return 1;
+        step = order[i + 1] - order[i];
+        uint32_t run = 2;
+        while (i + run < n && order[i + run] - order[i + run - 1] == step) ++run;
+        return run;
+    }
+    // The rows of a chunk's tokens, columns [column, column + columns), Pitch(columns) apart. between: where the tokens lie
+    // irregularly and near each other, the rows between them come along (not those of y: others may be writing them).
+    __aicore__ inline void LoadRows(const GlobalTensor<T>& gm, uint32_t g, uint32_t column, uint32_t columns, uint32_t stride, bool between) {
         const uint32_t pitch = Pitch(columns), first = chunks_.first[g], n = chunks_.size[g];
+        const uint32_t low = chunks_.order[first], all = chunks_.order[first + n - 1] - low + 1;
+        uint32_t step = 1;
+        spaced_ = between && all * pitch <= kRows && Run(g, 0, step) < n;
         LocalTensor<T> tile = rowQueue_.template AllocTensor<T>();
         for (uint32_t i = 0, run = 0; i < n; i += run) {
-            run = chunks_.Run(g, first + i, n - i);
-            DataCopyPad(tile[i * pitch], gm[static_cast<uint64_t>(chunks_.Token(g, first + i)) * stride + column],
-                        DataCopyExtParams(static_cast<uint16_t>(run), columns * sizeof(T), (stride - columns) * sizeof(T), 0, 0),
+            run = spaced_ ? n : Run(g, i, step);
+            const uint32_t rows = spaced_ ? all : run, apart = spaced_ ? 1 : step;
+            DataCopyPad(tile[i * pitch], gm[static_cast<uint64_t>(chunks_.order[first + i]) * stride + column],
+                        DataCopyExtParams(static_cast<uint16_t>(rows), columns * sizeof(T), (apart * stride - columns) * sizeof(T), 0, 0),
                         DataCopyPadExtParams<T>(true, 0, static_cast<uint8_t>(pitch - columns), T()));
         }
         rowQueue_.EnQue(tile);
+    }
+    // Which of the rows just loaded is that of a chunk's i-th token.
+    __aicore__ inline uint32_t RowOf(uint32_t g, uint32_t i) const {
+        const uint32_t first = chunks_.first[g];
+        return spaced_ ? chunks_.order[first + i] - chunks_.order[first] : i;
     }
     __aicore__ inline void LoadWeights(const GlobalTensor<T>& gm, uint64_t at, uint32_t rows, uint32_t columns, uint32_t stride) {
         LocalTensor<T> tile = weightQueue_.template AllocTensor<T>();
@@ -268,7 +289,9 @@ class MultiLora {
     uint32_t hidden_ = 0, rank_ = 0, slices_ = 1, width_ = 0, bank_ = 0, cores_ = 1, core_ = 0, unitIn_ = 16, unitOut_ = 16;
     uint32_t balance_ = 1, most_ = 1, rank8_ = 8, padded_ = 8, from_ = 0, count_ = 0;
     uint32_t ends_[kMostSlices];
-    bool inPlace_ = true, early_ = false, ahead_ = false;
+    LocalTensor<T> upTile_;
+    LocalTensor<float> up_;
+    bool inPlace_ = true, early_ = false, ahead_ = false, spaced_ = false;
 };
 
 }  // namespace colora

@@ -20,11 +20,11 @@
             }
         }
     }
-    // target[r] (+)= sum of w[r] . x over all columns, for `tokens` tokens (rows of x, pitch apart) and the rows [row, row + rows)
+    // target[r] (+)= sum of w[r] . x over all columns, for the chunk's tokens [t0, t0 + tokens) and the rows [row, row + rows)
     // of each; tokens x rows <= kAccRows. Where there is room, stretches of columns go to several sums in turn.
     template <typename W>
-    __aicore__ inline void Products(const LocalTensor<float>& target, const LocalTensor<W>& w, const LocalTensor<W>& x, uint32_t tokens,
-                                    uint32_t row, uint32_t rows, uint32_t pitch, bool add) {
+    __aicore__ inline void Products(const LocalTensor<float>& target, const LocalTensor<W>& w, const LocalTensor<W>& x, uint32_t g,
+                                    uint32_t t0, uint32_t tokens, uint32_t row, uint32_t rows, uint32_t pitch, uint32_t xPitch, bool add) {
         LocalTensor<float> acc = acc_.template Get<float>(), eighths = eighths_.template Get<float>();
         const uint32_t all = tokens * rows, stretches = (pitch + 63) / 64;
         uint32_t sums = 1;
@@ -32,14 +32,15 @@
         for (uint32_t s = 0; s < stretches; ++s) {
             if (s % sums == 0) PipeBarrier<PIPE_V>();
             for (uint32_t t = 0; t < tokens; ++t) {
-                Multiply(acc[(s % sums * all + t * rows) * 64], w[s * 64], x[t * pitch + s * 64], row, rows, pitch, Smaller(64, pitch - s * 64));
+                Multiply(acc[(s % sums * all + t * rows) * 64], w[s * 64], x[RowOf(g, t0 + t) * xPitch + s * 64], row, rows, pitch,
+                         Smaller(64, pitch - s * 64));
             }
         }
         PipeBarrier<PIPE_V>();
         BlockReduceSum(eighths, acc, static_cast<int32_t>(all * sums), 64, 1, 1, 8);
-        for (uint32_t half = sums / 2; half > 0; half /= 2) {
+        for (uint32_t upper = sums / 2; upper > 0; upper /= 2) {
             PipeBarrier<PIPE_V>();
-            Add(eighths, eighths, eighths[half * all * 8], static_cast<int32_t>(half * all * 8));
+            Add(eighths, eighths, eighths[upper * all * 8], static_cast<int32_t>(upper * all * 8));
         }
         PipeBarrier<PIPE_V>();
         const LocalTensor<float> result = add ? acc : target;
@@ -50,14 +51,14 @@
         }
     }
     template <typename W>
-    __aicore__ inline void ShrinkTile(const LocalTensor<float>& sums, const LocalTensor<W>& w, const LocalTensor<W>& x, uint32_t n,
-                                      uint32_t pitch, bool add) {
-        const uint32_t rows = Smaller(padded_, kAccRows), together = padded_ > kAccRows ? 1 : kAccRows / padded_;
+    __aicore__ inline void ShrinkTile(const LocalTensor<float>& sums, const LocalTensor<W>& w, const LocalTensor<W>& x, uint32_t g,
+                                      uint32_t pitch, uint32_t xPitch, bool add) {
+        const uint32_t n = chunks_.size[g], rows = Smaller(padded_, kAccRows), together = padded_ > kAccRows ? 1 : kAccRows / padded_;
         for (uint32_t t = 0; t < n; t += together) {
             const uint32_t tokens = Smaller(together, n - t);
             for (uint32_t row = 0; row < padded_; row += rows) {
                 if (t || row || add) ClearAcc();
-                Products(sums[t * padded_ + row], w, x[t * pitch], tokens, row, Smaller(rows, padded_ - row), pitch, add);
+                Products(sums[t * padded_ + row], w, x, g, t, tokens, row, Smaller(rows, padded_ - row), pitch, xPitch, add);
             }
         }
     }
@@ -67,44 +68,54 @@
     }
 
     __aicore__ inline void ShrinkChunk(uint32_t g, uint32_t begin, uint32_t end, uint64_t piece) {
-        const uint32_t n = chunks_.size[g], rows = slices_ * rank_, most = Tile(rows, n);
+        const uint32_t n = chunks_.size[g], rows = slices_ * rank_, most = Tile(rows), together = Together(n);
         const uint64_t bank = static_cast<uint64_t>(chunks_.slot[g]) * rows * hidden_;
         LocalTensor<float> sums = outQueue_.template AllocTensor<float>();
         ClearAcc();
-        for (uint32_t c = begin, columns = 0; c < end; c += columns) {
-            columns = Smaller(most, end - c);
-            const uint32_t pitch = Pitch(columns);
-            if (!early_) LoadRows(xGm_, g, c, columns, hidden_);
+        for (uint32_t b = begin; b < end; b += together) {
+            const uint32_t width = Smaller(together, end - b), xPitch = Pitch(width);
+            if (!early_) LoadRows(xGm_, g, b, width, hidden_, true);
             early_ = false;
-            LoadWeights(downGm_, bank + c, rows, columns, hidden_);
-            LocalTensor<T> x = rowQueue_.template DeQue<T>();
-            LocalTensor<T> w = weightQueue_.template DeQue<T>();
-            if constexpr (kMixed || kFloat) {
-                ShrinkTile(sums, w, x, n, pitch, c != begin);
-            } else {
-                LocalTensor<float> wideX = wideRows_.template Get<float>(), wideW = wideWeights_.template Get<float>();
-                PipeBarrier<PIPE_V>();
-                Widen(wideX, x, n * pitch);
-                Widen(wideW, w, rows * pitch);
-                ShrinkTile(sums, wideW, wideX, n, pitch, c != begin);
+            LocalTensor<T> x;
+            for (uint32_t c = b; c < b + width; c += most) {
+                const uint32_t columns = Smaller(most, b + width - c), pitch = Pitch(columns);
+                LoadWeights(downGm_, bank + c, rows, columns, hidden_);
+                if (c == b) x = TakeX((RowOf(g, n - 1) + 1) * xPitch);
+                LocalTensor<T> w = weightQueue_.template DeQue<T>();
+                if constexpr (kMixed || kFloat) {
+                    ShrinkTile(sums, w, x[c - b], g, pitch, xPitch, c != begin);
+                } else {
+                    LocalTensor<float> wideW = wideWeights_.template Get<float>(), wideX = wideRows_.template Get<float>();
+                    PipeBarrier<PIPE_V>();
+                    Widen(wideW, w, rows * pitch);
+                    ShrinkTile(sums, wideW, wideX[c - b], g, pitch, xPitch, c != begin);
+                }
+                weightQueue_.FreeTensor(w);
             }
             rowQueue_.FreeTensor(x);
-            weightQueue_.FreeTensor(w);
         }
         outQueue_.EnQue(sums);
         sums = outQueue_.template DeQue<float>();
         DataCopyPad(piecesGm_[piece], sums, DataCopyExtParams(1, n * padded_ * 4, 0, 0, 0));
         outQueue_.FreeTensor(sums);
     }
+    __aicore__ inline LocalTensor<T> TakeX(uint32_t values) {
+        LocalTensor<T> x = rowQueue_.template DeQue<T>();
+        if constexpr (!kMixed && !kFloat) {
+            PipeBarrier<PIPE_V>();
+            Widen(wideRows_.template Get<float>(), x, values);
+        }
+        return x;
+    }
 
     // The coefficients of a chunk: the sum of their pieces, in pairs.
-    __aicore__ inline void AddPieces(uint32_t g, uint32_t half) {
+    __aicore__ inline void AddPieces(uint32_t g, uint32_t turn) {
         const uint32_t each = chunks_.size[g] * padded_, pieces = shrink_.Pieces(g), most = kPieces / each;
         LocalTensor<float> sums = sums_.template Get<float>();
         for (uint32_t p = 0, n = 0; p < pieces; p += n) {
             n = Smaller(most, pieces - p);
             LocalTensor<float> part = pieceQueue_.template AllocTensor<float>();
-            DataCopyPad(part, piecesGm_[PieceAt(g, half, p)], DataCopyExtParams(1, n * each * 4, 0, 0, 0),
+            DataCopyPad(part, piecesGm_[PieceAt(g, turn, p)], DataCopyExtParams(1, n * each * 4, 0, 0, 0),
                         DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
             pieceQueue_.EnQue(part);
             part = pieceQueue_.template DeQue<float>();
@@ -140,60 +151,68 @@
         PipeBarrier<PIPE_V>();
     }
 
-    // y + the coefficients times up, for the columns of one tile; x, up and y lie in the queues.
-    __aicore__ inline void ExpandTile(uint32_t g, uint32_t column, uint32_t columns) {
-        const uint32_t n = chunks_.size[g], pitch = Pitch(columns);
-        const float scale = scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + SliceOf(column));
-        LocalTensor<T> tile = weightQueue_.template DeQue<T>();
-        LocalTensor<float> up = WideUp(tile, pitch);
-        Muls(up, up, scale, static_cast<int32_t>(rank_ * pitch));
+    // y + the coefficients times up, for [begin, end) of one slice; the rows of y lie in their queue.
+    __aicore__ inline void ExpandBlock(uint32_t g, uint32_t begin, uint32_t end) {
+        const uint32_t n = chunks_.size[g], pitch = Pitch(end - begin), most = Tile(rank_);
         LocalTensor<float> sum = wideRows_.template Get<float>(), acc = acc_.template Get<float>(), spread = spread_.template Get<float>();
-        PipeBarrier<PIPE_V>();
-        if (n == 1) {
-            AddRanks(acc, up, spread, pitch);
-        } else {
-            TakeRows(sum, n * pitch);
-            for (uint32_t j = 0; j < rank_; ++j) {
-                PipeBarrier<PIPE_V>();
-                AddRank(sum, up[j * pitch], spread[j * 8], n, pitch);
+        if (n > 1) TakeY(sum, g, pitch);
+        for (uint32_t c = begin; c < end; c += most) {
+            const uint32_t columns = Smaller(most, end - c), upPitch = Pitch(columns);
+            if (!ahead_) {
+                LoadUp(g, c, columns);
+                TakeUp(g, c, columns);
             }
-        }
-        if constexpr (kFloat) weightQueue_.FreeTensor(tile);
-        if (n == 1) {
-            TakeRows(sum, pitch);
+            ahead_ = false;
             PipeBarrier<PIPE_V>();
-            Add(sum, sum, acc, static_cast<int32_t>(pitch));
+            if (n == 1) {
+                AddRanks(acc, up_, spread, upPitch);
+                if (c == begin) TakeY(sum, g, pitch);
+                PipeBarrier<PIPE_V>();
+                Add(sum[c - begin], sum[c - begin], acc, static_cast<int32_t>(upPitch));
+            } else {
+                for (uint32_t j = 0; j < rank_; ++j) {
+                    PipeBarrier<PIPE_V>();
+                    AddRank(sum[c - begin], up_[j * upPitch], spread[j * 8], n, upPitch, pitch);
+                }
+            }
+            if constexpr (kFloat) weightQueue_.FreeTensor(upTile_);
         }
         PipeBarrier<PIPE_V>();
         LocalTensor<T> out = outQueue_.template AllocTensor<T>();
         if constexpr (kFloat) Muls(out, sum, 1.0f, static_cast<int32_t>(n * pitch));
         else Cast(out, sum, RoundMode::CAST_RINT, n * pitch);
         outQueue_.EnQue(out);
-        StoreRows(g, column, columns);
+        StoreRows(g, begin, end - begin);
     }
-    __aicore__ inline LocalTensor<float> WideUp(LocalTensor<T>& tile, uint32_t pitch) {
+    // The tile of up that was loaded, in float32, times the scale.
+    __aicore__ inline void TakeUp(uint32_t g, uint32_t column, uint32_t columns) {
+        const float scale = scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + SliceOf(column));
+        const int32_t values = static_cast<int32_t>(rank_ * Pitch(columns));
+        upTile_ = weightQueue_.template DeQue<T>();
         PipeBarrier<PIPE_V>();
         if constexpr (kFloat) {
-            return tile;
+            up_ = upTile_;
         } else {
-            LocalTensor<float> wide = wideWeights_.template Get<float>();
-            Widen(wide, tile, rank_ * pitch);
-            weightQueue_.FreeTensor(tile);
+            up_ = wideWeights_.template Get<float>();
+            Cast(up_, upTile_, RoundMode::CAST_NONE, static_cast<uint32_t>(values));
+            weightQueue_.FreeTensor(upTile_);
             PipeBarrier<PIPE_V>();
-            return wide;
         }
+        Muls(up_, up_, scale, values);
     }
-    __aicore__ inline void TakeRows(const LocalTensor<float>& sum, uint32_t values) {
+    // The rows of y in float32.
+    __aicore__ inline void TakeY(const LocalTensor<float>& sum, uint32_t g, uint32_t pitch) {
         LocalTensor<T> rows = rowQueue_.template DeQue<T>();
-        Widen(sum, rows, values);
+        PipeBarrier<PIPE_V>();
+        Widen(sum, rows, chunks_.size[g] * pitch);
         rowQueue_.FreeTensor(rows);
     }
-    // sum[t] += coefficient[t] * row for all tokens.
+    // sum[t] += coefficient[t] * row for all tokens; rows of sum lie `apart`.
     __aicore__ inline void AddRank(const LocalTensor<float>& sum, const LocalTensor<float>& row, const LocalTensor<float>& coefficient,
-                                   uint32_t n, uint32_t pitch) {
-        for (uint32_t c = 0; c < pitch; c += 64) {
-            MulAddDst(sum[c], row[c], coefficient, static_cast<uint64_t>(Smaller(64, pitch - c)), static_cast<uint8_t>(n),
-                      BinaryRepeatParams{1, 1, 0, static_cast<uint8_t>(pitch / 8), 0, static_cast<uint8_t>(rank8_)});
+                                   uint32_t n, uint32_t columns, uint32_t apart) {
+        for (uint32_t c = 0; c < columns; c += 64) {
+            MulAddDst(sum[c], row[c], coefficient, static_cast<uint64_t>(Smaller(64, columns - c)), static_cast<uint8_t>(n),
+                      BinaryRepeatParams{1, 1, 0, static_cast<uint8_t>(apart / 8), 0, static_cast<uint8_t>(rank8_)});
         }
     }
     // acc = sum over the ranks of coefficient * row, for one token: all products at once, then halves of the rows.
@@ -206,21 +225,22 @@
                     BinaryRepeatParams{1, 1, 0, static_cast<uint8_t>(pitch / 8), static_cast<uint8_t>(pitch / 8), 1});
             }
         }
-        uint32_t half = 1, rows = rank_;
-        while (half * 2 < rank_) half *= 2;
-        for (; rows > 1; half /= 2) {
+        uint32_t upper = 1, rows = rank_;
+        while (upper * 2 < rank_) upper *= 2;
+        for (; rows > 1; upper /= 2) {
             PipeBarrier<PIPE_V>();
-            Add(acc, acc, acc[half * pitch], static_cast<int32_t>((rows - half) * pitch));
-            rows = half;
+            Add(acc, acc, acc[upper * pitch], static_cast<int32_t>((rows - upper) * pitch));
+            rows = upper;
         }
     }
     __aicore__ inline void StoreRows(uint32_t g, uint32_t column, uint32_t columns) {
         const uint32_t pitch = Pitch(columns), first = chunks_.first[g], n = chunks_.size[g];
         LocalTensor<T> out = outQueue_.template DeQue<T>();
+        uint32_t step = 1;
         for (uint32_t i = 0, run = 0; i < n; i += run) {
-            run = chunks_.Run(g, first + i, n - i);
-            DataCopyPad(outGm_[static_cast<uint64_t>(chunks_.Token(g, first + i)) * width_ + column], out[i * pitch],
-                        DataCopyExtParams(static_cast<uint16_t>(run), columns * sizeof(T), 0, (width_ - columns) * sizeof(T), 0));
+            run = Run(g, i, step);
+            DataCopyPad(outGm_[static_cast<uint64_t>(chunks_.order[first + i]) * width_ + column], out[i * pitch],
+                        DataCopyExtParams(static_cast<uint16_t>(run), columns * sizeof(T), 0, (step * width_ - columns) * sizeof(T), 0));
         }
         outQueue_.FreeTensor(out);
     }

@@ -202,7 +202,7 @@ class W4Phases : public LoraPhases<T> {
             const LocalTensor<float> table = Base::LoadCoefficients(groups, g, position, n, false, none);
             for (uint32_t c = 0; c < rows; c += tileColumns) {
                 const uint32_t columns = Smaller(tileColumns, rows - c);
-                const LocalTensor<T> tile = Base::LoadWeights(upGm_, bank + c, columns, width_);
+                LocalTensor<T> tile = Base::LoadWeights(upGm_, bank + c, columns, width_);
                 if (!rounded_) wide_ = Base::WidenWeights(tile, columns);
                 Base::AddProducts(sums[position * pitch + c], tile, table, n, columns, pitch);
                 if (Base::kFloat || rounded_) weightQueue_.FreeTensor(tile);

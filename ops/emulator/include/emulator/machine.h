@@ -34,6 +34,7 @@ constexpr uint32_t ub_usable = ub_bytes - 256 - 8 * 1024;
 constexpr uint32_t block_bytes = 32;
 constexpr uint32_t ub_blocks = ub_bytes / block_bytes;
 constexpr uint32_t repeat_bytes = 256;
+constexpr int events = 12;  // kinds of HardEvent that are emulated
 
 enum GmKind { GM_INPUT = 0, GM_OUTPUT = 1, GM_WORKSPACE = 2, GM_INOUT = 3 };
 
@@ -56,6 +57,7 @@ struct QueueBuffer {
     enum State { FREE, ALLOCATED, QUEUED, TAKEN } state = FREE;
     uint32_t address = 0, bytes = 0, generation = 0;
     std::array<uint32_t, PIPES> ready{}, released{};
+    int8_t event = -1;  // the id that the queue holds: of the filled buffer while queued, of the freed one while free
     Where at = Where("", 0);
 };
 
@@ -82,6 +84,8 @@ struct Core {
     std::vector<QueueBuffer> buffers;
     std::map<uint32_t, std::array<uint32_t, PIPES>> flags;
     std::map<uint32_t, Where> flag_places;
+    uint8_t event_ids[events] = {0};  // by kind: the ids in use, one bit each
+    uint32_t buffer_count = 0;
     bool atomic_add = false;
     Counters count;
     std::vector<TraceEntry> trace;  // empty unless the launch asks for it
@@ -92,7 +96,7 @@ struct Core {
 struct Machine {
     std::vector<GmBuffer> gm;
     bool strict = true;
-    int blocks = 1;
+    int blocks = 1, cores = 1;  // launched, on the chip
     uint64_t random_state = 1;
     bool interleave = true;
     bool trace = false;
