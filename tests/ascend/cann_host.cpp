@@ -72,11 +72,11 @@ static void fill(gert::Context& context, int inputs, const int64_t* ranks, const
 
 // facts: bytes of tiling data, blocks, schedule mode, workspace, number of workspaces. Returns the function's status.
 EXPORT int host_tiling(const char* op, int inputs, const int64_t* ranks, const int64_t* dims, const int32_t* types,
-                       int64_t offset, int exact, uint32_t cores, uint32_t* data, uint64_t* facts) {
+                       int exact, uint32_t cores, uint32_t* data, uint64_t* facts) {
     gert::TilingContext context;
     fill(context, inputs, ranks, dims, types);
     const cann_host::Entry& entry = cann_host::Registry()[op];
-    context.attributes = {offset, exact != 0, {}};
+    context.attributes = {exact != 0, {}};
     for (const auto& one : entry.definition->attributes) context.attributes.kinds.push_back(one->kind);
     context.platform.cores = cores;
     context.tiling.size = 0;

@@ -44,11 +44,9 @@ struct CompileTimeTensorDesc {
 };
 
 struct RuntimeAttrs {
-    int64_t offset;
     bool exact;
     std::vector<std::string> kinds;  // of the operator's attributes, in the order of its definition
-    // The int of every operator here is the offset and the bool is "exact"; another index is a bug of the tiling function.
-    const int64_t* GetInt(size_t index) const { return index < kinds.size() && kinds[index] == "int" ? &offset : nullptr; }
+    // The only attribute there is here is the bool "exact"; another index is a bug of the tiling function.
     const bool* GetBool(size_t index) const { return index < kinds.size() && kinds[index] == "bool" ? &exact : nullptr; }
 };
 

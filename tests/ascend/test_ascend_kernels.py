@@ -80,6 +80,36 @@ def test_multi_lora_in_a_graph(emulator, dtype):
         case.check(stored(out, dtype))
 
 
+class Exactly(ms.nn.Cell):
+    def construct(self, x, slots, down, up, scale, y):
+        h = ascend.lora_shrink(x, slots, down, scale)
+        return (ascend.multi_lora(x, slots, down, up, scale, y, True),
+                ascend.multi_lora(x, slots, down, up, scale, y, exact=False), ascend.lora_expand(h, slots, up, y, True))
+
+
+def test_the_attribute_exact_reaches_the_operators(emulator):
+    """With float32 coefficients float16 is within its narrower bound, which the rounded form exceeds."""
+    case = LoraCase(5, 576, 16, 192, "float16", "distinct")
+    down, up, scale, y = operands(case, swap=False)
+    exactly, rounded, halves = Exactly()(tensor(case.x), tensor(case.slots), down, up, scale, y)
+    case.check(exactly.asnumpy(), exact=True)
+    case.check(halves.asnumpy(), exact=True)
+    assert not np.array_equal(exactly.asnumpy(), rounded.asnumpy())
+    packed, mixed = W4Case(5, 576, 16, 192, "float16", 18), LilyCase(5, 3, 16, 192, "float16")
+
+    class Others(ms.nn.Cell):
+        def construct(self, a, b):
+            return ascend.w4_lora(*a, exact=True), ascend.lily_mix(*b, exact=True), ascend.w4_lora(*a)
+
+    first, second, rounded = Others()(
+        tuple(map(tensor, (packed.x, packed.slots, packed.weight, packed.weight_scale, packed.down, packed.up,
+                           packed.scale))),
+        tuple(map(tensor, (mixed.h, mixed.weights, mixed.slots, mixed.up, mixed.scale, mixed.y))))
+    packed.check(first.asnumpy(), exact=True)
+    mixed.check(second.asnumpy(), exact=True)
+    assert not np.array_equal(first.asnumpy(), rounded.asnumpy())
+
+
 def test_rows_of_several_tokens(emulator):
     case = LoraCase(12, 576, 8, 100, "float32")
     case.slots = np.repeat(np.array([2, -1, 0], np.int32), 4)
@@ -231,7 +261,7 @@ def test_bad_arguments_are_python_errors(emulator):
 
     class Raw(ms.nn.Cell):
         def construct(self, *given):
-            return run(*given)
+            return run(*given, False)
 
     with pytest.raises(KernelError, match="MultiLora: up has shape"):
         Raw()(x, down, tensor(case.up.transpose(0, 2, 1)[:, :7].copy()), scale, slots, y)
@@ -245,11 +275,11 @@ def test_bad_arguments_are_python_errors(emulator):
 
     class RawPacked(ms.nn.Cell):
         def construct(self, *given):
-            return packed(*given)
+            return packed(*given, False)
 
     class RawMix(ms.nn.Cell):
         def construct(self, *given):
-            return mix(*given)
+            return mix(*given, False)
 
     weight, scales = tensor(np.zeros((64, 32), np.uint8)), tensor(np.ones((64, 4), np.float32))
     good = [x, weight, scales, down, up, scale, slots]
@@ -269,10 +299,6 @@ def test_bad_arguments_are_python_errors(emulator):
             RawMix()(*good[:place], value, *good[place + 1:])
     with pytest.raises(RuntimeError):
         RawMix()(*good[:4], ms.Tensor([0, 1, 3, 0], ms.int32), good[5]).asnumpy()
-    with pytest.raises(KernelError, match="offset"):
-        ascend.primitive("MultiLora", "CPU", offset=3)
-    with pytest.raises(KernelError, match="nonsense"):
-        ascend.primitive("MultiLora", "CPU", nonsense=3)
 
 
 def test_missing_package_says_what_to_do(monkeypatch):

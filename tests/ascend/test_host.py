@@ -48,11 +48,11 @@ def operands(tensors):
                                            for a in (ranks, dims, types)], (ranks, dims, types)
 
 
-def tile(host, name, tensors, offset=0, exact=False, cores=48):
+def tile(host, name, tensors, exact=False, cores=48):
     """None where the tiling function refuses, else (tiling data, {blocks, schedule, workspace})."""
     arguments, alive = operands(tensors)
     data, facts = np.zeros(64, np.uint32), np.zeros(5, np.uint64)
-    failed = host.host_tiling(name.encode(), *arguments, ctypes.c_int64(offset), ctypes.c_int(exact),
+    failed = host.host_tiling(name.encode(), *arguments, ctypes.c_int(exact),
                               ctypes.c_uint32(cores),
                               data.ctypes.data_as(ctypes.c_void_p), facts.ctypes.data_as(ctypes.c_void_p))
     del alive
@@ -98,13 +98,12 @@ def test_lora_tiling(host, name):
     for dtype in ("float16", "bfloat16", "float32"):
         for tokens, hidden, rank, width, exact in ((0, 64, 1, 8, False), (1, 4096, 16, 11008, True),
                                                    (7, 1000, 24, 576, False)):
-            row, offset, slots, segments, cores = width + 30, 11, 5, 3, int(rng.integers(1, 65))
+            row, slots, segments, cores = width + 30, 5, 3, int(rng.integers(1, 65))
             tensors = lora_operands(name, tokens, hidden, rank, width, row, slots, segments, dtype)
-            got, facts = tile(host, name, tensors, offset, exact, cores)
+            got, facts = tile(host, name, tensors, exact, cores)
             sizes = {"LoraShrink": (tokens, hidden, rank, 1), "LoraExpand": (tokens, 1, rank, width)}.get(
                 name, (tokens, hidden, rank, width))
-            rest = {"row_width": 1, "offset": 0, "exact": False} if name == "LoraShrink" else {
-                "row_width": row, "offset": offset, "exact": exact}
+            rest = {"row_width": 1, "exact": False} if name == "LoraShrink" else {"row_width": row, "exact": exact}
             want, scratch = plan_lora(*sizes, dtype, cores, slots=slots, **rest,
                                       segments=segments if name == "MultiLoraSegments" else 0)
             assert np.array_equal(got, want), (dtype, tokens)
@@ -131,8 +130,8 @@ def test_tiling_of_w4_lora_and_lily_mix(host, dtype):
                           cores=40)
         want, scratch = plan_w4_lora(tokens, hidden, rank, width, dtype, groups or 1, 40, slots, exact)
         assert np.array_equal(got, want) and facts == {"blocks": 40, "schedule": 1, "workspace": scratch.nbytes}
-        got, facts = tile(host, "LilyMix", mix_operands(tokens, 5, rank, width, width + 9, slots, dtype), 7, exact, 40)
-        want, scratch = plan_lily_mix(tokens, 5, rank, width, dtype, 40, width + 9, 7, slots, exact)
+        got, facts = tile(host, "LilyMix", mix_operands(tokens, 5, rank, width, width + 9, slots, dtype), exact, 40)
+        want, scratch = plan_lily_mix(tokens, 5, rank, width, dtype, 40, width + 9, 0, slots, exact)
         assert np.array_equal(got, want) and facts == {"blocks": 40, "schedule": 0, "workspace": scratch.nbytes}
 
 

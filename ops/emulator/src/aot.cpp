@@ -1,5 +1,6 @@
 // The emulated device kernels as ahead-of-time operators of MindSpore on a CPU: the C functions that
-// ops.Custom("libcolora_emulator.so:MultiLora", ..., func_type="aot") calls. Inputs come first, the output last.
+// ops.Custom("libcolora_emulator.so:MultiLora", ..., func_type="aot") calls. Inputs come first, the output last. An operator
+// with the attribute `exact` has a second function, <Name>Exact, for the value true.
 //
 // Return values: 0; 1: an input has a wrong shape, dtype or value; 2: the strict emulator had a finding, which is a bug
 // of the kernel. colora_emulator_error() has the text. COLORA_EMULATOR_CORES sets the number of cores (48).
@@ -188,6 +189,7 @@ EXPORT int MultiLora(AOT_ARGUMENTS) {
 }
 // x, down, up (rank-major), scale, starts, slots, y
 EXPORT int MultiLoraSegments(AOT_ARGUMENTS) { return lora("MultiLoraSegments", "multi_lora_segments", AOT_CALL, false); }
+EXPORT int MultiLoraSegmentsExact(AOT_ARGUMENTS) { return lora("MultiLoraSegmentsExact", "multi_lora_segments", AOT_CALL, true); }
 
 // x, down, scale, slots -> h float32
 EXPORT int LoraShrink(AOT_ARGUMENTS) {
@@ -211,34 +213,32 @@ EXPORT int LoraShrink(AOT_ARGUMENTS) {
 }
 
 // h float32, up (rank-major), slots, y -> y + h . up
-EXPORT int LoraExpand(AOT_ARGUMENTS) {
-    const Call call = AOT_CALL;
-    const char* name = "LoraExpand";
+static int expand(const char* name, const Call& call, bool exact) {
     if (int bad = check_count(name, call, 5)) return bad;
-    if (call.ranks[0] != 2 || call.ranks[1] != 3) return fail("LoraExpand: h is (tokens, rank), up is (slots, rank, out)");
+    if (call.ranks[0] != 2 || call.ranks[1] != 3) return fail(std::string(name) + ": h is (tokens, rank), up is (slots, rank, out)");
     const int64_t tokens = call.shapes[0][0], rank = call.shapes[0][1], bank = call.shapes[1][0], width = call.shapes[1][2];
     if (int bad = check_shape(name, call, 1, "up (rank-major)", {bank, rank, width})) return bad;
     if (int bad = check_shape(name, call, 2, "slots", {tokens})) return bad;
     if (int bad = check_shape(name, call, 3, "y", {tokens, width})) return bad;
     if (int bad = check_shape(name, call, 4, "out", {tokens, width})) return bad;
-    if (call.dtype(0) != "float32" || call.dtype(1) != call.dtype(3)) return fail("LoraExpand: h is float32, up and y have one dtype");
+    if (call.dtype(0) != "float32" || call.dtype(1) != call.dtype(3)) return fail(std::string(name) + ": h is float32, up and y have one dtype");
     if (int bad = check_slots(name, call, 2, uint32_t(bank))) return bad;
     const auto plan = colora::plan_lora(uint32_t(tokens), 1, uint32_t(rank), uint32_t(width), uint32_t(width), 0, uint32_t(bank), 0, cores(),
-                                        call.dtype(1) == "float32" ? 4 : 2, call.dtype(1) == "float16", false);
-    if (!plan.error.empty()) return fail("LoraExpand: " + plan.error);
+                                        call.dtype(1) == "float32" ? 4 : 2, call.dtype(1) == "float16", exact);
+    if (!plan.error.empty()) return fail(std::string(name) + ": " + plan.error);
     return launch("lora_expand", call, 1, plan.workspace, &plan.data, sizeof(plan.data));
 }
+EXPORT int LoraExpand(AOT_ARGUMENTS) { return expand("LoraExpand", AOT_CALL, false); }
+EXPORT int LoraExpandExact(AOT_ARGUMENTS) { return expand("LoraExpandExact", AOT_CALL, true); }
 
 // x, weight (packed int4), weight_scale, down, up (rank-major), scale, slots -> x . weight^T + scale (x . down^T) . up
-EXPORT int W4Lora(AOT_ARGUMENTS) {
-    const Call call = AOT_CALL;
-    const char* name = "W4Lora";
+static int packed(const char* name, const Call& call, bool exact) {
     if (int bad = check_count(name, call, 8)) return bad;
-    if (call.ranks[0] != 2 || call.ranks[1] != 2 || call.ranks[3] != 3) return fail("W4Lora: x is (tokens, in), weight (out, in / 2), down has 3 axes");
+    if (call.ranks[0] != 2 || call.ranks[1] != 2 || call.ranks[3] != 3) return fail(std::string(name) + ": x is (tokens, in), weight (out, in / 2), down has 3 axes");
     const int64_t tokens = call.shapes[0][0], hidden = call.shapes[0][1], width = call.shapes[1][0], bank = call.shapes[3][0],
                   rank = call.shapes[3][1];
     const int64_t groups = call.ranks[2] == 2 ? call.shapes[2][1] : 1;
-    if (hidden != call.shapes[1][1] * 2) return fail("W4Lora: weight has shape " + call.shape(1));
+    if (hidden != call.shapes[1][1] * 2) return fail(std::string(name) + ": weight has shape " + call.shape(1));
     if (call.ranks[2] != 1) {
         if (int bad = check_shape(name, call, 2, "weight_scale", {width, groups})) return bad;
     } else if (int bad = check_shape(name, call, 2, "weight_scale", {width})) {
@@ -250,22 +250,22 @@ EXPORT int W4Lora(AOT_ARGUMENTS) {
     if (int bad = check_shape(name, call, 6, "slots", {tokens})) return bad;
     if (int bad = check_shape(name, call, 7, "out", {tokens, width})) return bad;
     for (int i : {3, 4, 7}) {
-        if (call.dtype(i) != call.dtype(0)) return fail("W4Lora: x, down, up and out must have one dtype");
+        if (call.dtype(i) != call.dtype(0)) return fail(std::string(name) + ": x, down, up and out must have one dtype");
     }
-    if (call.dtype(1) != "uint8" || call.dtype(2) != "float32" || call.dtype(5) != "float32") return fail("W4Lora: weight must be uint8, the scales float32");
+    if (call.dtype(1) != "uint8" || call.dtype(2) != "float32" || call.dtype(5) != "float32") return fail(std::string(name) + ": weight must be uint8, the scales float32");
     if (int bad = check_slots(name, call, 6, uint32_t(bank))) return bad;
     const auto plan = colora::plan_w4_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rank), uint32_t(width), uint32_t(bank), uint32_t(groups),
-                                           cores(), call.dtype(0) == "float32" ? 4 : 2, call.dtype(0) == "float16", false);
-    if (!plan.error.empty()) return fail("W4Lora: " + plan.error);
+                                           cores(), call.dtype(0) == "float32" ? 4 : 2, call.dtype(0) == "float16", exact);
+    if (!plan.error.empty()) return fail(std::string(name) + ": " + plan.error);
     return launch("w4_lora", call, 0, plan.workspace, &plan.data, sizeof(plan.data));
 }
+EXPORT int W4Lora(AOT_ARGUMENTS) { return packed("W4Lora", AOT_CALL, false); }
+EXPORT int W4LoraExact(AOT_ARGUMENTS) { return packed("W4LoraExact", AOT_CALL, true); }
 
 // h float32, weights float32 (the router's), up (slots, experts, rank, out), scale, slots, y -> y + scale h . sum w_e up_e
-EXPORT int LilyMix(AOT_ARGUMENTS) {
-    const Call call = AOT_CALL;
-    const char* name = "LilyMix";
+static int mix(const char* name, const Call& call, bool exact) {
     if (int bad = check_count(name, call, 7)) return bad;
-    if (call.ranks[0] != 2 || call.ranks[2] != 4) return fail("LilyMix: h is (tokens, rank), up is (slots, experts, rank, out)");
+    if (call.ranks[0] != 2 || call.ranks[2] != 4) return fail(std::string(name) + ": h is (tokens, rank), up is (slots, experts, rank, out)");
     const int64_t tokens = call.shapes[0][0], rank = call.shapes[0][1], bank = call.shapes[2][0], experts = call.shapes[2][1],
                   width = call.shapes[2][3];
     if (int bad = check_shape(name, call, 1, "weights", {tokens, experts})) return bad;
@@ -275,15 +275,17 @@ EXPORT int LilyMix(AOT_ARGUMENTS) {
     if (int bad = check_shape(name, call, 5, "y", {tokens, width})) return bad;
     if (int bad = check_shape(name, call, 6, "out", {tokens, width})) return bad;
     for (int i : {0, 1, 3}) {
-        if (call.dtype(i) != "float32") return fail("LilyMix: h, weights and scale must be float32");
+        if (call.dtype(i) != "float32") return fail(std::string(name) + ": h, weights and scale must be float32");
     }
-    if (call.dtype(2) != call.dtype(5) || call.dtype(2) != call.dtype(6)) return fail("LilyMix: up, y and out must have one dtype");
+    if (call.dtype(2) != call.dtype(5) || call.dtype(2) != call.dtype(6)) return fail(std::string(name) + ": up, y and out must have one dtype");
     if (int bad = check_slots(name, call, 4, uint32_t(bank))) return bad;
     const auto plan = colora::plan_lily_mix(uint32_t(tokens), uint32_t(experts), uint32_t(rank), uint32_t(width), uint32_t(width), 0, uint32_t(bank),
-                                            cores(), call.dtype(2) == "float32" ? 4 : 2, call.dtype(2) == "float16", false);
-    if (!plan.error.empty()) return fail("LilyMix: " + plan.error);
+                                            cores(), call.dtype(2) == "float32" ? 4 : 2, call.dtype(2) == "float16", exact);
+    if (!plan.error.empty()) return fail(std::string(name) + ": " + plan.error);
     return launch("lily_mix", call, 2, plan.workspace, &plan.data, sizeof(plan.data));
 }
+EXPORT int LilyMix(AOT_ARGUMENTS) { return mix("LilyMix", AOT_CALL, false); }
+EXPORT int LilyMixExact(AOT_ARGUMENTS) { return mix("LilyMixExact", AOT_CALL, true); }
 
 // expert, amateur, log_alpha, beta, mask (or a tensor of one element: none) -> token int32
 EXPORT int ContrastiveSelect(AOT_ARGUMENTS) {

@@ -11,7 +11,7 @@ static ge::graphStatus MultiLoraTiling(gert::TilingContext* context) {
     const auto& up = InputShape(context, 2);
     const auto& y = InputShape(context, 5);
     LoraSizes sizes{Size(x, 0), Size(x, 1), Size(down, 1), Size(up, 2), Size(y, 1), Size(down, 0)};
-    ReadAttributes(context, sizes);
+    sizes.exact = Exact(context);
     return LaunchLora<MultiLoraTilingData>("MultiLora", context, sizes, 0, true);
 }
 

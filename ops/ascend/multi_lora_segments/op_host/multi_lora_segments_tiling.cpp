@@ -12,7 +12,7 @@ static ge::graphStatus MultiLoraSegmentsTiling(gert::TilingContext* context) {
     const auto& y = InputShape(context, 6);
     LoraSizes sizes{Size(x, 0), Size(x, 1), Size(down, 1), Size(up, 2), Size(y, 1), Size(down, 0)};
     sizes.segments = Size(InputShape(context, 5), 0);
-    ReadAttributes(context, sizes);
+    sizes.exact = Exact(context);
     return LaunchLora<MultiLoraSegmentsTilingData>("MultiLoraSegments", context, sizes, 0, true);
 }
 

@@ -15,7 +15,7 @@ static ge::graphStatus W4LoraTiling(gert::TilingContext* context) {
     const uint32_t groups = scale.GetDimNum() == 2 ? Size(scale, 1) : 1;
     const colora::W4LoraPlan plan =
         colora::plan_w4_lora(Size(x, 0), Size(x, 1), Size(down, 1), Size(InputShape(context, 1), 0), Size(down, 0), groups, cores,
-                             ElementBytes(type), type == ge::DT_FLOAT16, *context->GetAttrs()->GetBool(0));
+                             ElementBytes(type), type == ge::DT_FLOAT16, Exact(context));
     if (!plan.error.empty()) return Refuse("W4Lora", plan.error);
     W4LoraTilingData tiling;
     SetLora(tiling, plan.data);
