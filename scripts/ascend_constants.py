@@ -4,10 +4,11 @@ None of these was measured by us, and none is changed to make a kernel look bett
 
     [table]  msopmodeling 1.0.9 (PyPI, MulanPSL-2.0), tilesim/core/config/arc_config/910B1: 910B1.yaml,
              vec_cycle_910B1.csv, bandwidth_910B1.csv
-    [model]  the same package, tilesim/core/backend/engineering_costmodel/core/aicore_costmodel.py (fits to small transfers)
+    [model]  the same package, tilesim/core/backend/engineering_costmodel/core/aicore_costmodel.py (fits to small
+             transfers)
     [rule]   pto-isa, include/pto/costmodel/a2a3/cce_costmodel: a start-up only where the pipe was empty, 16 cycles more
-             for a mask that is no full repeat; the package's own measurement (op_model/pto/warmup_10_tadd.csv) of one VADD
-             of n repeats is 2 n + 32 cycles = start-up 13 + 2 n + 18
+             for a mask that is no full repeat; the package's own measurement (op_model/pto/warmup_10_tadd.csv) of one
+             VADD of n repeats is 2 n + 32 cycles = start-up 13 + 2 n + 18
     [docs]   CANN documentation, "SIMD instruction throughput" (elements a cycle)
     [assumed] no public figure found; a plain guess, the same for all kernels
 """

@@ -1,10 +1,11 @@
 """Cycles of a launch, from the emulator's trace: four in-order pipes a core, and the cores that meet.
 
-A small simulation. The scalar unit runs in program order and sends vector instructions and transfers to their pipes; each
-begins when its pipe is free and everything it waits for (flags, queues, barriers: the trace has the numbers) has ended. A
-vector instruction pays its start-up when the pipe was empty, and its result is there some cycles after its last repeat, which
-a dependent instruction feels. A transfer costs by its size. At SyncAll all cores wait for the last. The numbers are those of
-ascend_constants.py. Not priced: arithmetic of the scalar unit, bank conflicts beyond the table's, the instruction cache.
+A small simulation. The scalar unit runs in program order and sends vector instructions and transfers to their pipes;
+each begins when its pipe is free and everything it waits for (flags, queues, barriers: the trace has the numbers) has
+ended. A vector instruction pays its start-up when the pipe was empty, and its result is there some cycles after its
+last repeat, which a dependent instruction feels. A transfer costs by its size. At SyncAll all cores wait for the last.
+The numbers are those of ascend_constants.py. Not priced: arithmetic of the scalar unit, bank conflicts beyond the
+table's, the instruction cache.
 """
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -132,5 +133,6 @@ def simulate(traces: Sequence[Any], names: Sequence[str], sync_all: float = cons
         for core in cores:
             core.go_on(time)
     last = max(cores, key=lambda core: sum(core.busy))
-    return {"cycles": max(core.end() for core in cores), "meetings": meetings, "busy": [round(one) for one in last.busy],
+    return {"cycles": max(core.end() for core in cores), "meetings": meetings,
+            "busy": [round(one) for one in last.busy],
             "vector": max(sum(1 for one in entries if one[0] == VECTOR) for entries in lists)}

@@ -20,16 +20,14 @@ ASCEND = HERE.parent / "ascend"
 LIBRARY = "libcolora_emulator.so"
 
 DTYPES = {"float16": "half", "bfloat16": "bfloat16_t", "float32": "float"}
-DTYPE_MACROS = ("DTYPE_X", "DTYPE_UP", "DTYPE_EXPERT")  # CANN defines DTYPE_<INPUT>
+DTYPE_MACROS = ("DTYPE_X", "DTYPE_UP", "DTYPE_LOGITS")  # CANN defines DTYPE_<INPUT>
 # operator: (tiling header, tiling struct, namespace included)
 KERNELS = {
     "multi_lora": ("multi_lora/op_host/multi_lora_tiling_core.h", "colora::MultiLoraTilingData"),
-    "multi_lora_segments": ("common/op_host/lora_tiling_core.h", "colora::LoraTilingData"),
     "lora_shrink": ("common/op_host/lora_tiling_core.h", "colora::LoraTilingData"),
     "lora_expand": ("common/op_host/lora_tiling_core.h", "colora::LoraTilingData"),
     "contrastive_select": ("contrastive_select/op_host/contrastive_select_tiling_core.h",
                            "colora::ContrastiveSelectTilingData"),
-    "w4_lora": ("w4_lora/op_host/w4_lora_tiling_core.h", "colora::W4LoraTilingData"),
     "lily_mix": ("lily_mix/op_host/lily_mix_tiling_core.h", "colora::LilyMixTilingData"),
 }
 

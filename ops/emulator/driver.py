@@ -1,6 +1,7 @@
 """Run the emulated device kernels from Python: launch, findings, counters, and the plan of the LoRA operators."""
 import ctypes
 import json
+import math
 
 import numpy as np
 
@@ -100,23 +101,21 @@ def plan_multi_lora(tokens, hidden, rank, width, dtype, cores=48, slots=1, slice
     """(tiling array, workspace array) as plan_multi_lora of multi_lora_tiling_core.h makes them."""
     rank8 = -(-rank // 8) * 8
     window = min(max(tokens, 1), 64)
-    balance = (hidden * slices + width) * rank * BYTES[dtype] // (8 * slices * rank8) + 1
+    balance = (hidden * slices + width) * BYTES[dtype] // (8 * slices) + 1
     values = (tokens, hidden, rank, slices, width, slots, cores, window, column_unit(hidden, cores),
               column_unit(width, cores), 256 // rank8, balance)
     return np.array(values, np.uint32), np.empty(2 * window * cores * slices * rank8 * 4, np.uint8)
 
 
-def plan_w4_lora(tokens, hidden, rank, width, dtype, groups=1, cores=48, slots=1, exact=False):
-    """(tiling array, workspace array) as plan_w4_lora of w4_lora_tiling_core.h makes them."""
-    lora, workspace = plan_lora(tokens, hidden, rank, width, dtype, cores, slots=slots, exact=exact, most=32)
-    group = hidden // groups
-    columns = min(8192 // int(lora[FIELDS.index("window")]) // 64 * 64, 2048, -(-hidden // 64) * 64)
-    while columns > 64 and groups > 1:
-        touched = columns // group if columns % group == 0 else columns // group + 2
-        if -(-touched // 8) * 8 * 16 <= 512:
-            break
-        columns -= 64
-    return np.append(lora, np.array([groups, group, columns], np.uint32)), workspace
+def plan_contrastive_select(rows, vocab, requests, voices, dtype, cores=48):
+    """(tiling array, workspace array) as plan_contrastive_select of contrastive_select_tiling_core.h makes them."""
+    parts = cores // requests if 0 < requests <= cores else cores // math.gcd(max(requests, 1), cores)
+    parts = max(1, min(parts, -(-vocab // 1024)))
+    width = -(-(-(-vocab // parts)) // 64) * 64
+    parts = -(-vocab // width)
+    resident = requests * parts <= cores and width * BYTES[dtype] <= 114688
+    values = (rows, vocab, requests, voices, cores, parts, width, int(resident))
+    return np.array(values, np.uint32), np.empty(max(requests, 1) * parts * 64, np.uint8)
 
 
 def plan_lily_mix(tokens, experts, rank, width, dtype, cores=48, row_width=None, offset=0, slots=1, exact=False):

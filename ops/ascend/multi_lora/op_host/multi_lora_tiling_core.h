@@ -57,7 +57,7 @@ inline MultiLoraPlan plan_multi_lora(uint32_t tokens, uint32_t hidden, uint32_t 
     t.unitIn = column_unit(hidden, cores);
     t.unitOut = column_unit(width, cores);
     t.most = 256 / round_up(rank, 8);
-    t.balance = static_cast<uint32_t>((uint64_t(hidden) * slices + width) * rank * element_bytes / (8 * padded)) + 1;
+    t.balance = static_cast<uint32_t>((uint64_t(hidden) * slices + width) * element_bytes / (8 * slices)) + 1;
     // Two halves in turn: the sums of one pass may still be read while those of the next are written.
     plan.workspace = uint64_t(2) * t.window * cores * padded * 4;
     return plan;

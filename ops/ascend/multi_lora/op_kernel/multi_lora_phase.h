@@ -183,9 +183,10 @@ class MultiLora {
     }
     __aicore__ inline void Divide() {
         if (chunks_.tokens == 0) return;
-        const uint32_t rows = slices_ * rank_;
-        shrink_.Plan(chunks_, (hidden_ + unitIn_ - 1) / unitIn_, cores_, 8 * rows, rows + 8);
-        expand_.Plan(chunks_, (width_ + unitOut_ - 1) / unitOut_, cores_, 8 * rank_, rank_ + 16);
+        // A unit's weights cost about as much as the work of five tokens on them. No rank here: an adapter that is filled
+        // up with zeros gives the bits that it has alone.
+        shrink_.Plan(chunks_, (hidden_ + unitIn_ - 1) / unitIn_, cores_, 5, 1);
+        expand_.Plan(chunks_, (width_ + unitOut_ - 1) / unitOut_, cores_, 5, 1);
     }
     // Chunks of n tokens of one adapter that `cores` cores share. With k chunks a core reads k / cores of the weights and
     // n cores / k^2 rows of sums: the sum is least where k^3 is about n cores^2 over the ratio of the two sizes.

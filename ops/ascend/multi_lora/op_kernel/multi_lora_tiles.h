@@ -148,7 +148,6 @@
             const uint32_t repeats = (slices_ == 1 ? n : 1) * rank8_ / 8;
             Brcb(spread[t * rank8_ * 8], sums[t * padded_ + slice * rank8_], static_cast<uint8_t>(repeats), BrcbRepeatParams{1, 8});
         }
-        PipeBarrier<PIPE_V>();
     }
 
     // y + the coefficients times up, for [begin, end) of one slice; the rows of y lie in their queue.

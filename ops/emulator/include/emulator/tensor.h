@@ -27,7 +27,8 @@ class GlobalTensor {
         emulator::issue(emulator::S);
         emulator::core->count.scalar_gm_bytes += sizeof(T);
         if (emulator::machine->trace) {
-            emulator::trace_size(1 + uint32_t(reinterpret_cast<uint64_t>(data_ + offset) >> 6), sizeof(T), 1);
+            const int64_t at_byte = buffer_ < 0 ? 0 : reinterpret_cast<const char*>(data_ + offset) - emulator::machine->gm[buffer_].data;
+            emulator::trace_size(uint32_t(buffer_ + 1) << 24 | (uint32_t(at_byte >> 6) + 1), sizeof(T), 1);
         }
         void* p = check(offset * sizeof(T), sizeof(T), at, false, emulator::S);
         T value{};

@@ -7,7 +7,7 @@ namespace emulator {
 
 struct TraceEntry {
     uint32_t pipe;       // of Pipe; PIPES: all blocks meet here
-    uint32_t what;       // vector: number of the instruction's name; scalar: 64-byte line of global memory + 1, 0: the unified buffer
+    uint32_t what;       // vector: number of the instruction's name; scalar: argument and 64-byte line of global memory, 0: the unified buffer
     uint32_t size;       // vector: repeats; transfers: bytes moved
     uint32_t parts;      // vector: 1 if the last repeat is not a full one; transfers: bursts
     uint32_t known[4];   // the latest instruction of each pipe that this one has to wait for
