@@ -95,7 +95,7 @@ def with_adapters(decoder: Any) -> Any:
 
 def _compare(arguments: argparse.Namespace, measures: Dict[str, float]) -> bool:
     """The rehearsal itself."""
-    from colora_ms.decoding import Contrast, Generator
+    from colora_ms.decoding import Contrast, Generator, core
     from colora_ms.models import load_model
     from colora_ms.models.device_form import cache_form
     from rehearsal_case import ROUNDINGS, mixed_requests, rehearse
@@ -104,25 +104,26 @@ def _compare(arguments: argparse.Namespace, measures: Dict[str, float]) -> bool:
         arguments.model, max_positions=256)
     handle = with_adapters(decoder)
     form = cache_form(decoder)
-    blocks = arguments.blocks or max(4, arguments.rows * (40 + arguments.tokens) // (2 * form.block))
+    longest = -(-(40 + arguments.tokens) // form.block)  # blocks of a row
+    blocks = arguments.blocks or max(2 * longest + 1, arguments.rows * longest // 2)
+    core.AHEAD = 1  # no room is kept for those that run, so that some must wait in their middle
     generator = Generator(decoder, tokenizer, handle, max_rows=arguments.rows,
                           cache_bytes=blocks * form.block_bytes(decoder.config))
     requests = mixed_requests(arguments.requests, decoder.config.vocab_size, 40,
                               [Contrast(0.1, 0.5), Contrast(0.1, 1.0)], ["one", "two"])
     start = time.monotonic()
     found = rehearse(generator, requests, arguments.tokens, arguments.dtype)
-    core = generator._core
-    assert core is not None
+    counts, graph = generator._core.counts, generator._core.graph  # type: ignore[union-attr]  # it has generated
     share = found.equal / max(1, found.decided)
     print(f"{found.logits} rows of logits: the largest error is {found.off:.1f} roundings of the row's largest logit "
           f"(tolerance {ROUNDINGS:g})")
     print(f"{found.steps} tokens: the tolerance decides {found.decided}, {found.equal} of these were made; it leaves "
           f"{found.steps - found.decided} open, {found.possible} of all were possible")
-    print(f"{core.counts['preemptions']} preemptions, {core.counts['cached_tokens']} tokens found in the cache, "
-          f"{core.counts['copied_blocks']} blocks copied, {core.graph.compilations()} graphs compiled, "
+    print(f"{counts['preemptions']} preemptions, {counts['cached_tokens']} tokens found in the cache, "
+          f"{counts['copied_blocks']} blocks copied, {graph.compilations()} graphs compiled, "
           f"{time.monotonic() - start:.0f} s")
     measures.update(rehearsal_equal=share, rehearsal_decided=found.decided / found.steps,
-                    rehearsal_error_roundings=found.off, rehearsal_preemptions=core.counts["preemptions"])
+                    rehearsal_error_roundings=found.off, rehearsal_preemptions=counts["preemptions"])
     return share == 1.0 and found.possible == found.steps and found.off <= ROUNDINGS
 
 
