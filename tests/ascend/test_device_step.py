@@ -316,8 +316,8 @@ def process(*arguments):
 def test_the_rehearsal(emulator, tmp_path):
     """Mixed requests through the device's graph, in a process whose column is ``rehearsal``."""
     out = tmp_path / "measures.json"
-    process(SCRIPTS / "rehearse_ascend.py", "--requests", 6, "--tokens", 16, "--dtype", "float16", "--rows", 4,
-            "--blocks", 7, "--json", out)
+    process(SCRIPTS / "rehearse_ascend.py", "--requests", 8, "--tokens", 12, "--dtype", "float16", "--rows", 8,
+            "--blocks", 9, "--json", out)
     found = {one["name"]: one["value"] for one in json.loads(out.read_text())["measures"]}
     assert found["rehearsal_equal"] == 1 and found["rehearsal_decided_float16"] > 0.5
     assert found["rehearsal_preemptions_float16"] > 0
