@@ -19,8 +19,6 @@ LORA = [  # tokens, in, rank, out, dtype
     (2, 64, 256, 576, "float16"),
     (1, 4096, 16, 4096, "bfloat16"), (33, 576, 3, 192, "bfloat16"), (300, 1000, 64, 64, "bfloat16"),
     (5, 576, 8, 1536, "float32")]
-# + scales a row
-PACKED = [(1, 4096, 32, 16, 4096, "float16"), (7, 576, 18, 8, 192, "bfloat16"), (33, 1000, 1, 24, 100, "float32")]
 # tokens, experts, rank, out, dtype
 MIX = [(1, 4, 16, 4096, "float16"), (9, 3, 8, 1000, "bfloat16"), (2, 4, 64, 64, "float32")]
 SELECT = [(1, 151936, "float16"), (16, 49152, "bfloat16"), (3, 262144, "float32")]
@@ -59,23 +57,6 @@ def lora_case(tokens, hidden, rank, width, dtype, bank=4):
     return {**case, "want": want, "allowed": allowed, "dtype": dtype, "kind": "lora"}
 
 
-def packed_case(tokens, hidden, groups, rank, width, dtype):
-    """A w4_lora case: y of the LoRA case is the product with random nibbles (low one = even column, value + 8)."""
-    case = lora_case(tokens, hidden, rank, width, dtype)
-    rng = np.random.default_rng([tokens, hidden, groups, width])
-    weight = rng.integers(0, 256, (width, hidden // 2), dtype=np.uint8)
-    weight_scale = (rng.uniform(0.5, 2, (width, groups)) * 0.2 * hidden ** -0.5).astype(np.float32)
-    values = np.stack((weight & 15, weight >> 4), -1).reshape(width, hidden).astype(np.float64) - 8
-    values *= np.repeat(weight_scale.astype(np.float64), hidden // groups, 1)
-    x, unit = case["x"].astype(np.float64), ROUNDING[dtype]
-    without = case["want"] - case["y"]
-    want = x @ values.T + without
-    adapter = np.maximum(case["allowed"] - unit * np.abs(case["want"]) * 1.01, 0)
-    allowed = adapter + unit * np.abs(want) * 1.01 + np.abs(x) @ np.abs(values.T) * 2.0 ** -17
-    del case["y"]
-    return {**case, "weight": weight, "weight_scale": weight_scale, "want": want, "allowed": allowed, "kind": "packed"}
-
-
 def mix_case(tokens, experts, rank, width, dtype, bank=3):
     rng = np.random.default_rng([tokens, experts, rank, width])
     weights = rng.uniform(0, 1, (tokens, experts))
@@ -100,17 +81,19 @@ def mix_case(tokens, experts, rank, width, dtype, bank=3):
 def select_case(rows, vocab, dtype):
     rng = np.random.default_rng([rows, vocab])
     expert, amateur = (rounded(rng.standard_normal((rows, vocab)) * 3, dtype) for _ in range(2))
-    alpha, beta = np.full(rows, 0.1, np.float32), np.full(rows, 0.5, np.float32)
     cut = np.log(0.1) + expert.max(1, keepdims=True).astype(np.float64)
     score = np.where(expert >= cut, 1.5 * expert.astype(np.float64) - 0.5 * amateur, -np.inf)
-    return {"expert": expert, "amateur": amateur, "alpha": alpha, "beta": beta, "want": score.max(1), "score": score,
-            "dtype": dtype, "kind": "select"}
+    pairs = np.ascontiguousarray(np.arange(2 * rows, dtype=np.int32).reshape(2, rows).T)
+    return {"logits": np.concatenate((expert, amateur)), "rows": pairs,
+            "weights": np.tile(np.array([1.5, -0.5], np.float32), (rows, 1)),
+            "log_alpha": np.full(rows, np.log(0.1), np.float32), "want": score.max(1), "score": score, "dtype": dtype,
+            "kind": "select"}
 
 
 def write(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, shapes, case in (("lora", LORA, lora_case), ("packed", PACKED, packed_case), ("mix", MIX, mix_case),
+    for name, shapes, case in (("lora", LORA, lora_case), ("mix", MIX, mix_case),
                                ("select", SELECT, select_case)):
         for shape in shapes:
             np.savez_compressed(folder / (f"{name}_" + "_".join(map(str, shape)) + ".npz"), **case(*shape))
@@ -130,17 +113,13 @@ def run(folder, target):
         def construct(self, x, slots, down, up, scale, y):
             return ascend.multi_lora(x, slots, down, up, scale, y)
 
-    class Packed(ms.nn.Cell):
-        def construct(self, x, slots, weight, weight_scale, down, up, scale):
-            return ascend.w4_lora(x, slots, weight, weight_scale, down, up, scale)
-
     class Mix(ms.nn.Cell):
         def construct(self, h, weights, slots, up, scale, y):
             return ascend.lily_mix(h, weights, slots, up, scale, y)
 
     class Select(ms.nn.Cell):
-        def construct(self, expert, amateur, alpha, beta):
-            return ascend.contrastive_token(expert, amateur, alpha, beta)
+        def construct(self, logits, rows, weights, log_alpha):
+            return ascend.contrastive_token(logits, rows, weights, log_alpha)
 
     files = sorted(Path(folder).glob("*.npz"))
     failed = 0
@@ -158,10 +137,6 @@ def run(folder, target):
             if str(case["kind"]) != "select":
                 if str(case["kind"]) == "lora":
                     out = Lora()(typed("x"), plain("slots"), typed("down"), typed("up"), plain("scale"), typed("y"))
-                elif str(case["kind"]) == "packed":
-                    out = Packed()(typed("x"), plain("slots"), plain("weight"), plain("weight_scale"), typed("down"),
-                                   typed("up"),
-                                   plain("scale"))
                 else:
                     out = Mix()(plain("h"), plain("weights"), plain("slots"), typed("up"), plain("scale"), typed("y"))
                 got = out.astype(ms.float32).asnumpy().astype(np.float64)
@@ -169,7 +144,7 @@ def run(folder, target):
                 share = float((error / np.maximum(allowed, 1e-30))[allowed > 0].max())
                 good = bool((error <= allowed).all())
             else:
-                token = Select()(typed("expert"), typed("amateur"), plain("alpha"), plain("beta")).asnumpy()
+                token = Select()(typed("logits"), plain("rows"), plain("weights"), plain("log_alpha"))[0].asnumpy()[:, 0]
                 score = case["score"][np.arange(len(token)), token]
                 share = float(np.max((case["want"] - score) / 1e-4))
                 good = share <= 1.0

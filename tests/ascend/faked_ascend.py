@@ -62,14 +62,12 @@ at_binding = list(made)
 
 def inputs_of(name, dtype, dynamic):
     """Tensors for a call of an operator; with dynamic, every axis is unknown while the graph is compiled."""
-    size = {"tokens": 6, "in": 64, "rank": 8, "out": 48, "slots": 3, "experts": 4, "segments": 2, "vocab": 100}
+    size = {"tokens": 6, "in": 64, "rank": 8, "out": 48, "slots": 3, "experts": 4, "vocab": 100}
     shapes = {
-        "MultiLora": ("tokens in", "slots rank in", "slots rank out", "slots", "tokens", "tokens out"),
-        "MultiLoraSegments": ("tokens in", "slots rank in", "slots rank out", "slots", 3, "segments", "tokens out"),
+        "MultiLora": ("tokens in", (3, 16, 64), "slots rank out", (3, 2), "tokens", "tokens out", 2),
         "LoraShrink": ("tokens in", "slots rank in", "slots", "tokens"),
         "LoraExpand": ("tokens rank", "slots rank out", "tokens", "tokens out"),
-        "ContrastiveSelect": ("tokens vocab", "tokens vocab", "tokens", "tokens", "tokens vocab"),
-        "W4Lora": ("tokens in", (48, 32), "out", "slots rank in", "slots rank out", "slots", "tokens"),
+        "ContrastiveSelect": ("tokens vocab", (3, 2), (3, 2), (3,)),
         "LilyMix": ("tokens rank", "tokens experts", "slots experts rank out", "slots", "tokens", "tokens out"),
     }[name]
     k = ("float16", "bfloat16", "float32").index(dtype)
@@ -83,12 +81,10 @@ def inputs_of(name, dtype, dynamic):
 
 #: operator -> its face, and the order in which that takes the operator's inputs.
 FACES = {
-    "MultiLora": (ascend.multi_lora, (0, 4, 1, 2, 3, 5)),
-    "MultiLoraSegments": (ascend.multi_lora_segments, (0, 4, 5, 1, 2, 3, 6)),
+    "MultiLora": (ascend.multi_lora, (0, 4, 1, 2, 3, 5, 6)),
     "LoraShrink": (ascend.lora_shrink, (0, 3, 1, 2)),
     "LoraExpand": (ascend.lora_expand, (0, 2, 1, 3)),
-    "ContrastiveSelect": (ascend.contrastive_token, (0, 1, 2, 3, 4)),
-    "W4Lora": (ascend.w4_lora, (0, 6, 1, 2, 3, 4, 5)),
+    "ContrastiveSelect": (ascend.contrastive_token, (0, 1, 2, 3)),
     "LilyMix": (ascend.lily_mix, (0, 1, 4, 2, 3, 5)),
 }
 

@@ -72,21 +72,23 @@ def test_attributes_have_no_value_at_registration():
         assert all(a.get("value") is None for a in registered), name
 
 
-SIZES = {"MultiLora": ([7, 64], [3, 8, 64], [3, 8, 48], [3], [7], [7, 48]),
-         "MultiLoraSegments": ([7, 64], [3, 8, 64], [3, 8, 48], [3], [3], [2], [7, 48]),
+SIZES = {"MultiLora": ([7, 64], [3, 16, 64], [3, 8, 48], [3, 2], [7], [7, 48], [2]),
          "LoraShrink": ([7, 64], [3, 8, 64], [3], [7]), "LoraExpand": ([7, 8], [3, 8, 48], [7], [7, 48]),
-         "ContrastiveSelect": ([7, 100], [7, 100], [7], [7], [7, 100]),
-         "W4Lora": ([7, 64], [48, 32], [48, 4], [3, 8, 64], [3, 8, 48], [3], [7]),
+         "ContrastiveSelect": ([9, 100], [7, 3], [7, 3], [7]),
          "LilyMix": ([7, 8], [7, 4], [3, 4, 8, 48], [3], [7], [7, 48])}
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_inference_takes_unknown_dimensions(name):
     """Graphs with dynamic shapes run on Ascend: there an axis is -1 while they are compiled."""
-    known, want = SIZES[name], SHAPES[name](*SIZES[name])
+    def flat(*shapes):
+        out = SHAPES[name](*shapes)
+        return [axis for one in (out if isinstance(out, tuple) else (out,)) for axis in one]
+
+    known, want = SIZES[name], flat(*SIZES[name])
     for i, shape in enumerate(known):
         for axis in range(len(shape)):
             given = [list(one) for one in known]
             given[i][axis] = -1
-            assert all(a in (b, -1) for a, b in zip(SHAPES[name](*given), want)), (i, axis)
-    assert len(SHAPES[name](*[[-1] * len(shape) for shape in known])) == len(want)
+            assert all(a in (b, -1) for a, b in zip(flat(*given), want)), (i, axis)
+    assert len(flat(*[[-1] * len(shape) for shape in known])) == len(want)

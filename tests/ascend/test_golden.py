@@ -17,7 +17,7 @@ def test_the_command_ends_with_zero(emulator):
                           text=True,
                           env={**os.environ, "PYTHON": sys.executable}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    count = len(golden.LORA) + len(golden.PACKED) + len(golden.MIX) + len(golden.SELECT)
+    count = len(golden.LORA) + len(golden.MIX) + len(golden.SELECT)
     assert f"{count} of {count} cases right on CPU" in done.stdout
 
 
