@@ -16,7 +16,7 @@ from colora_ms.kernels.ascend_builtin_calls import CALLS  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
-#: What the rehearsal's step may differ from the float32 one, relative: attention is rounded to bfloat16, forth and back.
+#: What the rehearsal's step may differ from the float32 one, relative: attention is in bfloat16, forth and back.
 LOSS, GRADIENT = 5e-4, 2e-2
 
 
