@@ -1,4 +1,4 @@
-"""Training on Ascend, rehearsed: which operators have gradients, and one step of a tiny model against the float32 CPU
+"""Training on Ascend, rehearsed: which operators have gradients, and updates of a tiny model against the float32 CPU
 path."""
 import os
 import subprocess
@@ -16,8 +16,9 @@ from colora_ms.kernels.ascend_builtin_calls import CALLS  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
-#: What the rehearsal's step may differ from the float32 one, relative: attention is in bfloat16, forth and back.
-LOSS, GRADIENT = 5e-4, 2e-2
+#: What the rehearsal may differ from the float32 path, relative (losses of three updates; gradients of the first one,
+#: by their norms): attention is in bfloat16, forth and back.
+LOSS, GRADIENT = (5e-4, 2e-3, 2e-3), 2e-2
 
 
 def t(*shape, dtype=ms.float16):
@@ -82,9 +83,11 @@ def steps(tmp_path_factory):
     return found
 
 
-def test_loss_and_gradients_of_one_step_are_those_of_the_cpu(steps):
+def test_losses_of_three_updates_and_the_gradients_of_the_first_are_those_of_the_cpu(steps):
     cpu, rehearsed = steps["cpu"], steps["rehearsal"]
-    assert 0 < abs(rehearsed["loss"] - cpu["loss"]) < LOSS * cpu["loss"]
+    off = np.abs(rehearsed["losses"] - cpu["losses"]) / cpu["losses"]
+    assert np.all(off < LOSS) and off.max() > 0
+    assert cpu["losses"][2] < cpu["losses"][0]
     names = [name for name in cpu if name.startswith("gradient")]
     assert len(names) == 2 * 7 and names == [name for name in rehearsed if name.startswith("gradient")]
     for name in names:
@@ -96,3 +99,4 @@ def test_loss_and_gradients_of_one_step_are_those_of_the_cpu(steps):
 def test_the_step_runs_the_operators_of_the_device(steps):
     launches = list(steps["rehearsal"]["launches"])
     assert launches.count("FlashAttentionScore") == launches.count("FlashAttentionScoreGrad") == 1
+    assert not [name for name in launches if name.startswith("colora_")]  # nothing of the CPU's library

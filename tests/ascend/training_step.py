@@ -1,26 +1,19 @@
-"""One training step of a tiny model in the column that COLORA_KERNELS names: python training_step.py OUTPUT.npz"""
+"""Updates of a tiny model in the column that COLORA_KERNELS names: python training_step.py OUTPUT.npz"""
 import sys
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import ParameterTuple, Tensor, ops
+from mindspore import Tensor
 
 from colora_ms.adapters import LoraConfig, inject
 from colora_ms.kernels import backend
 from colora_ms.kernels.launches import launches_of
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.decoder import Decoder
-from colora_ms.training.step import CausalLossCell
-
-
-class Step(ms.nn.Cell):
-    def __init__(self, loss, trained):
-        super().__init__(auto_prefix=False)
-        self.gradient = ops.value_and_grad(loss, None, trained, has_aux=True)
-
-    def construct(self, ids, labels, lengths, slots):
-        return self.gradient(ids, labels, lengths, slots)
+from colora_ms.training.batching import Batch
+from colora_ms.training.config import OptimizerConfig
+from colora_ms.training.step import Stepper
 
 
 def main(output):
@@ -35,15 +28,18 @@ def main(output):
         if one.dtype == ms.float32 and "scale" not in one.name:
             gain = 1.0 if "norm" in one.name else 0.0
             one.set_data(Tensor((gain + random.normal(size=one.shape) * 0.15).astype(np.float32)))
-    trained = ParameterTuple([one for one in decoder.get_parameters() if one.requires_grad])
     ids = random.integers(3, 61, (2, 12)).astype(np.int32)
     labels = np.where(np.arange(12) < np.array([[11], [7]]), np.roll(ids, -1, 1), -100).astype(np.int32)
-    step = Step(CausalLossCell(decoder), trained)
-    (loss, count), gradients = step(Tensor(ids), Tensor(labels), Tensor(np.array([12, 8], np.int32)),
-                                    Tensor(np.zeros(2, np.int32)))
-    names = [name for name, times in launches_of(step).by_name().items() for _ in range(times)]
-    np.savez(output, loss=loss.asnumpy() / count.asnumpy(), backend=backend(), launches=names,
-             **{f"gradient {one.name}": gradient.asnumpy() for one, gradient in zip(trained, gradients)})
+    batch = Batch(ids, labels, np.array([12, 8], np.int32))
+    stepper = Stepper(decoder, OptimizerConfig(learning_rate=0.01, schedule="constant", warmup_ratio=0.0,
+                                               max_grad_norm=None))
+    losses, gradients = [], {}
+    for step in range(1, 4):
+        losses.append(stepper([batch], step, 3)[0])
+        if step == 1:  # the first mean is (1 - beta1) times the gradient
+            gradients = {f"gradient {one.name}": one.asnumpy().copy() for one in stepper.optimizer.mean}
+    names = [name for name, times in launches_of(stepper.whole).by_name().items() for _ in range(times)]
+    np.savez(output, losses=losses, backend=backend(), launches=names, **gradients)
 
 
 if __name__ == "__main__":
