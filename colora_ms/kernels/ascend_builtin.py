@@ -10,6 +10,7 @@ Not yet run on an NPU.
 
 from __future__ import annotations
 
+import functools
 from typing import Optional
 
 import numpy as np
@@ -260,8 +261,8 @@ def _causal_mask():
 
 operation("builtin_causal_mask", ascend=_causal_mask, rehearsal=_causal_mask)
 for _name in CALLS:
-    operation(f"builtin_{_name}", ascend=lambda name=_name: CALLS[name],
-              rehearsal=lambda name=_name: STAND_INS[name])
+    operation(f"builtin_{_name}", ascend=functools.partial(CALLS.__getitem__, _name),
+              rehearsal=functools.partial(STAND_INS.__getitem__, _name))
 
 
 def load() -> None:
