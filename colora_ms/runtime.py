@@ -98,7 +98,9 @@ def run(cell: nn.Cell, *args: Any) -> Any:
 def _run(cell: nn.Cell, args: tuple) -> Any:
     global _compilations
     known = _compiled.setdefault(cell, set())
-    shapes = tuple((str(a.dtype), a.shape) if isinstance(a, Tensor) else repr(a) for a in args)
+    # A Cell that was compiled for unknown dimensions (set_inputs) says so: another shape is no other graph.
+    any_shape = getattr(cell, "any_shape", False)
+    shapes = () if any_shape else tuple((str(a.dtype), a.shape) if isinstance(a, Tensor) else repr(a) for a in args)
     new = shapes not in known
     try:
         with graph_mode():

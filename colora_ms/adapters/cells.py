@@ -9,6 +9,7 @@ from mindspore import Parameter, Tensor, nn
 from colora_ms.adapters.outside import leaf
 from colora_ms.adapters.slots import get, put, stacked, to_float32
 from colora_ms.kernels import bind
+from colora_ms.models.changes import note_whole
 
 
 class AdapterCell(nn.Cell):
@@ -67,11 +68,14 @@ class AdapterCell(nn.Cell):
     def keep(self, parameters: Iterable[Parameter]) -> None:
         """Copy base Parameters aside before they change."""
         self._kept = [(parameter, parameter.asnumpy().copy()) for parameter in parameters]
+        for parameter, _ in self._kept:
+            note_whole(parameter)
 
     def unmerge(self) -> None:
         """Put the kept base weights back, bit for bit."""
         for parameter, value in self._kept or ():
             parameter.set_data(Tensor(value))
+            note_whole(parameter)
         self._kept = None
 
 

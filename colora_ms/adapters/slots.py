@@ -7,6 +7,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
+from colora_ms.models.changes import note_slot, note_whole
 from colora_ms.models.safetensors_file import bfloat16_to_float32, float32_to_bfloat16
 
 
@@ -38,6 +39,7 @@ def put(parameter: Parameter, slot: int, value: Any) -> None:
     if not in_place:
         parameter.set_data(Tensor.from_numpy(whole) if parameter.dtype != ms.bfloat16
                            else Tensor(bfloat16_to_float32(whole)).astype(ms.bfloat16))
+    note_slot(parameter, slot)
 
 
 def get(parameter: Parameter, slot: int, shape: tuple[int, ...] = ()) -> np.ndarray:
@@ -71,3 +73,4 @@ def owned_slots(slots: Tensor, owned: Tensor) -> Tensor:
 def add_in_float32(parameter: Parameter, delta: np.ndarray) -> None:
     """parameter + delta, added in float32 and rounded once to the parameter's dtype."""
     parameter.set_data(Tensor(to_float32(parameter) + delta).astype(parameter.dtype))
+    note_whole(parameter)

@@ -154,8 +154,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
                         help="tokens of a prompt and its answer together; none: what model and cache take")
     parser.add_argument("--cache-bytes", type=int, default=None,
                         help="memory for keys and values; none: as much as 1,024 tokens in every row need")
-    parser.add_argument("--cache-dtype", default="float32", choices=CACHE_DTYPES,
-                        help="of keys and values; bfloat16 and int8 take a half and a quarter of the memory")
+    parser.add_argument("--cache-dtype", default=None, choices=CACHE_DTYPES,
+                        help="of keys and values; none: the device's own, on a CPU float32; bfloat16 and int8 take a "
+                             "half and a quarter of the memory")
 
 
 def engine(arguments: argparse.Namespace, rows: int, team: Workers | None = None, **more: Any) -> tuple[Engine, str]:
@@ -188,8 +189,9 @@ def engine(arguments: argparse.Namespace, rows: int, team: Workers | None = None
     else:
         decoder, tokenizer = load_model(arguments.model, arguments.weights, max_positions=arguments.max_length)
         prepare(decoder)
+    cache_dtype = None if arguments.cache_dtype is None else getattr(ms, arguments.cache_dtype)
     made = Engine(decoder, tokenizer, next(iter(banks), None), rows=rows, max_length=arguments.max_length,
-                  cache_bytes=arguments.cache_bytes, cache_dtype=getattr(ms, arguments.cache_dtype), team=team, **more)
+                  cache_bytes=arguments.cache_bytes, cache_dtype=cache_dtype, team=team, **more)
     if team is not None and not team.first:
         follow(made.follower(), next(iter(banks), None), team)
         sys.exit(0)

@@ -25,7 +25,7 @@ from colora_ms.decoding.seat import Line, Seat
 from colora_ms.decoding.step import FlatBatch, StepGraph
 from colora_ms.errors import ConfigError, ServingError
 from colora_ms.kernels.options import OptionRows
-from colora_ms.models.paged_cache import BLOCK, PagedCache, block_bytes
+from colora_ms.models.device_form import cache_form
 
 _log = logging.getLogger(__name__)
 
@@ -46,11 +46,12 @@ def cache_blocks(decoder: Any, cache_bytes: Optional[int], positions: int, dtype
     Raises:
         ConfigError: it is no number of bytes that holds two blocks.
     """
+    form = cache_form(decoder)
     if cache_bytes is None:
-        return max(2, -(-positions // BLOCK))
-    one = block_bytes(decoder.config, dtype)
+        return max(2, -(-positions // form.block))
+    one = form.block_bytes(decoder.config, dtype)
     if not isinstance(cache_bytes, int) or isinstance(cache_bytes, bool) or cache_bytes < 2 * one:
-        raise ConfigError(f"cache_bytes={cache_bytes!r} is not a whole number >= {2 * one}, two blocks of {BLOCK} "
+        raise ConfigError(f"cache_bytes={cache_bytes!r} is not a whole number >= {2 * one}, two blocks of {form.block} "
                           "positions of this model")
     return cache_bytes // one
 
@@ -111,11 +112,13 @@ class Core:
         ``graph``: of a former core; if it has these sizes, it goes on over the new cache and is not compiled again.
         """
         tokens = max(TOKENS, rows + budget)
+        form = cache_form(decoder)
         if graph is None or (graph.tokens, graph.rows, graph.capacity) != (tokens, rows, chunk):
-            graph = StepGraph(decoder, PagedCache(decoder.config, blocks, dtype), tokens, rows, rows, chunk)
+            graph = StepGraph(decoder, form.make(decoder.config, blocks, dtype), tokens, rows, rows, chunk)
         else:
-            graph.over(lambda: PagedCache(decoder.config, blocks, dtype))
-        return cls(graph, BlockPool(blocks, kind=str(dtype)), rows, tokens, chunk, budget, length, eos)
+            graph.over(lambda: form.make(decoder.config, blocks, dtype))
+        pool = BlockPool(blocks, form.block, kind=str(form.dtype(dtype)))
+        return cls(graph, pool, rows, tokens, chunk, budget, length, eos)
 
     def warm_up(self) -> None:
         """Compile the graph now; there must be no requests."""

@@ -8,8 +8,6 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 import numpy as np
 
-import mindspore as ms
-
 from colora_ms import runtime
 from colora_ms.decoding.completion import Completion
 from colora_ms.decoding.core import Core, cache_blocks
@@ -19,7 +17,7 @@ from colora_ms.decoding.request import Limits, Request, Running, row_key
 from colora_ms.decoding.step import bucket
 from colora_ms.decoding.values import shown
 from colora_ms.errors import DecodingError
-from colora_ms.models.paged_cache import BLOCK
+from colora_ms.models.device_form import cache_form
 from colora_ms.models.replacing import replacements
 
 #: Tokens of prompts in a call in which other requests make tokens; nobody waits for these one by one.
@@ -41,13 +39,14 @@ class Generator:
         adapters: the handle that :func:`colora_ms.adapters.inject` or ``load_adapter`` returned, or None.
         max_rows: rows that are computed side by side (a contrastive request takes two).
         chunk: tokens a graph call makes at most.
-        cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values.
+        cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values; None: the device's own, on a
+            CPU float32.
         cache_bytes: memory for keys and values; None: what the prompts and answers of ``max_rows`` rows need, so that
             it grows where they do.
     """
 
     def __init__(self, decoder: Any, tokenizer: Any, adapters: Any = None, max_rows: int = 16, chunk: int = 16,
-                 cache_dtype: Any = ms.float32, cache_bytes: Optional[int] = None) -> None:
+                 cache_dtype: Any = None, cache_bytes: Optional[int] = None) -> None:
         for label, value, least in (("max_rows", max_rows, 2), ("chunk", chunk, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
                 raise DecodingError(f"{label}={shown(value)} is not a whole number of {least} to {_MOST}"
@@ -61,6 +60,7 @@ class Generator:
         self.cache_dtype = cache_dtype
         self._blocks = None if cache_bytes is None else cache_blocks(decoder, cache_bytes, 0, cache_dtype)
         self._core: Optional[Core] = None
+        self._form = cache_form(decoder)
         self._replacements = 0
         self._one = threading.RLock()  # one call at a time; a listener may make another one
         #: Graphs of the decoders that leave the graph at every token; see ``colora_ms.decoding.stepwise``.
@@ -134,6 +134,7 @@ class Generator:
         core = self._reserve(jobs)
         core.eos = eos
         core.clear()  # weights and adapters may have changed since the last call
+        core.graph.reread()
         places = {id(job): place for place, job in enumerate(jobs)}
         waiting = deque(jobs)
         try:
@@ -154,10 +155,13 @@ class Generator:
     def _reserve(self, jobs: Sequence[Running]) -> Core:
         """The core, with a cache for these; a larger one replaces the present one."""
         blocks = self._blocks or self._wanted(jobs)
+        if self._core is not None and self._replacements != replacements() and self._form != cache_form(self.decoder):
+            self._core = None  # what the model has become is kept in another form
         if self._core is None or self._core.pool.blocks < blocks:
             same = self._core is not None and self._replacements == replacements()
             graph = self._core.graph if self._core is not None and same else None
             self._core = None  # its cache goes first
+            self._form = cache_form(self.decoder)
             self.decoder.set_train(False)
             self._core = Core.of(self.decoder, blocks, self.cache_dtype, self.max_rows, self.chunk, _BUDGET,
                                  self.max_length, self.eos_token_ids, graph)
@@ -172,7 +176,7 @@ class Generator:
         least = min(_SHORTEST, self.max_length)
         rows = sorted((max(least, len(job.prompt(number)) + job.left) for job in jobs
                        for number in range(len(job.keys))), reverse=True)
-        return bucket(sum(-(-length // BLOCK) for length in rows[:self.max_rows]))
+        return bucket(sum(-(-length // self._form.block) for length in rows[:self.max_rows]))
 
     def _requests(self, prompts: Any, adapter: Any, options: Dict[str, Any], eos: Iterable[int]) -> List[Running]:
         if not hasattr(prompts, "__len__") or isinstance(prompts, (bytes, dict)):
@@ -204,7 +208,7 @@ class Generator:
                                 "model cannot be decoded now; save it with as_lora=True and load that into an "
                                 "untouched model")
         limits = Limits(self.decoder.config.vocab_size, self.max_length, hint="" if self._blocks is None else
-                        "; with a larger cache_bytes it may hold more", blocks=self._blocks)
+                        "; with a larger cache_bytes it may hold more", blocks=self._blocks, block=self._form.block)
         request = Request.of(self.tokenizer, prompt, adapter, options, limits, f"prompt {index}")
         if len(request.rows) > self.max_rows:
             raise DecodingError(f"prompt {index} takes {len(request.rows)} rows, this generator has "

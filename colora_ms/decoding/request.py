@@ -55,6 +55,7 @@ class Limits:
         vocabulary: ids of the model.
         length: tokens that a prompt and its answer may have together.
         blocks: of the cache, for all rows of a request together; None: there is room for every request.
+        block: positions of each of them.
         place: what holds them, for messages; hint: how to get more.
     """
 
@@ -63,10 +64,11 @@ class Limits:
     place: str = "the context"
     hint: str = ""
     blocks: Optional[int] = None
+    block: int = BLOCK
 
     def of(self, rows: int) -> int:
         """Tokens that a prompt and its answer may have together in a request of this many rows."""
-        return self.length if self.blocks is None else min(self.length, self.blocks // rows * BLOCK)
+        return self.length if self.blocks is None else min(self.length, self.blocks // rows * self.block)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,8 +1,9 @@
 """The graph of a step: a flat batch of tokens in, the next tokens of some requests out.
 
 Where the device has the operator and the model's Cells allow it, a step is ``kernels.step``: one graph with one shape,
-whatever the load, and several iterations a call. Elsewhere it is a graph of the Cells, one iteration a call, compiled
-for buckets of tokens, rows and requests. Both make the same tokens.
+whatever the load, and several iterations a call. On Ascend it is a graph of the device's operators, one iteration a
+call (:mod:`colora_ms.decoding.device_step`). Elsewhere it is a graph of the Cells, one iteration a call, compiled for
+buckets of tokens, rows and requests. On a CPU both make the same tokens.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
+from colora_ms.decoding.device_step import DeviceGraphs, Selection
 from colora_ms.decoding.selection import select
 from colora_ms.errors import DecodingError
 from colora_ms.kernels import bind, step
 from colora_ms.kernels.flat_step import EXTRAS
-from colora_ms.kernels.options import COLUMN, SELECTION, OptionRows
-from colora_ms.kernels.paged import BLOCK
+from colora_ms.kernels.options import COLUMN, DETAILS, MOST_TOP, SELECTION, OptionRows
 from colora_ms.kernels.weight_table import NOTHING, ArrayTable, WeightTable
+from colora_ms.models.device_decoder import DeviceDecoder
+from colora_ms.models.paged_cache import DeviceCache
+from colora_ms.models.replacing import replacements
 
 _BUDGET = COLUMN["budget"]
 
@@ -134,7 +138,8 @@ class StepGraph:
     """Runs steps over one cache; who calls it is the only one that runs graphs over this cache.
 
     Args:
-        decoder: :class:`colora_ms.models.decoder.Decoder`; cache: :class:`colora_ms.models.paged_cache.PagedCache`.
+        decoder: :class:`colora_ms.models.decoder.Decoder`; cache: of the decoder's form, see
+            :func:`colora_ms.models.device_form.cache_form`.
         tokens: tokens of a flat batch, at most; rows, requests: at most, too.
         capacity: iterations of a call, at most.
 
@@ -148,9 +153,11 @@ class StepGraph:
         self.decoder, self.cache = decoder, cache
         self.tokens, self.rows, self.requests, self.capacity = tokens, rows, requests, capacity
         self.fused = decoder.fused_step
-        self.width = -(-decoder.max_positions // BLOCK)  # blocks of the longest row
+        self.width = -(-decoder.max_positions // cache.block)  # blocks of the longest row
         self._former = 0
         self._table: Optional[WeightTable] = None
+        self._packed: Optional[DeviceDecoder] = None
+        self._device: Optional[DeviceGraphs] = None
         self._make()
 
     def _make(self) -> None:
@@ -159,6 +166,12 @@ class StepGraph:
             self._read_weights()
             self._extras = ArrayTable()
             self._cells = [FusedStep().set_train(False)]
+        elif isinstance(self.cache, DeviceCache):
+            if self._packed is None or self._packed.made_at != replacements():
+                self._packed = None  # its memory goes first
+                self._packed = DeviceDecoder(self.decoder, self.cache.dtype)
+            self._device = DeviceGraphs(self._packed, self.cache)
+            self._cells = [Selection().set_train(False)]
         else:
             self._cells = [CellStep(self.decoder, self.cache).set_train(False),
                            CopyBlocks(self.cache).set_train(False)]
@@ -174,7 +187,7 @@ class StepGraph:
         compiled again."""
         self.cache = None
         if not self.fused:
-            self._former, self._cells = self.compilations(), []
+            self._former, self._cells, self._device = self.compilations(), [], None
         self._table = None
         self.cache = make()
         if self.fused:
@@ -186,6 +199,11 @@ class StepGraph:
     def _read_weights(self) -> None:
         self._table = WeightTable(self.decoder.step_operands(self.cache))
 
+    def reread(self) -> None:
+        """Weights may have been trained since the last call; what keeps copies of them makes new ones."""
+        if self._packed is not None:
+            self._packed.refresh(trained=True)
+
     def rest(self) -> None:
         """Called now and then while there is nothing to run."""
 
@@ -194,7 +212,8 @@ class StepGraph:
 
     def compilations(self) -> int:
         """How many graphs have been compiled."""
-        return self._former + sum(runtime.compilations(cell) for cell in self._cells)
+        own = self._device.cells if self._device is not None else []
+        return self._former + sum(runtime.compilations(cell) for cell in (*self._cells, *own))
 
     def run(self, batch: FlatBatch) -> StepResult:
         """Compute a batch.
@@ -209,7 +228,12 @@ class StepGraph:
                                   ("blocks of a row", batch.tables.shape[1], self.width)):
             if count > most:
                 raise DecodingError(f"a step of {count} {what} is larger than its graph, which has {most}")
-        return self._run_fused(batch) if self.fused else self._run_cells(batch)
+        if self.fused:
+            return self._run_fused(batch)
+        if np.any(_strengths(batch, len(batch.slots)) != 1):
+            raise DecodingError("adapter_scale: this model's steps are no single operator, which alone scales adapters "
+                                "by row; leave it out, or save the adapter with another scale")
+        return self._run_device(batch, self._device) if self._device is not None else self._run_cells(batch)
 
     def _run_fused(self, batch: FlatBatch) -> StepResult:
         table = self._table
@@ -232,32 +256,32 @@ class StepGraph:
         ints, floats, tops, details = (one.asnumpy()[:batch.steps, :count] for one in (*found, tops, details))
         return StepResult(ints, floats, taken.asnumpy()[:count], tops, details)
 
+    def _run_device(self, batch: FlatBatch, device: DeviceGraphs) -> StepResult:
+        for source, target in batch.copies.reshape(-1, 2).tolist():
+            device.copy(source, target)
+        rows, requests = bucket(len(batch.slots)), bucket(max(1, len(batch.whole)))
+        logits = device.logits(batch, _last_tokens(batch, rows))
+        if not np.any(_takes(batch)):
+            return _result(batch, [np.zeros((requests, width), kind) for width, kind in _WIDTHS])
+        found = runtime.run(self._cells[0], logits, Tensor(padded(batch.previous, requests, -1)),
+                            *_options(batch, requests).tensors(), *_selection(batch, requests))
+        return _result(batch, [one.asnumpy() for one in found])
+
     def _run_cells(self, batch: FlatBatch) -> StepResult:
-        if np.any(_strengths(batch, len(batch.slots)) != 1):
-            raise DecodingError("adapter_scale: this model's steps are no single operator, which alone scales adapters "
-                                "by row; leave it out, or save the adapter with another scale")
         for source, target in batch.copies.reshape(-1, 2):
             runtime.run(self._cells[1], Tensor(np.array([source], np.int32)),
                         Tensor(np.array([target], np.int32))).asnumpy()
         # Each shape is a graph to compile, so that there are few: one number for tokens, rows and requests.
         tokens = min(coarse(len(batch.tokens)), self.tokens)
         rows, requests = min(tokens, self.rows), min(tokens, self.requests)
-        read = np.zeros(rows, np.int32)
-        read[batch.rows] = np.arange(len(batch.rows))  # the last token of each row stays
-        ids, lengths = _prompt_rows(batch.prompts, requests)
-        width = min(coarse(int(batch.positions.max(initial=0)) // BLOCK + 1), self.width)
-        results = runtime.run(
+        width = min(coarse(int(batch.positions.max(initial=0)) // self.cache.block + 1), self.width)
+        found = runtime.run(
             self._cells[0], *(Tensor(padded(one, tokens, fill)) for one, fill in (
                 (batch.tokens, 0), (batch.rows, -1), (batch.positions, 0), (batch.slots[batch.rows], -1))),
-            Tensor(_padded_tables(batch.tables[:, :width], rows, width)), Tensor(read),
+            Tensor(_padded_tables(batch.tables[:, :width], rows, width)), Tensor(_last_tokens(batch, rows)),
             Tensor(padded(batch.slots, rows, -1)), Tensor(padded(batch.previous, requests, -1)),
-            *_options(batch, requests).tensors(),
-            Tensor(np.ascontiguousarray(_uniforms(batch.uniforms, requests, 1)[:, 0])), Tensor(ids), Tensor(lengths))
-        count = len(batch.whole)
-        takes = (batch.mix_rows[:, 0] >= 0) & (batch.whole[:, _BUDGET] > 0)
-        ints, floats, tops, details = (
-            np.where(takes[:, None], one.asnumpy()[None, :count], fill) for one, fill in zip(results, (0, 0, -1, 0)))
-        return StepResult(ints, floats, takes.astype(np.int32), tops, details)
+            *_options(batch, requests).tensors(), *_selection(batch, requests))
+        return _result(batch, [one.asnumpy() for one in found])
 
 
 #: Most ids that end answers in one call.
@@ -280,6 +304,36 @@ def padded(array: np.ndarray, size: int, fill: int) -> np.ndarray:
     out = np.full((size, *array.shape[1:]), fill, np.int32)
     out[:len(array)] = array
     return out
+
+
+def _last_tokens(batch: FlatBatch, size: int) -> np.ndarray:
+    """(size,) int32: the last token of each row."""
+    read = np.zeros(size, np.int32)
+    read[batch.rows] = np.arange(len(batch.rows))
+    return read
+
+
+def _selection(batch: FlatBatch, requests: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """Random numbers of one iteration, and the prompts that contrasts look at with their lengths."""
+    ids, lengths = _prompt_rows(batch.prompts, requests)
+    return (Tensor(np.ascontiguousarray(_uniforms(batch.uniforms, requests, 1)[:, 0])), Tensor(ids), Tensor(lengths))
+
+
+def _takes(batch: FlatBatch) -> np.ndarray:
+    """(Q,) bool: which requests take a token."""
+    return (batch.mix_rows[:, 0] >= 0) & (batch.whole[:, _BUDGET] > 0)
+
+
+#: Columns of the four arrays of an iteration, and their types.
+_WIDTHS = ((3, np.int32), (4, np.float32), (MOST_TOP, np.int32), (DETAILS, np.float32))
+
+
+def _result(batch: FlatBatch, found: Sequence[np.ndarray]) -> StepResult:
+    """The result of one iteration, from arrays of at least as many requests."""
+    count, takes = len(batch.whole), _takes(batch)
+    ints, floats, tops, details = (
+        np.where(takes[:, None], one[None, :count], fill) for one, fill in zip(found, (0, 0, -1, 0)))
+    return StepResult(ints, floats, takes.astype(np.int32), tops, details)
 
 
 def _padded_tables(tables: np.ndarray, rows: int, width: int) -> np.ndarray:

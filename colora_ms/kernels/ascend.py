@@ -151,9 +151,14 @@ _LIBRARIES = {}  # path of an emulated operators' library -> sha256 of what it h
 
 
 def libraries_in_use() -> "list[tuple[str, str]]":
-    """[(path, sha256)] of the emulated libraries that this process has made primitives from: a compiled graph names
-    such a library by its path, so both belong to the key under which it is kept."""
+    """[(path, sha256)] of the emulated libraries, and of the rehearsal's, from which this process has made primitives:
+    a compiled graph names such a library by its path, so both belong to the key under which it is kept."""
     return sorted(_LIBRARIES.items())
+
+
+def note_library(path: Path) -> None:
+    """Count a library among :func:`libraries_in_use`."""
+    _LIBRARIES[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def primitive(name: str, target: Optional[str] = None, **attributes: Any) -> ops.Custom:

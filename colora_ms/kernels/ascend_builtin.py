@@ -201,8 +201,24 @@ def embedding(table: Tensor, tokens: Tensor) -> Tensor:
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """``a + b`` (Add) of one shape and dtype."""
+    """``a + b`` (Add) of one dtype; b has a's shape, or is a row, (columns,), as a bias is."""
     return bound.builtin_add(a, b)
+
+
+def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x in another shape of one to four axes (Reshape): a view, no launch. A CPU has no Reshape for bfloat16, which is
+    why the rehearsal needs a face for it."""
+    return bound.builtin_reshape(x, shape)
+
+
+def split(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The last axis cut into two or three parts (SplitWithSize): one launch that copies, so that the parts are
+    contiguous, as the operators of the internal library want them.
+
+    Args:
+        x: (..., sum of the sizes). sizes: two or three constants.
+    """
+    return bound.builtin_split(x, sizes)
 
 
 def prompt_mask(dtype: ms.Type) -> Tensor:

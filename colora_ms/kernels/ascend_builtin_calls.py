@@ -74,8 +74,17 @@ def _first_and_third(x1, x2, gamma, eps):
     return y, total
 
 
+def _reshape(x, shape):
+    return _get_cache_prim(primitives.Reshape)()(x, shape)
+
+
+def _split(x, sizes):
+    return _get_cache_prim(primitives.SplitWithSize)()(x, sizes, -1)
+
+
 #: face -> the call of its primitive.
 CALLS = {"rms_norm": _first, "add_rms_norm": _first_and_third, "rotary": _rotary,
         "reshape_and_cache": _reshape_and_cache, "paged_attention": _paged_attention,
         "flash_attention": _flash_attention, "swiglu": _swiglu, "linear": _linear, "grouped_linear": _grouped_linear,
-        "quantized_linear": _quantized_linear, "embedding": _embedding, "add": _add}
+        "quantized_linear": _quantized_linear, "embedding": _embedding, "add": _add, "reshape": _reshape,
+         "split": _split}

@@ -26,6 +26,7 @@ from mindspore.ops import auto_generate as primitives
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import ABSENT, KernelError
+from colora_ms.kernels.ascend import note_library
 from colora_ms.kernels.ascend_builtin_calls import CALLS
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.rehearsal_checks import CHECKS, argument
@@ -72,10 +73,13 @@ def publish_inputs() -> None:
 
     That is what the device's runtime does with these names when a graph starts. Done once, for the process.
     """
-    plain = nn.Cell.compile_and_run
+    for name in ("compile_and_run", "_predict"):  # a Cell of phase "prefill" or "increment" has a short way of its own
+        setattr(nn.Cell, name, _publishing(getattr(nn.Cell, name)))
 
+
+def _publishing(plain):
     @functools.wraps(plain)
-    def compile_and_run(self, *args, **kwargs):
+    def started(self, *args, **kwargs):
         functions = _functions()
         given = inspect.signature(self.construct).bind(*args, **kwargs).arguments
         boost = {**ms.context.get_jit_config(), **self.jit_config_dict}.get("infer_boost") == "on"
@@ -93,7 +97,7 @@ def publish_inputs() -> None:
         finally:
             functions.colora_rehearsal_end()
 
-    nn.Cell.compile_and_run = compile_and_run
+    return started
 
 
 def _publish(functions, name, value):
@@ -109,6 +113,7 @@ class _StandIn(ops.Custom):
 
     def __init__(self, name):
         publish_inputs()
+        note_library(library())
         super().__init__(f"{library()}:{name}", lambda *_: None, lambda *_: None, "aot")
         self._check = CHECKS[name]
 
@@ -214,9 +219,30 @@ def _add(a, b):
     return _agreed(bound.rehearsal_Add(a, b), CALLS["add"](a, b))
 
 
+def _reshape(x, shape):
+    real = CALLS["reshape"](x, shape)
+    axes = real.shape
+    if len(axes) == 1:
+        return _agreed(bound.rehearsal_Reshape(x, axes[0]), real)
+    if len(axes) == 2:
+        return _agreed(bound.rehearsal_Reshape(x, axes[0], axes[1]), real)
+    if len(axes) == 3:
+        return _agreed(bound.rehearsal_Reshape(x, axes[0], axes[1], axes[2]), real)
+    return _agreed(bound.rehearsal_Reshape(x, axes[0], axes[1], axes[2], axes[3]), real)
+
+
+def _split(x, sizes):
+    real = CALLS["split"](x, sizes)
+    if len(sizes) == 2:
+        first, second = bound.rehearsal_SplitWithSize(x, sizes[0], sizes[1])
+        return _agreed(first, real[0]), _agreed(second, real[1])
+    first, second, third = bound.rehearsal_SplitWithSize(x, sizes[0], sizes[1], sizes[2])
+    return _agreed(first, real[0]), _agreed(second, real[1]), _agreed(third, real[2])
+
+
 #: face -> its stand-in.
 STAND_INS = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rotary": _rotary,
              "reshape_and_cache": _reshape_and_cache, "paged_attention": _paged_attention,
              "flash_attention": _flash_attention, "swiglu": _swiglu, "linear": _linear,
              "grouped_linear": _grouped_linear, "quantized_linear": _quantized_linear, "embedding": _embedding,
-             "add": _add}
+             "add": _add, "reshape": _reshape, "split": _split}

@@ -7,6 +7,7 @@ for Atlas A2 and A3, the inference functions of MindSpore 2.9, the calls of mind
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -222,8 +223,20 @@ def _gather(table: Argument, tokens: Argument) -> Outputs:
 def _add(a: Argument, b: Argument) -> Outputs:
     require_dtype("Add", "a", a.dtype, FLOATS)
     _one_dtype("Add", a=a, b=b)
-    require_shape("Add", "b", b.shape, a.shape)
+    require(b.shape in (a.shape, a.shape[-1:]), "Add", "b", b.shape, f"{a.shape} or {a.shape[-1:]}")
     return [(a.shape, a.dtype)]
+
+
+def _reshape(x: Argument, *axes: Argument) -> Outputs:
+    shape = [axis.value for axis in axes]
+    require(math.prod(shape) == math.prod(x.shape), "Reshape", "shape", shape, f"as many numbers as {tuple(x.shape)}")
+    return [(shape, x.dtype)]
+
+
+def _split(x: Argument, *sizes: Argument) -> Outputs:
+    widths = [size.value for size in sizes]
+    require(sum(widths) == x.shape[-1], "SplitWithSize", "split_size", widths, f"a sum of {x.shape[-1]}")
+    return [(x.shape[:-1] + [width], x.dtype) for width in widths]
 
 
 #: stand-in -> its check.
@@ -231,4 +244,4 @@ CHECKS: dict[str, Callable[..., Outputs]] = {
     "RmsNorm": _rms_norm, "AddRmsNorm": _add_rms_norm, "ApplyRotaryPosEmb": _rotary,
     "ReshapeAndCache": _reshape_and_cache, "PagedAttention": _paged_attention, "FlashAttentionScore": _flash_attention,
     "Swiglu": _swiglu, "MatMul": _matmul, "GroupedMatmul": _grouped_matmul, "WeightQuantBatchMatmul": _quantized,
-    "Gather": _gather, "Add": _add}
+    "Gather": _gather, "Add": _add, "Reshape": _reshape, "SplitWithSize": _split}

@@ -1,4 +1,8 @@
-"""The paged key/value cache: blocks of 16 positions that rows reach through block tables, written in place."""
+"""The paged key/value cache: blocks of positions that rows reach through block tables, written in place.
+
+Which of the two forms a model has on the device in use, and how long a block is there, says
+:mod:`colora_ms.models.device_form`.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +29,14 @@ class PagedCache(nn.Cell):
             entry is rounded again when others come).
 
     Attributes:
+        block: positions of a block.
         keys, values: a Parameter a layer, each (blocks, kv_heads, numbers of a block).
 
     Raises:
         ConfigError: no block, or an unknown type.
     """
+
+    block = BLOCK
 
     def __init__(self, config: DecoderConfig, blocks: int, dtype: ms.dtype.Type = ms.float32) -> None:
         super().__init__()
@@ -48,6 +55,46 @@ class PagedCache(nn.Cell):
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return self.blocks * self.block_bytes
+
+
+class DeviceCache(nn.Cell):
+    """Keys and values as Ascend's ReshapeAndCache and PagedAttention have them.
+
+    Args:
+        config: :class:`colora_ms.models.config.DecoderConfig`; blocks: how many; block: positions of each.
+        dtype: ``mindspore.float16`` or ``bfloat16``.
+
+    Attributes:
+        keys, values: a Parameter a layer, each (blocks, block, kv_heads, :func:`device_dim` of head_dim).
+
+    Raises:
+        ConfigError: no block.
+    """
+
+    def __init__(self, config: DecoderConfig, blocks: int, block: int, dtype: ms.dtype.Type) -> None:
+        super().__init__()
+        if blocks < 1:
+            raise ConfigError(f"a cache needs at least one block of {block} positions, got blocks={blocks}")
+        self.blocks, self.block, self.dtype = blocks, block, dtype
+        self.block_bytes = device_block_bytes(config, block)
+        shape = (blocks, block, config.num_key_value_heads, device_dim(config.head_dim))
+        self.keys = _parameters("keys", shape, config.num_hidden_layers, dtype)
+        self.values = _parameters("values", shape, config.num_hidden_layers, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return self.blocks * self.block_bytes
+
+
+def device_dim(head_dim: int) -> int:
+    """Numbers of a head on the device: the next multiple of 32, of which rotation and attention there are made."""
+    return -(-head_dim // 32) * 32
+
+
+def device_block_bytes(config: DecoderConfig, block: int) -> int:
+    """Bytes of one block of ``block`` positions of half type: keys and values of all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * block * device_dim(config.head_dim) * 2
 
 
 def block_bytes(config: DecoderConfig, dtype: ms.dtype.Type = ms.float32) -> int:

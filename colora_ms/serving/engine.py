@@ -13,8 +13,6 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-import mindspore as ms
-
 from colora_ms import runtime
 from colora_ms.decoding.core import AHEAD, Core, cache_blocks
 from colora_ms.decoding.options import Options
@@ -24,7 +22,7 @@ from colora_ms.decoding.step import StepGraph
 from colora_ms.decoding.values import shown
 from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ColoraError, ConfigError, DecodingError, EngineClosedError, UnknownAdapterError
-from colora_ms.models.paged_cache import BLOCK
+from colora_ms.models.device_form import cache_form
 from colora_ms.serving.bank import AdapterBank
 from colora_ms.serving.handle import RequestHandle, Timing, Usage
 from colora_ms.serving.job import Job
@@ -57,7 +55,8 @@ class Engine:
         queue: requests that may wait; a further one is refused with QueueFullError.
         prompt_chunk: tokens of prompts that are computed in a step in which other requests make tokens, so that the
             time between their tokens stays even.
-        cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values.
+        cache_dtype: ``mindspore.float32``, ``bfloat16`` or ``int8`` for keys and values; None: the device's own, on a
+            CPU float32.
         ahead: tokens of every running request for which blocks are kept free when a further one is let in; with fewer,
             more run at a time and more have to wait again, see ``preemptions``.
         team: the workers over which the decoder is split (:mod:`colora_ms.serving.split`); this is the first of them.
@@ -68,7 +67,7 @@ class Engine:
 
     def __init__(self, decoder: Any, tokenizer: Any, bank: Optional[AdapterBank] = None, rows: int = 16,
                  cache_bytes: Optional[int] = None, max_length: Optional[int] = None, chunk: int = 8, queue: int = 256,
-                 prompt_chunk: int = 128, cache_dtype: Any = ms.float32, ahead: int = AHEAD,
+                 prompt_chunk: int = 128, cache_dtype: Any = None, ahead: int = AHEAD,
                  team: Optional[Workers] = None) -> None:
         limit = min(decoder.max_positions, decoder.config.max_position_embeddings)
         max_length = limit if max_length is None else max_length
@@ -88,9 +87,10 @@ class Engine:
         self.chunk = chunk
         self.eos = ending_ids(decoder, tokenizer)
         blocks = cache_blocks(decoder, cache_bytes, rows * min(self.max_length, 1024), cache_dtype)
-        self.max_length = min(self.max_length, blocks * BLOCK)
+        self.max_length = min(self.max_length, blocks * cache_form(decoder).block)
         self._limits = Limits(decoder.config.vocab_size, self.max_length, "the engine's cache",
-                              ": shorten it, or make the engine with a larger max_length or cache_bytes", blocks)
+                              ": shorten it, or make the engine with a larger max_length or cache_bytes", blocks,
+                              cache_form(decoder).block)
         self._core = Core.of(decoder, blocks, cache_dtype, rows, chunk, prompt_chunk, self.max_length, self.eos)
         self._core.ahead = ahead
         self.split = team is not None and team.world > 1

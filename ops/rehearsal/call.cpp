@@ -45,6 +45,18 @@ Type Call::type(int i) const {
     return Type::other;
 }
 
+size_t Call::width() const {
+    switch (type(0)) {
+        case Type::half:
+        case Type::bf16: return 2;
+        case Type::i8:
+        case Type::u8: return 1;
+        case Type::i64:
+        case Type::f64: return 8;
+        default: return 4;
+    }
+}
+
 std::string Call::shape(int i) const {
     std::string text = "(";
     for (int k = 0; k < ranks[i]; ++k) text += (k ? ", " : "") + std::to_string(shapes[i][k]);

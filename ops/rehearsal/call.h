@@ -57,6 +57,7 @@ struct Call {
         return n;
     }
     Type type(int i) const;
+    size_t width() const;  // bytes of a number of argument 0
     bool given(int i) const { return !(ranks[i] == 0 && type(i) == Type::f32); }  // else: stands for an argument left out
     std::string shape(int i) const;
     int64_t whole(int i) const { return *static_cast<const int64_t*>(data[i]); }  // a scalar attribute

@@ -6,7 +6,6 @@
 #include "call.h"
 
 using rehearsal::Call;
-using rehearsal::Type;
 
 namespace {
 
@@ -116,7 +115,7 @@ STAND_IN(MatMul, "MatMul") {
 // table (rows, width), indices -> table[indices]
 STAND_IN(Gather, "Gather") {
     const int64_t rows = call.dim(0, 0), width = call.elements(0) / rows, count = call.elements(1);
-    const size_t each = call.type(0) == Type::f32 || call.type(0) == Type::i32 ? 4 : 2;
+    const size_t each = call.width();
     for (int64_t k = 0; k < count; ++k) {
         const int32_t row = call.ints(1)[k];
         if (row < 0 || row >= rows) {
@@ -134,7 +133,30 @@ STAND_IN(Add, "Add") {
     const int64_t n = call.elements(0);
     std::vector<float> a = call.all(0);
     const std::vector<float> b = call.all(1);
-    for (int64_t k = 0; k < n; ++k) a[size_t(k)] += b[size_t(k)];
+    for (int64_t k = 0; k < n; ++k) a[size_t(k)] += b[size_t(k) % b.size()];  // a row is added to each
     call.write(2, 0, n, a.data());
+    return 0;
+}
+
+// x, then one axis after another -> x's numbers in that shape; a view on the device.
+STAND_IN(Reshape, "Reshape") {
+    std::memcpy(call.data[call.count - 1], call.data[0], size_t(call.elements(0)) * call.width());
+    return 0;
+}
+
+// x (..., sum of the sizes), sizes -> one tensor a size
+STAND_IN(SplitWithSize, "SplitWithSize") {
+    const int parts = (call.count - 1) / 2;
+    const int64_t all = call.dim(0, -1), rows = call.elements(0) / all;
+    const size_t each = call.width();
+    for (int64_t r = 0; r < rows; ++r) {
+        int64_t from = r * all;
+        for (int i = 0; i < parts; ++i) {
+            const int64_t n = call.whole(1 + i);
+            std::memcpy(static_cast<char*>(call.data[1 + parts + i]) + size_t(r * n) * each,
+                        static_cast<const char*>(call.data[0]) + size_t(from) * each, size_t(n) * each);
+            from += n;
+        }
+    }
     return 0;
 }

@@ -87,6 +87,13 @@ class Add(nn.Cell):
         return device.add(a, b)
 
 
+class Cut(nn.Cell):
+    def construct(self, x):
+        first, second, third = device.split(x, (32, 16, 48))
+        left, right = device.split(second, (4, 12))
+        return device.reshape(first, (1, -1, 32)), left, right, device.reshape(third, (-1,))
+
+
 class Grouped(nn.Cell):
     def __init__(self, counts=False):
         super().__init__()
@@ -167,6 +174,10 @@ def test_what_looks_at_one_token(random, dtype):
     close(Swiglu()(x), gate / (1 + np.exp(-gate)) * up, dtype)
     weight = tensor(random.normal(size=(70, 96)), dtype)
     close(Linear()(x, weight), back(x) @ back(weight).T, dtype, 2)
+    shaped, left, right, flat = Cut()(x)
+    assert shaped.shape == (1, 5, 32)
+    np.testing.assert_array_equal(np.concatenate([back(shaped)[0], back(left), back(right), back(flat).reshape(5, 48)],
+                                                 1), back(x))
     tokens = Tensor(np.array([[4, 0], [69, 4]], np.int32))
     np.testing.assert_array_equal(back(Embedding()(weight, tokens)), back(weight)[tokens.asnumpy()])
 
@@ -307,3 +318,7 @@ def test_a_product_with_whole_numbers(random, dtype, group):
     spread = np.repeat(back(scale), 32, 0) if group else back(scale)
     wanted = back(x) @ (weight.astype(np.float64) * spread.T.reshape(24, -1)).T
     close(Quantized(group)(x, Tensor(weight), scale), wanted, dtype, 2)
+    small = weight >> 4  # -8..7, two to a byte
+    packed = (small[:, ::2] & 15 | small[:, 1::2] << 4).astype(np.int8)
+    wanted = back(x) @ (small.astype(np.float64) * spread.T.reshape(24, -1)).T
+    close(Quantized(group)(x, Tensor(packed, dtype=ms.qint4x2), scale), wanted, dtype, 2)

@@ -1,0 +1,179 @@
+"""A decoder as a graph of Ascend's built-in operators and our own: what :mod:`colora_ms.decoding.device_step` runs.
+
+Launches of a layer with adapters on all linears: AddRmsNorm, MatMul, MultiLora, SplitWithSize, ApplyRotaryPosEmb,
+ReshapeAndCache, attention, MatMul, MultiLora, AddRmsNorm, MatMul, MultiLora, Swiglu, MatMul, MultiLora; with
+projection biases (Qwen2) one more for each, with norms of the heads (Qwen3) two. The residual stream is kept in the
+compute type, as AddRmsNorm returns it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+from colora_ms.kernels import ascend_builtin, bind
+from colora_ms.models.changes import changes
+from colora_ms.models.device_weights import Heads, PackedLinear, constant, plain
+from colora_ms.models.paged_cache import device_dim
+from colora_ms.models.replacing import replacements
+from colora_ms.models.rope import rope_tables
+
+
+class DeviceNorm(nn.Cell):
+    """RmsNorm, alone or behind the addition of the residual."""
+
+    def __init__(self, name: str, cell: nn.Cell, dtype: Any) -> None:
+        super().__init__()
+        self.gamma = constant(cell.base_values()["weight"], dtype, f"{name}.weight")
+        self.eps = float(cell.eps.asnumpy())
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x: (tokens, ..., width) -> the same shape."""
+        return ascend_builtin.rms_norm(x, self.gamma, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple:
+        """(the norm of x + residual, that sum)."""
+        return ascend_builtin.add_rms_norm(x, residual, self.gamma, self.eps)
+
+
+class DeviceLayer(nn.Cell):
+    """One layer; see the head of this module."""
+
+    def __init__(self, name: str, config: Any, layer: nn.Cell, dtype: Any) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.heads, self.kv_heads, self.dim = (config.num_attention_heads, config.num_key_value_heads,
+                                               device_dim(config.head_dim))
+        self.widths = (self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.dim)
+        self.scale = float(config.head_dim ** -0.5)
+        query, key = (Heads(count, config.head_dim, self.dim) for count in (self.heads, self.kv_heads))
+        self.before = DeviceNorm(f"{name}.input_layernorm", layer.input_layernorm, dtype)
+        self.after = DeviceNorm(f"{name}.post_attention_layernorm", layer.post_attention_layernorm, dtype)
+        self.qkv = PackedLinear(f"{name}.qkv", (attention.q_proj, attention.k_proj, attention.v_proj), dtype,
+                                (query, key, key))
+        self.out = PackedLinear(f"{name}.o_proj", (attention.o_proj,), dtype, inputs=query)
+        self.gate_up = PackedLinear(f"{name}.gate_up", (mlp.gate_proj, mlp.up_proj), dtype)
+        self.down = PackedLinear(f"{name}.down_proj", (mlp.down_proj,), dtype)
+        self.qk_norm = attention.qk_norm
+        if attention.qk_norm:
+            self.q_norm = DeviceNorm(f"{name}.q_norm", attention.q_norm, dtype)
+            self.k_norm = DeviceNorm(f"{name}.k_norm", attention.k_norm, dtype)
+
+    def heads_of(self, h: Tensor, slots: tuple, turn: tuple) -> tuple:
+        """h: (tokens, hidden); turn: (cos, sin) of the tokens, and the graph's batch_valid_length -> rotated q, k, and
+        v, each (tokens, heads * dim)."""
+        q, k, v = ascend_builtin.split(self.qkv(h, slots), self.widths)
+        if self.qk_norm:
+            tokens = h.shape[0]
+            q = self.q_norm(ascend_builtin.reshape(q, (tokens, self.heads, self.dim)))
+            k = self.k_norm(ascend_builtin.reshape(k, (tokens, self.kv_heads, self.dim)))
+            q = ascend_builtin.reshape(q, (tokens, self.widths[0]))
+            k = ascend_builtin.reshape(k, (tokens, self.widths[1]))
+        q, k = ascend_builtin.rotary(q, k, turn[0], turn[1], turn[2])
+        return q, k, v
+
+    def append(self, k: Tensor, v: Tensor, keys: Parameter, values: Parameter, slot_mapping: Tensor) -> Tensor:
+        """Write keys and values into the cache; what reads it must depend on the result."""
+        shape = (1, k.shape[0], k.shape[1])
+        k, v = ascend_builtin.reshape(k, shape), ascend_builtin.reshape(v, shape)
+        return ascend_builtin.reshape_and_cache(k, v, keys, values, slot_mapping)
+
+    def increment(self, h: Tensor, slots: tuple, turn: tuple, keys: Parameter, values: Parameter,
+                  places: tuple) -> Tensor:
+        """Attention of tokens that are a row each; places: (slot mapping, block tables, lengths, query lengths)."""
+        q, k, v = self.heads_of(h, slots, turn)
+        q = ops.depend(q, self.append(k, v, keys, values, places[0]))
+        return ascend_builtin.paged_attention(q, keys, values, places[1], places[2], places[3], None, self.heads,
+                                              self.scale, self.kv_heads)
+
+    def prefill(self, h: Tensor, slots: tuple, turn: tuple, keys: Parameter, values: Parameter,
+                places: tuple) -> Tensor:
+        """Attention of beginnings of rows; places: (slot mapping, mask); their lengths are the graph's, by name."""
+        q, k, v = self.heads_of(h, slots, turn)
+        q = ops.depend(q, self.append(k, v, keys, values, places[0]))
+        return ascend_builtin.flash_attention(q, k, v, places[1], self.heads, self.scale)
+
+    def behind(self, h: Tensor, residual: Tensor, slots: tuple) -> tuple:
+        """What comes behind the attention -> (the block's output, the residual)."""
+        h, residual = self.after.add(self.out(h, slots), residual)
+        return self.down(ascend_builtin.swiglu(self.gate_up(h, slots)), slots), residual
+
+
+class DeviceDecoder(nn.Cell):
+    """A decoder's packed weights, and its graph for flat batches.
+
+    Args:
+        decoder: :class:`colora_ms.models.decoder.Decoder` for which ``device_form.why_not`` has no reason.
+        dtype: ``mindspore.float16`` or ``bfloat16``, in which everything is computed; logits are float32.
+    """
+
+    def __init__(self, decoder: Any, dtype: Any) -> None:
+        super().__init__()
+        bind()
+        model = decoder.model
+        self.vocab = decoder.config.vocab_size
+        embed = plain(model.embed_tokens)
+        self.layers = nn.CellList([DeviceLayer(f"device.layers.{i}", decoder.config, layer, dtype)
+                                   for i, layer in enumerate(model.layers)])
+        self.norm = DeviceNorm("device.norm", model.norm, dtype)
+        self.head = PackedLinear("device.lm_head", (decoder.lm_head,), dtype)
+        tied = decoder.config.tie_word_embeddings
+        self.table = self.head.weight if tied else constant(embed.base_values()["weight"], dtype, "device.embed_tokens")
+        head = Heads(1, decoder.config.head_dim, device_dim(decoder.config.head_dim))
+        self.cos, self.sin = (
+            constant(head.spread(np.concatenate((half, half), 1), 1), dtype, f"device.rope.{name}")
+            for name, half in zip(("cos", "sin"), rope_tables(decoder.config, decoder.max_positions)))
+        self._seen, self.made_at = changes(), replacements()
+
+    @property
+    def packed(self) -> list[PackedLinear]:
+        """All linears."""
+        return [one for layer in self.layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [self.head]
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether any linear has adapters."""
+        return any(one.has_lora for one in self.packed)
+
+    def refresh(self, trained: bool = False) -> None:
+        """Read again what was written in the decoder since the last time; trained: also what has gradients."""
+        if trained or changes() != self._seen:
+            self._seen = changes()
+            for one in self.packed:
+                one.refresh(trained)
+
+    def construct(self, tokens: Tensor, positions: Tensor, slots: tuple, lengths: Tensor, keys: tuple, values: tuple,
+                  places: tuple, read: Tensor) -> Tensor:
+        """Logits (R, vocab) float32 behind some tokens of a flat batch.
+
+        Args:
+            tokens, positions: (T,) int32; slots: () or ((T,) int32,), see :class:`PackedLinear`.
+            lengths: the graph's batch_valid_length; keys, values: the cache's Parameters, one a layer.
+            places: see :meth:`DeviceLayer.increment` (four) and :meth:`DeviceLayer.prefill` (two).
+            read: (R,) int32, the tokens whose logits are wanted.
+        """
+        x = ascend_builtin.embedding(self.table, tokens)
+        turn = (ascend_builtin.embedding(self.cos, positions), ascend_builtin.embedding(self.sin, positions), lengths)
+        residual = x
+        for i, layer in enumerate(self.layers):
+            if i == 0:
+                h = layer.before(x)
+            else:
+                h, residual = layer.before.add(x, residual)
+            if len(places) == 2:
+                h = layer.prefill(h, slots, turn, keys[i], values[i], places)
+            else:
+                h = layer.increment(h, slots, turn, keys[i], values[i], places)
+            x, residual = layer.behind(h, residual, slots)
+        return self.logits(x, residual, slots, read)
+
+    def logits(self, x: Tensor, residual: Tensor, slots: tuple, read: Tensor) -> Tensor:
+        """The head over the tokens that are wanted."""
+        h, residual = self.norm.add(x, residual)
+        if len(slots) > 0:
+            slots = (ascend_builtin.embedding(slots[0], read),)
+        return self.head(ascend_builtin.embedding(h, read), slots).astype(ms.float32)

@@ -1,0 +1,211 @@
+"""A decoder's weights and adapters as a device step reads them: packed, in the compute type, rank-major.
+
+They are made once, from the Parameters of the decoder's Cells, which stay on the host. Neighbours that read the same
+rows are one linear: q, k and v, and gate and up. An adapter's pair is kept as ``kernels.ascend.multi_lora`` takes it,
+so that nothing is transposed, cast or copied in a step; a slot that was written is written again here, in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional, Sequence
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+from colora_ms.errors import CheckpointError
+from colora_ms.kernels import ascend, ascend_builtin
+from colora_ms.kernels.operands import ADAPTER
+from colora_ms.models.changes import slot_versions, whole_version
+
+
+def device_tensor(values: np.ndarray, dtype: Any, name: str) -> Tensor:
+    """Float values in a compute type, rounded to nearest.
+
+    Raises:
+        CheckpointError: one is larger than the type holds.
+    """
+    values = np.ascontiguousarray(values, np.float32)
+    if dtype == ms.float16:
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.all(np.isfinite(half)):
+            raise CheckpointError(f"{name} holds {np.abs(values).max():g}, which is more than float16 holds (65504) or "
+                                  "no number; set COLORA_ASCEND_DTYPE=bfloat16")
+        return Tensor(half)
+    return Tensor(values).astype(dtype)
+
+
+def constant(values: np.ndarray, dtype: Any, name: str) -> Parameter:
+    """A Parameter without gradients of float values."""
+    return Parameter(device_tensor(values, dtype, name), name=name, requires_grad=False)
+
+
+def plain(cell: nn.Cell) -> nn.Cell:
+    """The Cell with the base weights, under whatever adapter Cells stand in its place."""
+    while hasattr(cell, "base_layer"):
+        cell = cell.base_layer
+    return cell
+
+
+class Heads(NamedTuple):
+    """Heads that are wider on the device than in the model: each half of a head is followed by zeros, so that rotation
+    turns the same pairs and products of heads are what they were."""
+
+    count: int
+    dim: int
+    wide: int
+
+    def spread(self, values: np.ndarray, axis: int) -> np.ndarray:
+        """Values of all heads on one axis -> the same with zeros between them."""
+        if self.dim == self.wide:
+            return values
+        moved = np.moveaxis(values, axis, -1)
+        out = np.zeros((*moved.shape[:-1], self.count, 2, self.wide // 2), values.dtype)
+        out[..., :self.dim // 2] = moved.reshape(*moved.shape[:-1], self.count, 2, self.dim // 2)
+        return np.moveaxis(out.reshape(*moved.shape[:-1], self.count * self.wide), -1, axis)
+
+
+class PackedLinear(nn.Cell):
+    """Linears of the same input as one, with the adapters of all slots.
+
+    Args:
+        name: of its Parameters; cells: the decoder's Cells, in the order of the output's slices.
+        dtype: ``mindspore.float16`` or ``bfloat16``.
+        outputs: the heads of each Cell's outputs; (): they are no heads. inputs: those of the inputs, or None.
+
+    Attributes:
+        weight: (out, in); bias: (out,), where ``has_bias``.
+        down: (slots, slices * rank, in), up: (slots, rank, out), scale: (slots, slices) float32, ends: (slices,) int32,
+            the outputs behind the last one of each slice; where ``has_lora``. A slice without an adapter has scale 0.
+    """
+
+    def __init__(self, name: str, cells: Sequence[nn.Cell], dtype: Any, outputs: Sequence[Heads] = (),
+                 inputs: Optional[Heads] = None) -> None:
+        super().__init__()
+        self._sources, self._dtype, self._outputs, self._inputs = list(cells), dtype, list(outputs), inputs
+        self.slices = len(cells)
+        leaves = [plain(cell) for cell in cells]
+        self.in_features = inputs.count * inputs.wide if inputs else leaves[0].in_features
+        widths = [heads.count * heads.wide for heads in outputs] or [leaf.out_features for leaf in leaves]
+        self.ends_at = tuple(int(n) for n in np.cumsum(widths))
+        self.out_features = self.ends_at[-1]
+        self.has_bias = any(leaf.has_bias for leaf in leaves)
+        self.weight = constant(self._base_values(), dtype, f"{name}.weight")
+        if self.has_bias:
+            self.bias = constant(self._bias_values(), dtype, f"{name}.bias")
+        pairs = [dict(zip(ADAPTER, cell.operands()[1])) for cell in cells]
+        self.has_lora = any(pairs)
+        self._pairs = pairs
+        if self.has_lora:
+            self.rank = max(pair["down"].shape[1] for pair in pairs if pair)
+            self.slots = next(pair["down"].shape[0] for pair in pairs if pair)
+            self.down, self.up, self.scale = (
+                constant(np.stack(one), kind, f"{name}.{part}") for one, kind, part in zip(
+                    zip(*(self._slot_values(slot) for slot in range(self.slots))),
+                    (dtype, dtype, ms.float32), ADAPTER))
+            self.ends = Parameter(Tensor(np.array(self.ends_at, np.int32)), name=f"{name}.ends", requires_grad=False)
+        self._seen_base, self._seen_slots = self._base_state(), self._slot_state()
+
+    def construct(self, x: Tensor, slots: tuple) -> Tensor:
+        """x: (tokens, in) -> (tokens, out); slots: () for no adapters, or ((tokens,) int32,), -1 for the base."""
+        y = ascend_builtin.linear(x, self.weight)
+        if self.has_bias:
+            y = ascend_builtin.add(y, self.bias)
+        if self.has_lora and len(slots) > 0:
+            y = ascend.multi_lora(x, slots[0], self.down, self.up, self.scale, y, self.ends)
+        return y
+
+    def bytes_read(self, adapters: int) -> dict[str, int]:
+        """{what: bytes} that one call reads of weights and, for so many adapters in use, of banks."""
+        found = {"weights": self.weight.nbytes + (self.bias.nbytes if self.has_bias else 0), "adapters": 0}
+        if self.has_lora:
+            found["adapters"] = min(adapters, self.slots) * (self.down.nbytes + self.up.nbytes + self.scale.nbytes
+                                                             ) // self.slots
+        return found
+
+    # -- keeping up with the decoder -------------------------------------------------------------------------------
+
+    def refresh(self, trained: bool = False) -> None:
+        """Read again what was written since the last time; trained: also what has gradients.
+
+        What was not written is not touched, and Parameters stay where they are.
+        """
+        base = self._base_state()
+        leaves = [parameter for cell in self._sources for parameter in plain(cell).leaf_parameters().values()]
+        if base != self._seen_base or trained and any(parameter.requires_grad for parameter in leaves):
+            self.weight.set_data(device_tensor(self._base_values(), self._dtype, self.weight.name))
+            if self.has_bias:
+                self.bias.set_data(device_tensor(self._bias_values(), self._dtype, self.bias.name))
+        self._seen_base = base
+        if not self.has_lora:
+            return
+        slots = self._slot_state()
+        everything = trained and any(tensor.requires_grad for pair in self._pairs for tensor in pair.values())
+        for slot in range(self.slots):
+            if everything or slots[slot] != self._seen_slots[slot]:
+                self._put(slot)
+        self._seen_slots = slots
+
+    def _put(self, slot: int) -> None:
+        for parameter, values in zip((self.down, self.up, self.scale), self._slot_values(slot)):
+            write_slot(parameter, slot, device_tensor(values[None], parameter.dtype, parameter.name))
+
+    def _out(self, i: int, values: np.ndarray, axis: int) -> np.ndarray:
+        """Values of Cell i with the device's heads on the axis of the outputs."""
+        return self._outputs[i].spread(values, axis) if self._outputs else values
+
+    def _in(self, values: np.ndarray) -> np.ndarray:
+        """Values with the device's heads on the last axis, of the inputs."""
+        return self._inputs.spread(values, -1) if self._inputs else values
+
+    def _base_values(self) -> np.ndarray:
+        return np.concatenate([self._out(i, self._in(plain(cell).base_values()["weight"]), 0)
+                               for i, cell in enumerate(self._sources)])
+
+    def _bias_values(self) -> np.ndarray:
+        return np.concatenate([self._out(i, plain(cell).base_values()["bias"] if plain(cell).has_bias
+                                         else np.zeros(plain(cell).out_features, np.float32), 0)
+                               for i, cell in enumerate(self._sources)])
+
+    def _slot_values(self, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """down (slices * rank, in), up (rank, out), scale (slices,) of one slot, float32."""
+        down = np.zeros((self.slices, self.rank, self.in_features), np.float32)
+        up = np.zeros((self.rank, self.out_features), np.float32)
+        scale = np.zeros(self.slices, np.float32)
+        starts = (0, *self.ends_at)
+        for i, pair in enumerate(self._pairs):
+            if pair:
+                values = {name: _slot_of(pair[name], slot) for name in ADAPTER}
+                rank = len(values["down"])
+                down[i, :rank] = self._in(values["down"])
+                up[:rank, starts[i]:starts[i + 1]] = self._out(i, values["up"], 0).T
+                scale[i] = values["scale"]
+        return down.reshape(-1, self.in_features), up, scale
+
+    def _base_state(self) -> list[tuple[int, int]]:
+        return [(parameter.data_ptr(), whole_version(parameter)) for cell in self._sources
+                for parameter in plain(cell).leaf_parameters().values()]
+
+    def _slot_state(self) -> list[tuple[int, ...]]:
+        """A tuple a slot that changes when the slot is written."""
+        if not self.has_lora:
+            return []
+        tensors = [tensor for pair in self._pairs for tensor in pair.values()]
+        versions = np.stack([slot_versions(tensor) for tensor in tensors], 1)
+        return [tuple(row) for row in versions.tolist()]
+
+
+def write_slot(parameter: Parameter, slot: int, value: Tensor) -> None:
+    """Write one slot of a bank in place; value: (1, ...) of its dtype."""
+    whole = parameter.asnumpy()
+    if whole.ctypes.data == parameter.data_ptr():  # a CPU, which has no ScatterUpdate for bfloat16
+        whole[slot] = value.asnumpy()[0]
+    else:
+        ops.scatter_update(parameter, Tensor(np.array([slot], np.int32)), value)
+
+
+def _slot_of(tensor: Tensor, slot: int) -> np.ndarray:
+    """One slot of a stacked tensor, float32."""
+    return tensor[slot].astype(ms.float32).asnumpy()
