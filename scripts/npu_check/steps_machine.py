@@ -24,7 +24,8 @@ def card(check):
     facts.update(npu_smi=found, driver=driver or found["version"], firmware=firmware)
     name = machine.chip()
     if name is None:
-        return Outcome(FAILED, f"no chip found: {text.strip().splitlines()[-1] if text.strip() else 'npu-smi is silent'}",
+        said = text.strip().splitlines()[-1] if text.strip() else "npu-smi is silent"
+        return Outcome(FAILED, f"no chip found: {said}",
                        "ls /dev/davinci*; is the driver loaded, and are the devices passed into the container?")
     facts["chip"] = name
     try:
@@ -95,10 +96,11 @@ def _tools(check):
     if code != 0:
         found.append((f"CANN's compiler lacks a module: {text.strip().splitlines()[-1]}",
                       "python3 -m pip install attrs decorator numpy psutil"))
-    for folder in (os.getcwd(), os.environ.get("MS_COMPILER_CACHE_PATH") or tempfile.gettempdir(), str(check.folder)):
+    cache = os.environ.get("MS_COMPILER_CACHE_PATH") or tempfile.gettempdir()
+    for folder in (os.getcwd(), cache, str(check.folder)):
         if not os.access(folder, os.W_OK):
-            found.append((f"{folder} is not writable", "MindSpore compiles a callback for each operator into the current "
-                          "folder or MS_COMPILER_CACHE_PATH: run where you may write"))
+            found.append((f"{folder} is not writable", "MindSpore compiles a callback for each operator into the "
+                          "current folder or MS_COMPILER_CACHE_PATH: run where you may write"))
         if " " in folder:
             found.append((f"{folder!r} has a blank", "MindSpore cuts compiler commands at blanks: use another folder"))
     return found
@@ -119,8 +121,10 @@ def build(check):
     found = ascend_package.find()
     if check.emulated:
         code, text = check.machine.output(check.python, str(check.root / "ops/emulator/build.py"), seconds=900)
-        return Outcome(OK, "the emulator's library, in place of a build by CANN") if code == 0 else Outcome(
-            FAILED, f"the emulator does not build: {text.strip().splitlines()[-1]}", "install g++")
+        if code != 0:
+            return Outcome(FAILED, f"the emulator does not build: {text.strip().splitlines()[-1]}", "install g++")
+        if check.machine.toolkit() is None:
+            return Outcome(OK, "the emulator's library, in place of a build by CANN")
     if found is not None and not check.options.rebuild:
         check.facts["package"] = str(found.path)
         more = f"; shadowed: {', '.join(map(str, found.shadowed))}" if found.shadowed else ""
@@ -137,7 +141,7 @@ def build(check):
     check.facts["package"] = str(package)
     # In front of what the user has: other packages stay visible.
     os.environ["ASCEND_CUSTOM_OPP_PATH"] = ":".join(filter(None, [str(package), given]))
-    return Outcome(OK, child.text.strip().splitlines()[-1])
+    return Outcome(OK, next(line for line in child.text.splitlines() if line.startswith("built for")))
 
 
 def package(check):
@@ -154,8 +158,8 @@ def package(check):
     if found:
         return Outcome(FAILED, f"{found[0]}" + (f" and {len(found) - 1} more" if found[1:] else ""),
                        "build again: scripts/verify_on_npu.sh --rebuild", tuple(found))
-    return Outcome(OK, f"{len(more['exports'])} functions, {more['binaries']} binaries for {', '.join(units)}, built with "
-                       f"CANN {facts.get('cann')}")
+    return Outcome(OK, f"{len(more['exports'])} functions, {more['binaries']} binaries for {', '.join(units)}, "
+                       f"built with CANN {facts.get('cann')}")
 
 
 def _contract(check):
