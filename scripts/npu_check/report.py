@@ -75,7 +75,7 @@ class Report:
             put("table.txt", self.table().encode())
             put("facts.json", json.dumps(facts, indent=1, default=str).encode())
             put("environment.txt", "\n".join(f"{k}={v}" for k, v in environment().items()).encode())
-            for log in [*sorted(self.folder.glob("logs/**/*")), *logs]:
+            for log in [*sorted(self.folder.glob("logs/**/*.log")), *logs]:
                 if log.is_file():
                     with open(log, "rb") as handle:
                         handle.seek(max(0, log.stat().st_size - _LARGEST))
