@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,28 +27,22 @@ from mindspore.ops import CustomRegOp
 from colora_ms import ascend_package, ascend_settings
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import KernelError
-from colora_ms.kernels.ascend_shapes import SHAPES
+from colora_ms.kernels.ascend_shapes import SHAPES, output_dtype
 from colora_ms.kernels.registry import backend, bind, operation
-from colora_ms.kernels.shapes import element_type, require, require_dtype
 
-_F16, _BF16, _F32, _I32, _U8 = "float16", "bfloat16", "float32", "int32", "uint8"
+_F16, _BF16, _F32, _I32 = "float16", "bfloat16", "float32", "int32"
 _T = (_F16, _BF16, _F32)  # the dtype that a kernel is compiled for; position k of every list below is one combination
-_FLOAT, _INT, _BYTE = (_F32,) * 3, (_I32,) * 3, (_U8,) * 3
+_FLOAT, _INT = (_F32,) * 3, (_I32,) * 3
 
-#: operator -> inputs [(name, dtypes, required)], outputs [(name, dtypes)], attributes [(name, type, default)], in the
-#: order of the kernels' arguments. tests/ascend/test_contract.py holds the OpDef sources to this table.
+#: operator -> inputs [(name, dtypes, required)], outputs [(name, dtypes)], attributes [(name, type)], in the order of
+#: the kernels' arguments; tests/ascend/test_contract.py holds the OpDef sources to this table. A call takes the inputs
+#: and then a value for each attribute. At most one attribute of a type: MindSpore keeps their values in one growing
+#: vector a type. ``exact``: float16 keeps the coefficients in float32 too (the other dtypes always do).
 OPERATORS: "dict[str, dict[str, list[Any]]]" = {
     "MultiLora": {
         "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True),
-                   ("slots", _INT, True), ("y", _T, True)],
-        "outputs": [("out", _T)],
-        "attributes": [("offset", "int", 0), ("exact", "bool", False)],
-    },
-    "MultiLoraSegments": {
-        "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True),
-                   ("starts", _INT, True), ("slots", _INT, True), ("y", _T, True)],
-        "outputs": [("out", _T)],
-        "attributes": [("offset", "int", 0), ("exact", "bool", False)],
+                   ("slots", _INT, True), ("y", _T, True), ("ends", _INT, True)],
+        "outputs": [("out", _T)], "attributes": [],
     },
     "LoraShrink": {
         "inputs": [("x", _T, True), ("down", _T, True), ("scale", _FLOAT, True), ("slots", _INT, True)],
@@ -56,24 +51,18 @@ OPERATORS: "dict[str, dict[str, list[Any]]]" = {
     "LoraExpand": {
         "inputs": [("h", _FLOAT, True), ("up", _T, True), ("slots", _INT, True), ("y", _T, True)],
         "outputs": [("out", _T)],
-        "attributes": [("offset", "int", 0), ("exact", "bool", False)],
+        "attributes": [("exact", "bool")],
     },
     "ContrastiveSelect": {
-        "inputs": [("expert", _T, True), ("amateur", _T, True), ("log_alpha", _FLOAT, True), ("beta", _FLOAT, True),
-                   ("mask", _FLOAT, True)],
-        "outputs": [("token", _INT)], "attributes": [],
-    },
-    "W4Lora": {
-        "inputs": [("x", _T, True), ("weight", _BYTE, True), ("weight_scale", _FLOAT, True), ("down", _T, True),
-                   ("up", _T, True), ("scale", _FLOAT, True), ("slots", _INT, True)],
-        "outputs": [("out", _T)],
-        "attributes": [("exact", "bool", False)],
+        "inputs": [("logits", _T, True), ("mix_rows", _INT, True), ("weights", _FLOAT, True),
+                   ("log_alpha", _FLOAT, True)],
+        "outputs": [("ints", _INT), ("floats", _FLOAT)], "attributes": [],
     },
     "LilyMix": {
         "inputs": [("h", _FLOAT, True), ("weights", _FLOAT, True), ("up", _T, True), ("scale", _FLOAT, True),
                    ("slots", _INT, True), ("y", _T, True)],
         "outputs": [("out", _T)],
-        "attributes": [("offset", "int", 0), ("exact", "bool", False)],
+        "attributes": [("exact", "bool")],
     },
 }
 
@@ -92,8 +81,8 @@ def registration(name: str, target: str = "Ascend") -> dict:
     for i, (argument, _) in enumerate(spec["outputs"]):
         info.output(i, argument, "required")
     if target == "Ascend":
-        for attribute, kind, default in spec["attributes"]:
-            info.attr(attribute, "optional", kind, value=str(default).lower() if kind == "bool" else default)
+        for attribute, kind in spec["attributes"]:
+            info.attr(attribute, "optional", kind)  # without a value here: it comes as an input of the call
     columns = [types for _, types, _ in spec["inputs"]] + [types for _, types in spec["outputs"]]
     for k in range(len(columns[0])):
         info.dtype_format(*[(types[k], "DefaultFormat") for types in columns])
@@ -146,7 +135,7 @@ def emulator_library() -> Path:
     raise KernelError(f"{library} does not exist; run `python ops/emulator/build.py {library}` in the source tree")
 
 
-_PRIMITIVES = {}
+_PRIMITIVES: "dict[tuple[str, str], Callable[..., Any]]" = {}
 _LIBRARIES = {}  # path of an emulated operators' library -> sha256 of what it held when a primitive was made from it
 
 
@@ -161,67 +150,59 @@ def note_library(path: Path) -> None:
     _LIBRARIES[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def primitive(name: str, target: Optional[str] = None, **attributes: Any) -> ops.Custom:
-    """The ``ops.Custom`` primitive of an operator; made once per name, target and attributes.
+def primitive(name: str, target: Optional[str] = None) -> Callable[..., Any]:
+    """What a graph calls for an operator: with its inputs and then a value (a constant) for each of its attributes.
+
+    On Ascend this is the ``ops.Custom`` primitive itself: attributes of an aclnn operator are inputs of the call, and
+    MindSpore refuses a launch whose inputs and outputs are not as many as the types in the operator's header. Emulated,
+    an operator has one C function for each value of ``exact``, because a CPU's ``ops.Custom`` takes tensors alone.
+    Made once per name and target.
 
     Args:
         name: a key of :data:`OPERATORS`.
         target: "Ascend" or "CPU" (emulated); None: "Ascend" if the ascend kernels are in use, else "CPU".
-        attributes: values for the operator's attributes. Emulated, ``offset`` must be 0 (cut the slice out of y) and
-            ``exact`` exists for MultiLora alone.
     """
     target = target or ("Ascend" if backend() == "ascend" else "CPU")
-    key = (name, target, tuple(sorted(attributes.items())))
+    key = (name, target)
     if key not in _PRIMITIVES:
-        known = [attribute for attribute, _, _ in OPERATORS[name]["attributes"]]
-        for attribute in attributes:
-            require(attribute in known, name, attribute, "given", f"one of {', '.join(known) or 'no attributes'}")
         if target == "Ascend":
             find_package()
-            function = f"aclnn{name}"
+            _PRIMITIVES[key] = _custom(f"aclnn{name}", name, target)
         else:
-            require(not attributes.get("offset"), name, "offset", attributes.get("offset"), "0 when emulated")
             library = emulator_library()
             _LIBRARIES[str(library)] = hashlib.sha256(library.read_bytes()).hexdigest()
-            function = f"{library}:{name}{'Exact' if attributes.get('exact') and name == 'MultiLora' else ''}"
-        made = ops.Custom(function, SHAPES[name], _DTYPES[name], "aot", reg_info=registration(name, target))
-        for attribute, value in attributes.items():
-            if target == "Ascend":
-                made.add_prim_attr(attribute, value)
-        _PRIMITIVES[key] = made
+            plain = _custom(f"{library}:{name}", name, target)
+            _PRIMITIVES[key] = plain if not OPERATORS[name]["attributes"] else _either(
+                plain, _custom(f"{library}:{name}Exact", name, target))
     return _PRIMITIVES[key]
 
 
-# -- dtypes
-# -------------------------------------------------------------------------------------------------------------
+def _custom(function: str, name: str, target: str) -> ops.Custom:
+    """The primitive of a compiled function, with the operator's inference."""
+    inputs = len(OPERATORS[name]["inputs"])  # the shapes and dtypes of the attributes come after those of the inputs
 
-def _dtype_function(name):
-    spec = OPERATORS[name]
+    def shape(*given):
+        return SHAPES[name](*given[:inputs])
 
-    def infer(*given):
-        given = [element_type(one) for one in given]
-        names = {ms.float16: _F16, ms.bfloat16: _BF16, ms.float32: _F32, ms.int32: _I32, ms.uint8: _U8}
-        typed = next(i for i, (_, types, _) in enumerate(spec["inputs"]) if types is _T)
-        for (argument, _, _), dtype in zip(spec["inputs"], given):
-            require_dtype(name, argument, dtype, tuple(names))
-        kind = names[given[typed]]
-        require(kind in _T, name, spec["inputs"][typed][0], kind, "float16, bfloat16 or float32")
-        k = _T.index(kind)
-        back = {value: key for key, value in names.items()}
-        for (argument, types, _), dtype in zip(spec["inputs"], given):
-            require_dtype(name, argument, dtype, (back[types[k]],))
-        return back[spec["outputs"][0][1][k]]
+    def dtype(*given):
+        return output_dtype(name, OPERATORS[name], given[:inputs])
 
-    return infer
+    return ops.Custom(function, shape, dtype, "aot", reg_info=registration(name, target))
 
 
-_DTYPES = {name: _dtype_function(name) for name in OPERATORS}
+def _either(plain: ops.Custom, exactly: ops.Custom) -> Callable[..., Any]:
+    """The emulated form of an operator whose only attribute is ``exact``, the last value of a call."""
+    def run(*given):
+        if given[-1]:
+            return exactly(*given[:-1])
+        return plain(*given[:-1])
+
+    return run
 
 
 #: name in ``bound`` -> operator, for the faces below.
-_FACES = {"device_multi_lora": "MultiLora", "device_multi_lora_segments": "MultiLoraSegments",
-          "device_lora_shrink": "LoraShrink", "device_lora_expand": "LoraExpand",
-          "device_contrastive_select": "ContrastiveSelect", "device_w4_lora": "W4Lora", "device_lily_mix": "LilyMix"}
+_FACES = {"device_multi_lora": "MultiLora", "device_lora_shrink": "LoraShrink", "device_lora_expand": "LoraExpand",
+          "device_contrastive_select": "ContrastiveSelect", "device_lily_mix": "LilyMix"}
 
 for _face, _operator in _FACES.items():
     operation(_face, emulator=functools.partial(primitive, _operator, "CPU"),
@@ -247,27 +228,37 @@ def rank_major(up: Tensor) -> Tensor:
     return ops.transpose(up, (0, 2, 1))
 
 
-def multi_lora(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor, y: Tensor) -> Tensor:
-    """``y[t] + scale[s] * (x[t] @ down[s].T) @ up[s].T`` with s = slots[t]; ``y[t]``'s own bits where s = -1.
+def multi_lora(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor, y: Tensor,
+               ends: Tensor | None = None) -> Tensor:
+    """``y[t] + scale[s] * (x[t] @ down[s].T) @ up[s]`` with s = slots[t]; ``y[t]``'s own bits where s = -1.
+
+    The outputs may be several linears side by side (packed q, k, v; gate and up), slice by slice: with ``ends``, the
+    columns ``ends[i - 1]`` to ``ends[i] - 1`` use the rows ``i * rank`` to ``(i + 1) * rank - 1`` of down and
+    ``scale[s, i]``. An adapter whose rank is smaller than the bank's must be filled up with zeros in down and up.
 
     Args:
         x: (rows, tokens, in) or (tokens, in), float16, bfloat16 or float32.
-        slots: int32, one per row. down: (slots, rank, in), rank 1..256. up: (slots, rank, out), rank-major.
-        scale: (slots,) float32. y: x's shape with out columns. x, down, up, y share a dtype.
+        slots: int32, one per row. down: (slots, slices * rank, in), rank 1..256, at most 512 rows. up: (slots, rank,
+            out), rank-major. scale: (slots, slices) float32, or (slots,) for one slice. y: x's shape with out columns.
+            x, down, up, y share a dtype.
+        ends: (slices,) int32, at most 8, ascending, the last one is out; None: one slice.
 
     Returns:
-        A new tensor like y. Sums are float32; float16 coefficients (x @ down, times scale) are rounded to float16.
+        A new tensor like y. Sums and coefficients are float32, rounded once at the end.
 
     Raises:
-        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
+        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1, or ends do not
+        ascend to out.
     """
+    ends = Tensor([up.shape[2]], ms.int32) if ends is None else ends
+    scale = scale.reshape((-1, 1)) if scale.ndim == 1 else scale
     if x.ndim == 3:
         rows, tokens, _ = x.shape
         each = ops.broadcast_to(slots.reshape((rows, 1)), (rows, tokens)).reshape((rows * tokens,))
         flat = bound.device_multi_lora(x.reshape((rows * tokens, -1)), down, up, scale, each,
-                                       y.reshape((rows * tokens, -1)))
+                                       y.reshape((rows * tokens, -1)), ends)
         return flat.reshape(y.shape)
-    return bound.device_multi_lora(x, down, up, scale, slots, y)
+    return bound.device_multi_lora(x, down, up, scale, slots, y, ends)
 
 
 def low_rank(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
@@ -277,66 +268,45 @@ def low_rank(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor) 
     return multi_lora(x, slots, down.astype(x.dtype), rank_major(up.astype(x.dtype)), scale, y)
 
 
-def multi_lora_segments(x: Tensor, starts: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor,
-                        y: Tensor) -> Tensor:
-    """:func:`multi_lora` for a prefill: tokens ``starts[k]`` to ``starts[k + 1] - 1`` use adapter ``slots[k]``.
-
-    Args:
-        x: (total tokens, in). starts: (segments + 1,) int32, ascending. slots: (segments,) int32; the rest as there.
-    """
-    return bound.device_multi_lora_segments(x, down, up, scale, starts, slots, y)
-
-
 def lora_shrink(x: Tensor, slots: Tensor, down: Tensor, scale: Tensor) -> Tensor:
     """``scale[s] * x[t] @ down[s].T`` as (tokens, rank) float32; zeros where slots[t] = -1. Arguments as
     multi_lora's."""
     return bound.device_lora_shrink(x, down, scale, slots)
 
 
-def lora_expand(h: Tensor, slots: Tensor, up: Tensor, y: Tensor) -> Tensor:
+def lora_expand(h: Tensor, slots: Tensor, up: Tensor, y: Tensor, exact: bool = False) -> Tensor:
     """``y[t] + h[t] @ up[s].T`` for h (tokens, rank) float32 and a rank-major ``up``; a new tensor like y."""
-    return bound.device_lora_expand(h, up, slots, y)
+    return bound.device_lora_expand(h, up, slots, y, exact)
 
 
-def contrastive_token(expert: Tensor, amateur: Tensor, alpha: Tensor, beta: Tensor,
-                      mask: Tensor | None = None) -> Tensor:
-    """The token of each request by the CoLD rule (arXiv 2505.14620), ties to the smallest index.
+def contrastive_token(logits: Tensor, mix_rows: Tensor, weights: Tensor,
+                      log_alpha: Tensor) -> "tuple[Tensor, Tensor]":
+    """The token of each request by a weighted sum of its rows' logits, ties to the smallest index: the CoLD rule
+    (arXiv 2505.14620), or any mix of log-probabilities; no sort of the vocabulary.
 
-    Args:
-        expert, amateur: (requests, vocabulary) logits of one float dtype, at most 262,144 tokens.
-        alpha: (requests,) float32 in (0, 1]. beta: (requests,) float32 >= 0.
-        mask: None, or float32 (1, vocabulary) or (requests, vocabulary), added to the expert's logits.
-
-    Returns:
-        (requests,) int32.
-    """
-    nothing = ops.zeros((1,), ms.float32) if mask is None else mask
-    return bound.device_contrastive_select(expert, amateur, ops.log(alpha), beta, nothing)
-
-
-def w4_lora(x: Tensor, slots: Tensor, weight: Tensor, weight_scale: Tensor, down: Tensor, up: Tensor,
-            scale: Tensor) -> Tensor:
-    """``x[t] @ W.T + scale[s] * (x[t] @ down[s].T) @ up[s].T`` with an int4 weight and s = slots[t], in one launch; the
-    first term alone where s = -1.
+    Valid are the tokens whose logit in the leading row is finite and at least ``log_alpha`` plus that row's largest,
+    and whose sum is a number above -infinity.
 
     Args:
-        x: (tokens, in), float16, bfloat16 or float32; in is even.
-        slots: (tokens,) int32.
-        weight: (out, in / 2) uint8, two values a byte, low nibble = even column, stored as value + 8 (LR-QAT's export).
-        weight_scale: (out,) float32, or (out, groups) with in / groups a multiple of 8.
-        down: (slots, rank, in), rank 1..256. up: (slots, rank, out), rank-major. Both of x's dtype.
-        scale: (slots,) float32.
+        logits: (rows, vocabulary) of one float dtype, at most 262,144 tokens.
+        mix_rows: (requests, voices) int32, at most 8 voices: rows of logits, -1 for none; the first leads, and a
+            request without it is inactive. weights: (requests, voices) float32; a row of weight 0 takes no part in
+            the sum. log_alpha: (requests,) float32, -inf for no cut.
 
     Returns:
-        (tokens, out) of x's dtype. Sums are float32 and rounded once; float16 coefficients as in :func:`multi_lora`.
+        ints (requests, 3) int32: the token, the leading row's favourite (its own argmax), and how many tokens are valid
+        (of one row: the vocabulary); floats (requests, 2 + voices) float32: the token's sum, the leading row's largest
+        logit, and each row's logit of the token, 0 where there is no row. An inactive request's are 0; with no valid
+        token it is token 0, sum -inf.
 
     Raises:
-        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
+        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a row is outside -1..rows-1.
     """
-    return bound.device_w4_lora(x, weight, weight_scale, down, up, scale, slots)
+    return bound.device_contrastive_select(logits, mix_rows, weights, log_alpha)
 
 
-def lily_mix(h: Tensor, weights: Tensor, slots: Tensor, up: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+def lily_mix(h: Tensor, weights: Tensor, slots: Tensor, up: Tensor, scale: Tensor, y: Tensor,
+             exact: bool = False) -> Tensor:
     """``y[t] + scale[s] * h[t] @ sum_e(weights[t, e] * up[s, e])`` with s = slots[t] (Lily, arXiv 2407.09946), without
     forming the sum; ``y[t]``'s own bits where s = -1.
 
@@ -351,4 +321,4 @@ def lily_mix(h: Tensor, weights: Tensor, slots: Tensor, up: Tensor, scale: Tenso
     Raises:
         KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
     """
-    return bound.device_lily_mix(h, weights, up, scale, slots, y)
+    return bound.device_lily_mix(h, weights, up, scale, slots, y, exact)

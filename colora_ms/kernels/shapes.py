@@ -29,9 +29,15 @@ def require(condition: bool, operator: str, argument: str, value: Any, expected:
     raise KernelError(f"{operator}: {argument} is {value}, expected {expected}")
 
 
+def agree(a: int, b: int) -> bool:
+    """Whether two dimensions can be one: they are equal, or one is not known while the graph is compiled (-1)."""
+    return a == b or a == -1 or b == -1
+
+
 def require_shape(operator: str, argument: str, shape: Sequence, expected: Sequence) -> None:
-    """Raise :class:`KernelError` unless ``shape`` equals ``expected`` (both lists or tuples of int)."""
-    require(list(shape) == list(expected), operator, argument, shape, str(tuple(expected)))
+    """Raise :class:`KernelError` unless ``shape`` agrees with ``expected`` (both lists or tuples of int)."""
+    fits = len(shape) == len(expected) and all(agree(a, b) for a, b in zip(shape, expected))
+    require(fits, operator, argument, shape, str(tuple(expected)))
 
 
 def require_dtype(operator: str, argument: str, dtype: Any, allowed: Sequence) -> None:

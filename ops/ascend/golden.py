@@ -14,7 +14,7 @@ import numpy as np
 ROUNDING = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "float32": 2.0 ** -24}
 DTYPES = tuple(ROUNDING)
 #: Arguments of the operator's dtype; all others are float32, int32 or bytes, as they are.
-TYPED = frozenset({"x", "down", "up", "y", "expert", "amateur"})
+TYPED = frozenset({"x", "down", "up", "y", "logits"})
 
 
 def rounded(values, dtype):
@@ -51,18 +51,18 @@ def operands(tokens, hidden, rank, width, dtype, bank=4):
     return {**case, **{name: poisoned(case[name]) for name in ("down", "up", "scale")}}
 
 
-def sums(case, h, dtype):
+def sums(case, h, dtype, coarse=True):
     """(want, allowed): y plus what the rows h add through up, in float64, and what a kernel may be off.
 
-    float16 kernels round the coefficients to float16, the others keep float32 sums.
+    coarse: whether a float16 kernel rounds the coefficients to float16; the others keep float32 sums.
     """
     want, allowed = case["y"].astype(np.float64), np.zeros(case["y"].shape)
     for t, s in enumerate(case["slots"]):
         if s >= 0:
             want[t] += h[t] @ case["up"][s]
             terms = np.abs(h[t]) @ np.abs(case["up"][s])
-            allowed[t] = ROUNDING[dtype] * np.abs(want[t]) * 1.01 + terms * (2.0 ** -11 if dtype == "float16"
-                                                                             else 2.0 ** -17)
+            unit = 2.0 ** -11 if coarse and dtype == "float16" else 2.0 ** -17
+            allowed[t] = ROUNDING[dtype] * np.abs(want[t]) * 1.01 + terms * unit
     return want, allowed
 
 
@@ -77,21 +77,28 @@ def shrunk(case):
     return h, terms
 
 
-def lora_case(tokens, hidden, rank, width, dtype):
-    """y + scale (x down^T) up, each token its own adapter."""
-    case = operands(tokens, hidden, rank, width, dtype)
-    want, allowed = sums(case, shrunk(case)[0], dtype)
-    return {**case, "want": want, "allowed": allowed, "base": case["y"], "dtype": dtype}
-
-
-def segments_case(tokens, hidden, rank, width, dtype):
-    """The same by segments of unequal length, one of them empty, one without an adapter."""
-    case = operands(tokens, hidden, rank, width, dtype)
-    cuts = np.array([0, tokens // 2, tokens // 2, tokens // 2 + tokens // 5, tokens], np.int32)
-    slots = np.array([3, 1, -1, 0], np.int32)
-    case["slots"] = np.repeat(slots, np.diff(cuts))
-    want, allowed = sums(case, shrunk(case)[0], dtype)
-    return {**case, "starts": cuts, "slots": slots, "want": want, "allowed": allowed, "base": case["y"], "dtype": dtype}
+def lora_case(tokens, hidden, rank, widths, dtype):
+    """y + scale (x down^T) up, each token its own adapter; ``widths`` are those of linears that lie side by side, each
+    with its own down and scale. In the second slice one adapter has half the rank: zeros fill it up."""
+    slices = len(widths)
+    case = operands(tokens, hidden, rank * slices, sum(widths), dtype)
+    rng = np.random.default_rng([tokens, slices])
+    bank = len(case["down"]) - 1
+    up = rounded(rng.standard_normal((bank, rank, sum(widths))), dtype)
+    case["scale"] = poisoned(rng.uniform(0.25, 2, (bank, slices)).astype(np.float32))
+    if slices > 1:
+        half = rank + rank // 2
+        case["down"][1, half:2 * rank] = 0
+        up[1, rank // 2:, widths[0]:widths[0] + widths[1]] = 0
+    case["up"], ends, begin = poisoned(up), np.cumsum(widths).astype(np.int32), 0
+    want, allowed = np.empty(case["y"].shape), np.empty(case["y"].shape)
+    for k, end in enumerate(ends):
+        part = {"y": case["y"][:, begin:end], "x": case["x"], "slots": case["slots"],
+                "down": case["down"][:, k * rank:(k + 1) * rank], "up": case["up"][:, :, begin:end],
+                "scale": case["scale"][:, k]}
+        want[:, begin:end], allowed[:, begin:end] = sums(part, shrunk(part)[0], dtype, coarse=False)
+        begin = end
+    return {**case, "ends": ends, "want": want, "allowed": allowed, "base": case["y"], "dtype": dtype}
 
 
 def shrink_case(tokens, hidden, rank, width, dtype):
@@ -109,26 +116,6 @@ def expand_case(tokens, hidden, rank, width, dtype):
     want, allowed = sums(case, h.astype(np.float64), dtype)
     return {**{name: case[name] for name in ("slots", "up", "y")}, "h": h, "want": want, "allowed": allowed,
             "base": case["y"], "dtype": dtype}
-
-
-def packed_case(tokens, hidden, groups, rank, width, dtype):
-    """w4_lora: y is the product with random nibbles (low one = even column, value + 8)."""
-    case = operands(tokens, hidden, rank, width, dtype)
-    rng = np.random.default_rng([tokens, hidden, groups, width])
-    weight = rng.integers(0, 256, (width, hidden // 2), dtype=np.uint8)
-    weight_scale = (rng.uniform(0.5, 2, (width, groups)) * 0.2 * hidden ** -0.5).astype(np.float32)
-    values = np.stack((weight & 15, weight >> 4), -1).reshape(width, hidden).astype(np.float64) - 8
-    values *= np.repeat(weight_scale.astype(np.float64), hidden // groups, 1)
-    x, unit = case["x"].astype(np.float64), ROUNDING[dtype]
-    base = x @ values.T
-    nothing = {**case, "y": np.zeros_like(base)}
-    added, adapter = sums(nothing, shrunk(case)[0], dtype)
-    want = base + added
-    allowed = np.maximum(adapter - unit * np.abs(added) * 1.01, 0) + unit * np.abs(want) * 1.01 \
-        + np.abs(x) @ np.abs(values.T) * 2.0 ** -17
-    del case["y"]
-    return {**case, "weight": weight, "weight_scale": weight_scale, "want": want, "allowed": allowed, "base": base,
-            "dtype": dtype}
 
 
 def mix_case(tokens, experts, rank, width, dtype, bank=3):
@@ -150,32 +137,34 @@ def mix_case(tokens, experts, rank, width, dtype, bank=3):
             "base": case["y"], "dtype": dtype}
 
 
-def select_case(rows, vocab, dtype):
-    """The CoLD rule: the score that the chosen token must have."""
-    rng = np.random.default_rng([rows, vocab])
-    expert, amateur = (rounded(rng.standard_normal((rows, vocab)) * 3, dtype) for _ in range(2))
-    cut = np.log(0.1) + expert.max(1, keepdims=True).astype(np.float64)
-    score = np.where(expert >= cut, 1.5 * expert.astype(np.float64) - 0.5 * amateur, -np.inf)
-    return {"expert": expert, "amateur": amateur, "alpha": np.full(rows, 0.1, np.float32),
-            "beta": np.full(rows, 0.5, np.float32), "want": score.max(1), "score": score, "dtype": dtype}
+def select_case(requests, vocab, dtype):
+    """A weighted sum of three rows' logits (every second request has two) over the tokens near the leading row's best."""
+    rng = np.random.default_rng([requests, vocab])
+    logits = rounded(rng.standard_normal((2 * requests + 1, vocab)) * 3, dtype)
+    rows = np.array([(r, requests + r, -1 if r % 2 else 2 * requests) for r in range(requests)], np.int32)
+    weights = np.tile(np.array([1.5, -0.5, 0.25], np.float32), (requests, 1))
+    wide, lead = logits.astype(np.float64), logits[:requests].astype(np.float64)
+    total = sum(np.where(rows[:, k:k + 1] < 0, 0, weights[:, k:k + 1] * wide[rows[:, k]]) for k in range(3))
+    above = lead - (np.log(0.1) + lead.max(1, keepdims=True))
+    return {"logits": logits, "mix_rows": rows, "weights": weights,
+            "log_alpha": np.full(requests, np.log(0.1), np.float32), "dtype": dtype,
+            "score": np.where(above >= 0, total, -np.inf), "favourite": lead.argmax(1), "best": lead.max(1),
+            "valid": np.stack([(above >= margin).sum(1) for margin in (1e-4, -1e-4)])}
 
 
 #: operator -> (maker, shapes of the small case, shapes of the further ones with their dtype).
 CASES = {
-    "MultiLora": (lora_case, (3, 96, 16, 80), [
-        (1, 4096, 16, 4096, "float16"), (32, 4096, 16, 4096, "float16"), (7, 1000, 24, 1000, "float16"),
-        (2, 64, 256, 576, "float16"), (1, 4096, 16, 4096, "bfloat16"), (33, 576, 3, 192, "bfloat16"),
-        (300, 1000, 64, 64, "bfloat16"), (5, 576, 8, 1536, "float32")]),
-    "MultiLoraSegments": (segments_case, (11, 96, 16, 80), [
-        (300, 1000, 16, 576, "float16"), (130, 576, 24, 200, "bfloat16"), (65, 64, 8, 64, "float32")]),
+    "MultiLora": (lora_case, (3, 96, 16, (80,)), [
+        (1, 4096, 16, (4096,), "float16"), (32, 4096, 16, (4096,), "float16"), (7, 1000, 24, (1000,), "float16"),
+        (2, 64, 256, (576,), "float16"), (5, 576, 16, (96, 32, 32), "float16"), (9, 256, 8, (300, 100), "bfloat16"),
+        (1, 4096, 16, (4096,), "bfloat16"), (33, 576, 3, (192,), "bfloat16"), (300, 1000, 64, (64,), "bfloat16"),
+        (5, 576, 8, (1536,), "float32"), (4, 96, 16, (64, 16, 24), "float32")]),
     "LoraShrink": (shrink_case, (3, 96, 16, 80), [
         (32, 4096, 16, 8, "float16"), (9, 1000, 24, 8, "bfloat16"), (3, 576, 8, 8, "float32")]),
     "LoraExpand": (expand_case, (3, 8, 16, 80), [
         (32, 8, 16, 4096, "float16"), (9, 8, 24, 1000, "bfloat16"), (3, 8, 8, 1536, "float32")]),
     "ContrastiveSelect": (select_case, (3, 1000), [
         (1, 151936, "float16"), (16, 49152, "bfloat16"), (3, 262144, "float32")]),
-    "W4Lora": (packed_case, (3, 128, 4, 16, 80), [
-        (1, 4096, 32, 16, 4096, "float16"), (7, 576, 18, 8, 192, "bfloat16"), (33, 1000, 1, 24, 100, "float32")]),
     "LilyMix": (mix_case, (3, 3, 16, 80), [
         (1, 4, 16, 4096, "float16"), (9, 3, 8, 1000, "bfloat16"), (2, 4, 64, 64, "float32")]),
 }
@@ -196,7 +185,8 @@ def write(folder, small=False):
     folder.mkdir(parents=True, exist_ok=True)
     cases = shapes(small)
     for operator, maker, arguments in cases:
-        name = "-".join([operator, "x".join(map(str, arguments[:-1])), arguments[-1]])
+        sizes = [str(one) if isinstance(one, int) else "+".join(map(str, one)) for one in arguments[:-1]]
+        name = "-".join([operator, "x".join(sizes), arguments[-1]])
         np.savez(folder / f"{name}.npz", operator=operator, **maker(*arguments))
     return len(cases)
 

@@ -23,26 +23,22 @@ from golden import TYPED  # noqa: E402
 
 #: operator -> the arguments of its face, in order.
 CALLS = {
-    "MultiLora": ("x", "slots", "down", "up", "scale", "y"),
-    "MultiLoraSegments": ("x", "starts", "slots", "down", "up", "scale", "y"),
+    "MultiLora": ("x", "slots", "down", "up", "scale", "y", "ends"),
     "LoraShrink": ("x", "slots", "down", "scale"),
     "LoraExpand": ("h", "slots", "up", "y"),
-    "ContrastiveSelect": ("expert", "amateur", "alpha", "beta"),
-    "W4Lora": ("x", "slots", "weight", "weight_scale", "down", "up", "scale"),
+    "ContrastiveSelect": ("logits", "mix_rows", "weights", "log_alpha"),
     "LilyMix": ("h", "weights", "slots", "up", "scale", "y"),
 }
-BY_TOKEN = frozenset({"x", "slots", "y", "h", "weights", "expert", "amateur", "alpha", "beta"})
-SCORE = 1e-4  # by how much a chosen token's score may be below the best one
+#: Arguments with a row for each token or request.
+BY_TOKEN = frozenset({"x", "slots", "y", "h", "weights", "logits", "mix_rows", "log_alpha"})
+SCORE = 1e-4  # by how much a score may be off, and that of a chosen token below the best one
 
 
-def verdict(case, got):
+def verdict(case, outputs):
     """(share of the allowance that the worst element takes, None or what is wrong)."""
     if str(case["operator"]) == "ContrastiveSelect":
-        if got.min() < 0 or got.max() >= case["score"].shape[1]:
-            return float("inf"), f"a token outside the vocabulary: {got.min()}..{got.max()}"
-        below = float(np.max(case["want"] - case["score"][np.arange(len(got)), got]))
-        return below / SCORE, None if below <= SCORE else f"a token whose score is {below:.3g} below the best"
-    got = got.astype(np.float64)
+        return chosen(case, *outputs)
+    got = outputs[0].astype(np.float64)
     if not np.isfinite(got).all():
         return float("inf"), f"{int((~np.isfinite(got)).sum())} values are not finite (an unused slot is read?)"
     error, allowed = np.abs(got - case["want"]), case["allowed"]
@@ -54,6 +50,26 @@ def verdict(case, got):
     return share, None if changed else "the adapter has no effect"
 
 
+def chosen(case, ints, floats):
+    """The same of ContrastiveSelect: token, favourite, number of valid tokens; sum, best logit, each row's logit."""
+    token, favourite, valid = ints.T
+    if token.min() < 0 or token.max() >= case["score"].shape[1]:
+        return float("inf"), f"a token outside the vocabulary: {token.min()}..{token.max()}"
+    own = case["score"][np.arange(len(token)), token]
+    below = float(np.max(case["score"].max(1) - own))
+    share = max(below, float(np.abs(floats[:, 0] - own).max())) / SCORE
+    each = np.where(case["mix_rows"] < 0, 0, case["logits"][case["mix_rows"], token[:, None]])
+    for name, right in (("a token whose score is below the best", below <= SCORE),
+                        ("a sum that is not the token's", share <= 1),
+                        ("a favourite that is not the leading row's", (favourite == case["favourite"]).all()),
+                        ("a number of valid tokens", ((case["valid"][0] <= valid) & (valid <= case["valid"][1])).all()),
+                        ("a best logit", np.allclose(floats[:, 1], case["best"], atol=SCORE)),
+                        ("a row's logit of the token", np.allclose(floats[:, 2:], each, atol=SCORE))):
+        if not right:
+            return share, f"{name} is wrong"
+    return share, None
+
+
 def cells():
     """operator -> a Cell that calls it; graphs are parsed from the source, so each is written out."""
     from mindspore import nn
@@ -61,12 +77,8 @@ def cells():
     from colora_ms.kernels import ascend
 
     class MultiLora(nn.Cell):
-        def construct(self, x, slots, down, up, scale, y):
-            return ascend.multi_lora(x, slots, down, up, scale, y)
-
-    class MultiLoraSegments(nn.Cell):
-        def construct(self, x, starts, slots, down, up, scale, y):
-            return ascend.multi_lora_segments(x, starts, slots, down, up, scale, y)
+        def construct(self, x, slots, down, up, scale, y, ends):
+            return ascend.multi_lora(x, slots, down, up, scale, y, ends)
 
     class LoraShrink(nn.Cell):
         def construct(self, x, slots, down, scale):
@@ -77,23 +89,19 @@ def cells():
             return ascend.lora_expand(h, slots, up, y)
 
     class ContrastiveSelect(nn.Cell):
-        def construct(self, expert, amateur, alpha, beta):
-            return ascend.contrastive_token(expert, amateur, alpha, beta)
-
-    class W4Lora(nn.Cell):
-        def construct(self, x, slots, weight, weight_scale, down, up, scale):
-            return ascend.w4_lora(x, slots, weight, weight_scale, down, up, scale)
+        def construct(self, logits, mix_rows, weights, log_alpha):
+            return ascend.contrastive_token(logits, mix_rows, weights, log_alpha)
 
     class LilyMix(nn.Cell):
         def construct(self, h, weights, slots, up, scale, y):
             return ascend.lily_mix(h, weights, slots, up, scale, y)
 
-    made = (MultiLora, MultiLoraSegments, LoraShrink, LoraExpand, ContrastiveSelect, W4Lora, LilyMix)
+    made = (MultiLora, LoraShrink, LoraExpand, ContrastiveSelect, LilyMix)
     return {cell.__name__: cell for cell in made if cell.__name__ in ascend.OPERATORS}
 
 
 def call(ms, cell, case, mode, repeat=1, dynamic=False, beside=None):
-    """The last output of ``repeat`` calls, as an array."""
+    """The outputs of the last of ``repeat`` calls, as arrays."""
     arguments = CALLS[str(case["operator"])]
     given = [ms.Tensor(case[one]).astype(getattr(ms, str(case["dtype"]))) if one in TYPED else ms.Tensor(case[one])
              for one in arguments]
@@ -105,7 +113,8 @@ def call(ms, cell, case, mode, repeat=1, dynamic=False, beside=None):
         if beside is not None:
             beside()
         out = cell(*given)
-    return out.asnumpy() if out.dtype == ms.int32 else out.astype(ms.float32).asnumpy()
+    outputs = out if isinstance(out, tuple) else (out,)
+    return [one.asnumpy() if one.dtype == ms.int32 else one.astype(ms.float32).asnumpy() for one in outputs]
 
 
 def second_stream(ms):
@@ -145,7 +154,8 @@ def run(options, say):
                 cell = made[str(case["operator"])]()
                 got = call(ms, cell, case, mode, options.repeat, options.dynamic, beside)
                 share, wrong = verdict(case, got)
-                if options.twice and not wrong and call(ms, cell, case, mode).tobytes() != got.tobytes():
+                if options.twice and not wrong and any(
+                        a.tobytes() != b.tobytes() for a, b in zip(got, call(ms, cell, case, mode))):
                     wrong = "a second launch gives other bits"
             except Exception as problem:  # one broken operator must not hide the results of the others
                 share, wrong = float("nan"), f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"

@@ -44,11 +44,9 @@ struct CompileTimeTensorDesc {
 };
 
 struct RuntimeAttrs {
-    int64_t offset;
     bool exact;
     std::vector<std::string> kinds;  // of the operator's attributes, in the order of its definition
-    // The int of every operator here is the offset and the bool is "exact"; another index is a bug of the tiling function.
-    const int64_t* GetInt(size_t index) const { return index < kinds.size() && kinds[index] == "int" ? &offset : nullptr; }
+    // The only attribute there is here is the bool "exact"; another index is a bug of the tiling function.
     const bool* GetBool(size_t index) const { return index < kinds.size() && kinds[index] == "bool" ? &exact : nullptr; }
 };
 
@@ -69,8 +67,8 @@ struct Context {
     TilingData tiling;
     uint32_t blocks = 0, schedule = 0;
     std::vector<size_t> workspaces;
-    Shape output;
-    ge::DataType outputType = ge::DT_FLOAT;
+    Shape outputs[4];
+    ge::DataType outputTypes[4] = {ge::DT_FLOAT, ge::DT_FLOAT, ge::DT_FLOAT, ge::DT_FLOAT};
 
     // Tiling
     const StorageShape* GetInputShape(size_t i) const { return &inputs.at(i); }
@@ -89,11 +87,11 @@ struct Context {
 struct TilingContext : Context {};
 struct InferShapeContext : Context {
     const Shape* GetInputShape(size_t i) const { return &inputs.at(i).shape; }
-    Shape* GetOutputShape(size_t i) { return i == 0 ? &output : nullptr; }
+    Shape* GetOutputShape(size_t i) { return &outputs[i]; }
 };
 struct InferDataTypeContext : Context {
     ge::DataType GetInputDataType(size_t i) const { return types.at(i).type; }
-    void SetOutputDataType(size_t, ge::DataType type) { outputType = type; }
+    void SetOutputDataType(size_t i, ge::DataType type) { outputTypes[i] = type; }
 };
 }  // namespace gert
 

@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 import test_lily_kernel
-import test_w4_kernel
-from emulated import INOUT, INPUT, OUTPUT, STRICT, WORKSPACE, Emulator, build, plan_lora
+from emulated import INOUT, INPUT, OUTPUT, STRICT, WORKSPACE, Emulator, build, plan_lora, plan_multi_lora
 from lora_cases import LoraCase
 
 HERE = __import__("pathlib").Path(__file__).parent
 MUTANTS = HERE / "mutants.cpp"
 LORA = build.ASCEND / "multi_lora" / "op_kernel" / "multi_lora.cpp"
+MULTI = build.ASCEND / "multi_lora" / "op_kernel" / "multi_lora_phase.h"
+TILES = build.ASCEND / "multi_lora" / "op_kernel" / "multi_lora_tiles.h"
+SHRINK = build.ASCEND / "lora_shrink" / "op_kernel" / "lora_shrink.cpp"
+HALF = build.ASCEND / "lora_expand" / "op_kernel" / "lora_expand.cpp"
 PHASES = build.ASCEND / "common" / "op_kernel" / "lora_phases.h"
 EXPAND = build.ASCEND / "common" / "op_kernel" / "lora_expand_phase.h"
 GROUPS = build.ASCEND / "common" / "op_kernel" / "lora_groups.h"
-
-PACKED = build.ASCEND / "w4_lora" / "op_kernel" / "w4_lora.cpp"
-W4 = build.ASCEND / "w4_lora" / "op_kernel" / "w4_phase.h"
 MIX = build.ASCEND / "lily_mix" / "op_kernel" / "lily_mix.cpp"
 LILY = build.ASCEND / "lily_mix" / "op_kernel" / "lily_phase.h"
-FILES = {"multi_lora": (GROUPS, PHASES, EXPAND, LORA), "w4_lora": (GROUPS, PHASES, EXPAND, W4, PACKED),
-         "lily_mix": (GROUPS, PHASES, EXPAND, LILY, MIX)}
+FILES = {"multi_lora": (GROUPS, PHASES, EXPAND, MULTI, TILES, LORA), "lora_shrink": (GROUPS, PHASES, EXPAND, SHRINK),
+         "lora_expand": (GROUPS, PHASES, EXPAND, HALF), "lily_mix": (GROUPS, PHASES, EXPAND, LILY, MIX)}
 
 # name: (kinds that must be reported). The kernel of this name is in mutants.cpp; it marks the line with BUG.
 PLANTED = {
@@ -46,35 +46,33 @@ PLANTED = {
 CLEAN = ("clean_copy", "clean_vector", "clean_sync", "clean_atomic", "clean_double_buffer", "clean_scalar",
          "clean_nibbles")
 
-# The real kernel, with one edit: (file, pattern, replacement, kinds of which at least one must be reported).
+# The real kernel, with one edit: (operator, file, pattern, replacement, kinds of which at least one must be reported).
 EDITS = {
-    "no_first_sync": (LORA, r"lora\.Shrink\(groups\);\s*AscendC::SyncAll\(\);", "lora.Shrink(groups);",
-                      {"race", "gm_uninitialised"}),
-    "no_second_sync": (LORA, r"lora\.Reduce\(groups\);\s*AscendC::SyncAll\(\);", "lora.Reduce(groups);",
-                       {"race", "gm_uninitialised"}),
-    "no_barrier_in_expand": (EXPAND, r"(halves\.GetValue.*?\n\s*\})\s*PipeBarrier<PIPE_V>\(\);", r"\1", {"RAW", "WAW"}),
-    "no_barrier_in_products": (PHASES, r"BlockReduceSum\(eighths, acc.*?;\s*PipeBarrier<PIPE_V>\(\);",
-                               "BlockReduceSum(eighths, acc, static_cast<int32_t>(ranks), 64, 1, 1, 8);", {"RAW"}),
-    "no_scalar_wait": (EXPAND, r"Order<HardEvent::MTE2_S>\(\);\s*return table;", "return table;", {"RAW"}),
-    "weights_past_end": (PHASES, r"downGm_, bank \+ c,", "downGm_, bank + c + rank_ * hidden_,", {"gm_bounds"}),
-    "no_padding_value": (PHASES, r"DataCopyPad\(tile, gm\[at\],", "DataCopyPad(tile[1], gm[at],",
+    "no_meeting": ("multi_lora", LORA, r"AscendC::SyncAll\(\);", "", {"race", "gm_uninitialised"}),
+    "one_turn": ("multi_lora", LORA, r"turn = 1 - turn;", "", {"race"}),
+    "no_barrier_in_products": ("multi_lora", TILES, r"PipeBarrier<PIPE_V>\(\);\s*BlockReduceSum\(eighths",
+                               "BlockReduceSum(eighths", {"RAW"}),
+    "no_barrier_between_ranks": ("multi_lora", TILES, r"PipeBarrier<PIPE_V>\(\);\s*AddRank", "AddRank", {"RAW", "WAW"}),
+    "no_barrier_before_spread": ("multi_lora", TILES, r"PipeBarrier<PIPE_V>\(\);\s*for \(uint32_t t = 0; t < \(slices_",
+                                 "for (uint32_t t = 0; t < (slices_", {"RAW"}),
+    "weights_past_end": ("multi_lora", TILES, r"downGm_, bank \+ c,", "downGm_, bank + c + rank_ * hidden_,",
+                         {"gm_bounds"}),
+    "rows_not_freed": ("multi_lora", TILES, r"rowQueue_\.FreeTensor\(rows\);", "", {"queue"}),
+    "weights_too_large": ("multi_lora", MULTI, r"kWeights = 8192", "kWeights = 12288", {"ub_capacity"}),
+    "rows_between_of_y": ("multi_lora", MULTI, r"end - c, width_, false", "end - c, width_, true", {"race"}),
+    "no_shrink_meeting": ("lora_shrink", SHRINK, r"lora\.Shrink\(groups\);\s*AscendC::SyncAll\(\);",
+                          "lora.Shrink(groups);", {"race", "gm_uninitialised"}),
+    "no_barrier_in_expand": ("lora_expand", EXPAND, r"(halves\.GetValue.*?\n\s*\})\s*PipeBarrier<PIPE_V>\(\);", r"\1",
+                             {"RAW", "WAW"}),
+    "no_scalar_wait": ("lora_expand", EXPAND, r"Order<HardEvent::V_S>\(\);\s*return table;", "return table;", {"RAW"}),
+    "no_padding_value": ("lora_shrink", PHASES, r"DataCopyPad\(tile, gm\[at\],", "DataCopyPad(tile[1], gm[at],",
                          {"alignment", "ub_bounds"}),
-    "rows_not_freed": (PHASES, r"inQueue_\.FreeTensor\(tile\);\s*return wide;", "return wide;", {"queue"}),
-    "tile_too_large": (PHASES, r"12288;\n\s*pipe_->InitBuffer", "16384;\n pipe_->InitBuffer", {"ub_capacity"}),
-    "order_lost": (GROUPS, r"return listed \? order\[position\]", "return listed ? order[position] + 1",
-                   {"gm_bounds", "race"}),
+    "tile_too_large": ("lora_shrink", PHASES, r"12288;\n\s*pipe_->InitBuffer", "16384;\n pipe_->InitBuffer",
+                       {"ub_capacity"}),
+    "order_lost": ("lora_expand", GROUPS, r"return listed \? order\[position\]",
+                   "return listed ? order[position] + 1", {"gm_bounds", "race"}),
 }
 EDITS_OF_THE_OTHERS = {
-    "no_wait_for_coefficients": (PACKED, r"layer\.Reduce\(groups\);\s*AscendC::SyncAll\(\);", "layer.Reduce(groups);",
-                                 {"race", "gm_uninitialised"}),
-    "bits_not_written": (W4, r"Duplicate\(bits_\.template.*?;", ";", {"uninitialised"}),
-    "rows_past_the_weight": (W4, r"static_cast<uint64_t>\(row\) \* \(hidden_ / 2\)",
-                             "static_cast<uint64_t>(row + 1) * (hidden_ / 2)",
-                             {"gm_bounds"}),
-    "no_barrier_before_sub": (W4, r"withBits\);\s*PipeBarrier<PIPE_V>\(\);\s*Sub", "withBits);\n Sub", {"RAW"}),
-    "odd_nibbles_cast": (W4, r"RoundMode::CAST_NONE, pitch\);", "RoundMode::CAST_NONE, pitch - 1);", {"range"}),
-    "scales_overrun": (W4, r"scales_, kScales \* 32", "scales_, 64", {"ub_bounds"}),
-    "packed_not_freed": (W4, r"weightQueue_\.FreeTensor\(packed\);", "", {"queue"}),
     "no_wait_for_router": (LILY, r"Base::template Order<HardEvent::MTE2_S>\(\);", "", {"RAW"}),
     "no_wait_for_table": (LILY, r"Base::template Order<HardEvent::V_S>\(\);\s*return table;", "return table;", {"RAW"}),
     "experts_past_end": (LILY, r"static_cast<uint64_t>\(e\) \* rank_", "static_cast<uint64_t>(e + 1) * rank_",
@@ -90,18 +88,15 @@ def mutants(emulator, tmp_path_factory):
     names = re.findall(r"KERNEL\((\w+)\)", text)
     assert set(names) >= set(PLANTED) | set(CLEAN)
     units = {"machine.cpp": build.HERE / "src" / "machine.cpp",
-             "mutants.cpp": f'#include "{MUTANTS}"\n' + "".join(build.registration(n, 4) for n in names if n != "name"),
-             "edits.cpp": f'#include "{build.ASCEND / "common/op_host/lora_tiling_core.h"}"\n#include '
-                          '"kernel_operator.h"\n'
-                          "#define EMULATOR_TILING colora::LoraTilingData\n#define DTYPE_X half\n"
-                          + "".join(edited("multi_lora", *EDITS[name][:3], name) for name in EDITS)}
-    for operator, own in (("w4_lora", (W4, PACKED)), ("lily_mix", (LILY, MIX))):
+             "mutants.cpp": f'#include "{MUTANTS}"\n' + "".join(build.registration(n, 4) for n in names if n != "name")}
+    wanted = [(operator, *edit, name) for name, (operator, *edit, _) in EDITS.items()]
+    wanted += [("lily_mix", *edit[:3], name) for name, edit in EDITS_OF_THE_OTHERS.items()]
+    for operator in FILES:
         header, struct = build.KERNELS[operator]
         units[f"{operator}.cpp"] = (
             f'#include "{build.ASCEND / header}"\n#include "kernel_operator.h"\n#define EMULATOR_TILING {struct}\n'
             "#define DTYPE_X half\n#define DTYPE_UP half\n"
-            + "".join(edited(operator, *edit[:3], name) for name, edit in EDITS_OF_THE_OTHERS.items()
-                      if edit[0] in own))
+            + "".join(edited(*edit) for edit in wanted if edit[0] == operator))
     return Emulator(build.compile_units(units, folder / "mutants.so", "-O0"))
 
 
@@ -110,6 +105,8 @@ def edited(operator, file, pattern, replacement, name):
     texts = {p: p.read_text() for p in FILES[operator]}
     texts[file], count = re.subn(pattern, replacement, texts[file], count=1, flags=re.S)
     assert count == 1, f"the edit {name} no longer applies to {file.name}"
+    inside = texts.pop(TILES, "")  # members of a class, included inside it
+    texts = {p: text.replace('#include "multi_lora_tiles.h"', inside) for p, text in texts.items()}
     body = "".join(re.sub(r"^#.*$", "", text, flags=re.M) for text in texts.values())
     body = re.sub(r"\bcolora\b", f"colora_{name}", body)  # one namespace an edit: the linker must not merge them
     symbol = f"edit_{name}"
@@ -172,14 +169,20 @@ def test_missing_synchronisation_shows_in_results(mutants):
 
 @pytest.mark.parametrize("name", sorted(EDITS))
 def test_edit_of_the_real_kernel_is_found(mutants, name):
-    case = LoraCase(7, 1000, 72, 1000, "float16", "distinct", bank=3)
+    operator, *_, kinds = EDITS[name]
+    case = LoraCase(70, 1000, 72, 1000, "float16", "skewed", bank=3)
     tokens, hidden, rank, width = case.shape
     tiling, workspace = plan_lora(tokens, hidden, rank, width, case.dtype, 48, slots=case.bank)
-    y = case.y.copy()
-    report = mutants.launch(f"edit_{name}", 48, [
-        (case.x, INPUT), (case.down, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT), (y, INOUT),
-        (y, INOUT), (workspace, WORKSPACE), (tiling, INPUT)])
-    assert {f["kind"] for f in report["findings"]} & EDITS[name][3], report["findings"]
+    y, h = case.y.copy(), np.zeros((tokens, rank), np.float32)
+    given = {"multi_lora": [case.x, case.down, case.up, case.scale, case.slots],
+             "lora_shrink": [case.x, case.down, case.scale, case.slots], "lora_expand": [h, case.up, case.slots]}
+    rest = {"multi_lora": [(y, INOUT), (case.ends, INPUT), (y, INOUT)], "lora_shrink": [(h, INOUT)],
+            "lora_expand": [(y, INOUT), (y, INOUT)]}
+    if operator == "multi_lora":
+        tiling, workspace = plan_multi_lora(tokens, hidden, rank, width, case.dtype, 48, case.bank)
+    report = mutants.launch(f"edit_{name}", 48, [(one, INPUT) for one in given[operator]] + rest[operator]
+                            + [(workspace, WORKSPACE), (tiling, INPUT)])
+    assert {f["kind"] for f in report["findings"]} & kinds, report["findings"]
 
 
 class Renamed:
@@ -195,12 +198,9 @@ class Renamed:
 
 @pytest.mark.parametrize("name", sorted(EDITS_OF_THE_OTHERS))
 def test_edit_of_another_kernel_is_found(mutants, name):
-    file, *_, kinds = EDITS_OF_THE_OTHERS[name]
+    kinds = EDITS_OF_THE_OTHERS[name][3]
     library = Renamed(mutants, name)
-    if file in (W4, PACKED):
-        test_w4_kernel.launch(library, test_w4_kernel.W4Case(7, 1008, 16, 400, "float16", 14))
-    else:
-        test_lily_kernel.launch(library, test_lily_kernel.LilyCase(20, 4, 256, 400, "float16", "one"))
+    test_lily_kernel.launch(library, test_lily_kernel.LilyCase(20, 4, 256, 400, "float16", "one"))
     assert {f["kind"] for f in library.findings} & kinds, library.findings
 
 

@@ -5,13 +5,16 @@
 #define __aicore__
 #define __global__
 #define __gm__
-#define GM_ADDR uint8_t*
+#define GM_ADDR __gm__ uint8_t*
 #include "emulator/types.h"
 #include "emulator/machine.h"
 #include "emulator/tensor.h"
 #include "emulator/sync.h"
 #include "emulator/copy.h"
 #include "emulator/vector.h"
+#include "emulator/arithmetic.h"
+#include "emulator/convert.h"
+#include "emulator/compare.h"
 #include "emulator/reduce.h"
 
 // Tiling data is a plain struct, named by the build for each kernel; kernel types mean nothing on the host.
@@ -23,3 +26,7 @@ namespace AscendC {
 // On the device the system's own workspace comes first in the same allocation.
 inline GM_ADDR GetUserWorkspace(GM_ADDR workspace) { return workspace; }
 }  // namespace AscendC
+
+// Names that the device's compiler has as macros or builtin variables: nothing in a kernel can be called so.
+#define block_idx (::get_block_idx())
+#define block_num (::get_block_num())

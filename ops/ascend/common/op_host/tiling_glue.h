@@ -44,15 +44,11 @@ inline ge::graphStatus Refuse(const char* op, const std::string& error) {
 struct LoraSizes {
     uint32_t tokens, hidden, rank, width, rowWidth, slots;
     uint32_t segments;  // 0: one slot a token
-    uint32_t offset;
     bool exact;
 };
 
-// The attributes (offset, exact) of the operators that write y.
-inline void ReadAttributes(gert::TilingContext* context, LoraSizes& sizes) {
-    sizes.offset = static_cast<uint32_t>(*context->GetAttrs()->GetInt(0));
-    sizes.exact = *context->GetAttrs()->GetBool(1);
-}
+// The attribute of the operators that write y; they have no other.
+inline bool Exact(gert::TilingContext* context) { return *context->GetAttrs()->GetBool(0); }
 
 // The fields of colora::LoraTilingData that the operators' own classes share, from a plan.
 template <class Tiling, class Data>
@@ -80,7 +76,7 @@ ge::graphStatus LaunchLora(const char* op, gert::TilingContext* context, const L
     const uint32_t cores = VectorCores(context);
     const ge::DataType type = context->GetInputDesc(typed)->GetDataType();
     const colora::LoraPlan plan =
-        colora::plan_lora(sizes.tokens, sizes.hidden, sizes.rank, sizes.width, sizes.rowWidth, sizes.offset, sizes.slots,
+        colora::plan_lora(sizes.tokens, sizes.hidden, sizes.rank, sizes.width, sizes.rowWidth, 0, sizes.slots,
                           sizes.segments, cores, ElementBytes(type), type == ge::DT_FLOAT16, sizes.exact);
     if (!plan.error.empty()) return Refuse(op, plan.error);
     Tiling tiling;

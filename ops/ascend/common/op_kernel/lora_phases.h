@@ -212,7 +212,7 @@ class LoraPhases {
         weightQueue_.EnQue(tile);
         return weightQueue_.template DeQue<T>();
     }
-    __aicore__ inline LocalTensor<float> WidenWeights(const LocalTensor<T>& tile, uint32_t columns) {
+    __aicore__ inline LocalTensor<float> WidenWeights(LocalTensor<T>& tile, uint32_t columns) {
         if constexpr (kFloat) {
             return tile;
         } else {
@@ -333,10 +333,10 @@ class LoraPhases {
             weightQueue_.EnQue(part);
             part = weightQueue_.template DeQue<float>();
             while (n > 1) {
-                const uint32_t half = n / 2;
-                Add(part, part, part[(n - half) * padded_], static_cast<int32_t>(half * padded_));
+                const uint32_t pairs = n / 2;
+                Add(part, part, part[(n - pairs) * padded_], static_cast<int32_t>(pairs * padded_));
                 PipeBarrier<PIPE_V>();
-                n -= half;
+                n -= pairs;
             }
             if (p == 0) Muls(sum, part, 1.0f, static_cast<int32_t>(padded_));
             else Add(sum, sum, part, static_cast<int32_t>(padded_));

@@ -12,9 +12,9 @@ static ge::graphStatus LilyMixTiling(gert::TilingContext* context) {
     const ge::DataType type = context->GetInputDesc(2)->GetDataType();
     const auto& y = InputShape(context, 5);
     LoraSizes sizes{Size(y, 0), 1, Size(up, 2), Size(up, 3), Size(y, 1), Size(up, 0)};  // reads no x
-    ReadAttributes(context, sizes);
+    sizes.exact = Exact(context);
     const colora::LilyMixPlan plan =
-        colora::plan_lily_mix(sizes.tokens, Size(up, 1), sizes.rank, sizes.width, sizes.rowWidth, sizes.offset, sizes.slots, cores,
+        colora::plan_lily_mix(sizes.tokens, Size(up, 1), sizes.rank, sizes.width, sizes.rowWidth, 0, sizes.slots, cores,
                               ElementBytes(type), type == ge::DT_FLOAT16, sizes.exact);
     if (!plan.error.empty()) return Refuse("LilyMix", plan.error);
     LilyMixTilingData tiling;

@@ -53,7 +53,7 @@ class LilyPhases : public LoraPhases<T> {
                     const LocalTensor<float> y = Base::LoadRows(Base::yGm_, groups, g, position + r, m, Base::rowWidth_,
                                                                 Base::offset_ + c, columns);
                     for (uint32_t e = 0; e < experts_; ++e) {
-                        const LocalTensor<T> tile = Base::LoadWeights(upGm_, bank + static_cast<uint64_t>(e) * rank_ * width_ + c,
+                        LocalTensor<T> tile = Base::LoadWeights(upGm_, bank + static_cast<uint64_t>(e) * rank_ * width_ + c,
                                                                       columns, width_);
                         if (!rounded_) wide_ = Base::WidenWeights(tile, columns);
                         Base::AddProducts(y, tile, table[r * tableRow_ + e * coefficientRow_], m, columns, pitch);
@@ -80,11 +80,11 @@ class LilyPhases : public LoraPhases<T> {
             DataCopyPad(h, hGm_[token * rank_], DataCopyExtParams(1, rank_ * 4, 0, 0, 0),
                         DataCopyPadExtParams<float>(true, 0, static_cast<uint8_t>(padded_ - rank_), 0.0f));
             inQueue_.EnQue(h);
+            h = inQueue_.template DeQue<float>();  // a queue of depth 1 holds one tensor
             LocalTensor<float> router = inQueue_.template AllocTensor<float>();
             DataCopyPad(router, routerGm_[token * experts_], DataCopyExtParams(1, experts_ * 4, 0, 0, 0),
                         DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
             inQueue_.EnQue(router);
-            h = inQueue_.template DeQue<float>();
             router = inQueue_.template DeQue<float>();
             Base::template Order<HardEvent::MTE2_S>();
             for (uint32_t e = 0; e < experts_; ++e) {

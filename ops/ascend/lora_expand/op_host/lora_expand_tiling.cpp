@@ -9,7 +9,7 @@ static ge::graphStatus LoraExpandTiling(gert::TilingContext* context) {
     const auto& h = InputShape(context, 0);
     const auto& up = InputShape(context, 1);
     LoraSizes sizes{Size(h, 0), 1, Size(h, 1), Size(up, 2), Size(InputShape(context, 3), 1), Size(up, 0)};  // reads no x
-    ReadAttributes(context, sizes);
+    sizes.exact = Exact(context);
     return LaunchLora<LoraExpandTilingData>("LoraExpand", context, sizes, 1, false);
 }
 

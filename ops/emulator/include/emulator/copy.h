@@ -5,22 +5,25 @@
 namespace AscendC {
 
 struct DataCopyParams {
-    uint16_t blockCount, blockLen, srcStride, dstStride;
-    DataCopyParams(uint16_t count = 1, uint16_t length = 0, uint16_t source = 0, uint16_t target = 0)
+    uint16_t blockCount = 1, blockLen = 0, srcStride = 0, dstStride = 0;
+    DataCopyParams() {}
+    DataCopyParams(uint16_t count, uint16_t length, uint16_t source, uint16_t target)
         : blockCount(count), blockLen(length), srcStride(source), dstStride(target) {}
 };
 struct DataCopyExtParams {
-    uint16_t blockCount;
-    uint32_t blockLen, srcStride, dstStride, rsv;
-    DataCopyExtParams(uint16_t count = 1, uint32_t length = 0, uint32_t source = 0, uint32_t target = 0, uint32_t r = 0)
+    uint16_t blockCount = 1;
+    uint32_t blockLen = 0, srcStride = 0, dstStride = 0, rsv = 0;
+    DataCopyExtParams() {}
+    DataCopyExtParams(uint16_t count, uint32_t length, uint32_t source, uint32_t target, uint32_t r)
         : blockCount(count), blockLen(length), srcStride(source), dstStride(target), rsv(r) {}
 };
 template <typename T>
 struct DataCopyPadExtParams {
-    bool isPad;
-    uint8_t leftPadding, rightPadding;
-    T paddingValue;
-    DataCopyPadExtParams(bool pad = false, uint8_t left = 0, uint8_t right = 0, T value = T(0))
+    bool isPad = false;
+    uint8_t leftPadding = 0, rightPadding = 0;
+    T paddingValue = T();
+    DataCopyPadExtParams() {}
+    DataCopyPadExtParams(bool pad, uint8_t left, uint8_t right, T value)
         : isPad(pad), leftPadding(left), rightPadding(right), paddingValue(value) {}
 };
 
@@ -30,6 +33,7 @@ inline void count_bursts(uint64_t bursts, uint64_t bytes) {
     int k = 0;
     while (k < 31 && (2ull << k) <= bytes) ++k;
     c.burst_sizes[k] += bursts;
+    if (emulator::machine->trace) emulator::trace_size(0, bursts * bytes, bursts);
 }
 
 template <typename T>
@@ -54,7 +58,7 @@ void copy_in(const LocalTensor<T>& dst, const GlobalTensor<T>& src, uint32_t bur
         T fill = pad.paddingValue;
         if (!pad.isPad) {
             if (left + right == 0) std::memcpy(&fill, from, sizeof(T));
-            else std::memset(&fill, 0xff, sizeof(T));
+            else std::memset(static_cast<void*>(&fill), 0xff, sizeof(T));
         }
         for (uint64_t at_byte = 0; at_byte < row; at_byte += sizeof(T)) {
             if (at_byte < left || at_byte >= left + bytes) std::memcpy(to + at_byte, &fill, sizeof(T));

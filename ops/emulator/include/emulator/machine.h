@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "trace.h"
 #include "types.h"
 
 namespace emulator {
@@ -33,6 +34,7 @@ constexpr uint32_t ub_usable = ub_bytes - 256 - 8 * 1024;
 constexpr uint32_t block_bytes = 32;
 constexpr uint32_t ub_blocks = ub_bytes / block_bytes;
 constexpr uint32_t repeat_bytes = 256;
+constexpr int events = 12;  // kinds of HardEvent that are emulated
 
 enum GmKind { GM_INPUT = 0, GM_OUTPUT = 1, GM_WORKSPACE = 2, GM_INOUT = 3 };
 
@@ -55,6 +57,7 @@ struct QueueBuffer {
     enum State { FREE, ALLOCATED, QUEUED, TAKEN } state = FREE;
     uint32_t address = 0, bytes = 0, generation = 0;
     std::array<uint32_t, PIPES> ready{}, released{};
+    int8_t event = -1;  // the id that the queue holds: of the filled buffer while queued, of the freed one while free
     Where at = Where("", 0);
 };
 
@@ -81,8 +84,11 @@ struct Core {
     std::vector<QueueBuffer> buffers;
     std::map<uint32_t, std::array<uint32_t, PIPES>> flags;
     std::map<uint32_t, Where> flag_places;
+    uint8_t event_ids[events] = {0};  // by kind: the ids in use, one bit each
+    uint32_t buffer_count = 0;
     bool atomic_add = false;
     Counters count;
+    std::vector<TraceEntry> trace;  // empty unless the launch asks for it
 
     void reset(int block);
 };
@@ -90,9 +96,10 @@ struct Core {
 struct Machine {
     std::vector<GmBuffer> gm;
     bool strict = true;
-    int blocks = 1;
+    int blocks = 1, cores = 1;  // launched, on the chip
     uint64_t random_state = 1;
     bool interleave = true;
+    bool trace = false;
     int running = 0;
 };
 
@@ -110,13 +117,20 @@ uint64_t random_number();
 void* gm_check(int buffer, const void* address, uint64_t bytes, Where at, bool write, Pipe pipe);
 int gm_find(const void* address);
 
+void trace_issue(Pipe p);
+// Fills in the entry of the instruction just issued; a second call for one instruction (a macro's next pass) adds an
+// entry that waits for the first.
+void trace_size(uint32_t what, uint64_t size, uint64_t parts);
+
 inline uint32_t issue(Pipe p) {
     if (p == S) core->known[S][S] = core->issued[S] + 1;  // the scalar unit runs in program order
     for (int q = V; q < PIPES; ++q) {
         // An instruction is dispatched by the scalar unit, so it sees what the scalar unit had waited for.
         if (core->known[p][q] < core->known[S][q]) core->known[p][q] = core->known[S][q];
     }
-    return ++core->issued[p];
+    ++core->issued[p];
+    if (machine->trace) trace_issue(p);
+    return core->issued[p];
 }
 
 void hazard(const char* kind, Pipe now, Pipe before, uint32_t block, Where at);

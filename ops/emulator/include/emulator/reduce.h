@@ -27,7 +27,7 @@ inline T tree_sum(const T* values, uint32_t n) {
 template <typename T, typename F>
 void reduce_repeats(int id, const LocalTensor<T>& dst, const LocalTensor<T>& src, int mask, int repeats, uint32_t group,
                     int32_t dst_step, uint32_t alignment, int32_t block_stride, int32_t repeat_stride, Where at, F f) {
-    static_assert(std::is_same<T, half>::value || std::is_same<T, float>::value, "reductions take half or float");
+    static_assert(emulator::one_of<T, half, float>, "reductions take half or float");
     if (!repeat_valid(mask, repeats, int(256 / sizeof(T)), at)) return;
     emulator::issue(emulator::V);
     tally(id, uint64_t(repeats), uint64_t(repeats) * uint64_t(mask));
@@ -68,11 +68,12 @@ void WholeReduceSum(const LocalTensor<T>& dst, const LocalTensor<T>& src, const 
 template <typename T>
 void ReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src, const LocalTensor<T>& tmp, const int32_t count,
                bool calIndex = false, Where at = EMULATOR_HERE) {
-    static_assert(std::is_same<T, half>::value || std::is_same<T, float>::value, "ReduceMax takes half or float");
+    static_assert(emulator::one_of<T, half, float>, "ReduceMax takes half or float");
     static const int id = emulator::intern(instruction<T>("WholeReduceMax"));
     if (!count_valid(count, at)) return;
     const uint64_t lanes = 256 / sizeof(T), per_block = 32 / sizeof(T);
     uint64_t left = uint64_t(count), scratch = 0;
+    emulator::issue(emulator::V);
     do {
         left = (left + lanes - 1) / lanes;
         tally(id, left, left * lanes);
@@ -80,7 +81,6 @@ void ReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src, const Local
         scratch = calIndex ? scratch + (left + per_block - 1) / per_block * per_block
                            : (scratch > left ? scratch : (left + per_block - 1) / per_block * per_block);
     } while (left > 2);
-    emulator::issue(emulator::V);
     if (!src.usable(0, uint64_t(count) * sizeof(T), at) || !tmp.usable(0, scratch * sizeof(T), at) ||
         !dst.usable(0, (calIndex ? 2 : 1) * sizeof(T), at, sizeof(T))) return;
     emulator::read_ub(emulator::V, src.address, uint32_t(count * sizeof(T)), at);

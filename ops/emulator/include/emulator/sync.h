@@ -1,24 +1,11 @@
 // Flags between pipes, barriers, meetings of all blocks, block numbers.
 #pragma once
-#include "tensor.h"
+#include "queue.h"
 
-using pipe_t = int;
-constexpr pipe_t PIPE_S = 0, PIPE_V = 1, PIPE_MTE2 = 2, PIPE_MTE3 = 3, PIPE_ALL = 4;
+enum pipe_t { PIPE_S = 0, PIPE_V = 1, PIPE_MTE2 = 2, PIPE_MTE3 = 3, PIPE_ALL = 4 };
 
 namespace AscendC {
 
-constexpr emulator::Pipe event_from(HardEvent e) {
-    constexpr emulator::Pipe from[] = {emulator::MTE2, emulator::V, emulator::MTE3, emulator::V,
-                                       emulator::MTE2, emulator::MTE3, emulator::MTE2, emulator::S,
-                                       emulator::V, emulator::S, emulator::MTE3, emulator::S};
-    return from[int(e)];
-}
-constexpr emulator::Pipe event_to(HardEvent e) {
-    constexpr emulator::Pipe to[] = {emulator::V, emulator::MTE2, emulator::V, emulator::MTE3,
-                                     emulator::MTE3, emulator::MTE2, emulator::S, emulator::MTE2,
-                                     emulator::S, emulator::V, emulator::S, emulator::MTE3};
-    return to[int(e)];
-}
 inline bool event_id_valid(int32_t id, Where at) {
     if (id < 0 || id > 7) {
         emulator::report("flag", at, "event id %d, only 0..7 exist", id);

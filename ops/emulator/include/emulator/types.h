@@ -61,13 +61,19 @@ inline uint16_t float_to_bf16(float v) {
 
 }  // namespace emulator
 
-struct half {
+namespace emulator {
+struct half_t {
     uint16_t bits = 0;
-    half() = default;
+    half_t() = default;
     template <typename N, typename = std::enable_if_t<std::is_arithmetic<N>::value>>
-    half(N v) : bits(emulator::float_to_half(float(v))) {}
-    operator float() const { return emulator::half_to_float(bits); }
+    half_t(N v) : bits(float_to_half(float(v))) {}
+    operator float() const { return half_to_float(bits); }
 };
+}  // namespace emulator
+
+// On the device `half` is a type of the compiler, in some CANN releases a macro: nothing else may have that name. With
+// this macro a variable of that name does not compile here either.
+#define half ::emulator::half_t
 
 struct bfloat16_t {
     uint16_t bits = 0;
@@ -90,6 +96,10 @@ template <typename T>
 constexpr uint64_t bytes_of(uint64_t elements) {
     return std::is_same<T, AscendC::int4b_t>::value ? (elements + 1) / 2 : elements * sizeof(T);
 }
+
+// Whether T is one of the types after it: what an instruction takes on Atlas A2/A3.
+template <typename T, typename... Types>
+constexpr bool one_of = (std::is_same<T, Types>::value || ...);
 
 template <typename T>
 constexpr bool is_small_float = std::is_same<T, half>::value || std::is_same<T, bfloat16_t>::value;
