@@ -138,7 +138,7 @@ def mix_case(tokens, experts, rank, width, dtype, bank=3):
 
 
 def select_case(requests, vocab, dtype):
-    """A weighted sum of three rows' logits (every second request has two) over the tokens near the leading row's best."""
+    """A weighted sum of three rows' logits (every second request has two) over tokens near the leading row's best."""
     rng = np.random.default_rng([requests, vocab])
     logits = rounded(rng.standard_normal((2 * requests + 1, vocab)) * 3, dtype)
     rows = np.array([(r, requests + r, -1 if r % 2 else 2 * requests) for r in range(requests)], np.int32)

@@ -56,8 +56,7 @@ class Check:
     def __init__(self, options):
         self.options, self.emulated = options, options.dry_run
         self.target = "CPU" if self.emulated else "Ascend"
-        self.kernels = os.environ.get("COLORA_KERNELS") or "rehearsal"  # of the model in a dry run
-        self.format = "bfloat16" if self.kernels == "rehearsal" else "float32"
+        self.kernels = "rehearsal"  # of the model in a dry run
         self.quick = ("--quick",) if options.quick else ()
         self.folder, self.facts = options.folder.resolve(), {"started": time.strftime("%Y-%m-%d %H:%M:%S")}
 

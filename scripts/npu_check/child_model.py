@@ -93,7 +93,7 @@ def main():
 
     began = time.time()
     decoder, handle = build(options.layers, options.format)
-    found = answers(decoder, handle, options.prompts)
+    found = answers(decoder, handle, options.prompts, 8 if options.prompts > 1 else 4)
     options.out.write_text(json.dumps({
         "answers": found, "kernels": backend(), "graphs": runtime.all_compilations(),
         "seconds": round(time.time() - began, 2), "settings": ascend_settings.report()}))

@@ -43,8 +43,7 @@ def model(check):
     lines = []
     for layers in (1,) if check.options.quick else (1, 4):
         _, want = _model(check, f"reference{layers}", layers, "float32", reference=True, prompts=prompts)
-        child, found = _model(check, f"model{layers}", layers, "bfloat16" if not check.emulated else check.format,
-                              prompts=prompts)
+        child, found = _model(check, f"model{layers}", layers, "bfloat16", prompts=prompts)
         if found is None or child.hung or child.code or want is None:
             return check.failure(child, [], f"the model of {layers} layers does not run: logs/model{layers}.log")
         check.facts[f"model{layers}"] = {key: found[key] for key in ("graphs", "seconds", "kernels", "settings")}
