@@ -81,9 +81,9 @@ def figures(check):
             looks.append("PagedAttention did not look its lengths up by name: another kernel answers than we think")
     vector_cores = str((check.facts.get("cores") or (24, 48))[1])
     child = check.child("times", "child_times.py", *check.quick, "--cores", vector_cores, limit=1800, quiet=300)
-    rows = [one for one in child.done() if "measured_us" in one]
-    if child.hung or child.code or not rows:
-        return check.failure(child, [], "logs/times.log")
+    rows, wrong = child.done(), [one for one in child.done() if one["wrong"]]
+    if child.hung or child.code or wrong or not rows:
+        return check.failure(child, wrong, "logs/times.log")
     check.facts["times"] = rows
     cores = check.facts.get("cores") or (None, None)
     details = [f"{'what':<44} {'measured us':>12} {'modelled us':>12}   ({cores[1] or 'emulated'} vector cores)"]
