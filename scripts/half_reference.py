@@ -83,8 +83,7 @@ class HalfReference:
         if pair is None:
             return y
         down, up, scale = pair
-        inner = x @ down.T * scale
-        return self._half(y + (self._half(inner) if self.dtype == "float16" else inner) @ up.T)
+        return self._half(y + x @ down.T * scale @ up.T)
 
     def _norm(self, x: np.ndarray, name: str, eps: np.float32) -> np.ndarray:
         mean = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)

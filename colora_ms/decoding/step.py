@@ -16,12 +16,13 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from colora_ms import runtime
+from colora_ms.decoding.device_choice import choice_of, plain_records
 from colora_ms.decoding.device_step import DeviceGraphs, Selection
 from colora_ms.decoding.selection import select
 from colora_ms.errors import DecodingError
 from colora_ms.kernels import bind, step
 from colora_ms.kernels.flat_step import EXTRAS
-from colora_ms.kernels.options import COLUMN, DETAILS, MOST_TOP, SELECTION, OptionRows
+from colora_ms.kernels.options import COLUMN, SELECTION, OptionRows
 from colora_ms.kernels.weight_table import NOTHING, ArrayTable, WeightTable
 from colora_ms.models.device_decoder import DeviceDecoder
 from colora_ms.models.paged_cache import DeviceCache
@@ -145,6 +146,7 @@ class StepGraph:
 
     Attributes:
         fused: whether steps are one operator. Elsewhere ``steps`` must be 1.
+        device: the graphs of a device step, where there is one.
     """
 
     def __init__(self, decoder: Any, cache: Any, tokens: int, rows: int, requests: int, capacity: int) -> None:
@@ -157,7 +159,7 @@ class StepGraph:
         self._former = 0
         self._table: Optional[WeightTable] = None
         self._packed: Optional[DeviceDecoder] = None
-        self._device: Optional[DeviceGraphs] = None
+        self.device: Optional[DeviceGraphs] = None
         self._make()
 
     def _make(self) -> None:
@@ -170,7 +172,7 @@ class StepGraph:
             if self._packed is None or self._packed.made_at != replacements():
                 self._packed = None  # its memory goes first
                 self._packed = DeviceDecoder(self.decoder, self.cache.dtype)
-            self._device = DeviceGraphs(self._packed, self.cache)
+            self.device = DeviceGraphs(self._packed, self.cache)
             self._cells = [Selection().set_train(False)]
         else:
             self._cells = [CellStep(self.decoder, self.cache).set_train(False),
@@ -187,7 +189,7 @@ class StepGraph:
         compiled again."""
         self.cache = None
         if not self.fused:
-            self._former, self._cells, self._device = self.compilations(), [], None
+            self._former, self._cells, self.device = self.compilations(), [], None
         self._table = None
         self.cache = make()
         if self.fused:
@@ -212,7 +214,7 @@ class StepGraph:
 
     def compilations(self) -> int:
         """How many graphs have been compiled."""
-        own = self._device.cells if self._device is not None else []
+        own = self.device.cells if self.device is not None else []
         return self._former + sum(runtime.compilations(cell) for cell in (*self._cells, *own))
 
     def run(self, batch: FlatBatch) -> StepResult:
@@ -233,7 +235,7 @@ class StepGraph:
         if np.any(_strengths(batch, len(batch.slots)) != 1):
             raise DecodingError("adapter_scale: this model's steps are no single operator, which alone scales adapters "
                                 "by row; leave it out, or save the adapter with another scale")
-        return self._run_device(batch, self._device) if self._device is not None else self._run_cells(batch)
+        return self._run_device(batch, self.device) if self.device is not None else self._run_cells(batch)
 
     def _run_fused(self, batch: FlatBatch) -> StepResult:
         table = self._table
@@ -260,9 +262,11 @@ class StepGraph:
         for source, target in batch.copies.reshape(-1, 2).tolist():
             device.copy(source, target)
         rows, requests = bucket(len(batch.slots)), bucket(max(1, len(batch.whole)))
-        logits = device.logits(batch, _last_tokens(batch, rows))
-        if not np.any(_takes(batch)):
-            return _result(batch, [np.zeros((requests, width), kind) for width, kind in _WIDTHS])
+        takes = _takes(batch)
+        choice = choice_of(batch, takes) if np.any(takes) else None
+        logits, *chosen = device.run(batch, _last_tokens(batch, rows), choice)
+        if choice is not None or not np.any(takes):
+            return _result(batch, plain_records(chosen, len(batch.whole)))
         found = runtime.run(self._cells[0], logits, Tensor(padded(batch.previous, requests, -1)),
                             *_options(batch, requests).tensors(), *_selection(batch, requests))
         return _result(batch, [one.asnumpy() for one in found])
@@ -322,10 +326,6 @@ def _selection(batch: FlatBatch, requests: int) -> Tuple[Tensor, Tensor, Tensor]
 def _takes(batch: FlatBatch) -> np.ndarray:
     """(Q,) bool: which requests take a token."""
     return (batch.mix_rows[:, 0] >= 0) & (batch.whole[:, _BUDGET] > 0)
-
-
-#: Columns of the four arrays of an iteration, and their types.
-_WIDTHS = ((3, np.int32), (4, np.float32), (MOST_TOP, np.int32), (DETAILS, np.float32))
 
 
 def _result(batch: FlatBatch, found: Sequence[np.ndarray]) -> StepResult:

@@ -1,5 +1,6 @@
 """The operations that must be fast: one Python face each, a reference form, and a form for each device."""
 
+import colora_ms.kernels.ascend_builtin  # noqa: F401  # puts its rows into the table
 from colora_ms.kernels.activation import geglu, swiglu, swiglu_reference
 from colora_ms.kernels.adjust import adjust_logits, adjust_logits_reference
 from colora_ms.kernels.aot import ABSENT, KernelError

@@ -30,9 +30,9 @@ from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.ascend_shapes import SHAPES, output_dtype
 from colora_ms.kernels.registry import backend, bind, operation
 
-_F16, _BF16, _F32, _I32, _U8 = "float16", "bfloat16", "float32", "int32", "uint8"
+_F16, _BF16, _F32, _I32 = "float16", "bfloat16", "float32", "int32"
 _T = (_F16, _BF16, _F32)  # the dtype that a kernel is compiled for; position k of every list below is one combination
-_FLOAT, _INT, _BYTE = (_F32,) * 3, (_I32,) * 3, (_U8,) * 3
+_FLOAT, _INT = (_F32,) * 3, (_I32,) * 3
 
 #: operator -> inputs [(name, dtypes, required)], outputs [(name, dtypes)], attributes [(name, type)], in the order of
 #: the kernels' arguments; tests/ascend/test_contract.py holds the OpDef sources to this table. A call takes the inputs
@@ -41,15 +41,8 @@ _FLOAT, _INT, _BYTE = (_F32,) * 3, (_I32,) * 3, (_U8,) * 3
 OPERATORS: "dict[str, dict[str, list[Any]]]" = {
     "MultiLora": {
         "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True),
-                   ("slots", _INT, True), ("y", _T, True)],
-        "outputs": [("out", _T)],
-        "attributes": [("exact", "bool")],
-    },
-    "MultiLoraSegments": {
-        "inputs": [("x", _T, True), ("down", _T, True), ("up", _T, True), ("scale", _FLOAT, True),
-                   ("starts", _INT, True), ("slots", _INT, True), ("y", _T, True)],
-        "outputs": [("out", _T)],
-        "attributes": [("exact", "bool")],
+                   ("slots", _INT, True), ("y", _T, True), ("ends", _INT, True)],
+        "outputs": [("out", _T)], "attributes": [],
     },
     "LoraShrink": {
         "inputs": [("x", _T, True), ("down", _T, True), ("scale", _FLOAT, True), ("slots", _INT, True)],
@@ -61,15 +54,9 @@ OPERATORS: "dict[str, dict[str, list[Any]]]" = {
         "attributes": [("exact", "bool")],
     },
     "ContrastiveSelect": {
-        "inputs": [("expert", _T, True), ("amateur", _T, True), ("log_alpha", _FLOAT, True), ("beta", _FLOAT, True),
-                   ("mask", _FLOAT, True)],
-        "outputs": [("token", _INT)], "attributes": [],
-    },
-    "W4Lora": {
-        "inputs": [("x", _T, True), ("weight", _BYTE, True), ("weight_scale", _FLOAT, True), ("down", _T, True),
-                   ("up", _T, True), ("scale", _FLOAT, True), ("slots", _INT, True)],
-        "outputs": [("out", _T)],
-        "attributes": [("exact", "bool")],
+        "inputs": [("logits", _T, True), ("mix_rows", _INT, True), ("weights", _FLOAT, True),
+                   ("log_alpha", _FLOAT, True)],
+        "outputs": [("ints", _INT), ("floats", _FLOAT)], "attributes": [],
     },
     "LilyMix": {
         "inputs": [("h", _FLOAT, True), ("weights", _FLOAT, True), ("up", _T, True), ("scale", _FLOAT, True),
@@ -214,9 +201,8 @@ def _either(plain: ops.Custom, exactly: ops.Custom) -> Callable[..., Any]:
 
 
 #: name in ``bound`` -> operator, for the faces below.
-_FACES = {"device_multi_lora": "MultiLora", "device_multi_lora_segments": "MultiLoraSegments",
-          "device_lora_shrink": "LoraShrink", "device_lora_expand": "LoraExpand",
-          "device_contrastive_select": "ContrastiveSelect", "device_w4_lora": "W4Lora", "device_lily_mix": "LilyMix"}
+_FACES = {"device_multi_lora": "MultiLora", "device_lora_shrink": "LoraShrink", "device_lora_expand": "LoraExpand",
+          "device_contrastive_select": "ContrastiveSelect", "device_lily_mix": "LilyMix"}
 
 for _face, _operator in _FACES.items():
     operation(_face, emulator=functools.partial(primitive, _operator, "CPU"),
@@ -243,29 +229,36 @@ def rank_major(up: Tensor) -> Tensor:
 
 
 def multi_lora(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor, y: Tensor,
-               exact: bool = False) -> Tensor:
-    """``y[t] + scale[s] * (x[t] @ down[s].T) @ up[s].T`` with s = slots[t]; ``y[t]``'s own bits where s = -1.
+               ends: Tensor | None = None) -> Tensor:
+    """``y[t] + scale[s] * (x[t] @ down[s].T) @ up[s]`` with s = slots[t]; ``y[t]``'s own bits where s = -1.
+
+    The outputs may be several linears side by side (packed q, k, v; gate and up), slice by slice: with ``ends``, the
+    columns ``ends[i - 1]`` to ``ends[i] - 1`` use the rows ``i * rank`` to ``(i + 1) * rank - 1`` of down and
+    ``scale[s, i]``. An adapter whose rank is smaller than the bank's must be filled up with zeros in down and up.
 
     Args:
         x: (rows, tokens, in) or (tokens, in), float16, bfloat16 or float32.
-        slots: int32, one per row. down: (slots, rank, in), rank 1..256. up: (slots, rank, out), rank-major.
-        scale: (slots,) float32. y: x's shape with out columns. x, down, up, y share a dtype.
-        exact: a constant; keep float16's coefficients in float32 (slower).
+        slots: int32, one per row. down: (slots, slices * rank, in), rank 1..256, at most 512 rows. up: (slots, rank,
+            out), rank-major. scale: (slots, slices) float32, or (slots,) for one slice. y: x's shape with out columns.
+            x, down, up, y share a dtype.
+        ends: (slices,) int32, at most 8, ascending, the last one is out; None: one slice.
 
     Returns:
-        A new tensor like y. Sums are float32; float16 coefficients (x @ down, times scale) are rounded to float16
-        unless ``exact``.
+        A new tensor like y. Sums and coefficients are float32, rounded once at the end.
 
     Raises:
-        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
+        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1, or ends do not
+        ascend to out.
     """
+    ends = Tensor([up.shape[2]], ms.int32) if ends is None else ends
+    scale = scale.reshape((-1, 1)) if scale.ndim == 1 else scale
     if x.ndim == 3:
         rows, tokens, _ = x.shape
         each = ops.broadcast_to(slots.reshape((rows, 1)), (rows, tokens)).reshape((rows * tokens,))
         flat = bound.device_multi_lora(x.reshape((rows * tokens, -1)), down, up, scale, each,
-                                       y.reshape((rows * tokens, -1)), exact)
+                                       y.reshape((rows * tokens, -1)), ends)
         return flat.reshape(y.shape)
-    return bound.device_multi_lora(x, down, up, scale, slots, y, exact)
+    return bound.device_multi_lora(x, down, up, scale, slots, y, ends)
 
 
 def low_rank(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
@@ -273,16 +266,6 @@ def low_rank(x: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor) 
     ``colora_ms.kernels.lora.low_rank_reference``, with ``up`` in the project's layout (slots, out, rank)."""
     y = ops.zeros(x.shape[:-1] + (up.shape[1],), x.dtype)
     return multi_lora(x, slots, down.astype(x.dtype), rank_major(up.astype(x.dtype)), scale, y)
-
-
-def multi_lora_segments(x: Tensor, starts: Tensor, slots: Tensor, down: Tensor, up: Tensor, scale: Tensor,
-                        y: Tensor, exact: bool = False) -> Tensor:
-    """:func:`multi_lora` for a prefill: tokens ``starts[k]`` to ``starts[k + 1] - 1`` use adapter ``slots[k]``.
-
-    Args:
-        x: (total tokens, in). starts: (segments + 1,) int32, ascending. slots: (segments,) int32; the rest as there.
-    """
-    return bound.device_multi_lora_segments(x, down, up, scale, starts, slots, y, exact)
 
 
 def lora_shrink(x: Tensor, slots: Tensor, down: Tensor, scale: Tensor) -> Tensor:
@@ -296,42 +279,30 @@ def lora_expand(h: Tensor, slots: Tensor, up: Tensor, y: Tensor, exact: bool = F
     return bound.device_lora_expand(h, up, slots, y, exact)
 
 
-def contrastive_token(expert: Tensor, amateur: Tensor, alpha: Tensor, beta: Tensor,
-                      mask: Tensor | None = None) -> Tensor:
-    """The token of each request by the CoLD rule (arXiv 2505.14620), ties to the smallest index.
+def contrastive_token(logits: Tensor, mix_rows: Tensor, weights: Tensor,
+                      log_alpha: Tensor) -> "tuple[Tensor, Tensor]":
+    """The token of each request by a weighted sum of its rows' logits, ties to the smallest index: the CoLD rule
+    (arXiv 2505.14620), or any mix of log-probabilities; no sort of the vocabulary.
+
+    Valid are the tokens whose logit in the leading row is finite and at least ``log_alpha`` plus that row's largest,
+    and whose sum is a number above -infinity.
 
     Args:
-        expert, amateur: (requests, vocabulary) logits of one float dtype, at most 262,144 tokens.
-        alpha: (requests,) float32 in (0, 1]. beta: (requests,) float32 >= 0.
-        mask: None, or float32 (1, vocabulary) or (requests, vocabulary), added to the expert's logits.
+        logits: (rows, vocabulary) of one float dtype, at most 262,144 tokens.
+        mix_rows: (requests, voices) int32, at most 8 voices: rows of logits, -1 for none; the first leads, and a
+            request without it is inactive. weights: (requests, voices) float32; a row of weight 0 takes no part in
+            the sum. log_alpha: (requests,) float32, -inf for no cut.
 
     Returns:
-        (requests,) int32.
-    """
-    nothing = ops.zeros((1,), ms.float32) if mask is None else mask
-    return bound.device_contrastive_select(expert, amateur, ops.log(alpha), beta, nothing)
-
-
-def w4_lora(x: Tensor, slots: Tensor, weight: Tensor, weight_scale: Tensor, down: Tensor, up: Tensor,
-            scale: Tensor, exact: bool = False) -> Tensor:
-    """``x[t] @ W.T + scale[s] * (x[t] @ down[s].T) @ up[s].T`` with an int4 weight and s = slots[t], in one launch; the
-    first term alone where s = -1.
-
-    Args:
-        x: (tokens, in), float16, bfloat16 or float32; in is even.
-        slots: (tokens,) int32.
-        weight: (out, in / 2) uint8, two values a byte, low nibble = even column, stored as value + 8 (LR-QAT's export).
-        weight_scale: (out,) float32, or (out, groups) with in / groups a multiple of 8.
-        down: (slots, rank, in), rank 1..256. up: (slots, rank, out), rank-major. Both of x's dtype.
-        scale: (slots,) float32.
-
-    Returns:
-        (tokens, out) of x's dtype. Sums are float32 and rounded once; float16 coefficients as in :func:`multi_lora`.
+        ints (requests, 3) int32: the token, the leading row's favourite (its own argmax), and how many tokens are valid
+        (of one row: the vocabulary); floats (requests, 2 + voices) float32: the token's sum, the leading row's largest
+        logit, and each row's logit of the token, 0 where there is no row. An inactive request's are 0; with no valid
+        token it is token 0, sum -inf.
 
     Raises:
-        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a slot is outside -1..slots-1.
+        KernelError: a shape or dtype is wrong. RuntimeError (emulated): a row is outside -1..rows-1.
     """
-    return bound.device_w4_lora(x, weight, weight_scale, down, up, scale, slots, exact)
+    return bound.device_contrastive_select(logits, mix_rows, weights, log_alpha)
 
 
 def lily_mix(h: Tensor, weights: Tensor, slots: Tensor, up: Tensor, scale: Tensor, y: Tensor,

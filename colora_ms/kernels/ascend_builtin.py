@@ -10,7 +10,10 @@ Not yet run on an NPU.
 
 from __future__ import annotations
 
+import functools
 from typing import Optional
+
+import numpy as np
 
 import mindspore as ms
 from mindspore import Tensor, ops
@@ -25,6 +28,15 @@ DEVICE_BLOCK = 128
 
 #: Side of the mask that FlashAttentionScore takes for prompts (layout TH).
 PROMPT_MASK = 128
+
+#: Side of the mask that it takes for training (layout BSH, sparse_mode 2).
+TRAINING_MASK = 2048
+
+#: face -> whether MindSpore has a gradient of its operator; a reshape and a cut have those of their kind.
+GRADIENTS = {"rms_norm": True, "add_rms_norm": True, "rotary": False, "reshape_and_cache": False,
+             "paged_attention": False, "flash_attention": True, "causal": True, "swiglu": True, "linear": True,
+             "grouped_linear": True, "quantized_linear": False, "embedding": True, "add": True, "reshape": True,
+             "split": True}
 
 
 def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
@@ -131,6 +143,22 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, hea
     return bound.builtin_flash_attention(query, key, value, mask, head_num, scale)
 
 
+def causal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, head_num: int, scale: float) -> Tensor:
+    """Causal attention of whole rows for training (FlashAttentionScore, layout BSH, sparse_mode 2; its fourth output).
+
+    Args:
+        query: (rows, tokens, heads * head_dim), half type. key, value: (rows, tokens, kv_heads * head_dim), the same.
+        mask: (2048, 2048) uint8, 1 above the diagonal, however many tokens there are: ``bound.builtin_causal_mask``.
+        head_num, scale: constants; at most 256 heads, head_dim a multiple of 16 up to 512.
+
+    Returns:
+        query's shape and dtype.
+
+    Gradients: query, key and value (FlashAttentionScoreGrad).
+    """
+    return bound.builtin_causal(query, key, value, mask, head_num, scale)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(first half) * second half`` of the last axis (Swiglu): gate and up come from one product.
 
@@ -227,9 +255,14 @@ def prompt_mask(dtype: ms.Type) -> Tensor:
     return (ones * (1.0 if dtype == ms.bfloat16 else -10000.0)).astype(dtype)
 
 
+def _causal_mask():
+    return Tensor(np.triu(np.ones((TRAINING_MASK, TRAINING_MASK), np.uint8), 1))
+
+
+operation("builtin_causal_mask", ascend=_causal_mask, rehearsal=_causal_mask)
 for _name in CALLS:
-    operation(f"builtin_{_name}", ascend=lambda name=_name: CALLS[name],
-              rehearsal=lambda name=_name: STAND_INS[name])
+    operation(f"builtin_{_name}", ascend=functools.partial(CALLS.__getitem__, _name),
+              rehearsal=functools.partial(STAND_INS.__getitem__, _name))
 
 
 def load() -> None:

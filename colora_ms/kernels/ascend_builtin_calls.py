@@ -40,6 +40,11 @@ def _flash_attention(query, key, value, mask, head_num, scale):
         query, key, value, None, None, None, mask)[3]
 
 
+def _causal(query, key, value, mask, head_num, scale):
+    return _get_cache_prim(primitives.FlashAttentionScore)(head_num, 1.0, scale, _FAR, _FAR, 0, "BSH", 2)(
+        query, key, value, None, None, None, mask)[3]
+
+
 def _swiglu(gate_up):
     return _get_cache_prim(primitives.Swiglu)()(gate_up, -1)
 
@@ -83,8 +88,8 @@ def _split(x, sizes):
 
 
 #: face -> the call of its primitive.
-CALLS = {"rms_norm": _first, "add_rms_norm": _first_and_third, "rotary": _rotary,
-        "reshape_and_cache": _reshape_and_cache, "paged_attention": _paged_attention,
-        "flash_attention": _flash_attention, "swiglu": _swiglu, "linear": _linear, "grouped_linear": _grouped_linear,
-        "quantized_linear": _quantized_linear, "embedding": _embedding, "add": _add, "reshape": _reshape,
-         "split": _split}
+CALLS = {
+    "rms_norm": _first, "add_rms_norm": _first_and_third, "rotary": _rotary, "reshape_and_cache": _reshape_and_cache,
+    "paged_attention": _paged_attention, "flash_attention": _flash_attention, "causal": _causal, "swiglu": _swiglu,
+    "linear": _linear, "grouped_linear": _grouped_linear, "quantized_linear": _quantized_linear,
+    "embedding": _embedding, "add": _add, "reshape": _reshape, "split": _split}

@@ -12,7 +12,10 @@ import mindspore as ms
 from colora_ms.kernels.shapes import agree, element_type, require, require_dtype, require_shape
 
 MOST_RANKS = 256
+MOST_SLICES = 8  # of the outputs of multi_lora
+MOST_DOWN_ROWS = 512  # slices x rank
 MOST_TOKENS_OF_A_VOCABULARY = 262144
+MOST_VOICES = 8  # rows that a request of contrastive_select has
 MOST_MIXED_BYTES = 16384  # coefficients of a token in lily_mix, all experts
 
 
@@ -25,18 +28,20 @@ def _check_down(name, down, columns):
             f"(slots, rank, {columns}) with a rank of 1..{MOST_RANKS}")
 
 
-def _lora_shapes(name, x, down, up, scale, slots, y, starts=None):
+def _lora_shapes(x, down, up, scale, slots, y, ends):
+    name = "MultiLora"
     require(len(x) == 2, name, "x", x, "(tokens, in)")
-    _check_down(name, down, x[1])
-    require(len(up) == 3 and agree(up[0], down[0]) and agree(up[1], down[1]), name, "up", up,
-            f"({down[0]}, {down[1]}, out), rank-major")
-    require_shape(name, "scale", scale, (down[0],))
+    require(len(ends) == 1 and _within(ends[0], MOST_SLICES), name, "ends", ends, f"(slices,), 1..{MOST_SLICES}")
+    require(len(up) == 3 and _within(up[1], MOST_RANKS), name, "up", up,
+            f"(slots, rank, out), rank-major, with a rank of 1..{MOST_RANKS}")
+    known = -1 not in (up[1], ends[0])
+    rows = ends[0] * up[1] if known else -1
+    require(len(down) == 3 and agree(down[0], up[0]) and agree(down[1], rows) and agree(down[2], x[1])
+            and _within(down[1], MOST_DOWN_ROWS), name, "down", down,
+            f"({up[0]}, {rows if known else 'slices * rank'}, {x[1]}), at most {MOST_DOWN_ROWS} rows")
+    require_shape(name, "scale", scale, (up[0], ends[0]))
     require_shape(name, "y", y, (x[0], up[2]))
-    if starts is None:
-        require_shape(name, "slots", slots, (x[0],))
-    else:
-        require(len(slots) == 1, name, "slots", slots, "(segments,)")
-        require_shape(name, "starts", starts, (slots[0] + 1 if slots[0] != -1 else -1,))
+    require_shape(name, "slots", slots, (x[0],))
     return list(y)
 
 
@@ -57,37 +62,15 @@ def _expand_shapes(h, up, slots, y):
     return list(y)
 
 
-def _select_shapes(expert, amateur, log_alpha, beta, mask):
+def _select_shapes(logits, mix_rows, weights, log_alpha):
     name = "ContrastiveSelect"
-    require(len(expert) == 2 and _within(expert[1], MOST_TOKENS_OF_A_VOCABULARY), name, "expert", expert,
-            f"(requests, vocabulary), at most {MOST_TOKENS_OF_A_VOCABULARY} tokens")
-    require_shape(name, "amateur", amateur, expert)
-    require_shape(name, "log_alpha", log_alpha, expert[:1])
-    require_shape(name, "beta", beta, expert[:1])
-    every = len(mask) == 2 and agree(mask[1], expert[1]) and (mask[0] == 1 or agree(mask[0], expert[0]))
-    require(list(mask) == [1] or every, name, "mask", mask,
-            f"(1,) for none, (1, {expert[1]}) or {tuple(expert)}")
-    return [expert[0]]
-
-
-def _w4_shapes(x, weight, weight_scale, down, up, scale, slots):
-    name = "W4Lora"
-    require(len(x) == 2, name, "x", x, "(tokens, in)")
-    require(len(weight) == 2 and (-1 in (weight[1], x[1]) or weight[1] * 2 == x[1]), name, "weight", weight,
-            f"(out, {x[1] / 2:g}), two values a byte")
-    out = weight[0]
-    require(len(weight_scale) in (1, 2) and agree(weight_scale[0], out), name, "weight_scale", weight_scale,
-            f"({out},) or ({out}, groups)")
-    groups = weight_scale[1] if len(weight_scale) == 2 else 1
-    require(groups in (1, -1) or (groups > 1 and (x[1] == -1 or x[1] % (8 * groups) == 0)), name, "weight_scale",
-            weight_scale,
-            f"one scale a row, or groups of a multiple of 8 columns that divide {x[1]}")
-    _check_down(name, down, x[1])
-    require(len(up) == 3 and all(map(agree, up, (down[0], down[1], out))), name, "up", up,
-            f"({down[0]}, {down[1]}, {out}), rank-major")
-    require_shape(name, "scale", scale, (down[0],))
-    require_shape(name, "slots", slots, (x[0],))
-    return [x[0], out]
+    require(len(logits) == 2 and _within(logits[1], MOST_TOKENS_OF_A_VOCABULARY), name, "logits", logits,
+            f"(rows, vocabulary), at most {MOST_TOKENS_OF_A_VOCABULARY} tokens")
+    require(len(mix_rows) == 2 and _within(mix_rows[1], MOST_VOICES), name, "mix_rows", mix_rows,
+            f"(requests, voices), at most {MOST_VOICES} voices")
+    require_shape(name, "weights", weights, mix_rows)
+    require_shape(name, "log_alpha", log_alpha, mix_rows[:1])
+    return [mix_rows[0], 3], [mix_rows[0], 2 + mix_rows[1] if mix_rows[1] != -1 else -1]
 
 
 def _mix_shapes(h, weights, up, scale, slots, y):
@@ -109,19 +92,16 @@ def _mix_shapes(h, weights, up, scale, slots, y):
 
 #: operator -> function of the inputs' shapes that gives the output's, or raises a KernelError.
 SHAPES = {
-    "MultiLora": lambda x, down, up, scale, slots, y: _lora_shapes("MultiLora", x, down, up, scale, slots, y),
-    "MultiLoraSegments": lambda x, down, up, scale, starts, slots, y: _lora_shapes(
-        "MultiLoraSegments", x, down, up, scale, slots, y, starts),
+    "MultiLora": _lora_shapes,
     "LoraShrink": _shrink_shapes,
     "LoraExpand": _expand_shapes,
     "ContrastiveSelect": _select_shapes,
-    "W4Lora": _w4_shapes,
     "LilyMix": _mix_shapes,
 }
 
 
 def output_dtype(name: str, spec: dict[str, list[Any]], given: Sequence[Any]) -> Any:
-    """The output's dtype for those of the inputs.
+    """The output's dtype, or a tuple of the outputs', for those of the inputs.
 
     Args:
         name: the operator. spec: its entry in ``ascend.OPERATORS``, where position k of every list of dtypes is one
@@ -139,4 +119,5 @@ def output_dtype(name: str, spec: dict[str, list[Any]], given: Sequence[Any]) ->
     k = choices.index(given[typed])
     for (argument, types, _), dtype in zip(spec["inputs"], given):
         require_dtype(name, argument, dtype, (known[types[k]],))
-    return known[spec["outputs"][0][1][k]]
+    outputs = tuple(known[types[k]] for _, types in spec["outputs"])
+    return outputs if len(outputs) > 1 else outputs[0]

@@ -90,8 +90,31 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin
     queries = rotate(q.reshape((rows, tokens, -1, dim)), cosines, sines)
     keys = rotate(k.reshape((rows, tokens, -1, dim)), cosines, sines).transpose((0, 2, 1, 3))
     values = v.reshape((rows, tokens, -1, dim)).transpose((0, 2, 1, 3))
-    real = steps.reshape((1, tokens)) < lengths.reshape((rows, 1))
-    out = attend(queries, keys, values, seen, cap, factor)
+    return _of_real_tokens(attend(queries, keys, values, seen, cap, factor), lengths)
+
+
+def causal_attention_device(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
+    """:func:`causal_attention` with Ascend's own attention operator, in bfloat16 between float32 borders.
+
+    Packed rows and head sizes that are no multiple of 16 take :func:`causal_attention_reference`.
+    """
+    rows, tokens, hidden = q.shape
+    dim = 2 * cos.shape[1]
+    if lengths.ndim == 2 or dim % 16 != 0:
+        return causal_attention_reference(q, k, v, cos, sin, lengths)
+    cosines, sines = cos[:tokens].reshape((1, tokens, 1, -1)), sin[:tokens].reshape((1, tokens, 1, -1))
+    query = rotate(q.reshape((rows, tokens, -1, dim)), cosines, sines).reshape(q.shape).astype(ms.bfloat16)
+    key = rotate(k.reshape((rows, tokens, -1, dim)), cosines, sines).reshape(k.shape).astype(ms.bfloat16)
+    # What a query may see are earlier tokens, and padding stands behind them: the causal mask is enough.
+    out = bound.builtin_causal(query, key, v.astype(ms.bfloat16), bound.builtin_causal_mask, hidden // dim,
+                               1 / math.sqrt(dim))
+    return _of_real_tokens(out.astype(ms.float32), lengths)
+
+
+def _of_real_tokens(out, lengths):
+    """``out`` (rows, T, ...) with 0 at and behind each row's length."""
+    rows, tokens, _ = out.shape
+    real = ops.arange(tokens).astype(ms.int32).reshape((1, tokens)) < lengths.reshape((rows, 1))
     return ops.where(real.reshape((rows, tokens, 1)), out, ops.zeros_like(out))
 
 
@@ -171,7 +194,8 @@ def _causal_attention(q, k, v, cos, sin, lengths):
     return bound.causal_attention_operator(q, k, v, cos, sin, lengths)[0]
 
 
-operation("causal_attention", reference=lambda: causal_attention_reference, cpu=lambda: _causal_attention)
+operation("causal_attention", reference=lambda: causal_attention_reference, cpu=lambda: _causal_attention,
+          rehearsal=lambda: causal_attention_device, ascend=lambda: causal_attention_device)
 operation("causal_attention_operator", cpu=lambda: custom(
     "causal_attention", _causal_shapes,
     _dtype_function("causal_attention", ("q", "k", "v", "cos", "sin", "lengths"), 2), _causal_bprop))

@@ -137,8 +137,8 @@ def launches_of(cell: nn.Cell) -> Launches:
         if name in _NO_LAUNCH or name.endswith("View"):
             if inputs and inputs[0] in parameters:
                 parameters[node.name] = parameters[inputs[0]]
-            if name.endswith("View"):
-                views[node.name] = name
+            if name.endswith("View") or inputs and inputs[0] in views:
+                views[node.name] = name if name.endswith("View") else views[inputs[0]]
             continue
         tensors = [one for item in inputs for one in _leaves(item, made) if one in sizes and sizes[one]]
         if name in _CONTIGUOUS:
@@ -154,7 +154,7 @@ def operator_name(node: Any) -> str:
         return node.op_type
     name = next((one.value.str_val for one in node.attribute if one.name == "func_name"), "Custom")
     name = name.rsplit(":", 1)[-1]
-    return {"GroupedMatmul": "GroupedMatmulV4"}.get(name, name)
+    return {"GroupedMatmul": "GroupedMatmulV4", "FlashAttentionScoreBSH": "FlashAttentionScore"}.get(name, name)
 
 
 def _leaves(name, made):

@@ -65,6 +65,14 @@ def _with_device_source(x, slots, *linears):
     return outputs
 
 
+def _with_device_source_or_gradient(x, slots, *linears):
+    """Flat tokens of a step: the device's own operator. Whole rows, as training has them: built-in products, which
+    run on the Cube and have gradients; our operator has none."""
+    if x.ndim == 3:
+        return multi_lora_linear_reference(x, slots, *linears)
+    return _with_device_source(x, slots, *linears)
+
+
 def multi_lora_linear_reference(x: Tensor, slots: Tensor, *linears: tuple) -> Tensor | tuple[Tensor, ...]:
     """:func:`multi_lora_linear` in built-in operators; differentiable in everything, any device."""
     outputs = ()
@@ -118,7 +126,8 @@ def _multi_lora_linear(x, slots, *linears):
 
 
 operation("multi_lora_linear", reference=lambda: multi_lora_linear_reference, cpu=lambda: _multi_lora_linear,
-          emulator=lambda: _with_device_source, ascend=lambda: _with_device_source)
+          emulator=lambda: _with_device_source, rehearsal=lambda: _with_device_source_or_gradient,
+          ascend=lambda: _with_device_source_or_gradient)
 operation("base_linear", reference=lambda: multi_lora_linear_reference, cpu=lambda: _multi_lora_linear)
 operation("multi_lora_linear_operators", cpu=forward_operators)
 operation("multi_lora_linear_grad", cpu=gradient_operator)

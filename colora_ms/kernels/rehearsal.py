@@ -23,6 +23,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.ops import auto_generate as primitives
+from mindspore.ops._primitive_cache import _get_cache_prim
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import ABSENT, KernelError
@@ -30,6 +31,9 @@ from colora_ms.kernels.ascend import note_library
 from colora_ms.kernels.ascend_builtin_calls import CALLS
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.rehearsal_checks import CHECKS, argument
+
+#: No limit of how far a query sees, as FlashAttentionScoreGrad's pre_tokens and next_tokens.
+_FAR = 2147483647
 
 #: Names of graph inputs whose values operators read on the host.
 NAMED = ("batch_valid_length", "q_seq_lens", "actual_seq_qlen", "actual_seq_kvlen")
@@ -111,10 +115,10 @@ def _publish(functions, name, value):
 class _StandIn(ops.Custom):
     """An ``ops.Custom`` whose one inference function sees shapes, dtypes and constants together."""
 
-    def __init__(self, name):
+    def __init__(self, name, bprop=None):
         publish_inputs()
         note_library(library())
-        super().__init__(f"{library()}:{name}", lambda *_: None, lambda *_: None, "aot")
+        super().__init__(f"{library()}:{name}", lambda *_: None, lambda *_: None, "aot", bprop=bprop)
         self._check = CHECKS[name]
 
     def __infer__(self, *args):
@@ -137,10 +141,20 @@ def _writing() -> ops.Custom:
     return made
 
 
+def _causal_bprop(query, key, value, mask, head_num, scale, out, dout):
+    real = _get_cache_prim(primitives.FlashAttentionScoreGrad)(head_num, 1.0, scale, _FAR, _FAR, 0, "BSH", 2)(
+        query, key, value, dout[3], None, None, None, mask, out[0], out[1], out[2], out[3])
+    dq, dk, dv = bound.rehearsal_FlashAttentionScoreGrad(query, key, value, dout[3], out[0], out[1], out[3], head_num,
+                                                         scale)
+    return _agreed(dq, real[0]), _agreed(dk, real[1]), _agreed(dv, real[2]), ops.zeros_like(mask), 0, 0.0
+
+
 for _operator in CHECKS:
-    if _operator != "ReshapeAndCache":
+    if _operator not in ("ReshapeAndCache", "FlashAttentionScoreBSH"):
         operation(f"rehearsal_{_operator}", rehearsal=functools.partial(_StandIn, _operator))
 operation("rehearsal_ReshapeAndCache", rehearsal=_writing)
+operation("rehearsal_FlashAttentionScoreBSH",
+          rehearsal=functools.partial(_StandIn, "FlashAttentionScoreBSH", _causal_bprop))
 operation("rehearsal_reshape_and_cache_inference", rehearsal=_real_reshape_and_cache)
 
 
@@ -193,6 +207,11 @@ def _flash_attention(query, key, value, mask, head_num, scale):
     return _agreed(bound.rehearsal_FlashAttentionScore(query, key, value, mask, head_num, scale), real)
 
 
+def _causal(query, key, value, mask, head_num, scale):
+    real = CALLS["causal"](query, key, value, mask, head_num, scale)
+    return _agreed(bound.rehearsal_FlashAttentionScoreBSH(query, key, value, mask, head_num, scale)[3], real)
+
+
 def _swiglu(gate_up):
     return _agreed(bound.rehearsal_Swiglu(gate_up, -1), CALLS["swiglu"](gate_up))
 
@@ -241,8 +260,8 @@ def _split(x, sizes):
 
 
 #: face -> its stand-in.
-STAND_INS = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rotary": _rotary,
-             "reshape_and_cache": _reshape_and_cache, "paged_attention": _paged_attention,
-             "flash_attention": _flash_attention, "swiglu": _swiglu, "linear": _linear,
-             "grouped_linear": _grouped_linear, "quantized_linear": _quantized_linear, "embedding": _embedding,
-             "add": _add, "reshape": _reshape, "split": _split}
+STAND_INS = {
+    "rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rotary": _rotary, "reshape_and_cache": _reshape_and_cache,
+    "paged_attention": _paged_attention, "flash_attention": _flash_attention, "causal": _causal, "swiglu": _swiglu,
+    "linear": _linear, "grouped_linear": _grouped_linear, "quantized_linear": _quantized_linear,
+    "embedding": _embedding, "add": _add, "reshape": _reshape, "split": _split}

@@ -27,6 +27,9 @@ MOST_DIM, MOST_BLOCK_DIM, MOST_ROWS = 256, 128 * 128, 8192
 #: Query heads that FlashAttentionScore takes; groups and last axis of GroupedMatmul.
 MOST_HEADS, MOST_GROUPS, MOST_AXIS = 256, 1024, 65535
 
+#: Largest head_dim in training.
+MOST_TRAINING_DIM = 512
+
 
 class Argument(NamedTuple):
     """One argument of a call: its shape (a list), dtype, and value where it is a constant of the graph, else None."""
@@ -167,6 +170,33 @@ def _flash_attention(query: Argument, key: Argument, value: Argument, mask: Argu
     return [(query.shape, query.dtype)]
 
 
+def _causal(query: Argument, key: Argument, value: Argument, mask: Argument, heads: Argument,
+            scale: Argument) -> Outputs:
+    name = "FlashAttentionScore"
+    require_dtype(name, "query", query.dtype, HALF)
+    _one_dtype(name, query=query, key=key, value=value)
+    require_dtype(name, "attn_mask", mask.dtype, (ms.uint8, ms.bool_))
+    require_shape(name, "attn_mask", mask.shape, (2048, 2048))
+    require(heads.value is not None and 1 <= heads.value <= MOST_HEADS, name, "head_num", heads.value,
+            f"a constant from 1 to {MOST_HEADS}")
+    require(len(query.shape) == 3 and query.shape[2] % heads.value == 0, name, "query", query.shape,
+            f"(rows, tokens, a multiple of {heads.value} heads)")
+    rows, tokens, hidden = query.shape
+    dim = hidden // heads.value
+    require(dim % 16 == 0 and dim <= MOST_TRAINING_DIM, name, "head_dim", dim, "a multiple of 16 up to 512")
+    require(len(key.shape) == 3 and key.shape[:2] == query.shape[:2] and key.shape[2] % dim == 0
+            and hidden % key.shape[2] == 0, name, "key", key.shape, f"({rows}, {tokens}, heads dividing the query's)")
+    require_shape(name, "value", value.shape, key.shape)
+    statistics = ([rows, heads.value, tokens, 8], ms.float32)
+    return [statistics, statistics, ([1], query.dtype), (query.shape, query.dtype)]
+
+
+def _causal_grad(query: Argument, key: Argument, value: Argument, dy: Argument, top: Argument, total: Argument,
+                 y: Argument, heads: Argument, scale: Argument) -> Outputs:
+    _one_dtype("FlashAttentionScoreGrad", query=query, dy=dy, attention_in=y)
+    return [(query.shape, query.dtype), (key.shape, key.dtype), (value.shape, value.dtype)]
+
+
 def _swiglu(x: Argument, axis: Argument) -> Outputs:
     require_dtype("Swiglu", "input", x.dtype, FLOATS)
     require(x.shape[-1] % 2 == 0, "Swiglu", "input", x.shape, "an even last axis")
@@ -243,5 +273,6 @@ def _split(x: Argument, *sizes: Argument) -> Outputs:
 CHECKS: dict[str, Callable[..., Outputs]] = {
     "RmsNorm": _rms_norm, "AddRmsNorm": _add_rms_norm, "ApplyRotaryPosEmb": _rotary,
     "ReshapeAndCache": _reshape_and_cache, "PagedAttention": _paged_attention, "FlashAttentionScore": _flash_attention,
-    "Swiglu": _swiglu, "MatMul": _matmul, "GroupedMatmul": _grouped_matmul, "WeightQuantBatchMatmul": _quantized,
-    "Gather": _gather, "Add": _add, "Reshape": _reshape, "SplitWithSize": _split}
+    "FlashAttentionScoreBSH": _causal, "FlashAttentionScoreGrad": _causal_grad, "Swiglu": _swiglu, "MatMul": _matmul,
+    "GroupedMatmul": _grouped_matmul, "WeightQuantBatchMatmul": _quantized, "Gather": _gather, "Add": _add,
+    "Reshape": _reshape, "SplitWithSize": _split}

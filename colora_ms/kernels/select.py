@@ -70,21 +70,35 @@ def contrastive_select(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Te
     return bound.contrastive_select(logits, whole, real, mix_rows, mix_weights, uniform)
 
 
+def greedy_records(logits: Tensor, whole: Tensor, real: Tensor, mix_rows: Tensor,
+                   mix_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`contrastive_select` of greedy requests whose scores are sums of logits and whose cut, if any, is the
+    leading row's, by the Ascend C operator: nothing is sorted. What it gives for other requests means nothing."""
+    alpha, mixing = real[:, _ALPHA], whole[:, _MIXING]
+    cut = ops.logical_and(mix_rows[:, 1] >= 0, ops.logical_or(mixing == 0, whole[:, _CUT] == 1))
+    least = ops.where(cut, ops.log(alpha), ops.full_like(alpha, -float("inf")))
+    ints, floats = ascend.contrastive_token(logits, mix_rows, row_weights(whole, real, mix_rows, mix_weights), least)
+    return ints, ops.concat((floats[:, 2:4], floats[:, :2]), 1)
+
+
+def needs_distribution(whole: Tensor, real: Tensor, mix_rows: Tensor) -> Tensor:
+    """(requests,) bool: the requests that :func:`greedy_records` does not serve. They sample, or mix probabilities, or
+    cut by the mixture."""
+    mixture = ops.logical_or(whole[:, _MIXING] == 2, ops.logical_and(whole[:, _MIXING] != 0, whole[:, _CUT] == 2))
+    needs = ops.logical_or(real[:, _TEMPERATURE] > 0, ops.logical_and(mix_rows[:, 1] >= 0, mixture))
+    return ops.logical_and(mix_rows[:, 0] >= 0, needs)
+
+
 def _with_device_token(logits, whole, real, mix_rows, mix_weights, uniform):
-    """:func:`contrastive_select` with the tokens of greedy requests of one row or a contrast chosen by the Ascend C
-    operator."""
-    ints, floats = bound.select_records(logits, whole, real, mix_rows, mix_weights, uniform)
-    expert_rows, amateur_rows = mix_rows[:, 0], mix_rows[:, 1]  # (R,)
-    alpha, beta, temperature = real[:, _ALPHA], real[:, _BETA], real[:, _TEMPERATURE]
-    contrast = amateur_rows >= 0
-    expert = ops.gather(logits, ops.maximum(expert_rows, 0), 0)
-    amateur = ops.gather(logits, ops.maximum(ops.where(contrast, amateur_rows, expert_rows), 0), 0)
-    # alpha = 1 keeps the favourite alone: plain greedy decoding.
-    token = ascend.contrastive_token(expert, amateur, ops.where(contrast, alpha, ops.ones_like(alpha)),
-                                     ops.where(contrast, beta, ops.zeros_like(beta)))
-    greedy = ops.logical_and(temperature == 0, expert_rows >= 0)
-    greedy = ops.logical_and(greedy, ops.logical_or(ops.logical_not(contrast), whole[:, _MIXING] == 0))
-    return ops.concat((ops.where(greedy, token, ints[:, 0]).reshape(-1, 1), ints[:, 1:]), 1), floats
+    """:func:`contrastive_select` with the Ascend C operator; the built-in operators, and their sort of the vocabulary,
+    only where a request needs them."""
+    ints, floats = greedy_records(logits, whole, real, mix_rows, mix_weights)
+    others = needs_distribution(whole, real, mix_rows)
+    if others.any():
+        every, values = bound.select_records(logits, whole, real, mix_rows, mix_weights, uniform)
+        others = others.reshape((-1, 1))
+        ints, floats = ops.where(others, every, ints), ops.where(others, values, floats)
+    return ints, floats
 
 
 def row_weights(whole: Tensor, real: Tensor, mix_rows: Tensor, mix_weights: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.kernels import ascend_builtin, bind
 from colora_ms.models.changes import changes
-from colora_ms.models.device_weights import Heads, PackedLinear, constant, plain
+from colora_ms.models.device_weights import Heads, PackedLinear, Watch, constant, device_tensor, plain
 from colora_ms.models.paged_cache import device_dim
 from colora_ms.models.replacing import replacements
 from colora_ms.models.rope import rope_tables
@@ -28,8 +28,15 @@ class DeviceNorm(nn.Cell):
 
     def __init__(self, name: str, cell: nn.Cell, dtype: Any) -> None:
         super().__init__()
+        self._sources, self._watch = [cell], Watch([cell])  # a list: no child of this Cell
         self.gamma = constant(cell.base_values()["weight"], dtype, f"{name}.weight")
         self.eps = float(cell.eps.asnumpy())
+
+    def refresh(self, trained: bool) -> None:
+        """As :meth:`PackedLinear.refresh`."""
+        if self._watch.changed(trained):
+            values = self._sources[0].base_values()["weight"]
+            self.gamma.set_data(device_tensor(values, self.gamma.dtype, self.gamma.name))
 
     def construct(self, x: Tensor) -> Tensor:
         """x: (tokens, ..., width) -> the same shape."""
@@ -116,13 +123,15 @@ class DeviceDecoder(nn.Cell):
         bind()
         model = decoder.model
         self.vocab = decoder.config.vocab_size
-        embed = plain(model.embed_tokens)
+        self._embed = [plain(model.embed_tokens)]
+        self._watch = Watch(self._embed)
         self.layers = nn.CellList([DeviceLayer(f"device.layers.{i}", decoder.config, layer, dtype)
                                    for i, layer in enumerate(model.layers)])
         self.norm = DeviceNorm("device.norm", model.norm, dtype)
         self.head = PackedLinear("device.lm_head", (decoder.lm_head,), dtype)
-        tied = decoder.config.tie_word_embeddings
-        self.table = self.head.weight if tied else constant(embed.base_values()["weight"], dtype, "device.embed_tokens")
+        tied = decoder.config.tie_word_embeddings and not self.head.integer  # rows of integers cannot be gathered
+        self.table = self.head.weight if tied else constant(self._embed[0].base_values()["weight"], dtype,
+                                                                "device.embed_tokens")
         head = Heads(1, decoder.config.head_dim, device_dim(decoder.config.head_dim))
         self.cos, self.sin = (
             constant(head.spread(np.concatenate((half, half), 1), 1), dtype, f"device.rope.{name}")
@@ -135,9 +144,14 @@ class DeviceDecoder(nn.Cell):
         return [one for layer in self.layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [self.head]
 
     @property
-    def has_lora(self) -> bool:
+    def adapted(self) -> bool:
         """Whether any linear has adapters."""
-        return any(one.has_lora for one in self.packed)
+        return any(one.adapted for one in self.packed)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the bank of adapters; 0: there is none."""
+        return max((one.slots for one in self.packed), default=0)
 
     def refresh(self, trained: bool = False) -> None:
         """Read again what was written in the decoder since the last time; trained: also what has gradients."""
@@ -145,13 +159,19 @@ class DeviceDecoder(nn.Cell):
             self._seen = changes()
             for one in self.packed:
                 one.refresh(trained)
+            for _, cell in self.cells_and_names():
+                if isinstance(cell, DeviceNorm):
+                    cell.refresh(trained)
+            if self._watch.changed(trained) and self.table is not self.head.weight:
+                values = self._embed[0].base_values()["weight"]
+                self.table.set_data(device_tensor(values, self.table.dtype, self.table.name))
 
     def construct(self, tokens: Tensor, positions: Tensor, slots: tuple, lengths: Tensor, keys: tuple, values: tuple,
                   places: tuple, read: Tensor) -> Tensor:
         """Logits (R, vocab) float32 behind some tokens of a flat batch.
 
         Args:
-            tokens, positions: (T,) int32; slots: () or ((T,) int32,), see :class:`PackedLinear`.
+            tokens, positions: (T,) int32; slots: see :class:`PackedLinear`.
             lengths: the graph's batch_valid_length; keys, values: the cache's Parameters, one a layer.
             places: see :meth:`DeviceLayer.increment` (four) and :meth:`DeviceLayer.prefill` (two).
             read: (R,) int32, the tokens whose logits are wanted.

@@ -19,6 +19,9 @@ from colora_ms.errors import ConfigError
 from colora_ms.kernels import backend
 from colora_ms.kernels.operands import FORMATS
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.device_lily import POOLS, is_routed
+from colora_ms.models.device_quantized import INTEGERS, why_not_integers
+from colora_ms.models.device_weights import plain
 from colora_ms.models.paged_cache import (
     BLOCK,
     CACHE_DTYPES,
@@ -40,8 +43,13 @@ COMPUTE_DTYPES = {"bfloat16": ms.bfloat16, "float16": ms.float16}
 #: Positions that a block may have there (``COLORA_ASCEND_BLOCK``); the last one is the default.
 BLOCKS = (16, 32, 64, 128)
 
-#: Formats of linears that the device step keeps, by their names in ``kernels.operands.FORMATS``.
-LINEARS = ("float32", "bfloat16")
+#: Formats of linears that the device step keeps in the compute type, by their names in ``kernels.operands.FORMATS``;
+#: those of :mod:`colora_ms.models.device_quantized` stay integers.
+FLOATS = ("float32", "bfloat16")
+
+
+#: Largest rank of MultiLora, and rows of its down factor over all slices.
+MOST_RANK, MOST_ROWS = 256, 512
 
 
 @dataclass(frozen=True)
@@ -120,14 +128,13 @@ def device_block() -> int:
     return int(text)
 
 
-def linears(decoder: Any) -> Iterator[tuple[str, nn.Cell]]:
-    """(name, Cell) of all linears of a decoder."""
+def products(decoder: Any) -> Iterator[tuple[str, list[nn.Cell]]]:
+    """(name, Cells) of the products of a device step: linears that read the same input are one."""
     for i, layer in enumerate(decoder.model.layers):
-        for room, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
-                            (layer.mlp, ("gate_proj", "up_proj", "down_proj"))):
-            for name in names:
-                yield f"layer {i}'s {name}", getattr(room, name)
-    yield "lm_head", decoder.lm_head
+        for room, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.self_attn, ("o_proj",)),
+                            (layer.mlp, ("gate_proj", "up_proj")), (layer.mlp, ("down_proj",))):
+            yield f"layer {i}'s {', '.join(names)}", [getattr(room, name) for name in names]
+    yield "lm_head", [decoder.lm_head]
 
 
 def why_not(decoder: Any, block: int = BLOCKS[-1]) -> str:
@@ -141,12 +148,25 @@ def why_not(decoder: Any, block: int = BLOCKS[-1]) -> str:
     if block * dim > 128 * 128:
         return (f"a block of {block} positions with head_dim={dim} is larger than the 128 * 128 of PagedAttention; set "
                 f"COLORA_ASCEND_BLOCK={64 if 64 * dim <= 128 * 128 else 32}")
-    for name, cell in linears(decoder):
-        if not cell.fusible:
-            return f"{name} is a {type(cell).__name__}, which computes more than its tensors tell"
-        kind = FORMATS[cell.operands()[0][0]][0]
-        if kind not in LINEARS:
-            return f"{name} is kept as {kind}; the device step has {', '.join(LINEARS)}"
+    for name, cells in products(decoder):
+        for cell in cells:
+            if is_routed(cell) and not cell.fusible and cell.pool not in POOLS:
+                return f"{name}: experts pooled over a {cell.pool}, which is no row of a step; the device has {POOLS}"
+            if not cell.fusible and not is_routed(cell):
+                return f"{name}: there is a {type(cell).__name__}, which computes more than its tensors tell"
+        pairs = [cell.operands()[1] for cell in cells if cell.fusible]
+        rank = max((pair[0].shape[1] for pair in pairs if pair), default=0)
+        if rank > MOST_RANK or rank * len(cells) > MOST_ROWS:
+            return (f"{name}: adapters of rank {rank} are more than MultiLora takes ({MOST_RANK}, and {MOST_ROWS} over "
+                    f"{len(cells)} linears that are one product)")
+        kinds = {FORMATS[plain(cell).operands()[0][0]][0] for cell in cells}
+        if kinds <= set(FLOATS):
+            continue
+        if not kinds <= set(INTEGERS):
+            return f"{name}: kept as {', '.join(sorted(kinds))}; the device step has {', '.join((*FLOATS, *INTEGERS))}"
+        reason = why_not_integers([plain(cell) for cell in cells], dim != config.head_dim)
+        if reason:
+            return f"{name}: {reason}"
     others = [("embed_tokens", model.embed_tokens), ("norm", model.norm)]
     for i, layer in enumerate(model.layers):
         others += [(f"layer {i}'s norm", layer.input_layernorm), (f"layer {i}'s norm", layer.post_attention_layernorm)]

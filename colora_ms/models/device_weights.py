@@ -18,6 +18,8 @@ from colora_ms.errors import CheckpointError
 from colora_ms.kernels import ascend, ascend_builtin
 from colora_ms.kernels.operands import ADAPTER
 from colora_ms.models.changes import slot_versions, whole_version
+from colora_ms.models.device_lily import LilyPart, is_routed
+from colora_ms.models.device_quantized import INTEGERS, integer_tensors
 
 
 def device_tensor(values: np.ndarray, dtype: Any, name: str) -> Tensor:
@@ -49,6 +51,22 @@ def plain(cell: nn.Cell) -> nn.Cell:
     return cell
 
 
+class Watch:
+    """Tells whether the weights of Cells were written since the last look."""
+
+    def __init__(self, cells: Sequence[nn.Cell]) -> None:
+        self._parameters = [parameter for cell in cells for parameter in cell.get_parameters()]
+        self._seen = self._state()
+
+    def changed(self, trained: bool) -> bool:
+        """Whether they were, or may have been: what has gradients, after a training."""
+        before, self._seen = self._seen, self._state()
+        return self._seen != before or trained and any(one.requires_grad for one in self._parameters)
+
+    def _state(self) -> list[tuple[int, int]]:
+        return [(one.data_ptr(), whole_version(one)) for one in self._parameters]
+
+
 class Heads(NamedTuple):
     """Heads that are wider on the device than in the model: each half of a head is followed by zeros, so that rotation
     turns the same pairs and products of heads are what they were."""
@@ -76,9 +94,12 @@ class PackedLinear(nn.Cell):
         outputs: the heads of each Cell's outputs; (): they are no heads. inputs: those of the inputs, or None.
 
     Attributes:
-        weight: (out, in); bias: (out,), where ``has_bias``.
+        weight: (out, in); where it is ``integer``, what :mod:`colora_ms.models.device_quantized` makes of it, with
+            antiquant, its scale, and group. bias: (out,), where ``has_bias``.
         down: (slots, slices * rank, in), up: (slots, rank, out), scale: (slots, slices) float32, ends: (slices,) int32,
             the outputs behind the last one of each slice; where ``has_lora``. A slice without an adapter has scale 0.
+        shrink: (1 + slots, in, slices * rank), expand: (1 + slots, slices * rank, out), the same for GroupedMatmul: the
+            scales are in expand, and number 0 is an adapter of zeros, for the base's rows.
     """
 
     def __init__(self, name: str, cells: Sequence[nn.Cell], dtype: Any, outputs: Sequence[Heads] = (),
@@ -92,65 +113,110 @@ class PackedLinear(nn.Cell):
         self.ends_at = tuple(int(n) for n in np.cumsum(widths))
         self.out_features = self.ends_at[-1]
         self.has_bias = any(leaf.has_bias for leaf in leaves)
-        self.weight = constant(self._base_values(), dtype, f"{name}.weight")
+        self.integer, self.group = leaves[0].format.name in INTEGERS, 0
+        if self.integer:
+            weight, scale, self.group = integer_tensors(leaves, dtype, name)
+            self.weight = Parameter(weight, name=f"{name}.weight", requires_grad=False)
+            self.antiquant = Parameter(scale, name=f"{name}.antiquant", requires_grad=False)
+        else:
+            self.weight = constant(self._base_values(), dtype, f"{name}.weight")
         if self.has_bias:
             self.bias = constant(self._bias_values(), dtype, f"{name}.bias")
-        pairs = [dict(zip(ADAPTER, cell.operands()[1])) for cell in cells]
-        self.has_lora = any(pairs)
-        self._pairs = pairs
+        self.mixes = nn.CellList([self._mix(f"{name}.{i}", i, cell) for i, cell in enumerate(cells)
+                                  if is_routed(cell) and not cell.fusible])
+        pairs = self._pairs()
+        self._paired = [cell for cell, pair in zip(cells, pairs) if pair]
+        self.has_lora = bool(self._paired)
+        self.slots = max((mix.slots for mix in self.mixes), default=0)
         if self.has_lora:
             self.rank = max(pair["down"].shape[1] for pair in pairs if pair)
             self.slots = next(pair["down"].shape[0] for pair in pairs if pair)
-            self.down, self.up, self.scale = (
-                constant(np.stack(one), kind, f"{name}.{part}") for one, kind, part in zip(
-                    zip(*(self._slot_values(slot) for slot in range(self.slots))),
-                    (dtype, dtype, ms.float32), ADAPTER))
+            banks = [np.stack(one) for one in zip(*(self._slot_values(pairs, slot) for slot in range(self.slots)))]
+            self.down, self.up, self.scale = (constant(one, kind, f"{name}.{part}") for one, kind, part in zip(
+                banks, (dtype, dtype, ms.float32), ADAPTER))
+            self.shrink, self.expand = (
+                constant(np.concatenate((np.zeros_like(one[:1]), one)), dtype, f"{name}.{part}")
+                for one, part in zip(banks[3:], ("shrink", "expand")))
             self.ends = Parameter(Tensor(np.array(self.ends_at, np.int32)), name=f"{name}.ends", requires_grad=False)
-        self._seen_base, self._seen_slots = self._base_state(), self._slot_state()
+        self._base, self._seen_slots = Watch(leaves), self._slot_state()
 
     def construct(self, x: Tensor, slots: tuple) -> Tensor:
-        """x: (tokens, in) -> (tokens, out); slots: () for no adapters, or ((tokens,) int32,), -1 for the base."""
-        y = ascend_builtin.linear(x, self.weight)
+        """x: (tokens, in) -> (tokens, out).
+
+        slots: () for no adapters; ((tokens,) int32,), -1 for the base; or, for many tokens that stand in the order of
+        their slots, ((tokens,) int32, (1 + slots,) int64), behind it the ends of the base's and of each slot's tokens.
+        """
+        if self.integer:
+            y = ascend_builtin.quantized_linear(x, self.weight, self.antiquant, self.group)
+        else:
+            y = ascend_builtin.linear(x, self.weight)
         if self.has_bias:
             y = ascend_builtin.add(y, self.bias)
-        if self.has_lora and len(slots) > 0:
+        if self.has_lora and len(slots) == 2:
+            inner = ascend_builtin.grouped_linear(x, self.shrink, slots[1])
+            y = ascend_builtin.add(y, ascend_builtin.grouped_linear(inner, self.expand, slots[1]))
+        elif self.has_lora and len(slots) == 1:
             y = ascend.multi_lora(x, slots[0], self.down, self.up, self.scale, y, self.ends)
+        if len(slots) > 0:
+            for mix in self.mixes:
+                y = mix(x, slots[0], y)
         return y
 
-    def bytes_read(self, adapters: int) -> dict[str, int]:
-        """{what: bytes} that one call reads of weights and, for so many adapters in use, of banks."""
-        found = {"weights": self.weight.nbytes + (self.bias.nbytes if self.has_bias else 0), "adapters": 0}
-        if self.has_lora:
-            found["adapters"] = min(adapters, self.slots) * (self.down.nbytes + self.up.nbytes + self.scale.nbytes
-                                                             ) // self.slots
-        return found
+    @property
+    def adapted(self) -> bool:
+        """Whether it has adapters of any kind."""
+        return self.has_lora or len(self.mixes) > 0
 
     # -- keeping up with the decoder -------------------------------------------------------------------------------
 
     def refresh(self, trained: bool = False) -> None:
         """Read again what was written since the last time; trained: also what has gradients.
 
-        What was not written is not touched, and Parameters stay where they are.
+        What was not written is not touched, and banks stay where they are.
         """
-        base = self._base_state()
-        leaves = [parameter for cell in self._sources for parameter in plain(cell).leaf_parameters().values()]
-        if base != self._seen_base or trained and any(parameter.requires_grad for parameter in leaves):
-            self.weight.set_data(device_tensor(self._base_values(), self._dtype, self.weight.name))
+        if self._base.changed(trained):
+            if self.integer:
+                weight, scale, _ = integer_tensors([plain(cell) for cell in self._sources], self._dtype,
+                                                   self.weight.name)
+                self.weight.set_data(weight)
+                self.antiquant.set_data(scale)
+            else:
+                self.weight.set_data(device_tensor(self._base_values(), self._dtype, self.weight.name))
             if self.has_bias:
                 self.bias.set_data(device_tensor(self._bias_values(), self._dtype, self.bias.name))
-        self._seen_base = base
+        for mix in self.mixes:
+            mix.refresh(trained)
         if not self.has_lora:
             return
         slots = self._slot_state()
-        everything = trained and any(tensor.requires_grad for pair in self._pairs for tensor in pair.values())
-        for slot in range(self.slots):
-            if everything or slots[slot] != self._seen_slots[slot]:
-                self._put(slot)
+        everything = trained and any(parameter.requires_grad for parameter in self._adapter_parameters())
+        changed = [slot for slot in range(self.slots) if everything or slots[slot] != self._seen_slots[slot]]
+        pairs = self._pairs() if changed else []
+        for slot in changed:
+            self._put(pairs, slot)
         self._seen_slots = slots
 
-    def _put(self, slot: int) -> None:
-        for parameter, values in zip((self.down, self.up, self.scale), self._slot_values(slot)):
-            write_slot(parameter, slot, device_tensor(values[None], parameter.dtype, parameter.name))
+    def _pairs(self) -> list[dict[str, Tensor]]:
+        """The adapters' tensors of each Cell, {} where it has none; some Cells compute them."""
+        return [{} if is_routed(cell) and not cell.fusible else dict(zip(ADAPTER, cell.operands()[1]))
+                for cell in self._sources]
+
+    def _mix(self, name: str, i: int, cell: nn.Cell) -> LilyPart:
+        """The routed adapters of Cell i."""
+        start = (0, *self.ends_at)[i]
+
+        def put_out(values: np.ndarray) -> np.ndarray:
+            whole = np.zeros((*values.shape[:-1], self.out_features), np.float32)
+            whole[..., start:self.ends_at[i]] = self._out(i, values, -1)
+            return whole
+
+        return LilyPart(name, cell, self._dtype, self._in, put_out, device_tensor, write_slot)
+
+    def _put(self, pairs: list[dict[str, Tensor]], slot: int) -> None:
+        """Write one slot of the banks, on the device."""
+        banks = ((self.down, 0), (self.up, 0), (self.scale, 0), (self.shrink, 1), (self.expand, 1))
+        for (parameter, first), values in zip(banks, self._slot_values(pairs, slot)):
+            write_slot(parameter, first + slot, device_tensor(values[None], parameter.dtype, parameter.name))
 
     def _out(self, i: int, values: np.ndarray, axis: int) -> np.ndarray:
         """Values of Cell i with the device's heads on the axis of the outputs."""
@@ -169,32 +235,35 @@ class PackedLinear(nn.Cell):
                                          else np.zeros(plain(cell).out_features, np.float32), 0)
                                for i, cell in enumerate(self._sources)])
 
-    def _slot_values(self, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """down (slices * rank, in), up (rank, out), scale (slices,) of one slot, float32."""
+    def _slot_values(self, pairs: list[dict[str, Tensor]], slot: int) -> tuple[np.ndarray, ...]:
+        """down (slices * rank, in), up (rank, out), scale (slices,), shrink (in, slices * rank), expand (slices * rank,
+        out) of one slot, float32."""
         down = np.zeros((self.slices, self.rank, self.in_features), np.float32)
+        expand = np.zeros((self.slices, self.rank, self.out_features), np.float32)
         up = np.zeros((self.rank, self.out_features), np.float32)
         scale = np.zeros(self.slices, np.float32)
         starts = (0, *self.ends_at)
-        for i, pair in enumerate(self._pairs):
+        for i, pair in enumerate(pairs):
             if pair:
                 values = {name: _slot_of(pair[name], slot) for name in ADAPTER}
                 rank = len(values["down"])
                 down[i, :rank] = self._in(values["down"])
                 up[:rank, starts[i]:starts[i + 1]] = self._out(i, values["up"], 0).T
                 scale[i] = values["scale"]
-        return down.reshape(-1, self.in_features), up, scale
-
-    def _base_state(self) -> list[tuple[int, int]]:
-        return [(parameter.data_ptr(), whole_version(parameter)) for cell in self._sources
-                for parameter in plain(cell).leaf_parameters().values()]
+                part = slice(starts[i], starts[i + 1])
+                expand[i, :, part] = scale[i] * up[:, part]
+        down = down.reshape(-1, self.in_features)
+        return down, up, scale, down.T, expand.reshape(-1, self.out_features)
 
     def _slot_state(self) -> list[tuple[int, ...]]:
         """A tuple a slot that changes when the slot is written."""
-        if not self.has_lora:
-            return []
-        tensors = [tensor for pair in self._pairs for tensor in pair.values()]
-        versions = np.stack([slot_versions(tensor) for tensor in tensors], 1)
-        return [tuple(row) for row in versions.tolist()]
+        versions = [slot_versions(parameter) for parameter in self._adapter_parameters()]
+        return [tuple(row) for row in np.stack(versions, 1).tolist()] if versions else []
+
+    def _adapter_parameters(self) -> list[Parameter]:
+        """The stacked Parameters of the adapters, a slot a row."""
+        base = {id(one) for cell in self._sources for one in plain(cell).get_parameters()}
+        return [one for cell in self._paired for one in cell.get_parameters() if id(one) not in base]
 
 
 def write_slot(parameter: Parameter, slot: int, value: Tensor) -> None:

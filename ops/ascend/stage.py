@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OPERATORS = ("multi_lora", "multi_lora_segments", "lora_shrink", "lora_expand", "contrastive_select", "w4_lora",
-             "lily_mix")
+OPERATORS = ("multi_lora", "lora_shrink", "lora_expand", "contrastive_select", "lily_mix")
 
 
 def stage(folder):

@@ -20,16 +20,14 @@ ASCEND = HERE.parent / "ascend"
 LIBRARY = "libcolora_emulator.so"
 
 DTYPES = {"float16": "half", "bfloat16": "bfloat16_t", "float32": "float"}
-DTYPE_MACROS = ("DTYPE_X", "DTYPE_UP", "DTYPE_EXPERT")  # CANN defines DTYPE_<INPUT>
+DTYPE_MACROS = ("DTYPE_X", "DTYPE_UP", "DTYPE_LOGITS")  # CANN defines DTYPE_<INPUT>
 # operator: (tiling header, tiling struct, namespace included)
 KERNELS = {
-    "multi_lora": ("common/op_host/lora_tiling_core.h", "colora::LoraTilingData"),
-    "multi_lora_segments": ("common/op_host/lora_tiling_core.h", "colora::LoraTilingData"),
+    "multi_lora": ("multi_lora/op_host/multi_lora_tiling_core.h", "colora::MultiLoraTilingData"),
     "lora_shrink": ("common/op_host/lora_tiling_core.h", "colora::LoraTilingData"),
     "lora_expand": ("common/op_host/lora_tiling_core.h", "colora::LoraTilingData"),
     "contrastive_select": ("contrastive_select/op_host/contrastive_select_tiling_core.h",
                            "colora::ContrastiveSelectTilingData"),
-    "w4_lora": ("w4_lora/op_host/w4_lora_tiling_core.h", "colora::W4LoraTilingData"),
     "lily_mix": ("lily_mix/op_host/lily_mix_tiling_core.h", "colora::LilyMixTilingData"),
 }
 
@@ -72,6 +70,7 @@ def flags(optimise="-O3"):
     native = [] if optimise == "-O0" else ["-march=native"]
     include = [f"-I{HERE / 'include'}", f"-I{ASCEND / 'common' / 'op_kernel'}",
                f"-I{ASCEND / 'common' / 'op_host'}", f"-I{ASCEND}"]
+    include += [f"-I{ASCEND / name / 'op_kernel'}" for name in KERNELS]
     return ["-std=c++17", optimise, *native, "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall",
             "-Wno-unused-parameter", "-Werror=narrowing", *include]
 

@@ -1,11 +1,12 @@
 """Run the emulated device kernels from Python: launch, findings, counters, and the plan of the LoRA operators."""
 import ctypes
 import json
+import math
 
 import numpy as np
 
 INPUT, OUTPUT, WORKSPACE, INOUT = 0, 1, 2, 3
-STRICT, INTERLEAVE = 1, 2
+STRICT, INTERLEAVE, TRACE = 1, 2, 4
 
 
 # ---- bfloat16 as uint16, since NumPy has none -----------------------------------------------------------------
@@ -37,6 +38,8 @@ class Emulator:
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_report.restype = ctypes.c_char_p
         self.library.emulator_kernels.restype = ctypes.c_char_p
+        self.library.emulator_instructions.restype = ctypes.c_char_p
+        self.library.emulator_trace.restype = ctypes.POINTER(ctypes.c_uint32)
 
     def kernels(self):
         return self.library.emulator_kernels().decode().split()
@@ -55,6 +58,18 @@ class Emulator:
         if not counters and not found:
             return {"findings": []}
         return json.loads(self.library.emulator_report())
+
+
+    def trace(self, cores):
+        """Of the last launch with flag TRACE: a list with an array (instructions, 12) of uint32 for each core, the
+        fields of ops/emulator/include/emulator/trace.h, and the names of the vector instructions by number."""
+        found = []
+        for core in range(cores):
+            count = ctypes.c_uint64()
+            pointer = self.library.emulator_trace(core, ctypes.byref(count))
+            shape = (count.value, 12)
+            found.append(np.ctypeslib.as_array(pointer, shape).copy() if count.value else np.zeros(shape, np.uint32))
+        return found, self.library.emulator_instructions().decode().split()
 
 
 # ---- the tiling of the LoRA operators, in Python for what the tests need; compared with the C++ one in test_contract
@@ -82,17 +97,25 @@ def plan_lora(tokens, hidden, rank, width, dtype, cores=48, row_width=None, offs
     return np.array(values, np.uint32), np.empty(window * cores * padded * 4 + window * row, np.uint8)
 
 
-def plan_w4_lora(tokens, hidden, rank, width, dtype, groups=1, cores=48, slots=1, exact=False):
-    """(tiling array, workspace array) as plan_w4_lora of w4_lora_tiling_core.h makes them."""
-    lora, workspace = plan_lora(tokens, hidden, rank, width, dtype, cores, slots=slots, exact=exact, most=32)
-    group = hidden // groups
-    columns = min(8192 // int(lora[FIELDS.index("window")]) // 64 * 64, 2048, -(-hidden // 64) * 64)
-    while columns > 64 and groups > 1:
-        touched = columns // group if columns % group == 0 else columns // group + 2
-        if -(-touched // 8) * 8 * 16 <= 512:
-            break
-        columns -= 64
-    return np.append(lora, np.array([groups, group, columns], np.uint32)), workspace
+def plan_multi_lora(tokens, hidden, rank, width, dtype, cores=48, slots=1, slices=1):
+    """(tiling array, workspace array) as plan_multi_lora of multi_lora_tiling_core.h makes them."""
+    rank8 = -(-rank // 8) * 8
+    window = min(max(tokens, 1), 64)
+    balance = (hidden * slices + width) * BYTES[dtype] // (8 * slices) + 1
+    values = (tokens, hidden, rank, slices, width, slots, cores, window, column_unit(hidden, cores),
+              column_unit(width, cores), 256 // rank8, balance)
+    return np.array(values, np.uint32), np.empty(2 * window * cores * slices * rank8 * 4, np.uint8)
+
+
+def plan_contrastive_select(rows, vocab, requests, voices, dtype, cores=48):
+    """(tiling array, workspace array) as plan_contrastive_select of contrastive_select_tiling_core.h makes them."""
+    parts = cores // requests if 0 < requests <= cores else cores // math.gcd(max(requests, 1), cores)
+    parts = max(1, min(parts, -(-vocab // 1024)))
+    width = -(-(-(-vocab // parts)) // 64) * 64
+    parts = -(-vocab // width)
+    resident = requests * parts <= cores and width * BYTES[dtype] <= 114688
+    values = (rows, vocab, requests, voices, cores, parts, width, int(resident))
+    return np.array(values, np.uint32), np.empty(max(requests, 1) * parts * 64, np.uint8)
 
 
 def plan_lily_mix(tokens, experts, rank, width, dtype, cores=48, row_width=None, offset=0, slots=1, exact=False):

@@ -32,8 +32,6 @@ REFUSED_SOURCE = HERE / "planted" / "refused.cpp"
 INPUT, OUTPUT, WORKSPACE, INOUT, STRICT = driver.INPUT, driver.OUTPUT, driver.WORKSPACE, driver.INOUT, driver.STRICT
 
 
-GROUPS = 25  # scales of a row of w4_lora's weight
-
 
 class Outcome(NamedTuple):
     name: str
@@ -129,17 +127,13 @@ class Case:
         self.router = rng.uniform(0.1, 1, (tokens, experts)).astype(np.float32)
         self.scale = np.array([0.5, 3.0, 1.75], np.float32)[:bank]
         self.slots = np.resize(np.array([2, -1, 0, 1, 2, 2, 1], np.int32), tokens)
-        self.packed = rng.integers(0, 256, (width, hidden // 2), dtype=np.uint8)
-        self.packed_scale = rng.uniform(0.1, 1, (width, GROUPS)).astype(np.float32)
-        weight = np.stack((self.packed & 15, self.packed >> 4), -1).reshape(width, hidden) - 8.0
-        self.product = x @ (weight * np.repeat(self.packed_scale.astype(float), hidden // GROUPS, 1)).T
-        self.shrunk, self.expanded, self.mixed = np.zeros((tokens, rank)), y.copy(), y.copy()
+        self.shrunk, self.expanded, self.mixed, self.both = np.zeros((tokens, rank)), y.copy(), y.copy(), y.copy()
         for t, s in enumerate(self.slots):
             if s >= 0:
                 self.shrunk[t] = self.scale[s] * (down[s] @ x[t])
                 self.expanded[t] += self.h[t] @ up[s]
                 self.mixed[t] += self.scale[s] * (self.h[t] @ np.tensordot(self.router[t].astype(float), mixed[s], 1))
-                self.product[t] += self.shrunk[t] @ up[s]
+                self.both[t] += self.shrunk[t] @ up[s]
 
     def launch(self, emulator, operator, symbol):
         """(findings, whether the result is right)."""
@@ -149,11 +143,11 @@ class Case:
             tiling, workspace = driver.plan_lora(tokens, hidden, rank, 1, self.dtype, slots=bank)
             out, want = np.full((tokens, rank), np.nan, np.float32), self.shrunk
             given = [(self.x, INPUT), (self.down, INPUT), scale, slots, (out, OUTPUT)]
-        elif operator == "w4_lora":
-            tiling, workspace = driver.plan_w4_lora(tokens, hidden, rank, width, self.dtype, GROUPS, slots=bank)
-            out, want = np.empty_like(self.y), self.product
-            given = [(self.x, INPUT), (self.packed, INPUT), (self.packed_scale, INPUT), (self.down, INPUT),
-                     (self.up, INPUT), scale, slots, (out, OUTPUT)]
+        elif operator == "multi_lora":
+            tiling, workspace = driver.plan_multi_lora(tokens, hidden, rank, width, self.dtype, slots=bank)
+            out, want, ends = self.y.copy(), self.both, np.array([width], np.int32)
+            given = [(self.x, INPUT), (self.down, INPUT), (self.up, INPUT), scale, slots, (out, INOUT), (ends, INPUT),
+                     (out, INOUT)]
         else:
             out = self.y.copy()
             if operator == "lora_expand":

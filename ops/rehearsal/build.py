@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("call", "dense", "attention", "grouped")
+SOURCES = ("call", "dense", "attention", "grouped", "training")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-shared", "-Wall",
          "-Wno-unused-parameter"]
 
@@ -23,9 +23,13 @@ def compiler():
 
 
 def digest():
-    """What the library is made of: sources, this file, compiler."""
+    """What the library is made of: sources, this file, compiler, and the instructions that this machine knows."""
     files = sorted(HERE.glob("*.cpp")) + sorted(HERE.glob("*.h")) + [Path(__file__)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + compiler().encode()).hexdigest()[:16]
+    information = Path("/proc/cpuinfo")
+    flags = [line for line in information.read_text().splitlines() if line.startswith(("flags", "Features"))][:1] \
+        if information.is_file() else []
+    parts = [path.read_bytes() for path in files] + [compiler().encode(), "".join(flags).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def build(output=None):

@@ -92,15 +92,17 @@ EXPORT int host_tiling(const char* op, int inputs, const int64_t* ranks, const i
 }
 
 // out: number of dimensions, the dimensions, the dtype.
-EXPORT int host_infer(const char* op, int inputs, const int64_t* ranks, const int64_t* dims, const int32_t* types, int64_t* out) {
+// The shape and dtype of output `which`.
+EXPORT int host_infer(const char* op, int which, int inputs, const int64_t* ranks, const int64_t* dims, const int32_t* types, int64_t* out) {
     gert::InferShapeContext shapes;
     gert::InferDataTypeContext kinds;
     fill(shapes, inputs, ranks, dims, types);
     fill(kinds, inputs, ranks, dims, types);
     const cann_host::Entry& entry = cann_host::Registry()[op];
     if (entry.inferShape(&shapes) != ge::GRAPH_SUCCESS || entry.inferType(&kinds) != ge::GRAPH_SUCCESS) return 1;
-    *out++ = shapes.output.GetDimNum();
-    for (size_t k = 0; k < shapes.output.GetDimNum(); ++k) *out++ = shapes.output.GetDim(k);
-    *out = kinds.outputType;
+    const gert::Shape& shape = shapes.outputs[which];
+    *out++ = shape.GetDimNum();
+    for (size_t k = 0; k < shape.GetDimNum(); ++k) *out++ = shape.GetDim(k);
+    *out = kinds.outputTypes[which];
     return 0;
 }

@@ -67,8 +67,8 @@ struct Context {
     TilingData tiling;
     uint32_t blocks = 0, schedule = 0;
     std::vector<size_t> workspaces;
-    Shape output;
-    ge::DataType outputType = ge::DT_FLOAT;
+    Shape outputs[4];
+    ge::DataType outputTypes[4] = {ge::DT_FLOAT, ge::DT_FLOAT, ge::DT_FLOAT, ge::DT_FLOAT};
 
     // Tiling
     const StorageShape* GetInputShape(size_t i) const { return &inputs.at(i); }
@@ -87,11 +87,11 @@ struct Context {
 struct TilingContext : Context {};
 struct InferShapeContext : Context {
     const Shape* GetInputShape(size_t i) const { return &inputs.at(i).shape; }
-    Shape* GetOutputShape(size_t i) { return i == 0 ? &output : nullptr; }
+    Shape* GetOutputShape(size_t i) { return &outputs[i]; }
 };
 struct InferDataTypeContext : Context {
     ge::DataType GetInputDataType(size_t i) const { return types.at(i).type; }
-    void SetOutputDataType(size_t, ge::DataType type) { outputType = type; }
+    void SetOutputDataType(size_t i, ge::DataType type) { outputTypes[i] = type; }
 };
 }  // namespace gert
 

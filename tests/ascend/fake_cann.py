@@ -83,7 +83,8 @@ def toolkit(folder, version="9.0.0", layout="custom_op"):
     cann = Path(folder)
     (cann / "compiler").mkdir(parents=True)
     (cann / "compiler" / "version.info").write_text(f"Version={version}\n")
-    (cann / "opp").mkdir()
+    (cann / "opp" / "built-in" / "op_impl").mkdir(parents=True)
+    (cann / "include").mkdir()
     project = cann / LAYOUTS[layout]
     for part in ("op_host", "op_kernel"):
         (project / part).mkdir(parents=True)

@@ -3,8 +3,10 @@ build registers them. Nothing is compiled or launched for a device; graphs go as
 
     python faked_ascend.py FOLDER        # with op_api and op_impl of contract.write; prints one JSON object
 """
+import importlib
 import json
 import os
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -49,6 +51,9 @@ ops.Custom.__init__ = recorded
 import colora_ms  # noqa: E402, F401
 from colora_ms.kernels import ascend, backend, bound, registry  # noqa: E402
 
+for module in pkgutil.walk_packages(colora_ms.__path__, "colora_ms."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
 at_import = list(made)
 ms.set_context(mode=ms.GRAPH_MODE)
 bound_to = backend()
@@ -57,14 +62,12 @@ at_binding = list(made)
 
 def inputs_of(name, dtype, dynamic):
     """Tensors for a call of an operator; with dynamic, every axis is unknown while the graph is compiled."""
-    size = {"tokens": 6, "in": 64, "rank": 8, "out": 48, "slots": 3, "experts": 4, "segments": 2, "vocab": 100}
+    size = {"tokens": 6, "in": 64, "rank": 8, "out": 48, "slots": 3, "experts": 4, "vocab": 100}
     shapes = {
-        "MultiLora": ("tokens in", "slots rank in", "slots rank out", "slots", "tokens", "tokens out"),
-        "MultiLoraSegments": ("tokens in", "slots rank in", "slots rank out", "slots", 3, "segments", "tokens out"),
+        "MultiLora": ("tokens in", (3, 16, 64), "slots rank out", (3, 2), "tokens", "tokens out", 2),
         "LoraShrink": ("tokens in", "slots rank in", "slots", "tokens"),
         "LoraExpand": ("tokens rank", "slots rank out", "tokens", "tokens out"),
-        "ContrastiveSelect": ("tokens vocab", "tokens vocab", "tokens", "tokens", "tokens vocab"),
-        "W4Lora": ("tokens in", (48, 32), "out", "slots rank in", "slots rank out", "slots", "tokens"),
+        "ContrastiveSelect": ("tokens vocab", (3, 2), (3, 2), (3,)),
         "LilyMix": ("tokens rank", "tokens experts", "slots experts rank out", "slots", "tokens", "tokens out"),
     }[name]
     k = ("float16", "bfloat16", "float32").index(dtype)
@@ -78,12 +81,10 @@ def inputs_of(name, dtype, dynamic):
 
 #: operator -> its face, and the order in which that takes the operator's inputs.
 FACES = {
-    "MultiLora": (ascend.multi_lora, (0, 4, 1, 2, 3, 5)),
-    "MultiLoraSegments": (ascend.multi_lora_segments, (0, 4, 5, 1, 2, 3, 6)),
+    "MultiLora": (ascend.multi_lora, (0, 4, 1, 2, 3, 5, 6)),
     "LoraShrink": (ascend.lora_shrink, (0, 3, 1, 2)),
     "LoraExpand": (ascend.lora_expand, (0, 2, 1, 3)),
-    "ContrastiveSelect": (ascend.contrastive_token, (0, 1, 2, 3, 4)),
-    "W4Lora": (ascend.w4_lora, (0, 6, 1, 2, 3, 4, 5)),
+    "ContrastiveSelect": (ascend.contrastive_token, (0, 1, 2, 3)),
     "LilyMix": (ascend.lily_mix, (0, 1, 4, 2, 3, 5)),
 }
 
@@ -134,10 +135,15 @@ for name, spec in ascend.OPERATORS.items():
     operators[name] = {**found, "types": list(ascend.primitive(name).get_attr_dict()["custom_inputs_type"]),
                        "outputs": len(spec["outputs"])}
 
+from colora_ms.adapters import LoraConfig, inject  # noqa: E402
 from colora_ms.models.config import DecoderConfig  # noqa: E402
 from colora_ms.models.decoder import Decoder  # noqa: E402
 
 decoder = Decoder(DecoderConfig("llama", 100, 64, 96, 2, 4, 2, 16, 128))
+ids = [ms.Tensor([[1, 2, 3, 4]], ms.int32), ms.Tensor([4], ms.int32), ms.Tensor([-1], ms.int32)]
+plain = nodes(decoder, ids)
+inject(decoder, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+adapted = nodes(decoder, ids)
 print(json.dumps({"at_import": at_import, "at_binding": at_binding, "made": made, "backend": bound_to,
                   "faces": sorted(set(ascend._FACES) - set(vars(bound))), "operators": operators,
-                  "parameters": len(list(decoder.get_parameters())), "bound": registry.bind().backend}))
+                  "plain": plain, "adapted": adapted, "bound": registry.bind().backend}))

@@ -1,7 +1,7 @@
 """Cases of the LoRA operators: data, the float64 reference, the allowed rounding, and one launch."""
 import numpy as np
 
-from emulated import BYTES, INOUT, INPUT, OUTPUT, ROUNDING, WORKSPACE, plan_lora, to_dtype, to_float64
+from emulated import BYTES, INOUT, INPUT, OUTPUT, ROUNDING, WORKSPACE, plan_multi_lora, to_dtype, to_float64
 
 CORES = 48
 CHIPS = (48, 40)  # vector cores of a 910B1, B2, 910_93 and of a 910B3, B4
@@ -21,26 +21,30 @@ def slots_for(pattern, tokens, bank, rng):
 
 
 class LoraCase:
-    """Random data for one shape. Values have the sizes that a model has: x about 1, x . down about 1, up about 1."""
+    """Random data for one shape. Values have the sizes that a model has: x about 1, x . down about 1, up about 1.
+    ends: where the slices of the outputs end; one slice, of all columns, if not given."""
 
-    def __init__(self, tokens, hidden, rank, width, dtype, pattern="mixed", bank=4, row_width=None, offset=0, seed=0):
+    def __init__(self, tokens, hidden, rank, width, dtype, pattern="mixed", bank=4, ends=None, seed=0):
         rng = np.random.default_rng([seed, tokens, hidden, rank, width])
         self.shape = (tokens, hidden, rank, width)
-        self.dtype, self.bank, self.offset, self.row_width = dtype, bank, offset, row_width or width
+        self.dtype, self.bank = dtype, bank
+        self.ends = np.array([width] if ends is None else ends, np.int32)
         def normal(*shape, scale=1.0):
             return to_dtype(rng.standard_normal(shape, np.float32) * np.float32(scale), dtype)
         self.x = normal(tokens, hidden)
-        self.down = normal(bank, rank, hidden, scale=hidden ** -0.5)
+        self.down = normal(bank, len(self.ends) * rank, hidden, scale=hidden ** -0.5)
         self.up = normal(bank, rank, width)
-        self.scale = rng.uniform(0.25, 2.0, bank).astype(np.float32)
+        self.scale = rng.uniform(0.25, 2.0, (bank, len(self.ends))).astype(np.float32)
+        if ends is None:
+            self.scale = self.scale[:, 0].copy()
         self.slots = slots_for(pattern, tokens, bank, rng)
-        self.y = normal(tokens, self.row_width)
+        self.y = normal(tokens, width)
         self.seed = seed
 
     def products(self):
         """float64 x . down[slot]^T, zeros without an adapter, and the sum of absolute terms beside it."""
-        tokens, _, rank, _ = self.shape
-        h, size = np.zeros((tokens, rank)), np.zeros((tokens, rank))
+        tokens, rows = self.shape[0], self.down.shape[1]
+        h, size = np.zeros((tokens, rows)), np.zeros((tokens, rows))
         x, down = to_float64(self.x, self.dtype), to_float64(self.down, self.dtype)
         for s in range(self.bank):
             rows = self.slots == s
@@ -59,19 +63,22 @@ class LoraCase:
             h_error = size * 2.0 ** -23 * (4 + np.log2(hidden + 1))
         up = to_float64(self.up, self.dtype)
         allowed = np.zeros_like(want)
-        columns = slice(self.offset, self.offset + width)
+        scales = self.scale.reshape(self.bank, -1).astype(np.float64)
         for s in range(self.bank):
             rows = self.slots == s
             if not rows.any():
                 continue
-            coefficients, scale = h[rows] * self.scale[s], float(self.scale[s])
-            delta, terms = coefficients @ up[s], np.abs(coefficients) @ np.abs(up[s])
-            want[rows, columns] += delta
-            error = terms * 2.0 ** -23 * (rank + 4) + (h_error[rows] * scale) @ np.abs(up[s])
-            if self.dtype == "float16" and not exact:
-                largest = np.abs(coefficients).max(axis=1, keepdims=True)
-                error += terms * 2.0 ** -11 + (largest * 2.0 ** -20) @ np.abs(up[s]).sum(0, keepdims=True)
-            allowed[rows, columns] = error
+            for i, end in enumerate(self.ends):
+                columns, ranks = slice(self.ends[i - 1] if i else 0, end), slice(i * rank, (i + 1) * rank)
+                scale, part = scales[s, i], up[s][:, columns]
+                coefficients = h[rows, ranks] * scale
+                delta, terms = coefficients @ part, np.abs(coefficients) @ np.abs(part)
+                want[rows, columns] += delta
+                error = terms * 2.0 ** -23 * (rank + 4) + (h_error[rows, ranks] * scale) @ np.abs(part)
+                if self.dtype == "float16" and not exact:
+                    largest = np.abs(coefficients).max(axis=1, keepdims=True)
+                    error += terms * 2.0 ** -11 + (largest * 2.0 ** -20) @ np.abs(part).sum(0, keepdims=True)
+                allowed[rows, columns] = error
         unit = ROUNDING[self.dtype]
         touched = allowed > 0
         allowed = np.where(touched, allowed * (1 + unit) + unit * np.abs(want) + 2.0 ** -25, 0.0)
@@ -87,18 +94,16 @@ class LoraCase:
         assert np.array_equal(got[untouched], want[untouched]), "columns or rows outside the slice changed"
 
 
-def launch_lora(emulator, case, exact=False, in_place=True, cores=CORES, seed=0, **launch):
+def launch_lora(emulator, case, in_place=True, cores=CORES, seed=0, **launch):
     """One multi_lora launch; returns (out, report)."""
     tokens, hidden, rank, width = case.shape
-    tiling, workspace = plan_lora(tokens, hidden, rank, width, case.dtype, cores, case.row_width, case.offset,
-                                  case.bank,
-                                  exact=exact)
+    tiling, workspace = plan_multi_lora(tokens, hidden, rank, width, case.dtype, cores, case.bank, len(case.ends))
     y = case.y.copy()
     out = y if in_place else np.full_like(y, 0x7777 if case.dtype == "bfloat16" else 99)
     kinds = (INOUT, INOUT) if in_place else (INPUT, OUTPUT)
     report = emulator.launch(f"multi_lora_{case.dtype}", cores, [
-        (case.x, INPUT), (case.down, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT),
-        (y, kinds[0]), (out, kinds[1]), (workspace, WORKSPACE), (tiling, INPUT)], seed, **launch)
+        (case.x, INPUT), (case.down, INPUT), (case.up, INPUT), (case.scale, INPUT), (case.slots, INPUT), (y, kinds[0]),
+        (case.ends, INPUT), (out, kinds[1]), (workspace, WORKSPACE), (tiling, INPUT)], seed, **launch)
     return out, report
 
 

@@ -12,7 +12,6 @@ from colora_ms.kernels.aot import KernelError  # noqa: E402
 from emulated import ROOT  # noqa: E402
 from lora_cases import LoraCase  # noqa: E402
 from test_lily_kernel import LilyCase  # noqa: E402
-from test_w4_kernel import W4Case  # noqa: E402
 
 ms.set_context(mode=ms.GRAPH_MODE)
 
@@ -40,19 +39,14 @@ class Linear(ms.nn.Cell):
         return ascend.multi_lora(x, slots, down, ascend.rank_major(up), scale, y)
 
 
-class Segments(ms.nn.Cell):
-    def construct(self, x, starts, slots, down, up, scale, y):
-        return ascend.multi_lora_segments(x, starts, slots, down, up, scale, y)
-
-
 class Halves(ms.nn.Cell):
     def construct(self, x, slots, down, up, scale, y):
         return ascend.lora_expand(ascend.lora_shrink(x, slots, down, scale), slots, up, y)
 
 
-class Packed(ms.nn.Cell):
-    def construct(self, x, slots, weight, weight_scale, down, up, scale):
-        return ascend.w4_lora(x, slots, weight, weight_scale, down, up, scale)
+class Sliced(ms.nn.Cell):
+    def construct(self, x, slots, down, up, scale, y, ends):
+        return ascend.multi_lora(x, slots, down, up, scale, y, ends)
 
 
 class Mixed(ms.nn.Cell):
@@ -61,8 +55,8 @@ class Mixed(ms.nn.Cell):
 
 
 class Select(ms.nn.Cell):
-    def construct(self, expert, amateur, alpha, beta):
-        return ascend.contrastive_token(expert, amateur, alpha, beta)
+    def construct(self, logits, rows, weights, log_alpha):
+        return ascend.contrastive_token(logits, rows, weights, log_alpha)
 
 
 def operands(case, swap=True):
@@ -76,37 +70,32 @@ def test_multi_lora_in_a_graph(emulator, dtype):
     for tokens, hidden, rank, width in ((1, 576, 16, 192), (5, 1000, 3, 64)):
         case = LoraCase(tokens, hidden, rank, width, dtype)
         out = Linear()(tensor(case.x, dtype), tensor(case.slots), *operands(case))
-        case.check(stored(out, dtype))
+        case.check(stored(out, dtype), exact=True)
 
 
 class Exactly(ms.nn.Cell):
     def construct(self, x, slots, down, up, scale, y):
         h = ascend.lora_shrink(x, slots, down, scale)
-        return (ascend.multi_lora(x, slots, down, up, scale, y, True),
-                ascend.multi_lora(x, slots, down, up, scale, y, exact=False), ascend.lora_expand(h, slots, up, y, True))
+        return ascend.lora_expand(h, slots, up, y, True), ascend.lora_expand(h, slots, up, y, exact=False)
 
 
 def test_the_attribute_exact_reaches_the_operators(emulator):
     """With float32 coefficients float16 is within its narrower bound, which the rounded form exceeds."""
     case = LoraCase(5, 576, 16, 192, "float16", "distinct")
     down, up, scale, y = operands(case, swap=False)
-    exactly, rounded, halves = Exactly()(tensor(case.x), tensor(case.slots), down, up, scale, y)
+    exactly, rounded = Exactly()(tensor(case.x), tensor(case.slots), down, up, scale, y)
     case.check(exactly.asnumpy(), exact=True)
-    case.check(halves.asnumpy(), exact=True)
     assert not np.array_equal(exactly.asnumpy(), rounded.asnumpy())
-    packed, mixed = W4Case(5, 576, 16, 192, "float16", 18), LilyCase(5, 3, 16, 192, "float16")
+    mixed = LilyCase(5, 3, 16, 192, "float16")
 
-    class Others(ms.nn.Cell):
-        def construct(self, a, b):
-            return ascend.w4_lora(*a, exact=True), ascend.lily_mix(*b, exact=True), ascend.w4_lora(*a)
+    class Mixes(ms.nn.Cell):
+        def construct(self, given):
+            return ascend.lily_mix(*given, exact=True), ascend.lily_mix(*given)
 
-    first, second, rounded = Others()(
-        tuple(map(tensor, (packed.x, packed.slots, packed.weight, packed.weight_scale, packed.down, packed.up,
-                           packed.scale))),
-        tuple(map(tensor, (mixed.h, mixed.weights, mixed.slots, mixed.up, mixed.scale, mixed.y))))
-    packed.check(first.asnumpy(), exact=True)
-    mixed.check(second.asnumpy(), exact=True)
-    assert not np.array_equal(first.asnumpy(), rounded.asnumpy())
+    exactly, rounded = Mixes()(tuple(map(tensor, (mixed.h, mixed.weights, mixed.slots, mixed.up, mixed.scale,
+                                                  mixed.y))))
+    mixed.check(exactly.asnumpy(), exact=True)
+    assert not np.array_equal(exactly.asnumpy(), rounded.asnumpy())
 
 
 def test_rows_of_several_tokens(emulator):
@@ -146,48 +135,18 @@ def test_backend_of_a_process(emulator):
     assert done.returncode == 0, done.stderr
 
 
-def test_segments_and_halves_in_a_graph(emulator):
+def test_halves_in_a_graph(emulator):
     case = LoraCase(30, 576, 8, 100, "float16")
-    case.slots = np.repeat(np.array([1, -1, 3], np.int32), (10, 5, 15))
     down, up, scale, y = operands(case, swap=False)
-    out = Segments()(tensor(case.x), ms.Tensor([0, 10, 15, 30], ms.int32), ms.Tensor([1, -1, 3], ms.int32), down, up,
-                     scale, y)
-    case.check(out.asnumpy())
-    out = Halves()(tensor(case.x), tensor(case.slots), down, up, scale, y)
-    case.check(out.asnumpy())
+    case.check(Halves()(tensor(case.x), tensor(case.slots), down, up, scale, y).asnumpy())
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
-def test_w4_lora_in_a_graph(emulator, dtype):
-    for tokens, hidden, rank, width, groups in ((1, 576, 16, 192, 18), (5, 1000, 3, 64, 1)):
-        case = W4Case(tokens, hidden, rank, width, dtype, groups)
-        scales = tensor(case.weight_scale if groups > 1 else case.weight_scale[:, 0].copy())
-        out = Packed()(tensor(case.x, dtype), tensor(case.slots), tensor(case.weight), scales, tensor(case.down, dtype),
-                       tensor(case.up, dtype), tensor(case.scale))
-        case.check(stored(out, dtype))
-
-
-def test_w4_lora_reads_what_the_exporter_packs(emulator):
-    """The packing of colora_ms.models.formats and the float reference of multi_lora_linear, against the device
-    source."""
-    from colora_ms.kernels.linear import multi_lora_linear_reference
-    from colora_ms.kernels.operands import INT4, base_of, linear_of
-    from colora_ms.models.formats import pack_int4
-
-    case = W4Case(6, 128, 8, 40, "float32", 4)
-    case.weight = pack_int4(np.random.default_rng(3).integers(-8, 8, (40, 128)))
-    x, slots, weight, weight_scale = (tensor(a) for a in (case.x, case.slots, case.weight, case.weight_scale))
-    down, up, scale = tensor(case.down), tensor(case.up.transpose(0, 2, 1).copy()), tensor(case.scale)
-
-    class Both(ms.nn.Cell):
-        def construct(self, x, slots, weight, weight_scale, down, up, scale):
-            none = ms.Tensor(0.0, ms.float32)
-            return (ascend.w4_lora(x, slots, weight, weight_scale, down, ascend.rank_major(up), scale),
-                    multi_lora_linear_reference(
-                        x, slots, linear_of(base_of(INT4, weight, weight_scale, none), down, up, scale)))
-
-    ours, reference = Both()(x, slots, weight, weight_scale, down, up, scale)
-    assert np.abs((ours - reference).asnumpy()).max() < 2e-5
+def test_packed_linears_in_a_graph(emulator, dtype):
+    case = LoraCase(5, 576, 8, 192, dtype, ends=(96, 128, 192))
+    down, up, scale, y = operands(case, swap=False)
+    out = Sliced()(tensor(case.x, dtype), tensor(case.slots), down, up, scale, y, tensor(case.ends))
+    case.check(stored(out, dtype), exact=True)
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
@@ -204,10 +163,15 @@ def test_contrastive_token_in_a_graph(emulator):
     rng = np.random.default_rng(0)
     expert, amateur = rng.standard_normal((2, 3, 5000)).astype(np.float32)
     alpha, beta = np.array([0.1, 0.5, 1.0], np.float32), np.array([0.5, 0.0, 2.0], np.float32)
-    got = Select()(*(ms.Tensor(a) for a in (expert, amateur, alpha, beta))).asnumpy()
+    weights, rows = np.stack((1 + beta, -beta), 1), np.array([[0, 3], [1, 4], [2, 5]], np.int32)
+    ints, floats = (a.asnumpy() for a in Select()(*(ms.Tensor(a) for a in (
+        np.concatenate((expert, amateur)), rows, weights, np.log(alpha)))))
+    token = ints[:, 0]
     score = (1 + beta[:, None]) * expert - beta[:, None] * amateur
-    want = np.where(expert >= np.log(alpha)[:, None] + expert.max(1, keepdims=True), score, -np.inf).argmax(1)
-    assert np.array_equal(got, want)
+    score = np.where(expert >= np.log(alpha)[:, None] + expert.max(1, keepdims=True), score, -np.inf)
+    assert np.array_equal(token, score.argmax(1)) and np.abs(floats[:, 0] - score.max(1)).max() < 1e-5
+    each = np.stack([np.take_along_axis(a, token[:, None], 1)[:, 0] for a in (expert, amateur)], 1)
+    assert np.array_equal(floats[:, 2:], each) and np.array_equal(ints[:, 1], expert.argmax(1))
 
 
 def test_a_loop_in_the_graph(emulator):
@@ -227,7 +191,9 @@ def test_a_loop_in_the_graph(emulator):
             self.table, self.head = ms.Tensor(table), ms.Tensor(head)
             self.down, self.up, self.scale = ms.Tensor(down), ms.Tensor(up), ms.Tensor(np.array([2.0, 3.0], np.float32))
             self.slots = ms.Tensor(slots)
-            self.alpha, self.beta = ms.Tensor(np.full(2, 0.1, np.float32)), ms.Tensor(np.full(2, 0.5, np.float32))
+            self.rows = ms.Tensor(np.array([[0, 2], [1, 3]], np.int32))
+            self.weights = ms.Tensor(np.tile(np.array([1.5, -0.5], np.float32), (2, 1)))
+            self.log_alpha = ms.Tensor(np.full(2, np.log(0.1), np.float32))
             self.out = ms.Parameter(ms.Tensor(np.zeros((steps, 2), np.int32)))
 
         def construct(self, first):
@@ -236,7 +202,7 @@ def test_a_loop_in_the_graph(emulator):
                 x = ms.ops.gather(self.table, ms.ops.concat((token, token)), 0)
                 y = ms.ops.matmul(x, self.head)
                 logits = ascend.multi_lora(x, self.slots, self.down, self.up, self.scale, y)
-                token = ascend.contrastive_token(logits[:2], logits[2:], self.alpha, self.beta)
+                token = ascend.contrastive_token(logits, self.rows, self.weights, self.log_alpha)[0][:, 0]
                 self.out = ms.ops.scatter_update(self.out, step.reshape((1,)), token.reshape((1, 2)))
                 step = step + 1
             return self.out
@@ -256,39 +222,31 @@ def test_bad_arguments_are_python_errors(emulator):
     case = LoraCase(4, 64, 8, 64, "float32")
     down, up, scale, y = operands(case, swap=False)
     x, slots = tensor(case.x), tensor(case.slots)
+    ends, scale = tensor(case.ends), scale.reshape((-1, 1))
     run = ascend.primitive("MultiLora", "CPU")
 
     class Raw(ms.nn.Cell):
         def construct(self, *given):
-            return run(*given, False)
+            return run(*given)
 
-    with pytest.raises(KernelError, match="MultiLora: up has shape"):
-        Raw()(x, down, tensor(case.up.transpose(0, 2, 1)[:, :7].copy()), scale, slots, y)
-    with pytest.raises(KernelError, match="MultiLora: y has dtype"):
-        Raw()(x, down, up, scale, slots, y.astype(ms.float16))
-    with pytest.raises(KernelError, match="MultiLora: slots has dtype"):
-        Raw()(x, down, up, scale, slots.astype(ms.float32), y)
+    with pytest.raises(KernelError, match="MultiLora: down has shape"):
+        Raw()(x, down, tensor(case.up.transpose(0, 2, 1)[:, :7].copy()), scale, slots, y, ends)
+    with pytest.raises(KernelError, match="MultiLora: scale has shape"):
+        Raw()(x, down, up, scale[:, 0], slots, y, ends)
     with pytest.raises(RuntimeError):
-        Raw()(x, down, up, scale, ms.Tensor([0, 1, 4, 0], ms.int32), y).asnumpy()
-    packed, mix = ascend.primitive("W4Lora", "CPU"), ascend.primitive("LilyMix", "CPU")
-
-    class RawPacked(ms.nn.Cell):
-        def construct(self, *given):
-            return packed(*given, False)
+        Raw()(x, down, up, scale, slots, y, ms.Tensor([63], ms.int32)).asnumpy()
+    with pytest.raises(KernelError, match="MultiLora: y has dtype"):
+        Raw()(x, down, up, scale, slots, y.astype(ms.float16), ends)
+    with pytest.raises(KernelError, match="MultiLora: slots has dtype"):
+        Raw()(x, down, up, scale, slots.astype(ms.float32), y, ends)
+    with pytest.raises(RuntimeError):
+        Raw()(x, down, up, scale, ms.Tensor([0, 1, 4, 0], ms.int32), y, ends).asnumpy()
+    mix = ascend.primitive("LilyMix", "CPU")
 
     class RawMix(ms.nn.Cell):
         def construct(self, *given):
             return mix(*given, False)
 
-    weight, scales = tensor(np.zeros((64, 32), np.uint8)), tensor(np.ones((64, 4), np.float32))
-    good = [x, weight, scales, down, up, scale, slots]
-    assert RawPacked()(*good).shape == (4, 64)
-    for place, value, message in ((1, weight[:, :31], "weight has shape"),
-                                  (1, weight.astype(ms.int32), "weight has dtype"),
-                                  (2, tensor(np.ones((64, 16), np.float32)), "multiple of 8"),
-                                  (4, up[:, :, :63], "up has shape")):
-        with pytest.raises(KernelError, match=f"W4Lora: .*{message}"):
-            RawPacked()(*good[:place], value, *good[place + 1:])
     case = LilyCase(4, 3, 8, 64, "float32")
     good = [tensor(a) for a in (case.h, case.weights, case.up, case.scale, case.slots, case.y)]
     assert RawMix()(*good).shape == (4, 64)
@@ -307,3 +265,34 @@ def test_missing_package_says_what_to_do(monkeypatch):
     monkeypatch.setenv("COLORA_EMULATOR_LIBRARY", "/nowhere.so")
     with pytest.raises(KernelError, match="/nowhere.so"):
         ascend.emulator_library()
+
+
+@pytest.mark.parametrize("sampled", (False, True))
+def test_selection_by_the_operator_is_the_reference(emulator, sampled):
+    """All kinds of requests in one graph: alone, a contrast, mixes with and without a cut, inactive; and with those
+    that need the distribution among them."""
+    from colora_ms.kernels.options import COLUMN, OptionRows
+    from colora_ms.kernels.select import _with_device_token, contrastive_select_reference
+
+    rng = np.random.default_rng(11)
+    logits = (rng.standard_normal((9, 700)) * 3).astype(np.float32)
+    logits[:, rng.integers(0, 700, 300)] = -np.inf
+    options = OptionRows(6)
+    for q, (rows, weights, mixing, cut) in enumerate((
+            ([0], [], 0, 1), ([1, 2], [], 0, 1), ([3, 4, 5], [0.5, 1.0, -0.25], 1, 0),
+            ([6, 7, 8], [2.0, 0.0, -1.0], 1, 1), ([], [], 0, 1),
+            ([2, 0], [0.5, 0.5], 2 if sampled else 1, 2 * sampled))):
+        options.mix_rows[q, :len(rows)] = rows
+        options.mix_weights[q, :len(weights)] = weights
+        options.whole[q, COLUMN["mixing"]], options.whole[q, COLUMN["cut"]] = mixing, cut
+        options.real[q, COLUMN["alpha"]], options.real[q, COLUMN["beta"]] = 0.1, 0.5
+    options.real[0, COLUMN["temperature"]] = 0.7 * sampled
+
+    class Both(ms.nn.Cell):
+        def construct(self, *given):
+            return _with_device_token(*given), contrastive_select_reference(*given)
+
+    ours, reference = Both()(*(ms.Tensor(a) for a in (logits, options.whole, options.real, options.mix_rows,
+                                                      options.mix_weights, np.full(6, 0.4, np.float32))))
+    assert np.array_equal(ours[0].asnumpy(), reference[0].asnumpy())
+    assert np.abs(ours[1].asnumpy() - reference[1].asnumpy()).max() < 1e-5

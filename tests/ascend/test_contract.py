@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from emulated import FIELDS, ROOT, build, load_module, plan_lily_mix, plan_lora, plan_w4_lora
+from emulated import FIELDS, ROOT, build, load_module, plan_lily_mix, plan_lora, plan_multi_lora
 
 ASCEND = ROOT / "ops" / "ascend"
 contract = load_module(ASCEND / "contract.py", "ascend_contract")
@@ -56,7 +56,7 @@ def test_tiling_struct_is_the_shared_one(name):
     host = (ASCEND / snake / "op_host" / f"{snake}_tiling.h").read_text()
     assert re.findall(r"TILING_DATA_FIELD_DEF\((\w+), (\w+)\);", host) == fields
     assert f"REGISTER_TILING_DATA_CLASS({name}, {name}TilingData)" in host
-    if name != "ContrastiveSelect":  # the others share the LoRA phases, which read these
+    if name not in ("ContrastiveSelect", "MultiLora"):  # the others share the LoRA phases, which read these
         assert tuple(f for _, f in fields)[:len(FIELDS)] == FIELDS
 
 
@@ -129,7 +129,7 @@ def test_the_form_of_the_files_is_that_of_a_real_package():
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory):
     text = '''#include "lily_mix/op_host/lily_mix_tiling_core.h"
-#include "w4_lora/op_host/w4_lora_tiling_core.h"
+#include "multi_lora/op_host/multi_lora_tiling_core.h"
 extern "C" __attribute__((visibility("default"))) int plan(const unsigned* a, unsigned* out, unsigned long long* ws) {
     const colora::LoraPlan p =
         colora::plan_lora(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
@@ -138,8 +138,8 @@ extern "C" __attribute__((visibility("default"))) int plan(const unsigned* a, un
     return p.error.empty() ? 0 : 1;
 }
 extern "C" __attribute__((visibility("default")))
-int plan_w4(const unsigned* a, unsigned* out, unsigned long long* ws) {
-    const colora::W4LoraPlan p = colora::plan_w4_lora(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]);
+int plan_multi(const unsigned* a, unsigned* out, unsigned long long* ws) {
+    const colora::MultiLoraPlan p = colora::plan_multi_lora(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]);
     __builtin_memcpy(out, &p.data, sizeof(p.data));
     *ws = p.workspace;
     return p.error.empty() ? 0 : 1;
@@ -180,18 +180,13 @@ def test_plans_of_the_others_are_what_the_tests_assume(planner):
     for _ in range(300):
         tokens, rank, width, cores, slots = (int(rng.integers(a, b))
                                              for a, b in ((0, 90), (1, 257), (1, 12000), (1, 65), (1, 9)))
-        exact, dtype, groups = bool(rng.integers(2)), ("float16", "bfloat16",
-                                                       "float32")[rng.integers(3)], int(rng.integers(1, 70))
-        hidden = groups * 8 * int(rng.integers(1, 40))
+        exact, dtype = bool(rng.integers(2)), ("float16", "bfloat16", "float32")[rng.integers(3)]
+        hidden, slices = int(rng.integers(1, 12000)), int(rng.integers(1, min(8, 512 // rank) + 1))
         form = (4 if dtype == "float32" else 2, dtype == "float16", exact)
-        failed, out, workspace = plan(planner, tokens, hidden, rank, width, slots, groups, cores, *form,
-                                      function="plan_w4", fields=16)
-        want, scratch = plan_w4_lora(tokens, hidden, rank, width, dtype, groups, cores, slots, exact)
+        failed, out, workspace = plan(planner, tokens, hidden, slices * rank, rank, width, slots, slices, cores,
+                                      form[0], function="plan_multi", fields=12)
+        want, scratch = plan_multi_lora(tokens, hidden, rank, width, dtype, cores, slots, slices)
         assert not failed and np.array_equal(out, want) and workspace == scratch.nbytes
-        # What the kernel's buffers hold: a tile's activations, and its scales in blocks wherever the tile begins.
-        group, columns, n = int(out[14]), int(out[15]), int(out[9])
-        most = max((min(c + columns, hidden) - 1) // group - c // group + 1 for c in range(0, hidden, columns))
-        assert columns % 64 == 0 and columns * n <= 8192 and (groups == 1 or -(-most // 8) * 8 * 16 <= 512)
         experts = int(rng.integers(1, 16))
         failed, out, workspace = plan(planner, tokens, experts, rank, width, width + 3, 1, slots, cores, *form,
                                       function="plan_mix",
@@ -201,8 +196,8 @@ def test_plans_of_the_others_are_what_the_tests_assume(planner):
 
 
 def test_plans_of_the_others_refuse(planner):
-    good = {"plan_w4": [4, 64, 8, 64, 2, 2, 48, 2, 1, 0], "plan_mix": [4, 4, 8, 64, 64, 0, 2, 48, 2, 1, 0]}
-    bad = {"plan_w4": ((1, 63), (1, 72), (2, 257), (4, 0), (5, 0), (5, 3), (5, 16), (6, 65)),
+    good = {"plan_multi": [4, 64, 16, 8, 64, 2, 2, 48, 2], "plan_mix": [4, 4, 8, 64, 64, 0, 2, 48, 2, 1, 0]}
+    bad = {"plan_multi": ((1, 0), (2, 8), (3, 0), (3, 257), (4, 0), (5, 0), (6, 0), (6, 9), (7, 65)),
            "plan_mix": ((1, 0), (1, 400), (2, 0), (3, 65), (5, 1), (7, 0))}
     for function, values in good.items():
         assert plan(planner, *values, function=function, fields=16)[0] == 0

@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from emulated import ROOT, build, load_module, plan_lily_mix, plan_lora, plan_w4_lora
+from emulated import ROOT, build, load_module, plan_contrastive_select, plan_lily_mix, plan_lora, plan_multi_lora
 
 HERE = ROOT / "tests" / "ascend"
 ASCEND = ROOT / "ops" / "ascend"
@@ -63,13 +63,13 @@ def tile(host, name, tensors, exact=False, cores=48):
     return data[:size // 4], {"blocks": blocks, "schedule": schedule, "workspace": workspace - SYSTEM_WORKSPACE}
 
 
-def lora_operands(name, tokens, hidden, rank, width, row, slots, segments, dtype):
+def lora_operands(name, tokens, hidden, rank, width, row, slots, dtype, slices=1):
     x, y = ((tokens, hidden), dtype), ((tokens, row), dtype)
     down, up = ((slots, rank, hidden), dtype), ((slots, rank, width), dtype)
     scale, each = ((slots,), "float32"), ((tokens,), "int32")
     return {
-        "MultiLora": [x, down, up, scale, each, y],
-        "MultiLoraSegments": [x, down, up, scale, ((segments + 1,), "int32"), ((segments,), "int32"), y],
+        "MultiLora": [x, ((slots, slices * rank, hidden), dtype), up, ((slots, slices), "float32"), each, y,
+                      ((slices,), "int32")],
         "LoraShrink": [x, down, scale, each],
         "LoraExpand": [((tokens, rank), "float32"), up, each, y],
     }[name]
@@ -90,7 +90,7 @@ def test_registers_what_the_contract_reads(host):
         assert entry["units"] == read[name]["units"]
 
 
-@pytest.mark.parametrize("name", ["MultiLora", "MultiLoraSegments", "LoraShrink", "LoraExpand"])
+@pytest.mark.parametrize("name", ["LoraShrink", "LoraExpand"])
 def test_lora_tiling(host, name):
     """Every size reaches its own field: all sizes differ, against the plan that the emulator tests run with."""
     rng = np.random.default_rng(1)
@@ -98,23 +98,26 @@ def test_lora_tiling(host, name):
     for dtype in ("float16", "bfloat16", "float32"):
         for tokens, hidden, rank, width, exact in ((0, 64, 1, 8, False), (1, 4096, 16, 11008, True),
                                                    (7, 1000, 24, 576, False)):
-            row, slots, segments, cores = width + 30, 5, 3, int(rng.integers(1, 65))
-            tensors = lora_operands(name, tokens, hidden, rank, width, row, slots, segments, dtype)
+            row, slots, cores = width + 30, 5, int(rng.integers(1, 65))
+            tensors = lora_operands(name, tokens, hidden, rank, width, row, slots, dtype)
             got, facts = tile(host, name, tensors, exact, cores)
-            sizes = {"LoraShrink": (tokens, hidden, rank, 1), "LoraExpand": (tokens, 1, rank, width)}.get(
-                name, (tokens, hidden, rank, width))
+            sizes = (tokens, hidden, rank, 1) if name == "LoraShrink" else (tokens, 1, rank, width)
             rest = {"row_width": 1, "exact": False} if name == "LoraShrink" else {"row_width": row, "exact": exact}
-            want, scratch = plan_lora(*sizes, dtype, cores, slots=slots, **rest,
-                                      segments=segments if name == "MultiLoraSegments" else 0)
+            want, scratch = plan_lora(*sizes, dtype, cores, slots=slots, **rest)
             assert np.array_equal(got, want), (dtype, tokens)
             assert facts == {"blocks": cores, "schedule": int(meets), "workspace": scratch.nbytes}
 
 
-def w4_operands(tokens, hidden, rank, width, slots, groups, dtype):
-    scales = (width,) if groups == 0 else (width, groups)
-    return [((tokens, hidden), dtype), ((width, hidden // 2), "uint8"), (scales, "float32"),
-            ((slots, rank, hidden), dtype),
-            ((slots, rank, width), dtype), ((slots,), "float32"), ((tokens,), "int32")]
+def test_multi_lora_tiling(host):
+    rng = np.random.default_rng(2)
+    for dtype in ("float16", "bfloat16", "float32"):
+        for tokens, hidden, rank, width, slices in ((0, 64, 1, 8, 1), (1, 4096, 16, 11008, 3), (70, 1000, 24, 576, 2)):
+            cores, slots = int(rng.integers(1, 65)), 5
+            tensors = lora_operands("MultiLora", tokens, hidden, rank, width, width, slots, dtype, slices)
+            got, facts = tile(host, "MultiLora", tensors, cores=cores)
+            want, scratch = plan_multi_lora(tokens, hidden, rank, width, dtype, cores, slots, slices)
+            assert np.array_equal(got, want), (dtype, tokens)
+            assert facts == {"blocks": cores, "schedule": 1, "workspace": scratch.nbytes}
 
 
 def mix_operands(tokens, experts, rank, width, row, slots, dtype):
@@ -123,64 +126,65 @@ def mix_operands(tokens, experts, rank, width, row, slots, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_tiling_of_w4_lora_and_lily_mix(host, dtype):
-    for tokens, hidden, rank, width, slots, groups, exact in ((0, 64, 1, 8, 2, 0, False),
-                                                              (33, 4096, 16, 1100, 3, 32, True)):
-        got, facts = tile(host, "W4Lora", w4_operands(tokens, hidden, rank, width, slots, groups, dtype), exact=exact,
-                          cores=40)
-        want, scratch = plan_w4_lora(tokens, hidden, rank, width, dtype, groups or 1, 40, slots, exact)
-        assert np.array_equal(got, want) and facts == {"blocks": 40, "schedule": 1, "workspace": scratch.nbytes}
+def test_tiling_of_lily_mix(host, dtype):
+    for tokens, rank, width, slots, exact in ((0, 1, 8, 2, False), (33, 16, 1100, 3, True)):
         got, facts = tile(host, "LilyMix", mix_operands(tokens, 5, rank, width, width + 9, slots, dtype), exact, 40)
         want, scratch = plan_lily_mix(tokens, 5, rank, width, dtype, 40, width + 9, 0, slots, exact)
         assert np.array_equal(got, want) and facts == {"blocks": 40, "schedule": 0, "workspace": scratch.nbytes}
 
 
+def select_operands(rows, vocab, requests, voices, dtype):
+    return [((rows, vocab), dtype), ((requests, voices), "int32"), ((requests, voices), "float32"),
+            ((requests,), "float32")]
+
+
 def test_select_tiling(host):
-    logits, one = ((3, 49152), "float16"), ((3,), "float32")
-    for mask, rows in (((1,), 0), ((1, 49152), 1), ((3, 49152), 3)):
-        data, facts = tile(host, "ContrastiveSelect", [logits, logits, one, one, (mask, "float32")])
-        parts, width = int(data[3]), int(data[4])
-        assert data.tolist() == [3, 49152, 48, parts, width, rows]
-        assert width % 64 == 0 and (parts - 1) * width < 49152 <= parts * width and 3 * parts == 48
-        assert facts == {"blocks": 48, "schedule": 1, "workspace": 3 * parts * 64}
+    for dtype in ("float16", "bfloat16", "float32"):
+        for rows, vocab, requests, voices, cores in ((6, 49152, 3, 2, 48), (8, 151936, 4, 8, 40), (0, 7, 0, 1, 48),
+                                                     (99, 5000, 50, 2, 20), (32, 151936, 16, 2, 48)):
+            data, facts = tile(host, "ContrastiveSelect", select_operands(rows, vocab, requests, voices, dtype),
+                               cores=cores)
+            want, scratch = plan_contrastive_select(rows, vocab, requests, voices, dtype, cores)
+            assert np.array_equal(data, want)
+            parts, width = int(data[5]), int(data[6])
+            assert width % 64 == 0 and (parts - 1) * width < vocab <= parts * width
+            assert facts == {"blocks": cores, "schedule": 1, "workspace": scratch.nbytes}
 
 
 def test_refusals_reach_cann(host, capfd):
     for name, change, message in (("MultiLora", {"rank": 257}, "rank 257 is outside 1..256"),
                                   ("LoraExpand", {"row": 63}, "do not fit rows of 63"),
                                   ("LoraShrink", {"slots": 0}, "slots must be at least 1")):
-        sizes = {"tokens": 2, "hidden": 64, "rank": 8, "width": 64, "row": 64, "slots": 2, "segments": 1,
-                 "dtype": "float16"}
+        sizes = {"tokens": 2, "hidden": 64, "rank": 8, "width": 64, "row": 64, "slots": 2, "dtype": "float16"}
         assert tile(host, name, lora_operands(name, **sizes)) is not None
         assert tile(host, name, lora_operands(name, **{**sizes, **change})) is None
         error = capfd.readouterr().err
         assert error.startswith(f"{name}: ") and message in error
-    for operands_of_it, name, message in ((w4_operands(2, 96, 8, 64, 2, 8, "float16"), "W4Lora",
-                                           "8 scales a row of 96"),
-                                          (mix_operands(2, 65, 128, 8, 8, 1, "bfloat16"), "LilyMix",
-                                           "65 experts of rank 128")):
-        assert tile(host, name, operands_of_it) is None
-        error = capfd.readouterr().err
-        assert error.startswith(f"{name}: ") and message in error
-    big = ((1, 262145), "float16")
-    assert tile(host, "ContrastiveSelect", [big, big, ((1,), "float32"), ((1,), "float32"), ((1,), "float32")]) is None
-    assert "262145" in capfd.readouterr().err
+    assert tile(host, "LilyMix", mix_operands(2, 65, 128, 8, 8, 1, "bfloat16")) is None
+    error = capfd.readouterr().err
+    assert error.startswith("LilyMix: ") and "65 experts of rank 128" in error
+    for slices, rank, message in ((9, 8, "9 slices"), (3, 200, "600 rows")):
+        assert tile(host, "MultiLora", lora_operands("MultiLora", 2, 64, rank, 64, 64, 2, "float16", slices)) is None
+        assert message in capfd.readouterr().err
+    for rows, vocab, requests, voices, message in ((1, 262145, 1, 2, "262145"), (1, 64, 1, 9, "9 rows a request")):
+        assert tile(host, "ContrastiveSelect", select_operands(rows, vocab, requests, voices, "float16")) is None
+        assert message in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_inference(host, dtype):
-    def infer(name, tensors):
+    def infer(name, tensors, which=0):
         arguments, alive = operands(tensors)
         out = np.full(8, -1, np.int64)
-        assert host.host_infer(name.encode(), *arguments, out.ctypes.data_as(ctypes.c_void_p)) == 0
+        assert host.host_infer(name.encode(), which, *arguments, out.ctypes.data_as(ctypes.c_void_p)) == 0
         del alive
         rank = int(out[0])
         return tuple(int(d) for d in out[1:1 + rank]), int(out[1 + rank])
 
-    for name in ("MultiLora", "MultiLoraSegments", "LoraExpand"):
-        assert infer(name, lora_operands(name, 7, 64, 3, 40, 50, 2, 2, dtype)) == ((7, 50), CODES[dtype])
-    assert infer("LoraShrink", lora_operands("LoraShrink", 7, 64, 3, 40, 50, 2, 2, dtype)) == ((7, 3), CODES["float32"])
-    assert infer("W4Lora", w4_operands(7, 64, 3, 40, 2, 2, dtype)) == ((7, 40), CODES[dtype])
+    for name in ("MultiLora", "LoraExpand"):
+        assert infer(name, lora_operands(name, 7, 64, 3, 40, 50, 2, dtype)) == ((7, 50), CODES[dtype])
+    assert infer("LoraShrink", lora_operands("LoraShrink", 7, 64, 3, 40, 50, 2, dtype)) == ((7, 3), CODES["float32"])
     assert infer("LilyMix", mix_operands(7, 4, 3, 40, 50, 2, dtype)) == ((7, 50), CODES[dtype])
-    logits, one = ((5, 100), dtype), ((5,), "float32")
-    assert infer("ContrastiveSelect", [logits, logits, one, one, ((1,), "float32")]) == ((5,), CODES["int32"])
+    given = select_operands(10, 100, 5, 3, dtype)
+    want = [((5, 3), CODES["int32"]), ((5, 5), CODES["float32"])]
+    assert [infer("ContrastiveSelect", given, i) for i in range(2)] == want

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 ms = pytest.importorskip("mindspore")
-from mindspore import Parameter, Tensor, mutable, nn, ops  # noqa: E402
+from mindspore import Parameter, Tensor, mint, mutable, nn, ops  # noqa: E402
 
 from colora_ms.kernels import ascend_builtin as device  # noqa: E402
 from colora_ms.kernels.aot import KernelError  # noqa: E402
@@ -61,6 +61,26 @@ def test_casts_transposes_and_slices_are_launches_and_those_of_weights_are_count
     extra = Counter({"Transpose": 1, "MatMul": 1, "StridedSlice": 3, "Cast": 2, "Add": 2, "SumExt": 1})
     assert found.by_name() - graph(False).by_name() == extra
     assert found.copied_bytes() == 64 * 32 * 2 + 3 * 16 * 32 * 2  # the transposed weight and the cache
+
+
+class Viewed(nn.Cell):
+    """A cut by a view, handed to an operator of the internal library as it is, or made contiguous first."""
+
+    def __init__(self, contiguous):
+        super().__init__()
+        self.contiguous = contiguous
+
+    def construct(self, x):
+        part = mint.narrow(x, 1, 0, 32)
+        return device.swiglu(part.contiguous() if self.contiguous else part)
+
+
+def test_a_view_is_no_launch_but_the_internal_library_refuses_it():
+    lean, copied = Viewed(False), Viewed(True)
+    lean(t(2, 64)), copied(t(2, 64))
+    assert launches_of(lean).by_name() == {"Swiglu": 1}
+    assert len(launches_of(lean).views_refused) == 1 and "NarrowView" in launches_of(lean).views_refused[0]
+    assert launches_of(copied).by_name() == {"Contiguous": 1, "Swiglu": 1} and launches_of(copied).views_refused == ()
 
 
 class Loop(nn.Cell):

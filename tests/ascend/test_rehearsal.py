@@ -1,4 +1,6 @@
 """The stand-ins of Ascend's built-in operators against NumPy in float64, and the calls that they must refuse."""
+import shutil
+
 import numpy as np
 import pytest
 
@@ -6,6 +8,7 @@ ms = pytest.importorskip("mindspore")
 from mindspore import Parameter, Tensor, nn  # noqa: E402
 
 from colora_ms.kernels import ascend_builtin as device  # noqa: E402
+from colora_ms.kernels import bound  # noqa: E402
 
 HALF = (ms.float16, ms.bfloat16)
 #: What a result may be off, relative: a half type's unit in the last place; float32 sums in another order.
@@ -14,6 +17,8 @@ STEP = {ms.float16: 2.0**-10, ms.bfloat16: 2.0**-7, ms.float32: 2.0**-17}
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded():
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler: install g++ to build the rehearsal's stand-ins")
     ms.set_context(mode=ms.GRAPH_MODE)
     device.load()
     ms.set_context(jit_config={"jit_level": "O0", "infer_boost": "on"})
@@ -39,8 +44,8 @@ def close(value, wanted, dtype, slack=1.0):
     """Equal up to the rounding of one half number (and what float32 sums lose)."""
     got = back(value)
     assert np.all(np.isfinite(got))
-    bound = slack * STEP[dtype] * (np.abs(wanted) + np.max(np.abs(wanted)) * 2.0**-6)
-    assert np.all(np.abs(got - wanted) <= bound), np.max(np.abs(got - wanted) - bound)
+    allowed = slack * STEP[dtype] * (np.abs(wanted) + np.max(np.abs(wanted)) * 2.0**-6)
+    assert np.all(np.abs(got - wanted) <= allowed), np.max(np.abs(got - wanted) - allowed)
 
 
 class RmsNorm(nn.Cell):
@@ -322,3 +327,43 @@ def test_a_product_with_whole_numbers(random, dtype, group):
     packed = (small[:, ::2] & 15 | small[:, 1::2] << 4).astype(np.int8)
     wanted = back(x) @ (small.astype(np.float64) * spread.T.reshape(24, -1)).T
     close(Quantized(group)(x, Tensor(packed, dtype=ms.qint4x2), scale), wanted, dtype, 2)
+
+
+class Causal(nn.Cell):
+    def construct(self, query, key, value, mask):
+        return device.causal(query, key, value, mask, 4, 0.25)
+
+
+class Weighted(nn.Cell):
+    """A scalar of the attention's result, whose gradients hang on all of it."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.attend, self.weights = Causal(), weights
+
+    def construct(self, query, key, value, mask):
+        return (self.attend(query, key, value, mask).astype(ms.float32) * self.weights).sum()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_attention_for_training_and_its_gradients(random, dtype):
+    query, key, value = (tensor(random.normal(size=(2, 9, n * 16)), dtype) for n in (4, 2, 2))
+    weights = random.normal(size=(2, 9, 64)).astype(np.float32)
+
+    def attend(q, k, v):
+        return np.stack([attended(q[r].reshape(9, 4, 16), k[r].reshape(9, 2, 16), v[r].reshape(9, 2, 16), 0.25)
+                         for r in range(2)]).reshape(2, 9, 64)
+
+    given = [back(one) for one in (query, key, value)]
+    close(Causal()(query, key, value, bound.builtin_causal_mask), attend(*given), dtype)
+    loss = Weighted(Tensor(weights))
+    gradients = ms.grad(loss, grad_position=(0, 1, 2))(query, key, value, bound.builtin_causal_mask)
+    rounded = back(tensor(weights, dtype))
+    for place, gradient in enumerate(gradients):
+        for _ in range(4):  # against differences of the float64 form, at a few places
+            at = tuple(random.integers(0, n) for n in given[place].shape)
+            moved = [[one.copy() for one in given] for _ in range(2)]
+            moved[0][place][at] += 1e-5
+            moved[1][place][at] -= 1e-5
+            slope = ((attend(*moved[0]) - attend(*moved[1])) * rounded).sum() / 2e-5
+            assert abs(back(gradient)[at] - slope) < 12 * STEP[dtype] * (1 + abs(slope))

@@ -13,7 +13,7 @@
 #include "common/op_host/lora_tiling_core.h"
 #include "contrastive_select/op_host/contrastive_select_tiling_core.h"
 #include "lily_mix/op_host/lily_mix_tiling_core.h"
-#include "w4_lora/op_host/w4_lora_tiling_core.h"
+#include "multi_lora/op_host/multi_lora_tiling_core.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -69,13 +69,13 @@ uint32_t cores() {
 }
 
 // Launches kernel_<dtype of argument `typed`> with the call's arguments, a workspace and the tiling.
-int launch(const std::string& kernel, const Call& call, int typed, uint64_t workspace, const void* tiling, uint64_t size) {
+int launch(const std::string& kernel, const Call& call, int typed, uint64_t workspace, const void* tiling, uint64_t size, int outputs = 1) {
     const std::string dtype = call.dtype(typed);
     if (dtype == "int32" || dtype == "uint8") return fail(kernel + ": argument " + std::to_string(typed) + " must be a float tensor");
     std::vector<void*> pointers(call.data, call.data + call.count);
     std::vector<uint64_t> bytes;
     std::vector<int> kinds(size_t(call.count), 0);
-    kinds.back() = 1;
+    for (int i = 0; i < outputs; ++i) kinds[kinds.size() - 1 - size_t(i)] = 1;
     for (int i = 0; i < call.count; ++i) bytes.push_back(call.bytes(i));
     std::vector<char> scratch(workspace), plan(static_cast<const char*>(tiling), static_cast<const char*>(tiling) + size);
     pointers.insert(pointers.end(), {scratch.data(), plan.data()});
@@ -113,40 +113,6 @@ int check_shape(const char* name, const Call& call, int argument, const char* wh
     return same ? 0 : fail(std::string(name) + ": " + what + " has shape " + call.shape(argument));
 }
 
-int lora(const char* name, const std::string& kernel, const Call& call, bool exact) {
-    const bool segments = kernel == "multi_lora_segments";
-    const int y = segments ? 6 : 5, slots = y - 1;
-    if (int bad = check_count(name, call, y + 2)) return bad;
-    if (call.ranks[0] != 2 || call.ranks[1] != 3 || call.ranks[2] != 3) return fail(std::string(name) + ": x is (tokens, in), down and up have 3 axes");
-    const int64_t tokens = call.shapes[0][0], hidden = call.shapes[0][1], bank = call.shapes[1][0], rank = call.shapes[1][1],
-                  width = call.shapes[2][2];
-    if (int bad = check_shape(name, call, 1, "down", {bank, rank, hidden})) return bad;
-    if (int bad = check_shape(name, call, 2, "up (rank-major)", {bank, rank, width})) return bad;
-    if (int bad = check_shape(name, call, 3, "scale", {bank})) return bad;
-    if (int bad = check_shape(name, call, y, "y", {tokens, width})) return bad;
-    if (int bad = check_shape(name, call, y + 1, "out", {tokens, width})) return bad;
-    for (int i : {1, 2, y}) {
-        if (call.dtype(i) != call.dtype(0)) return fail(std::string(name) + ": x, down, up and y must have one dtype");
-    }
-    if (call.dtype(3) != "float32") return fail(std::string(name) + ": scale must be float32");
-    if (int bad = check_slots(name, call, slots, uint32_t(bank))) return bad;
-    uint32_t count = 0;
-    if (segments) {
-        count = uint32_t(call.elements(slots));
-        const int32_t* starts = static_cast<const int32_t*>(call.data[4]);
-        if (call.dtype(4) != "int32" || call.elements(4) != count + 1) return fail(std::string(name) + ": starts must be int32 with one value more than slots");
-        for (uint32_t k = 0; k <= count; ++k) {
-            if (starts[k] < (k ? starts[k - 1] : 0) || starts[k] > tokens) return fail(std::string(name) + ": starts must ascend from 0 up to the number of tokens");
-        }
-    } else if (int bad = check_shape(name, call, slots, "slots", {tokens})) {
-        return bad;
-    }
-    const auto plan = colora::plan_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rank), uint32_t(width), uint32_t(width), 0, uint32_t(bank),
-                                        count, cores(), call.dtype(0) == "float32" ? 4 : 2, call.dtype(0) == "float16", exact);
-    if (!plan.error.empty()) return fail(std::string(name) + ": " + plan.error);
-    return launch(kernel, call, 0, plan.workspace, &plan.data, sizeof(plan.data));
-}
-
 }  // namespace
 
 #define AOT_ARGUMENTS int nparam, void **params, int *ndims, int64_t **shapes, const char **dtypes, void *, void *
@@ -155,13 +121,37 @@ int lora(const char* name, const std::string& kernel, const Call& call, bool exa
 
 EXPORT const char* colora_emulator_error() { return error_text.c_str(); }
 
-// x, down, up (rank-major), scale, slots, y -> y + scale (x . down^T) . up
-EXPORT int MultiLora(AOT_ARGUMENTS) { return lora("MultiLora", "multi_lora", AOT_CALL, false); }
-EXPORT int MultiLoraExact(AOT_ARGUMENTS) { return lora("MultiLoraExact", "multi_lora", AOT_CALL, true); }
-// x, down, up (rank-major), scale, starts, slots, y
-EXPORT int MultiLoraSegments(AOT_ARGUMENTS) { return lora("MultiLoraSegments", "multi_lora_segments", AOT_CALL, false); }
-EXPORT int MultiLoraSegmentsExact(AOT_ARGUMENTS) { return lora("MultiLoraSegmentsExact", "multi_lora_segments", AOT_CALL, true); }
-
+// x, down, up (rank-major), scale, slots, y, ends -> y + scale (x . down^T) . up, slice by slice
+EXPORT int MultiLora(AOT_ARGUMENTS) {
+    const Call call = AOT_CALL;
+    const char* name = "MultiLora";
+    if (int bad = check_count(name, call, 8)) return bad;
+    if (call.ranks[0] != 2 || call.ranks[1] != 3 || call.ranks[2] != 3) return fail("MultiLora: x is (tokens, in), down and up have 3 axes");
+    const int64_t tokens = call.shapes[0][0], hidden = call.shapes[0][1], bank = call.shapes[1][0], rows = call.shapes[1][1],
+                  rank = call.shapes[2][1], width = call.shapes[2][2], slices = int64_t(call.elements(6));
+    if (int bad = check_shape(name, call, 1, "down", {bank, slices * rank, hidden})) return bad;
+    if (int bad = check_shape(name, call, 2, "up (rank-major)", {bank, rank, width})) return bad;
+    if (int bad = check_shape(name, call, 3, "scale", {bank, slices})) return bad;
+    if (int bad = check_shape(name, call, 4, "slots", {tokens})) return bad;
+    if (int bad = check_shape(name, call, 5, "y", {tokens, width})) return bad;
+    if (int bad = check_shape(name, call, 6, "ends", {slices})) return bad;
+    if (int bad = check_shape(name, call, 7, "out", {tokens, width})) return bad;
+    for (int i : {1, 2, 5, 7}) {
+        if (call.dtype(i) != call.dtype(0)) return fail("MultiLora: x, down, up and y must have one dtype");
+    }
+    if (call.dtype(3) != "float32" || call.dtype(6) != "int32") return fail("MultiLora: scale must be float32, ends int32");
+    if (int bad = check_slots(name, call, 4, uint32_t(bank))) return bad;
+    const int32_t* ends = static_cast<const int32_t*>(call.data[6]);
+    for (int64_t i = 0; i < slices; ++i) {
+        if (ends[i] <= (i ? ends[i - 1] : 0) || (i + 1 == slices && ends[i] != width)) {
+            return fail("MultiLora: ends[" + std::to_string(i) + "] is " + std::to_string(ends[i]) + ", expected to ascend to " + std::to_string(width));
+        }
+    }
+    const auto plan = colora::plan_multi_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rows), uint32_t(rank), uint32_t(width),
+                                              uint32_t(bank), uint32_t(slices), cores(), call.dtype(0) == "float32" ? 4 : 2);
+    if (!plan.error.empty()) return fail("MultiLora: " + plan.error);
+    return launch("multi_lora", call, 0, plan.workspace, &plan.data, sizeof(plan.data));
+}
 // x, down, scale, slots -> h float32
 EXPORT int LoraShrink(AOT_ARGUMENTS) {
     const Call call = AOT_CALL;
@@ -202,37 +192,6 @@ static int expand(const char* name, const Call& call, bool exact) {
 EXPORT int LoraExpand(AOT_ARGUMENTS) { return expand("LoraExpand", AOT_CALL, false); }
 EXPORT int LoraExpandExact(AOT_ARGUMENTS) { return expand("LoraExpandExact", AOT_CALL, true); }
 
-// x, weight (packed int4), weight_scale, down, up (rank-major), scale, slots -> x . weight^T + scale (x . down^T) . up
-static int packed(const char* name, const Call& call, bool exact) {
-    if (int bad = check_count(name, call, 8)) return bad;
-    if (call.ranks[0] != 2 || call.ranks[1] != 2 || call.ranks[3] != 3) return fail(std::string(name) + ": x is (tokens, in), weight (out, in / 2), down has 3 axes");
-    const int64_t tokens = call.shapes[0][0], hidden = call.shapes[0][1], width = call.shapes[1][0], bank = call.shapes[3][0],
-                  rank = call.shapes[3][1];
-    const int64_t groups = call.ranks[2] == 2 ? call.shapes[2][1] : 1;
-    if (hidden != call.shapes[1][1] * 2) return fail(std::string(name) + ": weight has shape " + call.shape(1));
-    if (call.ranks[2] != 1) {
-        if (int bad = check_shape(name, call, 2, "weight_scale", {width, groups})) return bad;
-    } else if (int bad = check_shape(name, call, 2, "weight_scale", {width})) {
-        return bad;
-    }
-    if (int bad = check_shape(name, call, 3, "down", {bank, rank, hidden})) return bad;
-    if (int bad = check_shape(name, call, 4, "up (rank-major)", {bank, rank, width})) return bad;
-    if (int bad = check_shape(name, call, 5, "scale", {bank})) return bad;
-    if (int bad = check_shape(name, call, 6, "slots", {tokens})) return bad;
-    if (int bad = check_shape(name, call, 7, "out", {tokens, width})) return bad;
-    for (int i : {3, 4, 7}) {
-        if (call.dtype(i) != call.dtype(0)) return fail(std::string(name) + ": x, down, up and out must have one dtype");
-    }
-    if (call.dtype(1) != "uint8" || call.dtype(2) != "float32" || call.dtype(5) != "float32") return fail(std::string(name) + ": weight must be uint8, the scales float32");
-    if (int bad = check_slots(name, call, 6, uint32_t(bank))) return bad;
-    const auto plan = colora::plan_w4_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rank), uint32_t(width), uint32_t(bank), uint32_t(groups),
-                                           cores(), call.dtype(0) == "float32" ? 4 : 2, call.dtype(0) == "float16", exact);
-    if (!plan.error.empty()) return fail(std::string(name) + ": " + plan.error);
-    return launch("w4_lora", call, 0, plan.workspace, &plan.data, sizeof(plan.data));
-}
-EXPORT int W4Lora(AOT_ARGUMENTS) { return packed("W4Lora", AOT_CALL, false); }
-EXPORT int W4LoraExact(AOT_ARGUMENTS) { return packed("W4LoraExact", AOT_CALL, true); }
-
 // h float32, weights float32 (the router's), up (slots, experts, rank, out), scale, slots, y -> y + scale h . sum w_e up_e
 static int mix(const char* name, const Call& call, bool exact) {
     if (int bad = check_count(name, call, 7)) return bad;
@@ -258,24 +217,29 @@ static int mix(const char* name, const Call& call, bool exact) {
 EXPORT int LilyMix(AOT_ARGUMENTS) { return mix("LilyMix", AOT_CALL, false); }
 EXPORT int LilyMixExact(AOT_ARGUMENTS) { return mix("LilyMixExact", AOT_CALL, true); }
 
-// expert, amateur, log_alpha, beta, mask (or a tensor of one element: none) -> token int32
+// logits, mix_rows, weights, log_alpha -> ints (token, favourite, valid), floats (score, largest, the rows' logits)
 EXPORT int ContrastiveSelect(AOT_ARGUMENTS) {
     const Call call = AOT_CALL;
     const char* name = "ContrastiveSelect";
     if (int bad = check_count(name, call, 6)) return bad;
-    if (call.ranks[0] != 2) return fail("ContrastiveSelect: expert is (requests, vocabulary)");
-    const int64_t rows = call.shapes[0][0], vocab = call.shapes[0][1];
-    if (int bad = check_shape(name, call, 1, "amateur", {rows, vocab})) return bad;
-    if (int bad = check_shape(name, call, 2, "log_alpha", {rows})) return bad;
-    if (int bad = check_shape(name, call, 3, "beta", {rows})) return bad;
-    if (int bad = check_shape(name, call, 5, "token", {rows})) return bad;
-    if (call.dtype(1) != call.dtype(0) || call.dtype(5) != "int32") return fail("ContrastiveSelect: expert and amateur must have one dtype, token is int32");
-    for (int i : {2, 3, 4}) {
-        if (call.dtype(i) != "float32") return fail("ContrastiveSelect: log_alpha, beta and mask must be float32");
+    if (call.ranks[0] != 2 || call.ranks[1] != 2) return fail("ContrastiveSelect: logits is (rows, vocabulary), mix_rows (requests, voices)");
+    const int64_t rows = call.shapes[0][0], vocab = call.shapes[0][1], requests = call.shapes[1][0], voices = call.shapes[1][1];
+    if (int bad = check_shape(name, call, 2, "weights", {requests, voices})) return bad;
+    if (int bad = check_shape(name, call, 3, "log_alpha", {requests})) return bad;
+    if (int bad = check_shape(name, call, 4, "ints", {requests, 3})) return bad;
+    if (int bad = check_shape(name, call, 5, "floats", {requests, 2 + voices})) return bad;
+    if (call.dtype(1) != "int32" || call.dtype(4) != "int32") return fail("ContrastiveSelect: mix_rows and ints must be int32");
+    for (int i : {2, 3, 5}) {
+        if (call.dtype(i) != "float32") return fail("ContrastiveSelect: weights, log_alpha and floats must be float32");
     }
-    const bool masked = call.ranks[4] == 2;
-    if (masked && int64_t(call.dim(4, 1)) != vocab) return fail("ContrastiveSelect: mask has shape " + call.shape(4));
-    const auto plan = colora::plan_contrastive_select(uint32_t(rows), uint32_t(vocab), masked ? call.dim(4, 0) : 0, cores());
+    const int32_t* chosen = static_cast<const int32_t*>(call.data[1]);
+    for (uint64_t i = 0; i < call.elements(1); ++i) {
+        if (chosen[i] < -1 || chosen[i] >= rows) {
+            return fail("ContrastiveSelect: mix_rows holds " + std::to_string(chosen[i]) + ", expected -1.." + std::to_string(rows - 1));
+        }
+    }
+    const auto plan = colora::plan_contrastive_select(uint32_t(rows), uint32_t(vocab), uint32_t(requests), uint32_t(voices), cores(),
+                                                      call.dtype(0) == "float32" ? 4 : 2);
     if (!plan.error.empty()) return fail("ContrastiveSelect: " + plan.error);
-    return launch("contrastive_select", call, 0, plan.workspace, &plan.data, sizeof(plan.data));
+    return launch("contrastive_select", call, 0, plan.workspace, &plan.data, sizeof(plan.data), 2);
 }

@@ -63,6 +63,7 @@ struct Launch {
 Launch* launch = nullptr;
 std::mutex one_launch;
 std::string last_report;
+std::vector<std::vector<TraceEntry>> last_trace;
 
 constexpr size_t stack_bytes = 256 * 1024;
 constexpr uint32_t many_readers = 127;
@@ -257,6 +258,27 @@ void report(const char* kind, Where at, const char* format, ...) {
     }
 }
 
+void trace_issue(Pipe p) {
+    TraceEntry entry{p, 0, 0, 0, {0, 0, 0, 0}, {0, 0, 0, 0}};
+    for (int q = 0; q < PIPES; ++q) {
+        entry.known[q] = p == PIPES ? core->issued[q] : core->known[p][q];
+        entry.scalar[q] = core->known[S][q];
+    }
+    core->trace.push_back(entry);
+}
+
+void trace_size(uint32_t what, uint64_t size, uint64_t parts) {
+    TraceEntry& last = core->trace.back();
+    if (last.pipe == V && last.size) {
+        issue(V);
+        core->trace.back().known[V] = core->issued[V] - 1;
+    }
+    TraceEntry& entry = core->trace.back();
+    entry.what = what;
+    entry.size = uint32_t(size);
+    entry.parts = uint32_t(parts);
+}
+
 void hazard(const char* kind, Pipe now, Pipe before, uint32_t block, Where at) {
     if (!machine->strict) return;
     report(kind, at, "%s on unified buffer byte %u: pipe %s is not ordered after an earlier access by pipe %s", kind,
@@ -270,6 +292,7 @@ void yield_point() {
 void sync_all(Where at) {
     Fiber& fiber = *launch->fibers[launch->current];
     ++core->count.syncs;
+    if (machine->trace) trace_issue(PIPES);
     if (machine->blocks != machine->cores) {
         report("sync", at, "SyncAll of %d blocks on %d vector cores: it waits for every core of the chip once and would hang",
                machine->blocks, machine->cores);
@@ -359,7 +382,7 @@ using namespace emulator;
 extern "C" {
 
 // Runs `name` in `blocks` blocks on a chip of `cores` vector cores. kinds: GmKind of each pointer. flags: 1 strict, 2
-// interleave. Returns the number of distinct findings, or -1 (no such kernel) / -2 (wrong number of pointers, or of blocks).
+// interleave, 4 trace. Returns the number of distinct findings, or -1 (no such kernel) / -2 (wrong number of pointers, or of blocks).
 EMULATOR_EXPORT int emulator_launch(const char* name, int blocks, int cores, int n, void** pointers, const uint64_t* bytes, const int* kinds,
                     uint64_t seed, int flags) {
     auto found = registry().find(name);
@@ -372,6 +395,8 @@ EMULATOR_EXPORT int emulator_launch(const char* name, int blocks, int cores, int
     machine = &here.machine;
     here.machine.strict = flags & 1;
     here.machine.interleave = flags & 2;
+    here.machine.trace = flags & 4;
+    last_trace.clear();
     here.machine.random_state = (seed + 1) * 0x9e3779b97f4a7c15ull | 1;
     here.machine.blocks = blocks;
     here.machine.cores = cores;
@@ -414,7 +439,10 @@ EMULATOR_EXPORT int emulator_launch(const char* name, int blocks, int cores, int
     run_blocks();
     last_report = report_text();
     const int count = int(here.findings.size());
-    for (auto& fiber : here.fibers) pool.push_back(std::move(fiber));
+    for (auto& fiber : here.fibers) {
+        if (here.machine.trace) last_trace.push_back(std::move(fiber->core.trace));
+        pool.push_back(std::move(fiber));
+    }
     launch = nullptr;
     machine = nullptr;
     return count;
@@ -422,6 +450,21 @@ EMULATOR_EXPORT int emulator_launch(const char* name, int blocks, int cores, int
 
 // JSON of the last launch: findings, counters of each core, totals, bytes by argument.
 EMULATOR_EXPORT const char* emulator_report() { return last_report.c_str(); }
+
+// Entries of one core in the last launch that was asked for them (flag 4); their number in *count.
+EMULATOR_EXPORT const TraceEntry* emulator_trace(int core_index, uint64_t* count) {
+    const bool there = core_index >= 0 && size_t(core_index) < last_trace.size();
+    *count = there ? last_trace[size_t(core_index)].size() : 0;
+    return there ? last_trace[size_t(core_index)].data() : nullptr;
+}
+
+// Names of the vector instructions by number, one a line.
+EMULATOR_EXPORT const char* emulator_instructions() {
+    static thread_local std::string names;
+    names.clear();
+    for (const auto& name : instruction_names()) names += name + "\n";
+    return names.c_str();
+}
 
 EMULATOR_EXPORT const char* emulator_kernels() {
     static thread_local std::string names;

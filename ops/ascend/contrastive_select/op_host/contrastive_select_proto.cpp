@@ -4,14 +4,20 @@
 namespace ge {
 
 static graphStatus ContrastiveSelectInferShape(gert::InferShapeContext* context) {
-    gert::Shape* token = context->GetOutputShape(0);
-    token->SetDimNum(1);
-    token->SetDim(0, context->GetInputShape(0)->GetDim(0));
+    const gert::Shape* chosen = context->GetInputShape(1);
+    const int64_t columns[2] = {3, chosen->GetDim(1) < 0 ? -1 : 2 + chosen->GetDim(1)};
+    for (size_t i = 0; i < 2; ++i) {
+        gert::Shape* out = context->GetOutputShape(i);
+        out->SetDimNum(2);
+        out->SetDim(0, chosen->GetDim(0));
+        out->SetDim(1, columns[i]);
+    }
     return GRAPH_SUCCESS;
 }
 
 static graphStatus ContrastiveSelectInferDataType(gert::InferDataTypeContext* context) {
     context->SetOutputDataType(0, ge::DT_INT32);
+    context->SetOutputDataType(1, ge::DT_FLOAT);
     return GRAPH_SUCCESS;
 }
 

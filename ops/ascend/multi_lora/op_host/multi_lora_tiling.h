@@ -1,4 +1,4 @@
-// Tiling data of multi_lora as CANN wants it: the fields of lora_tiling_core.h, in that order.
+// Tiling data of multi_lora as CANN wants it: the fields of multi_lora_tiling_core.h, in that order.
 #pragma once
 #include "register/tilingdata_base.h"
 
@@ -8,16 +8,15 @@ BEGIN_TILING_DATA_DEF(MultiLoraTilingData)
 TILING_DATA_FIELD_DEF(uint32_t, tokens);
 TILING_DATA_FIELD_DEF(uint32_t, hidden);
 TILING_DATA_FIELD_DEF(uint32_t, rank);
+TILING_DATA_FIELD_DEF(uint32_t, slices);
 TILING_DATA_FIELD_DEF(uint32_t, width);
-TILING_DATA_FIELD_DEF(uint32_t, rowWidth);
-TILING_DATA_FIELD_DEF(uint32_t, offset);
 TILING_DATA_FIELD_DEF(uint32_t, slots);
-TILING_DATA_FIELD_DEF(uint32_t, segments);
 TILING_DATA_FIELD_DEF(uint32_t, cores);
 TILING_DATA_FIELD_DEF(uint32_t, window);
 TILING_DATA_FIELD_DEF(uint32_t, unitIn);
 TILING_DATA_FIELD_DEF(uint32_t, unitOut);
-TILING_DATA_FIELD_DEF(uint32_t, exact);
+TILING_DATA_FIELD_DEF(uint32_t, most);
+TILING_DATA_FIELD_DEF(uint32_t, balance);
 END_TILING_DATA_DEF;
 
 REGISTER_TILING_DATA_CLASS(MultiLora, MultiLoraTilingData)

@@ -33,6 +33,7 @@ inline void count_bursts(uint64_t bursts, uint64_t bytes) {
     int k = 0;
     while (k < 31 && (2ull << k) <= bytes) ++k;
     c.burst_sizes[k] += bursts;
+    if (emulator::machine->trace) emulator::trace_size(0, bursts * bytes, bursts);
 }
 
 template <typename T>

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "trace.h"
 #include "types.h"
 
 namespace emulator {
@@ -87,6 +88,7 @@ struct Core {
     uint32_t buffer_count = 0;
     bool atomic_add = false;
     Counters count;
+    std::vector<TraceEntry> trace;  // empty unless the launch asks for it
 
     void reset(int block);
 };
@@ -97,6 +99,7 @@ struct Machine {
     int blocks = 1, cores = 1;  // launched, on the chip
     uint64_t random_state = 1;
     bool interleave = true;
+    bool trace = false;
     int running = 0;
 };
 
@@ -114,13 +117,20 @@ uint64_t random_number();
 void* gm_check(int buffer, const void* address, uint64_t bytes, Where at, bool write, Pipe pipe);
 int gm_find(const void* address);
 
+void trace_issue(Pipe p);
+// Fills in the entry of the instruction just issued; a second call for one instruction (a macro's next pass) adds an
+// entry that waits for the first.
+void trace_size(uint32_t what, uint64_t size, uint64_t parts);
+
 inline uint32_t issue(Pipe p) {
     if (p == S) core->known[S][S] = core->issued[S] + 1;  // the scalar unit runs in program order
     for (int q = V; q < PIPES; ++q) {
         // An instruction is dispatched by the scalar unit, so it sees what the scalar unit had waited for.
         if (core->known[p][q] < core->known[S][q]) core->known[p][q] = core->known[S][q];
     }
-    return ++core->issued[p];
+    ++core->issued[p];
+    if (machine->trace) trace_issue(p);
+    return core->issued[p];
 }
 
 void hazard(const char* kind, Pipe now, Pipe before, uint32_t block, Where at);

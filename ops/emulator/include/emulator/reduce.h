@@ -73,6 +73,7 @@ void ReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src, const Local
     if (!count_valid(count, at)) return;
     const uint64_t lanes = 256 / sizeof(T), per_block = 32 / sizeof(T);
     uint64_t left = uint64_t(count), scratch = 0;
+    emulator::issue(emulator::V);
     do {
         left = (left + lanes - 1) / lanes;
         tally(id, left, left * lanes);
@@ -80,7 +81,6 @@ void ReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src, const Local
         scratch = calIndex ? scratch + (left + per_block - 1) / per_block * per_block
                            : (scratch > left ? scratch : (left + per_block - 1) / per_block * per_block);
     } while (left > 2);
-    emulator::issue(emulator::V);
     if (!src.usable(0, uint64_t(count) * sizeof(T), at) || !tmp.usable(0, scratch * sizeof(T), at) ||
         !dst.usable(0, (calIndex ? 2 : 1) * sizeof(T), at, sizeof(T))) return;
     // The scratch may hold the result, but not the source.

@@ -26,6 +26,10 @@ class GlobalTensor {
     T GetValue(uint64_t offset, Where at = EMULATOR_HERE) const {
         emulator::issue(emulator::S);
         emulator::core->count.scalar_gm_bytes += sizeof(T);
+        if (emulator::machine->trace) {
+            const int64_t at_byte = buffer_ < 0 ? 0 : reinterpret_cast<const char*>(data_ + offset) - emulator::machine->gm[buffer_].data;
+            emulator::trace_size(uint32_t(buffer_ + 1) << 24 | (uint32_t(at_byte >> 6) + 1), sizeof(T), 1);
+        }
         void* p = check(offset * sizeof(T), sizeof(T), at, false, emulator::S);
         T value{};
         if (p) std::memcpy(&value, p, sizeof(T));

@@ -26,12 +26,14 @@ template <typename T>
 std::string instruction(const char* name) {
     return std::string(name) + "." + type_name<T>();
 }
-inline void tally(int id, uint64_t repeats, uint64_t elements) {
+// ragged: the mask is no full repeat, and has to be set and taken back.
+inline void tally(int id, uint64_t repeats, uint64_t elements, bool ragged = false) {
     auto& counts = emulator::core->count.vector;
     if (counts.size() <= size_t(id)) counts.resize(size_t(id) + 1);
     ++counts[size_t(id)].instructions;
     counts[size_t(id)].repeats += repeats;
     counts[size_t(id)].elements += elements;
+    if (emulator::machine->trace) emulator::trace_size(uint32_t(id), repeats, ragged);
 }
 inline bool count_valid(int64_t count, Where at) {
     if (count < 0) emulator::report("range", at, "a count of %lld elements", (long long)count);
@@ -84,7 +86,7 @@ void run_count(int id, const LocalTensor<D>& dst, const LocalTensor<A>& a, const
     if (!count_valid(n, at)) return;
     emulator::issue(emulator::V);
     const uint64_t size = sizeof(D) > sizeof(A) ? sizeof(D) : sizeof(A);
-    tally(id, (uint64_t(n) * size + 255) / 256, uint64_t(n));
+    tally(id, (uint64_t(n) * size + 255) / 256, uint64_t(n), uint64_t(n) * size % 256 != 0);
     if (!a.usable(0, n * sizeof(A), at) || !b.usable(0, n * sizeof(A), at) || !dst.usable(0, n * sizeof(D), at)) return;
     emulator::read_ub(emulator::V, a.address, uint32_t(n * sizeof(A)), at);
     if (b.address != a.address) emulator::read_ub(emulator::V, b.address, uint32_t(n * sizeof(A)), at);
@@ -107,7 +109,7 @@ void run_repeats(int id, const LocalTensor<D>& dst, const LocalTensor<A>& a, con
     if (!repeat_valid(mask, repeats, lanes, at)) return;
     if (p.dstBlkStride == 0) emulator::report("range", at, "dstBlkStride 0: all blocks of a repeat would be written to one place");
     emulator::issue(emulator::V);
-    tally(id, uint64_t(repeats), uint64_t(repeats) * uint64_t(mask));
+    tally(id, uint64_t(repeats), uint64_t(repeats) * uint64_t(mask), mask != lanes);
     Operand od, oa, ob;
     if (!operand(od, dst, mask, repeats, p.dstBlkStride, p.dstRepStride, at) ||
         !operand(oa, a, mask, repeats, p.src0BlkStride, p.src0RepStride, at) ||
