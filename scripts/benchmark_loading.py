@@ -11,7 +11,11 @@
 * start (loading_start.py): seconds from process start to the first token of SmolLM2 with a LoRA and a contrast, and to
   the first completion of ``colora-ms serve``, each with an empty folder of compiled graphs and with a filled one.
 * later: ``compilations_after_first``, graphs that 40 requests of random lengths, rows and budgets compile after the
-  first answer; ``rss_smollm2_int4_mib``, the process's peak memory up to its first answers.
+  first answer of a Generator, of an Engine, and of ``colora-ms generate``, all together; ``rss_smollm2_int4_mib``, the
+  process's peak memory up to its first answers.
+* 1.5b, 8b (loading_real.py): files of real sizes, which loading_models.py gets: ``load_s_1_5b``, ``first_answer_s_8b``
+  and so on; ``peak_over_file_…``: peak memory up to the end of the first answer, less what stood after ``import
+  mindspore``, over the file's size. They run when they are named with --only.
 
 Each round is a process of its own; the medians count. A further part is a function in ``PARTS`` that gives measures.
 """
@@ -98,6 +102,10 @@ class Child:
     def later(self, adapter, requests):
         """See :func:`loading_start.later`."""
         return loading_start.later(adapter, requests)
+
+    def later_engine(self, adapter, requests):
+        """See :func:`loading_start.later_engine`."""
+        return loading_start.later_engine(adapter, requests)
 
     def answer(self, model, adapter=None):
         """See :func:`loading_real.answer`."""
