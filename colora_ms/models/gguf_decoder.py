@@ -5,6 +5,7 @@ import numpy as np
 from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.families import find_gguf_family, unsupported
+from colora_ms.models.formats import StoredWeight
 from colora_ms.models.gguf_names import (
     EMBEDDING,
     HEAD,
@@ -15,6 +16,7 @@ from colora_ms.models.gguf_names import (
     restore_rows,
 )
 from colora_ms.models.gguf_noise import finer_of_one_matrix
+from colora_ms.models.mapped import release
 from colora_ms.models.rope import rope_frequencies
 
 # Llama 3.1 and 3.2 in GGUF: the frequency factors are a tensor, their rule is not written down.
@@ -73,10 +75,14 @@ class GgufDecoder:
         names = [GGMLQuantizationType(number).name for number in types]
         return [name for name in names if name not in ("F64", "F32", "F16", "BF16")]
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor of a Hugging Face name, float32."""
-        heads = interleaved_heads(self.config, name.rpartition(".")[0])
-        return restore_rows(self._file.read(self._source[name]), heads)
+    def stored(self, name: str) -> StoredWeight:
+        """The tensor of a Hugging Face name as the file stores it, in Hugging Face's row order: whole packed rows are
+        moved."""
+        found = self._file.stored(self._source[name])
+        data = restore_rows(found.data, interleaved_heads(self.config, name.rpartition(".")[0]))
+        if data is not found.data:
+            release(found.data)  # the pages from which rows were copied
+        return StoredWeight(found.format, found.shape, data)
 
     def _tie_head(self):
         """Whether the head is the embedding; of two stored copies of one matrix the finer one serves both."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from colora_ms.errors import CheckpointError
 from colora_ms.files import PathLike
+from colora_ms.models.formats import StoredWeight
 from colora_ms.models.gguf_reader import GgufFile
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
@@ -28,8 +29,8 @@ def open_gguf(path: PathLike) -> Union[GgufFile, GgufParts]:
         path: a file; of a model in several files any one of them.
 
     Returns:
-        ``GgufFile`` or ``GgufParts``: both have ``path``, ``metadata``, ``value_types``, ``tensors``, ``read``,
-        ``read_rows`` and ``blocks_of_rows``.
+        ``GgufFile`` or ``GgufParts``: both have ``path``, ``metadata``, ``value_types``, ``tensors``, ``stored``,
+        ``read``, ``read_rows`` and ``blocks_of_rows``.
 
     Raises:
         CheckpointError: a file is damaged or missing, or the files do not belong together.
@@ -108,6 +109,10 @@ class GgufParts:
                     raise CheckpointError(f"{part.path} has {key}={value!r:.60}, which its first part, {first.path}, "
                                           f"{'does not have' if key not in first.metadata else 'has otherwise'}; the "
                                           "parts are of two models")
+
+    def stored(self, name: str) -> StoredWeight:
+        """One tensor as it is stored; see ``GgufFile.stored``."""
+        return self._part_of[name].stored(name)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor dequantized to float32; see ``GgufFile.read``."""

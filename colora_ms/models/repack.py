@@ -22,11 +22,11 @@ T, R = TypeVar("T"), TypeVar("R")
 _VALUES = 1 << 20
 
 
-def repacked(stored: StoredWeight, wanted: WeightFormat) -> StoredWeight:
+def repacked(stored: StoredWeight, wanted: Optional[WeightFormat]) -> StoredWeight:
     """``stored.as_format(wanted)``, row blocks side by side; bits are those of packing it whole.
 
     Args:
-        stored: (out, in), or a vector; wanted: the format.
+        stored: (out, in), or a vector; wanted: the format, None: its own.
 
     Returns:
         ``stored`` itself where it stays as it is.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from colora_ms.errors import AdapterError, ConfigError, DataError, near
-from colora_ms.models.formats import WEIGHT_FORMATS
+from colora_ms.models.formats import WEIGHT_CHOICES
 from colora_ms.training.encoding import LOSSES, ON_LONG
 from colora_ms.training.settings import (
     REQUIRED,
@@ -195,8 +195,8 @@ class TrainingConfig(Section):
     loop: LoopConfig = setting(REQUIRED, "Length of the run; see LoopConfig.")
     model: str = setting("smollm2-135m", "Name of a known model, or the path of a folder or file.",
                          lambda value: bool(value.strip()), "a name or a path")
-    weight_format: str = setting("float32", "Format of the frozen weights.",
-                                 *one_of(*WEIGHT_FORMATS))
+    weight_format: str = setting("auto", "Format of the frozen weights; auto: as the file has them.",
+                                 *one_of(*WEIGHT_CHOICES))
     train: str = setting("sft", "What the adapter learns from: sft (answers) or dpo (pairs of a better and a worse "
                          "answer).", *one_of("sft", "dpo"))
     dpo: PreferenceConfig | None = setting(None, "Preference training, with train: dpo; see PreferenceConfig.")
