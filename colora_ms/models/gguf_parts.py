@@ -29,8 +29,8 @@ def open_gguf(path: PathLike) -> Union[GgufFile, GgufParts]:
         path: a file; of a model in several files any one of them.
 
     Returns:
-        ``GgufFile`` or ``GgufParts``: both have ``path``, ``metadata``, ``value_types``, ``tensors``, ``stored``,
-        ``read``, ``read_rows`` and ``blocks_of_rows``.
+        ``GgufFile`` or ``GgufParts``: both have ``path``, ``metadata``, ``value_types``, ``tensors``, ``stored``
+        and ``read``.
 
     Raises:
         CheckpointError: a file is damaged or missing, or the files do not belong together.
@@ -117,14 +117,6 @@ class GgufParts:
     def read(self, name: str) -> np.ndarray:
         """One tensor dequantized to float32; see ``GgufFile.read``."""
         return self._part_of[name].read(name)
-
-    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a matrix; see ``GgufFile.read_rows``."""
-        return self._part_of[name].read_rows(name, rows)
-
-    def blocks_of_rows(self, name: str, rows: np.ndarray) -> tuple[str, np.ndarray]:
-        """The blocks of some rows; see ``GgufFile.blocks_of_rows``."""
-        return self._part_of[name].blocks_of_rows(name, rows)
 
 
 def _whole(file, key, default):

@@ -158,21 +158,6 @@ class GgufFile:
         tensor = self.tensors[name]
         return self._bytes[tensor.begin:tensor.end]
 
-    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a matrix, float32 ``(len(rows), in)``; for comparing without reading all."""
-        whole = self.stored(name)
-        return self._values(self.tensors[name], StoredWeight(whole.format, (len(rows), *whole.shape[1:]),
-                                                             whole.data[rows]))
-
-    def blocks_of_rows(self, name: str, rows: np.ndarray) -> tuple[str, np.ndarray]:
-        """The name of a matrix's type, such as "Q5_0", and the blocks of some of its rows, uint8 (n, bytes of a block);
-        see ``gguf_noise``."""
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-        tensor = self.tensors[name]
-        kind = GGMLQuantizationType(tensor.type)
-        table = self._bytes[tensor.begin:tensor.end].reshape(tensor.shape[0], -1)
-        return kind.name, table[rows].reshape(-1, GGML_QUANT_SIZES[kind][1])
-
     def _format(self, tensor):
         from gguf.constants import GGMLQuantizationType
 

@@ -13,6 +13,8 @@ from typing import Optional, TypeVar
 
 import numpy as np
 
+from colora_ms.kernels.aot import library_path
+from colora_ms.kernels.unpack import unpack_rows
 from colora_ms.models.formats import StoredWeight, WeightFormat
 from colora_ms.models.mapped import release
 
@@ -35,12 +37,12 @@ def repacked(stored: StoredWeight, wanted: Optional[WeightFormat]) -> StoredWeig
     if len(stored.shape) != 2 or stored.shape[0] <= rows or not _by_rows(stored):
         return stored.as_format(wanted)
     first = _part(stored, 0, rows).as_format(wanted)
-    if first.format is stored.format:
+    if wanted is None or first.format is stored.format:
         return stored.as_format(wanted)  # nothing to pack
     out = {name: np.empty((stored.shape[0], *array.shape[1:]), array.dtype) for name, array in _arrays(first).items()}
 
     def put(at: int, part: Optional[StoredWeight] = None) -> None:
-        part = part or _part(stored, at, at + rows).as_format(wanted)
+        part = part or wanted.pack(fast_values(_part(stored, at, at + rows)))
         for name, array in _arrays(part).items():
             out[name][at:at + rows] = array
         for array in _arrays(stored).values():
@@ -79,6 +81,14 @@ def _threads() -> int:
 @functools.lru_cache(maxsize=1)
 def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), "colora-repack")
+
+
+def fast_values(stored: StoredWeight) -> np.ndarray:
+    """``stored.values()`` (rows, columns), of rows of blocks by the kernels' own readers."""
+    kind = stored.format
+    if kind.ggml is None or kind.values == kind.items or kind.tag is None or not library_path().is_file():
+        return stored.values()
+    return unpack_rows(kind.tag, stored.data, stored.shape[1])
 
 
 def _arrays(stored: StoredWeight) -> dict[str, np.ndarray]:
