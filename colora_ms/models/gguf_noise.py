@@ -199,20 +199,21 @@ def _one_matrix(parts):
     """Whether some rows of two matrices, as of :func:`_part`, can stand for the same values."""
     kinds, blocks, values = zip(*parts)
     a, b = (one.reshape(-1) for one in values)
-    if np.array_equal(a, b):
+    if a[0] == b[0] and np.array_equal(a, b):
         return bool(np.isfinite(a).all())
     if kinds[0] == kinds[1] or any(stored_noise(kind, own[:1], own_values[:1]) is None
                                    for kind, own, own_values in zip(kinds, blocks, values)):
         return False
     with np.errstate(all="ignore"):
-        distance = np.abs(a - b)
+        distance = a - b
+        np.abs(distance, out=distance)
         least = [least_noise(kind, own).reshape(-1) for kind, own in zip(kinds, blocks)]
         width = a.size // max(map(len, least))
         bound = sum(np.repeat(one, a.size // width // len(one)) for one in least)
-        near = distance.reshape(-1, width).max(1) <= bound  # not for NaN
+        near = distance.reshape(-1, width) <= bound[:, None]  # not for NaN
         # Where that is not enough, the whole bound counts: of units that are whole blocks of both.
         unit = max(one.shape[1] for one in values)
-        doubtful = np.flatnonzero(~near.reshape(-1, unit // width).all(1))
+        doubtful = np.flatnonzero(~near.reshape(-1, unit).all(1))
         if not len(doubtful):
             return True
         noise = []

@@ -6,8 +6,10 @@ The form is that of llama.cpp's ``gguf-split``: every file says its place (``spl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import weakref
 from collections.abc import Sequence
 from typing import Union
 
@@ -35,6 +37,21 @@ def open_gguf(path: PathLike) -> Union[GgufFile, GgufParts]:
     Raises:
         CheckpointError: a file is damaged or missing, or the files do not belong together.
     """
+    # The tokenizer's reader opens what the checkpoint's has open: a vocabulary takes long to read.
+    with contextlib.suppress(OSError):
+        state = os.stat(path)
+        key = (os.path.abspath(path), state.st_ino, state.st_size, state.st_mtime_ns)
+        found = _open_files.get(key)
+        if found is None:
+            found = _open_files[key] = _opened(path)
+        return found
+    return _opened(path)
+
+
+_open_files: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+
+def _opened(path: PathLike) -> Union[GgufFile, GgufParts]:
     file = GgufFile(path)
     count = _whole(file, _COUNT, 1)
     return file if count <= 1 else GgufParts(file, count)
