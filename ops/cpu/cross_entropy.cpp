@@ -252,10 +252,11 @@ COLORA_OPERATOR(linear_token_losses) {
 COLORA_OPERATOR(linear_cross_entropy_weight_grad) {
   Reader reader(call, 0, 1);
   const Head h = read(reader);
-  const Tensor lse = reader.next("lse"), share = reader.next("share"), dweight = call.out(0, "dweight");
+  const Tensor lse = reader.next("lse"), share = reader.next("share");
+  call.expect(reader.at(), 1);
+  const Tensor dweight = call.out(0, "dweight");
   for (const Tensor* t : {&lse, &share})
     t->expect_dtype("float32").expect_rank(1).expect_dim(0, h.tokens, "tokens, as in hidden");
-  call.expect(reader.at(), 1);
   dweight.expect_dtype("float32").expect_rank(2).expect_dim(0, h.vocab, "the rows of weight");
   dweight.expect_dim(1, h.hidden, "hidden_size, as in hidden");
   const int64_t block = h.block(false), active = int64_t(h.active.size());
