@@ -33,22 +33,24 @@ def repacked(stored: StoredWeight, wanted: Optional[WeightFormat]) -> StoredWeig
     Returns:
         ``stored`` itself where it stays as it is.
     """
-    rows = max(1, _VALUES // max(1, stored.shape[-1]))
-    if len(stored.shape) != 2 or stored.shape[0] <= rows or not _by_rows(stored):
+    if len(stored.shape) != 2 or not all(len(array) == stored.shape[0] for array in _arrays(stored).values()):
         return stored.as_format(wanted)
-    first = _part(stored, 0, rows).as_format(wanted)
-    if wanted is None or first.format is stored.format:
+    if wanted is None or _part(stored, 0, 1).as_format(wanted).format is stored.format:
         return stored.as_format(wanted)  # nothing to pack
-    out = {name: np.empty((stored.shape[0], *array.shape[1:]), array.dtype) for name, array in _arrays(first).items()}
+    rows = max(1, _VALUES // stored.shape[1])
+    out: dict[str, np.ndarray] = {}
 
-    def put(at: int, part: Optional[StoredWeight] = None) -> None:
-        part = part or wanted.pack(fast_values(_part(stored, at, at + rows)))
+    def put(at: int) -> StoredWeight:
+        part = wanted.pack(fast_values(_part(stored, at, at + rows)))
         for name, array in _arrays(part).items():
+            if at == 0:
+                out[name] = np.empty((stored.shape[0], *array.shape[1:]), array.dtype)
             out[name][at:at + rows] = array
         for array in _arrays(stored).values():
             release(array[at:at + rows])
+        return part
 
-    put(0, first)
+    first = put(0)
     for _ in on_all_cores(put, range(rows, stored.shape[0], rows)):
         pass
     return dataclasses.replace(first, shape=stored.shape, **out)
@@ -93,10 +95,6 @@ def fast_values(stored: StoredWeight) -> np.ndarray:
 
 def _arrays(stored: StoredWeight) -> dict[str, np.ndarray]:
     return {name: value for name, value in vars(stored).items() if isinstance(value, np.ndarray)}
-
-
-def _by_rows(stored: StoredWeight) -> bool:
-    return all(array.shape[0] == stored.shape[0] for array in _arrays(stored).values())
 
 
 def _part(stored: StoredWeight, begin: int, end: int) -> StoredWeight:
