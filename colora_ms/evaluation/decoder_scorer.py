@@ -12,7 +12,7 @@ from mindspore import Tensor, nn
 from colora_ms import runtime
 from colora_ms.errors import DataError
 from colora_ms.kernels import bind, linear_token_losses, token_losses_of_logits
-from colora_ms.models.formats import is_float_matrix
+from colora_ms.models.formats import is_matrix
 
 if TYPE_CHECKING:
     from colora_ms.models.decoder import Decoder
@@ -31,8 +31,8 @@ class TokenLosses(nn.Cell):
         super().__init__(auto_prefix=False)
         bind()
         self.decoder = decoder
-        # A quantized or adapted head has no single float matrix: go through its logits.
-        self.fused = is_float_matrix(decoder.lm_head)
+        # A decomposed or adapted head is not one matrix: go through its logits.
+        self.fused = is_matrix(decoder.lm_head)
 
     def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """ids, labels: (rows, tokens) int32, label -100 = none; lengths, slots: (rows,) int32.
@@ -44,7 +44,7 @@ class TokenLosses(nn.Cell):
         flat = labels.reshape((-1,))
         if self.fused:
             losses = linear_token_losses(hidden.reshape((-1, hidden.shape[-1])),
-                                         self.decoder.lm_head.weight, flat)
+                                         self.decoder.lm_head.base(), flat)
         else:
             logits = self.decoder.lm_head(hidden, (slots, lengths))
             losses = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from mindspore import Parameter, Tensor
 
-from colora_ms.errors import CheckpointError
+from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.models.activation_quant import ActivationQuantizedLinear
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.families import family
-from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float, weight_format
+from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float, wanted_format
 from colora_ms.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
 from colora_ms.models.mapped import parameter_of
@@ -34,7 +34,7 @@ class Builder:
         config: :class:`colora_ms.models.config.DecoderConfig`, for the shapes.
         weights: mapping of Hugging Face names to stored weights or float arrays, read one at a time; None for random
             weights (normal, standard deviation 0.02, seed 0; norms of ones).
-        wanted: name of the format of matrices that are stored as floats; integers are kept.
+        wanted: name of the format that matrices are stored in, or "auto": each as it comes.
 
     Attributes:
         names: {id: (Parameter, its name)}. A Cell renames the Parameters that are put into it; the names of the
@@ -44,7 +44,8 @@ class Builder:
     def __init__(self, config: DecoderConfig, weights: Optional[Weights], wanted: str) -> None:
         self.shapes = config.parameter_shapes()
         self.weights = weights
-        self.wanted = weight_format(wanted)
+        self.wanted = wanted
+        self.form = wanted_format(wanted)
         self.eps = config.rms_norm_eps
         self.norms = family(config.model_type).norm  # their kind
         self.random = np.random.default_rng(0)
@@ -76,11 +77,11 @@ class Builder:
         stored = self.stored(f"{prefix}.weight")
         bias = self.vector(f"{prefix}.bias") if f"{prefix}.bias" in self.shapes else None
         if isinstance(stored, StoredFactors):
-            cell = low_rank_linear(prefix, stored, self.wanted.name, bias)
+            cell = low_rank_linear(prefix, stored, self.wanted, bias)
             for part, parameter in cell.factor_parameters().items():
                 self._keep(parameter, f"{prefix}.{part}")
             return cell
-        cell = linear_of(prefix, repacked(stored, self.wanted), bias)
+        cell = linear_of(prefix, self._in_format(f"{prefix}.weight", stored), bias)
         self._keep_weight(cell, prefix)
         inputs, outputs = stored.activations
         return ActivationQuantizedLinear(cell, inputs, outputs) if inputs or outputs else cell
@@ -95,11 +96,17 @@ class Builder:
         if isinstance(stored, StoredFactors) or any(stored.activations):
             raise CheckpointError(f"the embedding {prefix} is stored as factors or with rounded activations, which "
                                   "only linears can be")
-        stored = repacked(stored, self.wanted)
+        stored = self._in_format(f"{prefix}.weight", stored)
         weight, scale = weight_parameters(prefix, stored)
         cell = Embedding(weight, stored.shape[1], weight_scale=scale, weight_format=stored.format)
         self._keep_weight(cell, prefix)
         return cell
+
+    def _in_format(self, name: str, stored: StoredWeight) -> StoredWeight:
+        try:
+            return repacked(stored, self.form)
+        except (CheckpointError, ConfigError) as error:
+            raise type(error)(f"tensor {name!r}: {error}") from None
 
     def norm(self, prefix: str) -> RMSNorm:
         """The norm called ``prefix``."""

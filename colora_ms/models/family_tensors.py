@@ -135,8 +135,9 @@ class FamilyTensors:
         whole = self.store.stored(part.name)
         if part.whole:
             return whole
-        data = np.ascontiguousarray(part.of(whole.data))
-        return dataclasses.replace(whole, shape=self.shapes[name], data=data)
+        data, scale, zero = (None if one is None else np.ascontiguousarray(part.of(one))
+                             for one in (whole.data, whole.scale, whole.zero))
+        return dataclasses.replace(whole, shape=self.shapes[name], data=data, scale=scale, zero=zero)
 
     def dtype(self, name: str) -> str:
         """The dtype's name in the file."""

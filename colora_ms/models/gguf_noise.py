@@ -19,7 +19,10 @@ from typing import Optional, Protocol
 
 import numpy as np
 
-from colora_ms.models.repack import on_all_cores
+from colora_ms.models.formats import StoredWeight
+from colora_ms.models.gguf_blocks import block_sizes
+from colora_ms.models.mapped import release
+from colora_ms.models.repack import fast_values, on_all_cores
 
 #: Relative error of a float16 scale, and its absolute error below the smallest normal number.
 _HALF, _TINY = np.float32(2.0 ** -11), np.float32(2.0 ** -25)
@@ -137,19 +140,16 @@ def least_noise(kind: str, blocks: np.ndarray) -> np.ndarray:
         return np.abs(_half(blocks, 0)) * np.float32(0.5)
 
 
-class GgufRows(Protocol):
+class GgufTensors(Protocol):
     """What is read of a ``GgufFile`` or ``GgufParts``."""
 
     tensors: dict
 
-    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a matrix, float32."""
-
-    def blocks_of_rows(self, name: str, rows: np.ndarray) -> tuple[str, np.ndarray]:
-        """Their type's name and their blocks, uint8 (n, bytes of a block)."""
+    def stored(self, name: str) -> StoredWeight:
+        """A tensor as the file holds it."""
 
 
-def finer_of_one_matrix(file: GgufRows, first: str, second: str) -> Optional[str]:
+def finer_of_one_matrix(file: GgufTensors, first: str, second: str) -> Optional[str]:
     """Whether two matrices of a file are one, stored twice, and which copy is the finer one.
 
     Args:
@@ -159,49 +159,61 @@ def finer_of_one_matrix(file: GgufRows, first: str, second: str) -> Optional[str
         The name of the copy that rounds less (the first if none does; judged by some rows), or None: they are two
         matrices, in shape or in values, or of types whose rounding is not known. Two tensors of one type must be equal,
         because a quantiser gives one matrix the same codes twice.
+
+    Raises:
+        CheckpointError: a type that cannot be unpacked.
     """
+    from gguf.constants import GGMLQuantizationType
+
     one, two = file.tensors[first], file.tensors[second]
     if one.shape != two.shape or len(one.shape) != 2:
         return None
     rows, columns = one.shape
+    both = [(GGMLQuantizationType(file.tensors[name].type).name, file.stored(name)) for name in (first, second)]
     # a few rows first: two matrices differ everywhere, as a rule
-    few = np.unique(np.linspace(0, rows - 1, 64).astype(np.int64))
-    if not _one_matrix(file, first, second, few):
+    few = [_part(*copy, np.unique(np.linspace(0, rows - 1, 64).astype(np.int64))) for copy in both]
+    if not _one_matrix(few):
         return None
     per_part = max(1, _PART // columns)
-    parts = (np.arange(at, min(at + per_part, rows)) for at in range(0, rows, per_part))
-    if not all(on_all_cores(lambda part: _one_matrix(file, first, second, part), parts)):
+    parts = ([_part(*copy, slice(at, at + per_part)) for copy in both] for at in range(0, rows, per_part))
+    same = all(on_all_cores(_one_matrix, parts))
+    for _, whole in both:
+        release(whole.data)
+    if not same:
         return None
     if one.type == two.type:
         return first
-    total = [float(stored_noise(*_blocks(file, name, few)).sum(dtype=np.float64)) for name in (first, second)]
+    total = [float(stored_noise(*part).sum(dtype=np.float64)) for part in few]
     return first if total[0] <= total[1] else second
 
 
-def _blocks(file, name, rows):
-    """(type, blocks, values (n, values of a block)) of some rows."""
-    kind, blocks = file.blocks_of_rows(name, rows)
-    return kind, blocks, file.read_rows(name, rows).reshape(len(blocks), -1)
+def _part(kind, whole, rows):
+    """(type, blocks (n, bytes of a block), values (n, values of a block)) of some rows."""
+    data = np.ascontiguousarray(whole.data[rows])
+    values = fast_values(StoredWeight(whole.format, (len(data), whole.shape[1]), data))
+    blocks = data.view(np.uint8).reshape(-1, block_sizes(kind)[1])
+    return kind, blocks, values.reshape(len(blocks), -1)
 
 
-def _one_matrix(file, first, second, rows):
-    """Whether some rows of two matrices can stand for the same values."""
-    kinds, blocks, values = zip(_blocks(file, first, rows), _blocks(file, second, rows))
+def _one_matrix(parts):
+    """Whether some rows of two matrices, as of :func:`_part`, can stand for the same values."""
+    kinds, blocks, values = zip(*parts)
     a, b = (one.reshape(-1) for one in values)
-    if np.array_equal(a, b):
+    if a[0] == b[0] and np.array_equal(a, b):
         return bool(np.isfinite(a).all())
     if kinds[0] == kinds[1] or any(stored_noise(kind, own[:1], own_values[:1]) is None
                                    for kind, own, own_values in zip(kinds, blocks, values)):
         return False
     with np.errstate(all="ignore"):
-        distance = np.abs(a - b)
+        distance = a - b
+        np.abs(distance, out=distance)
         least = [least_noise(kind, own).reshape(-1) for kind, own in zip(kinds, blocks)]
         width = a.size // max(map(len, least))
         bound = sum(np.repeat(one, a.size // width // len(one)) for one in least)
-        near = distance.reshape(-1, width).max(1) <= bound  # not for NaN
+        near = distance.reshape(-1, width) <= bound[:, None]  # not for NaN
         # Where that is not enough, the whole bound counts: of units that are whole blocks of both.
         unit = max(one.shape[1] for one in values)
-        doubtful = np.flatnonzero(~near.reshape(-1, unit // width).all(1))
+        doubtful = np.flatnonzero(~near.reshape(-1, unit).all(1))
         if not len(doubtful):
             return True
         noise = []

@@ -1,8 +1,7 @@
-"""Reading of GGUF files: header, metadata, and dequantized tensors.
+"""Reading of GGUF files: header, metadata, and tensors as they are stored or dequantized.
 
 The header is parsed here with every count and offset checked against the file's size (the
-``gguf`` package's own reader trusts them, and builds one object per vocabulary entry); the
-``gguf`` package dequantizes the blocks.
+``gguf`` package's own reader trusts them, and builds one object per vocabulary entry).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import struct
 import numpy as np
 
 from colora_ms.errors import CheckpointError
+from colora_ms.models.formats import StoredWeight, format_of_ggml
 from colora_ms.models.mapped import map_file
 
 # value type -> struct format, for the scalar types of the format
@@ -134,6 +134,16 @@ class GgufFile:
             if begin < end:
                 raise self._damaged(f"the tensors {first!r} and {second!r} overlap")
 
+    def stored(self, name: str) -> StoredWeight:
+        """One tensor as it is stored, a view of the mapped file, in the file's row order.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        tensor = self.tensors[name]
+        own = self._format(tensor)
+        return StoredWeight(own, tensor.shape, self.raw(name).view(own.dtype).reshape(own.data_shape(tensor.shape)))
+
     def read(self, name: str) -> np.ndarray:
         """One tensor dequantized to float32, in the file's row order.
 
@@ -141,47 +151,23 @@ class GgufFile:
             KeyError: no such tensor.
             CheckpointError: its type cannot be dequantized.
         """
-        tensor = self.tensors[name]
-        return self._dequantize(tensor, self._bytes[tensor.begin:tensor.end], tensor.shape)
+        return self._values(self.tensors[name], self.stored(name))
 
     def raw(self, name: str) -> np.ndarray:
         """The stored bytes of a tensor, uint8 (n,), a view of the mapped file."""
         tensor = self.tensors[name]
         return self._bytes[tensor.begin:tensor.end]
 
-    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a matrix, float32 ``(len(rows), in)``; for comparing without reading all."""
-        tensor = self.tensors[name]
-        total = tensor.shape[0]
-        table = self._bytes[tensor.begin:tensor.end].reshape(total, -1)
-        return self._dequantize(tensor, table[rows], (len(rows),) + tensor.shape[1:])
-
-    def blocks_of_rows(self, name: str, rows: np.ndarray) -> tuple[str, np.ndarray]:
-        """The name of a matrix's type, such as "Q5_0", and the blocks of some of its rows, uint8 (n, bytes of a block);
-        see ``gguf_noise``."""
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-        tensor = self.tensors[name]
-        kind = GGMLQuantizationType(tensor.type)
-        table = self._bytes[tensor.begin:tensor.end].reshape(tensor.shape[0], -1)
-        return kind.name, table[rows].reshape(-1, GGML_QUANT_SIZES[kind][1])
-
-    def _dequantize(self, tensor, data, shape):
+    def _format(self, tensor):
         from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
-        kind = GGMLQuantizationType(tensor.type)
-        plain = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2",
-                 GGMLQuantizationType.F64: "<f8"}.get(kind)
-        if plain is not None:
-            return np.frombuffer(data.tobytes(), dtype=plain).reshape(shape).astype(
-                np.float32, copy=False)
+
+        return format_of_ggml(GGMLQuantizationType(tensor.type).name)
+
+    def _values(self, tensor, stored):
         try:
-            with np.errstate(all="ignore"):
-                values = dequantize(data.reshape(int(math.prod(shape[:-1])), -1), kind)
-        except NotImplementedError:
-            raise CheckpointError(f"{self.path}: tensor {tensor.name!r} has type {kind.name}, which "
-                                  "cannot be dequantized; use a Q4, Q5, Q6, Q8, F16 or F32 file"
-                                  ) from None
-        return np.ascontiguousarray(values.reshape(shape), dtype=np.float32)
+            return stored.values()
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: tensor {tensor.name!r} cannot be read: {error}") from None
 
     def _take(self, count):
         """The next ``count`` bytes of the header."""

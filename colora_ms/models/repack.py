@@ -13,6 +13,8 @@ from typing import Optional, TypeVar
 
 import numpy as np
 
+from colora_ms.kernels.aot import library_path
+from colora_ms.kernels.unpack import unpack_rows
 from colora_ms.models.formats import StoredWeight, WeightFormat
 from colora_ms.models.mapped import release
 
@@ -22,31 +24,33 @@ T, R = TypeVar("T"), TypeVar("R")
 _VALUES = 1 << 20
 
 
-def repacked(stored: StoredWeight, wanted: WeightFormat) -> StoredWeight:
+def repacked(stored: StoredWeight, wanted: Optional[WeightFormat]) -> StoredWeight:
     """``stored.as_format(wanted)``, row blocks side by side; bits are those of packing it whole.
 
     Args:
-        stored: (out, in), or a vector; wanted: the format.
+        stored: (out, in), or a vector; wanted: the format, None: its own.
 
     Returns:
         ``stored`` itself where it stays as it is.
     """
-    rows = max(1, _VALUES // max(1, stored.shape[-1]))
-    if len(stored.shape) != 2 or stored.shape[0] <= rows or not _by_rows(stored):
+    if len(stored.shape) != 2 or not all(len(array) == stored.shape[0] for array in _arrays(stored).values()):
         return stored.as_format(wanted)
-    first = _part(stored, 0, rows).as_format(wanted)
-    if first.format is stored.format:
+    if wanted is None or _part(stored, 0, 1).as_format(wanted).format is stored.format:
         return stored.as_format(wanted)  # nothing to pack
-    out = {name: np.empty((stored.shape[0], *array.shape[1:]), array.dtype) for name, array in _arrays(first).items()}
+    rows = max(1, _VALUES // stored.shape[1])
+    out: dict[str, np.ndarray] = {}
 
-    def put(at: int, part: Optional[StoredWeight] = None) -> None:
-        part = part or _part(stored, at, at + rows).as_format(wanted)
+    def put(at: int) -> StoredWeight:
+        part = wanted.pack(fast_values(_part(stored, at, at + rows)))
         for name, array in _arrays(part).items():
+            if at == 0:
+                out[name] = np.empty((stored.shape[0], *array.shape[1:]), array.dtype)
             out[name][at:at + rows] = array
         for array in _arrays(stored).values():
             release(array[at:at + rows])
+        return part
 
-    put(0, first)
+    first = put(0)
     for _ in on_all_cores(put, range(rows, stored.shape[0], rows)):
         pass
     return dataclasses.replace(first, shape=stored.shape, **out)
@@ -81,12 +85,16 @@ def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), "colora-repack")
 
 
+def fast_values(stored: StoredWeight) -> np.ndarray:
+    """``stored.values()`` (rows, columns), of rows of blocks by the kernels' own readers."""
+    kind = stored.format
+    if kind.ggml is None or kind.values == kind.items or kind.tag is None or not library_path().is_file():
+        return stored.values()
+    return unpack_rows(kind.tag, stored.data, stored.shape[1])
+
+
 def _arrays(stored: StoredWeight) -> dict[str, np.ndarray]:
     return {name: value for name, value in vars(stored).items() if isinstance(value, np.ndarray)}
-
-
-def _by_rows(stored: StoredWeight) -> bool:
-    return all(array.shape[0] == stored.shape[0] for array in _arrays(stored).values())
 
 
 def _part(stored: StoredWeight, begin: int, end: int) -> StoredWeight:

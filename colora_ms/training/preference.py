@@ -28,7 +28,7 @@ from colora_ms.adapters import adapters_of
 from colora_ms.adapters.outside import leaf
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_token_cross_entropy, linear_token_losses, token_losses_of_logits
-from colora_ms.models.formats import is_float_matrix
+from colora_ms.models.formats import is_matrix
 from colora_ms.training.encoding import IGNORE
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class PreferenceLossCell(nn.Cell):
         bind()
         check_reference(decoder)
         self.decoder = decoder
-        self.fused = is_float_matrix(decoder.lm_head)
+        self.fused = is_matrix(decoder.lm_head)
         self.beta, self.smoothing = config.beta, config.label_smoothing
         self.ipo, self.normalised = config.loss == "ipo", config.length_normalised
 
@@ -107,11 +107,11 @@ class PreferenceLossCell(nn.Cell):
         hidden = self.decoder.hidden(ops.concat((ids, ids)), ops.concat((lengths, lengths)), twice)
         trained, base = hidden[:rows], ops.stop_gradient(hidden[rows:])
         if self.fused:
-            weight = self.decoder.lm_head.weight
+            base_of_head = self.decoder.lm_head.base()
             # Equal to the last bit; the first one also prepares the gradient.
             of_tokens = linear_token_cross_entropy if self.training else linear_token_losses
-            losses = of_tokens(trained.reshape((-1, trained.shape[-1])), weight, flat)
-            reference = linear_token_losses(base.reshape((-1, base.shape[-1])), weight, flat)
+            losses = of_tokens(trained.reshape((-1, trained.shape[-1])), base_of_head, flat)
+            reference = linear_token_losses(base.reshape((-1, base.shape[-1])), base_of_head, flat)
         else:
             logits = self.decoder.lm_head(trained, (slots, lengths))
             losses = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)
