@@ -94,8 +94,10 @@ def join_parts(decoder: Decoder) -> None:
     cells = {}
     for number, layer in enumerate(decoder.model.layers):
         place = f"model.layers.{number}"
-        cells[f"{place}.input_layernorm"] = SplitInput(layer.input_layernorm)
-        cells[f"{place}.post_attention_layernorm"] = SplitInput(layer.post_attention_layernorm)
+        for before in ("before_attention", "before_mlp"):
+            name = layer.norm_names[before]
+            if name:  # a parallel layer has one for both blocks
+                cells[f"{place}.{name}"] = SplitInput(getattr(layer, name))
         cells[f"{place}.self_attn.o_proj"] = SummedLinear(layer.self_attn.o_proj)
         cells[f"{place}.mlp.down_proj"] = SummedLinear(layer.mlp.down_proj)
     replace_cells(decoder, cells)

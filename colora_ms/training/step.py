@@ -24,7 +24,7 @@ from colora_ms import runtime
 from colora_ms.adapters.dropout import dropout_streams
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_cross_entropy, token_losses_of_logits
-from colora_ms.models.formats import is_float_matrix
+from colora_ms.models.head import capped, logit_cap, plain_head
 from colora_ms.training.encoding import IGNORE
 from colora_ms.training.optimizer import AdamW
 
@@ -47,7 +47,7 @@ class CausalLossCell(nn.Cell):
         super().__init__(auto_prefix=False)
         bind()
         self.decoder = decoder
-        self.fused = is_float_matrix(decoder.lm_head)
+        self.fused, self.cap = plain_head(decoder), logit_cap(decoder)
 
     def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses, and number of the labels that count.
@@ -67,7 +67,7 @@ class CausalLossCell(nn.Cell):
             loss, count = linear_cross_entropy(hidden.reshape((-1, hidden.shape[-1])),
                                                self.decoder.lm_head.weight, labels)
         else:
-            logits = self.decoder.lm_head(hidden, (slots, lengths))
+            logits = capped(self.decoder.lm_head(hidden, (slots, lengths)), self.cap)
             loss, count = masked_cross_entropy(logits.reshape((-1, logits.shape[-1])), labels)
         return loss, count
 
