@@ -132,8 +132,10 @@ def join_parts(decoder: Decoder, team: Workers) -> None:
     cells = {}
     for number, layer in enumerate(decoder.model.layers):
         place = f"model.layers.{number}"
-        cells[f"{place}.input_layernorm"] = SplitInput(layer.input_layernorm, team)
-        cells[f"{place}.post_attention_layernorm"] = SplitInput(layer.post_attention_layernorm, team)
+        for before in ("before_attention", "before_mlp"):
+            name = layer.norm_names[before]
+            if name:  # a parallel layer has one for both blocks
+                cells[f"{place}.{name}"] = SplitInput(getattr(layer, name), team)
         cells[f"{place}.self_attn.o_proj"] = SummedLinear(layer.self_attn.o_proj, team)
         cells[f"{place}.mlp.down_proj"] = SummedLinear(layer.mlp.down_proj, team)
     replace_cells(decoder, cells)

@@ -20,6 +20,7 @@ from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ConfigError
 from colora_ms.models.builder import Weights
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.families import family
 from colora_ms.models.formats import StoredWeight
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -33,8 +34,13 @@ def local_config(config: DecoderConfig, world: int) -> DecoderConfig:
     """The config of one worker's share.
 
     Raises:
-        ConfigError: lists the sizes that ``world`` does not divide.
+        ConfigError: lists the sizes that ``world`` does not divide; or the family cannot be split.
     """
+    record = family(config.model_type)
+    reason = "routed experts" if config.experts else "one norm over all heads" if record.whole_qk_norm else \
+        "" if record.norms.before_attention else "no norm before attention"
+    if reason:
+        raise ConfigError(f"{config.model_type} cannot be split over workers: it has {reason}")
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     wrong = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) % world]
     if wrong:

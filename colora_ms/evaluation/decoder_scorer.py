@@ -12,7 +12,7 @@ from mindspore import Tensor, nn
 from colora_ms import runtime
 from colora_ms.errors import DataError
 from colora_ms.kernels import bind, linear_token_losses, token_losses_of_logits
-from colora_ms.models.formats import is_matrix
+from colora_ms.models.head import capped, logit_cap, plain_head
 
 if TYPE_CHECKING:
     from colora_ms.models.decoder import Decoder
@@ -32,7 +32,7 @@ class TokenLosses(nn.Cell):
         bind()
         self.decoder = decoder
         # A decomposed or adapted head is not one matrix: go through its logits.
-        self.fused = is_matrix(decoder.lm_head)
+        self.fused, self.cap = plain_head(decoder), logit_cap(decoder)
 
     def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """ids, labels: (rows, tokens) int32, label -100 = none; lengths, slots: (rows,) int32.
@@ -46,7 +46,7 @@ class TokenLosses(nn.Cell):
             losses = linear_token_losses(hidden.reshape((-1, hidden.shape[-1])),
                                          self.decoder.lm_head.base(), flat)
         else:
-            logits = self.decoder.lm_head(hidden, (slots, lengths))
+            logits = capped(self.decoder.lm_head(hidden, (slots, lengths)), self.cap)
             losses = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)
         return losses.reshape(labels.shape)
 

@@ -13,6 +13,7 @@ from colora_ms.models.attention import Attention
 from colora_ms.models.builder import Builder
 from colora_ms.models.families import family
 from colora_ms.models.feed_forward import Mlp, RoutedMlp
+from colora_ms.models.head import capped
 from colora_ms.models.layers import Linear
 from colora_ms.models.rope import default_positions, local_rope_tables, rope_tables
 
@@ -208,13 +209,6 @@ class DecoderModel(nn.Cell):
         return self.last(x, residual, rows)
 
 
-def capped(logits: Tensor, cap: float) -> Tensor:
-    """c * tanh(logits / c) where c = ``cap`` is not 0."""
-    if cap > 0:
-        return cap * ops.tanh(logits / cap)
-    return logits
-
-
 class Decoder(nn.Cell):
     """A decoder-only language model.
 
@@ -229,7 +223,8 @@ class Decoder(nn.Cell):
             longrope its original length. (Longer ones have other frequencies at all positions.)
 
     Attributes:
-        logit_cap: c of c * tanh(logit / c), which every user of ``lm_head`` applies (:func:`capped`); 0: none.
+        logit_cap: c of c * tanh(logit / c), which every user of ``lm_head`` applies, see :mod:`colora_ms.models.head`;
+            0: none.
 
     Rows: every construct takes ``slots`` (rows,) int32, the adapter slot of each row, -1 for none.
     """

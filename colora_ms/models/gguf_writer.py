@@ -200,7 +200,7 @@ def _config_entries(config):
         scaling = _unusual(scaling)
     elif kind == "llama3":
         if not record.gguf_rope_factors:
-            others = [one.gguf for one in FAMILIES.values() if one.gguf_rope_factors]
+            others = [one.gguf for one in FAMILIES.values() if one.gguf_rope_factors and one.gguf_writes]
             raise ConfigError(f"rope_scaling of type llama3 on {record.name} cannot be written as GGUF: "
                               f"llama.cpp has the factors for {', '.join(others)} only")
         plain, _ = rope_frequencies(_without_scaling(config))

@@ -25,11 +25,7 @@ CLASS_TOKENS = {
 }
 
 # Classes of folders whose model is none of ``families``, by config.json's model_type: tokenizers are read on their own.
-_OTHERS = {"mistral": "LlamaTokenizer", "mixtral": "LlamaTokenizer", "phi3": "LlamaTokenizer",
-           "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer", "gemma3_text": "GemmaTokenizer",
-           "cohere": "CohereTokenizer", "cohere2": "CohereTokenizer",
-           "qwen2_moe": "Qwen2Tokenizer", "qwen3_moe": "Qwen2Tokenizer",
-           "olmo2": "GPTNeoXTokenizer", "gpt2": "GPT2Tokenizer", "granite": "GPT2Tokenizer"}
+_OTHERS = {"gemma": "GemmaTokenizer", "cohere": "CohereTokenizer", "gpt2": "GPT2Tokenizer"}
 
 
 def tokenizer_class(folder: str, config: Mapping, model: Mapping) -> Optional[str]:

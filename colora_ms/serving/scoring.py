@@ -19,6 +19,7 @@ from mindspore import Tensor, nn, ops
 from colora_ms import runtime
 from colora_ms.errors import AdapterError, DecodingError
 from colora_ms.kernels import bind
+from colora_ms.models.head import capped, logit_cap
 from colora_ms.serving.engine import Engine
 
 #: Most likely tokens that are kept at each place, positions that the head is computed for at once, and the least width.
@@ -57,13 +58,13 @@ class _Head(nn.Cell):
     def __init__(self, decoder: Any, count: int) -> None:
         super().__init__(auto_prefix=False)
         bind()
-        self.decoder = decoder
+        self.decoder, self.cap = decoder, logit_cap(decoder)
         self.count = count
 
     def construct(self, hidden: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple:
         """hidden (1, n, hidden), labels (1, n) int32, lengths (1,), slots (1,) -> (1, n) float32, the labels' own;
         (1, n, count) float32 and int32, the best."""
-        logits = self.decoder.lm_head(hidden, (slots, lengths)).astype(ms.float32)
+        logits = capped(self.decoder.lm_head(hidden, (slots, lengths)).astype(ms.float32), self.cap)
         logprobs = ops.log_softmax(logits, -1)
         own = ops.gather_elements(logprobs, 2, ops.expand_dims(labels, 2))
         best, ids = ops.topk(logprobs, self.count)

@@ -28,7 +28,7 @@ from colora_ms.adapters import adapters_of
 from colora_ms.adapters.outside import leaf
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_token_cross_entropy, linear_token_losses, token_losses_of_logits
-from colora_ms.models.formats import is_matrix
+from colora_ms.models.head import capped, logit_cap, plain_head
 from colora_ms.training.encoding import IGNORE
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class PreferenceLossCell(nn.Cell):
         bind()
         check_reference(decoder)
         self.decoder = decoder
-        self.fused = is_matrix(decoder.lm_head)
+        self.fused, self.cap = plain_head(decoder), logit_cap(decoder)
         self.beta, self.smoothing = config.beta, config.label_smoothing
         self.ipo, self.normalised = config.loss == "ipo", config.length_normalised
 
@@ -113,9 +113,10 @@ class PreferenceLossCell(nn.Cell):
             losses = of_tokens(trained.reshape((-1, trained.shape[-1])), base_of_head, flat)
             reference = linear_token_losses(base.reshape((-1, base.shape[-1])), base_of_head, flat)
         else:
-            logits = self.decoder.lm_head(trained, (slots, lengths))
+            logits = capped(self.decoder.lm_head(trained, (slots, lengths)), self.cap)
             losses = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)
-            logits = ops.stop_gradient(self.decoder.lm_head(base, (twice[rows:], lengths)))
+            logits = capped(self.decoder.lm_head(base, (twice[rows:], lengths)), self.cap)
+            logits = ops.stop_gradient(logits)
             reference = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)
         return losses.reshape(labels.shape), reference.reshape(labels.shape)
 

@@ -26,7 +26,7 @@ from colora_ms.distributed.cells import Sum, sum_at
 from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_cross_entropy, token_losses_of_logits
-from colora_ms.models.formats import is_matrix
+from colora_ms.models.head import capped, logit_cap, plain_head
 from colora_ms.training.encoding import IGNORE
 from colora_ms.training.optimizer import AdamW
 
@@ -49,7 +49,7 @@ class CausalLossCell(nn.Cell):
         super().__init__(auto_prefix=False)
         bind()
         self.decoder = decoder
-        self.fused = is_matrix(decoder.lm_head)
+        self.fused, self.cap = plain_head(decoder), logit_cap(decoder)
 
     def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses, and number of the labels that count.
@@ -69,7 +69,7 @@ class CausalLossCell(nn.Cell):
             loss, count = linear_cross_entropy(hidden.reshape((-1, hidden.shape[-1])),
                                                self.decoder.lm_head.base(), labels)
         else:
-            logits = self.decoder.lm_head(hidden, (slots, lengths))
+            logits = capped(self.decoder.lm_head(hidden, (slots, lengths)), self.cap)
             loss, count = masked_cross_entropy(logits.reshape((-1, logits.shape[-1])), labels)
         return loss, count
 

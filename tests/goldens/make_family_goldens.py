@@ -106,8 +106,17 @@ def make(case):
                 lora[saved] = list(value.shape)
     assert set(lora) == set(get_peft_model_state_dict(adapted))
     with_lora = logits_of(adapted.eval(), ids)
+    # What training needs: the loss of the prompt and its gradients, each by its product with fixed numbers.
+    adapted(torch.tensor([ids]), labels=torch.tensor([ids]), use_cache=False).loss.backward()
+    loss = torch.nn.functional.cross_entropy(torch.tensor(with_lora[:-1]), torch.tensor(ids[1:]))
+    slopes = {}
+    for key, value in adapted.named_parameters():
+        if ".lora_" in key:
+            saved = key.replace(".default", "")
+            slopes[saved] = float((value.grad.numpy() * tensor(f"probe.{saved}", tuple(value.shape))).sum())
     targets = sorted(adapted.peft_config["default"].target_modules)
     about = {"config": values, "shapes": shapes, "lora": lora, "targets": targets, "prompt": PROMPT,
+             "loss": float(loss), "slopes": slopes,
              "transformers": transformers.__version__}
     folder = Path(__file__).parent / "families"
     folder.mkdir(exist_ok=True)

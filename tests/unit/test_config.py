@@ -108,7 +108,7 @@ def test_both_spellings_of_the_rotary_settings(name):
 
 
 REFUSED = [
-    (dict(model_type="mistral", architectures=["MistralForCausalLM"]), "supported: llama"),
+    (dict(model_type="falcon", architectures=["FalconForCausalLM"]), "supported: llama"),
     (dict(model_type="qwen4"), "Did you mean 'qwen"),
     (dict(model_type=None, architectures=None), "model_type None"),
     (dict(model_type=["llama"]), "not supported"),

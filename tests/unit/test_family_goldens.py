@@ -15,7 +15,7 @@ GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 sys.path.insert(0, str(GOLDENS))
 from family_rules import tensor  # noqa: E402
 
-FAMILIES = sorted(path.stem for path in (GOLDENS / "families").glob("*.npz"))
+CASES = sorted(path.stem for path in (GOLDENS / "families").glob("*.npz"))
 
 
 class Golden:
@@ -59,13 +59,19 @@ def opened(folder, **options):
     return build_decoder(open_checkpoint(folder), **options)
 
 
-def logits_of(decoder, ids, slot=-1):
+def logits_of(decoder, *rows):
+    """Logits of rows (ids, slot), each of its own length."""
     from mindspore import Tensor
 
     from colora_ms import runtime
 
-    return runtime.run(decoder.set_train(False), Tensor(np.asarray(ids, np.int32)[None]),
-                       Tensor(np.array([len(ids)], np.int32)), Tensor(np.array([slot], np.int32))).asnumpy()[0]
+    ids = np.zeros((len(rows), max(len(one) for one, _ in rows)), np.int32)
+    for row, (one, _) in enumerate(rows):
+        ids[row, :len(one)] = one
+    lengths = np.array([len(one) for one, _ in rows], np.int32)
+    found = runtime.run(decoder.set_train(False), Tensor(ids), Tensor(lengths),
+                        Tensor(np.array([slot for _, slot in rows], np.int32))).asnumpy()
+    return [found[row, :len(one)] for row, (one, _) in enumerate(rows)]
 
 
 def log_softmax(x):
@@ -73,47 +79,76 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-@pytest.fixture(params=FAMILIES)
-def case(request, mindspore, tmp_path):
-    golden = Golden(request.param)
-    positions = 40 if request.param == "phi3_short" else 64
-    return golden, opened(golden.write(tmp_path / "model"), max_positions=positions), tmp_path
-
-
-def test_logits_and_answers_are_those_of_transformers(case, word_tokenizer):
-    """The whole pass, then the same ids in pieces through the fused step, with log-probabilities of every token."""
+def adapted(golden, folder, case, **options):
+    """(decoder, handle) of a case with its adapter."""
     from colora_ms.adapters import load_adapter
+
+    decoder = opened(golden.write(folder / "model"), max_positions=40 if case == "phi3_short" else 64)
+    return decoder, load_adapter(decoder, golden.write_adapter(folder / "adapter"), "lora", **options)
+
+
+def agree(found, wanted, prompt, ids):
+    """How many tokens of an answer had log-probabilities to compare: as long as it is the golden's."""
+    count = 0
+    while count < len(found.logprobs) and prompt + list(found.tokens[:count]) == ids[:len(prompt) + count]:
+        at = wanted[len(prompt) + count - 1]
+        assert len(found.logprobs[count].tops) == 20
+        for token, logprob, _ in found.logprobs[count].tops:
+            assert abs(logprob - at[token]) < 2e-4
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_answers_are_those_of_transformers(case, mindspore, tmp_path, word_tokenizer):
+    """Whole passes, with PEFT's adapter in one of the rows; then token by token through the fused step over the paged
+    cache, from prompts of several lengths and cut in pieces, with the log-probabilities of 20 tokens at each."""
     from colora_ms.decoding import Generator
 
-    golden, decoder, folder = case
-    np.testing.assert_allclose(logits_of(decoder, golden.ids), golden.logits, atol=2e-4, rtol=0)
+    golden = Golden(case)
+    decoder, handle = adapted(golden, tmp_path, case)
+    ids = golden.ids.tolist()
+    plain, lora = logits_of(decoder, (ids, -1), (ids[:golden.prompt], handle.slot("lora")))
+    np.testing.assert_allclose(plain, golden.logits, atol=2e-4, rtol=0)
+    np.testing.assert_allclose(lora, golden.lora_logits, atol=2e-4, rtol=0)
     assert decoder.fused_step
-    word_tokenizer.eos_token_id = 2
-    generator = Generator(decoder, word_tokenizer, max_rows=4, chunk=3)
-    count = len(golden.ids) - golden.prompt
-    prompts = [golden.ids[:golden.prompt].tolist(), golden.ids[:3].tolist(), golden.ids[:9].tolist()]
-    answers = generator.generate(prompts, max_new_tokens=count, logprobs=20)
-    wanted = log_softmax(golden.logits)
-    assert list(answers[0].tokens) == golden.ids[golden.prompt:].tolist()[:len(answers[0].tokens)]
-    for prompt, answer in zip(prompts, answers):
-        known = [p for p in range(len(answer.logprobs)) if prompt + list(answer.tokens[:p])
-                 == golden.ids[:len(prompt) + p].tolist()]
-        for p in known:
-            at = wanted[len(prompt) + p - 1]
-            for token, logprob, _ in answer.logprobs[p].tops:
-                assert abs(logprob - at[token]) < 2e-4
-    handle = load_adapter(decoder, golden.write_adapter(folder / "adapter"))
-    slot = handle.slot(handle.names[0]) if hasattr(handle, "slot") else 0
-    np.testing.assert_allclose(logits_of(decoder, golden.ids[:golden.prompt], slot), golden.lora_logits, atol=2e-4,
-                               rtol=0)
+    generator = Generator(decoder, word_tokenizer, handle, max_rows=4, chunk=3)
+    count = len(ids) - golden.prompt
+    prompts = [ids[:golden.prompt], ids[:3], ids[:9], ids[:golden.prompt]]
+    answers = generator.generate(prompts, adapter=[None, None, None, "lora"], max_new_tokens=count, logprobs=20)
+    assert agree(answers[0], log_softmax(golden.logits), prompts[0], ids) == len(answers[0].tokens)
+    assert agree(answers[1], log_softmax(golden.logits), prompts[1], ids) > 0
+    assert agree(answers[2], log_softmax(golden.logits), prompts[2], ids) > 0
+    assert agree(answers[3], log_softmax(golden.lora_logits), prompts[3], ids) > 0
 
 
-#: What a GGUF cannot say, and what stands in the record instead: beside it the logits are not the folder's.
-DIFFERENT = {"mistral": "no window is written", "mixtral": "no window is written",
-             "smollm3": "the list of layers is not written", "qwen2_moe_norm": "no norm flag is written"}
+@pytest.mark.parametrize("case", ["gemma2", "cohere2", "qwen2_moe_norm", "granite"])
+def test_the_loss_and_its_gradients_are_those_of_peft(case, mindspore, tmp_path):
+    """A cap and a window, a parallel layer with pairs, experts, factors: every lora_A and lora_B."""
+    from mindspore import Tensor, value_and_grad
+
+    from colora_ms.training.step import CausalLossCell
+
+    golden = Golden(case)
+    decoder, handle = adapted(golden, tmp_path, case, trainable=True)
+    ids = golden.ids[:golden.prompt]
+    labels = np.append(ids[1:], -100).astype(np.int32)
+    cell, parameters = CausalLossCell(decoder), handle.trainable_params()
+    lengths, slots = np.array([len(ids)], np.int32), np.zeros(1, np.int32)
+    arguments = [Tensor(one) for one in (ids[None], labels[None], lengths, slots)]
+    (loss, count), slopes = value_and_grad(cell, None, parameters, has_aux=True)(*arguments)
+    count = float(count.asnumpy())
+    assert abs(float(loss.asnumpy()) / count - golden.about["loss"]) < 1e-4
+    found = {parameter.name: slope.asnumpy() / count for parameter, slope in zip(parameters, slopes)}
+    for key, wanted in golden.about["slopes"].items():
+        field = "down" if ".lora_A." in key else "up"
+        module = key.removeprefix("base_model.model.").partition(".lora_")[0]
+        own = next(value for name, value in found.items() if name.startswith(module + ".") and name.endswith(field))
+        probe = tensor(f"probe.{key}", tuple(golden.about["lora"][key]))
+        assert abs(float((own[0] * probe).sum()) - wanted) < 2e-4 + 2e-3 * abs(wanted), key
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_gguf_is_the_folder(name, mindspore, tmp_path):
     """One random model both ways: the same config and the same tensors, so the same logits."""
     pytest.importorskip("gguf")
