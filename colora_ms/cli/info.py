@@ -34,9 +34,22 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"parameters  {checkpoint.config.parameter_count():,}")
     for name, value in checkpoint.config.to_hf().items():
         print(f"{name:24s} {value}")
+    _attention(checkpoint)
     if checkpoint.tokenizer_source is not None:
         _turn_ends(checkpoint)
     return 0
+
+
+def _attention(checkpoint: Checkpoint) -> None:
+    """What the longest sequence and the form of the file decide."""
+    from colora_ms.models.rope import default_positions, longrope_list
+
+    config = checkpoint.config
+    if longrope_list(config, 1):
+        print(f"longrope: opened for up to {default_positions(config)} positions (the default), all of them turn by the "
+              f"short list; for more, up to {config.max_position_embeddings}, all of them by the long one")
+    if checkpoint.format == "gguf" and config.model_type in ("llama", "mixtral"):
+        print("window: none; a GGUF file of this kind has no word for Mistral's, so every layer sees all positions")
 
 
 def _turn_ends(checkpoint: Checkpoint) -> None:

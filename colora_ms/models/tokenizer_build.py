@@ -24,7 +24,9 @@ _QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
           r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _BYTE_PRE = {"smollm": "digits", "starcoder": "digits", "refact": "digits", "gpt-2": "plain",
-             "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "llama-bpe": _LLAMA3, "llama3": _LLAMA3}
+             "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "llama-bpe": _LLAMA3, "llama3": _LLAMA3,
+             # Phi-4, OLMo-2 and SmolLM3: Llama 3's cut under other names
+             "dbrx": _LLAMA3, "smaug-bpe": _LLAMA3}
 
 # Tokens that end an answer by their name, whatever type the file gives them: llama.cpp's list (llama-vocab.cpp).
 _END_NAMES = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",

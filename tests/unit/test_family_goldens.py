@@ -119,12 +119,12 @@ def test_logits_and_answers_are_those_of_transformers(case, mindspore, tmp_path,
     assert agree(answers[0], log_softmax(golden.logits), prompts[0], ids) == len(answers[0].tokens)
     assert agree(answers[1], log_softmax(golden.logits), prompts[1], ids) > 0
     assert agree(answers[2], log_softmax(golden.logits), prompts[2], ids) > 0
-    assert agree(answers[3], log_softmax(golden.lora_logits), prompts[3], ids) > 0
+    assert agree(answers[3], log_softmax(golden.lora_logits), prompts[3], ids[:golden.prompt]) == 1
 
 
-@pytest.mark.parametrize("case", ["gemma2", "cohere2", "qwen2_moe_norm", "granite"])
+@pytest.mark.parametrize("case", ["gemma2", "qwen2_moe_norm"])
 def test_the_loss_and_its_gradients_are_those_of_peft(case, mindspore, tmp_path):
-    """A cap and a window, a parallel layer with pairs, experts, factors: every lora_A and lora_B."""
+    """Caps, a window, four norms; experts with their shares: every lora_A and lora_B."""
     from mindspore import Tensor, value_and_grad
 
     from colora_ms.training.step import CausalLossCell
@@ -141,9 +141,7 @@ def test_the_loss_and_its_gradients_are_those_of_peft(case, mindspore, tmp_path)
     assert abs(float(loss.asnumpy()) / count - golden.about["loss"]) < 1e-4
     found = {parameter.name: slope.asnumpy() / count for parameter, slope in zip(parameters, slopes)}
     for key, wanted in golden.about["slopes"].items():
-        field = "down" if ".lora_A." in key else "up"
-        module = key.removeprefix("base_model.model.").partition(".lora_")[0]
-        own = next(value for name, value in found.items() if name.startswith(module + ".") and name.endswith(field))
+        own = found[key.removeprefix("base_model.model.").removesuffix(".weight")]  # (slots, ...)
         probe = tensor(f"probe.{key}", tuple(golden.about["lora"][key]))
         assert abs(float((own[0] * probe).sum()) - wanted) < 2e-4 + 2e-3 * abs(wanted), key
 
