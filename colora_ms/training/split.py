@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 
@@ -126,7 +126,7 @@ def own_tensors(tensors: Mapping[str, np.ndarray], team: Workers) -> dict[str, n
     return own
 
 
-def _stacked_axis(name):
+def _stacked_axis(name: str) -> Optional[int]:
     """The axis along which a stacked factor, or what is kept of it, is split; None: it is whole on every worker."""
     axis = split_axis(f"{name}.weight")
     return None if axis is None or not name.endswith(("lora_A", "lora_B")) else axis + 1
