@@ -135,9 +135,8 @@ class FamilyTensors:
         whole = self.store.stored(part.name)
         if part.whole:
             return whole
-        data, scale, zero = (None if one is None else np.ascontiguousarray(part.of(one))
-                             for one in (whole.data, whole.scale, whole.zero))
-        return dataclasses.replace(whole, shape=self.shapes[name], data=data, scale=scale, zero=zero)
+        data, scale = (None if one is None else np.ascontiguousarray(part.of(one)) for one in (whole.data, whole.scale))
+        return dataclasses.replace(whole, shape=self.shapes[name], data=data, scale=scale)
 
     def dtype(self, name: str) -> str:
         """The dtype's name in the file."""
