@@ -178,7 +178,8 @@ def _count(measures: Dict[str, float]) -> bool:
     cases.append(SEVEN_B._replace(rows=1, asked=1, used=1, requests=1))
     ratios = [over_minimum(one) for one in cases]
     for one, ratio in zip(cases, ratios):
-        print(f"7B shape, {one.rows} rows of {one.length} positions, {one.used} adapters in use: {ratio:.4f} of the least")
+        print(f"7B shape, {one.rows} rows of {one.length} positions, {one.used} adapters in use: {ratio:.4f} of the "
+              "least bytes")
     measures["bytes_over_minimum_step"] = max(ratios)
     return not different and not two.views_refused and two.copied_bytes() == 0
 
