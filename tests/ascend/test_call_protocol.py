@@ -51,7 +51,8 @@ def test_import_constructs_nothing_and_binding_only_the_device_s(faked):
 
 
 def test_the_graph_of_a_decoder(faked):
-    """Without adapters no custom operator of ours, with adapters one multi_lora for each adapted layer, called right."""
+    """Without adapters no custom operator of ours, with adapters one multi_lora for each adapted layer, called
+    right."""
     types = faked["operators"]["MultiLora"]["types"]
     assert faked["plain"] == [] and faked["adapted"] == [len(types) - 1] * 4
 
@@ -92,3 +93,22 @@ def test_inference_takes_unknown_dimensions(name):
             given[i][axis] = -1
             assert all(a in (b, -1) for a, b in zip(flat(*given), want)), (i, axis)
     assert len(flat(*[[-1] * len(shape) for shape in known])) == len(want)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_the_graphs_of_a_device_step(faked, dtype):
+    """Four at most, with unknown dimensions: the real operators' own inference takes every call of them."""
+    found = faked["step"][dtype]
+    assert found["graphs"] == 4 and found["cache"] == [[2, 128, 2, 32], {"bfloat16": "BFloat16",
+                                                                        "float16": "Float16"}[dtype], "True"]
+    for phase, attention in (("prefill", "FlashAttentionScore"), ("increment", "PagedAttention")):
+        adapted, plain = found[phase]
+        for one in (adapted, plain):
+            counts = {name: one.get(name) for name in (attention, "ReshapeAndCache", "ApplyRotaryPosEmb", "AddRmsNorm",
+                                                       "RmsNorm", "Swiglu", "SplitWithSize", "MatMul")}
+            assert counts == {attention: 2, "ReshapeAndCache": 2, "ApplyRotaryPosEmb": 2, "AddRmsNorm": 4, "RmsNorm": 1,
+                              "Swiglu": 2, "SplitWithSize": 2, "MatMul": 9}
+            assert not {"Transpose", "StridedSlice", "Concat"} & set(one) and one["Cast"] == 1
+        assert plain["Custom"] == 1  # the choice of tokens
+        assert adapted["Custom"] == 1 + (8 if phase == "increment" else 0)
+        assert adapted.get("GroupedMatmulV4", 0) == (16 if phase == "prefill" else 0)
