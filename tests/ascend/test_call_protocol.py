@@ -51,7 +51,7 @@ def test_import_constructs_nothing_and_binding_only_the_device_s(faked):
 
 
 def test_the_graph_of_a_decoder(faked):
-    """Without adapters no custom operator of ours, with adapters one multi_lora for each adapted layer, called right."""
+    """Without adapters no custom operator of ours, with adapters one multi_lora for each adapted layer."""
     types = faked["operators"]["MultiLora"]["types"]
     assert faked["plain"] == [] and faked["adapted"] == [len(types) - 1] * 4
 
