@@ -182,7 +182,7 @@ EDITS.update({
     "weights_too_large": ("weight tiles larger than the unified buffer", "multi_lora", "float16", r"kWeights = 8192",
                           "kWeights = 12288", {"ub_capacity"}),
     "rows_between_of_y": ("rows of y that others write are read along", "multi_lora", "float16",
-                          r"end - c, width_, false", "end - c, width_, true", {"race", "wrong"}),
+                          r"end - c, width_, !inPlace_", "end - c, width_, true", {"race", "wrong"}),
     "padding_multiplied": ("padding columns of x that are not zero", "multi_lora", "float16",
                            r"(apart \* stride - columns\) \* sizeof\(T\), 0, 0\),\s*DataCopyPadExtParams<T>\()true",
                            r"\1false", {"wrong", "uninitialised"}),
