@@ -132,6 +132,10 @@ for name, spec in ascend.OPERATORS.items():
         cell = Call(name, attributes)
         cell.set_inputs(*given)
         found["dynamic"] += nodes(cell, given)
+    # A caller that forgets the attributes: what test_call_protocol.py must be able to see.
+    cell = Call(name, ())
+    cell.set_inputs(*given)
+    found["forgotten"] = nodes(cell, given)
     operators[name] = {**found, "types": list(ascend.primitive(name).get_attr_dict()["custom_inputs_type"]),
                        "outputs": len(spec["outputs"])}
 

@@ -37,6 +37,8 @@ def test_inputs_and_outputs_of_a_call_are_the_types_of_the_header(faked, name):
     assert len(entry["types"]) == inputs + attributes + entry["outputs"]
     for form in ("face", "dynamic"):
         assert entry[form] == [len(entry["types"]) - entry["outputs"]] * 3, form
+    # Without its attributes the call is seen to be short: the graph's front end alone does not refuse it.
+    assert entry["forgotten"] == [len(entry["types"]) - entry["outputs"] - attributes]
     kinds = {"bool": "bool", "int": "int64_t", "float": "double"}
     assert entry["types"][inputs:inputs + attributes] == [kinds[kind] for _, kind in
                                                           ascend.OPERATORS[name]["attributes"]]
@@ -51,7 +53,7 @@ def test_import_constructs_nothing_and_binding_only_the_device_s(faked):
 
 
 def test_the_graph_of_a_decoder(faked):
-    """Without adapters no custom operator of ours, with adapters one multi_lora for each adapted layer, called right."""
+    """Without adapters no custom operator of ours, with adapters one multi_lora for each adapted layer."""
     types = faked["operators"]["MultiLora"]["types"]
     assert faked["plain"] == [] and faked["adapted"] == [len(types) - 1] * 4
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emulated import INOUT, INPUT, OUTPUT, WORKSPACE, plan_lora
-from lora_cases import CHIPS, CORES, LoraCase, launch_lora
+from lora_cases import CHIPS, LoraCase, launch_lora
 
 RANKS = (1, 3, 8, 16, 24, 32, 64, 128, 256)
 HIDDEN = (64, 576, 1000, 4096, 11008)
