@@ -1,5 +1,5 @@
-"""Run by test_mindformers_on_ascend in a fresh process: mindformers' linears with an adapter, the target faked as Ascend,
-graphs as far as the front end goes. Prints a JSON object.
+"""Run by test_mindformers_on_ascend in a fresh process: mindformers' linears with an adapter, the target faked as
+Ascend, graphs as far as the front end goes. Prints a JSON object.
 
     mindformers_on_ascend.py FOLDER        # with op_api and op_impl as ops/ascend/contract.py writes them
 """
@@ -64,14 +64,14 @@ def graph(cell, x):
 
 def main():
     failed, count = [], 0
-    for name, build, options in linears.CASES:
+    for name, build, options in {name: case for case in reversed(linears.CASES) for name in (case[0],)}.values():
         dtype = ms.bfloat16
         kinds = dict(compute_dtype=dtype, param_init_type=dtype) if build is linears.legacy else \
             dict(params_dtype="bfloat16", compute_dtype="bfloat16")
         net = linears.holder(build(**{**options, **kinds}))
         inject(net, LoraConfig(r=2, target_modules="all-linear"))
         # Whole rows as in training and (tokens, width) as in the paged generation.
-        for train, shape in ((True, (2, 3, linears.IN)), (False, (2, 3, linears.IN)), (False, (6, linears.IN))):
+        for train, shape in ((True, (2, 3, linears.IN)), (False, (6, linears.IN))):
             count += 1
             net.set_train(train)
             try:
