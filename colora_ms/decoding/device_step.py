@@ -48,12 +48,13 @@ class IncrementStep(nn.Cell):
                   log_alpha: Tensor) -> tuple:
         """tokens, positions, slots, slot_mapping, batch_valid_length, q_seq_lens: (T,); block_tables: (T, blocks of a
         row); read: (R,); all int32; mix_rows, weights, log_alpha: see :class:`Choice` -> logits (R, vocab) float32,
-        and what :func:`colora_ms.kernels.ascend.contrastive_token` returns of them."""
+        and the two tensors that :func:`colora_ms.kernels.ascend.contrastive_token` returns of them."""
         used = (slots,) if self.adapters else ()
         places = (slot_mapping, block_tables, batch_valid_length, q_seq_lens)
         logits = self.model(tokens, positions, used, batch_valid_length, self.cache.keys, self.cache.values, places,
                             read)
-        return logits, ascend.contrastive_token(logits, mix_rows, weights, log_alpha)
+        ints, floats = ascend.contrastive_token(logits, mix_rows, weights, log_alpha)
+        return logits, ints, floats
 
 
 class PrefillStep(nn.Cell):
@@ -72,7 +73,8 @@ class PrefillStep(nn.Cell):
         used = (slots, groups) if self.adapters else ()
         logits = self.model(tokens, positions, used, batch_valid_length, self.cache.keys, self.cache.values,
                             (slot_mapping, self.mask), read)
-        return logits, ascend.contrastive_token(logits, mix_rows, weights, log_alpha)
+        ints, floats = ascend.contrastive_token(logits, mix_rows, weights, log_alpha)
+        return logits, ints, floats
 
 
 class CopyDeviceBlocks(nn.Cell):
@@ -136,7 +138,7 @@ class DeviceGraphs:
             self.steps[key] = self._prepared(kind(self.model, self.cache, key[1]), phase)
         return self.steps[key]
 
-    def run(self, batch: Any, read: np.ndarray, choice: Optional[Choice]) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+    def run(self, batch: Any, read: np.ndarray, choice: Optional[Choice]) -> Tuple[Tensor, ...]:
         """Run a batch.
 
         Args:
@@ -145,7 +147,7 @@ class DeviceGraphs:
             choice: the rows and weights of its requests; None: no token is wanted.
 
         Returns:
-            logits (R, vocab) float32, on the device; what ``contrastive_token`` says of the requests.
+            logits (R, vocab) float32, on the device; the two tensors of ``contrastive_token`` for the requests.
         """
         chosen = Choice.of_none() if choice is None else choice
         self.model.refresh()

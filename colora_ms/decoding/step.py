@@ -264,7 +264,7 @@ class StepGraph:
         rows, requests = bucket(len(batch.slots)), bucket(max(1, len(batch.whole)))
         takes = _takes(batch)
         choice = choice_of(batch, takes) if np.any(takes) else None
-        logits, chosen = device.run(batch, _last_tokens(batch, rows), choice)
+        logits, *chosen = device.run(batch, _last_tokens(batch, rows), choice)
         if choice is not None or not np.any(takes):
             return _result(batch, plain_records(chosen, len(batch.whole)))
         found = runtime.run(self._cells[0], logits, Tensor(padded(batch.previous, requests, -1)),

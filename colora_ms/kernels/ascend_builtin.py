@@ -144,11 +144,13 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, hea
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, head_num: int, scale: float) -> Tensor:
-    """Causal attention of whole rows for training (FlashAttentionScore, layout BSH, sparse_mode 2; its fourth output).
+    """Attention of whole rows for training (FlashAttentionScore, layout BSH; its fourth output): causal by a mask of a
+    fixed size (sparse_mode 2), or of what the whole mask leaves (sparse_mode 1; packed rows).
 
     Args:
         query: (rows, tokens, heads * head_dim), half type. key, value: (rows, tokens, kv_heads * head_dim), the same.
-        mask: (2048, 2048) uint8, 1 above the diagonal, however many tokens there are: ``bound.builtin_causal_mask``.
+        mask: uint8. (2048, 2048), 1 above the diagonal, however many tokens there are (``bound.builtin_causal_mask``);
+            or (rows, 1, tokens, tokens), 1 where a query does not see a key. Each query sees one at least.
         head_num, scale: constants; at most 256 heads, head_dim a multiple of 16 up to 512.
 
     Returns:
@@ -268,4 +270,4 @@ for _name in CALLS:
 def load() -> None:
     """Make the faces of this module usable beside another column of the table, with their stand-ins; for tests."""
     bind()
-    fill([name for name, columns in table() if "rehearsal" in columns], "rehearsal")
+    fill([name for name, _ in table() if name.startswith(("builtin_", "rehearsal_"))], "rehearsal")

@@ -41,7 +41,8 @@ def _flash_attention(query, key, value, mask, head_num, scale):
 
 
 def _causal(query, key, value, mask, head_num, scale):
-    return _get_cache_prim(primitives.FlashAttentionScore)(head_num, 1.0, scale, _FAR, _FAR, 0, "BSH", 2)(
+    sparse_mode = 2 if mask.ndim == 2 else 1  # causal by a mask of fixed size; the whole mask
+    return _get_cache_prim(primitives.FlashAttentionScore)(head_num, 1.0, scale, _FAR, _FAR, 0, "BSH", sparse_mode)(
         query, key, value, None, None, None, mask)[3]
 
 

@@ -66,7 +66,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
     """:func:`causal_attention` in built-in operators; differentiable, any device; lengths are not checked."""
     rows, tokens, _ = q.shape
+    queries, keys, seen, lengths = _rotated(q, k, cos, sin, lengths)
+    values = v.reshape((rows, tokens, -1, 2 * cos.shape[1])).transpose((0, 2, 1, 3))
+    return _of_real_tokens(attend(queries, keys.transpose((0, 2, 1, 3)), values, seen), lengths)
+
+
+def causal_attention_device(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
+    """:func:`causal_attention` with Ascend's own attention operator, in bfloat16 between float32 borders.
+
+    Head sizes that are no multiple of 16 take :func:`causal_attention_reference`.
+    """
     dim = 2 * cos.shape[1]
+    if dim % 16 != 0:
+        return causal_attention_reference(q, k, v, cos, sin, lengths)
+    queries, keys, seen, real = _rotated(q, k, cos, sin, lengths)
+    if lengths.ndim == 2:
+        mask = ops.logical_not(seen).expand_dims(1).astype(ms.uint8)
+    else:  # what a query may see are earlier tokens, and padding stands behind them
+        mask = bound.builtin_causal_mask
+    out = bound.builtin_causal(queries.reshape(q.shape).astype(ms.bfloat16), keys.reshape(k.shape).astype(ms.bfloat16),
+                               v.astype(ms.bfloat16), mask, q.shape[2] // dim, 1 / math.sqrt(dim))
+    return _of_real_tokens(out.astype(ms.float32), real)
+
+
+def _rotated(q, k, cos, sin, lengths):
+    """Queries and keys (rows, T, heads, head_dim), rotated; which keys each query sees, (rows or 1, T, T) bool; the
+    real tokens of each row, (rows,)."""
+    rows, tokens, _ = q.shape
     steps = ops.arange(tokens).astype(ms.int32)
     seen = steps.reshape((1, 1, tokens)) <= steps.reshape((1, tokens, 1))
     if lengths.ndim == 2:
@@ -80,28 +106,10 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin
         lengths = lengths.sum(1)
     else:
         cosines, sines = cos[:tokens].reshape((1, tokens, 1, -1)), sin[:tokens].reshape((1, tokens, 1, -1))
-    queries = rotate(q.reshape((rows, tokens, -1, dim)), cosines, sines)
-    keys = rotate(k.reshape((rows, tokens, -1, dim)), cosines, sines).transpose((0, 2, 1, 3))
-    values = v.reshape((rows, tokens, -1, dim)).transpose((0, 2, 1, 3))
-    return _of_real_tokens(attend(queries, keys, values, seen), lengths)
-
-
-def causal_attention_device(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
-    """:func:`causal_attention` with Ascend's own attention operator, in bfloat16 between float32 borders.
-
-    Packed rows and head sizes that are no multiple of 16 take :func:`causal_attention_reference`.
-    """
-    rows, tokens, hidden = q.shape
     dim = 2 * cos.shape[1]
-    if lengths.ndim == 2 or dim % 16 != 0:
-        return causal_attention_reference(q, k, v, cos, sin, lengths)
-    cosines, sines = cos[:tokens].reshape((1, tokens, 1, -1)), sin[:tokens].reshape((1, tokens, 1, -1))
-    query = rotate(q.reshape((rows, tokens, -1, dim)), cosines, sines).reshape(q.shape).astype(ms.bfloat16)
-    key = rotate(k.reshape((rows, tokens, -1, dim)), cosines, sines).reshape(k.shape).astype(ms.bfloat16)
-    # What a query may see are earlier tokens, and padding stands behind them: the causal mask is enough.
-    out = bound.builtin_causal(query, key, v.astype(ms.bfloat16), bound.builtin_causal_mask, hidden // dim,
-                               1 / math.sqrt(dim))
-    return _of_real_tokens(out.astype(ms.float32), lengths)
+    queries = rotate(q.reshape((rows, tokens, -1, dim)), cosines, sines)
+    keys = rotate(k.reshape((rows, tokens, -1, dim)), cosines, sines)
+    return queries, keys, seen, lengths
 
 
 def _of_real_tokens(out, lengths):

@@ -142,10 +142,11 @@ def _writing() -> ops.Custom:
 
 
 def _causal_bprop(query, key, value, mask, head_num, scale, out, dout):
-    real = _get_cache_prim(primitives.FlashAttentionScoreGrad)(head_num, 1.0, scale, _FAR, _FAR, 0, "BSH", 2)(
+    sparse_mode = 2 if mask.ndim == 2 else 1
+    real = _get_cache_prim(primitives.FlashAttentionScoreGrad)(head_num, 1.0, scale, _FAR, _FAR, 0, "BSH", sparse_mode)(
         query, key, value, dout[3], None, None, None, mask, out[0], out[1], out[2], out[3])
-    dq, dk, dv = bound.rehearsal_FlashAttentionScoreGrad(query, key, value, dout[3], out[0], out[1], out[3], head_num,
-                                                         scale)
+    dq, dk, dv = bound.rehearsal_FlashAttentionScoreGrad(query, key, value, dout[3], mask, out[0], out[1], out[3],
+                                                         head_num, scale)
     return _agreed(dq, real[0]), _agreed(dk, real[1]), _agreed(dv, real[2]), ops.zeros_like(mask), 0, 0.0
 
 

@@ -176,7 +176,6 @@ def _causal(query: Argument, key: Argument, value: Argument, mask: Argument, hea
     require_dtype(name, "query", query.dtype, HALF)
     _one_dtype(name, query=query, key=key, value=value)
     require_dtype(name, "attn_mask", mask.dtype, (ms.uint8, ms.bool_))
-    require_shape(name, "attn_mask", mask.shape, (2048, 2048))
     require(heads.value is not None and 1 <= heads.value <= MOST_HEADS, name, "head_num", heads.value,
             f"a constant from 1 to {MOST_HEADS}")
     require(len(query.shape) == 3 and query.shape[2] % heads.value == 0, name, "query", query.shape,
@@ -187,12 +186,14 @@ def _causal(query: Argument, key: Argument, value: Argument, mask: Argument, hea
     require(len(key.shape) == 3 and key.shape[:2] == query.shape[:2] and key.shape[2] % dim == 0
             and hidden % key.shape[2] == 0, name, "key", key.shape, f"({rows}, {tokens}, heads dividing the query's)")
     require_shape(name, "value", value.shape, key.shape)
+    require(mask.shape in ([2048, 2048], [rows, 1, tokens, tokens]), name, "attn_mask", mask.shape,
+            f"(2048, 2048), or ({rows}, 1, {tokens}, {tokens})")
     statistics = ([rows, heads.value, tokens, 8], ms.float32)
     return [statistics, statistics, ([1], query.dtype), (query.shape, query.dtype)]
 
 
-def _causal_grad(query: Argument, key: Argument, value: Argument, dy: Argument, top: Argument, total: Argument,
-                 y: Argument, heads: Argument, scale: Argument) -> Outputs:
+def _causal_grad(query: Argument, key: Argument, value: Argument, dy: Argument, mask: Argument, top: Argument,
+                 total: Argument, y: Argument, heads: Argument, scale: Argument) -> Outputs:
     _one_dtype("FlashAttentionScoreGrad", query=query, dy=dy, attention_in=y)
     return [(query.shape, query.dtype), (key.shape, key.dtype), (value.shape, value.dtype)]
 

@@ -65,13 +65,14 @@ def wrapper(name):
 
 
 def flags(optimise="-O3"):
-    """Compiler flags; without optimisation also without this machine's own instructions (compiles faster)."""
+    """Compiler flags; without optimisation also without this machine's own instructions (compiles faster). A value that
+    braces would cut is an error, as it is for the device's compiler."""
     native = [] if optimise == "-O0" else ["-march=native"]
     include = [f"-I{HERE / 'include'}", f"-I{ASCEND / 'common' / 'op_kernel'}",
                f"-I{ASCEND / 'common' / 'op_host'}", f"-I{ASCEND}"]
     include += [f"-I{ASCEND / name / 'op_kernel'}" for name in KERNELS]
     return ["-std=c++17", optimise, *native, "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall",
-            "-Wno-unused-parameter", *include]
+            "-Wno-unused-parameter", "-Werror=narrowing", *include]
 
 
 def compiler():
@@ -116,7 +117,7 @@ def sources():
     """Every file that the library depends on."""
     files = [Path(__file__)]
     for folder in (HERE, ASCEND):
-        files += [p for p in folder.rglob("*") if p.suffix in (".h", ".cpp")
+        files += [p for p in folder.rglob("*") if p.suffix in (".h", ".cpp") and "planted" not in p.parts
                   and ("op_host" not in p.parts or p.name.endswith("_tiling_core.h"))]
     return files
 

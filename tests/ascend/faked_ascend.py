@@ -3,8 +3,10 @@ build registers them. Nothing is compiled or launched for a device; graphs go as
 
     python faked_ascend.py FOLDER        # with op_api and op_impl of contract.write; prints one JSON object
 """
+import importlib
 import json
 import os
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -49,6 +51,9 @@ ops.Custom.__init__ = recorded
 import colora_ms  # noqa: E402, F401
 from colora_ms.kernels import ascend, backend, bound, registry  # noqa: E402
 
+for module in pkgutil.walk_packages(colora_ms.__path__, "colora_ms."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
 at_import = list(made)
 ms.set_context(mode=ms.GRAPH_MODE)
 bound_to = backend()
@@ -127,13 +132,26 @@ for name, spec in ascend.OPERATORS.items():
         cell = Call(name, attributes)
         cell.set_inputs(*given)
         found["dynamic"] += nodes(cell, given)
+    # A caller that forgets the attributes: what test_call_protocol.py must be able to see.
+    cell = Call(name, ())
+    cell.set_inputs(*given)
+    found["forgotten"] = nodes(cell, given)
     operators[name] = {**found, "types": list(ascend.primitive(name).get_attr_dict()["custom_inputs_type"]),
                        "outputs": len(spec["outputs"])}
 
+from colora_ms.adapters import LoraConfig, inject  # noqa: E402
 from colora_ms.models.config import DecoderConfig  # noqa: E402
 from colora_ms.models.decoder import Decoder  # noqa: E402
 
 decoder = Decoder(DecoderConfig("llama", 100, 64, 96, 2, 4, 2, 16, 128))
-print(json.dumps({"at_import": at_import, "at_binding": at_binding, "made": made, "backend": bound_to,
+ids = [ms.Tensor([[1, 2, 3, 4]], ms.int32), ms.Tensor([4], ms.int32), ms.Tensor([-1], ms.int32)]
+plain = nodes(decoder, ids)
+inject(decoder, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+adapted = nodes(decoder, ids)
+
+from faked_step import step_graphs  # noqa: E402
+
+print(json.dumps({"step": step_graphs(), "at_import": at_import, "at_binding": at_binding, "made": made,
+                  "backend": bound_to,
                   "faces": sorted(set(ascend._FACES) - set(vars(bound))), "operators": operators,
-                  "parameters": len(list(decoder.get_parameters())), "bound": registry.bind().backend}))
+                  "plain": plain, "adapted": adapted, "bound": registry.bind().backend}))

@@ -4,6 +4,7 @@ import numpy as np
 from emulated import BYTES, INOUT, INPUT, OUTPUT, ROUNDING, WORKSPACE, plan_multi_lora, to_dtype, to_float64
 
 CORES = 48
+CHIPS = (48, 40)  # vector cores of a 910B1, B2, 910_93 and of a 910B3, B4
 
 
 def slots_for(pattern, tokens, bank, rng):

@@ -37,17 +37,25 @@ def test_inputs_and_outputs_of_a_call_are_the_types_of_the_header(faked, name):
     assert len(entry["types"]) == inputs + attributes + entry["outputs"]
     for form in ("face", "dynamic"):
         assert entry[form] == [len(entry["types"]) - entry["outputs"]] * 3, form
+    # Without its attributes the call is seen to be short: the graph's front end alone does not refuse it.
+    assert entry["forgotten"] == [len(entry["types"]) - entry["outputs"] - attributes]
     kinds = {"bool": "bool", "int": "int64_t", "float": "double"}
     assert entry["types"][inputs:inputs + attributes] == [kinds[kind] for _, kind in
                                                           ascend.OPERATORS[name]["attributes"]]
 
 
 def test_import_constructs_nothing_and_binding_only_the_device_s(faked):
+    """Every module was imported; an ops.Custom for the CPU library cannot even be constructed on Ascend."""
     assert faked["at_import"] == []
     assert faked["backend"] == faked["bound"] == "ascend" and faked["faces"] == []
     assert sorted(faked["at_binding"]) == sorted(f"aclnn{name}" for name in ascend.OPERATORS)
-    # A Decoder was constructed after that, and the operators were called from graphs.
-    assert faked["parameters"] > 10 and faked["made"] == faked["at_binding"]
+    assert faked["made"] == faked["at_binding"]  # also after a Decoder was constructed and its graph compiled
+
+
+def test_the_graph_of_a_decoder(faked):
+    """Without adapters no custom operator of ours, with adapters one multi_lora for each adapted layer."""
+    types = faked["operators"]["MultiLora"]["types"]
+    assert faked["plain"] == [] and faked["adapted"] == [len(types) - 1] * 4
 
 
 def test_at_most_one_attribute_of_a_type():
@@ -86,3 +94,22 @@ def test_inference_takes_unknown_dimensions(name):
             given[i][axis] = -1
             assert all(a in (b, -1) for a, b in zip(flat(*given), want)), (i, axis)
     assert len(flat(*[[-1] * len(shape) for shape in known])) == len(want)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_the_graphs_of_a_device_step(faked, dtype):
+    """Four at most, with unknown dimensions: the real operators' own inference takes every call of them."""
+    found = faked["step"][dtype]
+    assert found["graphs"] == 4 and found["cache"] == [[2, 128, 2, 32], {"bfloat16": "BFloat16",
+                                                                        "float16": "Float16"}[dtype], "True"]
+    for phase, attention in (("prefill", "FlashAttentionScore"), ("increment", "PagedAttention")):
+        adapted, plain = found[phase]
+        for one in (adapted, plain):
+            counts = {name: one.get(name) for name in (attention, "ReshapeAndCache", "ApplyRotaryPosEmb", "AddRmsNorm",
+                                                       "RmsNorm", "Swiglu", "SplitWithSize", "MatMul")}
+            assert counts == {attention: 2, "ReshapeAndCache": 2, "ApplyRotaryPosEmb": 2, "AddRmsNorm": 4, "RmsNorm": 1,
+                              "Swiglu": 2, "SplitWithSize": 2, "MatMul": 9}
+            assert not {"Transpose", "StridedSlice", "Concat"} & set(one) and one["Cast"] == 1
+        assert plain["Custom"] == 1  # the choice of tokens
+        assert adapted["Custom"] == 1 + (8 if phase == "increment" else 0)
+        assert adapted.get("GroupedMatmulV4", 0) == (16 if phase == "prefill" else 0)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,6 +276,12 @@ def test_the_form_of_the_cache_is_the_devices(mindspore, monkeypatch):
 def test_models_that_have_no_device_step_say_why(mindspore):
     assert device_form.why_not(decoder()) == ""
     assert device_form.why_not(decoder(head_dim=8)) == ""
+    other = SimpleNamespace(config=dataclasses.make_dataclass("C", [("cap", float, 0.0)], bases=(DecoderConfig,),
+                                                              frozen=True)(**vars(decoder().config)), model=None)
+    object.__setattr__(other.config, "cap", 30.0)
+    assert device_form.why_not(other) == "cap=30.0, which the device step does not compute"
+    object.__setattr__(other.config, "model_type", "gemma")
+    assert device_form.why_not(other).startswith("model_type 'gemma'; the device step has the layers of llama")
     assert "head_dim=512" in device_form.why_not(decoder(head_dim=512))
     assert "larger than the 128 * 128" in device_form.why_not(decoder(head_dim=160), 128)
     assert device_form.why_not(decoder("int8")) == ""
@@ -306,15 +313,37 @@ def test_the_cells_of_a_step_have_their_phases_and_settings(mindspore):
 # -- the whole path ----------------------------------------------------------------------------------------------------
 
 
+def process(*arguments):
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=600, env={
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 def test_the_rehearsal(emulator, tmp_path):
     """Mixed requests through the device's graph, in a process whose column is ``rehearsal``."""
     out = tmp_path / "measures.json"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "rehearse_ascend.py"), "--requests", "6", "--tokens", "4", "--dtype", "float16",
-         "--rows", "4", "--json", str(out)], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    process(SCRIPTS / "rehearse_ascend.py", "--requests", 8, "--tokens", 12, "--dtype", "float16", "--rows", 8,
+            "--blocks", 9, "--json", out)
     found = {one["name"]: one["value"] for one in json.loads(out.read_text())["measures"]}
-    assert found["rehearsal_equal"] == 1 and found["rehearsal_decided"] > 0.5 and found["rehearsal_preemptions"] > 0
+    assert found["rehearsal_equal"] == 1 and found["rehearsal_decided_float16"] > 0.5
+    assert found["rehearsal_preemptions_float16"] > 0
     assert found["launches_per_layer"] <= 15 and found["launches_outside_layers"] <= 10
     assert found["copied_bytes_step"] == 0 and found["bytes_over_minimum_step"] <= 1.05
+
+
+@pytest.mark.slow
+def test_lily_in_a_rehearsal(emulator):
+    found = json.loads(process(ROOT / "tests" / "ascend" / "lily_step.py").splitlines()[-1])
+    assert found["cache"] == "DeviceCache" and found["rows"] == 6 and found["effect"] > 0.05 * found["largest"]
+    assert found["worst"] < 16 * 2.0 ** -11 * found["largest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, block", [("bfloat16", 128), ("float16", 16)])
+def test_the_rehearsal_of_a_small_real_model(emulator, shared, tmp_path, dtype, block):
+    out = tmp_path / "measures.json"
+    process(SCRIPTS / "rehearse_ascend.py", "--model", shared / "data" / "stories260k", "--requests", 8, "--tokens", 12,
+            "--dtype", dtype, "--block", block, "--json", out)
+    found = {one["name"]: one["value"] for one in json.loads(out.read_text())["measures"]}
+    assert found["rehearsal_equal"] == 1 and found[f"rehearsal_decided_{dtype}"] > 0.2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emulated import INOUT, INPUT, OUTPUT, WORKSPACE, plan_lora
-from lora_cases import CORES, LoraCase, launch_lora
+from lora_cases import CHIPS, LoraCase, launch_lora
 
 RANKS = (1, 3, 8, 16, 24, 32, 64, 128, 256)
 HIDDEN = (64, 576, 1000, 4096, 11008)
@@ -28,12 +28,13 @@ def pick(patterns, *key):
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_matrix(emulator, rank):
-    """rank x hidden x tokens x dtype; the slot pattern and the place of the result rotate over the cases."""
+    """rank x hidden x tokens x dtype; the slot pattern, the place of the result and the chip's cores rotate over the
+    cases."""
     for hidden, tokens, dtype in itertools.product(HIDDEN, TOKENS, DTYPES):
         pattern = pick(PATTERNS, rank, hidden, tokens, dtype)
         in_place = pick((True, False), "place", rank, hidden, tokens, dtype)
         case = LoraCase(tokens, hidden, rank, hidden, dtype, pattern, seed=1)
-        run(emulator, case, in_place=in_place, counters=False)
+        run(emulator, case, in_place=in_place, counters=False, cores=pick(CHIPS, "cores", rank, hidden, tokens, dtype))
 
 
 @pytest.mark.slow
@@ -135,10 +136,10 @@ def test_coefficients_of_any_size(emulator, size):
                          [(1, 4096, 16, 4096), (7, 1000, 3, 64), (70, 576, 24, 100), (2, 64, 256, 576),
                                                        (0, 64, 8, 64)])
 def test_shrink_then_expand(emulator, dtype, tokens, hidden, rank, width):
-    case = LoraCase(tokens, hidden, rank, width, dtype)
-    tiling, workspace = plan_lora(tokens, hidden, rank, width, dtype, slots=case.bank)
+    case, cores = LoraCase(tokens, hidden, rank, width, dtype), pick(CHIPS, tokens, hidden, dtype)
+    tiling, workspace = plan_lora(tokens, hidden, rank, width, dtype, cores, slots=case.bank)
     h = np.full((tokens, rank), np.nan, np.float32)
-    report = emulator.launch(f"lora_shrink_{dtype}", CORES, [
+    report = emulator.launch(f"lora_shrink_{dtype}", cores, [
         (case.x, INPUT), (case.down, INPUT), (case.scale, INPUT), (case.slots, INPUT), (h, OUTPUT),
         (workspace, WORKSPACE), (tiling, INPUT)])
     assert report["findings"] == []
@@ -148,7 +149,7 @@ def test_shrink_then_expand(emulator, dtype, tokens, hidden, rank, width):
     assert (np.abs(h - want) <= size * 2.0 ** -23 * (4 + np.log2(hidden + 1))).all()
 
     y = case.y.copy()
-    report = emulator.launch(f"lora_expand_{dtype}", CORES, [
+    report = emulator.launch(f"lora_expand_{dtype}", cores, [
         (h, INPUT), (case.up, INPUT), (case.slots, INPUT), (y, INOUT), (y, INOUT),
         (workspace, WORKSPACE), (tiling, INPUT)])
     assert report["findings"] == []

@@ -345,19 +345,26 @@ class Weighted(nn.Cell):
         return (self.attend(query, key, value, mask).astype(ms.float32) * self.weights).sum()
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
-def test_attention_for_training_and_its_gradients(random, dtype):
+def test_attention_for_training_and_its_gradients(random, dtype, packed):
+    """A row of nine tokens, or sequences of four and five in it."""
     query, key, value = (tensor(random.normal(size=(2, 9, n * 16)), dtype) for n in (4, 2, 2))
     weights = random.normal(size=(2, 9, 64)).astype(np.float32)
 
+    cuts = [0, 4, 9] if packed else [0, 9]
+    segment = np.searchsorted(cuts, np.arange(9), side="right")
+    hidden = ~((segment[:, None] == segment) & np.tri(9, dtype=bool))
+    mask = Tensor(np.stack([hidden[None]] * 2).astype(np.uint8)) if packed else bound.builtin_causal_mask
+
     def attend(q, k, v):
-        return np.stack([attended(q[r].reshape(9, 4, 16), k[r].reshape(9, 2, 16), v[r].reshape(9, 2, 16), 0.25)
-                         for r in range(2)]).reshape(2, 9, 64)
+        return np.stack([np.concatenate([attended(*(one[r, a:b].reshape(b - a, -1, 16) for one in (q, k, v)), 0.25)
+                                         for a, b in zip(cuts, cuts[1:])]) for r in range(2)]).reshape(2, 9, 64)
 
     given = [back(one) for one in (query, key, value)]
-    close(Causal()(query, key, value, bound.builtin_causal_mask), attend(*given), dtype)
+    close(Causal()(query, key, value, mask), attend(*given), dtype)
     loss = Weighted(Tensor(weights))
-    gradients = ms.grad(loss, grad_position=(0, 1, 2))(query, key, value, bound.builtin_causal_mask)
+    gradients = ms.grad(loss, grad_position=(0, 1, 2))(query, key, value, mask)
     rounded = back(tensor(weights, dtype))
     for place, gradient in enumerate(gradients):
         for _ in range(4):  # against differences of the float64 form, at a few places

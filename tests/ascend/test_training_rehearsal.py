@@ -70,13 +70,14 @@ def test_the_operators_that_have_gradients(name):
     assert ("Unsupported op" in str(said.value)) == GRADIENTS[name]
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory):
+@pytest.fixture(scope="module", params=["rows", "packed"])
+def steps(tmp_path_factory, request):
     found = {}
     for column in ("cpu", "rehearsal"):
         output = tmp_path_factory.mktemp("step") / f"{column}.npz"
-        done = subprocess.run([sys.executable, str(HERE / "training_step.py"), str(output)], capture_output=True,
-                              text=True, timeout=300, env={**os.environ, "COLORA_KERNELS": column, "GLOG_v": "3"})
+        done = subprocess.run([sys.executable, str(HERE / "training_step.py"), str(output), request.param],
+                              capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "COLORA_KERNELS": column, "GLOG_v": "3"})
         assert done.returncode == 0, done.stderr[-3000:]
         found[column] = dict(np.load(output))
         assert found[column]["backend"] == column

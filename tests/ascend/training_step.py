@@ -1,4 +1,5 @@
-"""Updates of a tiny model in the column that COLORA_KERNELS names: python training_step.py OUTPUT.npz"""
+"""Updates of a tiny model in the column that COLORA_KERNELS names: python training_step.py OUTPUT.npz
+[packed]"""
 import sys
 
 import numpy as np
@@ -30,7 +31,8 @@ def main(output):
             one.set_data(Tensor((gain + random.normal(size=one.shape) * 0.15).astype(np.float32)))
     ids = random.integers(3, 61, (2, 12)).astype(np.int32)
     labels = np.where(np.arange(12) < np.array([[11], [7]]), np.roll(ids, -1, 1), -100).astype(np.int32)
-    batch = Batch(ids, labels, np.array([12, 8], np.int32))
+    packed = np.array([[5, 7, 0], [3, 2, 3]], np.int32) if sys.argv[2:] == ["packed"] else None
+    batch = Batch(ids, labels, np.array([12, 8], np.int32), packed)
     stepper = Stepper(decoder, OptimizerConfig(learning_rate=0.01, schedule="constant", warmup_ratio=0.0,
                                                max_grad_norm=None))
     losses, gradients = [], {}

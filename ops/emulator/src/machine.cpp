@@ -293,8 +293,8 @@ void sync_all(Where at) {
     Fiber& fiber = *launch->fibers[launch->current];
     ++core->count.syncs;
     if (machine->trace) trace_issue(PIPES);
-    if (machine->blocks < machine->cores) {
-        report("sync", at, "SyncAll of %d blocks on %d vector cores: it waits for every core of the chip and would hang",
+    if (machine->blocks != machine->cores) {
+        report("sync", at, "SyncAll of %d blocks on %d vector cores: it waits for every core of the chip once and would hang",
                machine->blocks, machine->cores);
     }
     fiber.sync_at = at;

@@ -83,6 +83,10 @@ void ReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src, const Local
     } while (left > 2);
     if (!src.usable(0, uint64_t(count) * sizeof(T), at) || !tmp.usable(0, scratch * sizeof(T), at) ||
         !dst.usable(0, (calIndex ? 2 : 1) * sizeof(T), at, sizeof(T))) return;
+    // The scratch may hold the result, but not the source.
+    if (tmp.address < src.address + count * sizeof(T) && src.address < tmp.address + scratch * sizeof(T)) {
+        emulator::report("overlap", at, "the scratch of ReduceMax lies over its source");
+    }
     emulator::read_ub(emulator::V, src.address, uint32_t(count * sizeof(T)), at);
     emulator::write_ub(emulator::V, tmp.address, uint32_t(scratch * sizeof(T)), at);
     emulator::write_ub(emulator::V, dst.address, (calIndex ? 2 : 1) * sizeof(T), at);

@@ -128,8 +128,7 @@ class LocalTensor {
         emulator::issue(emulator::S);
         if (!usable(uint64_t(index) * sizeof(T), sizeof(T), at, sizeof(T))) return;
         emulator::write_ub(emulator::S, address + index * sizeof(T), sizeof(T), at);
-        const T converted = value;  // implicitly, as an assignment on the device
-        data()[index] = converted;
+        data()[index] = static_cast<T>(value);
     }
 };
 

@@ -1,53 +1,6 @@
-// Small kernels with one planted bug each, on the line marked BUG, and a few without any. Arguments: input and output of
-// 4096 floats, a workspace of 4096 floats, tiling. What surrounds the bug is correct.
-#include "kernel_operator.h"
-
-#define KERNEL(name) \
-    extern "C" __global__ __aicore__ void name(GM_ADDR in, GM_ADDR out, GM_ADDR workspace, GM_ADDR tiling)
-
-using namespace AscendC;
-
-namespace {
-
-struct Setup {
-    TPipe pipe;
-    TQue<QuePosition::VECIN, 1> in;
-    TQue<QuePosition::VECOUT, 1> out;
-    TBuf<QuePosition::VECCALC> buffer, other;
-    GlobalTensor<float> x, y, w;
-    Setup(GM_ADDR a, GM_ADDR b, GM_ADDR c, int number = 1) {
-        x.SetGlobalBuffer(reinterpret_cast<float*>(a), 4096);
-        y.SetGlobalBuffer(reinterpret_cast<float*>(b), 4096);
-        w.SetGlobalBuffer(reinterpret_cast<float*>(c), 4096);
-        pipe.InitBuffer(in, number, 4096);
-        pipe.InitBuffer(out, number, 4096);
-        pipe.InitBuffer(buffer, 8192);
-        pipe.InitBuffer(other, 8192);
-    }
-    LocalTensor<float> load(uint32_t at = 0) {
-        LocalTensor<float> t = in.AllocTensor<float>();
-        DataCopy(t, x[at], 1024);
-        in.EnQue(t);
-        return in.DeQue<float>();
-    }
-    // Writes t + 1 at block's own place and frees t.
-    void store(LocalTensor<float> t) {
-        LocalTensor<float> o = out.AllocTensor<float>();
-        Adds(o, t, 1.0f, 1024);
-        in.FreeTensor(t);
-        out.EnQue(o);
-        o = out.DeQue<float>();
-        DataCopy(y[uint64_t(GetBlockIdx()) * 1024], o, 1024);
-        out.FreeTensor(o);
-    }
-};
-template <HardEvent e>
-void order() {
-    SetFlag<e>(0);
-    WaitFlag<e>(0);
-}
-
-}  // namespace
+// Small kernels with one planted bug each, on the line marked BUG: hazards, flags, barriers, several cores; and kernels
+// without any. What surrounds the bug is correct. The table is ops/emulator/planted_table.py.
+#include "small.h"
 
 // ---- without a bug ------------------------------------------------------------------------------------------------
 KERNEL(clean_copy) {
@@ -135,171 +88,6 @@ KERNEL(clean_nibbles) {
     Muls(t, wide, 1.0f, 1024);
     PipeBarrier<PIPE_V>();
     s.store(t);
-}
-
-// ---- capacity, alignment, ranges, bounds ----------------------------------------------------------------------------
-KERNEL(capacity) {
-    Setup s(in, out, workspace);
-    TBuf<QuePosition::VECCALC> large;
-    s.pipe.InitBuffer(large, 170000);  // BUG
-}
-KERNEL(misaligned) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Muls(t[3], t[3], 2.0f, 8);  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(cut_copy) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.in.AllocTensor<float>();
-    DataCopy(t, s.x, 13);  // BUG
-    s.in.EnQue(t);
-    t = s.in.DeQue<float>();
-    s.in.FreeTensor(t);
-}
-KERNEL(repeat_256) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Add(t, t, t, 64, 256, {1, 1, 1, 0, 0, 0});  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(mask_65) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Add(t, t, t, 65, 1, {1, 1, 1, 8, 8, 8});  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(negative_count) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Add(t, t, t, -1);  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(block_count) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.in.AllocTensor<float>();
-    DataCopyPad(t, s.x, DataCopyExtParams(4096, 0, 0, 0, 0), DataCopyPadExtParams<float>());  // BUG
-    s.in.EnQue(t);
-    t = s.in.DeQue<float>();
-    s.in.FreeTensor(t);
-}
-KERNEL(compare_tail) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    CompareScalar(s.buffer.Get<uint8_t>(), t, 1.0f, CMPMODE::GE, 100);  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(odd_nibbles) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Cast(s.buffer.Get<half>(), t.ReinterpretCast<uint8_t>().ReinterpretCast<int4b_t>(), RoundMode::CAST_NONE, 33);  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(nibble_rounding) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Cast(s.buffer.Get<half>(), t.ReinterpretCast<int4b_t>(), RoundMode::CAST_RINT, 64);  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(nibbles_past_buffer) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Cast(s.buffer.Get<half>(), t.ReinterpretCast<int4b_t>()[8128], RoundMode::CAST_NONE, 130);  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(nibbles_in_place) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Cast(t.ReinterpretCast<half>(), t.ReinterpretCast<int4b_t>(), RoundMode::CAST_NONE, 64);  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(one_block_written) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Add(s.buffer.Get<float>(), t, t, 64, 1, {0, 1, 1, 8, 8, 8});  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(rounding_mode) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    Cast(s.buffer.Get<bfloat16_t>(), t, RoundMode::CAST_NONE, 64);  // BUG
-    s.in.FreeTensor(t);
-}
-KERNEL(past_buffer) {
-    Setup s(in, out, workspace);
-    Duplicate(s.buffer.Get<float>()[1024], 0.0f, 1025);  // BUG
-}
-KERNEL(past_tensor) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.in.AllocTensor<float>();
-    DataCopy(t, s.x[4000], 128);  // BUG
-    s.in.EnQue(t);
-    t = s.in.DeQue<float>();
-    s.in.FreeTensor(t);
-}
-KERNEL(past_argument) {
-    Setup s(in, out, workspace);
-    s.x.SetGlobalBuffer(reinterpret_cast<float*>(in));
-    LocalTensor<float> t = s.in.AllocTensor<float>();
-    DataCopy(t, s.x[4000], 128);  // BUG
-    s.in.EnQue(t);
-    t = s.in.DeQue<float>();
-    s.in.FreeTensor(t);
-}
-KERNEL(write_input) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load(), o = s.out.AllocTensor<float>();
-    Adds(o, t, 1.0f, 1024);
-    s.in.FreeTensor(t);
-    s.out.EnQue(o);
-    o = s.out.DeQue<float>();
-    DataCopy(s.x[GetBlockIdx() * 1024], o, 1024);  // BUG
-    s.out.FreeTensor(o);
-}
-KERNEL(never_written) {
-    Setup s(in, out, workspace);
-    Muls(s.other.Get<float>(), s.buffer.Get<float>(), 1.0f, 64);  // BUG
-}
-KERNEL(workspace_unwritten) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.in.AllocTensor<float>();
-    DataCopy(t, s.w, 64);  // BUG
-    s.in.EnQue(t);
-    t = s.in.DeQue<float>();
-    s.in.FreeTensor(t);
-}
-
-// ---- queues ---------------------------------------------------------------------------------------------------------
-KERNEL(no_enqueue) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.in.AllocTensor<float>();  // BUG
-    DataCopy(t, s.x, 64);
-    Muls(s.buffer.Get<float>(), t, 1.0f, 64);  // BUG
-}
-KERNEL(no_free) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.in.AllocTensor<float>();  // BUG
-    DataCopy(t, s.x, 64);
-    s.in.EnQue(t);
-    s.in.DeQue<float>();
-}
-KERNEL(free_twice) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    s.in.FreeTensor(t);
-    s.in.FreeTensor(t);  // BUG
-}
-KERNEL(use_after_free) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    s.in.FreeTensor(t);
-    Muls(s.buffer.Get<float>(), t, 1.0f, 64);  // BUG
-}
-KERNEL(alloc_twice) {
-    Setup s(in, out, workspace);
-    LocalTensor<float> t = s.load();
-    s.in.AllocTensor<float>();  // BUG
-    s.in.FreeTensor(t);
 }
 
 // ---- hazards ----------------------------------------------------------------------------------------------------------
@@ -409,7 +197,7 @@ static void give(Setup& s, GlobalTensor<float> target) {
 }
 KERNEL(race_write_read) {
     Setup s(in, out, workspace);
-    s.w.SetGlobalBuffer(reinterpret_cast<float*>(out) + 1024, 1024);
+    s.w.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(out) + 1024, 1024);
     LocalTensor<float> a = s.buffer.Get<float>();
     Duplicate(a, 1.0f, 32);
     order<HardEvent::V_MTE3>();
@@ -453,4 +241,10 @@ KERNEL(stale_scalar) {
 }
 KERNEL(sync_missing_block) {
     if (GetBlockIdx() != 2) SyncAll();  // BUG
+}
+KERNEL(sync_of_some_cores) {
+    SyncAll();  // BUG
+}
+KERNEL(sync_in_turns) {
+    SyncAll();  // BUG
 }
