@@ -248,10 +248,11 @@ class MultiLora {
         expand_.Plan(chunks_, (width_ + unitOut_ - 1) / unitOut_, cores_);
     }
     // Chunks of n tokens of one adapter that `cores` cores share. With k chunks a core reads k / cores of the weights and
-    // n cores / k^2 rows of sums: the sum is least where k^3 is about n cores^2 over the ratio of the two sizes.
+    // n cores / k^2 rows of sums: one chunk more is worth it while k (k + 1/2) (k + 1) is below n cores^2 over the ratio of
+    // the two sizes.
     __aicore__ inline uint32_t Parts(uint32_t n, uint32_t cores) const {
         uint32_t parts = (n + most_ - 1) / most_;
-        while (parts < n && static_cast<uint64_t>(balance_) * (parts + 1) * (parts + 1) * (parts + 1) <= static_cast<uint64_t>(n) * cores * cores) ++parts;
+        while (parts < n && static_cast<uint64_t>(balance_) * parts * (parts + 1) * (2 * parts + 1) <= static_cast<uint64_t>(2) * n * cores * cores) ++parts;
         return parts;
     }
     __aicore__ inline void Sort() {
