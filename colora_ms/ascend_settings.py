@@ -130,8 +130,8 @@ def require_team() -> None:
 
     if not GlobalComm.INITED:
         raise ConfigError("this process is a worker of msrun and has not joined its job: call "
-                          "colora_ms.distributed.start() (or mindspore.communication.init()) before the first model or "
-                          "adapter is made; custom operators compile into a folder of their rank")
+                          "colora_ms.distributed.workers.start() (or mindspore.communication.init()) before the first "
+                          "model or adapter is made; custom operators compile into a folder of their rank")
 
 
 def boost(inference: bool) -> None:

@@ -72,6 +72,15 @@ def test_version_of_a_toolkit(tmp_path, file, text, version):
     assert ascend_package.cann_version(tmp_path / "none") is None
 
 
+def test_the_page_shows_what_is_read():
+    page = (ROOT / "ops" / "ascend" / "README.md").read_text(encoding="utf-8")
+    for fit in ascend_facts.VERSIONS:
+        assert f"| {' | '.join(fit)} |" in page
+    for variable in ascend_facts.ENVIRONMENT:
+        assert f"| `{variable.name}` | `{variable.value}` | {variable.why} |" in page
+    assert all(chip in page for chip in ascend_facts.CHIPS) and "Not yet run on an NPU" in page
+
+
 # ---- environment and context ---------------------------------------------------------------------------------------
 ASK = FAKED + """
 import os
