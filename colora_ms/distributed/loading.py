@@ -14,7 +14,7 @@ from colora_ms.adapters.inject import load_adapters
 from colora_ms.distributed.adapter_files import shard_adapter
 from colora_ms.distributed.cells import join_parts
 from colora_ms.distributed.shares import Shares, local_config
-from colora_ms.distributed.workers import Workers
+from colora_ms.distributed.workers import Workers, current
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.files import PathLike
 from colora_ms.models.checkpoint import open_checkpoint, resolve_model
@@ -69,6 +69,8 @@ def shard_decoder(config: DecoderConfig, weights: Mapping[str, np.ndarray], team
         prepare(decoder)
     if team.world > 1:
         join_parts(decoder)
+        if current() is team:
+            team.wait()  # nobody begins to compile while another one still loads: a collective waits for a time only
     return decoder, handle
 
 

@@ -115,7 +115,7 @@ class Trainer:
         self.folder = Path(config.output)
         if rank == 0:
             checkpoints.check_writable(self.folder)
-        runtime.configure()
+        runtime.configure(inference=False)
         self.config, self.save_adapter = config, save_adapter
         self.callbacks, self.rank, self.world = list(callbacks), rank, world
         self.data_report = data_report
