@@ -8,6 +8,7 @@ changes what the user has set; what was taken is printed once and asked back fro
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple, Optional
 from colora_ms import ascend_package
 from colora_ms.ascend_facts import ENVIRONMENT, unit_of
 from colora_ms.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 #: "54GB": the most that MindSpore's memory pool may take of the device. Not set: all that is free, as MindSpore does.
 MEMORY = "COLORA_NPU_MEMORY"
@@ -82,8 +85,8 @@ def device_in_use() -> bool:
 def apply(cache: Optional[Path] = None) -> tuple[Setting, ...]:
     """Set what MindSpore must know before the first graph; once a process, later calls return the same.
 
-    jit_level O0 and infer_boost on (PagedAttention exists with no other), strict syntax, the memory limit of
-    ``COLORA_NPU_MEMORY``, and a folder for the callbacks that MindSpore compiles for every custom operator.
+    jit_level O0, the memory limit of ``COLORA_NPU_MEMORY``, and a folder for the callbacks that MindSpore compiles for
+    every custom operator. The rest waits for :func:`boost`: what the process is for is not known yet.
 
     Args:
         cache: folder in which the folder of the callbacks is made; None: the system's temporary folder.
@@ -127,21 +130,35 @@ def require_team() -> None:
 
     if not GlobalComm.INITED:
         raise ConfigError("this process is a worker of msrun and has not joined its job: call "
-                          "colora_ms.distributed.start() (or mindspore.communication.init()) before the first model or "
-                          "adapter is made; custom operators compile into a folder of their rank")
+                          "colora_ms.distributed.workers.start() (or mindspore.communication.init()) before the first "
+                          "model or adapter is made; custom operators compile into a folder of their rank")
 
 
-def require_paged_attention() -> None:
-    """Refuse to decode where PagedAttention has no kernel.
+def boost(inference: bool) -> None:
+    """Prepare MindSpore for graphs of this package: strict syntax; ``infer_boost`` on to decode, since PagedAttention
+    has a kernel with it only, or off to train, since its kernels are those of inference.
+
+    Graphs of others (mindformers' trainer with an adapter in it) keep the settings that they came with.
+
+    Args:
+        inference: whether the graphs to come decode.
 
     Raises:
-        ConfigError: jit_level is not O0 or infer_boost not on.
+        ConfigError: jit_level is not O0, with which there is no infer_boost.
     """
-    level, boost = _context("jit_level"), _context("infer_boost")
-    if level != "O0" or boost != "on":
-        raise ConfigError(f"jit_level is {level!r} and infer_boost {boost!r}: PagedAttention has a kernel with 'O0' "
-                          "and 'on' only; leave both to colora_ms, or call mindspore.set_context(jit_config="
-                          "{'jit_level': 'O0', 'infer_boost': 'on'}) before the first graph")
+    import mindspore as ms
+
+    if _SYNTAX.get(int(_context("jit_syntax_level"))) == "lax":  # MindSpore's default
+        ms.set_context(jit_syntax_level=ms.STRICT)
+    level, wanted = _context("jit_level"), "on" if inference else "off"
+    if _context("infer_boost") == wanted and (level == "O0" or not inference):
+        return
+    if level != "O0":
+        raise ConfigError(f"jit_level is {level!r}: PagedAttention has a kernel with 'O0' and infer_boost 'on' only; "
+                          "leave both to colora_ms, or call mindspore.set_context(jit_config={'jit_level': 'O0'}) "
+                          "before the first graph")
+    _set_graph(jit_level=level, infer_boost=wanted)
+    _log.info("infer_boost is %s, jit_syntax_level %s", wanted, _SYNTAX.get(int(_context("jit_syntax_level"))))
 
 
 def _context(name: str) -> Any:
@@ -149,6 +166,16 @@ def _context(name: str) -> Any:
     from mindspore._c_expression import ms_ctx_param
 
     return context._context().get_param(getattr(ms_ctx_param, name))  # get_context warns of its own end
+
+
+def _set_graph(**values: str) -> None:
+    import mindspore as ms
+
+    ms.set_context(jit_config=values)
+    for name, value in values.items():
+        if _context(name) != value:
+            raise ConfigError(f"MindSpore has {name} = {_context(name)!r} after {value!r} was set: this MindSpore is "
+                              "not one of the table of versions in ops/ascend/README.md")
 
 
 def _refuse_chip() -> None:
@@ -160,25 +187,10 @@ def _refuse_chip() -> None:
 
 
 def _graph_settings() -> list[Setting]:
-    import mindspore as ms
-
-    level, boost, syntax = _context("jit_level"), _context("infer_boost"), int(_context("jit_syntax_level"))
-    found = []
-    if level in ("", "O0"):
-        ms.set_context(jit_config={"jit_level": "O0", "infer_boost": "on"})
-        for name, value in (("jit_level", "O0"), ("infer_boost", "on")):
-            if _context(name) != value:
-                raise ConfigError(f"MindSpore has {name} = {_context(name)!r} after {value!r} was set: this MindSpore "
-                                  "is not one of the table of versions in ops/ascend/README.md")
-        found = [Setting("jit_level", "O0", "yours" if level else "ours"), Setting("infer_boost", "on", "ours")]
-    else:
-        found = [Setting("jit_level", level, "yours"), Setting("infer_boost", boost, "yours")]
-    if _SYNTAX.get(syntax) == "lax":  # MindSpore's default
-        ms.set_context(jit_syntax_level=ms.STRICT)
-        found.append(Setting("jit_syntax_level", _SYNTAX[int(_context("jit_syntax_level"))], "ours"))
-    else:
-        found.append(Setting("jit_syntax_level", _SYNTAX.get(syntax, str(syntax)), "yours"))
-    return found
+    level = _context("jit_level")
+    if level == "":  # not set; MindSpore would choose by the chip
+        _set_graph(jit_level="O0")
+    return [Setting("jit_level", _context("jit_level"), "yours" if level else "ours")]
 
 
 def _memory() -> list[Setting]:

@@ -35,24 +35,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colora_ms"
 
 
-def settle() -> None:
+def settle(inference: bool | None = None) -> None:
     """On Ascend: the settings of ``ascend_settings``, which must stand before the first tensor and before a job is
-    joined. Nothing on other devices."""
+    joined; with ``inference``, for graphs that decode or graphs that train. Nothing on other devices."""
     if ms.get_context("device_target") == "Ascend":
         ascend_settings.apply(cache_folder())
+        if inference is not None:
+            ascend_settings.boost(inference)
 
 
-def configure() -> None:
-    """Prepare MindSpore once a process: deep graphs may be parsed, compiled graphs are kept for the next start.
+def configure(inference: bool | None = None) -> None:
+    """Prepare MindSpore once a process: deep graphs may be parsed, compiled graphs are kept for the next start. With
+    ``inference``, also for graphs that decode or graphs that train (see :func:`settle`); that may change again.
 
     ``COLORA_COMPILE_CACHE=0`` switches the graph cache off. A MindSpore that it cannot work with is named in a logged
     warning, and graphs are compiled without it.
     """
     global _configured, _graphs
+    settle(inference)
     if _configured:
         return
     _configured = True
-    settle()
     bind()
     ms.set_recursion_limit(10000)
     if os.environ.get("COLORA_COMPILE_CACHE", "1") == "0":

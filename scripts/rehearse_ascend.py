@@ -174,8 +174,13 @@ def _count(measures: Dict[str, float]) -> bool:
         print("refused on the device:", refused)
     different = difference(size, two.launches)
     print(f"the list of launches is {'the graph, byte by byte' if not different else different}")
-    alone = SEVEN_B._replace(rows=1, asked=1, used=1, requests=1)
-    measures.update(bytes_over_minimum_step=max(over_minimum(SEVEN_B), over_minimum(alone)))
+    cases = [SEVEN_B._replace(used=used) for used in (1, 4, 8)]
+    cases.append(SEVEN_B._replace(rows=1, asked=1, used=1, requests=1))
+    ratios = [over_minimum(one) for one in cases]
+    for one, ratio in zip(cases, ratios):
+        print(f"7B shape, {one.rows} rows of {one.length} positions, {one.used} adapters in use: {ratio:.4f} of the "
+              "least bytes")
+    measures["bytes_over_minimum_step"] = max(ratios)
     return not different and not two.views_refused and two.copied_bytes() == 0
 
 

@@ -112,10 +112,18 @@ def _linear(size: Size, width: int, out: int, slices: int) -> List[Launch]:
 
 
 def over_minimum(size: Size) -> float:
-    """Bytes moved in a step / (weights + adapters in use + keys and values read)."""
+    """Bytes moved in a step / (weights + adapters in use + keys and values read); what multi_lora moves is counted by
+    the emulator."""
+    from pair_bytes import moved
+
     found = launches(size)
     least = sum(one.read for one in found if one.name not in ("Gather", "ReshapeAndCache"))
-    return sum(one.read + one.moved for one in found) / least
+    wide, narrow = size.heads * size.dim, size.kv_heads * size.dim
+    used = min(size.used, size.rows)
+    pairs = size.layers * sum(moved(size.rows, used, size.rank, *shape) for shape in (
+        (size.hidden, wide + 2 * narrow, 3), (wide, size.hidden, 1), (size.hidden, 2 * size.inner, 2),
+        (size.inner, size.hidden, 1))) if size.slots else 0
+    return (pairs + sum(one.read + one.moved for one in found if one.name != "MultiLora")) / least
 
 
 def difference(size: Size, graph: Sequence[Any]) -> str:

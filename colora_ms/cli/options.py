@@ -118,7 +118,10 @@ def generator(arguments: argparse.Namespace, team: Workers | None = None) -> tup
 
         decoder, tokenizer, handle = load_sharded(arguments.model, team, arguments.weights, adapters=adapters)
         return Generator(decoder, tokenizer, handle), "adapter" if folder else None
+    from colora_ms.distributed import workers
+
     made = Generator.from_pretrained(arguments.model, adapters=adapters, weight_format=arguments.weights)
+    workers.current().wait()  # nobody begins to compile while another one still loads
     return made, "adapter" if folder else None
 
 

@@ -170,7 +170,7 @@ class DeviceGraphs:
         cell.phase = phase  # behind set_train, which sets one, too
         cell.set_jit_config(JitConfig(jit_level="O0", infer_boost="on"))
         if backend() == "ascend":
-            ascend_settings.require_paged_attention()
+            ascend_settings.boost(True)
             vector = Tensor(shape=[None], dtype=ms.int32)
             groups = Tensor(shape=[1 + self.model.slots], dtype=ms.int64)
             fifth = Tensor(shape=[None, None], dtype=ms.int32) if phase == INCREMENT else groups

@@ -51,7 +51,7 @@ class Generator:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
                 raise DecodingError(f"{label}={shown(value)} is not a whole number of {least} to {_MOST}"
                                     + (" (a contrastive request takes two rows)" if label == "max_rows" else ""))
-        runtime.configure()
+        runtime.configure(inference=True)
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.adapters = adapters
@@ -83,6 +83,8 @@ class Generator:
         from colora_ms.adapters import load_adapters
         from colora_ms.adapters.vocabulary import tokenizer_for
         from colora_ms.models import load_model
+
+        runtime.configure(inference=True)  # before the model's tensors
 
         decoder, tokenizer = load_model(model, weight_format=weight_format)
         handle = load_adapters(decoder, adapters, adapter_format=adapter_format) if adapters else None

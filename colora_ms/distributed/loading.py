@@ -12,7 +12,7 @@ from colora_ms.adapters.inject import load_adapters
 from colora_ms.distributed.adapter_files import shard_adapter
 from colora_ms.distributed.cells import join_parts
 from colora_ms.distributed.shares import Shares, local_config
-from colora_ms.distributed.workers import Workers
+from colora_ms.distributed.workers import Workers, current
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.files import PathLike
 from colora_ms.models.builder import Weights
@@ -70,6 +70,8 @@ def shard_decoder(config: DecoderConfig, weights: Weights, team: Workers,
         prepare(decoder)
     if team.world > 1:
         join_parts(decoder, team)
+        if current() is team:
+            team.wait()  # nobody begins to compile while another one still loads: a collective waits for a time only
     return decoder, handle
 
 

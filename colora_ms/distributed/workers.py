@@ -133,6 +133,7 @@ def start() -> Workers:
         role = os.environ.get("MS_ROLE")
         if role not in ("MS_WORKER", "MS_SCHED"):
             return Workers()
+        import mindspore as ms
         from mindspore import communication
 
         from colora_ms.runtime import settle
@@ -142,6 +143,8 @@ def start() -> Workers:
         if role == "MS_SCHED":
             sys.exit(0)
         _team = Workers(communication.get_rank(), communication.get_group_size())
+        if ms.get_context("device_target") == "Ascend":
+            _team.wait()  # HCCL gives up on those who come late: nobody begins to compile while another one comes up
     return _team
 
 

@@ -65,8 +65,8 @@ class DeviceLayer(nn.Cell):
         self.out = PackedLinear(f"{name}.o_proj", (attention.o_proj,), dtype, inputs=query)
         self.gate_up = PackedLinear(f"{name}.gate_up", (mlp.gate_proj, mlp.up_proj), dtype)
         self.down = PackedLinear(f"{name}.down_proj", (mlp.down_proj,), dtype)
-        self.qk_norm = attention.qk_norm
-        if attention.qk_norm:
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
             self.q_norm = DeviceNorm(f"{name}.q_norm", attention.q_norm, dtype)
             self.k_norm = DeviceNorm(f"{name}.k_norm", attention.k_norm, dtype)
 

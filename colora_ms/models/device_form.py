@@ -7,6 +7,7 @@ the device likes. Elsewhere, and for models that have no such graph, it is that 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ BLOCKS = (16, 32, 64, 128)
 #: those of :mod:`colora_ms.models.device_quantized` stay integers.
 FLOATS = ("float32", "bfloat16")
 
+
+#: Families whose layers are those of Llama, and the fields of a config that the device step reads, or that mean nothing
+#: to it: whatever else a config may have must be at its default.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+          "tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "qk_norm", "bos_token_id",
+          "eos_token_ids", "pad_token_id", "torch_dtype")
 
 #: Largest rank of MultiLora, and rows of its down factor over all slices.
 MOST_RANK, MOST_ROWS = 256, 512
@@ -141,6 +150,11 @@ def why_not(decoder: Any, block: int = BLOCKS[-1]) -> str:
     """Why a decoder's steps cannot be a device step, "" if they can; block: positions of a block."""
     config, model = decoder.config, decoder.model
     dim = device_dim(config.head_dim)
+    if config.model_type not in FAMILIES:
+        return f"model_type {config.model_type!r}; the device step has the layers of {', '.join(FAMILIES)}"
+    for field in dataclasses.fields(config):
+        if field.name not in FIELDS and getattr(config, field.name) != field.default:
+            return f"{field.name}={getattr(config, field.name)!r}, which the device step does not compute"
     if config.head_dim % 2 or dim > 256:
         return f"head_dim={config.head_dim}; the device's rotation and attention take even ones up to 256"
     if dim != config.head_dim and config.qk_norm:
@@ -170,7 +184,7 @@ def why_not(decoder: Any, block: int = BLOCKS[-1]) -> str:
     others = [("embed_tokens", model.embed_tokens), ("norm", model.norm)]
     for i, layer in enumerate(model.layers):
         others += [(f"layer {i}'s norm", layer.input_layernorm), (f"layer {i}'s norm", layer.post_attention_layernorm)]
-        if layer.self_attn.qk_norm:
+        if config.qk_norm:
             others += [(f"layer {i}'s q_norm", layer.self_attn.q_norm), (f"layer {i}'s k_norm", layer.self_attn.k_norm)]
     for name, cell in others:
         if not cell.fusible:

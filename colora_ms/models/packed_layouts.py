@@ -110,7 +110,7 @@ def compressed(packed: np.ndarray, scale: np.ndarray, zero: Optional[np.ndarray]
     """
     out, groups = scale.shape
     half = 2 ** (bits - 1)
-    if packed.dtype == np.int8:
+    if packed.dtype.itemsize == 1:
         q = (packed ^ -128).view(np.uint8)
     else:
         q = _fields(packed, bits).reshape(out, -1)[:, :columns]

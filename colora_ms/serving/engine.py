@@ -77,7 +77,7 @@ class Engine:
                 raise ConfigError(f"{label}={value!r} is not a whole number >= {least}")
         if bank is not None and bank.decoder is not decoder:
             raise ConfigError("the bank was made for another decoder than the engine's; make it with this one")
-        runtime.configure()
+        runtime.configure(inference=True)
         decoder.set_train(False)
         self.decoder = decoder
         self.tokenizer = tokenizer

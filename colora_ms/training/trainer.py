@@ -120,7 +120,7 @@ class Trainer:
         self.team, self.split, self.first = team, split, team.first and split.first
         if self.first:
             checkpoints.check_writable(self.folder)
-        runtime.configure()
+        runtime.configure(inference=False)
         self.config, self.save_adapter = config, save_adapter
         self.callbacks = list(callbacks)
         self.data_report = data_report

@@ -1,8 +1,7 @@
 """Type-check the device sources against the public headers themselves (mirror-cann/asc-devkit), without CANN.
 
-    git clone https://github.com/mirror-cann/asc-devkit && git -C asc-devkit checkout v8.5.0
     pip install libclang
-    python ops/emulator/public_headers.py asc-devkit [ANOTHER CHECKOUT ...]
+    python ops/emulator/public_headers.py CHECKOUT [ANOTHER CHECKOUT ...]     # of mirror-cann/asc-devkit, at a version
 
 Needs a host's C++ headers (g++). What only the device's compiler knows, its builtin functions and types, is made up
 here: the headers are parsed, what they miss is declared as a function that takes anything, and they are parsed again.

@@ -132,6 +132,10 @@ for name, spec in ascend.OPERATORS.items():
         cell = Call(name, attributes)
         cell.set_inputs(*given)
         found["dynamic"] += nodes(cell, given)
+    # A caller that forgets the attributes: what test_call_protocol.py must be able to see.
+    cell = Call(name, ())
+    cell.set_inputs(*given)
+    found["forgotten"] = nodes(cell, given)
     operators[name] = {**found, "types": list(ascend.primitive(name).get_attr_dict()["custom_inputs_type"]),
                        "outputs": len(spec["outputs"])}
 
@@ -144,6 +148,10 @@ ids = [ms.Tensor([[1, 2, 3, 4]], ms.int32), ms.Tensor([4], ms.int32), ms.Tensor(
 plain = nodes(decoder, ids)
 inject(decoder, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
 adapted = nodes(decoder, ids)
-print(json.dumps({"at_import": at_import, "at_binding": at_binding, "made": made, "backend": bound_to,
+
+from faked_step import step_graphs  # noqa: E402
+
+print(json.dumps({"step": step_graphs(), "at_import": at_import, "at_binding": at_binding, "made": made,
+                  "backend": bound_to,
                   "faces": sorted(set(ascend._FACES) - set(vars(bound))), "operators": operators,
                   "plain": plain, "adapted": adapted, "bound": registry.bind().backend}))

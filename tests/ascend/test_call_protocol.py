@@ -37,6 +37,8 @@ def test_inputs_and_outputs_of_a_call_are_the_types_of_the_header(faked, name):
     assert len(entry["types"]) == inputs + attributes + entry["outputs"]
     for form in ("face", "dynamic"):
         assert entry[form] == [len(entry["types"]) - entry["outputs"]] * 3, form
+    # Without its attributes the call is seen to be short: the graph's front end alone does not refuse it.
+    assert entry["forgotten"] == [len(entry["types"]) - entry["outputs"] - attributes]
     kinds = {"bool": "bool", "int": "int64_t", "float": "double"}
     assert entry["types"][inputs:inputs + attributes] == [kinds[kind] for _, kind in
                                                           ascend.OPERATORS[name]["attributes"]]
@@ -51,9 +53,8 @@ def test_import_constructs_nothing_and_binding_only_the_device_s(faked):
 
 
 def test_the_graph_of_a_decoder(faked):
-    """Without adapters no operator of ours, with adapters one multi_lora for each adapted layer, called right."""
-    types = faked["operators"]["MultiLora"]["types"]
-    assert faked["plain"] == [] and faked["adapted"] == [len(types) - 1] * 4
+    """Whole rows are computed by built-in products, which have gradients; what a step calls of ours stands below."""
+    assert faked["plain"] == [] and faked["adapted"] == []
 
 
 def test_at_most_one_attribute_of_a_type():
@@ -92,3 +93,24 @@ def test_inference_takes_unknown_dimensions(name):
             given[i][axis] = -1
             assert all(a in (b, -1) for a, b in zip(flat(*given), want)), (i, axis)
     assert len(flat(*[[-1] * len(shape) for shape in known])) == len(want)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_the_graphs_of_a_device_step(faked, dtype):
+    """Four at most, with unknown dimensions: the real operators' own inference takes every call of them."""
+    found = faked["step"][dtype]
+    assert found["graphs"] == 4 and found["cache"] == [[2, 128, 2, 32], {"bfloat16": "BFloat16",
+                                                                        "float16": "Float16"}[dtype], "True"]
+    for phase, attention in (("prefill", "FlashAttentionScore"), ("increment", "PagedAttention")):
+        adapted, plain = found[phase]
+        for one in (adapted, plain):
+            counts = {name: one.get(name) for name in (attention, "ReshapeAndCache", "ApplyRotaryPosEmb", "AddRmsNorm",
+                                                       "RmsNorm", "Swiglu", "SplitWithSize", "MatMul")}
+            assert counts == {attention: 2, "ReshapeAndCache": 2, "ApplyRotaryPosEmb": 2, "AddRmsNorm": 4, "RmsNorm": 1,
+                              "Swiglu": 2, "SplitWithSize": 2, "MatMul": 9}
+            assert not {"Transpose", "StridedSlice", "Concat"} & set(one) and one["Cast"] == 1
+        lora, choice = (len(faked["operators"][name]["types"]) - faked["operators"][name]["outputs"]
+                        for name in ("MultiLora", "ContrastiveSelect"))
+        assert plain["custom inputs"] == [choice]
+        assert adapted["custom inputs"] == sorted([choice] + ([lora] * 8 if phase == "increment" else []))
+        assert adapted.get("GroupedMatmulV4", 0) == (16 if phase == "prefill" else 0)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,6 +276,12 @@ def test_the_form_of_the_cache_is_the_devices(mindspore, monkeypatch):
 def test_models_that_have_no_device_step_say_why(mindspore):
     assert device_form.why_not(decoder()) == ""
     assert device_form.why_not(decoder(head_dim=8)) == ""
+    other = SimpleNamespace(config=dataclasses.make_dataclass("C", [("cap", float, 0.0)], bases=(DecoderConfig,),
+                                                              frozen=True)(**vars(decoder().config)), model=None)
+    object.__setattr__(other.config, "cap", 30.0)
+    assert device_form.why_not(other) == "cap=30.0, which the device step does not compute"
+    object.__setattr__(other.config, "model_type", "gemma")
+    assert device_form.why_not(other).startswith("model_type 'gemma'; the device step has the layers of llama")
     assert "head_dim=512" in device_form.why_not(decoder(head_dim=512))
     assert "larger than the 128 * 128" in device_form.why_not(decoder(head_dim=160), 128)
     assert device_form.why_not(decoder("int8")) == ""

@@ -72,16 +72,30 @@ def test_version_of_a_toolkit(tmp_path, file, text, version):
     assert ascend_package.cann_version(tmp_path / "none") is None
 
 
+def test_the_page_shows_what_is_read():
+    page = (ROOT / "ops" / "ascend" / "README.md").read_text(encoding="utf-8")
+    for fit in ascend_facts.VERSIONS:
+        assert f"| {' | '.join(fit)} |" in page
+    for variable in ascend_facts.ENVIRONMENT:
+        assert f"| `{variable.name}` | `{variable.value}` | {variable.why} |" in page
+    assert all(chip in page for chip in ascend_facts.CHIPS) and "Not yet run on an NPU" in page
+
+
 # ---- environment and context ---------------------------------------------------------------------------------------
 ASK = FAKED + """
 import os
 import colora_ms
 from colora_ms.kernels import registry
 registry.bind()
+from colora_ms import ascend_settings
 from mindspore import context
 from mindspore._c_expression import RuntimeConf, ms_ctx_param
 get = lambda name: context._context().get_param(getattr(ms_ctx_param, name))
-print(get("jit_level"), get("infer_boost"), get("jit_syntax_level"), RuntimeConf.get_instance().is_memory_configured())
+boosts = [get("infer_boost")]
+for inference in (True, False, True):
+    ascend_settings.boost(inference)
+    boosts.append(get("infer_boost"))
+print(get("jit_level"), *boosts, get("jit_syntax_level"), RuntimeConf.get_instance().is_memory_configured())
 print(os.environ.get("MS_ALLOC_CONF"), os.environ.get("HCCL_EXEC_TIMEOUT"), os.environ.get("HCCL_CONNECT_TIMEOUT"))
 """
 
@@ -90,9 +104,9 @@ def test_what_is_set_is_asked_back_and_printed(tmp_path):
     out, err = run(ASK, ASCEND_HOME_PATH=str(tmp_path), HCCL_EXEC_TIMEOUT="99", COLORA_NPU_MEMORY="5GB",
                    COLORA_KERNELS="reference")
     # 1800, although MindSpore, which was imported first, has written 600; 99 is the user's.
-    assert {"O0 on 0 True", "enable_vmm:true 99 1800"} <= set(out.splitlines())
-    for line in ("HCCL_EXEC_TIMEOUT = 99 (yours)", "MS_ENABLE_LCCL = off (ours)", "infer_boost = on (ours)",
-                 "jit_syntax_level = strict (ours)", "memory = 5GB (yours)"):
+    assert {"O0 off on off on 0 True", "enable_vmm:true 99 1800"} <= set(out.splitlines())
+    for line in ("HCCL_EXEC_TIMEOUT = 99 (yours)", "MS_ENABLE_LCCL = off (ours)", "jit_level = O0 (ours)",
+                 "memory = 5GB (yours)"):
         assert line in err, err
 
 
@@ -101,14 +115,16 @@ def test_the_users_graph_settings_stay_and_decoding_refuses_them(tmp_path):
 import colora_ms
 ms.set_context(jit_config={"jit_level": "O1"}, jit_syntax_level=1)
 from colora_ms import ascend_settings
-print([one for one in ascend_settings.apply() if one.name in ("jit_level", "jit_syntax_level")])
+print([one for one in ascend_settings.apply() if one.name == "jit_level"])
+ascend_settings.boost(False)
+print("syntax", ascend_settings._context("jit_syntax_level"))
 try:
-    ascend_settings.require_paged_attention()
+    ascend_settings.boost(True)
 except ValueError as error:
     print(error)
 """
     out, err = run(program, ASCEND_HOME_PATH=str(tmp_path), COLORA_QUIET="1")
-    assert "value='O1', origin='yours'" in out and "value='compatible', origin='yours'" in out
+    assert "value='O1', origin='yours'" in out and "syntax 1" in out
     assert "jit_level is 'O1'" in out and err == ""
 
 
@@ -132,8 +148,7 @@ REFUSED = [
     ("MS_COMPILER_CACHE_PATH", "/tmp/a b", "", "has a blank"),
     ("COLORA_NPU_MEMORY", "5GB", "device_in_use = lambda: True", "comes too late"),
     ("X", "", "_refuse_chip = lambda: unit_of('ascend310p')", "'ascend310p' is not supported"),
-    ("X", "", "_context = lambda name: 2 if 'syntax' in name else 'off' if name == 'infer_boost' else 'O0'",
-     "infer_boost = 'off' after 'on' was set"),
+    ("X", "", "_context = lambda name: ''", "jit_level = '' after 'O0' was set"),
     ("MS_ROLE", "MS_WORKER", "", "has not joined its job")]
 
 

@@ -25,6 +25,52 @@ constexpr uint32_t kSpread = 256;        // coefficients of a slice that are spr
 constexpr uint32_t kOthersBytes = 4096;  // of a row that is copied
 constexpr uint32_t kMostSlices = 8;
 constexpr uint32_t kMostSums = 2;        // partial sums of one coefficient that stretches of columns take in turn
+constexpr uint32_t kChains = 4;          // sums that ranks take in turn, so that few of them wait for each other
+constexpr uint32_t kSmallTile = 256;     // columns of up that are widened while the cores meet, times the scale
+
+// Which cores work on which chunk of tokens. Few chunks: each core on one of them. Many: cores may begin in one chunk and
+// end in another, so that all are equally busy.
+struct Shares {
+    uint32_t first[kGroups], count[kGroups];
+    uint32_t units = 1;
+    bool many = false;
+    Split split;
+
+    // A unit costs about five tokens' work for its weights, and one for each token.
+    __aicore__ inline void Plan(const Groups& chunks, uint32_t unitCount, uint32_t cores) {
+        units = unitCount;
+        many = chunks.count * 3 > cores;
+        if (many) split.Plan(chunks, unitCount, cores, 5, 1);
+        uint32_t left = cores, weights = 5 * chunks.count + chunks.tokens;
+        for (uint32_t g = 0; g < chunks.count && !many; ++g) {
+            const uint32_t weight = 5 + chunks.size[g], others = chunks.count - 1 - g;
+            uint32_t n = (left * weight + weights / 2) / weights;
+            if (n < 1) n = 1;
+            if (n + others > left) n = left - others;
+            first[g] = cores - left;
+            count[g] = n;
+            left -= n;
+            weights -= weight;
+        }
+    }
+    __aicore__ inline uint32_t Pieces(uint32_t g) const { return many ? split.Pieces(g) : count[g] < units ? count[g] : units; }
+    __aicore__ inline uint32_t Piece(uint32_t g, uint32_t core, uint32_t from) const {
+        return many ? split.Piece(g, core, from) : core - first[g];
+    }
+    // A core's units of a chunk, from == to for none.
+    __aicore__ inline uint32_t From(uint32_t g, uint32_t core) const {
+        if (many) return split.UnitAt(g, split.Boundary(core));
+        return core < first[g] ? units : Bound(g, core - first[g]);
+    }
+    __aicore__ inline uint32_t To(uint32_t g, uint32_t core) const {
+        if (many) return split.UnitAt(g, split.Boundary(core + 1));
+        return core < first[g] || core >= first[g] + count[g] ? units : Bound(g, core - first[g] + 1);
+    }
+    __aicore__ inline uint32_t Bound(uint32_t g, uint32_t piece) const {
+        const uint32_t pieces = Pieces(g);
+        return piece >= pieces ? units : units * piece / pieces;
+    }
+};
 
 template <typename T>
 class MultiLora {
@@ -129,8 +175,12 @@ class MultiLora {
             if (from >= to) continue;
             const uint32_t end = BlockEnd(g, from, to), columns = Smaller(end - from, Tile(rank_));
             LoadUp(g, from, columns);
-            TakeUp(g, from, columns);
-            ahead_ = true;
+            loaded_ = true;
+            small_ = to - from <= kSmallTile;
+            scale_ = scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + SliceOf(from));
+            aheadColumns_ = columns;
+            if (small_) TakeUp(columns);
+            ahead_ = small_;
             return;
         }
     }
@@ -138,12 +188,22 @@ class MultiLora {
         for (uint32_t g = 0; g < chunks_.count; ++g) {
             const uint32_t from = From(expand_, g) * unitOut_, to = Smaller(To(expand_, g) * unitOut_, width_);
             if (from >= to) continue;
+            small_ = to - from <= kSmallTile;
+            if (loaded_ && !ahead_) {  // while the pieces travel
+                TakeUp(aheadColumns_);
+                ahead_ = true;
+            }
             AddPieces(g, turn);
             uint32_t spread = kMostSlices;
             for (uint32_t c = from, end = 0; c < to; c = end) {
                 end = BlockEnd(g, c, to);
-                LoadRows(yGm_, g, c, end - c, width_, false);
-                if (spread != SliceOf(c)) Spread(g, spread = SliceOf(c));
+                // In place, others may be writing the rows between.
+                LoadRows(yGm_, g, c, end - c, width_, !inPlace_);
+                if (spread != SliceOf(c)) {
+                    spread = SliceOf(c);
+                    if (!loaded_) scale_ = scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + spread);
+                    Spread(g, spread);
+                }
                 ExpandBlock(g, c, end);
             }
         }
@@ -176,23 +236,23 @@ class MultiLora {
     __aicore__ inline uint32_t BlockEnd(uint32_t g, uint32_t from, uint32_t to) const {
         return Smaller(Smaller(to, ends_[SliceOf(from)]), from + Together(chunks_.size[g]));
     }
-    __aicore__ inline uint32_t From(const Split& split, uint32_t g) const { return split.UnitAt(g, split.Boundary(core_)); }
-    __aicore__ inline uint32_t To(const Split& split, uint32_t g) const { return split.UnitAt(g, split.Boundary(core_ + 1)); }
+    __aicore__ inline uint32_t From(const Shares& shares, uint32_t g) const { return shares.From(g, core_); }
+    __aicore__ inline uint32_t To(const Shares& shares, uint32_t g) const { return shares.To(g, core_); }
     __aicore__ inline uint64_t PieceAt(uint32_t g, uint32_t turn, uint32_t piece) const {
         return turn * half_ + (static_cast<uint64_t>(chunks_.first[g]) * cores_ + static_cast<uint64_t>(piece) * chunks_.size[g]) * padded_;
     }
     __aicore__ inline void Divide() {
         if (chunks_.tokens == 0) return;
-        // A unit's weights cost about as much as the work of five tokens on them. No rank here: an adapter that is filled
-        // up with zeros gives the bits that it has alone.
-        shrink_.Plan(chunks_, (hidden_ + unitIn_ - 1) / unitIn_, cores_, 5, 1);
-        expand_.Plan(chunks_, (width_ + unitOut_ - 1) / unitOut_, cores_, 5, 1);
+        // No rank here: an adapter that is filled up with zeros gives the bits that it has alone.
+        shrink_.Plan(chunks_, (hidden_ + unitIn_ - 1) / unitIn_, cores_);
+        expand_.Plan(chunks_, (width_ + unitOut_ - 1) / unitOut_, cores_);
     }
     // Chunks of n tokens of one adapter that `cores` cores share. With k chunks a core reads k / cores of the weights and
-    // n cores / k^2 rows of sums: the sum is least where k^3 is about n cores^2 over the ratio of the two sizes.
+    // n cores / k^2 rows of sums: one chunk more is worth it while k (k + 1/2) (k + 1) is below n cores^2 over the ratio of
+    // the two sizes.
     __aicore__ inline uint32_t Parts(uint32_t n, uint32_t cores) const {
         uint32_t parts = (n + most_ - 1) / most_;
-        while (parts < n && static_cast<uint64_t>(balance_) * (parts + 1) * (parts + 1) * (parts + 1) <= static_cast<uint64_t>(n) * cores * cores) ++parts;
+        while (parts < n && static_cast<uint64_t>(balance_) * parts * (parts + 1) * (2 * parts + 1) <= static_cast<uint64_t>(2) * n * cores * cores) ++parts;
         return parts;
     }
     __aicore__ inline void Sort() {
@@ -241,7 +301,7 @@ class MultiLora {
         return run;
     }
     // The rows of a chunk's tokens, columns [column, column + columns), Pitch(columns) apart. between: where the tokens lie
-    // irregularly and near each other, the rows between them come along (not those of y: others may be writing them).
+    // irregularly and near each other, the rows between them come along.
     __aicore__ inline void LoadRows(const GlobalTensor<T>& gm, uint32_t g, uint32_t column, uint32_t columns, uint32_t stride, bool between) {
         const uint32_t pitch = Pitch(columns), first = chunks_.first[g], n = chunks_.size[g];
         const uint32_t low = chunks_.order[first], all = chunks_.order[first + n - 1] - low + 1;
@@ -285,14 +345,17 @@ class MultiLora {
     GlobalTensor<float> scaleGm_, piecesGm_;
     GlobalTensor<int32_t> slotGm_, endGm_;
     Groups chunks_;
-    Split shrink_, expand_;
+    Shares shrink_, expand_;
     uint64_t used_ = 0, half_ = 0;
     uint32_t hidden_ = 0, rank_ = 0, slices_ = 1, width_ = 0, bank_ = 0, cores_ = 1, core_ = 0, unitIn_ = 16, unitOut_ = 16;
     uint32_t balance_ = 1, most_ = 1, rank8_ = 8, padded_ = 8, from_ = 0, count_ = 0;
+    uint32_t aheadColumns_ = 0;
     uint32_t ends_[kMostSlices];
     LocalTensor<T> upTile_;
     LocalTensor<float> up_;
-    bool inPlace_ = true, early_ = false, ahead_ = false, spaced_ = false;
+    float scale_ = 1.0f;
+    // ahead_: a tile of up is ready; loaded_: it travels; small_: the scale is in up and not in the coefficients.
+    bool inPlace_ = true, early_ = false, ahead_ = false, loaded_ = false, small_ = false, spaced_ = false;
 };
 
 }  // namespace colora

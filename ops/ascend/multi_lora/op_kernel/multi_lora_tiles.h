@@ -28,7 +28,7 @@
         LocalTensor<float> acc = acc_.template Get<float>(), eighths = eighths_.template Get<float>();
         const uint32_t all = tokens * rows, stretches = (pitch + 63) / 64;
         uint32_t sums = 1;
-        while (sums * 2 <= kMostSums && all * sums * 2 <= kAccRows && sums * 2 <= stretches) sums *= 2;
+        while (sums * 2 <= kMostSums && all * sums * 2 <= kAccRows && sums * 4 <= stretches) sums *= 2;
         for (uint32_t s = 0; s < stretches; ++s) {
             if (s % sums == 0) PipeBarrier<PIPE_V>();
             for (uint32_t t = 0; t < tokens; ++t) {
@@ -57,21 +57,21 @@
         for (uint32_t t = 0; t < n; t += together) {
             const uint32_t tokens = Smaller(together, n - t);
             for (uint32_t row = 0; row < padded_; row += rows) {
-                if (t || row || add) ClearAcc();
+                if (t || row || add) ClearAcc(Smaller(kAccRows, kMostSums * tokens * rows));
                 Products(sums[t * padded_ + row], w, x, g, t, tokens, row, Smaller(rows, padded_ - row), pitch, xPitch, add);
             }
         }
     }
-    __aicore__ inline void ClearAcc() {
+    __aicore__ inline void ClearAcc(uint32_t rows) {
         PipeBarrier<PIPE_V>();
-        Duplicate(acc_.template Get<float>(), 0.0f, static_cast<int32_t>(kAccRows * 64));
+        Duplicate(acc_.template Get<float>(), 0.0f, static_cast<int32_t>(rows * 64));
     }
 
     __aicore__ inline void ShrinkChunk(uint32_t g, uint32_t begin, uint32_t end, uint64_t piece) {
         const uint32_t n = chunks_.size[g], rows = slices_ * rank_, most = Tile(rows), together = Together(n);
         const uint64_t bank = static_cast<uint64_t>(chunks_.slot[g]) * rows * hidden_;
         LocalTensor<float> sums = outQueue_.template AllocTensor<float>();
-        ClearAcc();
+        ClearAcc(kAccRows);
         for (uint32_t b = begin; b < end; b += together) {
             const uint32_t width = Smaller(together, end - b), xPitch = Pitch(width);
             if (!early_) LoadRows(xGm_, g, b, width, hidden_, true);
@@ -144,6 +144,13 @@
         LocalTensor<float> sums = sums_.template Get<float>(), spread = spread_.template Get<float>();
         const uint32_t n = chunks_.size[g];
         PipeBarrier<PIPE_V>();
+        if (!small_) {
+            for (uint32_t t = 0; t < (slices_ == 1 ? 1 : n); ++t) {
+                const LocalTensor<float> part = sums[t * padded_ + slice * rank8_];
+                Muls(part, part, scale_, static_cast<int32_t>((slices_ == 1 ? n : 1) * rank8_));
+            }
+            PipeBarrier<PIPE_V>();
+        }
         for (uint32_t t = 0; t < (slices_ == 1 ? 1 : n); ++t) {
             const uint32_t repeats = (slices_ == 1 ? n : 1) * rank8_ / 8;
             Brcb(spread[t * rank8_ * 8], sums[t * padded_ + slice * rank8_], static_cast<uint8_t>(repeats), BrcbRepeatParams{1, 8});
@@ -157,11 +164,9 @@
         if (n > 1) TakeY(sum, g, pitch);
         for (uint32_t c = begin; c < end; c += most) {
             const uint32_t columns = Smaller(most, end - c), upPitch = Pitch(columns);
-            if (!ahead_) {
-                LoadUp(g, c, columns);
-                TakeUp(g, c, columns);
-            }
-            ahead_ = false;
+            if (!loaded_) LoadUp(g, c, columns);
+            if (!ahead_) TakeUp(columns);
+            loaded_ = ahead_ = false;
             PipeBarrier<PIPE_V>();
             if (n == 1) {
                 AddRanks(acc, up_, spread, upPitch);
@@ -169,10 +174,7 @@
                 PipeBarrier<PIPE_V>();
                 Add(sum[c - begin], sum[c - begin], acc, static_cast<int32_t>(upPitch));
             } else {
-                for (uint32_t j = 0; j < rank_; ++j) {
-                    PipeBarrier<PIPE_V>();
-                    AddRank(sum[c - begin], up_[j * upPitch], spread[j * 8], n, upPitch, pitch);
-                }
+                AddChains(sum[c - begin], acc, spread, n, upPitch, pitch);
             }
             if constexpr (kFloat) weightQueue_.FreeTensor(upTile_);
         }
@@ -183,9 +185,8 @@
         outQueue_.EnQue(out);
         StoreRows(g, begin, end - begin);
     }
-    // The tile of up that was loaded, in float32, times the scale.
-    __aicore__ inline void TakeUp(uint32_t g, uint32_t column, uint32_t columns) {
-        const float scale = scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + SliceOf(column));
+    // The tile of up that was loaded, in float32, if it is small times the scale.
+    __aicore__ inline void TakeUp(uint32_t columns) {
         const int32_t values = static_cast<int32_t>(rank_ * Pitch(columns));
         upTile_ = weightQueue_.template DeQue<T>();
         PipeBarrier<PIPE_V>();
@@ -197,14 +198,36 @@
             weightQueue_.FreeTensor(upTile_);
             PipeBarrier<PIPE_V>();
         }
-        Muls(up_, up_, scale, values);
+        if (small_) Muls(up_, up_, scale_, values);
     }
-    // The rows of y in float32.
+    // The rows of y in float32, in the order of the tokens.
     __aicore__ inline void TakeY(const LocalTensor<float>& sum, uint32_t g, uint32_t pitch) {
         LocalTensor<T> rows = rowQueue_.template DeQue<T>();
         PipeBarrier<PIPE_V>();
-        Widen(sum, rows, chunks_.size[g] * pitch);
+        const uint32_t n = chunks_.size[g];
+        if (!spaced_) Widen(sum, rows, n * pitch);
+        for (uint32_t t = 0; spaced_ && t < n; ++t) Widen(sum[t * pitch], rows[RowOf(g, t) * pitch], pitch);
         rowQueue_.FreeTensor(rows);
+    }
+    // sum += the ranks' products, in chains of their own as far as acc has room: chains 1.. are rows of acc, columns apart.
+    __aicore__ inline void AddChains(const LocalTensor<float>& sum, const LocalTensor<float>& acc, const LocalTensor<float>& spread,
+                                     uint32_t n, uint32_t columns, uint32_t apart) {
+        uint32_t chains = kChains;
+        while ((chains - 1) * n * columns > kAccRows * 64) chains /= 2;
+        if (chains > 1) Duplicate(acc, 0.0f, static_cast<int32_t>((chains - 1) * n * columns));
+        for (uint32_t j = 0; j < rank_; ++j) {
+            if (j % chains == 0) PipeBarrier<PIPE_V>();
+            const uint32_t chain = j % chains;
+            if (chain) AddRank(acc[(chain - 1) * n * columns], up_[j * columns], spread[j * 8], n, columns, columns);
+            else AddRank(sum, up_[j * columns], spread[j * 8], n, columns, apart);
+        }
+        for (uint32_t left = chains - 1; left > 0; --left) {  // chain by chain: few values
+            PipeBarrier<PIPE_V>();
+            for (uint32_t c = 0; c < columns; c += 64) {
+                Add(sum[c], sum[c], acc[(left - 1) * n * columns + c], static_cast<uint64_t>(Smaller(64, columns - c)), static_cast<uint8_t>(n),
+                    BinaryRepeatParams{1, 1, 1, static_cast<uint8_t>(apart / 8), static_cast<uint8_t>(apart / 8), static_cast<uint8_t>(columns / 8)});
+            }
+        }
     }
     // sum[t] += coefficient[t] * row for all tokens; rows of sum lie `apart`.
     __aicore__ inline void AddRank(const LocalTensor<float>& sum, const LocalTensor<float>& row, const LocalTensor<float>& coefficient,
