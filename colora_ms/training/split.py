@@ -95,11 +95,13 @@ def split_model(checkpoint: Checkpoint, weight_format: str, team: Workers,
     if checkpoint.quantized is not None or checkpoint.low_rank:
         raise ConfigError(f"{checkpoint.path} has linears that are integers or factors, which cannot be split over "
                           "workers; leave distributed.tensor_parallel out, or train on the float model")
-    shapes = checkpoint.config.parameter_shapes()
-    whole = begin(Decoder(checkpoint.config, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}))
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in checkpoint.config.parameter_shapes().items()}
+    for array in zeros.values():
+        array.flags.writeable = False  # so that it is not copied: pages that nobody reads take no memory
+    whole = begin(Decoder(checkpoint.config, zeros))
     with tempfile.TemporaryDirectory(prefix="colora-whole-") as folder:
         whole.save(Path(folder) / "adapter", ADAPTER)
-        del whole
+        del whole, zeros
         decoder, handle = shard_decoder(checkpoint.config, checkpoint.stored, team, weight_format,
                                         adapters={ADAPTER: Path(folder) / "adapter"}, trainable=True)
     assert handle is not None

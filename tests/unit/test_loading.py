@@ -17,6 +17,7 @@ from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.unpack import unpack_rows
 from colora_ms.models import build_decoder, builder
 from colora_ms.models.checkpoint import open_checkpoint
+from colora_ms.models.decoder import Decoder
 from colora_ms.models.formats import FORMATS, stored_float
 from colora_ms.models.gguf_writer import write_gguf
 from colora_ms.models.hf_folder import write_hf_folder
@@ -77,6 +78,20 @@ def test_a_changed_weight_leaves_the_file_and_other_models_as_they_are(folder):
     assert weight.data_ptr() == place and float(weight.asnumpy()[0, 0]) == value + 1
     assert float(same.asnumpy()[0, 0]) == value
     assert hashlib.sha256(file.read_bytes()).hexdigest() == before
+
+
+def test_an_array_of_the_callers_is_copied_unless_nobody_can_write_into_it():
+    source = open_checkpoint(TINY)
+    weights = {name: np.array(source.tensors[name]) for name in source.tensors}
+    weights["lm_head.weight"].flags.writeable = False
+    decoder = Decoder(source.config, weights)
+    places = {one.name: one.data_ptr() for one in decoder.get_parameters()}
+    assert places["lm_head.weight"] == weights["lm_head.weight"].ctypes.data
+    assert places["model.embed_tokens.weight"] != weights["model.embed_tokens.weight"].ctypes.data
+    norm = decoder.model.norm.weight
+    before = norm.asnumpy().copy()
+    weights["model.norm.weight"][:] = 7
+    np.testing.assert_array_equal(norm.asnumpy(), before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "uint8", "int32"])
