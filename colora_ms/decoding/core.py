@@ -36,6 +36,10 @@ AHEAD = 128
 #: Tokens of a flat batch: as many as make the reading of the weights cheap, and as few as keep a call short.
 TOKENS = 256
 
+#: The same of a device step, whose graph begins prompts by an attention of their own: a whole prompt had better be in
+#: one call, because every token of a second piece reads what the first one left.
+DEVICE_TOKENS = 4096
+
 
 def cache_blocks(decoder: Any, cache_bytes: Optional[int], positions: int, dtype: Any) -> int:
     """Blocks of a cache.
@@ -111,8 +115,8 @@ class Core:
 
         ``graph``: of a former core; if it has these sizes, it goes on over the new cache and is not compiled again.
         """
-        tokens = max(TOKENS, rows + budget)
         form = cache_form(decoder)
+        tokens = max(DEVICE_TOKENS if form.on_device else TOKENS, rows + budget)
         if graph is None or (graph.tokens, graph.rows, graph.capacity) != (tokens, rows, chunk):
             graph = StepGraph(decoder, form.make(decoder.config, blocks, dtype), tokens, rows, rows, chunk)
         else:

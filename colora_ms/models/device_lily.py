@@ -33,13 +33,13 @@ class LilyPart(nn.Cell):
         name: of its Parameters; cell: the decoder's Cell; dtype: the compute type.
         put_in, put_out: put values on the last axis, of the model's inputs or of this linear's outputs, where the
             packed product has them.
-        slot_tensor: float values and name -> Tensor of the compute type; write: writes one slot of a Parameter.
+        slot_tensor: float values and name -> Tensor of the compute type; write, read: one slot of a Parameter.
     """
 
     def __init__(self, name: str, cell: nn.Cell, dtype: Any, put_in: Callable, put_out: Callable,
-                 slot_tensor: Callable, write: Callable) -> None:
+                 slot_tensor: Callable, write: Callable, read: Callable) -> None:
         super().__init__()
-        self._cell, self._values, self._write = [cell], (put_in, put_out, slot_tensor), write
+        self._cell, self._values, self._write, self._read = [cell], (put_in, put_out, slot_tensor), write, read
         self.slots = cell.down.shape[0]
         banks = zip(*(self._slot(slot) for slot in range(self.slots)))
         kinds = (("down", dtype), ("up", dtype), ("router", ms.float32), ("scale", ms.float32))
@@ -68,8 +68,7 @@ class LilyPart(nn.Cell):
     def _slot(self, slot: int) -> tuple[np.ndarray, ...]:
         """down (rank, in), up (experts, rank, all outputs), router (experts, rank), scale () of one slot, float32."""
         cell, (put_in, put_out, _) = self._cell[0], self._values
-        down, up, router, scale = (getattr(cell, name)[slot].astype(ms.float32).asnumpy()
-                                   for name in ("down", "up", "router", "scale"))
+        down, up, router, scale = (self._read(getattr(cell, name), slot) for name in ("down", "up", "router", "scale"))
         return put_in(down), put_out(up.transpose(1, 2, 0)), router, scale
 
     def _state(self) -> list[tuple[int, ...]]:

@@ -20,6 +20,7 @@ from colora_ms.kernels.operands import ADAPTER
 from colora_ms.models.changes import slot_versions, whole_version
 from colora_ms.models.device_lily import LilyPart, is_routed
 from colora_ms.models.device_quantized import INTEGERS, integer_tensors
+from colora_ms.models.safetensors_file import bfloat16_to_float32
 
 
 def device_tensor(values: np.ndarray, dtype: Any, name: str) -> Tensor:
@@ -210,7 +211,7 @@ class PackedLinear(nn.Cell):
             whole[..., start:self.ends_at[i]] = self._out(i, values, -1)
             return whole
 
-        return LilyPart(name, cell, self._dtype, self._in, put_out, device_tensor, write_slot)
+        return LilyPart(name, cell, self._dtype, self._in, put_out, device_tensor, write_slot, slot_of)
 
     def _put(self, pairs: list[dict[str, Tensor]], slot: int) -> None:
         """Write one slot of the banks, on the device."""
@@ -245,7 +246,7 @@ class PackedLinear(nn.Cell):
         starts = (0, *self.ends_at)
         for i, pair in enumerate(pairs):
             if pair:
-                values = {name: _slot_of(pair[name], slot) for name in ADAPTER}
+                values = {name: slot_of(pair[name], slot) for name in ADAPTER}
                 rank = len(values["down"])
                 down[i, :rank] = self._in(values["down"])
                 up[:rank, starts[i]:starts[i + 1]] = self._out(i, values["up"], 0).T
@@ -268,13 +269,13 @@ class PackedLinear(nn.Cell):
 
 def write_slot(parameter: Parameter, slot: int, value: Tensor) -> None:
     """Write one slot of a bank in place; value: (1, ...) of its dtype."""
-    whole = parameter.asnumpy()
-    if whole.ctypes.data == parameter.data_ptr():  # a CPU, which has no ScatterUpdate for bfloat16
-        whole[slot] = value.asnumpy()[0]
+    if ms.get_context("device_target") == "CPU":  # which has no ScatterUpdate for bfloat16; the memory is the host's
+        parameter.asnumpy()[slot] = value.asnumpy()[0]
     else:
         ops.scatter_update(parameter, Tensor(np.array([slot], np.int32)), value)
 
 
-def _slot_of(tensor: Tensor, slot: int) -> np.ndarray:
-    """One slot of a stacked tensor, float32."""
-    return tensor[slot].astype(ms.float32).asnumpy()
+def slot_of(tensor: Tensor, slot: int) -> np.ndarray:
+    """One slot of a stacked tensor, float32; read on the host, so that the whole of it is not brought to the device."""
+    whole = tensor.asnumpy()
+    return bfloat16_to_float32(whole.view(np.uint16)[slot]) if tensor.dtype == ms.bfloat16 else whole[slot]

@@ -201,7 +201,7 @@ STAND_IN(FlashAttentionScore, "FlashAttentionScore") {
     const std::vector<float> q = call.all(0), k = call.all(1), v = call.all(2);
     int64_t begin = 0;
     for (const int32_t n : *queries) {
-#pragma omp parallel for
+#pragma omp parallel for if (tokens * tokens * heads * dim > 1 << 20)
         for (int64_t t = 0; t < n; ++t) {
             std::vector<float> scores(size_t(t) + 1), y(size_t(heads * dim));
             for (int64_t h = 0; h < heads; ++h) {

@@ -101,7 +101,7 @@ STAND_IN(Swiglu, "Swiglu") {
 STAND_IN(MatMul, "MatMul") {
     const int64_t rows = call.dim(0, 0), in = call.dim(0, 1), out = call.dim(1, 0), block = 64;
     const std::vector<float> x = call.all(0);
-#pragma omp parallel for
+#pragma omp parallel for if (rows * in * out > 1 << 20)
     for (int64_t from = 0; from < out; from += block) {
         const int64_t width = std::min(block, out - from);
         std::vector<float> weight(size_t(width * in)), y(size_t(rows * width));

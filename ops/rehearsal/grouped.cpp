@@ -43,7 +43,7 @@ STAND_IN(WeightQuantBatchMatmul, "WeightQuantBatchMatmul") {
     const bool packed = call.dim(1, 1) * 2 == in;
     const std::vector<float> x = call.all(0), scale = call.all(2);
     const int8_t* stored = static_cast<const int8_t*>(call.data[1]);
-#pragma omp parallel for
+#pragma omp parallel for if (rows * in * out > 1 << 20)
     for (int64_t o = 0; o < out; ++o) {
         std::vector<float> weight(size_t(in), 0.f), y(size_t(rows), 0.f);
         for (int64_t i = 0; i < in; ++i) {

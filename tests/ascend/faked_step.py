@@ -16,13 +16,16 @@ from colora_ms.models.device_form import cache_form
 
 
 def operators_of(cell):
-    """{operator: times} of a Cell that is compiled for the inputs that it was set to."""
+    """{operator: times} of a Cell that is compiled for the inputs that it was set to, and how many inputs the nodes of
+    custom operators have."""
     phase = _cell_graph_executor.compile(cell, *cell.get_inputs(), phase=f"export.mindir.{id(cell)}", do_convert=False)
     model = ModelProto()
     model.ParseFromString(_cell_graph_executor._get_func_graph_proto(cell, phase[0], "mind_ir"))
     found = Counter(node.op_type.split("::")[-1].split(":")[0] for graph in (model.graph, *model.functions)
                     for node in graph.node)
-    return {name: count for name, count in found.items() if name[:1].isupper()}
+    inputs = [len(node.input) for graph in (model.graph, *model.functions) for node in graph.node
+              if node.op_type.startswith("REF::Custom")]
+    return {**{name: count for name, count in found.items() if name[:1].isupper()}, "custom inputs": sorted(inputs)}
 
 
 def step_graphs():
