@@ -177,7 +177,7 @@ class MultiLora {
             LoadUp(g, from, columns);
             loaded_ = true;
             small_ = to - from <= kSmallTile;
-            scale_ = scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + SliceOf(from));
+            scale_ = ScaleOf(g, SliceOf(from));
             aheadColumns_ = columns;
             if (small_) TakeUp(columns);
             ahead_ = small_;
@@ -201,7 +201,7 @@ class MultiLora {
                 LoadRows(yGm_, g, c, end - c, width_, !inPlace_);
                 if (spread != SliceOf(c)) {
                     spread = SliceOf(c);
-                    if (!loaded_) scale_ = scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + spread);
+                    if (!loaded_) scale_ = ScaleOf(g, spread);
                     Spread(g, spread);
                 }
                 ExpandBlock(g, c, end);
@@ -232,6 +232,9 @@ class MultiLora {
         while (i + 1 < slices_ && column >= ends_[i]) ++i;
         return i;
     }
+    __aicore__ inline float ScaleOf(uint32_t g, uint32_t slice) const {
+        return scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + slice);
+    }
     // How far of [from, to) one slice and the rows at a time reach.
     __aicore__ inline uint32_t BlockEnd(uint32_t g, uint32_t from, uint32_t to) const {
         return Smaller(Smaller(to, ends_[SliceOf(from)]), from + Together(chunks_.size[g]));
@@ -248,10 +251,11 @@ class MultiLora {
         expand_.Plan(chunks_, (width_ + unitOut_ - 1) / unitOut_, cores_);
     }
     // Chunks of n tokens of one adapter that `cores` cores share. With k chunks a core reads k / cores of the weights and
-    // n cores / k^2 rows of sums: the sum is least where k^3 is about n cores^2 over the ratio of the two sizes.
+    // n cores / k^2 rows of sums: one chunk more is worth it while k (k + 1/2) (k + 1) is below n cores^2 over the ratio of
+    // the two sizes.
     __aicore__ inline uint32_t Parts(uint32_t n, uint32_t cores) const {
         uint32_t parts = (n + most_ - 1) / most_;
-        while (parts < n && static_cast<uint64_t>(balance_) * (parts + 1) * (parts + 1) * (parts + 1) <= static_cast<uint64_t>(n) * cores * cores) ++parts;
+        while (parts < n && static_cast<uint64_t>(balance_) * parts * (parts + 1) * (2 * parts + 1) <= static_cast<uint64_t>(2) * n * cores * cores) ++parts;
         return parts;
     }
     __aicore__ inline void Sort() {
