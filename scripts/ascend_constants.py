@@ -60,6 +60,7 @@ MEMORY_TB_S = 1.6384  # [table] GM to L2, all cores together
 # -- built-in kernels, for prefill and for the int4 product
 CUBE_FLOP_CYCLE = 2 * 16 * 16 * 16  # of one core, float16 [table]: 16 x 32 bytes x 16 a cycle
 L2_TO_L1, L0C_TO_GM, L2_TO_UB = 221.0, 70.0, 137.0  # GB/s of one core [table]
-#: Microseconds of the smallest kernels in the package's measurements (tilesim/tests/st: add of 4 values 1.16 on a 910B4,
-#: cast 1.08 on a 910B1; MatMulV2 of (8, 2048) by (256, 2048) 4.34, less 0.64 for its bytes; GroupedMatmul 6.32 on a 910B1).
+#: Microseconds of the smallest kernels in the package's measurements (tilesim/tests/st: add of 4 values 1.16 on a
+#: 910B4, cast 1.08 on a 910B1; MatMulV2 of (8, 2048) by (256, 2048) 4.34, less 0.64 for its bytes; GroupedMatmul 6.32
+#: on a 910B1).
 VECTOR_HEAD_US, MATMUL_HEAD_US, GROUPED_HEAD_US = 1.1, 3.7, 6.3

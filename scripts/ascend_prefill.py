@@ -1,9 +1,9 @@
-"""What a low-rank pair of many tokens costs beside the product of the base weight, by the numbers of ascend_constants.py.
+"""What a low-rank pair of many tokens costs beside the base weight's product, by the numbers of ascend_constants.py.
 
-A kernel takes its head (what the smallest measured kernel of its kind takes) and then the longest of its arithmetic and its
-transfers. ``cached``: a tensor that an earlier kernel of the same linear has just read or written (x, y, the difference) is
-taken from the second-level cache of 192 MB at the cache's rate, as the table's own model does with its hit rate; without, all
-bytes come from memory.
+A kernel takes its head (what the smallest measured kernel of its kind takes) and then the longest of its arithmetic and
+its transfers. ``cached``: a tensor that an earlier kernel of the same linear has just read or written (x, y, the
+difference) is taken from the second-level cache of 192 MB at the cache's rate, as the table's own model does with its
+hit rate; without, all bytes come from memory.
 """
 from typing import Dict
 
@@ -12,7 +12,8 @@ import ascend_constants as constants
 SIZE = 2  # bytes of float16 and bfloat16
 
 
-def _cube(rows: int, inner: int, columns: int, cold: float, warm: float, out: float, head: float, cached: bool) -> float:
+def _cube(rows: int, inner: int, columns: int, cold: float, warm: float, out: float, head: float,
+          cached: bool) -> float:
     """Microseconds of a product: bytes from memory, from the cache if cached, and of the result."""
     cores = constants.CUBE_CORES
     flop = 2.0 * rows * max(inner, 16) * -(-columns // 16) * 16

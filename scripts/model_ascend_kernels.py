@@ -3,10 +3,10 @@
     python scripts/model_ascend_kernels.py [--json FILE] [--quick]
 
 Nothing here is a measurement: no NPU is involved. The emulator (ops/emulator) runs the device sources and records every
-core's instructions; ascend_costs.py turns them into cycles with the numbers of ascend_constants.py. "Public" is a model of
-the public kernels' published design (vllm-ascend's bgmv_shrink and bgmv_expand: one token on one core, two launches, weights
-read again for each token) under the same rules, no run of them. "Old" is today's kernel's predecessor under the same rules
-(ascend_baseline.json). --quick leaves the strict run over the test matrix and the planted bugs out.
+core's instructions; ascend_costs.py turns them into cycles with the numbers of ascend_constants.py. "Public" is a model
+of the public kernels' published design (vllm-ascend's bgmv_shrink and bgmv_expand: one token on one core, two launches,
+weights read again for each token) under the same rules, no run of them. "Old" is today's kernel's predecessor under the
+same rules (ascend_baseline.json). --quick leaves the strict run over the test matrix and the planted bugs out.
 """
 import argparse
 import importlib.util
@@ -15,10 +15,11 @@ import json
 import platform
 from pathlib import Path
 
+import numpy as np
+
 import ascend_constants as constants
 import ascend_costs as costs
 import ascend_prefill
-import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN, RANK = 4096, 16
@@ -53,7 +54,8 @@ class Shape:
 
     def __init__(self, tokens, hidden=HIDDEN, rank=RANK, dtype="float16", bank=1, slices=1):
         rng = np.random.default_rng(0)
-        self.tokens, self.hidden, self.rank, self.dtype, self.bank, self.slices = tokens, hidden, rank, dtype, bank, slices
+        self.tokens, self.hidden, self.rank, self.dtype = tokens, hidden, rank, dtype
+        self.bank, self.slices = bank, slices
 
         def normal(*shape):
             return driver.to_dtype(rng.standard_normal(shape, np.float32) * np.float32(0.1), dtype)
@@ -81,8 +83,8 @@ def run_lora(emulator, shape, slots, cores=48, kernel="multi_lora", trace=True):
     slots = np.ascontiguousarray(slots, np.int32)
     y, chosen = [(shape.y, INOUT), (shape.y, INOUT)], (slots, INPUT)
     if kernel == "multi_lora":
-        tiling, workspace = driver.plan_multi_lora(shape.tokens, shape.hidden, shape.rank, shape.hidden, shape.dtype, cores,
-                                                   shape.bank, shape.slices)
+        tiling, workspace = driver.plan_multi_lora(shape.tokens, shape.hidden, shape.rank, shape.hidden, shape.dtype,
+                                                   cores, shape.bank, shape.slices)
         arguments = [(shape.x, INPUT), (shape.down, INPUT), (shape.up, INPUT), (shape.scale, INPUT), chosen, y[0],
                      (shape.ends, INPUT), y[1]]
     else:
@@ -91,7 +93,8 @@ def run_lora(emulator, shape, slots, cores=48, kernel="multi_lora", trace=True):
         arguments = [(shape.x, INPUT), (shape.down, INPUT), (shape.scale[:, 0].copy(), INPUT), chosen, (shape.h, INOUT)]
         if kernel == "lora_expand":
             arguments = [(shape.h, INPUT), (shape.up, INPUT), chosen, *y]
-    return launch(emulator, f"{kernel}_{shape.dtype}", [*arguments, (workspace, WORKSPACE), (tiling, INPUT)], cores, trace)
+    arguments += [(workspace, WORKSPACE), (tiling, INPUT)]
+    return launch(emulator, f"{kernel}_{shape.dtype}", arguments, cores, trace)
 
 
 def run_mix(emulator, batch, experts=4, rank=RANK, width=HIDDEN, dtype="float16", cores=48, trace=True):
@@ -119,11 +122,10 @@ def run_select(emulator, requests, voices=2, vocab=151936, dtype="float16", core
 
 
 def public_design(tokens, cores):
-    """Cycles of the public kernels' design for tokens with an adapter (float16, one buffer in shrink, two in expand)."""
-    price = dict(zip(("Cast.f16.f32", "Cast.f32.f16", "Mul.f32", "Add.f32", "WholeReduceSum.f32", "BlockReduceSum.f32",
-                      "PairReduceSum.f32"), costs.vector_costs(
-        ["Cast.f16.f32", "Cast.f32.f16", "Mul.f32", "Add.f32", "WholeReduceSum.f32", "BlockReduceSum.f32",
-         "PairReduceSum.f32"])))
+    """Cycles of the public kernels' design for tokens with an adapter: float16, one buffer in shrink, two in expand."""
+    names = ("Cast.f16.f32", "Cast.f32.f16", "Mul.f32", "Add.f32", "WholeReduceSum.f32", "BlockReduceSum.f32",
+             "PairReduceSum.f32")
+    price = dict(zip(names, costs.vector_costs(names)))
 
     def vector(name, repeats):
         each, head, after = price[name]
@@ -143,8 +145,8 @@ def public_design(tokens, cores):
 
 
 def decode_patterns(batch):
-    """Slot tensors: one adapter for all, two in turn, two thirds of the rows on one of five, eight in turn, each its own,
-    and half of the rows without (expert and amateur rows)."""
+    """Slot tensors: one adapter for all, two in turn, two thirds of the rows on one of five, eight in turn, each its
+    own, and half of the rows without (expert and amateur rows)."""
     rows = np.arange(batch, dtype=np.int32)
     yield "one adapter", np.zeros(batch, np.int32)
     if batch > 1:
@@ -198,7 +200,8 @@ def print_others(emulator, measure):
                   f"{microseconds(price['cycles']):>6.2f}")
             if batch == batches[0]:
                 measure(f"{name}_cycles_{batch}", price["cycles"], "modelled cycles")
-    print("(contrastive_select: requests of two rows, a vocabulary of 151,936, float16; the others: hidden 4096, rank 16)")
+    print("(contrastive_select: requests of two rows, a vocabulary of 151,936, float16; the others: hidden 4096, rank "
+          "16)")
 
 
 def print_prefill(emulator, measure):
@@ -207,9 +210,10 @@ def print_prefill(emulator, measure):
     _, price = run_lora(emulator, Shape(64), np.zeros(64))
     vector = microseconds(price["cycles"]) * tokens / 64
     base = ascend_prefill.prices(tokens, HIDDEN, RANK, 4, True)["base"]
-    print(f"\nprefill, {tokens} tokens, hidden {HIDDEN}, rank {RANK}: base product {base:.1f} us; the pair, us (over the "
-          f"base)\n{'adapters':>8} {'tensors':>11} " + " ".join(f"{name:>30}" for name in list(
-              ascend_prefill.prices(tokens, HIDDEN, RANK, 4, True))[1:]) + f" {'multi_lora (vector)':>20}")
+    names = [name for name in ascend_prefill.prices(tokens, HIDDEN, RANK, 4, True) if name != "base"]
+    print(f"\nprefill, {tokens} tokens, hidden {HIDDEN}, rank {RANK}: base product {base:.1f} us; the pair, us (over "
+          f"the base)\n{'adapters':>8} {'tensors':>11} " + " ".join(f"{name:>30}" for name in names)
+          + f" {'multi_lora (vector)':>20}")
     for cached, slots in itertools.product((True, False), (1, 4, 8, 16, 32)):
         forms = ascend_prefill.prices(tokens, HIDDEN, RANK, slots, cached)
         base = forms.pop("base")
@@ -220,8 +224,8 @@ def print_prefill(emulator, measure):
             measure("prefill_lora_over_base" + ("" if cached else "_from_memory"), min(forms.values()) / base, "ratio")
     weight = HIDDEN * HIDDEN
     plain, packed = (size / (constants.MEMORY_TB_S * 1e6) for size in (2 * weight, weight / 2 + weight / 64))
-    print(f"a weight of {HIDDEN} x {HIDDEN} is read in {plain:.1f} us as float16, in {packed:.1f} us as int4 with scales "
-          "of 128")
+    print(f"a weight of {HIDDEN} x {HIDDEN} is read in {plain:.1f} us as float16, in {packed:.1f} us as int4 with "
+          "scales of 128")
 
 
 def strict_matrix(emulator):

@@ -174,7 +174,7 @@ EDITS.update({
     "no_barrier_between_ranks": ("no barrier between two ranks' sums", "multi_lora", "float16",
                                  r"if \(j % chains == 0\) PipeBarrier<PIPE_V>\(\);", "", {"RAW", "WAW"}),
     "no_barrier_before_spread": ("coefficients spread before they are summed", "multi_lora", "float16",
-                                 r"PipeBarrier<PIPE_V>\(\);(\s*if \(!small_\))", r"\1", {"RAW"}),
+                                 r"PipeBarrier<PIPE_V>\(\);(\s*if \(!small_\) \{)", r"\1", {"RAW"}),
     "down_past_end": ("the next adapter's rows of down", "multi_lora", "float16", r"downGm_, bank \+ c, rows",
                       "downGm_, bank + c + rank_ * hidden_, rows", {"gm_bounds", "wrong"}),
     "y_not_freed": ("rows of y that are never freed", "multi_lora", "float16", r"rowQueue_\.FreeTensor\(rows\);", "",
@@ -187,18 +187,18 @@ EDITS.update({
                            r"(apart \* stride - columns\) \* sizeof\(T\), 0, 0\),\s*DataCopyPadExtParams<T>\()true",
                            r"\1false", {"wrong", "uninitialised"}),
     "scale_of_the_slot_0": ("the first adapter's scale for all", "multi_lora", "bfloat16",
-                            r"scale_ = scaleGm_\.GetValue\([^;]*\);", "scale_ = scaleGm_.GetValue(0);", {"wrong"}),
+                            r"scaleGm_\.GetValue\([^;]*?slices_ \+ slice\)", "scaleGm_.GetValue(0)", {"wrong"}),
     # Slices of the outputs, ranks that differ.
     "slice_s_scale": ("the first slice's scale for all slices", "multi_lora", "float16",
-                      r"(scale_ = scaleGm_\.GetValue\([^;]*\* slices_) \+ [^;]*\);", r"\1);", {"wrong"}),
+                      r"\* slices_ \+ slice\)", "* slices_)", {"wrong"}),
     "slice_s_coefficients": ("the first slice's coefficients for all slices", "multi_lora", "float32",
-                             r"slice \* rank8_\]", "0]", {"wrong"}),
+                             r"(Brcb\([^;]*?)slice \* rank8_\]", r"\g<1>0]", {"wrong"}),
     "stride_of_the_padded_rank": ("rows a padded rank apart in a packed bank", "multi_lora", "float16",
                                   r"\(i \* filled \+ low - i \* step\)", "low", {"wrong", "gm_bounds"}),
     "last_slices_left_out": ("slices of the outputs that nobody computes", "multi_lora", "bfloat16",
                              r"expand_\.Plan\(chunks_, \(width_ \+", "expand_.Plan(chunks_, (ends_[0] +", {"wrong"}),
     "scale_squared": ("the scale applied twice to packed weights", "multi_lora", "bfloat16",
-                      r"(scale_ = scaleGm_\.GetValue\([^;]*\);)", r"{ \1 scale_ *= scale_; }", {"wrong"}),
+                      r"Muls\(up_, up_, scale_, values\)", "Muls(up_, up_, scale_ * scale_, values)", {"wrong"}),
     "packed_narrowed_with_none": ("bfloat16_t stored with mode none", "multi_lora", "bfloat16",
                                   r"Cast\(out, sum, RoundMode::CAST_RINT", "Cast(out, sum, RoundMode::CAST_NONE",
                                   {"range"}),
@@ -216,11 +216,9 @@ EDITS.update({
     "scratch_over_scores": ("scratch of a reduction over its source", "contrastive_select", "float16",
                             r"ReduceMax\(work, score, work\[64\]", "ReduceMax(work, score, score[64]", {"overlap"}),
 })
-# Edits that are made wherever they apply; the others once.
-EVERYWHERE = {"scale_of_the_slot_0", "slice_s_scale", "slice_s_coefficients", "scale_squared"}
 # Sizes of the launch of an edit, where the usual ones do not reach the bug.
 SIZES = {"table_too_small": {"tokens": 20, "experts": 4, "rank": 256, "width": 400},
-         "one_turn": {"tokens": 70}, "rows_between_of_y": {"tokens": 12}}
+         "one_turn": {"tokens": 70}, "rows_between_of_y": {"tokens": 60}}
 SIZES.update({name: {"ends": (24, 50, 120)} for name in ("slice_s_scale", "slice_s_coefficients",
                                                          "last_slices_left_out", "stride_of_the_padded_rank")})
 

@@ -1,5 +1,5 @@
-"""The cost model (scripts/ascend_costs.py): its simulation against counts by hand and a published measurement, and that the
-constants are all there is to a price."""
+"""The cost model (scripts/ascend_costs.py): its simulation against counts by hand and a published measurement; every
+instruction of the kernels has a price."""
 import sys
 
 import numpy as np

@@ -6,13 +6,13 @@
 namespace colora {
 
 template <typename T>
-__aicore__ inline void LoraPhases<T>::Expand(const Groups& groups, bool given, const GlobalTensor<float>& h) {
+__aicore__ inline void LoraPhases<T>::Expand(const Groups& groups, const GlobalTensor<float>& h) {
     expand_.Plan(groups, (width_ + unitOut_ - 1) / unitOut_, cores_, 8 * rank_, rank_ + 16);
     for (uint32_t g = 0; g < groups.count; ++g) {
         const uint32_t from = expand_.UnitAt(g, expand_.Boundary(core_));
         const uint32_t to = expand_.UnitAt(g, expand_.Boundary(core_ + 1));
         if (from >= to) continue;
-        ExpandSlice(groups, g, from * unitOut_, Smaller(to * unitOut_, width_), given, h);
+        ExpandSlice(groups, g, from * unitOut_, Smaller(to * unitOut_, width_), h);
     }
 }
 
@@ -33,18 +33,10 @@ __aicore__ inline void LoraPhases<T>::CopyThrough(uint32_t from, uint32_t n, con
 
 template <typename T>
 __aicore__ inline LocalTensor<float> LoraPhases<T>::LoadCoefficients(const Groups& groups, uint32_t g, uint32_t position, uint32_t n,
-                                                      bool given, const GlobalTensor<float>& h) {
+                                                      const GlobalTensor<float>& h) {
     LocalTensor<float> table = acc_.template Get<float>();
     Order<HardEvent::S_MTE2>();
     Order<HardEvent::V_MTE2>();
-    if (!given) {
-        const uint32_t bytes = rounded_ ? coefficients_ * 2 + 8 : padded_ * 4;
-        DataCopyPad(table, coefficientGm_[static_cast<uint64_t>(position) * coefficientRow_],
-                    DataCopyExtParams(static_cast<uint16_t>(n), bytes, coefficientRow_ * 4 - bytes, 0, 0),
-                    DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
-        Order<HardEvent::MTE2_S>();
-        return table;
-    }
     Order<HardEvent::S_V>();
     for (uint32_t i = 0; i < n; ++i) {
         LocalTensor<float> raw = inQueue_.template AllocTensor<float>();
@@ -60,8 +52,7 @@ __aicore__ inline LocalTensor<float> LoraPhases<T>::LoadCoefficients(const Group
 }
 
 template <typename T>
-__aicore__ inline void LoraPhases<T>::ExpandSlice(const Groups& groups, uint32_t g, uint32_t begin, uint32_t end, bool given,
-                                   const GlobalTensor<float>& h) {
+__aicore__ inline void LoraPhases<T>::ExpandSlice(const Groups& groups, uint32_t g, uint32_t begin, uint32_t end, const GlobalTensor<float>& h) {
     const uint32_t tileColumns = TileColumns(end - begin);
     const bool once = tileColumns == end - begin;
     const uint64_t bank = static_cast<uint64_t>(groups.slot[g]) * rank_ * width_;
@@ -69,7 +60,7 @@ __aicore__ inline void LoraPhases<T>::ExpandSlice(const Groups& groups, uint32_t
     LocalTensor<T> tile;
     for (uint32_t t = 0; t < groups.size[g]; t += most) {
         const uint32_t n = Smaller(most, groups.size[g] - t), position = groups.first[g] + t;
-        const LocalTensor<float> table = LoadCoefficients(groups, g, position, n, given, h);
+        const LocalTensor<float> table = LoadCoefficients(groups, g, position, n, h);
         for (uint32_t c = begin; c < end; c += tileColumns) {
             const uint32_t columns = Smaller(tileColumns, end - c), pitch = Pitch(columns);
             if (!once || t == 0) {

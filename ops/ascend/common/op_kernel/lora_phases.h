@@ -1,8 +1,9 @@
-// The three phases of y += scale[slot] * (x . down[slot]^T) . up[slot]^T on vector cores.
+// The phases of the two halves of y += scale[slot] * (x . down[slot]^T) . up[slot] on vector cores: lora_shrink has the
+// first two, lora_expand and lily_mix the last. (multi_lora has its own, with one meeting: multi_lora_phase.h.)
 //
 //   shrink   every core takes some hidden columns of some adapters and multiplies them with all tokens of the adapter;
 //            partial sums go to the workspace                                                           (SyncAll)
-//   reduce   every core takes some tokens: sum of the partial sums, times scale, rounded if asked       (SyncAll)
+//   reduce   every core takes some tokens: sum of the partial sums, times scale                         (SyncAll)
 //   expand   every core takes some output columns of some adapters and adds to y for all tokens of the adapter
 //
 // So a weight is read once per pass whatever the number of tokens, and one token still occupies all cores. Sums have a
@@ -58,10 +59,8 @@ class LoraPhases {
     static constexpr uint32_t kPerBlock = 32 / sizeof(T);
     static constexpr uint32_t kRowTile = kRowTileBytes / sizeof(T);
 
-    // tile: elements of a weight tile, 0 for as many as fit when these phases have the unified buffer for themselves. With
-    // a tile given, a widened tile exists for float too, rows_ has `rows` floats, and nothing is copied through.
     template <typename Tiling>
-    __aicore__ inline void Init(TPipe* pipe, const Tiling& t, GM_ADDR workspace, uint32_t tile = 0, uint32_t rows = kRowTile) {
+    __aicore__ inline void Init(TPipe* pipe, const Tiling& t, GM_ADDR workspace) {
         pipe_ = pipe;
         tokens_ = t.tokens;
         hidden_ = t.hidden;
@@ -82,21 +81,19 @@ class LoraPhases {
         tableRow_ = coefficientRow_;
         const uint64_t partials = static_cast<uint64_t>(window_) * cores_ * padded_;
         partialGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace), partials);
-        coefficientGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace) + partials,
-                                       static_cast<uint64_t>(window_) * coefficientRow_);
         // Two tiles that are loaded in turn; beyond rank 192 one larger tile, which keeps rows of 64 columns. float32
         // needs no widened copy and takes its room.
-        const uint8_t tiles = rank_ > 192 && tile == 0 ? 1 : 2;
-        weightTile_ = tile ? tile : rank_ > 192 ? 16384 : 12288;
+        const uint8_t tiles = rank_ > 192 ? 1 : 2;
+        weightTile_ = rank_ > 192 ? 16384 : 12288;
         pipe_->InitBuffer(weightQueue_, tiles, weightTile_ * sizeof(T));
-        if (!kFloat || tile) pipe_->InitBuffer(wideWeights_, weightTile_ * sizeof(float));
+        if (!kFloat) pipe_->InitBuffer(wideWeights_, weightTile_ * sizeof(float));
         pipe_->InitBuffer(inQueue_, 2, kRowTileBytes);
         pipe_->InitBuffer(outQueue_, 2, kRowTileBytes);
-        pipe_->InitBuffer(rows_, rows * sizeof(float));
+        pipe_->InitBuffer(rows_, kRowTile * sizeof(float));
         pipe_->InitBuffer(acc_, kAccBytes);
         pipe_->InitBuffer(small_, 3072);
         pipe_->InitBuffer(partialQueue_, 1, kPartialTileBytes);
-        if (tile == 0) pipe_->InitBuffer(copyQueue_, 1, kCopyBytes);
+        pipe_->InitBuffer(copyQueue_, 1, kCopyBytes);
     }
     __aicore__ inline void SetInput(GM_ADDR x, GM_ADDR down) {
         xGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(x), static_cast<uint64_t>(tokens_) * hidden_);
@@ -135,24 +132,6 @@ class LoraPhases {
         }
     }
 
-    // Sums the pieces of each token; `emit(token position, group, sums)` takes the `padded` float32 sums from there.
-    __aicore__ inline void Reduce(const Groups& groups) {
-        for (uint32_t i = core_; i < groups.tokens; i += cores_) {
-            const uint32_t g = groups.GroupOf(i);
-            LocalTensor<float> sum = SumPieces(i, shrink_.Pieces(g));
-            Muls(sum, sum, scaleGm_.GetValue(groups.slot[g]), static_cast<int32_t>(padded_));
-            PipeBarrier<PIPE_V>();
-            LocalTensor<float> row = partialQueue_.template AllocTensor<float>();
-            Pack(row, sum);
-            Order<HardEvent::S_MTE3>();
-            partialQueue_.EnQue(row);
-            row = partialQueue_.template DeQue<float>();
-            const uint32_t bytes = rounded_ ? coefficients_ * 2 + 8 : padded_ * 4;
-            DataCopyPad(coefficientGm_[static_cast<uint64_t>(i) * coefficientRow_], row, DataCopyExtParams(1, bytes, 0, 0, 0));
-            partialQueue_.FreeTensor(row);
-        }
-    }
-
     // Sums the pieces of each token, times scale, into h (tokens, rank): the shrink operator's own output.
     __aicore__ inline void ReduceInto(const Groups& groups, const GlobalTensor<float>& h) {
         for (uint32_t i = core_; i < groups.tokens; i += cores_) {
@@ -173,8 +152,8 @@ class LoraPhases {
         }
     }
 
-    // given: whether the coefficients are rows of h (float32, by token) and not of the workspace.
-    __aicore__ inline void Expand(const Groups& groups, bool given, const GlobalTensor<float>& h);
+    // h: the coefficients, rows by token.
+    __aicore__ inline void Expand(const Groups& groups, const GlobalTensor<float>& h);
 
     // When y and out are two tensors, what the expansion does not touch is copied: whole rows of tokens without an
     // adapter, and the columns beside the slice of the others.
@@ -387,10 +366,9 @@ class LoraPhases {
 
     // The coefficients of n tokens, to be read by the scalar unit from acc_ (unused in this phase).
     __aicore__ inline LocalTensor<float> LoadCoefficients(const Groups& groups, uint32_t g, uint32_t position, uint32_t n,
-                                                          bool given, const GlobalTensor<float>& h);
+                                                          const GlobalTensor<float>& h);
 
-    __aicore__ inline void ExpandSlice(const Groups& groups, uint32_t g, uint32_t begin, uint32_t end, bool given,
-                                       const GlobalTensor<float>& h);
+    __aicore__ inline void ExpandSlice(const Groups& groups, uint32_t g, uint32_t begin, uint32_t end, const GlobalTensor<float>& h);
     // y[i] += table[i] . (the weight tile), i < m; rows of y lie yPitch apart, rows of table tableRow_.
     __aicore__ inline void AddProducts(const LocalTensor<float>& y, const LocalTensor<T>& tile, const LocalTensor<float>& table,
                                        uint32_t m, uint32_t columns, uint32_t yPitch);
@@ -407,7 +385,7 @@ class LoraPhases {
     TQueBind<QuePosition::VECIN, QuePosition::VECOUT, 1> copyQueue_;
     TBuf<QuePosition::VECCALC> wideWeights_, rows_, acc_, small_;
     GlobalTensor<T> xGm_, downGm_, upGm_, yGm_, outGm_;
-    GlobalTensor<float> scaleGm_, partialGm_, coefficientGm_;
+    GlobalTensor<float> scaleGm_, partialGm_;
     LocalTensor<float> wide_;
     Split shrink_, expand_;
     uint32_t hidden_ = 0, width_ = 0, rowWidth_ = 0, offset_ = 0, unitIn_ = 16, unitOut_ = 16;

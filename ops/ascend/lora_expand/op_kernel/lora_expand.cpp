@@ -19,6 +19,6 @@ extern "C" __global__ __aicore__ void lora_expand(GM_ADDR h, GM_ADDR up, GM_ADDR
         const uint32_t n = colora::Smaller(lora.window_, lora.tokens_ - from);
         lora.Sort(groups, slotGm, from, n);
         lora.CopyThrough(from, n, colora::UsedBy(groups, from));
-        if (groups.tokens) lora.Expand(groups, true, hGm);
+        if (groups.tokens) lora.Expand(groups, hGm);
     }
 }

@@ -177,7 +177,7 @@ class MultiLora {
             LoadUp(g, from, columns);
             loaded_ = true;
             small_ = to - from <= kSmallTile;
-            scale_ = scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + SliceOf(from));
+            scale_ = ScaleOf(g, SliceOf(from));
             aheadColumns_ = columns;
             if (small_) TakeUp(columns);
             ahead_ = small_;
@@ -201,7 +201,7 @@ class MultiLora {
                 LoadRows(yGm_, g, c, end - c, width_, !inPlace_);
                 if (spread != SliceOf(c)) {
                     spread = SliceOf(c);
-                    if (!loaded_) scale_ = scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + spread);
+                    if (!loaded_) scale_ = ScaleOf(g, spread);
                     Spread(g, spread);
                 }
                 ExpandBlock(g, c, end);
@@ -231,6 +231,9 @@ class MultiLora {
         uint32_t i = 0;
         while (i + 1 < slices_ && column >= ends_[i]) ++i;
         return i;
+    }
+    __aicore__ inline float ScaleOf(uint32_t g, uint32_t slice) const {
+        return scaleGm_.GetValue(static_cast<uint64_t>(chunks_.slot[g]) * slices_ + slice);
     }
     // How far of [from, to) one slice and the rows at a time reach.
     __aicore__ inline uint32_t BlockEnd(uint32_t g, uint32_t from, uint32_t to) const {
