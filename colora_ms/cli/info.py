@@ -46,8 +46,8 @@ def _attention(checkpoint: Checkpoint) -> None:
 
     config = checkpoint.config
     if longrope_list(config, 1):
-        print(f"longrope: opened for up to {default_positions(config)} positions (the default), all of them turn by the "
-              f"short list; for more, up to {config.max_position_embeddings}, all of them by the long one")
+        print(f"longrope: opened for up to {default_positions(config)} positions (the default), all of them turn by "
+              f"the short list; for more, up to {config.max_position_embeddings}, all of them by the long one")
     if checkpoint.format == "gguf" and config.model_type in ("llama", "mixtral"):
         print("window: none; a GGUF file of this kind has no word for Mistral's, so every layer sees all positions")
 
