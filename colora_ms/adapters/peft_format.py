@@ -20,6 +20,7 @@ import numpy as np
 from mindspore import nn
 
 from colora_ms.adapters import pickle_file, store
+from colora_ms.adapters.expert_parameters import split_experts, without_parameters
 from colora_ms.adapters.fused_linears import split_fused
 from colora_ms.adapters.gguf_lora import GgufLoraFile
 from colora_ms.adapters.key_names import PREFIX, PlainFile, plain_names
@@ -69,7 +70,8 @@ class StoredAdapter:
             self.file = _plain(_open_weights(self.folder, allow_pickle), self.folder)
         self._stored = self.file
         kind = self.values.get("peft_type") if isinstance(self.values, dict) else None
-        self.config, self.problems = method(kind, self.folder).config.parse_peft(self.values)
+        values, self._parameters = without_parameters(self.values)
+        self.config, self.problems = method(kind, self.folder).config.parse_peft(values)
         self.problems = [*getattr(self.file, "problems", ()), *self.problems]
 
     def fit(self, net: nn.Cell) -> list[str]:
@@ -78,7 +80,9 @@ class StoredAdapter:
         problems = fit(net) if fit else []
         if self.config is not None:
             try:
-                self.file, self.config = split_fused(self.file, self.config, getattr(net, "config", None))
+                model, version = getattr(net, "config", None), self.values.get("peft_version")
+                self.file, self.config = split_fused(self.file, self.config, model)
+                self.file, self.config = split_experts(self.file, self.config, model, self._parameters, version)
             except AdapterError as error:
                 problems = [*problems, str(error)]
         return problems

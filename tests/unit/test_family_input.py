@@ -190,3 +190,83 @@ def test_ends_of_a_gguf_and_its_heads_are_told_by_the_file(tmp_path):
     for path in (golden.write(tmp_path / "m"), write_family_gguf(tmp_path / "m.gguf", "mistral", golden)):
         found = open_checkpoint(path).config
         assert found.head_dim * found.num_attention_heads == 48 != found.hidden_size
+
+
+# ---------------------------------------------------------------- adapters on the experts' fused weights
+
+
+@pytest.fixture
+def experts():
+    """Two experts of width 3 on a hidden size of 4."""
+    return config("mixtral", hidden_size=4, num_attention_heads=2, num_key_value_heads=1, head_dim=2,
+                  intermediate_size=3, num_local_experts=2, num_hidden_layers=1)
+
+
+class Tensors:
+    def __init__(self, tensors):
+        self.tensors = tensors
+        self.entries = {name: ("F32", value.shape, 0, 0) for name, value in tensors.items()}
+
+    def shape(self, name):
+        return self.tensors[name].shape
+
+    def read(self, name):
+        return self.tensors[name]
+
+
+def lora(names, **more):
+    from colora_ms.adapters.config import LoraConfig
+    from colora_ms.adapters.expert_parameters import without_parameters
+
+    values, found = without_parameters({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [],
+                                        "target_parameters": names, **more})
+    return LoraConfig.from_peft(values), found
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_pairs_of_fused_experts_are_taken_apart(experts, older):
+    """By PEFT's own rule for the change of expert e, in both forms; both parameters, of which the inner wrapper is
+    gate_up_proj."""
+    from colora_ms.adapters.expert_parameters import split_experts
+
+    random, key = np.random.default_rng(1), "base_model.model.model.layers.0.mlp.experts."
+    tensors, changes = {}, {}
+    for wrapper, out, inner in (("base_layer.", 6, 4), ("", 4, 3)):
+        first, second = (out, inner) if older else (inner, out)
+        a, b = random.normal(size=(2 * 2, first)), random.normal(size=(second, 2 * 2))
+        tensors[f"{key}{wrapper}lora_A.weight"], tensors[f"{key}{wrapper}lora_B.weight"] = np.float32(a), np.float32(b)
+        for e in range(2):
+            one, two = a.reshape(2, 2, first)[e], b.reshape(second, 2, 2)[..., e]  # (r, in), (out, r)
+            changes[wrapper, e] = one.T @ two.T if older else two @ one
+    settings, names = lora(["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    file, settings = split_experts(Tensors(tensors), settings, experts, names, None)
+    assert len(file.entries) == 12 and len(settings.target_modules) == 6 and not settings.rank_pattern
+    for e in range(2):
+        own = f"base_model.model.model.layers.0.block_sparse_moe.experts.{e}."
+        for part, wrapper, rows in (("w1", "base_layer.", slice(0, 3)), ("w3", "base_layer.", slice(3, 6)),
+                                    ("w2", "", slice(0, 4))):
+            down, up = file.read(f"{own}{part}.lora_A.weight"), file.read(f"{own}{part}.lora_B.weight")
+            assert (down.shape, up.shape) == tuple(file.shape(f"{own}{part}.lora_{half}.weight") for half in "AB")
+            np.testing.assert_allclose(up @ down, changes[wrapper, e][rows], atol=1e-5)
+
+
+def test_the_order_of_ranks_and_experts_is_peft_s():
+    """E = 2, r = 2, in = out = 1: 70 and 220, not 50 and 250; with equal sizes the version decides."""
+    from colora_ms.adapters.expert_parameters import split_experts
+    from colora_ms.errors import AdapterError
+
+    made = config("mixtral", hidden_size=2, num_attention_heads=1, num_key_value_heads=1, head_dim=2,
+                  intermediate_size=2, num_local_experts=2, num_hidden_layers=1)
+    key = "base_model.model.model.layers.0.mlp.experts.lora_"
+    a = np.float32([[1, 0], [2, 0], [3, 0], [4, 0]])
+    b = np.float32([[10, 20, 30, 40], [0, 0, 0, 0]])
+    settings, names = lora(["mlp.experts.down_proj"])
+    with pytest.raises(AdapterError, match="can be read two ways"):
+        split_experts(Tensors({f"{key}A.weight": a, f"{key}B.weight": b}), settings, made, names, None)
+    file, _ = split_experts(Tensors({f"{key}A.weight": a, f"{key}B.weight": b}), settings, made, names, "0.19.1")
+    own = "base_model.model.model.layers.0.block_sparse_moe.experts.{}.w2.lora_{}.weight"
+    assert [float((file.read(own.format(e, "B")) @ file.read(own.format(e, "A")))[0, 0]) for e in (0, 1)] == [70, 220]
+    with pytest.raises(AdapterError, match="are no pair for 2 experts"):
+        split_experts(Tensors({f"{key}A.weight": a[:3], f"{key}B.weight": b}), settings, made, names, None)
+    with pytest.raises(AdapterError, match="which the model does not have"):
+        split_experts(Tensors({}), settings, config("mistral"), names, None)
