@@ -246,6 +246,10 @@ def _check_expressible(config, matched, values):
                      for name in (_EMBEDDING, "lm_head") if name in matched.targets]
     problems += [f"{name} has no name in llama.cpp" for name in matched.targets
                  if gguf_module(name, family(config.model_type)) is None][:1]
+    record = family(config.model_type)
+    fused = [part for parts in (*record.fused.values(), *record.gguf_fused.values()) for part in parts]
+    problems += [f"{name} is a part of a linear that llama.cpp keeps as one" for name in matched.targets
+                 if name.endswith(tuple(fused))][:1]
     if problems:
         raise AdapterError("the adapter cannot be written as a LoRA of llama.cpp: " + "; ".join(problems)
                            + ". Merge it into the model instead: colora-ms merge MODEL ADAPTER OUT.gguf")
