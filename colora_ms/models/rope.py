@@ -23,11 +23,25 @@ from colora_ms.errors import ConfigError, near
 class RotarySettings(Protocol):
     """What is read of a ``DecoderConfig``."""
 
-    head_dim: int
-    rotary_dim: int
-    max_position_embeddings: int
-    rope_theta: float
-    rope_scaling: Optional[dict]
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of them turn."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest sequence."""
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of the frequencies."""
+
+    @property
+    def rope_scaling(self) -> Optional[dict]:
+        """As :func:`normalize_scaling` makes it."""
 
 
 # type -> (required keys, optional keys) of a rope_scaling dictionary
