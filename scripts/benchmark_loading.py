@@ -11,7 +11,13 @@
 * start (loading_start.py): seconds from process start to the first token of SmolLM2 with a LoRA and a contrast, and to
   the first completion of ``colora-ms serve``, each with an empty folder of compiled graphs and with a filled one.
 * later: ``compilations_after_first``, graphs that 40 requests of random lengths, rows and budgets compile after the
-  first answer; ``rss_smollm2_int4_mib``, the process's peak memory up to its first answers.
+  first answer of a Generator, of an Engine, and of ``colora-ms generate``, all together; ``rss_smollm2_int4_mib``, the
+  process's peak memory up to its first answers.
+* 1.5b, 8b (loading_real.py): files of real sizes, which loading_models.py gets: ``load_s_1_5b``, ``first_answer_s_8b``
+  and so on; ``peak_over_file_…``: peak memory up to the end of the first answer, less what stood after ``import
+  mindspore``, over the file's size. 8b makes a QLoRA step, too.
+* formats (loading_formats.py): ``q4k_vs_llamacpp_1``, ``ppl_vs_llamacpp``, against llama.cpp on the file of 1.5b; with
+  --text, wikitext-2's test.txt. These three run when they are named with --only.
 
 Each round is a process of its own; the medians count. A further part is a function in ``PARTS`` that gives measures.
 """
@@ -23,6 +29,9 @@ import sys
 import time
 from pathlib import Path
 
+import loading_formats
+import loading_models
+import loading_real
 import loading_start
 from benchmark_common import (
     ROOT,
@@ -98,6 +107,18 @@ class Child:
         """See :func:`loading_start.later`."""
         return loading_start.later(adapter, requests)
 
+    def later_engine(self, adapter, requests):
+        """See :func:`loading_start.later_engine`."""
+        return loading_start.later_engine(adapter, requests)
+
+    def answer(self, model, adapter=None):
+        """See :func:`loading_real.answer`."""
+        return loading_real.answer(model, adapter)
+
+    def train(self, model):
+        """See :func:`loading_real.train`."""
+        return loading_real.train(model)
+
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 
@@ -129,16 +150,25 @@ def measure_compile(arguments, folder):
     return measures, {"compile": {str(layers): answers for layers, answers in rounds.items()}}
 
 
+def measure_formats(arguments, folder):
+    """See loading_formats.py; of the file of 1.5 billion weights."""
+    arguments.model, arguments.windows = loading_models.model_path(loading_models.QWEN), loading_formats.WINDOWS
+    return loading_formats.measure_formats(arguments, folder)
+
+
 #: What can be measured, by name.
 PARTS = {"compile": measure_compile, "start": loading_start.measure_start,
-         "later": loading_start.measure_later}
+         "later": loading_start.measure_later, "1.5b": loading_real.measure_qwen, "8b": loading_real.measure_eight,
+         "formats": measure_formats}
+#: Those that need no further files, and run if none are named.
+USUAL = ("compile", "start", "later")
 
 
 def benchmark(arguments, folder):
     """(measures, versions, further entries of the JSON file)"""
     print(", ".join(f"{k} {v}" for k, v in machine().items()), flush=True)
     measures, more = [], {}
-    for name in arguments.only or PARTS:
+    for name in arguments.only or USUAL:
         found, entries = PARTS[name](arguments, folder)
         measures += found
         more.update(entries)
@@ -154,6 +184,9 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=2, help="processors to use")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each measure")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="of part formats: the text of the perplexity")
+    parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", metavar="PYTHON",
+                        help="of part formats: the interpreter that has llama-cpp-python")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error("--repeats must be at least 1")

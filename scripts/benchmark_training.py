@@ -179,7 +179,7 @@ def operator_calls(shape, rows, tokens, call):
     flat, head = floats(n, hidden), floats(vocab, hidden)
     labels = random.integers(0, vocab, n).astype(np.int32)
     calls.append(("linear_cross_entropy, both ways", 1, call.Prepared(
-        "linear_cross_entropy", [flat, head, labels],
+        "linear_cross_entropy", [flat, labels, *call.table(head)],
         [((1,), "float32"), ((1,), "float32"), (flat.shape, "float32"), ((n,), "float32"), ((n,), "float32")]),
         4 * n * hidden * vocab))
     return calls

@@ -45,7 +45,7 @@ def step_calls(shape, weight_format, requests, kind, call, position=24):
                                           [((rows, 1, out), "float32") for out in outs])
 
     table_weight = linear(vocab, hidden, adapted=False)
-    calls = [("embedding", 0, call.Prepared("embedding", [ints([[7]] * rows), *table_weight[:2]],
+    calls = [("embedding", 0, call.Prepared("embedding", [ints([[7]] * rows), *call.table(*table_weight[:2])],
                                             [((rows, 1, hidden), "float32")]))]
     cache = [(16 * rows, shape["kv_heads"], 16 * shape["head_dim"])] * 2  # 16 blocks a row
     angles = floats(256, shape["head_dim"] // 2)

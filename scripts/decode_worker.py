@@ -20,23 +20,23 @@ PROMPT_TOKENS = 16
 KINDS = {"base": "base", "lora": "LoRA greedy", "cold": "CoLD"}
 
 
-def write_adapter(folder, seed=0):
-    """The benchmark's LoRA as a PEFT folder, from ``adapter_tensor``; another seed gives another adapter."""
-    from colora_ms.models.checkpoint import default_model_path, open_checkpoint
+def write_adapter(folder, seed=0, model="smollm2-135m", rank=RANK):
+    """The benchmark's LoRA for a model, a PEFT folder of ``adapter_tensor``s; another seed gives another adapter."""
+    from colora_ms.models.checkpoint import open_checkpoint, resolve_model
     from colora_ms.models.safetensors_file import write_safetensors
 
     shapes = {}
-    for name, shape in open_checkpoint(default_model_path()).config.parameter_shapes().items():
+    for name, shape in open_checkpoint(resolve_model(model)).config.parameter_shapes().items():
         if name.endswith("_proj.weight"):
             prefix = "base_model.model." + name.removesuffix(".weight")
-            shapes[f"{prefix}.lora_A.weight"] = (RANK, shape[1])
-            shapes[f"{prefix}.lora_B.weight"] = (shape[0], RANK)
+            shapes[f"{prefix}.lora_A.weight"] = (rank, shape[1])
+            shapes[f"{prefix}.lora_B.weight"] = (shape[0], rank)
     folder.mkdir()
     write_safetensors(folder / "adapter_model.safetensors", shapes, lambda key: adapter_tensor(key, shapes[key], seed))
     (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "smollm2-135m",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model),
         "inference_mode": True,
-        "r": RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0, "bias": "none",
+        "r": rank, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0, "bias": "none",
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}))
 
 

@@ -70,16 +70,64 @@ def _server_ready(adapter, cache):
 
 
 def measure_later(arguments, folder):
-    """Graphs compiled by requests of random lengths, rows and budgets after the first answer; and the process's peak
-    memory after the first answers: SmolLM2 in int4, a LoRA, contrasts."""
-    adapter = folder / "adapter-later"
+    """Graphs compiled by requests of random lengths, rows and budgets after the first answer, of a Generator, an Engine
+    and ``colora-ms generate``; and the process's peak memory after the first answers: SmolLM2 in int4, a LoRA,
+    contrasts."""
+    adapter = folder / "adapters-later" / "one"
+    adapter.parent.mkdir()
     write_adapter(adapter, 0)
-    worker = Worker([sys.executable, Path(__file__).with_name("benchmark_loading.py"), "--child"],
-                    {"COLORA_CACHE": str(folder / "cache-later")}, timeout=1800)
-    found = worker.ask("later", adapter=str(adapter), requests=LATER)
-    worker.close()
-    return [measure("compilations_after_first", found["later"] - found["first"], "graphs"),
-            measure("rss_smollm2_int4_mib", found["peak"] / 2**20, "MiB")], {"later": found}
+    found = {}
+    for what in ("later", "later_engine"):
+        worker = Worker([sys.executable, Path(__file__).with_name("benchmark_loading.py"), "--child"],
+                        {"COLORA_CACHE": str(folder / f"cache-{what}")}, timeout=1800)
+        found[what] = worker.ask(what, adapter=str(adapter), requests=LATER)
+        worker.close()
+    found["later_cli"] = _later_cli(adapter, folder / "cache-later-cli")
+    compiled = {what: one["later"] - one["first"] for what, one in found.items()}
+    return [measure("compilations_after_first", sum(compiled.values()), "graphs"),
+            measure("rss_smollm2_int4_mib", found["later"]["peak"] / 2**20, "MiB")], {**found, "compiled": compiled}
+
+
+def _later_cli(adapter, cache):
+    """{"first", "later"}: graphs that ``colora-ms generate`` has kept after a short call, and after calls that differ
+    in prompts, rows and budgets."""
+    kept = []
+    for prompts, budget in ((["The capital of France is"], 4), (["Once upon a time"] * 3, 30), (["word " * 300], 9)):
+        done = subprocess.run([sys.executable, "-m", "colora_ms", "generate", "--adapter", adapter, "--max-new-tokens",
+                               str(budget), *prompts], env=_environment(cache), capture_output=True, text=True,
+                              check=False)
+        if done.returncode:
+            raise BenchmarkError(f"colora-ms generate failed:\n{done.stderr[-800:]}")
+        kept.append(len(list((cache / "graphs").iterdir())))
+    return {"first": kept[0], "later": kept[-1]}
+
+
+def later_engine(adapter, requests):
+    """In the child: {"first", "later": graphs compiled up to the Engine's first answer and in all}."""
+    import numpy as np
+
+    from colora_ms import Contrast, runtime
+    from colora_ms.models import load_model
+    from colora_ms.serving import AdapterBank, Engine
+
+    decoder, tokenizer = load_model("smollm2-135m")
+    bank = AdapterBank(decoder, Path(adapter).parent)
+    with Engine(decoder, tokenizer, bank, max_length=512) as engine:
+        engine.submit("The capital of France is", adapter="one", max_new_tokens=4).result()
+        first = runtime.all_compilations()
+        random = np.random.default_rng(0)
+        handles = []
+        for number in range(requests):
+            prompt = random.integers(3, 40000, random.integers(1, 300)).tolist()
+            adapted = bool(random.integers(2))
+            handles.append(engine.submit(prompt, adapter="one" if adapted else None, ignore_eos=True,
+                                         contrast=Contrast() if adapted and number % 3 == 0 else None,
+                                         max_new_tokens=int(random.integers(1, 40))))
+            if number % 5 == 0:
+                handles[-1].result()  # now and then the engine runs empty
+        for handle in handles:
+            handle.result()
+    return {"first": first, "later": runtime.all_compilations()}
 
 
 def later(adapter, requests):

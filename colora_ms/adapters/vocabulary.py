@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import numpy as np
 
-from mindspore import Parameter, nn
+from mindspore import nn
 
 from colora_ms.adapters import tree
 from colora_ms.adapters.key_names import PREFIX
@@ -25,6 +25,7 @@ from colora_ms.adapters.outside import leaf
 from colora_ms.errors import AdapterError, AdapterWarning, TokenizerError
 from colora_ms.files import replacing
 from colora_ms.models.decoder import Decoder
+from colora_ms.models.mapped import parameter_of
 from colora_ms.models.replacing import forget_graphs
 
 if TYPE_CHECKING:
@@ -242,9 +243,9 @@ class Growth:
     def _enlarge(cell: nn.Cell, rows: np.ndarray) -> None:
         weight, scale = cell.weight, cell.weight_scale
         tensor, own_scale = cell.format.stored(weight, scale).and_rows(rows).tensors()
-        cell.weight = Parameter(tensor, name=weight.name, requires_grad=weight.requires_grad)
+        cell.weight = parameter_of(tensor, weight.name, weight.requires_grad)
         if own_scale is not None:
-            cell.weight_scale = Parameter(own_scale, name=scale.name, requires_grad=False)
+            cell.weight_scale = parameter_of(own_scale, scale.name)
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------

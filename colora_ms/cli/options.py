@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from colora_ms.decoding.fields import Record
 from colora_ms.decoding.options import Contrast, Options, Sampling
-from colora_ms.models.formats import WEIGHT_FORMATS
+from colora_ms.models.formats import WEIGHT_CHOICES
 
 if TYPE_CHECKING:
     from colora_ms.decoding import Generator
@@ -27,8 +27,8 @@ PLAIN = ("adapter_scale", "presence_penalty", "frequency_penalty", "repetition_p
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Options that name the base model."""
     parser.add_argument("--model", default="smollm2-135m", help="known name, Hugging Face folder or GGUF file")
-    parser.add_argument("--weights", default="float32", choices=WEIGHT_FORMATS,
-                        help="format of the base weights")
+    parser.add_argument("--weights", default="auto", choices=WEIGHT_CHOICES,
+                        help="format of the base weights; auto: as the file has them")
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = TrainingConfig.from_yaml(arguments.recipe, overrides=arguments.set)
     team = workers.start()
-    result = train(config, resume=arguments.resume, rank=team.rank, world=team.world)
+    result = train(config, resume=arguments.resume, team=team)
     if not team.first:
         return 0
     speed = result.tokens / result.seconds if result.seconds else 0.0

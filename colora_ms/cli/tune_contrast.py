@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from colora_ms.cli import options
 from colora_ms.cli.evaluate import source
-from colora_ms.models.formats import WEIGHT_FORMATS
+from colora_ms.models.formats import WEIGHT_CHOICES
 
 if TYPE_CHECKING:
     from colora_ms.decoding import Contrast
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the parser the command\'s options."""
     parser.add_argument("model", help="known name, Hugging Face folder or GGUF file")
-    parser.add_argument("--weights", default="float32", choices=WEIGHT_FORMATS,
+    parser.add_argument("--weights", default="auto", choices=WEIGHT_CHOICES,
                         help="format of the base weights")
     parser.add_argument("--adapter", required=True, metavar="FOLDER", help="PEFT adapter folder")
     parser.add_argument("--data", required=True,

@@ -69,14 +69,14 @@ class Generator:
 
     @classmethod
     def from_pretrained(cls, model: str = "smollm2-135m", adapters: Optional[Dict[str, Any]] = None,
-                        weight_format: str = "float32", adapter_format: str = "float32", **options: Any) -> Generator:
+                        weight_format: str = "auto", adapter_format: str = "float32", **options: Any) -> Generator:
         """Load a model, its tokenizer and named adapters.
 
         Args:
             model: a known name or the path of a folder or file (see ``colora_ms.models.load_model``).
             adapters: mapping of adapter names to PEFT folders, or None. Where one brings tokens that the model lacks,
                 the tokenizer in its folder is used.
-            weight_format: "float32", "bfloat16", "int8" or "int4".
+            weight_format: "auto" (as the file has each weight), or as for :func:`colora_ms.load_model`.
             adapter_format: "float32" or "bfloat16", see :func:`colora_ms.adapters.inject`.
             options: passed to the constructor.
         """

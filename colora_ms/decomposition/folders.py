@@ -83,7 +83,13 @@ def save_decomposed(model: nn.Cell, folder: str | os.PathLike[str], tokenizer: A
                               "bfloat16, and choose the integer format when loading the decomposed folder")
     modules = {path: (cell.rank, cell.factors) for path, cell in chains.items()}
     parameters = {parameter.name: parameter for parameter in model.get_parameters()}
-    tensors = _Tensors(low_rank_shapes(model.config, modules), lambda name: to_float32(parameters[name]))
+    packed = {f"{path}.weight": cell for path, cell in plain_cells(model).items()
+              if path not in chains and cell.format is not None and not cell.format.is_float}
+
+    def values(name):
+        return packed[name].base_values()["weight"] if name in packed else to_float32(parameters[name])
+
+    tensors = _Tensors(low_rank_shapes(model.config, modules), values)
     return write_low_rank_folder(folder, model.config, modules, tensors, tokenizer, dtype, overwrite)
 
 

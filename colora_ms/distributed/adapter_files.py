@@ -44,13 +44,15 @@ def shard_adapter(source: PathLike, folder: PathLike, team: Workers) -> Path:
     return folder
 
 
-def save_whole(handle: Adapters, folder: PathLike, team: Workers, name: Optional[str] = None) -> None:
+def save_whole(handle: Adapters, folder: PathLike, team: Workers, name: Optional[str] = None,
+               writes: bool = True) -> None:
     """Write a split adapter (by default the active one) as one PEFT folder: the inverse of :func:`shard_adapter`.
 
     Args:
         handle: this worker's ``Adapters``.
         folder: as for ``Adapters.save``; worker 0 writes it.
         team: ``Workers``; all of them make this call.
+        writes: whether the first one does write, where several teams hold the same adapter.
 
     Raises:
         AdapterError: a value is not finite, or the folder cannot be written.
@@ -66,6 +68,6 @@ def save_whole(handle: Adapters, folder: PathLike, team: Workers, name: Optional
         (place / CONFIG_FILE).write_bytes(values)
         save_file({key: joined(key, [part[key] for part in parts]) for key in parts[0]}, place / WEIGHTS_FILE)
 
-    if team.first:
+    if team.first and writes:
         write_folder(folder, write)
     team.wait()

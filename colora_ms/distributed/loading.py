@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
-
 from colora_ms.adapters.handle import Adapters
 from colora_ms.adapters.inject import load_adapters
 from colora_ms.distributed.adapter_files import shard_adapter
@@ -17,26 +15,28 @@ from colora_ms.distributed.shares import Shares, local_config
 from colora_ms.distributed.workers import Workers
 from colora_ms.errors import AdapterError, ConfigError
 from colora_ms.files import PathLike
+from colora_ms.models.builder import Weights
 from colora_ms.models.checkpoint import open_checkpoint, resolve_model
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.decoder import Decoder
-from colora_ms.models.formats import FORMATS, WEIGHT_FORMATS
+from colora_ms.models.formats import AUTO, FLOAT32, FORMATS, WEIGHT_FORMATS
 from colora_ms.models.tokenizer import Tokenizer, load_tokenizer
 
 _FORMATS = tuple(name for name in WEIGHT_FORMATS if FORMATS[name].is_float)
 
 
-def shard_decoder(config: DecoderConfig, weights: Mapping[str, np.ndarray], team: Workers,
-                  weight_format: str = "float32", max_positions: Optional[int] = None,
+def shard_decoder(config: DecoderConfig, weights: Weights, team: Workers,
+                  weight_format: str = "auto", max_positions: Optional[int] = None,
                   adapters: Optional[Mapping[str, PathLike]] = None, trainable: bool = False,
                   prepare: Optional[Callable[[Decoder], None]] = None) -> tuple[Decoder, Optional[Adapters]]:
     """This worker's share of a decoder, with its share of the adapters.
 
     Args:
         config: ``DecoderConfig`` of the whole model.
-        weights: mapping of Hugging Face names to whole arrays, read one at a time.
+        weights: mapping of Hugging Face names to what is stored under them, or to whole arrays, read one at a time; of
+            a mapped file this worker reads its own rows and columns.
         team: ``Workers``; all of them make this call.
-        weight_format: "float32" or "bfloat16".
+        weight_format: "float32", "bfloat16" or "float16"; "auto" is float32 here: shares are cut from values.
         max_positions: see ``Decoder``.
         adapters: mapping of names to PEFT folders of plain LoRA, or None.
         trainable: whether the adapters' Parameters require gradients.
@@ -51,6 +51,7 @@ def shard_decoder(config: DecoderConfig, weights: Mapping[str, np.ndarray], team
         ConfigError: heads or inner size cannot be divided by the number of workers; another weight format.
         AdapterError: an adapter has something beside LoRA's two factors, or (trainable) dropout.
     """
+    weight_format = FLOAT32.name if weight_format == AUTO else weight_format
     if weight_format not in _FORMATS:
         raise ConfigError(f"weight_format {weight_format!r} cannot be split, expected one of {', '.join(_FORMATS)}: "
                           "the scales of integer weights would be other ones than those of the whole model")
@@ -68,11 +69,11 @@ def shard_decoder(config: DecoderConfig, weights: Mapping[str, np.ndarray], team
     if prepare is not None:
         prepare(decoder)
     if team.world > 1:
-        join_parts(decoder)
+        join_parts(decoder, team)
     return decoder, handle
 
 
-def load_sharded(name_or_path: PathLike, team: Workers, weight_format: str = "float32",
+def load_sharded(name_or_path: PathLike, team: Workers, weight_format: str = "auto",
                  max_positions: Optional[int] = None, adapters: Optional[Mapping[str, PathLike]] = None,
                  prepare: Optional[Callable[[Decoder], None]] = None
                  ) -> tuple[Decoder, Tokenizer, Optional[Adapters]]:
@@ -95,6 +96,6 @@ def load_sharded(name_or_path: PathLike, team: Workers, weight_format: str = "fl
         raise ConfigError(f"{checkpoint.path} has {kind}, which cannot be split over workers; run it in one process, "
                           "or split the float model that it was made from")
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-    decoder, handle = shard_decoder(checkpoint.config, checkpoint.tensors, team, weight_format, max_positions, adapters,
+    decoder, handle = shard_decoder(checkpoint.config, checkpoint.stored, team, weight_format, max_positions, adapters,
                                     prepare=prepare)
     return decoder, tokenizer, handle

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Optional
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import numpy as np
 
 from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ConfigError
+from colora_ms.models.builder import Weights
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.families import family
+from colora_ms.models.formats import StoredWeight
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW = ("o_proj", "down_proj")
@@ -94,14 +96,20 @@ class Shares:
     """Weights by name, cut when they are read.
 
     Args:
-        weights: mapping of Hugging Face names to whole arrays; team: ``Workers``.
+        weights: mapping of Hugging Face names to what is stored under them, or to whole arrays; team: ``Workers``.
     """
 
-    def __init__(self, weights: Mapping[str, np.ndarray], team: Workers) -> None:
+    def __init__(self, weights: Weights, team: Workers) -> None:
         self.weights, self.team = weights, team
 
     def __contains__(self, name: object) -> bool:
         return name in self.weights
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return share_of(name, self.weights[name], self.team)
+    def __getitem__(self, name: str) -> Union[StoredWeight, np.ndarray]:
+        found = self.weights[name]
+        if isinstance(found, np.ndarray):
+            return share_of(name, found, self.team)
+        if not isinstance(found, StoredWeight) or not found.format.is_float:
+            return share_of(name, found.values(), self.team)
+        part = share_of(name, found.data, self.team)  # a view where it is rows of the file
+        return StoredWeight(found.format, part.shape, part)

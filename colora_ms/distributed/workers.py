@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Optional, TypeVar
 
 import numpy as np
+
+from colora_ms.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -27,10 +29,16 @@ class Workers:
     Args:
         rank: number of this process, from 0.
         world: number of processes; above 1, MindSpore's communication must be initialized.
+        members: their numbers in the job; None: they are all of it. Groups of one size work side by side then, and
+            every process of the job makes the same calls for its own group.
+        group: MindSpore's name of the group, where the device has groups.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int = 0, world: int = 1, members: Optional[Sequence[int]] = None,
+                 group: Optional[str] = None) -> None:
+        self.rank, self.world, self.members, self.group = rank, world, members, group
+        #: This group's number among the groups side by side, and how many there are.
+        self.number, self.groups = 0, 1
 
     @property
     def first(self) -> bool:
@@ -48,8 +56,8 @@ class Workers:
         size = max(_SMALLEST, 1 << int(-(-sizes.max() // 4) - 1).bit_length())
         # AllGather has no kernel for bytes on a CPU, so four of them travel as one int32.
         message = np.frombuffer(blob.ljust(4 * size, b"\0"), np.int32)
-        rows = gather(Tensor(message)).asnumpy().reshape(self.world, size)
-        return [pickle.loads(row.tobytes()[:count]) for row, count in zip(rows, sizes)]
+        rows = gather(Tensor(message)).asnumpy().reshape(len(sizes), size)
+        return [pickle.loads(rows[k].tobytes()[:sizes[k]]) for k in self.members or range(self.world)]
 
     def share(self, value: T) -> T:
         """The ``value`` of rank 0; what the others give is ignored."""
@@ -59,6 +67,31 @@ class Workers:
         """Return when every worker has come here."""
         self.gather(None)
 
+    def grid(self, columns: int) -> tuple[Workers, Workers]:
+        """This process's row and column of the processes in rows of ``columns``: worker k stands in row k // columns.
+
+        All workers make this call.
+
+        Returns:
+            (row, column): the ``columns`` workers of its row, and the workers of the same place in all rows.
+
+        Raises:
+            ConfigError: the number of workers is no multiple of ``columns``.
+        """
+        if columns < 1 or self.world % columns:
+            raise ConfigError(f"{self.world} workers cannot stand in groups of {columns}; start a multiple of "
+                              f"{columns} (-n)")
+        if columns == 1:
+            return Workers(), self
+        if columns == self.world:
+            return self, Workers()
+        place, number = self.rank % columns, self.rank // columns
+        row = _group("row", list(range(self.world)), columns, number)
+        column = _group("column", [k for at in range(columns) for k in range(at, self.world, columns)],
+                        self.world // columns, place)
+        row.rank, column.rank = place, number
+        return row, column
+
     def split(self, items: Iterable[T]) -> list[T]:
         """This worker's part of a list: every ``world``-th item."""
         return list(items)[self.rank::self.world]
@@ -67,6 +100,20 @@ class Workers:
         """The whole list again, in its order, from the workers' parts (see ``split``)."""
         parts = self.gather(mine)
         return [parts[k % self.world][k // self.world] for k in range(sum(map(len, parts)))]
+
+
+def _group(kind: str, order: list[int], size: int, number: int) -> Workers:
+    """The group ``number`` of the workers in an order, ``size`` in each; its rank is set by the caller."""
+    import mindspore as ms
+
+    members, name = order[number * size:(number + 1) * size], None
+    if ms.get_context("device_target") != "CPU":  # whose collective operators know one group, all processes
+        from mindspore.communication import create_group
+        name = f"colora-{kind}-{size}-{number}"
+        create_group(name, members)
+    team = Workers(0, size, members, name)
+    team.number, team.groups = number, len(order) // size
+    return team
 
 
 _team = None

@@ -31,7 +31,7 @@ class TokenLosses(nn.Cell):
         super().__init__(auto_prefix=False)
         bind()
         self.decoder = decoder
-        # A quantized or adapted head has no single float matrix: go through its logits.
+        # A decomposed or adapted head is not one matrix: go through its logits.
         self.fused, self.cap = plain_head(decoder), logit_cap(decoder)
 
     def construct(self, ids: Tensor, labels: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class TokenLosses(nn.Cell):
         flat = labels.reshape((-1,))
         if self.fused:
             losses = linear_token_losses(hidden.reshape((-1, hidden.shape[-1])),
-                                         self.decoder.lm_head.weight, flat)
+                                         self.decoder.lm_head.base(), flat)
         else:
             logits = capped(self.decoder.lm_head(hidden, (slots, lengths)), self.cap)
             losses = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)

@@ -7,20 +7,22 @@ from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
+from colora_ms.kernels.dequantize import dequantize
+from colora_ms.kernels.linear_operator import check_linear_dtypes, check_matrix
+from colora_ms.kernels.operands import flat_base, read_linear
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype
 
+_NAME = "embedding"
 
-def embedding(ids: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """Row ``ids[i]`` of ``weight``, in float32.
 
-    Semantics: ``y[i, :] = weight[ids[i], :] * weight_scale[ids[i], ...]`` (no scale for float32 and bfloat16).
+def embedding(ids: Tensor, base: tuple) -> Tensor:
+    """Row ``ids[i]`` of a table, in float32.
 
     Args:
         ids: any shape, int32, each 0 <= id < vocab.
-        weight: (vocab, hidden) float32, bfloat16 or int8, or (vocab, hidden / 2) uint8 for packed int4 (the low
-            nibble is the even column, stored as value + 8).
-        weight_scale: (vocab,) or (vocab, hidden / group) float32 for the integer formats, else ``ABSENT``.
+        base: the table (vocab, hidden) as a linear's base without a bias
+            (:func:`colora_ms.kernels.operands.base_of`), in any format of :func:`colora_ms.kernels.multi_lora_linear`.
 
     Returns:
         (*ids.shape, hidden) float32.
@@ -31,68 +33,72 @@ def embedding(ids: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
 
     Gradients: float32 weights only; the other formats are frozen and get zeros.
     """
-    return bound.embedding(ids, weight, weight_scale)
+    return bound.embedding(ids, base)
 
 
-def embedding_reference(ids: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+def embedding_reference(ids: Tensor, base: tuple) -> Tensor:
     """:func:`embedding` in built-in operators; differentiable for float weights, any device; ids are not checked."""
+    form, tensors, _ = base
     flat = ids.reshape((-1,))
+    weight = tensors[0]
     # The framework has no bfloat16 gather on a CPU: the whole table is widened first.
     rows = ops.gather(weight.astype(ms.float32) if weight.dtype == ms.bfloat16 else weight, flat, 0)
-    if weight.dtype == ms.uint8:
-        value = rows.astype(ms.int32)
-        high = value // 16
-        low = value - 16 * high
-        value = ops.stack((low, high), -1).astype(ms.float32) - 8.0
-        values = value.reshape((flat.shape[0], -1))
+    if len(tensors) > 1:
+        values = dequantize(form, rows, ops.gather(tensors[1], flat, 0))
     else:
-        values = rows.astype(ms.float32)
-    if weight.dtype == ms.uint8 or weight.dtype == ms.int8:
-        scale = ops.gather(weight_scale, flat, 0).reshape((flat.shape[0], -1, 1))
-        groups = scale.shape[1]
-        values = (values.reshape((flat.shape[0], groups, -1)) * scale).reshape((flat.shape[0], -1))
+        values = dequantize(form, rows)
     return values.reshape(ids.shape + (values.shape[-1],))
 
 
-# -- the CPU operators ------------------------------------------------------------------------------------------------
+# -- the CPU operator -------------------------------------------------------------------------------------------------
 
-def _shape_function(packing):
-    def shapes(ids, weight, weight_scale):
-        require(len(weight) == 2, "embedding", "weight", weight, "(vocab, hidden)")
-        hidden = weight[1] * packing
-        if len(weight_scale) > 0:
-            require(len(weight_scale) <= 2 and weight_scale[0] == weight[0], "embedding", "weight_scale", weight_scale,
-                    f"({weight[0]},) or ({weight[0]}, groups)")
-        if len(weight_scale) == 2:
-            require(weight_scale[1] > 0 and hidden % weight_scale[1] == 0, "embedding", "weight_scale", weight_scale,
-                    f"a number of groups that divides hidden={hidden}")
-        return list(ids) + [hidden]
-    return shapes
+def _places(shapes):
+    places, end = read_linear(_NAME, shapes, 1)
+    alone = end == len(shapes) and not places.adapter and set(places.base) <= {"weight", "weight_scale"}
+    require(alone, _NAME, "base", places.form, "one matrix without a bias or an adapter")
+    return places
 
 
-def _dtypes(ids, weight, weight_scale):
-    require_dtype("embedding", "ids", element_type(ids), (ms.int32,))
-    require_dtype("embedding", "weight", element_type(weight), (ms.float32, ms.bfloat16, ms.int8, ms.uint8))
-    require_dtype("embedding", "weight_scale", element_type(weight_scale), (ms.float32,))
+def _shapes(*shapes):
+    places = _places(shapes)
+    scale = shapes[places.base["weight_scale"]] if "weight_scale" in places.base else None
+    _, hidden = check_matrix(_NAME, places.form, shapes[places.base["weight"]], scale, -1)
+    return list(shapes[0]) + [hidden]
+
+
+def _dtypes(shapes, *dtypes):
+    kinds = [element_type(kind) for kind in dtypes]
+    require_dtype(_NAME, "ids", kinds[0], (ms.int32,))
+    check_linear_dtypes(_NAME, _places(shapes), kinds)
     return ms.float32
 
 
-def _bprop(ids, weight, weight_scale, out, dout):
-    # The weight's part is dropped by the compiler where the weight is frozen (every adapter method but full tuning).
+# The weight's part is dropped by the compiler where the weight is frozen (every adapter method but full tuning).
+def _bprop_plain(ids, tag, weight, out, dout):
     if weight.dtype == ms.float32:
         flat = dout.reshape((-1, weight.shape[1]))
         dweight = ops.unsorted_segment_sum(flat, ids.reshape((-1,)), weight.shape[0])
     else:
         dweight = ops.zeros_like(weight)
-    return ops.zeros_like(ids), dweight, ops.zeros_like(weight_scale)
+    return ops.zeros_like(ids), ops.zeros_like(tag), dweight
 
 
-def _embedding(ids, weight, weight_scale):
-    if weight.dtype == ms.uint8:
-        return bound.embedding_packed(ids, weight, weight_scale)
-    return bound.embedding_plain(ids, weight, weight_scale)
+def _bprop_scaled(ids, tag, weight, weight_scale, out, dout):
+    return ops.zeros_like(ids), ops.zeros_like(tag), ops.zeros_like(weight), ops.zeros_like(weight_scale)
 
 
-operation("embedding", reference=lambda: embedding_reference, cpu=lambda: _embedding)
-operation("embedding_plain", cpu=lambda: custom("embedding", _shape_function(1), _dtypes, _bprop))
-operation("embedding_packed", cpu=lambda: custom("embedding", _shape_function(2), _dtypes, _bprop))
+def _embedding(ids, base):
+    flat = flat_base(base)
+    if len(flat) == 2:
+        return bound.embedding_plain(ids, *flat)
+    return bound.embedding_scaled(ids, *flat)
+
+
+operation(_NAME, reference=lambda: embedding_reference, cpu=lambda: _embedding)
+def _operator(bprop, tensors):
+    # MindSpore keeps one gradient graph for all primitives whose attributes are equal.
+    return custom(_NAME, _shapes, _dtypes, bprop, by_shapes=True).add_prim_attr("tensors", tensors)
+
+
+operation("embedding_plain", cpu=lambda: _operator(_bprop_plain, 1))
+operation("embedding_scaled", cpu=lambda: _operator(_bprop_scaled, 2))

@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from colora_ms.kernels import ascend, bound
-from colora_ms.kernels.aot import ABSENT
+from colora_ms.kernels.dequantize import dequantize
 from colora_ms.kernels.linear_operator import forward_operators, gradient_operator
 from colora_ms.kernels.lora import low_rank_reference
 from colora_ms.kernels.operands import PRODUCT, flat_linears
@@ -27,9 +27,10 @@ def multi_lora_linear(x: Tensor, slots: Tensor, *linears: tuple) -> Tensor | tup
         slots: (rows,) int32, -1 or an adapter number; one slot holds for all tokens of a row. ``ABSENT`` = all -1.
         linears: each made by :func:`colora_ms.kernels.operands.linear_of` from a base and perhaps adapters.
             A base (``base_of``) is
-            weight (out, in) float32, bfloat16 or int8, or (out, in/2) uint8 = packed int4 (low nibble = even column,
-            stored as value + 8);
-            weight_scale float32 (out,) or (out, groups), only and always with int8 and int4;
+            weight (out, in) float32, bfloat16, float16 or int8, (out, in/2) uint8 = packed int4 (low nibble = even
+            column, stored as value + 8), or (out, bytes of a row) uint8 = blocks of a GGUF file;
+            weight_scale float32 (out,) or (out, groups), only and always with int8 and int4; (out, groups, 2), factors
+            and zero points, with int8_zero and int4_zero;
             bias (out,) float32 or ``ABSENT``;
             or a product (``product_of``) inner (r, in), core (r', r) or ``ABSENT``, outer (out, r'), each float32 or
             bfloat16, and bias.
@@ -83,7 +84,7 @@ def base_reference(x: Tensor, base: tuple) -> Tensor:
     form, tensors, bias = base
     y = x.reshape((-1, x.shape[-1]))  # (tokens, in)
     if form < PRODUCT:
-        y = ops.matmul(y, ops.transpose(dequantize(*tensors), (1, 0)))  # (tokens, out)
+        y = ops.matmul(y, ops.transpose(dequantize(form, *tensors), (1, 0)))  # (tokens, out)
     else:
         for factor in tensors:
             y = ops.matmul(y, ops.transpose(factor.astype(ms.float32), (1, 0)))  # (tokens, rows of the factor)
@@ -91,25 +92,6 @@ def base_reference(x: Tensor, base: tuple) -> Tensor:
     if len(bias) > 0:
         y = y + bias[0]
     return y
-
-
-def dequantize(weight: Tensor, weight_scale: Tensor = ABSENT) -> Tensor:
-    """A weight in any of the formats of :func:`multi_lora_linear` as float32 (out, in), in built-in operators."""
-    if weight.dtype == ms.uint8:
-        pairs = weight.astype(ms.int32)
-        high = ops.div(pairs, 16, rounding_mode="floor").astype(ms.int32)
-        low = pairs - high * 16
-        values = ops.stack((low, high), -1).reshape((weight.shape[0], weight.shape[1] * 2)).astype(ms.float32) - 8.0
-    else:
-        values = weight.astype(ms.float32)
-    if weight_scale.ndim == 0:
-        return values
-    if weight_scale.ndim == 1:
-        return values * weight_scale.reshape((-1, 1))
-    out, columns = values.shape
-    groups = weight_scale.shape[1]
-    return (values.reshape((out, groups, columns // groups))
-            * ops.expand_dims(weight_scale, -1)).reshape((out, columns))
 
 
 def _multi_lora_linear(x, slots, *linears):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import mindspore as ms
 from mindspore import ops
@@ -16,6 +16,8 @@ from colora_ms.kernels.operands import (
     FORMATS,
     LEAST_TENSORS,
     MOST_TENSORS,
+    PACKED,
+    WITH_ZEROS,
     Places,
     flat_linears,
     linears_of,
@@ -28,11 +30,41 @@ from colora_ms.kernels.shapes import element_type, require, require_dtype, requi
 MOST_LINEARS = 4
 
 _NAME = "multi_lora_linear"
-_WEIGHTS = {"float32": ms.float32, "bfloat16": ms.bfloat16, "int8": ms.int8, "int4": ms.uint8}
+_WEIGHTS = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16, "int8": ms.int8,
+            "int8_zero": ms.int8}  # the others are bytes
 _DENSE = (ms.float32, ms.bfloat16)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check_matrix(op: str, form: str, weight: list, scale: Optional[list], columns: int,
+                 tag: str = "") -> tuple[int, int]:
+    """Shapes of a matrix in a format -> (rows, columns).
+
+    Args:
+        op, tag: for messages; form: name of the format; weight, scale: shapes, None: the format has no scale; columns:
+            that it must have, below 0: any.
+
+    Raises:
+        KernelError: one does not fit.
+    """
+    values, elements = PACKED.get(form, (1, 1))
+    require(len(weight) == 2, op, "weight" + tag, weight, "(out, in), or (out, elements of a packed row)")
+    require(weight[1] % elements == 0, op, "weight" + tag, weight,
+            f"rows of whole blocks of {elements} bytes, which are {values} values of {form}")
+    out, found = weight[0], weight[1] // elements * values
+    stored = f" ({columns / values * elements:g} elements of {form})" if values > 1 else ""
+    require(columns < 0 or found == columns, op, "weight" + tag, weight, f"{columns} columns like x{stored}")
+    if scale is not None:
+        pairs = form in WITH_ZEROS
+        fits = len(scale) == 3 and scale[2] == 2 if pairs else len(scale) in (1, 2)
+        require(fits and scale[0] == out, op, "weight_scale" + tag, scale,
+                f"({out}, groups, 2)" if pairs else f"({out},) or ({out}, groups)")
+        if len(scale) > 1:
+            require(scale[1] > 0 and found % scale[1] == 0, op, "weight_scale" + tag, scale,
+                    f"a number of groups that divides {found}")
+    return out, found
 
 
 def check_base(op: str, places: Places, shapes: tuple, columns: int, tag: str = "") -> int:
@@ -52,18 +84,7 @@ def check_base(op: str, places: Places, shapes: tuple, columns: int, tag: str = 
             require(len(factor) == 2 and factor[1] == out, op, argument + tag, factor, f"(outputs, {out})")
             out = factor[0]
     else:
-        weight, wide = given["weight"], 2 if places.form == "int4" else 1
-        require(len(weight) == 2, op, "weight" + tag, weight, "(out, in), or (out, in/2) for int4")
-        out, found = weight[0], weight[1] * wide
-        require(columns < 0 or found == columns, op, "weight" + tag, weight,
-                f"{columns} columns like x ({columns / 2:g} for packed int4)")
-        if "weight_scale" in given:
-            scale = given["weight_scale"]
-            require(len(scale) in (1, 2) and scale[0] == out, op, "weight_scale" + tag, scale,
-                    f"({out},) or ({out}, groups)")
-            if len(scale) == 2:
-                require(scale[1] > 0 and found % scale[1] == 0, op, "weight_scale" + tag, scale,
-                        f"a number of groups that divides {found}")
+        out, _ = check_matrix(op, places.form, given["weight"], given.get("weight_scale"), columns, tag)
     if "bias" in given:
         require_shape(op, "bias" + tag, given["bias"], (out,))
     return out
@@ -91,7 +112,7 @@ def check_linear_dtypes(op: str, places: Places, kinds: tuple) -> None:
     given = places.of(kinds)
     for name, kind in given.items():
         if name == "weight":
-            require_dtype(op, name, kind, (_WEIGHTS[places.form],))
+            require_dtype(op, name, kind, (_WEIGHTS.get(places.form, ms.uint8),))
         else:
             dense = name in dict(FORMATS)[places.form] and name != "weight_scale" or name in ("down", "up")
             require_dtype(op, name, kind, _DENSE if dense else (ms.float32,))

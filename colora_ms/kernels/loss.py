@@ -7,6 +7,9 @@ from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
 from colora_ms.kernels.aot import custom
+from colora_ms.kernels.dequantize import dequantize
+from colora_ms.kernels.linear_operator import check_linear_dtypes, check_matrix
+from colora_ms.kernels.operands import flat_base, read_linear
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
 
@@ -14,7 +17,7 @@ from colora_ms.kernels.shapes import element_type, require, require_dtype, requi
 IGNORED = -100
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, base: tuple, labels: Tensor) -> Tensor:
     """Summed cross-entropy of ``softmax(hidden @ weight.T)``.
 
     Semantics, over the tokens n with ``labels[n] != -100``: ``loss_sum = sum(logsumexp(z[n]) - z[n, labels[n]])`` with
@@ -24,7 +27,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
     Args:
         hidden: (tokens, hidden_size) float32.
-        weight: (vocab, hidden_size) float32 or bfloat16.
+        base: the weight (vocab, hidden_size) as a linear's base without a bias
+            (:func:`colora_ms.kernels.operands.base_of`), in any format of :func:`colora_ms.kernels.multi_lora_linear`.
         labels: (tokens,) int32, each -100 or 0 <= label < vocab.
 
     Returns:
@@ -34,12 +38,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         KernelError: a shape or dtype is wrong.
         RuntimeError: a label is out of range.
 
-    Gradients: hidden and weight; that of weight is computed only where weight is trained.
+    Gradients: hidden, and a float32 or bfloat16 weight; that of weight is computed only where weight is trained.
     """
-    return bound.linear_cross_entropy(hidden, weight, labels)
+    return bound.linear_cross_entropy(hidden, base, labels)
 
 
-def linear_token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_token_cross_entropy(hidden: Tensor, base: tuple, labels: Tensor) -> Tensor:
     """The cross-entropy of each token, for losses that weigh answers or tokens; the arguments of linear_cross_entropy.
 
     As there, the forward pass also computes the gradient of ``hidden``; the gradient that arrives from behind
@@ -52,12 +56,12 @@ def linear_token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -
     Raises:
         KernelError, RuntimeError: as :func:`linear_cross_entropy`.
 
-    Gradients: hidden and weight; that of weight is computed only where weight is trained.
+    Gradients: hidden, and a float32 or bfloat16 weight; that of weight is computed only where weight is trained.
     """
-    return bound.linear_token_cross_entropy(hidden, weight, labels)
+    return bound.linear_token_cross_entropy(hidden, base, labels)
 
 
-def linear_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_token_losses(hidden: Tensor, base: tuple, labels: Tensor) -> Tensor:
     """The cross-entropy of each token, for perplexity and multiple choice; the arguments of linear_cross_entropy.
 
     Returns:
@@ -66,15 +70,16 @@ def linear_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
     Raises:
         KernelError, RuntimeError: as :func:`linear_cross_entropy`.
 
-    Gradients: hidden and weight, at twice the cost of the forward pass; where a gradient is wanted,
-    :func:`linear_token_cross_entropy` computes it on the way.
+    Gradients: hidden, and a float32 or bfloat16 weight, at twice the cost of the forward pass; where a gradient is
+    wanted, :func:`linear_token_cross_entropy` computes it on the way.
     """
-    return bound.linear_token_losses(hidden, weight, labels)
+    return bound.linear_token_losses(hidden, base, labels)
 
 
-def linear_token_losses_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_token_losses_reference(hidden: Tensor, base: tuple, labels: Tensor) -> Tensor:
     """:func:`linear_token_losses` in built-in operators; differentiable, any device; labels are not checked."""
-    return token_losses_of_logits(ops.matmul(hidden, weight.astype(ms.float32).transpose((1, 0))), labels)
+    form, tensors, _ = base
+    return token_losses_of_logits(ops.matmul(hidden, dequantize(form, *tensors).transpose((1, 0))), labels)
 
 
 def token_losses_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -92,69 +97,124 @@ def token_losses_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return ops.where(labels == IGNORED, ops.zeros_like(losses), losses)
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy_reference(hidden: Tensor, base: tuple, labels: Tensor) -> Tensor:
     """:func:`linear_cross_entropy` in built-in operators; differentiable, any device; labels are not checked."""
-    losses = linear_token_losses_reference(hidden, weight, labels)
+    losses = linear_token_losses_reference(hidden, base, labels)
     return losses.sum(), (labels != IGNORED).astype(ms.float32).sum()
 
 
 # -- the CPU operators ------------------------------------------------------------------------------------------------
+# Their inputs are hidden, labels and the flat tensors of the base.
 
-def _check(name, hidden, weight, labels):
+def _check(name, shapes):
+    hidden, labels = shapes[:2]
     require(len(hidden) == 2, name, "hidden", hidden, "(tokens, hidden_size)")
-    require(len(weight) == 2 and weight[1] == hidden[1], name, "weight", weight, f"(vocab, {hidden[1]}) as in hidden")
     require_shape(name, "labels", labels, hidden[:1])
+    places, _ = read_linear(name, shapes, 2)
+    require(set(places.base) <= {"weight", "weight_scale"} and not places.adapter, name, "base", places.form,
+            "one matrix without a bias or an adapter")
+    scale = shapes[places.base["weight_scale"]] if "weight_scale" in places.base else None
+    return places, check_matrix(name, places.form, shapes[places.base["weight"]], scale, hidden[1])
 
 
-def _loss_shapes(hidden, weight, labels):
-    _check("linear_cross_entropy", hidden, weight, labels)
-    return [1], [1], hidden, labels, labels  # a rank of 0 would become a Python number in the graph
+def _loss_shapes(*shapes):
+    _check("linear_cross_entropy", shapes)
+    return [1], [1], shapes[0], shapes[1], shapes[1]  # a rank of 0 would become a Python number in the graph
 
 
-def _token_shapes(hidden, weight, labels):
-    _check("linear_token_losses", hidden, weight, labels)
-    return labels
+def _token_shapes(*shapes):
+    _check("linear_token_losses", shapes)
+    return shapes[1]
+
+
+def _gradient_shapes(*shapes):
+    return list(_check("linear_cross_entropy_weight_grad", shapes)[1])
 
 
 def _dtype_function(name, outputs):
-    def dtypes(hidden, weight, labels):
-        require_dtype(name, "hidden", element_type(hidden), (ms.float32,))
-        require_dtype(name, "weight", element_type(weight), (ms.float32, ms.bfloat16))
-        require_dtype(name, "labels", element_type(labels), (ms.int32,))
+    def dtypes(shapes, *dtypes):
+        kinds = [element_type(kind) for kind in dtypes]
+        require_dtype(name, "hidden", kinds[0], (ms.float32,))
+        require_dtype(name, "labels", kinds[1], (ms.int32,))
+        check_linear_dtypes(name, _check(name, shapes)[0], kinds)
         return (ms.float32,) * outputs if outputs > 1 else ms.float32
     return dtypes
 
 
-def _bprop(hidden, weight, labels, out, dout):
+def _weight_gradient(hidden, labels, tag, weight, lse, share):
+    """Of a float weight; the compiler drops it where the weight is frozen. Other formats are always frozen."""
+    if weight.dtype == ms.float32 or weight.dtype == ms.bfloat16:
+        dweight = bound.linear_cross_entropy_weight_grad(hidden, labels, tag, weight, lse, share)
+        return dweight.astype(weight.dtype)
+    return ops.zeros_like(weight)
+
+
+def _plain_bprop(hidden, labels, tag, weight, out, dout):
     share = dout[0] + dout[4]  # of each token's loss in what is differentiated: through the sum, and by itself
-    # The compiler drops the weight's part where the weight is frozen.
-    dweight = bound.linear_cross_entropy_weight_grad(hidden, weight, labels, out[3], share)
-    return out[2] * share.reshape((-1, 1)), dweight.astype(weight.dtype), ops.zeros_like(labels)
+    return (out[2] * share.reshape((-1, 1)), ops.zeros_like(labels), ops.zeros_like(tag),
+            _weight_gradient(hidden, labels, tag, weight, out[3], share))
 
 
-def _token_bprop(hidden, weight, labels, out, dout):
-    """Computes the product again, with its gradient. Behind a stop_gradient the compiler drops all of it."""
-    _, _, slope, lse, _ = bound.linear_cross_entropy_operator(hidden, weight, labels)
-    dweight = bound.linear_cross_entropy_weight_grad(hidden, weight, labels, lse, dout)
-    return slope * dout.reshape((-1, 1)), dweight.astype(weight.dtype), ops.zeros_like(labels)
+def _scaled_bprop(hidden, labels, tag, weight, weight_scale, out, dout):
+    share = dout[0] + dout[4]
+    return (out[2] * share.reshape((-1, 1)), ops.zeros_like(labels), ops.zeros_like(tag), ops.zeros_like(weight),
+            ops.zeros_like(weight_scale))
+
+
+# The product is computed again, with its gradient. Behind a stop_gradient the compiler drops all of it.
+def _plain_token_bprop(hidden, labels, tag, weight, out, dout):
+    _, _, slope, lse, _ = bound.linear_cross_entropy_plain(hidden, labels, tag, weight)
+    return (slope * dout.reshape((-1, 1)), ops.zeros_like(labels), ops.zeros_like(tag),
+            _weight_gradient(hidden, labels, tag, weight, lse, dout))
+
+
+def _scaled_token_bprop(hidden, labels, tag, weight, weight_scale, out, dout):
+    _, _, slope, _, _ = bound.linear_cross_entropy_scaled(hidden, labels, tag, weight, weight_scale)
+    return (slope * dout.reshape((-1, 1)), ops.zeros_like(labels), ops.zeros_like(tag), ops.zeros_like(weight),
+            ops.zeros_like(weight_scale))
 
 
 # Outputs: loss_sum (1,), count (1,), d loss_sum / d hidden, the log-sum-exp of each token, the loss of each token.
-def _linear_cross_entropy(hidden, weight, labels):
-    loss_sum, count, _, _, _ = bound.linear_cross_entropy_operator(hidden, weight, labels)
+def _parts(hidden, base, labels):
+    flat = flat_base(base)
+    if len(flat) == 2:
+        return bound.linear_cross_entropy_plain(hidden, labels, *flat)
+    return bound.linear_cross_entropy_scaled(hidden, labels, *flat)
+
+
+def _linear_cross_entropy(hidden, base, labels):
+    loss_sum, count, _, _, _ = _parts(hidden, base, labels)
     return loss_sum.reshape(()), count.reshape(())
 
 
-def _linear_token_cross_entropy(hidden, weight, labels):
-    return bound.linear_cross_entropy_operator(hidden, weight, labels)[4]
+def _linear_token_cross_entropy(hidden, base, labels):
+    return _parts(hidden, base, labels)[4]
+
+
+def _linear_token_losses(hidden, base, labels):
+    flat = flat_base(base)
+    if len(flat) == 2:
+        return bound.linear_token_losses_plain(hidden, labels, *flat)
+    return bound.linear_token_losses_scaled(hidden, labels, *flat)
+
+
+def _operator(name, shapes, outputs, bprop, tensors):
+    # MindSpore keeps one gradient graph for all primitives whose attributes are equal.
+    made = custom(name, shapes, _dtype_function(name, outputs), bprop, by_shapes=True)
+    return made.add_prim_attr("tensors", tensors)
 
 
 operation("linear_cross_entropy", reference=lambda: linear_cross_entropy_reference, cpu=lambda: _linear_cross_entropy)
 operation("linear_token_cross_entropy", reference=lambda: linear_token_losses_reference,
           cpu=lambda: _linear_token_cross_entropy)
-operation("linear_cross_entropy_operator", cpu=lambda: custom(
-    "linear_cross_entropy", _loss_shapes, _dtype_function("linear_cross_entropy", 5), _bprop))
-operation("linear_cross_entropy_weight_grad", cpu=lambda: custom(
-    "linear_cross_entropy_weight_grad", lambda hidden, weight, labels, lse, share: weight, lambda *dtypes: ms.float32))
-operation("linear_token_losses", reference=lambda: linear_token_losses_reference, cpu=lambda: custom(
-    "linear_token_losses", _token_shapes, _dtype_function("linear_token_losses", 1), _token_bprop))
+operation("linear_token_losses", reference=lambda: linear_token_losses_reference, cpu=lambda: _linear_token_losses)
+operation("linear_cross_entropy_plain",
+          cpu=lambda: _operator("linear_cross_entropy", _loss_shapes, 5, _plain_bprop, 1))
+operation("linear_cross_entropy_scaled",
+          cpu=lambda: _operator("linear_cross_entropy", _loss_shapes, 5, _scaled_bprop, 2))
+operation("linear_token_losses_plain",
+          cpu=lambda: _operator("linear_token_losses", _token_shapes, 1, _plain_token_bprop, 1))
+operation("linear_token_losses_scaled",
+          cpu=lambda: _operator("linear_token_losses", _token_shapes, 1, _scaled_token_bprop, 2))
+operation("linear_cross_entropy_weight_grad",
+          cpu=lambda: custom("linear_cross_entropy_weight_grad", _gradient_shapes, lambda *dtypes: ms.float32))

@@ -32,9 +32,19 @@ from colora_ms.kernels.shapes import require
 #: Formats of a base: (name, its tensors); the first ones have the numbers of ``Format`` in ops/cpu/weights.h, which are
 #: the tags of ``models.formats``. A product is the chain of its tensors, the first one meets x.
 FORMATS = (("float32", ("weight",)), ("bfloat16", ("weight",)), ("int8", ("weight", "weight_scale")),
-           ("int4", ("weight", "weight_scale")), ("product", ("inner", "outer")),
+           ("int4", ("weight", "weight_scale")), ("float16", ("weight",)), ("q4_0", ("weight",)), ("q4_1", ("weight",)),
+           ("q5_0", ("weight",)), ("q5_1", ("weight",)), ("q8_0", ("weight",)), ("q4_k", ("weight",)),
+           ("q5_k", ("weight",)), ("q6_k", ("weight",)), ("int4_zero", ("weight", "weight_scale")),
+           ("int8_zero", ("weight", "weight_scale")), ("product", ("inner", "outer")),
            ("product_with_core", ("inner", "core", "outer")))
-FLOAT32, BFLOAT16, INT8, INT4, PRODUCT, PRODUCT_WITH_CORE = range(len(FORMATS))
+(FLOAT32, BFLOAT16, INT8, INT4, FLOAT16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4_ZERO, INT8_ZERO, PRODUCT,
+ PRODUCT_WITH_CORE) = range(len(FORMATS))
+
+#: {format: (values, elements of the weight's tensor)} of those that pack several values; the others are one each.
+PACKED = {"int4": (2, 1), "int4_zero": (2, 1), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24),
+          "q8_0": (32, 34), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210)}
+#: Formats whose scales are pairs, a factor and a zero point.
+WITH_ZEROS = ("int4_zero", "int8_zero")
 
 #: Tensors of a linear's adapters, which come together.
 ADAPTER = ("down", "up", "scale")
@@ -80,11 +90,11 @@ def base_of(form: int, weight: Tensor, weight_scale: Tensor = ABSENT, bias: Tens
     """The base of a linear that is one matrix.
 
     Args:
-        form: the tag of its format (``models.formats.WeightFormat.tag``), FLOAT32 to INT4; weight, weight_scale, bias:
-            as for :func:`colora_ms.kernels.multi_lora_linear`.
+        form: the tag of its format (``models.formats.WeightFormat.tag``), below PRODUCT; weight, weight_scale, bias: as
+            for :func:`colora_ms.kernels.multi_lora_linear`.
     """
     bias = () if bias.ndim == 0 else (bias,)
-    if form == INT8 or form == INT4:
+    if _TENSORS[form] == 2:
         return (form, (weight, weight_scale), bias)
     return (form, (weight,), bias)
 
@@ -108,6 +118,11 @@ def linear_of(base: tuple, down: Tensor = ABSENT, up: Tensor = ABSENT, scale: Te
     if down.ndim == 0 and up.ndim == 0 and scale.ndim == 0:
         return (base, ())
     return (base, (down, up, scale))
+
+
+def flat_base(base: tuple) -> tuple[Tensor, ...]:
+    """The tensors of a base alone for an operator, its tag first."""
+    return flat_linears(((base, ()),))
 
 
 def flat_linears(linears: tuple) -> tuple[Tensor, ...]:

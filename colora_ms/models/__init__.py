@@ -16,16 +16,17 @@ _EXPORTS = {"Decoder": "decoder", "DecoderConfig": "config", "PagedCache": "page
 __all__ = ["Decoder", "DecoderConfig", "PagedCache", "build_decoder", "load_model", "open_checkpoint"]
 
 
-def load_model(name_or_path: PathLike = "smollm2-135m", weight_format: str = "float32",
+def load_model(name_or_path: PathLike = "smollm2-135m", weight_format: str = "auto",
                max_positions: Optional[int] = None) -> tuple[Decoder, Tokenizer]:
     """Load a decoder and its tokenizer.
 
     Args:
         name_or_path: a known name ("smollm2-135m"), a Hugging Face folder, a GGUF file, a MindSpore checkpoint's
             folder, or a folder that ``colora-ms decompose`` wrote.
-        weight_format: "float32", "bfloat16", "int8" or "int4"; integer formats are rounded to nearest while loading.
-            Linears that the folder stores as integers (``colora-ms quantize``) stay what they are; the format then
-            holds for the embedding and the head.
+        weight_format: "auto": every weight in the format in which the file has it, nothing is rounded. A name of
+            :data:`colora_ms.models.formats.WEIGHT_FORMATS`, such as "float32", "bfloat16", "int8" or "int4": unpacked
+            and packed anew while loading, rounded to nearest. Linears that the folder stores as integers (``colora-ms
+            quantize``) stay what they are; the name then holds for the embedding and the head.
         max_positions: the longest sequence; by default the config's maximum.
 
     Returns:
@@ -44,7 +45,7 @@ def load_model(name_or_path: PathLike = "smollm2-135m", weight_format: str = "fl
     return build_decoder(checkpoint, weight_format, max_positions), tokenizer
 
 
-def build_decoder(checkpoint: Checkpoint, weight_format: str = "float32",
+def build_decoder(checkpoint: Checkpoint, weight_format: str = "auto",
                   max_positions: Optional[int] = None) -> Decoder:
     """The :class:`Decoder` of an opened checkpoint; arguments as in :func:`load_model`."""
     from colora_ms.models.decoder import Decoder

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Optional, Union
 
 import numpy as np
+from tqdm import tqdm
 
 from mindspore import Parameter, Tensor
 
-from colora_ms.errors import CheckpointError
+from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.models.activation_quant import ActivationQuantizedLinear
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.families import family
-from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float, weight_format
+from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float, wanted_format
 from colora_ms.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from colora_ms.models.low_rank import LowRankLinear, low_rank_linear
+from colora_ms.models.mapped import parameter_of
+from colora_ms.models.repack import repacked
+
+_PATIENCE = 2.0  # seconds without a bar
 
 #: What a decoder is built from; see :class:`Builder`.
 Weights = Mapping[str, Union[StoredWeight, StoredFactors, np.ndarray]]
@@ -28,7 +34,7 @@ class Builder:
         config: :class:`colora_ms.models.config.DecoderConfig`, for the shapes.
         weights: mapping of Hugging Face names to stored weights or float arrays, read one at a time; None for random
             weights (normal, standard deviation 0.02, seed 0; norms of ones).
-        wanted: name of the format of matrices that are stored as floats; integers are kept.
+        wanted: name of the format that matrices are stored in, or "auto": each as it comes.
 
     Attributes:
         names: {id: (Parameter, its name)}. A Cell renames the Parameters that are put into it; the names of the
@@ -38,11 +44,13 @@ class Builder:
     def __init__(self, config: DecoderConfig, weights: Optional[Weights], wanted: str) -> None:
         self.shapes = config.parameter_shapes()
         self.weights = weights
-        self.wanted = weight_format(wanted)
+        self.wanted = wanted
+        self.form = wanted_format(wanted)
         self.eps = config.rms_norm_eps
         self.norms = family(config.model_type).norm  # their kind
         self.random = np.random.default_rng(0)
         self.names: dict[int, tuple[Parameter, str]] = {}
+        self._progress = _Progress(sum(map(math.prod, self.shapes.values())))
 
     def stored(self, name: str) -> Union[StoredWeight, StoredFactors]:
         """What is stored under a name.
@@ -51,6 +59,7 @@ class Builder:
             CheckpointError: nothing, or of another shape than the config's.
         """
         shape = tuple(self.shapes[name])
+        self._progress.add(math.prod(shape))
         if self.weights is None:
             if name.endswith("norm.weight"):
                 return stored_float(np.full(shape, 0 if self.norms == "rms_plus_one" else 1, np.float32))
@@ -68,11 +77,11 @@ class Builder:
         stored = self.stored(f"{prefix}.weight")
         bias = self.vector(f"{prefix}.bias") if f"{prefix}.bias" in self.shapes else None
         if isinstance(stored, StoredFactors):
-            cell = low_rank_linear(prefix, stored, self.wanted.name, bias)
+            cell = low_rank_linear(prefix, stored, self.wanted, bias)
             for part, parameter in cell.factor_parameters().items():
                 self._keep(parameter, f"{prefix}.{part}")
             return cell
-        cell = linear_of(prefix, stored.as_format(self.wanted), bias)
+        cell = linear_of(prefix, self._in_format(f"{prefix}.weight", stored), bias)
         self._keep_weight(cell, prefix)
         inputs, outputs = stored.activations
         return ActivationQuantizedLinear(cell, inputs, outputs) if inputs or outputs else cell
@@ -87,11 +96,17 @@ class Builder:
         if isinstance(stored, StoredFactors) or any(stored.activations):
             raise CheckpointError(f"the embedding {prefix} is stored as factors or with rounded activations, which "
                                   "only linears can be")
-        stored = stored.as_format(self.wanted)
+        stored = self._in_format(f"{prefix}.weight", stored)
         weight, scale = weight_parameters(prefix, stored)
         cell = Embedding(weight, stored.shape[1], weight_scale=scale, weight_format=stored.format)
         self._keep_weight(cell, prefix)
         return cell
+
+    def _in_format(self, name: str, stored: StoredWeight) -> StoredWeight:
+        try:
+            return repacked(stored, self.form)
+        except (CheckpointError, ConfigError) as error:
+            raise type(error)(f"tensor {name!r}: {error}") from None
 
     def norm(self, prefix: str) -> RMSNorm:
         """The norm called ``prefix``."""
@@ -100,7 +115,7 @@ class Builder:
 
     def vector(self, name: str) -> Parameter:
         """A float32 Parameter, for what is no matrix."""
-        return self._keep(Parameter(Tensor(self.stored(name).values()), name=name, requires_grad=False), name)
+        return self._keep(parameter_of(Tensor.from_numpy(self.stored(name).values()), name), name)
 
     def _keep_weight(self, cell: Union[Linear, Embedding], prefix: str) -> None:
         self._keep(cell.weight, f"{prefix}.weight")
@@ -112,11 +127,31 @@ class Builder:
         return parameter
 
 
+class _Progress:
+    """A bar on standard error, if that is a terminal and loading takes more than two seconds.
+
+    Args:
+        total: numbers that the model has.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.left = total
+        self.bar = tqdm(total=total, desc="loading", unit=" weights", unit_scale=True, delay=_PATIENCE, disable=None,
+                        leave=False)
+
+    def add(self, count: int) -> None:
+        """So many numbers more are being read; behind the last ones the bar goes."""
+        self.left -= count
+        self.bar.update(count)
+        if self.left <= 0:
+            self.bar.close()
+
+
 def weight_parameters(path: str, stored: StoredWeight) -> tuple[Parameter, Optional[Parameter]]:
     """(``<path>.weight``, ``<path>.weight_scale`` or None), frozen."""
     weight, scale = stored.tensors()
-    return (Parameter(weight, name=f"{path}.weight", requires_grad=False),
-            None if scale is None else Parameter(scale, name=f"{path}.weight_scale", requires_grad=False))
+    return (parameter_of(weight, f"{path}.weight"),
+            None if scale is None else parameter_of(scale, f"{path}.weight_scale"))
 
 
 def linear_of(path: str, stored: StoredWeight, bias: Optional[Parameter]) -> Linear:

@@ -12,13 +12,21 @@ from collections.abc import Callable, Iterable
 from typing import Optional, Union
 
 from colora_ms.errors import CheckpointError, near
+from colora_ms.files import read_json
 from colora_ms.models import low_rank_folder
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.family_tensors import FamilyTensors
 from colora_ms.models.formats import StoredFactors, StoredWeight, stored_float
 from colora_ms.models.gguf_decoder import GgufDecoder
 from colora_ms.models.gguf_parts import only_model, open_gguf
-from colora_ms.models.hf_folder import SafetensorsFolder, find_weights, quantization_of, read_config, write_hf_folder
+from colora_ms.models.hf_folder import (
+    SafetensorsFolder,
+    find_weights,
+    packed_settings,
+    quantization_of,
+    read_config,
+    write_hf_folder,
+)
 from colora_ms.models.mindspore_file import STATE_NAMES, STATE_PREFIXES, MindSporeFile
 from colora_ms.models.recognise import not_a_model
 from colora_ms.models.tensors import LazyTensors, check_shapes
@@ -51,7 +59,7 @@ class Checkpoint:
         path: what was opened.
         quantized: the ``quantization_config`` of a folder with integer linears, else ``None``.
         low_rank: {module name: (rank, factors)} of a decomposed model, else empty.
-        packed: names of the quantised types of a GGUF's tensors, else empty.
+        packed: names of the quantised types of a GGUF's tensors, or how another package packed a folder; else empty.
     """
 
     def __init__(self, path: str, kind: str, config: DecoderConfig,
@@ -150,8 +158,14 @@ def _open_safetensors(path, folder, config, files):
         quantized = QuantizedTensors(store, settings, path)
         check_shapes(quantized.shapes, config.parameter_shapes(), path)
         return Checkpoint(path, "safetensors", config, quantized.stored, tokenizer_in(folder), settings)
-    store = FamilyTensors(store, config)
-    shapes = {name: shape for name, shape in store.shapes.items()
+    foreign = packed_settings(folder, read_json(os.path.join(folder, "config.json")))
+    packed = None
+    if foreign is not None:
+        from colora_ms.models.packed_folder import PackedTensors
+        packed = PackedTensors(store, foreign, config.parameter_shapes(), path)
+    else:
+        store = FamilyTensors(store, config)
+    shapes = {name: shape for name, shape in (packed or store).shapes.items()
               if not _is_state(name)}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     if config.tie_word_embeddings and head in shapes and embed in shapes:
@@ -162,6 +176,9 @@ def _open_safetensors(path, folder, config, files):
                                   f"take {head} out of the file if it was not")
         del shapes[head]
     check_shapes(shapes, config.parameter_shapes(), path)
+    if packed is not None:
+        store.check_dtypes(name for name in shapes if name.removesuffix(".weight") not in packed.modules)
+        return Checkpoint(path, "safetensors", config, packed.stored, tokenizer_in(folder), packed=[packed.method])
     store.check_dtypes(shapes)
     return Checkpoint(path, "safetensors", config, store.stored, tokenizer_in(folder))
 
@@ -192,7 +209,7 @@ def _open_gguf(path):
     shapes.update({name: file.tensors[name].shape for name in decoder.unknown})
     check_shapes(shapes, decoder.config.parameter_shapes(), path)
     has_tokenizer = file.metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
-    return Checkpoint(path, "gguf", decoder.config, lambda name: stored_float(decoder.read(name)),
+    return Checkpoint(path, "gguf", decoder.config, decoder.stored,
                       file.path if has_tokenizer else None, packed=decoder.packed_types())
 
 

@@ -217,8 +217,8 @@ class Decoder(nn.Cell):
         weights: mapping from Hugging Face names to what is stored under them
             (:class:`colora_ms.models.formats.StoredWeight` or ``StoredFactors``) or to float arrays, read one at a
             time; or None for random weights (normal, standard deviation 0.02, seed 0).
-        weight_format: name of the format of the linears, the embedding and the head, see
-            :mod:`colora_ms.models.formats`; weights that are stored as integers stay as they are.
+        weight_format: "auto" or name of the format of the linears, the embedding and the head, see
+            :mod:`colora_ms.models.formats`; weights that are stored as our own integers stay as they are.
         max_positions: rows of the rotary tables, the longest sequence; by default the config's maximum, of a model of
             longrope its original length. (Longer ones have other frequencies at all positions.)
 
@@ -229,7 +229,7 @@ class Decoder(nn.Cell):
     Rows: every construct takes ``slots`` (rows,) int32, the adapter slot of each row, -1 for none.
     """
 
-    def __init__(self, config, weights=None, weight_format="float32", max_positions=None):
+    def __init__(self, config, weights=None, weight_format="auto", max_positions=None):
         super().__init__()
         self.config = config
         self.weight_format = weight_format

@@ -5,9 +5,11 @@ float32 values are packed and unpacked, how many bytes a row takes, and the numb
 Files hand out :class:`StoredWeight`; a Cell keeps its format as ``cell.format``. Nothing may be told from a dtype: two
 formats can share one (packed 4-bit values and blocks of bytes are both uint8).
 
-Integer weights are symmetric: ``w ~ scale * q``. int8 keeps q in -127..127 with one scale an output channel or a group
-of neighbouring inputs; int4 keeps q in -8..7 with one scale a group and packs two columns into a byte: the low nibble
-is the even column, stored as q + 8.
+Integer weights are symmetric, ``w ~ scale * q``, or have zero points, ``w ~ scale * (q - zero)``. int8 keeps q in
+-127..127 with one scale an output channel or a group of neighbouring inputs; int4 keeps q in -8..7 with one scale a
+group and packs two columns into a byte: the low nibble is the even column, stored as q + 8. int4_zero (GPTQ, AWQ) is
+packed alike, q in 0..15 as it is; int8_zero keeps q in -128..127. The formats of GGUF files are rows of their blocks,
+scales among them (:mod:`colora_ms.models.gguf_blocks`), which nobody takes apart before a kernel does.
 
 A new format is one record here and, if the kernels are to compute in it, one case in ``ops/cpu/weights.h``; without a
 kernel tag it can be read from files, and a decoder that is built from it packs it into the format that was asked for.
@@ -23,20 +25,17 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 
 from colora_ms.errors import CheckpointError, ConfigError, near
-from colora_ms.models.safetensors_file import WRITE_DTYPES, bfloat16_to_float32, float32_to_bfloat16
+from colora_ms.models import packing
+from colora_ms.models.gguf_blocks import BLOCKS, block_sizes, pack_blocks, unpack_type
+from colora_ms.models.safetensors_file import WRITE_DTYPES
 
 if TYPE_CHECKING:
     from mindspore import Tensor
 
-#: Inputs that share one scale in int4, where they divide a row.
-GROUP = 32
-
-_TINY = np.float32(1e-12)
-
 #: What packs a matrix: (float32 (out, in), group or None) -> (data, scale or None).
 Pack = Callable[[np.ndarray, Optional[int]], "tuple[np.ndarray, Optional[np.ndarray]]"]
-#: What unpacks it: (data, scale or None, zero points or None) -> float32 (out, in).
-Unpack = Callable[[np.ndarray, Optional[np.ndarray], Optional[np.ndarray]], np.ndarray]
+#: What unpacks it: (data, scale or None) -> float32 (out, in).
+Unpack = Callable[[np.ndarray, Optional[np.ndarray]], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +50,8 @@ class WeightFormat:
         tag: number of the format in the kernels (``Format`` in ops/cpu/weights.h); None: they do not compute in it.
         values, items: a row is a run of blocks; so many values of a row are so many stored elements.
         scaled: whether a float32 scale comes with the tensor, (out,) or (out, groups).
+        zeros: whether that scale is (out, groups, 2): factors and zero points.
+        ggml: GGML's name of the type whose blocks a row consists of, or None.
         encode, decode: the arithmetic of :meth:`pack` and :meth:`unpack`.
         join, split: of formats of scaled integers, from the integers (out, in) int8 to the stored tensor, and back.
     """
@@ -65,6 +66,8 @@ class WeightFormat:
     values: int = 1
     items: int = 1
     scaled: bool = False
+    zeros: bool = False
+    ggml: Optional[str] = None
     join: Optional[Callable[[np.ndarray], np.ndarray]] = field(default=None, repr=False)
     split: Optional[Callable[[np.ndarray], np.ndarray]] = field(default=None, repr=False)
 
@@ -95,7 +98,8 @@ class WeightFormat:
 
     def row_bytes(self, columns: int, groups: int = 1) -> int:
         """Bytes of a row of so many values, with its ``groups`` scales where the format has them."""
-        return self.data_shape((columns,))[0] * np.dtype(self.dtype).itemsize + 4 * groups * self.scaled
+        numbers = groups * (2 if self.zeros else 1) if self.scaled else 0
+        return self.data_shape((columns,))[0] * np.dtype(self.dtype).itemsize + 4 * numbers
 
     def pack(self, weight: np.ndarray, group: Optional[int] = None) -> StoredWeight:
         """Store values, rounded to nearest.
@@ -125,10 +129,9 @@ class WeightFormat:
         """
         return StoredWeight(self, q.shape, self.join(np.asarray(q).astype(np.int8)), scale)
 
-    def unpack(self, data: np.ndarray, scale: Optional[np.ndarray] = None,
-               zero: Optional[np.ndarray] = None) -> np.ndarray:
+    def unpack(self, data: np.ndarray, scale: Optional[np.ndarray] = None) -> np.ndarray:
         """The values of a stored tensor, float32; of float32 itself the array that was given."""
-        return self.decode(data, scale, zero)
+        return self.decode(data, scale)
 
     def stored(self, weight: Tensor, scale: Optional[Tensor] = None) -> StoredWeight:
         """The arrays behind a Cell's tensors; ``scale``: None or ``kernels.ABSENT`` (rank 0) for none."""
@@ -140,10 +143,13 @@ class WeightFormat:
     def check(self, weight: Tensor, scale: Optional[Tensor]) -> None:
         """ConfigError unless a Cell's tensors can be of this format."""
         kind = str(weight.dtype).lower()
-        if kind != self.element or self.scaled != (scale is not None):
-            raise ConfigError(f"a weight of dtype {kind} {'without' if scale is None else 'with'} a scale is none of "
-                              f"the format {self.name}, which is {self.element} {'with' if self.scaled else 'without'} "
-                              "one")
+        pairs = scale is not None and scale.ndim == 3
+        if kind != self.element or self.scaled != (scale is not None) or self.zeros != pairs \
+                or weight.ndim == 2 and weight.shape[1] % self.items:
+            given = "without a scale" if scale is None else f"with a scale of shape {tuple(scale.shape)}"
+            wanted = f"{'with' if self.scaled else 'without'} a scale{', in pairs' if self.zeros else ''}"
+            raise ConfigError(f"a weight of dtype {kind} and shape {tuple(weight.shape)} {given} is none of the format "
+                              f"{self.name}, which is {self.element}, {self.items} a block, {wanted}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +159,7 @@ class StoredWeight:
     Attributes:
         format: how it is stored; shape: of its values, (out, in) or (n,).
         data: array of the format's dtype and :meth:`WeightFormat.data_shape`; scale: (out,) or (out, groups) float32,
-            or None; zero: zero points, for formats that have them.
+            or None; (out, groups, 2), factors and zero points, for formats that have those.
         activations: (bits of the linear's input, bits of its output) to which a model of rounded activations rounds
             them; 0: not at all.
     """
@@ -162,7 +168,6 @@ class StoredWeight:
     shape: tuple[int, ...]
     data: np.ndarray
     scale: Optional[np.ndarray] = None
-    zero: Optional[np.ndarray] = None
     activations: tuple[int, int] = (0, 0)
 
     @property
@@ -173,21 +178,33 @@ class StoredWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
-        return sum(array.nbytes for array in (self.data, self.scale, self.zero) if array is not None)
+        return sum(array.nbytes for array in (self.data, self.scale) if array is not None)
 
     def values(self) -> np.ndarray:
         """The values, float32 of ``shape``."""
-        return self.format.unpack(self.data, self.scale, self.zero)
+        return self.format.unpack(self.data, self.scale)
 
     def integers(self) -> np.ndarray:
         """The integers (out, in) int8 of a format of scaled integers."""
         return self.format.split(self.data)
 
-    def as_format(self, wanted: WeightFormat) -> StoredWeight:
-        """Its values packed anew; itself where it is in the wanted format, or in one that was chosen when it was
-        stored: integers that the kernels compute in are not rounded again."""
-        if self.format is wanted or not self.format.is_float and self.format.tag is not None:
+    def as_format(self, wanted: Optional[WeightFormat]) -> StoredWeight:
+        """In the wanted format, its values packed anew where it is in another one; None: as it is stored.
+
+        Integers that were chosen when the weight was stored (int8 and int4 of ``colora-ms quantize``) are never rounded
+        again.
+
+        Raises:
+            CheckpointError: None is wanted, but the kernels do not compute in its format.
+        """
+        own = self.format
+        if own is wanted or wanted is None and own.tag is not None or own.join is not None and own.tag is not None:
             return self
+        if wanted is None:
+            raise CheckpointError(f"it is stored as {own.name}, in which nothing computes here (there are "
+                                  f"{', '.join(WEIGHT_FORMATS)}); load the model in a format by name, such as "
+                                  "weight_format=\"float32\" or \"int4\" (--weights), which unpacks it, or take "
+                                  "another file")
         return wanted.pack(self.values())
 
     def and_rows(self, rows: np.ndarray) -> StoredWeight:
@@ -198,11 +215,14 @@ class StoredWeight:
                             np.concatenate([self.data, more.data]), scale, activations=self.activations)
 
     def tensors(self) -> tuple[Tensor, Optional[Tensor]]:
-        """(weight, scale or None) as a Cell takes them."""
-        import mindspore as ms
+        """(weight, scale or None) as a Cell takes them: views of the arrays, so that a Parameter of
+        :func:`colora_ms.models.mapped.parameter_of` lies where they lie."""
+        from mindspore import Tensor
 
         data = self.data.view(_bfloat16()) if self.format.element == "bfloat16" else self.data
-        return ms.Tensor(data), None if self.scale is None else ms.Tensor(self.scale)
+        weight, scale = (None if one is None else Tensor.from_numpy(np.ascontiguousarray(one))
+                         for one in (data, self.scale))
+        return weight, scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,16 +254,25 @@ def stored_float(values: Any) -> StoredWeight:
     return StoredWeight(FLOAT32, array.shape, array)
 
 
-def weight_format(name: str) -> WeightFormat:
-    """The format of a name that the kernels compute in.
+def wanted_format(name: str) -> Optional[WeightFormat]:
+    """The format that ``weight_format=name`` asks for; None for "auto".
 
     Raises:
         ConfigError: there is none; says which there are.
     """
-    if name not in WEIGHT_FORMATS:
-        raise ConfigError(f"weight format {name!r} is not known; use one of {', '.join(WEIGHT_FORMATS)}."
-                          + near(name, WEIGHT_FORMATS))
-    return FORMATS[name]
+    if name not in WEIGHT_CHOICES:
+        raise ConfigError(f"weight format {name!r} is not known; use one of {', '.join(WEIGHT_CHOICES)}."
+                          + near(name, WEIGHT_CHOICES))
+    return FORMATS.get(name)
+
+
+def weight_format(name: str) -> WeightFormat:
+    """The format of matrices that are made anew in a model of ``weight_format=name``: float32 for "auto".
+
+    Raises:
+        ConfigError: as for :func:`wanted_format`.
+    """
+    return wanted_format(name) or FLOAT32
 
 
 def format_of_code(code: str) -> WeightFormat:
@@ -278,10 +307,12 @@ def holds_floats(cell: Any, parameter: Tensor) -> bool:
     return parameter.is_floating_point()
 
 
-def is_float_matrix(cell: Any) -> bool:
-    """Whether a linear is one matrix of floats and nothing else: no factors, no integers, no bias, no adapter on it."""
-    weight = getattr(cell, "weight", None)
-    return weight is not None and holds_floats(cell, weight) and not getattr(cell, "has_bias", False)
+def is_matrix(cell: Any) -> bool:
+    """Whether a linear is one matrix, in whatever format, and nothing else, as the fused losses take it: no factors, no
+    bias, no adapter on it."""
+    own = getattr(cell, "format", None)
+    return (isinstance(own, WeightFormat) and getattr(cell, "weight", None) is not None and hasattr(cell, "base")
+            and not getattr(cell, "has_bias", False) and not getattr(cell, "decomposed", False))
 
 
 @functools.lru_cache(maxsize=None)
@@ -292,91 +323,58 @@ def _bfloat16() -> np.dtype:
     return ms.Tensor(np.zeros(1, np.float32)).astype(ms.bfloat16).asnumpy().dtype
 
 
-# -- the arithmetic of each format ------------------------------------------------------------------------------------
+# -- the table ---------------------------------------------------------------------------------------------------------
 
-def _pack_float32(weight, group):
-    return weight, None
-
-
-def _unpack_float32(data, scale, zero):
-    return data
-
-
-def _pack_bfloat16(weight, group):
-    return float32_to_bfloat16(weight), None
-
-
-def _unpack_bfloat16(data, scale, zero):
-    return bfloat16_to_float32(data)
+FLOAT32 = WeightFormat("float32", "<f4", "float32", "F32", 0, packing.pack_float32, packing.unpack_float32)
+BFLOAT16 = WeightFormat("bfloat16", "<u2", "bfloat16", "BF16", 1, packing.pack_bfloat16, packing.unpack_bfloat16)
+INT8 = WeightFormat("int8", "|i1", "int8", "I8", 2, packing.pack_int8, packing.unpack_int8, scaled=True,
+                    join=packing.itself, split=packing.itself)
+INT4 = WeightFormat("int4", "|u1", "uint8", "U8", 3, packing.pack_int4, packing.unpack_int4, values=2, items=1,
+                    scaled=True, join=packing.join_int4, split=packing.split_int4)
+FLOAT16 = WeightFormat("float16", "<f2", "float16", "F16", 4, packing.pack_float16, packing.unpack_float16)
+INT4_ZERO = WeightFormat("int4_zero", "|u1", "uint8", None, 13, packing.pack_int4_zero, packing.unpack_int4_zero,
+                         values=2, items=1, scaled=True, zeros=True)
+INT8_ZERO = WeightFormat("int8_zero", "|i1", "int8", None, 14, packing.pack_int8_zero, packing.unpack_int8_zero,
+                         scaled=True, zeros=True)
 
 
-def _blocks(weight, size):
-    return weight.reshape(weight.shape[0], weight.shape[1] // size, size)  # (out, groups, inputs of one scale)
+def _of_blocks(name: str, tag: int) -> WeightFormat:
+    kind, values, size = BLOCKS[name]
+    return WeightFormat(name, "|u1", "uint8", None, tag, lambda weight, group: (pack_blocks(name, weight), None),
+                        lambda data, scale: unpack_type(kind, data), values=values, items=size, ggml=kind)
 
 
-def _pack_int8(weight, group):
-    blocks = _blocks(weight, group or weight.shape[1])
-    scale = np.maximum(np.abs(blocks).max(axis=2) / np.float32(127), _TINY).astype(np.float32)
-    q = np.rint(blocks / scale[..., None]).clip(-127, 127).astype(np.int8).reshape(weight.shape)
-    return q, scale[:, 0] if group is None else scale
-
-
-def _unpack_int8(data, scale, zero):
-    return _scaled(data, scale)
-
-
-def _itself(q):
-    return q
-
-
-def _pack_int4(weight, group):
-    """The value of largest magnitude in a group maps to -8, as in llama.cpp's Q4_0: it keeps the whole signed range."""
-    inner = weight.shape[1]
-    blocks = _blocks(weight, group or (GROUP if inner % GROUP == 0 else inner))
-    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
-    scale = (extreme / np.float32(-8)).astype(np.float32)
-    scale = np.where(np.abs(scale) < _TINY, _TINY, scale).astype(np.float32)
-    q = np.rint(blocks / scale[..., None]).clip(-8, 7).astype(np.int8).reshape(weight.shape)
-    return pack_int4(q), scale
-
-
-def _unpack_int4(data, scale, zero):
-    return _scaled(unpack_int4(data), scale)
-
-
-def pack_int4(q: np.ndarray) -> np.ndarray:
-    """(out, in) integers in -8..7 -> (out, in/2) uint8."""
-    biased = (q + 8).astype(np.uint8)
-    return biased[:, 0::2] | (biased[:, 1::2] << 4)
-
-
-def unpack_int4(packed: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`pack_int4`: (out, in/2) uint8 -> (out, in) int8."""
-    q = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
-    q[:, 0::2] = (packed & 15).astype(np.int8) - 8
-    q[:, 1::2] = (packed >> 4).astype(np.int8) - 8
-    return q
-
-
-def _scaled(q, scale):
-    """Integers (out, in), scale (out,) or (out, groups) -> float32 (out, in): one rounding a weight, as in kernels."""
-    if scale.ndim == 1:
-        return q.astype(np.float32) * scale[:, None]
-    blocks = _blocks(q.astype(np.float32), q.shape[1] // scale.shape[1])
-    return (blocks * scale[:, :, None]).reshape(q.shape)
-
-
-FLOAT32 = WeightFormat("float32", "<f4", "float32", "F32", 0, _pack_float32, _unpack_float32)
-BFLOAT16 = WeightFormat("bfloat16", "<u2", "bfloat16", "BF16", 1, _pack_bfloat16, _unpack_bfloat16)
-INT8 = WeightFormat("int8", "|i1", "int8", "I8", 2, _pack_int8, _unpack_int8, scaled=True, join=_itself, split=_itself)
-INT4 = WeightFormat("int4", "|u1", "uint8", "U8", 3, _pack_int4, _unpack_int4, values=2, items=1, scaled=True,
-                    join=pack_int4, split=unpack_int4)
-
-#: {name: record}.
-FORMATS = {one.name: one for one in (FLOAT32, BFLOAT16, INT8, INT4)}
+#: {name: record}, by tag.
+FORMATS = {one.name: one for one in (FLOAT32, BFLOAT16, INT8, INT4, FLOAT16,
+                                     *(_of_blocks(name, tag) for tag, name in enumerate(BLOCKS, 5)),
+                                     INT4_ZERO, INT8_ZERO)}
 
 #: Names of the formats that a decoder can be loaded in.
 WEIGHT_FORMATS = tuple(name for name, one in FORMATS.items() if one.tag is not None)
+
+#: Every weight in the format in which the file has it.
+AUTO = "auto"
+
+#: What ``weight_format=...`` can be.
+WEIGHT_CHOICES = (AUTO, *WEIGHT_FORMATS)
+
+_GGML_FORMATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16,
+                 **{one.ggml: one for one in FORMATS.values() if one.ggml is not None}}
+
+
+def format_of_ggml(kind: str) -> WeightFormat:
+    """The format of a GGML type (its name, such as "Q4_K"); of one that the kernels do not compute in, a record that
+    can be unpacked, if the ``gguf`` package can."""
+    if kind in _GGML_FORMATS:
+        return _GGML_FORMATS[kind]
+    values, size = block_sizes(kind)
+    return WeightFormat(kind, "|u1", "uint8", None, None, _no_packing, lambda data, scale: unpack_type(kind, data),
+                        values=values, items=size, ggml=kind)
+
+
+def _no_packing(weight: np.ndarray, group: Optional[int]) -> packing.Packed:
+    raise ConfigError("weights are not packed into this type of GGUF files; use one of " + ", ".join(WEIGHT_FORMATS))
+
 
 #: What the weights of a folder can be written as: floats, and integers rounded to nearest.
 FOLDER_TYPES = (*WRITE_DTYPES, *(name for name in WEIGHT_FORMATS if FORMATS[name].join is not None))

@@ -9,6 +9,7 @@ from colora_ms.models.config import DecoderConfig
 from colora_ms.models.families import find_gguf_family, unsupported
 from colora_ms.models.family import QKV
 from colora_ms.models.family_tensors import fused_parts
+from colora_ms.models.formats import StoredWeight, stored_float
 from colora_ms.models.gguf_names import (
     EMBEDDING,
     HEAD,
@@ -21,6 +22,7 @@ from colora_ms.models.gguf_names import (
     restore_rows,
 )
 from colora_ms.models.gguf_noise import finer_of_one_matrix
+from colora_ms.models.mapped import release
 from colora_ms.models.rope import rope_frequencies
 
 # Llama 3.1 and 3.2 in GGUF: the frequency factors are a tensor, their rule is not written down.
@@ -119,16 +121,20 @@ class GgufDecoder:
         names = [GGMLQuantizationType(number).name for number in types]
         return [name for name in names if name not in ("F64", "F32", "F16", "BF16")]
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor of a Hugging Face name, float32."""
-        heads = interleaved_heads(self.config, name.rpartition(".")[0])
-        values = self._file.read(self._source[name])
-        index, rows = self._parts.get(name, (None, None))
-        values = values if index is None else values[index]
-        values = restore_rows(values if rows is None else values[rows[0]:rows[1]], heads)
+    def stored(self, name: str) -> StoredWeight:
+        """The tensor of a Hugging Face name as the file stores it, in Hugging Face's row order: whole packed rows are
+        moved."""
+        found = self._file.stored(self._source[name])
         if self.family.norm == "rms_plus_one" and name.endswith("norm.weight"):
-            values = values - np.float32(1)  # llama.cpp's files hold 1 + weight
-        return np.ascontiguousarray(values.reshape(self.shapes[name]))
+            return stored_float(found.values() - np.float32(1))  # llama.cpp's files hold 1 + weight
+        index, rows = self._parts.get(name, (None, None))
+        part = found.data if index is None else found.data[index]
+        part = part if rows is None else part[rows[0]:rows[1]]
+        data = restore_rows(part, interleaved_heads(self.config, name.rpartition(".")[0]))
+        if data is not found.data and part is found.data:
+            release(found.data)  # the pages from which rows were copied
+        shape = tuple(self.shapes[name])
+        return StoredWeight(found.format, shape, data.reshape(found.format.data_shape(shape)))
 
     def _tie_head(self):
         """Whether the head is the embedding; of two stored copies of one matrix the finer one serves both."""

@@ -19,6 +19,11 @@ from typing import Optional, Protocol
 
 import numpy as np
 
+from colora_ms.models.formats import StoredWeight
+from colora_ms.models.gguf_blocks import block_sizes
+from colora_ms.models.mapped import release
+from colora_ms.models.repack import fast_values, on_all_cores
+
 #: Relative error of a float16 scale, and its absolute error below the smallest normal number.
 _HALF, _TINY = np.float32(2.0 ** -11), np.float32(2.0 ** -25)
 
@@ -29,6 +34,8 @@ _SLACK = np.float32(1e-3)
 _PLAIN = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
 
 _SMALLEST = {"F16": 2.0 ** -25}
+
+_PART = 1 << 19  # values that are compared at a time: they and what is made of them stay in a core's cache
 
 
 def stored_noise(kind: str, blocks: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
@@ -115,51 +122,103 @@ def _q6_k(blocks):
 _K_PARTS = {"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q45_k(15), "Q5_K": _q45_k(31), "Q6_K": _q6_k}
 
 
-class GgufRows(Protocol):
+def least_noise(kind: str, blocks: np.ndarray) -> np.ndarray:
+    """What :func:`stored_noise` is at least, for all values of a sub-block at once: half a step.
+
+    Args:
+        kind: a type whose rounding is known; blocks: as there.
+
+    Returns:
+        (n, sub-blocks) float32.
+    """
+    with np.errstate(all="ignore"):
+        if kind in _PLAIN:
+            return np.zeros((len(blocks), 1), np.float32)
+        if kind in _K_PARTS:
+            scale, sub, *_ = _K_PARTS[kind](blocks)
+            return np.abs(scale * sub) * np.float32(0.5)
+        return np.abs(_half(blocks, 0)) * np.float32(0.5)
+
+
+class GgufTensors(Protocol):
     """What is read of a ``GgufFile`` or ``GgufParts``."""
 
     tensors: dict
 
-    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a matrix, float32."""
-
-    def noise_of_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
-        """How far they may lie from what was stored."""
+    def stored(self, name: str) -> StoredWeight:
+        """A tensor as the file holds it."""
 
 
-def finer_of_one_matrix(file: GgufRows, first: str, second: str) -> Optional[str]:
+def finer_of_one_matrix(file: GgufTensors, first: str, second: str) -> Optional[str]:
     """Whether two matrices of a file are one, stored twice, and which copy is the finer one.
 
     Args:
         file: ``GgufFile`` or ``GgufParts``; first, second: names of tensors.
 
     Returns:
-        The name of the copy that rounds less (the first if none does), or None: they are two matrices, in shape or in
-        values, or of types whose rounding is not known. Two tensors of one type must be equal, because a quantiser
-        gives one matrix the same codes twice.
+        The name of the copy that rounds less (the first if none does; judged by some rows), or None: they are two
+        matrices, in shape or in values, or of types whose rounding is not known. Two tensors of one type must be equal,
+        because a quantiser gives one matrix the same codes twice.
+
+    Raises:
+        CheckpointError: a type that cannot be unpacked.
     """
+    from gguf.constants import GGMLQuantizationType
+
     one, two = file.tensors[first], file.tensors[second]
     if one.shape != two.shape or len(one.shape) != 2:
         return None
     rows, columns = one.shape
+    both = [(GGMLQuantizationType(file.tensors[name].type).name, file.stored(name)) for name in (first, second)]
     # a few rows first: two matrices differ everywhere, as a rule
-    few = np.unique(np.linspace(0, rows - 1, 64).astype(np.int64))
-    total = np.zeros(2)
-    per_part = max(1, (1 << 21) // columns)
-    for part in [few, *(np.arange(at, min(at + per_part, rows)) for at in range(0, rows, per_part))]:
-        a, b = file.read_rows(first, part), file.read_rows(second, part)
-        if np.array_equal(a, b):
-            if not np.isfinite(a).all():
-                return None
-            noise_a = noise_b = None
-        elif one.type == two.type:
-            return None
-        else:
-            noise_a, noise_b = file.noise_of_rows(first, part, a), file.noise_of_rows(second, part, b)
-            if noise_a is None or noise_b is None:
-                return None
-            with np.errstate(all="ignore"):
-                if not (np.abs(a - b) <= (noise_a + noise_b) * np.float32(1 + 1e-6)).all():
-                    return None
-            total += noise_a.sum(dtype=np.float64), noise_b.sum(dtype=np.float64)
+    few = [_part(*copy, np.unique(np.linspace(0, rows - 1, 64).astype(np.int64))) for copy in both]
+    if not _one_matrix(few):
+        return None
+    per_part = max(1, _PART // columns)
+    parts = ([_part(*copy, slice(at, at + per_part)) for copy in both] for at in range(0, rows, per_part))
+    same = all(on_all_cores(_one_matrix, parts))
+    for _, whole in both:
+        release(whole.data)
+    if not same:
+        return None
+    if one.type == two.type:
+        return first
+    total = [float(stored_noise(*part).sum(dtype=np.float64)) for part in few]
     return first if total[0] <= total[1] else second
+
+
+def _part(kind, whole, rows):
+    """(type, blocks (n, bytes of a block), values (n, values of a block)) of some rows."""
+    data = np.ascontiguousarray(whole.data[rows])
+    values = fast_values(StoredWeight(whole.format, (len(data), whole.shape[1]), data))
+    blocks = data.view(np.uint8).reshape(-1, block_sizes(kind)[1])
+    return kind, blocks, values.reshape(len(blocks), -1)
+
+
+def _one_matrix(parts):
+    """Whether some rows of two matrices, as of :func:`_part`, can stand for the same values."""
+    kinds, blocks, values = zip(*parts)
+    a, b = (one.reshape(-1) for one in values)
+    if a[0] == b[0] and np.array_equal(a, b):
+        return bool(np.isfinite(a).all())
+    if kinds[0] == kinds[1] or any(stored_noise(kind, own[:1], own_values[:1]) is None
+                                   for kind, own, own_values in zip(kinds, blocks, values)):
+        return False
+    with np.errstate(all="ignore"):
+        distance = a - b
+        np.abs(distance, out=distance)
+        least = [least_noise(kind, own).reshape(-1) for kind, own in zip(kinds, blocks)]
+        width = a.size // max(map(len, least))
+        bound = sum(np.repeat(one, a.size // width // len(one)) for one in least)
+        near = distance.reshape(-1, width) <= bound[:, None]  # not for NaN
+        # Where that is not enough, the whole bound counts: of units that are whole blocks of both.
+        unit = max(one.shape[1] for one in values)
+        doubtful = np.flatnonzero(~near.reshape(-1, unit).all(1))
+        if not len(doubtful):
+            return True
+        noise = []
+        for kind, own, own_values in zip(kinds, blocks, values):
+            there = own.reshape(a.size // unit, -1)[doubtful].reshape(-1, own.shape[1])
+            noise.append(stored_noise(kind, there, own_values.reshape(-1, unit)[doubtful].reshape(len(there), -1)))
+        bound = (noise[0].reshape(-1) + noise[1].reshape(-1)) * np.float32(1 + 1e-6)
+        return bool((distance.reshape(-1, unit)[doubtful].reshape(-1) <= bound).all())

@@ -6,15 +6,18 @@ The form is that of llama.cpp's ``gguf-split``: every file says its place (``spl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import weakref
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Union
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError
 from colora_ms.files import PathLike
+from colora_ms.models.formats import StoredWeight
 from colora_ms.models.gguf_reader import GgufFile
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
@@ -28,12 +31,27 @@ def open_gguf(path: PathLike) -> Union[GgufFile, GgufParts]:
         path: a file; of a model in several files any one of them.
 
     Returns:
-        ``GgufFile`` or ``GgufParts``: both have ``path``, ``metadata``, ``value_types``, ``tensors``, ``read``,
-        ``read_rows`` and ``noise_of_rows``.
+        ``GgufFile`` or ``GgufParts``: both have ``path``, ``metadata``, ``value_types``, ``tensors``, ``stored``
+        and ``read``.
 
     Raises:
         CheckpointError: a file is damaged or missing, or the files do not belong together.
     """
+    # The tokenizer's reader opens what the checkpoint's has open: a vocabulary takes long to read.
+    with contextlib.suppress(OSError):
+        state = os.stat(path)
+        key = (os.path.abspath(path), state.st_ino, state.st_size, state.st_mtime_ns)
+        found = _open_files.get(key)
+        if found is None:
+            found = _open_files[key] = _opened(path)
+        return found
+    return _opened(path)
+
+
+_open_files: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+
+def _opened(path: PathLike) -> Union[GgufFile, GgufParts]:
     file = GgufFile(path)
     count = _whole(file, _COUNT, 1)
     return file if count <= 1 else GgufParts(file, count)
@@ -109,17 +127,13 @@ class GgufParts:
                                           f"{'does not have' if key not in first.metadata else 'has otherwise'}; the "
                                           "parts are of two models")
 
+    def stored(self, name: str) -> StoredWeight:
+        """One tensor as it is stored; see ``GgufFile.stored``."""
+        return self._part_of[name].stored(name)
+
     def read(self, name: str) -> np.ndarray:
         """One tensor dequantized to float32; see ``GgufFile.read``."""
         return self._part_of[name].read(name)
-
-    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a matrix; see ``GgufFile.read_rows``."""
-        return self._part_of[name].read_rows(name, rows)
-
-    def noise_of_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
-        """The rounding of some rows; see ``GgufFile.noise_of_rows``."""
-        return self._part_of[name].noise_of_rows(name, rows, values)
 
 
 def _whole(file, key, default):

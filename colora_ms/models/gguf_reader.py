@@ -1,8 +1,7 @@
-"""Reading of GGUF files: header, metadata, and dequantized tensors.
+"""Reading of GGUF files: header, metadata, and tensors as they are stored or dequantized.
 
 The header is parsed here with every count and offset checked against the file's size (the
-``gguf`` package's own reader trusts them, and builds one object per vocabulary entry); the
-``gguf`` package dequantizes the blocks.
+``gguf`` package's own reader trusts them, and builds one object per vocabulary entry).
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import math
 import os
 import struct
-from typing import Optional
 
 import numpy as np
 
 from colora_ms.errors import CheckpointError
-from colora_ms.models.safetensors_file import map_file
+from colora_ms.models.formats import StoredWeight, format_of_ggml
+from colora_ms.models.mapped import map_file
 
 # value type -> struct format, for the scalar types of the format
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
@@ -98,7 +97,7 @@ class GgufFile:
             raise self._damaged(f"the array {key!r} holds values of type {inner}")
         if count * 8 > self._bytes.size - self._at:
             raise self._damaged(f"the array {key!r} claims {count} strings")
-        return [self._string() for _ in range(count)]
+        return self._strings(count)
 
     def _tensor_info(self):
         name = self._text("a tensor's name")
@@ -135,6 +134,16 @@ class GgufFile:
             if begin < end:
                 raise self._damaged(f"the tensors {first!r} and {second!r} overlap")
 
+    def stored(self, name: str) -> StoredWeight:
+        """One tensor as it is stored, a view of the mapped file, in the file's row order.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        tensor = self.tensors[name]
+        own = self._format(tensor)
+        return StoredWeight(own, tensor.shape, self.raw(name).view(own.dtype).reshape(own.data_shape(tensor.shape)))
+
     def read(self, name: str) -> np.ndarray:
         """One tensor dequantized to float32, in the file's row order.
 
@@ -142,54 +151,23 @@ class GgufFile:
             KeyError: no such tensor.
             CheckpointError: its type cannot be dequantized.
         """
-        tensor = self.tensors[name]
-        return self._dequantize(tensor, self._bytes[tensor.begin:tensor.end], tensor.shape)
+        return self._values(self.tensors[name], self.stored(name))
 
     def raw(self, name: str) -> np.ndarray:
         """The stored bytes of a tensor, uint8 (n,), a view of the mapped file."""
         tensor = self.tensors[name]
         return self._bytes[tensor.begin:tensor.end]
 
-    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a matrix, float32 ``(len(rows), in)``; for comparing without reading all."""
-        tensor = self.tensors[name]
-        total = tensor.shape[0]
-        table = self._bytes[tensor.begin:tensor.end].reshape(total, -1)
-        return self._dequantize(tensor, table[rows], (len(rows),) + tensor.shape[1:])
-
-    def noise_of_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
-        """How far the values that ``read_rows`` gave may lie from those that were stored; see ``gguf_noise``.
-
-        Returns:
-            float32 of the shape of values, or None for a type whose rounding is not known.
-        """
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        from colora_ms.models.gguf_noise import stored_noise
-        tensor = self.tensors[name]
-        kind = GGMLQuantizationType(tensor.type)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        table = self._bytes[tensor.begin:tensor.end].reshape(tensor.shape[0], -1)
-        noise = stored_noise(kind.name, table[rows].reshape(-1, block_bytes), values.reshape(-1, block))
-        return None if noise is None else noise.reshape(values.shape)
-
-    def _dequantize(self, tensor, data, shape):
+    def _format(self, tensor):
         from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
-        kind = GGMLQuantizationType(tensor.type)
-        plain = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2",
-                 GGMLQuantizationType.F64: "<f8"}.get(kind)
-        if plain is not None:
-            return np.frombuffer(data.tobytes(), dtype=plain).reshape(shape).astype(
-                np.float32, copy=False)
+
+        return format_of_ggml(GGMLQuantizationType(tensor.type).name)
+
+    def _values(self, tensor, stored):
         try:
-            with np.errstate(all="ignore"):
-                values = dequantize(data.reshape(int(math.prod(shape[:-1])), -1), kind)
-        except NotImplementedError:
-            raise CheckpointError(f"{self.path}: tensor {tensor.name!r} has type {kind.name}, which "
-                                  "cannot be dequantized; use a Q4, Q5, Q6, Q8, F16 or F32 file"
-                                  ) from None
-        return np.ascontiguousarray(values.reshape(shape), dtype=np.float32)
+            return stored.values()
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: tensor {tensor.name!r} cannot be read: {error}") from None
 
     def _take(self, count):
         """The next ``count`` bytes of the header."""
@@ -205,6 +183,20 @@ class GgufFile:
 
     def _string(self):
         return bytes(self._take(self._number("<Q")))
+
+    def _strings(self, count):
+        """``count`` strings; a vocabulary has hundreds of thousands, so that each is cut out without a call."""
+        view, at, end, length = self._view, self._at, self._bytes.size, struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            start = at + 8
+            at = start + length(view, at)[0] if start <= end else end + 1
+            if at > end:
+                raise self._damaged(f"it ends at byte {end} in the middle of its header (a string stands at byte "
+                                    f"{start - 8})")
+            found.append(bytes(view[start:at]))
+        self._at = at
+        return found
 
     def _text(self, what):
         text = self._string()

@@ -6,7 +6,7 @@ from typing import Any
 
 from mindspore import Tensor, ops
 
-from colora_ms.models.formats import is_float_matrix
+from colora_ms.models.formats import is_matrix
 
 
 def logit_cap(decoder: Any) -> float:
@@ -15,8 +15,8 @@ def logit_cap(decoder: Any) -> float:
 
 
 def plain_head(decoder: Any) -> bool:
-    """Whether the logits are the product with one float matrix and nothing else, so that operators may fuse it."""
-    return is_float_matrix(decoder.lm_head) and logit_cap(decoder) == 0
+    """Whether the logits are the product with one matrix and nothing else, so that operators may fuse it."""
+    return is_matrix(decoder.lm_head) and logit_cap(decoder) == 0
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:

@@ -20,10 +20,13 @@ from colora_ms.errors import CheckpointError, ConfigError
 from colora_ms.files import read_json, replacing_folder
 from colora_ms.models.config import DecoderConfig
 from colora_ms.models.family_tensors import FolderTensors
-from colora_ms.models.formats import BFLOAT16, StoredWeight, stored_float
+from colora_ms.models.formats import BFLOAT16, FLOAT16, StoredWeight, stored_float
 from colora_ms.models.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, WRITE_DTYPES, SafetensorsFile, write_safetensors
 from colora_ms.models.tensors import check_shapes
 from colora_ms.models.tokenizer import load_tokenizer
+
+#: ``quant_method`` of the folders that packed_folder reads.
+PACKED_METHODS = ("gptq", "awq", "compressed-tensors")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -40,8 +43,8 @@ def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
         raise CheckpointError(f"{folder} has no config.json, so it is not a model folder; a model "
                               "folder holds config.json and model.safetensors")
     values = read_json(path)
-    if _integer_settings(values) is not None:
-        values = dict(values, quantization_config=None)  # read by quantized_folder
+    if _integer_settings(values) is not None or packed_settings(folder, values) is not None:
+        values = dict(values, quantization_config=None)  # read by quantized_folder or packed_folder
     return parse_config(folder, path, values)
 
 
@@ -63,6 +66,19 @@ def quantization_of(folder: str | os.PathLike[str]) -> dict | None:
     """The ``quantization_config`` of a folder with this package's integer linears, or ``None``."""
     path = os.path.join(folder, "config.json")
     return _integer_settings(read_json(path)) if os.path.isfile(path) else None
+
+
+def packed_settings(folder: str | os.PathLike[str], values: Any) -> dict | None:
+    """The settings of a folder whose linears another package packed (``PACKED_METHODS``), or ``None``.
+
+    Args:
+        values: content of its config.json; folders of older GPTQ writers have a file of their own.
+    """
+    found = values.get("quantization_config") if isinstance(values, dict) else None
+    old = os.path.join(folder, "quantize_config.json")
+    if found is None and os.path.isfile(old):
+        found = {"quant_method": "gptq", **read_json(old)}
+    return found if isinstance(found, dict) and found.get("quant_method") in PACKED_METHODS else None
 
 
 def _integer_settings(values):
@@ -119,11 +135,12 @@ class SafetensorsFolder:
         return self._where[name].read(name)
 
     def stored(self, name: str) -> StoredWeight:
-        """The tensor as it is stored; float16 and float64, in which no weight is kept, as float32."""
-        if self.dtype(name) != BFLOAT16.code:
+        """The tensor as it is stored; float64, in which no weight is kept, as float32."""
+        own = next((one for one in (BFLOAT16, FLOAT16) if one.code == self.dtype(name)), None)
+        if own is None:
             return stored_float(self.read(name))
         shape = self.shapes[name]
-        return StoredWeight(BFLOAT16, shape, np.frombuffer(self.raw(name), BFLOAT16.dtype).reshape(shape))
+        return StoredWeight(own, shape, np.frombuffer(self.raw(name), own.dtype).reshape(shape))
 
     def dtype(self, name: str) -> str:
         """The dtype's name in the file, such as "F32"."""

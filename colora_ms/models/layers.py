@@ -99,7 +99,7 @@ class Embedding(Leaf, nn.Cell):
 
     def construct(self, ids: Tensor, rows: tuple) -> Tensor:
         """ids: (rows, tokens) int32; rows: for adapters -> (rows, tokens, hidden) float32."""
-        return embedding(ids, self.weight, self.weight_scale)
+        return embedding(ids, self.base())
 
     def sizes(self) -> tuple[int, int]:
         """As :class:`colora_ms.models.leaf.Leaf` says."""

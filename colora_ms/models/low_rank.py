@@ -6,9 +6,10 @@ from mindspore import Parameter, nn
 
 from colora_ms.kernels import ABSENT, bind
 from colora_ms.kernels.operands import product_of
-from colora_ms.models.formats import BFLOAT16, FLOAT32, StoredFactors, WeightFormat
+from colora_ms.models.formats import AUTO, BFLOAT16, FLOAT32, StoredFactors, WeightFormat
 from colora_ms.models.leaf import LinearLeaf
 from colora_ms.models.low_rank_folder import CORE, INNER, OUTER
+from colora_ms.models.mapped import parameter_of
 
 
 class LowRankLinear(LinearLeaf, nn.Cell):
@@ -69,11 +70,11 @@ class LowRankLinear(LinearLeaf, nn.Cell):
 
 
 def factor_format(weight_format: str) -> WeightFormat:
-    """The format of factors in a model of a weight format: float32 in float32, bfloat16 in all others.
+    """The format of factors in a model of a weight format: float32 in float32 and "auto", bfloat16 in all others.
 
     Factors are small, and integers would cost accuracy where next to nothing is left to save.
     """
-    return FLOAT32 if weight_format == FLOAT32.name else BFLOAT16
+    return FLOAT32 if weight_format in (FLOAT32.name, AUTO) else BFLOAT16
 
 
 def low_rank_linear(path: str, factors: StoredFactors, weight_format: str,
@@ -87,6 +88,8 @@ def low_rank_linear(path: str, factors: StoredFactors, weight_format: str,
         bias: the Parameter that the module has, or None.
     """
     wanted = factor_format(weight_format)
-    made = {name: Parameter(wanted.pack(one.values()).tensors()[0], name=f"{path}.{name}", requires_grad=False)
+    if weight_format == AUTO and factors.inner.format is BFLOAT16:
+        wanted = BFLOAT16
+    made = {name: parameter_of(wanted.pack(one.values()).tensors()[0], f"{path}.{name}")
             for name, one in ((INNER, factors.inner), (CORE, factors.core), (OUTER, factors.outer)) if one is not None}
     return LowRankLinear(made[INNER], made[OUTER], made.get(CORE), bias, wanted)

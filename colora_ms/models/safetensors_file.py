@@ -19,6 +19,7 @@ import numpy as np
 
 from colora_ms.errors import CheckpointError
 from colora_ms.files import PathLike
+from colora_ms.models.mapped import map_file
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
@@ -103,8 +104,8 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """One tensor as float32.
 
-        A float32 tensor is a read-only view of the mapped file (no copy); float64, float16 and
-        bfloat16 are converted into a new array.
+        A float32 tensor is a read-only view of the mapped file (no copy, see
+        :func:`colora_ms.models.mapped.map_file`); float64, float16 and bfloat16 are converted into a new array.
 
         Raises:
             KeyError: no such tensor.
@@ -209,17 +210,6 @@ def float32_to_bfloat16(array: np.ndarray) -> np.ndarray:
             rounded[nan] = (part[nan] >> np.uint32(16)) | np.uint32(0x0040)
         out[begin:begin + _CHUNK] = rounded
     return out.reshape(array.shape)
-
-
-def map_file(path: PathLike) -> np.ndarray:
-    """A file's bytes as a read-only memory-mapped uint8 array (empty for an empty file)."""
-    try:
-        if os.path.isfile(path) and os.path.getsize(path) == 0:
-            return np.zeros(0, np.uint8)
-        # a plain ndarray view: slices of np.memmap would each carry its Python-level hooks
-        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be opened: {error}") from None
 
 
 def _unique_keys(pairs):

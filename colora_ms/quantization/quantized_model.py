@@ -79,7 +79,7 @@ def _targets(net, config):
     if not found:
         raise AdapterError("the model has no plain linears: it has adapters already, or is quantised; start from the "
                            "unadapted float model")
-    integers = [path for path, cell in found.items() if not cell.format.is_float]
+    integers = [path for path, cell in found.items() if cell.format.join is not None]
     if integers:
         raise AdapterError(f"{integers[0]} holds integers already; quantisation-aware training starts from float "
                            "weights (weight_format float32 or bfloat16)")

@@ -84,7 +84,7 @@ def train_once(config: TrainingConfig, quantised: bool = False, team: Workers = 
     else:
         from colora_ms.training.run import train
 
-        train(config, resume=True, rank=team.rank, world=team.world)
+        train(config, resume=True, team=team)
     team.wait()
     made: Any = team.share(_described(config, quantised) if team.first else None)
     return dataclasses.replace(made, anew=True)

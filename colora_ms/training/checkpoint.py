@@ -27,6 +27,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor
 
+from colora_ms.adapters.patterns import in_order
 from colora_ms.errors import CheckpointError
 from colora_ms.files import replacing, replacing_folder
 
@@ -79,26 +80,10 @@ def check_writable(folder: str | Path) -> None:
                               f"({error.strerror or error}); choose another one") from None
 
 
-def save_checkpoint(folder: str | Path, step: int, optimizer: AdamW, state: dict, keep: int = 2,
-                    streams: Iterable[Parameter] = ()) -> Path:
-    """Write ``checkpoint-<step>`` below ``folder`` and delete the oldest beyond ``keep``.
-
-    Args:
-        folder: the run's folder.
-        step: number of updates made.
-        optimizer: ``AdamW``, whose parameters and moments are saved.
-        state: dictionary of JSON values (position in the data, best result, recipe ...).
-        keep: number of newest checkpoints to leave, at least 1.
-        streams: Parameters of the model that are not trained but change in training (``dropout_streams``).
-
-    Returns:
-        Path of the new checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be written; older checkpoints stay.
-    """
-    tensors = {name: np.ascontiguousarray(item.asnumpy()) for name, item in _named(optimizer, streams)}
-    return write_checkpoint(folder, step, tensors, state, keep)
+def tensors_of(optimizer: AdamW, streams: Iterable[Parameter] = ()) -> dict[str, np.ndarray]:
+    """{name: array} of what a checkpoint keeps: the parameters and moments of an optimizer, and streams, Parameters of
+    the model that are not trained but change in training (``dropout_streams``)."""
+    return {name: np.ascontiguousarray(item.asnumpy()) for name, item in _named(optimizer, streams)}
 
 
 def write_checkpoint(folder: str | Path, step: int, tensors: Mapping[str, np.ndarray], state: dict, keep: int = 2,
@@ -106,8 +91,10 @@ def write_checkpoint(folder: str | Path, step: int, tensors: Mapping[str, np.nda
     """Write ``checkpoint-<step>`` with any tensors and the states of the random generators.
 
     Args:
-        folder, step, state, keep: as for ``save_checkpoint``.
-        tensors: ``{name: array}``.
+        folder: the run's folder; step: number of updates made.
+        tensors: ``{name: array}``, see :func:`tensors_of`.
+        state: dictionary of JSON values (position in the data, best result, recipe ...).
+        keep: number of newest checkpoints to leave, at least 1.
         more: ``function(temporary folder)`` that writes further files into the checkpoint.
 
     Returns:
@@ -187,9 +174,23 @@ def _older(path: Path) -> str:
     return f"; resume from {earlier[-1]} instead" if earlier else ""
 
 
+def changes(old: dict, new: dict) -> list[str]:
+    """Texts that say which settings of two recipes differ."""
+    texts = []
+    for key in new:
+        before, now = old.get(key), new[key]
+        if isinstance(now, dict) and isinstance(before, dict):
+            before, now = in_order(before), in_order(now)
+            texts += [f"{key}.{name} was {before.get(name)!r}, is {now.get(name)!r}"
+                      for name in {**before, **now} if before.get(name) != now.get(name)]
+        elif before != now:
+            texts.append(f"{key} was {before!r}, is {now!r}")
+    return texts
+
+
 def restore(optimizer: AdamW, tensors: Mapping[str, np.ndarray], random_state: bool = True,
             streams: Iterable[Parameter] = ()) -> None:
-    """Put the tensors of ``read_checkpoint`` back; ``streams`` as for ``save_checkpoint``.
+    """Put the tensors of ``read_checkpoint`` back; ``streams`` as for ``tensors_of``.
 
     Raises:
         CheckpointError: lists every missing, unexpected or mis-shaped tensor; nothing is changed

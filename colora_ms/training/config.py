@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from colora_ms.errors import AdapterError, ConfigError, DataError, near
-from colora_ms.models.formats import WEIGHT_FORMATS
+from colora_ms.models.formats import WEIGHT_CHOICES
 from colora_ms.training.encoding import LOSSES, ON_LONG
 from colora_ms.training.settings import (
     REQUIRED,
@@ -166,6 +166,16 @@ class PreferenceConfig(Section):
         return []
 
 
+@dataclasses.dataclass
+class DistributedConfig(Section):
+    """How the workers of a job share the work (section ``distributed``)."""
+
+    _title = "section distributed"
+
+    tensor_parallel: int = setting(1, "Workers over which the model is split, each with its part of every linear; "
+                                   "groups of so many train side by side on different rows.", *at_least(1))
+
+
 _C = TypeVar("_C", bound="TrainingConfig")
 
 
@@ -185,8 +195,8 @@ class TrainingConfig(Section):
     loop: LoopConfig = setting(REQUIRED, "Length of the run; see LoopConfig.")
     model: str = setting("smollm2-135m", "Name of a known model, or the path of a folder or file.",
                          lambda value: bool(value.strip()), "a name or a path")
-    weight_format: str = setting("float32", "Format of the frozen weights.",
-                                 *one_of(*WEIGHT_FORMATS))
+    weight_format: str = setting("auto", "Format of the frozen weights; auto: as the file has them.",
+                                 *one_of(*WEIGHT_CHOICES))
     train: str = setting("sft", "What the adapter learns from: sft (answers) or dpo (pairs of a better and a worse "
                          "answer).", *one_of("sft", "dpo"))
     dpo: PreferenceConfig | None = setting(None, "Preference training, with train: dpo; see PreferenceConfig.")
@@ -197,6 +207,8 @@ class TrainingConfig(Section):
                                              "target_modules": "all-linear"})
     optimizer: OptimizerConfig = setting(None, "AdamW and its schedule; see OptimizerConfig.",
                                          factory=lambda: OptimizerConfig())
+    distributed: DistributedConfig = setting(None, "Model and rows over the workers of a job; see DistributedConfig.",
+                                             factory=lambda: DistributedConfig())
     evaluate: dict | None = setting(None, "What ``colora-ms run`` measures after the training; see "
                                     "colora_ms.recipes.settings. Its questions leave the training data.")
 
@@ -231,7 +243,15 @@ class TrainingConfig(Section):
             return [f"section adapter: {error}"]
         if self.loop.evaluate_every is not None and self.data.validation is None:
             return ["loop.evaluate_every is given, but data.validation is not"]
-        return self._preference_problems() + self._template_problems()
+        return self._preference_problems() + self._template_problems() + self._split_problems()
+
+    def _split_problems(self) -> list[str]:
+        if self.distributed.tensor_parallel == 1:
+            return []
+        if self.train != "sft":
+            return [f"distributed.tensor_parallel is {self.distributed.tensor_parallel}, which is for train: sft; this "
+                    f"recipe has train: {self.train}"]
+        return []
 
     def _preference_problems(self) -> list[str]:
         if self.train != "dpo":
@@ -334,4 +354,5 @@ class TrainingConfig(Section):
         return cls.from_dict(override(read_yaml(path), overrides))
 
 
-_SECTIONS = {"data": DataConfig, "optimizer": OptimizerConfig, "loop": LoopConfig}
+_SECTIONS = {"data": DataConfig, "optimizer": OptimizerConfig, "loop": LoopConfig,
+             "distributed": DistributedConfig}

@@ -107,11 +107,11 @@ class PreferenceLossCell(nn.Cell):
         hidden = self.decoder.hidden(ops.concat((ids, ids)), ops.concat((lengths, lengths)), twice)
         trained, base = hidden[:rows], ops.stop_gradient(hidden[rows:])
         if self.fused:
-            weight = self.decoder.lm_head.weight
+            base_of_head = self.decoder.lm_head.base()
             # Equal to the last bit; the first one also prepares the gradient.
             of_tokens = linear_token_cross_entropy if self.training else linear_token_losses
-            losses = of_tokens(trained.reshape((-1, trained.shape[-1])), weight, flat)
-            reference = linear_token_losses(base.reshape((-1, base.shape[-1])), weight, flat)
+            losses = of_tokens(trained.reshape((-1, trained.shape[-1])), base_of_head, flat)
+            reference = linear_token_losses(base.reshape((-1, base.shape[-1])), base_of_head, flat)
         else:
             logits = capped(self.decoder.lm_head(trained, (slots, lengths)), self.cap)
             losses = token_losses_of_logits(logits.reshape((-1, logits.shape[-1])), flat)

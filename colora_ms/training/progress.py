@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from colora_ms import runtime
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -21,17 +23,23 @@ class Progress:
     def __init__(self, steps: int, done: int, active: bool) -> None:
         self.bar, self.active = None, active
         self.tokens, self.seconds, self.loss = 0, 0.0, None
+        self.compilations = runtime.all_compilations()
         if active and steps:
-            self.bar = tqdm(total=steps, initial=done, unit="update", dynamic_ncols=True)
+            # smoothing 0: what is left follows from the mean of all updates that count
+            self.bar = tqdm(total=steps, initial=done, unit="update", dynamic_ncols=True, smoothing=0)
 
     def show(self, record: dict) -> None:
         """One update further."""
         if self.bar is None:
             return
-        # The first update compiles; the speed of the others is what tells the time left.
-        if self.loss is not None:
+        # An update that compiled a graph says nothing of speed; that of the others is what tells the time left.
+        known, self.compilations = self.compilations, runtime.all_compilations()
+        if known == self.compilations:
             self.tokens += record["tokens"]
             self.seconds += record["seconds"]
+        else:
+            self.bar.initial += 1
+            self.bar.start_t += record["seconds"]
         self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
         speed = f", {self.tokens / self.seconds:.0f} tokens/s" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {self.loss:.3f}{pair_text(record)}{speed}", refresh=False)

@@ -7,17 +7,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colora_ms import models
+from colora_ms import models, runtime
 from colora_ms.adapters import inject
 from colora_ms.adapters.continuing import continue_adapter
 from colora_ms.adapters.vocabulary import copy_tokenizer, tokenizer_for
+from colora_ms.distributed.adapter_files import save_whole
+from colora_ms.distributed.workers import Workers
 from colora_ms.errors import CheckpointError
+from colora_ms.models.checkpoint import open_checkpoint, resolve_model
+from colora_ms.models.tokenizer import load_tokenizer
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.config import START_FOLDER, TrainingConfig
 from colora_ms.training.data import encode_examples, load_examples, load_preferences, make_template, without_overlap
 from colora_ms.training.preference import PreferenceLossCell
 from colora_ms.training.preference_data import PairLoader, encode_preferences
 from colora_ms.training.progress import Progress
+from colora_ms.training.split import ADAPTER, split_model
 from colora_ms.training.trainer import Callback, Trainer, TrainingResult
 
 if TYPE_CHECKING:
@@ -28,14 +33,14 @@ if TYPE_CHECKING:
 
 
 def train(config: TrainingConfig | str | Path, resume: bool | str | Path = False, callbacks: Iterable[Callback] = (),
-          rank: int = 0, world: int = 1) -> TrainingResult:
+          team: Workers = Workers()) -> TrainingResult:
     """Train an adapter as a recipe says: load the model, inject, encode the data, run the loop.
 
     Args:
         config: ``TrainingConfig``, or the path of a recipe.
         resume: see ``Trainer.train``.
         callbacks: list of ``Callback``.
-        rank, world: this process and the number of processes.
+        team: the processes that train together; in groups of ``distributed.tensor_parallel`` they split the model.
 
     Returns:
         TrainingResult.
@@ -46,28 +51,40 @@ def train(config: TrainingConfig | str | Path, resume: bool | str | Path = False
     """
     if not isinstance(config, TrainingConfig):
         config = TrainingConfig.from_yaml(config)
-    if rank == 0:
+    if team.first:
         checkpoints.check_writable(config.output)
         if not resume and checkpoints.list_checkpoints(config.output):
             raise CheckpointError(f"{config.output} holds a run already; continue it with resume "
                                   "(--resume), or choose another output folder")
-    if rank == 0 and resume is True and not checkpoints.list_checkpoints(config.output):
+    if team.first and resume is True and not checkpoints.list_checkpoints(config.output):
         warnings.warn(f"there is no checkpoint in {config.output} to resume from: the run begins anew", stacklevel=2)
     train_examples, held_out, removed = load_data(config)
-    decoder, tokenizer = models.load_model(config.model, weight_format=config.weight_format)
-    # An adapter to go on with may bring tokens of its own, so that it comes before the data.
-    handle, tokenizer, own_tokenizer = begin_adapter(config, decoder, tokenizer, rank)
+    split, team = team.grid(config.distributed.tensor_parallel)
+    first = team.first and split.first
+    own_tokenizer: Path | None
+    if split.world > 1:
+        runtime.configure()
+        checkpoint = open_checkpoint(resolve_model(config.model))
+        tokenizer, own_tokenizer = load_tokenizer(checkpoint.tokenizer_source), None
+        decoder, handle = split_model(checkpoint, config.weight_format, split,
+                                      lambda whole: begin_adapter(config, whole, tokenizer, first)[0])
+    else:
+        decoder, tokenizer = models.load_model(config.model, weight_format=config.weight_format)
+        # An adapter to go on with may bring tokens of its own, so that it comes before the data.
+        handle, tokenizer, own_tokenizer = begin_adapter(config, decoder, tokenizer, first)
     data, validation = encode_data(config, tokenizer, train_examples, held_out, decoder)
-    say = Progress(0, 0, config.loop.progress and rank == 0).say
+    say = Progress(0, 0, config.loop.progress and first).say
     say(f"training data: {data.summary()}"
         + (f"; removed {removed} that stand in the validation or test data" if removed else ""))
     if validation is not None:
         say(f"validation data: {validation.summary()}")
     report = data_report(data, validation, removed)
-    if rank == 0:
+    if first:
         warn_left_out(report)
 
     def save(folder: str | Path) -> None:
+        if split.world > 1:
+            return save_whole(handle, folder, split, ADAPTER, writes=first)
         handle.save(folder, "default", as_lora=True)
         if own_tokenizer is not None:
             copy_tokenizer(own_tokenizer, folder)
@@ -79,20 +96,26 @@ def train(config: TrainingConfig | str | Path, resume: bool | str | Path = False
     kind: dict[str, Any] = {}
     if config.train == "dpo" and config.dpo is not None:
         kind = {"loss_cell": PreferenceLossCell(decoder, config.dpo), "loader": PairLoader}
-    trainer = Trainer(decoder, data, config, save, validation, callbacks, rank=rank, world=world, data_report=report,
+    trainer = Trainer(decoder, data, config, save, validation, callbacks, team=team, split=split, data_report=report,
                       **kind)
     say(f"batches: {trainer.loader.summary()}")
-    if world > 1:
+    if split.world > 1:
+        say(f"the model is split over {split.world} workers")
+    if team.world > 1:
         unit = "pairs" if pairs else "rows"
-        say(f"{world} workers with {trainer.loader.rows} {unit} each: an update sees at most "
-            f"{world * trainer.loader.rows * config.optimizer.accumulation_steps} {unit}")
+        who = "workers" if split.world == 1 else "groups of workers"
+        say(f"{team.world} {who} with {trainer.loader.rows} {unit} each: an update sees at most "
+            f"{team.world * trainer.loader.rows * config.optimizer.accumulation_steps} {unit}")
     return trainer.train(resume)
 
 
 def begin_adapter(config: TrainingConfig, decoder: Decoder, tokenizer: Any = None,
-                  rank: int = 0) -> tuple[Adapters, Any, Path | None]:
+                  first: bool = True) -> tuple[Adapters, Any, Path | None]:
     """Put a recipe's adapter into ``decoder``: a new one, or the one that it starts from, of which the run keeps a
     copy, so that it can be resumed whatever becomes of the original.
+
+    Args:
+        first: whether this process writes that copy.
 
     Returns:
         ``(handle, tokenizer, folder)``: the tokenizer to use, and the folder that it is from where that is the
@@ -109,7 +132,7 @@ def begin_adapter(config: TrainingConfig, decoder: Decoder, tokenizer: Any = Non
     given = {} if folder == kept else {name: value for name, value in config.adapter.items()
                                        if name not in ("method", "start_from")}
     handle = continue_adapter(decoder, folder, given, "default", config.loop.seed, config.model)
-    if rank == 0 and folder != kept:
+    if first and folder != kept:
         handle.save(kept, "default")
         copy_tokenizer(folder, kept)
     own = tokenizer_for(tokenizer, {"default": folder}, handle)

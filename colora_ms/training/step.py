@@ -12,7 +12,7 @@ count, sums)`` with sums (n,) float32 of further figures, whose names are its at
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from colora_ms import runtime
 from colora_ms.adapters.dropout import dropout_streams
+from colora_ms.distributed.cells import Sum, sum_at
+from colora_ms.distributed.workers import Workers
 from colora_ms.errors import ConfigError
 from colora_ms.kernels import bind, linear_cross_entropy, token_losses_of_logits
 from colora_ms.models.head import capped, logit_cap, plain_head
@@ -65,7 +67,7 @@ class CausalLossCell(nn.Cell):
         labels = labels.reshape((-1,))
         if self.fused:
             loss, count = linear_cross_entropy(hidden.reshape((-1, hidden.shape[-1])),
-                                               self.decoder.lm_head.weight, labels)
+                                               self.decoder.lm_head.base(), labels)
         else:
             logits = capped(self.decoder.lm_head(hidden, (slots, lengths)), self.cap)
             loss, count = masked_cross_entropy(logits.reshape((-1, logits.shape[-1])), labels)
@@ -116,9 +118,9 @@ def _add_to_buffer(buffer: Tensor, grad: Tensor) -> Tensor:
     return ops.assign_add(buffer, grad)
 
 
-@_read.register("Function", "Tensor")
-def _read_total(all_reduce: Any, buffer: Tensor) -> Tensor:
-    return all_reduce(buffer)
+@_read.register("Function", "Number", "Number", "Tensor")
+def _read_total(reduce: Any, number: int, places: int, buffer: Tensor) -> Tensor:
+    return sum_at(reduce, number, places, buffer)
 
 
 @_clear.register("Tensor")
@@ -158,17 +160,18 @@ class UpdateStep(nn.Cell):
     Args:
         gradient_step: the ``GradientStep`` with the buffers.
         optimizer: ``AdamW``.
-        world: number of processes; above 1, MindSpore's communication must be initialized.
+        team: the processes that have other rows and the same parameters; of several, MindSpore's communication must be
+            initialized.
     """
 
-    def __init__(self, gradient_step: GradientStep, optimizer: AdamW, world: int = 1) -> None:
+    def __init__(self, gradient_step: GradientStep, optimizer: AdamW, team: Workers) -> None:
         super().__init__(auto_prefix=False)
         self.buffers, self.count = gradient_step.buffers, gradient_step.count
         self.optimizer = optimizer
-        self.world = world
+        self.world = team.world
         self.map = ops.HyperMap()
-        if world > 1:
-            self.all_reduce = ops.AllReduce(ops.ReduceOp.SUM)
+        if team.world > 1:
+            self.sum = Sum(team)
 
     def construct(self, hyper: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Update from the buffers.
@@ -182,8 +185,8 @@ class UpdateStep(nn.Cell):
         """
         grads, count = self.buffers, self.count.value()
         if self.world > 1:
-            grads = self.map(ops.partial(_read, self.all_reduce), grads)
-            sums = self.all_reduce(ops.concat((sums, count.reshape((1,)))))
+            grads = self.map(ops.partial(_read, self.sum.reduce, self.sum.number, self.sum.places), grads)
+            sums = self.sum(ops.concat((sums, count.reshape((1,)))))
             count, sums = sums[-1], sums[:-1]
         norm = self.optimizer(grads, ops.maximum(count, Tensor(1.0, ms.float32)), hyper)
         # The buffers are emptied only after the optimizer has read them.
@@ -245,16 +248,16 @@ class Stepper:
         decoder: the model, with the adapter injected (its parameters require gradients).
         config: ``OptimizerConfig``.
         slot: adapter slot that all rows use.
-        world: number of processes.
+        team: the processes that have other rows, as for ``UpdateStep``.
         loss_cell: in place of ``CausalLossCell(decoder)``.
-        optimizer: ``AdamW`` or a subclass of it.
+        optimizer: ``AdamW`` or what makes a subclass of it.
 
     Raises:
         ConfigError: nothing is trainable.
     """
 
-    def __init__(self, decoder: Decoder, config: OptimizerConfig, slot: int = 0, world: int = 1,
-                 loss_cell: nn.Cell | None = None, optimizer: type[AdamW] = AdamW) -> None:
+    def __init__(self, decoder: Decoder, config: OptimizerConfig, slot: int = 0, team: Workers = Workers(),
+                 loss_cell: nn.Cell | None = None, optimizer: Callable[..., AdamW] = AdamW) -> None:
         self.loss_cell = CausalLossCell(decoder) if loss_cell is None else loss_cell
         parameters = self.loss_cell.trainable_params()
         self.optimizer = optimizer(parameters, config)
@@ -264,19 +267,19 @@ class Stepper:
             raise ConfigError(f"weight_decay would also shrink the other adapters that share a "
                               f"parameter with the trained one (for example {stacked[0]}); train "
                               "with a single slot or without weight_decay")
-        self.config, self.slot, self.world = config, slot, world
+        self.config, self.slot, self.world = config, slot, team.world
         #: Of the last update, over all processes: real tokens fed, whether one asked to stop, and
         #: {name: mean} of the loss's further figures.
         self.tokens, self.stop_asked = 0, False
         self.figures: dict[str, float] = {}
         self.loss_cell.set_train(True)
-        if config.accumulation_steps == 1 and world == 1:
+        if config.accumulation_steps == 1 and team.world == 1:
             self.whole: TrainStep | None = TrainStep(self.loss_cell, self.optimizer)
             self.part = self.update = None
         else:
             self.whole = None
             self.part = GradientStep(self.loss_cell, self.optimizer)
-            self.update = UpdateStep(self.part, self.optimizer, world)
+            self.update = UpdateStep(self.part, self.optimizer, team)
 
     def __call__(self, batches: Sequence[Batch], step: int, steps: int, stop: bool = False) -> tuple[float, float]:
         """Make one update.

@@ -15,6 +15,7 @@ A run's folder holds
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -27,15 +28,16 @@ from mindspore import nn
 
 from colora_ms import runtime
 from colora_ms.adapters.lily import PACKED, pools_rows
-from colora_ms.adapters.patterns import in_order
 from colora_ms.distributed import workers
+from colora_ms.distributed.workers import Workers
 from colora_ms.errors import CheckpointError, ColoraError, ConfigError
 from colora_ms.training import checkpoint as checkpoints
 from colora_ms.training.data import BatchLoader
-from colora_ms.training.optimizer import learning_rate
+from colora_ms.training.optimizer import AdamW, learning_rate
 from colora_ms.training.packing import packed_shape
 from colora_ms.training.progress import Progress, StopSignals, pair_text
 from colora_ms.training.report import RunLog, draw_loss_curve
+from colora_ms.training.split import SplitAdamW, own_tensors, whole_tensors
 from colora_ms.training.step import EvaluationStep, Stepper
 
 if TYPE_CHECKING:
@@ -96,8 +98,10 @@ class Trainer:
         validation: ``EncodedSet``, or ``None``.
         callbacks: list of ``Callback``.
         slot: adapter slot of the training rows.
-        rank, world: this process and their number; only rank 0 writes files. Above one, the
-            processes have to be started (``workers.start``) and share the output folder.
+        team: the processes that have other rows; of several, they have to be started (``workers.start``) and share the
+            output folder.
+        split: the workers over which the model is split. Only the first one of all writes files; of a split model
+            ``save_adapter`` is called on all workers.
         loss_cell: a loss in place of ``CausalLossCell(decoder)``.
         loader: a kind of ``BatchLoader``, for data of another kind than single examples.
         data_report: what the data is and what of it was left out, JSON values for a record ``data`` of the log.
@@ -109,15 +113,16 @@ class Trainer:
     """
 
     def __init__(self, decoder: Decoder, data: EncodedSet, config: TrainingConfig, save_adapter: Callable[[Path], Any],
-                 validation: EncodedSet | None = None, callbacks: Iterable[Callback] = (), slot: int = 0, rank: int = 0,
-                 world: int = 1, loss_cell: nn.Cell | None = None,
+                 validation: EncodedSet | None = None, callbacks: Iterable[Callback] = (), slot: int = 0,
+                 team: Workers = Workers(), split: Workers = Workers(), loss_cell: nn.Cell | None = None,
                  loader: type[BatchLoader] = BatchLoader, data_report: dict | None = None) -> None:
         self.folder = Path(config.output)
-        if rank == 0:
+        self.team, self.split, self.first = team, split, team.first and split.first
+        if self.first:
             checkpoints.check_writable(self.folder)
         runtime.configure()
         self.config, self.save_adapter = config, save_adapter
-        self.callbacks, self.rank, self.world = list(callbacks), rank, world
+        self.callbacks = list(callbacks)
         self.data_report = data_report
         context = getattr(decoder, "max_positions", None)
         longest = max(len(item) for item in data.items) - 1
@@ -127,11 +132,12 @@ class Trainer:
         if config.data.packing and pools_rows(decoder):
             raise ConfigError(PACKED)
         self._loader_kind = loader
-        self.loader = self._loader(data, rank, world)
+        self.loader = self._loader(data)
         self.validation: BatchLoader | None = None
         if validation is not None:
-            self.validation = self._loader(validation, rank, world, shuffle=False)
-        self.stepper = Stepper(decoder, config.optimizer, slot, world, loss_cell)
+            self.validation = self._loader(validation, shuffle=False)
+        optimizer = functools.partial(SplitAdamW, team=split) if split.world > 1 else AdamW
+        self.stepper = Stepper(decoder, config.optimizer, slot, team, loss_cell, optimizer)
         self.evaluation = EvaluationStep(self.stepper.loss_cell)
         self.steps: int
         self.end: tuple[int, int] | None = None
@@ -145,7 +151,7 @@ class Trainer:
         self.seconds_before = 0.0
         self.stopped_by = ""  # who asked to stop after this update: a signal, or a callback that sets it
 
-    def _loader(self, data: EncodedSet, rank: int, world: int, shuffle: bool = True) -> BatchLoader:
+    def _loader(self, data: EncodedSet, shuffle: bool = True) -> BatchLoader:
         options = self.config.data
         rows, buckets = options.batch_size, options.buckets
         if not shuffle:
@@ -157,7 +163,8 @@ class Trainer:
             rows, length = packed_shape(data.items, rows, options.bucket_multiple)
             buckets = [length]
         return self._loader_kind(data, rows, self.config.loop.seed, buckets, options.max_buckets,
-                                 options.bucket_multiple, options.packing, rank, world, shuffle)
+                                 options.bucket_multiple, options.packing, self.team.rank, self.team.world,
+                                 shuffle)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -180,14 +187,14 @@ class Trainer:
         self._begin(resume)
         self._check_equal_start()
         log = None
-        if self.rank == 0:
+        if self.first:
             log = RunLog(self.folder / "log.jsonl", self.step)
             if self.data_report is not None and self.step == 0:
                 log.add("data", 0, **self.data_report)
         losses, validation, tokens = [], [], 0
         started = time.perf_counter()
         saved = self.step if self.step else None
-        progress = Progress(self.steps, self.step, self.config.loop.progress and self.rank == 0)
+        progress = Progress(self.steps, self.step, self.config.loop.progress and self.first)
         try:
             with StopSignals(self):
                 while self.step < self.steps:
@@ -210,7 +217,7 @@ class Trainer:
                     if self._due(self.config.loop.evaluate_every) and self.validation is not None:
                         validation.append((self.step, self._evaluate(self.validation, log, progress)))
                     # Several processes stop after the same update, or some would wait for ever.
-                    stop = self.stopped_by if self.world == 1 else self.stepper.stop_asked
+                    stop = self.stopped_by if self.alone else self.asked or self.stepper.stop_asked
                     if self._due(self.config.loop.save_every) or stop:
                         self._save(started)
                         saved = self.step
@@ -224,10 +231,11 @@ class Trainer:
             if log:
                 log.close()
         seconds = time.perf_counter() - started
-        if self.rank == 0:
-            if saved != self.step:
-                self._save(started)
+        if saved != self.step:
+            self._save(started)
+        if self.saves:
             self.save_adapter(self.folder / "adapter")
+        if self.first:
             unit = "answer token" if self.config.train == "sft" else "pair"
             draw_loss_curve(self.folder / "log.jsonl", self.folder / "loss.png", f"loss per {unit} (nats)")
         result = TrainingResult(self.step, losses, validation, self.best_step, self.best_loss,
@@ -248,7 +256,8 @@ class Trainer:
         step = self.step + 1
         try:
             # Only several processes have to agree on stopping.
-            asked = {"stop": bool(self.stopped_by)} if self.world > 1 else {}
+            self.asked = not self.alone and any(self.split.gather(bool(self.stopped_by)))
+            asked = {"stop": self.asked} if self.team.world > 1 else {}
             loss, norm = self.stepper(batches, step, self.steps, **asked)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, ColoraError) or not _is_out_of_memory(error):
@@ -274,10 +283,10 @@ class Trainer:
     def _evaluate(self, validation: BatchLoader, log: RunLog | None, progress: Progress) -> float:
         """Validation loss; keeps the adapter if it is the best so far."""
         began = time.perf_counter()
-        loss = self.evaluation.run(validation.epoch_batches(), self.stepper, self.world)
+        loss = self.evaluation.run(validation.epoch_batches(), self.stepper, self.team.world)
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss = self.step, loss
-            if self.rank == 0:
+            if self.saves:
                 self.save_adapter(self.folder / "best")
         record = {"loss": loss, "best_step": self.best_step,
                   "seconds": round(time.perf_counter() - began, 4), **self.evaluation.figures}
@@ -290,16 +299,26 @@ class Trainer:
 
     # -- several processes ---------------------------------------------------------------------
 
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only process."""
+        return self.team.world == self.split.world == 1
+
+    @property
+    def saves(self) -> bool:
+        """Whether this process takes part in writing: of a split model each has a share of what is written."""
+        return self.first or self.split.world > 1
+
     def _check_equal_start(self) -> None:
         """Sums of gradients mean nothing unless all processes start from the same values and data."""
-        if self.world == 1:
+        if self.team.world == 1:
             return
         digest = hashlib.sha256()
         for parameter in self.stepper.optimizer.trained:
             digest.update(parameter.name.encode() + parameter.asnumpy().tobytes())
         mine = {"parameters": digest.hexdigest()[:16], "data": self.loader.state(),
                 "update": self.step, "steps": self.steps}
-        others = workers.current().gather(mine)
+        others = self.team.gather(mine)
         problems = [f"{key} is {other[key]} on worker {rank}, {others[0][key]} on worker 0"
                     for rank, other in enumerate(others) for key in mine
                     if other[key] != others[0][key]]
@@ -309,7 +328,7 @@ class Trainer:
                                 "files and output folder")
 
     def _wait(self) -> None:
-        if self.world > 1:
+        if not self.alone:
             workers.current().wait()
 
     # -- checkpoints ---------------------------------------------------------------------------
@@ -321,33 +340,38 @@ class Trainer:
                 raise CheckpointError(f"{self.folder} holds a run of {found[-1][0]} updates "
                                       "already; continue it with resume (--resume), or choose "
                                       "another output folder")
-            if self.rank == 0:
+            if self.first:
                 self._write_recipe()
             return
         source = self.folder if resume is True else Path(resume)
         if resume is True and not found:
-            if self.rank == 0:
+            if self.first:
                 self._write_recipe()
             return
         values, tensors = checkpoints.read_checkpoint(source)
-        changed = _differences(values.get("recipe", {}), self._recipe())
+        changed = checkpoints.changes(values.get("recipe", {}), self._recipe())
         if changed:
             raise CheckpointError("the run cannot continue exactly, because the recipe has "
                                   "changed: " + "; ".join(changed))
         self.loader.restore(values["data"])
+        if self.split.world > 1:
+            tensors = own_tensors(tensors, self.split)
         checkpoints.restore(self.stepper.optimizer, tensors, streams=self.stepper.streams)
         self.step = values["step"]
         self.best_step, self.best_loss = values.get("best_step"), values.get("best_loss")
         self.seconds_before = values.get("seconds", 0.0)
 
     def _save(self, started: float) -> None:
-        if self.rank != 0:
+        if not self.saves:
             return
         state = {"data": self.loader.state(), "recipe": self._recipe(),
                  "best_step": self.best_step, "best_loss": self.best_loss,
                  "seconds": self.seconds_before + time.perf_counter() - started}
-        checkpoints.save_checkpoint(self.folder, self.step, self.stepper.optimizer, state,
-                                    self.config.loop.keep_checkpoints, self.stepper.streams)
+        tensors = checkpoints.tensors_of(self.stepper.optimizer, self.stepper.streams)
+        if self.split.world > 1:
+            tensors = whole_tensors(tensors, self.split)
+        if self.first:
+            checkpoints.write_checkpoint(self.folder, self.step, tensors, state, self.config.loop.keep_checkpoints)
 
     def _recipe(self) -> dict:
         """What must be equal for a resumed run to continue exactly."""
@@ -356,7 +380,9 @@ class Trainer:
         if self.config.train != "sft":  # checkpoints of plain training say nothing of it
             exact["train"], exact["dpo"] = values["train"], values["dpo"]
         exact["steps"], exact["seed"] = self.steps, self.config.loop.seed
-        exact["world"] = self.world
+        exact["world"] = self.team.world
+        if self.split.world > 1:
+            exact["tensor_parallel"] = self.split.world
         return json.loads(json.dumps(exact, default=str))
 
     def _write_recipe(self) -> None:
@@ -365,20 +391,6 @@ class Trainer:
             temporary.write_text(yaml.safe_dump(json.loads(json.dumps(self.config.to_dict(),
                                                                       default=str)),
                                                 sort_keys=False), encoding="utf-8")
-
-
-def _differences(old: dict, new: dict) -> list[str]:
-    """Texts that say which settings of two recipes differ."""
-    texts = []
-    for key in new:
-        before, now = old.get(key), new[key]
-        if isinstance(now, dict) and isinstance(before, dict):
-            before, now = in_order(before), in_order(now)
-            texts += [f"{key}.{name} was {before.get(name)!r}, is {now.get(name)!r}"
-                      for name in {**before, **now} if before.get(name) != now.get(name)]
-        elif before != now:
-            texts.append(f"{key} was {before!r}, is {now!r}")
-    return texts
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

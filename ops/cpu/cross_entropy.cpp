@@ -10,8 +10,9 @@
 #include <cstring>
 #include <vector>
 
-#include "check.h"
+#include "operands.h"
 #include "parallel.h"
+#include "products.h"
 #include "small_gemm.h"
 
 namespace COLORA_ISA_NAMESPACE {
@@ -27,23 +28,21 @@ constexpr int64_t kScratch = 16 << 20;  // floats for the logits of a block
 struct Head {
   int64_t tokens, hidden, vocab;
   const float* x;
-  Tensor weight;
+  Weight weight;
   const int32_t* labels;
   std::vector<int64_t> active;  // tokens with a label
 
   // Rows [v, v + rows), columns [c, c + columns) of the weight as float32: in place, or widened into `buffer`.
   const float* rows(int64_t v, int64_t count, int64_t c, int64_t columns, float* buffer, int64_t* stride) const {
-    if (weight.is("float32")) {
+    if (in_place()) {
       *stride = hidden;
-      return weight.data<float>() + v * hidden + c;
+      return weight.f32() + v * hidden + c;
     }
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t i = 0; i < columns; i += kLanes)
-        store_upto(buffer + r * columns + i, load_upto(weight.data<bf16>() + (v + r) * hidden + c + i, columns - i),
-                   columns - i);
+    for (int64_t r = 0; r < count; ++r) read_columns(weight, v + r, c, c + columns, buffer + r * columns);
     *stride = columns;
     return buffer;
   }
+  bool in_place() const { return weight.format == Format::kFloat32; }
   int64_t chunks() const { return (vocab + kChunk - 1) / kChunk; }
   // Tokens of a block: many enough that reading the weight costs little beside the product, and blocks of like size.
   int64_t block(bool keep_logits) const {
@@ -53,14 +52,16 @@ struct Head {
   }
 };
 
-Head read(colora::Call& call) {
-  const Tensor hidden = call.in(0, "hidden"), weight = call.in(1, "weight"), labels = call.in(2, "labels");
+// hidden, labels and the tensors of the weight as a linear's base, its tag first.
+Head read(Reader& reader) {
+  const Tensor hidden = reader.next("hidden"), labels = reader.next("labels");
   hidden.expect_dtype("float32").expect_rank(2);
-  weight.expect_dtype("float32", "bfloat16").expect_rank(2).expect_dim(1, hidden.dim(1), "hidden_size, as in hidden");
   labels.expect_dtype("int32").expect_rank(1).expect_dim(0, hidden.dim(0), "tokens, as in hidden");
-  Head h{hidden.dim(0), hidden.dim(1), weight.dim(0), hidden.data<float>(), weight, labels.data<int32_t>(), {}};
+  const Base base = read_base(reader, Tag::of(reader.next("weight's tag")), hidden.dim(1));
+  if (base.product() || base.bias) base.last.fail("is a factor of a product or has a bias, expected one matrix");
+  Head h{hidden.dim(0), hidden.dim(1), base.out(), hidden.data<float>(), base.matrix(), labels.data<int32_t>(), {}};
   if (h.hidden < 1 || h.vocab < 1)
-    weight.fail("has shape %s, expected (vocab, hidden_size) of at least (1, 1)", weight.shape_text().c_str());
+    base.last.fail("has shape %s, expected (vocab, hidden_size) of at least (1, 1)", base.last.shape_text().c_str());
   for (int64_t n = 0; n < h.tokens; ++n) {
     const int32_t label = h.labels[n];
     if (label == kIgnored) continue;
@@ -104,7 +105,7 @@ struct Work {
     mass.resize(top.size());
     at_label.resize(size_t(stride));
     lse.resize(size_t(stride));
-    if (!h.weight.is("float32")) buffers.resize(size_t(buffer_size) * threads);
+    if (!h.in_place()) buffers.resize(size_t(buffer_size) * threads);
   }
   float* buffer() { return buffers.empty() ? nullptr : buffers.data() + worker_index() * buffer_size; }
 };
@@ -189,11 +190,12 @@ void block_gradient(const Head& h, Work& w, int64_t first, int64_t count, float*
 }  // namespace
 }  // namespace COLORA_ISA_NAMESPACE
 
-// (hidden, weight, labels) -> (loss_sum (1,), count (1,), dhidden, lse (tokens,), losses (tokens,))
+// (hidden, labels, base) -> (loss_sum (1,), count (1,), dhidden, lse (tokens,), losses (tokens,))
 // An ignored token has 0 in the last three.
 COLORA_OPERATOR(linear_cross_entropy) {
-  call.expect(3, 5);
-  const Head h = read(call);
+  Reader reader(call, 0, 5);
+  const Head h = read(reader);
+  call.expect(reader.at(), 5);
   const Tensor loss_sum = call.out(0, "loss_sum"), count = call.out(1, "count"), dhidden = call.out(2, "dhidden"),
                lse = call.out(3, "lse"), losses = call.out(4, "losses");
   for (const Tensor* t : {&loss_sum, &count}) {
@@ -206,7 +208,7 @@ COLORA_OPERATOR(linear_cross_entropy) {
   const int64_t block = h.block(true), active = int64_t(h.active.size());
   Work w(h, active ? block : 0, active > 0);
   std::vector<float> block_dx(size_t(block * h.hidden));
-  std::vector<float> buffers(h.weight.is("float32") ? 0 : size_t(colora::thread_count() * 2 * kChunk * share_columns(h)));
+  std::vector<float> buffers(h.in_place() ? 0 : size_t(colora::thread_count() * 2 * kChunk * share_columns(h)));
 
   std::fill_n(dhidden.data<float>(), dhidden.size(), 0.0f);
   std::fill_n(lse.data<float>(), lse.size(), 0.0f);
@@ -228,10 +230,11 @@ COLORA_OPERATOR(linear_cross_entropy) {
   *count.data<float>() = float(active);
 }
 
-// (hidden, weight, labels) -> losses (tokens,); 0 for ignored tokens
+// (hidden, labels, base) -> losses (tokens,); 0 for ignored tokens
 COLORA_OPERATOR(linear_token_losses) {
-  call.expect(3, 1);
-  const Head h = read(call);
+  Reader reader(call, 0, 1);
+  const Head h = read(reader);
+  call.expect(reader.at(), 1);
   const Tensor losses = call.out(0, "losses");
   losses.expect_dtype("float32").expect_rank(1).expect_dim(0, h.tokens, "tokens, as in hidden");
   const int64_t block = h.block(false), active = int64_t(h.active.size());
@@ -245,14 +248,17 @@ COLORA_OPERATOR(linear_token_losses) {
   }
 }
 
-// (hidden, weight, labels, lse, share (tokens,)) -> d sum(share * losses) / d weight (vocab, hidden) float32
+// (hidden, labels, base, lse, share (tokens,)) -> d sum(share * losses) / d weight (vocab, hidden) float32
 COLORA_OPERATOR(linear_cross_entropy_weight_grad) {
-  call.expect(5, 1);
-  const Head h = read(call);
-  const Tensor lse = call.in(3, "lse"), share = call.in(4, "share"), dweight = call.out(0, "dweight");
+  Reader reader(call, 0, 1);
+  const Head h = read(reader);
+  const Tensor lse = reader.next("lse"), share = reader.next("share");
+  call.expect(reader.at(), 1);
+  const Tensor dweight = call.out(0, "dweight");
   for (const Tensor* t : {&lse, &share})
     t->expect_dtype("float32").expect_rank(1).expect_dim(0, h.tokens, "tokens, as in hidden");
-  dweight.expect_dtype("float32").expect_same_shape(h.weight);
+  dweight.expect_dtype("float32").expect_rank(2).expect_dim(0, h.vocab, "the rows of weight");
+  dweight.expect_dim(1, h.hidden, "hidden_size, as in hidden");
   const int64_t block = h.block(false), active = int64_t(h.active.size());
   Work w(h, block, false);
   std::vector<float> x(size_t(block * h.hidden));

@@ -11,12 +11,13 @@
 #include "gemm.h"
 #include "operands.h"
 #include "pages.h"
+#include "products.h"
+#include "readers.h"
 #include "scratch.h"
 
 namespace COLORA_ISA_NAMESPACE {
 
 constexpr int64_t kFewRows = 32;
-constexpr int64_t kAhead = 8192;  // bytes that unpacking prefetches ahead
 
 // The rows of a call and their adapters: token t belongs to row t / per_row. Made once a step and used by every linear.
 class RowSlots {
@@ -56,7 +57,7 @@ struct Product {
   std::vector<float> v;  // (tokens, padded rank)
   std::vector<RowAdapter> row_adapters;
   std::vector<float*> y_rows;
-  bool rearranged() const { return weight.format == Format::kInt4 && regular_groups(weight); }
+  bool rearranged() const { return weight.nibble_pairs() && regular_groups(weight); }
   int64_t rank() const { return adapters ? adapters->rank : 0; }
 };
 
@@ -69,52 +70,6 @@ struct Linear {
   std::vector<std::vector<float>> between;  // y of the factors before the last
   int64_t out() const { return base.out(); }
 };
-
-// Dequantises the rows [o0, o1) into tiles of kOuts packed rows, `vectors` vectors each; missing rows become zeros.
-template <class Reader>
-inline void unpack_panel(const Reader& reader, const Weight& w, int64_t o0, int64_t o1, float* panel, int64_t vectors) {
-  for (int64_t o = o0; o < o1; ++o) {
-    const int64_t at = o - o0;
-    float* to = panel + (at / kOuts * kOuts * vectors + at % kOuts) * kLanes;
-    int64_t g = 0;
-    for (int64_t k = 0; k < w.in; ++g) {
-      const int64_t end = std::min(w.in, (g + 1) * w.group);
-      const auto scale = reader.scale(o, g);
-      vf part[Reader::kUnits];
-      for (; k + Reader::kStep <= end; k += Reader::kStep) {
-        prefetch(static_cast<const char*>(reader.address(o, k)) + kAhead);
-        reader.read(o, k, scale, part);
-        for (int u = 0; u < Reader::kUnits; ++u, to += kOuts * kLanes) store(to, part[u]);
-      }
-      if (k < end) {
-        reader.read_tail(o, k, end - k, scale, part);
-        for (int u = 0; u < Reader::kUnits; ++u, to += kOuts * kLanes) store(to, part[u]);
-        k = end;
-      }
-    }
-  }
-}
-
-inline void make_panel(const Weight& w, int64_t o0, int64_t o1, float* panel, int64_t vectors) {
-  for (int64_t at = o1 - o0; at % kOuts; ++at)
-    for (int64_t s = 0; s < vectors; ++s)
-      store(panel + ((at / kOuts * vectors + s) * kOuts + at % kOuts) * kLanes, vf{});
-  if (!regular_groups(w)) {
-    std::vector<float> row(size_t(w.in));
-    for (int64_t o = o0; o < o1; ++o) {
-      for (int64_t k = 0; k < w.in; ++k) row[size_t(k)] = element(w, o, k);
-      const int64_t at = o - o0;
-      pack_row(row.data(), w.in, int(at % kOuts), kOuts, panel + at / kOuts * kOuts * vectors * kLanes);
-    }
-    return;
-  }
-  switch (w.format) {
-    case Format::kFloat32: return unpack_panel(Float32Reader(w), w, o0, o1, panel, vectors);
-    case Format::kBfloat16: return unpack_panel(Bfloat16Reader(w), w, o0, o1, panel, vectors);
-    case Format::kInt8: return unpack_panel(Int8Reader(w), w, o0, o1, panel, vectors);
-    case Format::kInt4: return unpack_panel(Int4Reader(w), w, o0, o1, panel, vectors);
-  }
-}
 
 // How x must lie for a linear: as it is, or with even and odd columns apart (int4).
 struct Activations {
@@ -131,11 +86,11 @@ class Forward {
       : products_(products), x_(x), tokens_(tokens), in_(in) {
     many_ = tokens > kFewRows;
     for (const Product* l : products) {
-      many_ |= tokens > kRows && l->weight.scale != nullptr;
+      many_ |= tokens > kRows && l->weight.packed();
       many_ |= !regular_groups(l->weight);
     }
     plain_.columns = in;
-    even_odd_.columns = Int4Reader::padded(in);
+    even_odd_.columns = rearranged_columns(in);
     int64_t outs = 0;
     for (const Product* l : products) {
       (l->rearranged() ? even_odd_ : plain_).needed = true;
@@ -211,7 +166,7 @@ class Forward {
         const float* from = x_ + (begin + i) * in_;
         if (plain_.copied) pack_row(from, in_, int(i), int(n), place(plain_, begin));
         if (even_odd_.copied) {
-          Int4Reader::rearrange(from, in_, row.data());
+          rearrange(from, in_, row.data());
           pack_row(row.data(), even_odd_.columns, int(i), int(n), place(even_odd_, begin));
         }
       }
@@ -250,12 +205,7 @@ class Forward {
       }
       return;
     }
-    switch (w.format) {
-      case Format::kFloat32: return dense_few_rows(Float32Reader(w), in_, block, in_, l.bias, rows, o0, o1);
-      case Format::kBfloat16: return dense_few_rows(Bfloat16Reader(w), in_, block, in_, l.bias, rows, o0, o1);
-      case Format::kInt8: return dense_few_rows(Int8Reader(w), in_, block, w.group, l.bias, rows, o0, o1);
-      case Format::kInt4: return dense_few_rows(Int4Reader(w), in_, block, w.group, l.bias, rows, o0, o1);
-    }
+    few_rows(w, in_, block, l.bias, rows, o0, o1);
   }
 
   const std::vector<Product*>& products_;

@@ -12,6 +12,7 @@
 #include "gemm.h"
 #include "operands.h"
 #include "outer.h"
+#include "products.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
@@ -34,18 +35,7 @@ struct LinearGrad {
 
 // Rows [o0, o1), columns [k0, k1) of W as float32, row stride kOuterColumns.
 void pack(const Weight& w, int64_t o0, int64_t o1, int64_t k0, int64_t k1, float* to) {
-  for (int64_t o = o0; o < o1; ++o, to += kOuterColumns) {
-    if (w.format == Format::kFloat32) {
-      std::memcpy(to, w.f32() + o * w.in + k0, size_t(k1 - k0) * sizeof(float));
-    } else if (w.format == Format::kBfloat16) {
-      const bf16* from = w.bf() + o * w.in + k0;
-      int64_t k = 0;
-      for (; k + kLanes <= k1 - k0; k += kLanes) store(to + k, load_bf16(from + k));
-      for (; k < k1 - k0; ++k) to[k] = bf16_to_float(from[k]);
-    } else {
-      for (int64_t k = k0; k < k1; ++k) to[k - k0] = element(w, o, k);
-    }
-  }
+  for (int64_t o = o0; o < o1; ++o, to += kOuterColumns) read_columns(w, o, k0, k1, to);
 }
 
 class Backward {

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "gemm.h"
+#include "products.h"
 
 namespace COLORA_ISA_NAMESPACE {
 
@@ -136,13 +137,10 @@ class Shrink {
     rows.count = task.end - task.begin;
     rows.x = x_.data() + task.begin;
     rows.y = v_.data() + task.begin;
-    const auto products = [&](const auto& reader) {
-      dense_few_rows(reader, in_, column_block(in_), in_, nullptr, rows, task.j0, task.j1);
-    };
-    if (down.half)
-      products(Bfloat16Reader(down.bf(), in_));
-    else
-      products(Float32Reader(down.f32(), in_));
+    Weight w;
+    w.format = down.half ? Format::kBfloat16 : Format::kFloat32;
+    w.data = down.data, w.out = adapters_->rank, w.in = w.group = in_;
+    few_rows(w, in_, column_block(in_), nullptr, rows, task.j0, task.j1);
     for (int64_t r = 0; r < rows.count; ++r) {
       float scale = adapters_->scale[task.slot];
       if (!strengths_.empty()) scale = scale * strengths_[size_t(task.begin + r)];

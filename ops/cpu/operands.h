@@ -31,6 +31,17 @@
   X(bfloat16, 1)               \
   X(int8, 2)                   \
   X(int4, 2)                   \
+  X(float16, 1)                \
+  X(q4_0, 1)                   \
+  X(q4_1, 1)                   \
+  X(q5_0, 1)                   \
+  X(q5_1, 1)                   \
+  X(q8_0, 1)                   \
+  X(q4_k, 1)                   \
+  X(q5_k, 1)                   \
+  X(q6_k, 1)                   \
+  X(int4_zero, 2)              \
+  X(int8_zero, 2)              \
   X(product, 2)                \
   X(product_with_core, 3)
 
@@ -188,23 +199,14 @@ struct Base {
   int64_t out() const { return factors.back().out; }
 };
 
-inline BaseFormat stored_format(const Weight& w) {
-  switch (w.format) {
-    case Format::kFloat32: return BaseFormat::float32;
-    case Format::kBfloat16: return BaseFormat::bfloat16;
-    case Format::kInt8: return BaseFormat::int8;
-    case Format::kInt4: break;
-  }
-  return BaseFormat::int4;
-}
-
 // The base of a linear with `in` columns (< 0: any number) behind its tag. `name`: of a matrix that is no product.
 inline Base read_base(Reader& reader, const Tag& tag, int64_t in, const char* name = "weight") {
   Base base;
   base.format = tag.format;
   const auto factor = [&](const char* what, int64_t columns) {
     base.last = reader.next(what);
-    base.factors.push_back(weight_of(base.last, reader.absent("weight_scale"), columns));
+    const Format format = base.last.is("bfloat16") ? Format::kBfloat16 : Format::kFloat32;
+    base.factors.push_back(weight_of(base.last, reader.absent("weight_scale"), columns, format));
     return base.factors.back().out;
   };
   if (tag.format == BaseFormat::product || tag.format == BaseFormat::product_with_core) {
@@ -212,12 +214,11 @@ inline Base read_base(Reader& reader, const Tag& tag, int64_t in, const char* na
     if (tag.format == BaseFormat::product_with_core) rank = factor("core", rank);
     factor("outer", rank);
   } else {
-    const bool scaled = tag.format == BaseFormat::int8 || tag.format == BaseFormat::int4;
+    const Format format = Format(int(tag.format));  // the formats before the products are those of one matrix
     base.last = reader.next(name);
+    const bool scaled = layout_of(format).scale_numbers > 0;
     base.factors.push_back(
-        weight_of(base.last, scaled ? reader.next("weight_scale") : reader.absent("weight_scale"), in));
-    if (stored_format(base.matrix()) != tag.format)
-      base.last.fail("has dtype %s, but its tag says that it is %s", base.last.dtype, name_of(tag.format));
+        weight_of(base.last, scaled ? reader.next("weight_scale") : reader.absent("weight_scale"), in, format));
   }
   if (tag.bias) {
     const colora::Tensor bias = reader.next("bias");

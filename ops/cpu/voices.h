@@ -36,8 +36,8 @@ struct Voices {
 };
 
 inline Weight rows_of(Weight w, int64_t begin, int64_t end) {
-  w.data = static_cast<const char*>(w.data) + w.bytes() / w.out * begin;
-  if (w.scale) w.scale += begin * w.groups;
+  w.data = w.row(begin);
+  if (w.scale) w.scale += begin * w.groups * w.layout().scale_numbers;
   w.out = end - begin;
   return w;
 }

@@ -1,78 +1,103 @@
-// A linear layer's weight in one of four formats, and its rows as float32 vectors.
+// A linear layer's weight in one of the formats below, which are those of models/formats.py in the same order.
 //
 // W is (out, in), row-major:
-//   float32 | bfloat16
+//   float32 | bfloat16 | float16
 //   int8   with scale float32 (out,) or (out, groups): w = q * scale
 //   uint8  (out, in/2): two 4-bit values a byte, low nibble = even column, stored as value + 8: w = (q - 8) * scale
+//   int8_zero, int4_zero: the same with (scale, zero point) float32 (out, groups, 2): w = (q - zero) * scale, where the
+//          four bits are stored as they are
+//   q4_0 ... q6_k: rows of the blocks of GGUF files as bytes, scales among them (block_readers.h)
 // A quantised value is always dequantised to float32 with one rounding and then used like a float32 weight, so the
 // decode form, the prefill form and the reference form see the same numbers.
-//
-// A reader below hands out kUnits vectors for the columns [k, k + kStep). Int4 unpacks a byte vector into even and odd
-// columns, so its activations are rearranged the same way once per call (Int4Reader::rearrange).
 #pragma once
 
 #include <vector>
 
 #include "check.h"
+#include "small_numbers.h"
 #include "simd.h"
 
 namespace COLORA_ISA_NAMESPACE {
 
-enum class Format { kFloat32, kBfloat16, kInt8, kInt4 };
+enum class Format {
+  kFloat32, kBfloat16, kInt8, kInt4, kFloat16, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kInt4_Zero,
+  kInt8_Zero
+};
+
+// How a format's rows lie: so many values are so many elements of a dtype; numbers of a group of the scale tensor, if any.
+struct Layout {
+  const char* name;
+  const char* dtype;
+  int values, elements, element_bytes, scale_numbers;
+  bool blocks;  // of a GGUF file
+};
+
+inline const Layout& layout_of(Format format) {
+  static constexpr Layout kLayouts[] = {
+      {"float32", "float32", 1, 1, 4, 0, false}, {"bfloat16", "bfloat16", 1, 1, 2, 0, false},
+      {"int8", "int8", 1, 1, 1, 1, false},       {"int4", "uint8", 2, 1, 1, 1, false},
+      {"float16", "float16", 1, 1, 2, 0, false}, {"q4_0", "uint8", 32, 18, 1, 0, true},
+      {"q4_1", "uint8", 32, 20, 1, 0, true},     {"q5_0", "uint8", 32, 22, 1, 0, true},
+      {"q5_1", "uint8", 32, 24, 1, 0, true},     {"q8_0", "uint8", 32, 34, 1, 0, true},
+      {"q4_k", "uint8", 256, 144, 1, 0, true},   {"q5_k", "uint8", 256, 176, 1, 0, true},
+      {"q6_k", "uint8", 256, 210, 1, 0, true},   {"int4_zero", "uint8", 2, 1, 1, 2, false},
+      {"int8_zero", "int8", 1, 1, 1, 2, false}};
+  return kLayouts[int(format)];
+}
 
 struct Weight {
   Format format = Format::kFloat32;
   const void* data = nullptr;
-  const float* scale = nullptr;  // quantised formats only
+  const float* scale = nullptr;  // of formats with a scale tensor only
   int64_t out = 0, in = 0;
   int64_t groups = 1;            // scales per row
   int64_t group = 0;             // columns per scale
-  int64_t bytes() const {
-    switch (format) {
-      case Format::kFloat32: return out * in * 4;
-      case Format::kBfloat16: return out * in * 2;
-      case Format::kInt8: return out * in;
-      case Format::kInt4: break;
-    }
-    return out * in / 2;
-  }
+  const Layout& layout() const { return layout_of(format); }
+  int64_t row_bytes() const { return in / layout().values * layout().elements * layout().element_bytes; }
+  int64_t bytes() const { return out * row_bytes(); }
+  // Whether its values must be computed, so that several rows of x pay for doing it once.
+  bool packed() const { return scale != nullptr || layout().blocks; }
+  // Two columns a byte: the readers hand out even and odd ones apart.
+  bool nibble_pairs() const { return layout().values == 2; }
   const float* f32() const { return static_cast<const float*>(data); }
   const bf16* bf() const { return static_cast<const bf16*>(data); }
+  const f16* half() const { return static_cast<const f16*>(data); }
   const int8_t* i8() const { return static_cast<const int8_t*>(data); }
   const uint8_t* i4() const { return static_cast<const uint8_t*>(data); }
+  const uint8_t* row(int64_t o) const { return static_cast<const uint8_t*>(data) + o * row_bytes(); }
 };
 
 // Reads and checks the pair (weight, weight_scale). `in` < 0: any number of columns.
-inline Weight weight_of(const colora::Tensor& weight, const colora::Tensor& scale, int64_t in) {
-  weight.expect_rank(2).expect_dtype("float32", "bfloat16", "int8", "uint8");
+inline Weight weight_of(const colora::Tensor& weight, const colora::Tensor& scale, int64_t in, Format format) {
+  const Layout& layout = layout_of(format);
+  weight.expect_rank(2);
+  if (!scale.absent() && (weight.is("float32") || weight.is("bfloat16") || weight.is("float16")))
+    scale.fail("is given with shape %s, but a %s weight has no scale", scale.shape_text().c_str(), weight.dtype);
+  if (!weight.is(layout.dtype))
+    weight.fail("has dtype %s, but its tag says that it is %s, which is %s", weight.dtype, layout.name, layout.dtype);
   Weight w;
+  w.format = format;
   w.data = weight.raw;
   w.out = weight.dim(0);
-  w.in = weight.dim(1);
-  if (weight.is("uint8")) {
-    w.format = Format::kInt4;
-    w.in *= 2;
-  } else if (weight.is("int8")) {
-    w.format = Format::kInt8;
-  } else {
-    w.format = weight.is("float32") ? Format::kFloat32 : Format::kBfloat16;
-  }
+  if (weight.dim(1) % layout.elements)
+    weight.fail("has rows of %lld bytes, expected a multiple of %d, the bytes of a block of %d values of %s",
+                (long long)weight.dim(1), layout.elements, layout.values, layout.name);
+  w.in = weight.dim(1) / layout.elements * layout.values;
   if (in >= 0 && w.in != in)
-    weight.fail("has shape %s, which is %lld input columns, expected %lld like the last dimension of 'x'",
-                weight.shape_text().c_str(), (long long)w.in, (long long)in);
+    weight.fail("has shape %s, which is %lld input columns of %s, expected %lld like the last dimension of 'x'",
+                weight.shape_text().c_str(), (long long)w.in, layout.name, (long long)in);
   w.group = w.in;
-  const bool quantised = w.format == Format::kInt8 || w.format == Format::kInt4;
-  if (!quantised) {
-    if (!scale.absent())
-      scale.fail("is given with shape %s, but a %s weight has no scale", scale.shape_text().c_str(), weight.dtype);
-    return w;
-  }
-  if (scale.absent()) scale.fail("is absent, but a %s weight needs float32 scales of shape (%lld,) or (%lld, groups)",
-                                 weight.dtype, (long long)w.out, (long long)w.out);
-  scale.expect_dtype("float32").expect_rank(1, 2);
+  if (!layout.scale_numbers) return w;
+  const bool zeros = layout.scale_numbers == 2;
+  if (scale.absent())
+    scale.fail("is absent, but a %s weight needs float32 scales of shape (%lld, %s", layout.name, (long long)w.out,
+               zeros ? "groups, 2)" : ") or with groups behind");
+  scale.expect_dtype("float32");
+  if (zeros) scale.expect_rank(3).expect_dim(2, 2, "scale and zero point");
+  else scale.expect_rank(1, 2);
   scale.expect_dim(0, w.out, "one row of scales per output");
   w.scale = static_cast<const float*>(scale.raw);
-  if (scale.ndim == 2) {
+  if (scale.ndim >= 2) {
     w.groups = scale.dim(1);
     if (w.groups < 1 || w.in % w.groups)
       scale.fail("has %lld groups, which do not divide the %lld input columns", (long long)w.groups, (long long)w.in);
@@ -81,129 +106,25 @@ inline Weight weight_of(const colora::Tensor& weight, const colora::Tensor& scal
   return w;
 }
 
-// One element, for the formats' odd cases and the packing for the gradient.
+// One element of a format with a scale tensor, for groups of odd sizes.
 inline float element(const Weight& w, int64_t o, int64_t k) {
-  switch (w.format) {
-    case Format::kFloat32: return w.f32()[o * w.in + k];
-    case Format::kBfloat16: return bf16_to_float(w.bf()[o * w.in + k]);
-    case Format::kInt8: return float(w.i8()[o * w.in + k]) * w.scale[o * w.groups + k / w.group];
-    case Format::kInt4: break;
+  const bool zeros = w.layout().scale_numbers == 2;
+  const float* scale = w.scale + (o * w.groups + k / w.group) * (zeros ? 2 : 1);
+  float q, centre = zeros ? scale[1] : 0.0f;
+  if (w.nibble_pairs()) {
+    const uint8_t byte = w.i4()[(o * w.in + k) / 2];
+    q = float(int((k & 1) ? byte >> 4 : byte & 15));
+    if (!zeros) centre = 8.0f;
+  } else {
+    q = float(w.i8()[o * w.in + k]);
   }
-  const uint8_t byte = w.i4()[(o * w.in + k) / 2];
-  return float(int((k & 1) ? byte >> 4 : byte & 15) - 8) * w.scale[o * w.groups + k / w.group];
+  return (q - centre) * scale[0];
 }
 
-// ---- readers -------------------------------------------------------------------------------------------------------
-// Each has: Scale (what one row needs inside one group), scale(o, g), read(o, k, scale, out[kUnits]) and read_tail(...)
-// for the last n < kStep columns of a row (missing lanes: any finite value times x = 0).
-
-struct Float32Reader {
-  static constexpr int kUnits = 1, kStep = kLanes;
-  struct Scale {};
-  const float* p;
-  int64_t stride;
-  explicit Float32Reader(const Weight& w) : p(w.f32()), stride(w.in) {}
-  Float32Reader(const float* panel, int64_t row_stride) : p(panel), stride(row_stride) {}
-  static int64_t group(const Weight& w) { return w.in; }
-  Scale scale(int64_t, int64_t) const { return {}; }
-  void read(int64_t o, int64_t k, const Scale&, vf* out) const { out[0] = load(p + o * stride + k); }
-  void read_tail(int64_t o, int64_t k, int64_t n, const Scale&, vf* out) const {
-    out[0] = load_partial(p + o * stride + k, n);
-  }
-  const void* address(int64_t o, int64_t k) const { return p + o * stride + k; }
-};
-
-struct Bfloat16Reader {
-  static constexpr int kUnits = 1, kStep = kLanes;
-  struct Scale {};
-  const bf16* p;
-  int64_t stride;
-  explicit Bfloat16Reader(const Weight& w) : p(w.bf()), stride(w.in) {}
-  Bfloat16Reader(const bf16* panel, int64_t row_stride) : p(panel), stride(row_stride) {}
-  Scale scale(int64_t, int64_t) const { return {}; }
-  void read(int64_t o, int64_t k, const Scale&, vf* out) const { out[0] = load_bf16(p + o * stride + k); }
-  void read_tail(int64_t o, int64_t k, int64_t n, const Scale&, vf* out) const {
-    out[0] = load_bf16_partial(p + o * stride + k, n);
-  }
-  const void* address(int64_t o, int64_t k) const { return p + o * stride + k; }
-};
-
-struct Int8Reader {
-  static constexpr int kUnits = 1, kStep = kLanes;
-  using Scale = vf;
-  const int8_t* p;
-  const float* scales;
-  int64_t stride, groups;
-  explicit Int8Reader(const Weight& w) : p(w.i8()), scales(w.scale), stride(w.in), groups(w.groups) {}
-  Scale scale(int64_t o, int64_t g) const { return splat(scales[o * groups + g]); }
-  void read(int64_t o, int64_t k, const Scale& s, vf* out) const { out[0] = widen(p + o * stride + k) * s; }
-  void read_tail(int64_t o, int64_t k, int64_t n, const Scale& s, vf* out) const {
-    out[0] = widen_partial(p + o * stride + k, n) * s;
-  }
-  const void* address(int64_t o, int64_t k) const { return p + o * stride + k; }
-};
-
-struct Int4Reader {
-  static constexpr int kUnits = 2, kStep = 2 * kLanes;
-  using Scale = vf;  // AVX-512: the 16 possible values of the group; elsewhere the scale
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  const uint8_t* p;
-  const float* scales;
-  int64_t stride, groups;
-  explicit Int4Reader(const Weight& w) : p(w.i4()), scales(w.scale), stride(w.in / 2), groups(w.groups) {}
-  Scale scale(int64_t o, int64_t g) const {
-    const vf s = splat(scales[o * groups + g]);
-#if defined(__AVX512F__)
-    const vf values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-    return values * s;
-#else
-    return s;
-#endif
-  }
-  static void unpack(const uint8_t* q, const Scale& s, vf* out) {
-#if defined(__AVX512F__)
-    // vpermps looks only at the low four bits of an index, so the low nibble needs no mask.
-    const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)q));
-    out[0] = (vf)_mm512_permutexvar_ps(b, (__m512)s);
-    out[1] = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), (__m512)s);
-#else
-#if defined(__AVX2__)
-    const vi b = (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)q));
-#else
-    Bytes raw;
-    std::memcpy(&raw, q, sizeof raw);
-    const vi b = __builtin_convertvector(raw, vi);
-#endif
-    out[0] = to_float((b & 15) - 8) * s;
-    out[1] = to_float((b >> 4) - 8) * s;
-#endif
-  }
-  void read(int64_t o, int64_t k, const Scale& s, vf* out) const { unpack(p + o * stride + k / 2, s, out); }
-  void read_tail(int64_t o, int64_t k, int64_t n, const Scale& s, vf* out) const {
-    uint8_t buffer[kLanes];
-    std::memset(buffer, 0x88, sizeof buffer);  // zeros
-    std::memcpy(buffer, p + o * stride + k / 2, size_t(n) / 2);
-    unpack(buffer, s, out);
-  }
-  const void* address(int64_t o, int64_t k) const { return p + o * stride + k / 2; }
-
-  // Length of a rearranged activation row, and the rearrangement: blocks of kStep columns become their even columns,
-  // then their odd ones; zero padded.
-  static int64_t padded(int64_t in) { return (in + kStep - 1) / kStep * kStep; }
-  static void rearrange(const float* x, int64_t in, float* to) {
-    for (int64_t k = 0; k < in; k += kStep)
-      for (int i = 0; i < kLanes; ++i) {
-        to[k + i] = k + 2 * i < in ? x[k + 2 * i] : 0;
-        to[k + kLanes + i] = k + 2 * i + 1 < in ? x[k + 2 * i + 1] : 0;
-      }
-  }
-};
-
-// Groups whose border falls inside a reader's step cannot use the vector readers; such weights (odd group sizes) are
-// dequantised row by row.
+// Groups whose border falls inside a step of the readers of nibbles or bytes cannot use them; such weights (odd group
+// sizes) are dequantised row by row.
 inline bool regular_groups(const Weight& w) {
-  const int step = w.format == Format::kInt4 ? Int4Reader::kStep : kLanes;
-  return w.scale == nullptr || w.groups == 1 || w.group % step == 0;
+  return w.scale == nullptr || w.groups == 1 || w.group % (w.nibble_pairs() ? 2 * kLanes : kLanes) == 0;
 }
 
 }  // namespace COLORA_ISA_NAMESPACE

@@ -4,6 +4,7 @@ worker.
     msrun ... tensor_parallel_job.py MODEL_FOLDER ADAPTER_FOLDER OUTPUT_FOLDER
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -60,6 +61,6 @@ if __name__ == "__main__":
     assert decoder.model.layers[0].mlp.up_proj.out_features == config.intermediate_size // team.world
     found = results(decoder, handle, load_tokenizer(model))
     decoder, handle = shard_decoder(config, weights, team, adapters={"a": adapter}, trainable=True)
-    found.update(trained(decoder, optimizer=SplitAdamW))
+    found.update(trained(decoder, optimizer=functools.partial(SplitAdamW, team=team)))
     save_whole(handle, Path(output) / "trained", team, "a")
     np.savez(Path(output) / f"worker{team.rank}.npz", **found)

@@ -167,13 +167,37 @@ def options(whole, real):
 
 def linear(weight, weight_scale=None, bias=None, down=None, up=None, scale=None):
     """The tensors of a linear, its tag first; see ``colora_ms/kernels/operands.py``. None: not given."""
+    return _tagged(*base(weight, weight_scale), bias, (down, up, scale))
+
+
+class Packed(np.ndarray):
+    """An array with the name of its format, where the dtype does not tell it: ``packed(array, "q4_k")``."""
+
+    form = None
+
+
+def packed(array, form):
+    """See Packed."""
+    array = np.ascontiguousarray(array).view(Packed)
+    array.form = form
+    return array
+
+
+def base(weight, weight_scale):
+    """(format, tensors) of a matrix."""
     dtype = weight[1] if isinstance(weight, tuple) else np.asarray(weight).dtype.name
-    if dtype == "uint8":
+    form = getattr(weight, "form", None)
+    if form is None and dtype == "uint8":
         form = "int4"
-    else:
+    elif form is None:
         floats = "bfloat16" if dtype == "bfloat16" else "float32"
         form = "int8" if dtype == "int8" or weight_scale is not None else floats
-    return _tagged(form, [weight, weight_scale] if form.startswith("int") else [weight], bias, (down, up, scale))
+    return form, [weight, weight_scale] if form.startswith("int") else [weight]
+
+
+def table(weight, weight_scale=None):
+    """The tensors of an embedding's table, its tag first."""
+    return _tagged(*base(weight, weight_scale), None, (None,) * 3)
 
 
 def product(inner, outer, core=None, bias=None, down=None, up=None, scale=None):

@@ -142,7 +142,7 @@ class Model:
 
     def hidden_states(self, ids, rows, positions, slots, tables):
         """Flat batch -> (tokens, hidden) behind the last norm; slots: of the tokens. The caches are written."""
-        x = call("embedding", [ids.reshape(-1, 1), *self.embed], [((len(ids), 1, self.hidden), "float32")])[0]
+        x = call("embedding", [ids.reshape(-1, 1), *flat(self.embed)], [((len(ids), 1, self.hidden), "float32")])[0]
         residual = np.zeros_like(x)
         for layer in self.layers:
             h, residual = self.add_norm(x, residual, layer["before_attention"])

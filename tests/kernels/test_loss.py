@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from call import Refused, call, from_bf16, set_threads, to_bf16
+from call import Refused, call, from_bf16, set_threads, table, to_bf16
 from colora_ms.kernels import backend
 from colora_ms.kernels.aot import KernelError
 from colora_ms.kernels.loss import (
@@ -18,6 +18,7 @@ from colora_ms.kernels.loss import (
     linear_token_losses,
     linear_token_losses_reference,
 )
+from colora_ms.kernels.operands import BFLOAT16, FLOAT32, base_of
 
 ms.set_context(mode=ms.GRAPH_MODE)
 
@@ -31,7 +32,7 @@ def make(rng, tokens, hidden, vocab, ignored):
 
 
 def run(x, weight, labels):
-    return call("linear_cross_entropy", [x, weight, labels],
+    return call("linear_cross_entropy", [x, labels, *table(weight)],
                 [((1,), "float32"), ((1,), "float32"), (x.shape, "float32"), (labels.shape, "float32"),
                  (labels.shape, "float32")])
 
@@ -64,10 +65,11 @@ def test_loss_and_gradients_match_float64(tokens, hidden, vocab, ignored, bf16, 
     assert count == (labels != -100).sum()
     np.testing.assert_allclose(loss_sum, losses.sum(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got_dx, dx, rtol=1e-4, atol=1e-6)
-    got_dweight, = call("linear_cross_entropy_weight_grad", [x, given_weight, labels, lse, np.ones(tokens, np.float32)],
+    got_dweight, = call("linear_cross_entropy_weight_grad",
+                        [x, labels, *table(given_weight), lse, np.ones(tokens, np.float32)],
                         [((vocab, hidden), "float32")])
     np.testing.assert_allclose(got_dweight, dweight, rtol=1e-4, atol=1e-5)
-    got_losses, = call("linear_token_losses", [x, given_weight, labels], [(labels.shape, "float32")])
+    got_losses, = call("linear_token_losses", [x, labels, *table(given_weight)], [(labels.shape, "float32")])
     np.testing.assert_allclose(got_losses, losses, rtol=1e-5, atol=2e-6)
     np.testing.assert_array_equal(trained_losses, got_losses)  # a reference and what is trained begin equal, to the bit
 
@@ -80,7 +82,8 @@ def test_the_weights_gradient_follows_the_share_of_each_token(tokens, hidden, vo
     x, weight, labels = make(rng, tokens, hidden, vocab, ignored)
     share = rng.normal(size=tokens).astype(np.float32)
     lse = run(x, weight, labels)[3]
-    got, = call("linear_cross_entropy_weight_grad", [x, weight, labels, lse, share], [((vocab, hidden), "float32")])
+    got, = call("linear_cross_entropy_weight_grad", [x, labels, *table(weight), lse, share],
+                [((vocab, hidden), "float32")])
     parts = [expected(x[n:n + 1], weight, labels[n:n + 1])[2] * share[n] for n in range(tokens)]
     np.testing.assert_allclose(got, sum(parts), rtol=1e-4, atol=1e-5)
 
@@ -117,7 +120,7 @@ def test_result_does_not_depend_on_threads():
     (2, np.array([0, 1], np.int32), ("labels", "(2,)")),
     (2, np.array([0, 1, 2], np.int64), ("labels", "int64")),
     (1, np.ones((7, 5), np.float32), ("weight", "(7, 5)", "4")),
-    (1, np.ones((7, 4), np.int8), ("weight", "int8")),
+    (1, np.ones((7, 4), np.int8), ("weight_scale", "absent")),
 ])
 @pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_token_losses"])
 def test_bad_arguments_are_refused_before_writing(name, place, value, words):
@@ -126,7 +129,8 @@ def test_bad_arguments_are_refused_before_writing(name, place, value, words):
     outputs = [np.full(shape, 7, np.float32) for shape in ([(1,), (1,), (3, 4), (3,), (3,)] if name.endswith("entropy")
                                                             else [(3,)])]
     with pytest.raises(Refused) as error:
-        call(name, inputs, outputs)
+        x, weight, labels = inputs
+        call(name, [x, labels, *table(weight)], outputs)
     assert all(word in str(error.value) for word in (name, *words)), str(error.value)
     assert all((x == 7).all() for x in outputs)
 
@@ -134,19 +138,19 @@ def test_bad_arguments_are_refused_before_writing(name, place, value, words):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_faces_and_references_agree_in_graph_mode(bf16):
     x, weight, labels = (Tensor(a) for a in make(np.random.default_rng(1), 30, 24, 300, 0.3))
-    weight = weight.astype(ms.bfloat16) if bf16 else weight
+    weight, form = (weight.astype(ms.bfloat16), BFLOAT16) if bf16 else (weight, FLOAT32)
 
     @ms.jit
     def face(x, weight):
         def loss(x, weight):
-            total, count = linear_cross_entropy(x, weight, labels)
+            total, count = linear_cross_entropy(x, base_of(form, weight), labels)
             return total / count
         return ops.value_and_grad(loss, (0, 1))(x, weight)
 
     @ms.jit
     def reference(x, weight):
         def loss(x, weight):
-            total, count = linear_cross_entropy_reference(x, weight, labels)
+            total, count = linear_cross_entropy_reference(x, base_of(form, weight), labels)
             return total / count
         return ops.value_and_grad(loss, (0, 1))(x, weight)
 
@@ -162,7 +166,7 @@ def test_faces_and_references_agree_in_graph_mode(bf16):
     @ms.jit
     def weighted(function, x, weight, share):
         def loss(x, weight):
-            return (function(x, weight, labels) * share).sum()
+            return (function(x, base_of(form, weight), labels) * share).sum()
         return ops.value_and_grad(loss, (0, 1))(x, weight)
 
     share = Tensor(np.random.default_rng(2).normal(size=30).astype(np.float32))
@@ -174,8 +178,8 @@ def test_faces_and_references_agree_in_graph_mode(bf16):
             got, want = got.astype(ms.float32).asnumpy(), want.astype(ms.float32).asnumpy()
             assert want.any()
             np.testing.assert_allclose(got, want, rtol=2e-2 if bf16 else 1e-4, atol=1e-3 if bf16 else 1e-6)
-    got = ms.jit(linear_token_losses)(x, weight, labels)
-    want = ms.jit(linear_token_losses_reference)(x, weight, labels)
+    got = ms.jit(linear_token_losses)(x, base_of(form, weight), labels)
+    want = ms.jit(linear_token_losses_reference)(x, base_of(form, weight), labels)
     np.testing.assert_allclose(got.asnumpy(), want.asnumpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -184,4 +188,4 @@ def test_wrong_shapes_are_python_exceptions_at_compile_time():
         pytest.skip("needs the compiled CPU library")
     x, weight, labels = (Tensor(a) for a in make(np.random.default_rng(1), 3, 4, 7, 0))
     with pytest.raises(KernelError, match=r"linear_cross_entropy: weight has shape \(7, 3\)"):
-        ms.jit(linear_cross_entropy)(x, weight[:, :3], labels)
+        ms.jit(linear_cross_entropy)(x, base_of(FLOAT32, weight[:, :3]), labels)

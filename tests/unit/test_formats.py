@@ -23,7 +23,7 @@ from colora_ms.models.formats import (
     StoredWeight,
     WeightFormat,
     format_of_code,
-    is_float_matrix,
+    is_matrix,
     stored_float,
     weight_format,
 )
@@ -62,22 +62,27 @@ def rounded(weight, group, kind):
 
 def test_the_kernels_number_the_formats_alike():
     text = (ROOT / "ops" / "cpu" / "weights.h").read_text(encoding="utf-8")
-    names = re.search(r"enum class Format \{([^}]*)\}", text)[1].replace(" ", "").split(",")
+    names = re.sub(r"\s", "", re.search(r"enum class Format \{([^}]*)\}", text)[1]).split(",")
     assert [one.removeprefix("k").lower() for one in names] == list(WEIGHT_FORMATS)
     assert [FORMATS[name].tag for name in WEIGHT_FORMATS] == list(range(len(names)))
+    layouts = re.findall(r'\{"(\w+)", "(\w+)", (\d+), (\d+), (\d+), (\d+), (\w+)\}', text)
+    assert layouts == [(name, one.element, *map(str, (one.values, one.items, np.dtype(one.dtype).itemsize,
+                                                      one.scaled * (2 if one.zeros else 1))),
+                        "true" if one.ggml else "false") for name, one in FORMATS.items()]
 
 
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)
-@settings(max_examples=40)
-@given(out=SIZES, pairs=SIZES, seed=strategies.integers(0, 99))
-def test_shapes_and_bytes_are_those_of_the_arrays(name, out, pairs, seed):
-    one, columns = FORMATS[name], 2 * pairs
-    stored = one.pack(matrix(out, columns, seed))
+@settings(max_examples=20)
+@given(out=SIZES, blocks=SIZES, seed=strategies.integers(0, 99))
+def test_shapes_and_bytes_are_those_of_the_arrays(name, out, blocks, seed):
+    one = FORMATS[name]
+    columns = max(2, one.values) * blocks
+    stored = one.pack(matrix(out, columns, seed).clip(-6e4, 6e4))  # float16 holds no more
     assert stored.data.shape == one.data_shape((out, columns)) and stored.data.dtype == np.dtype(one.dtype)
     assert one.shape(stored.data.shape) == stored.shape == (out, columns)
     groups = 1 if stored.scale is None or stored.scale.ndim == 1 else stored.scale.shape[1]
     assert stored.nbytes == out * one.row_bytes(columns, groups)
-    assert one.bits * columns == 8 * stored.data.nbytes // out
+    assert one.bits == 8 * stored.data.nbytes // (out * columns)
     assert stored.values().shape == (out, columns) and stored.values().dtype == np.float32
 
 
@@ -135,8 +140,11 @@ def test_the_groups_that_a_format_takes_by_itself(kind, columns, group, shape):
     (lambda: INT4.pack(np.zeros((2, 3), np.float32)), r"int4 packs 2 columns into 1.*\(2, 3\)"),
     (lambda: INT8.pack(np.zeros(3, np.float32)), r"int8 stores matrices.*\(3,\)"),
     (lambda: INT4.pack(np.zeros((2, 8), np.float32), 3), "group 3 does not divide the 8 inputs"),
-    (lambda: weight_format("int5"), "int5.*float32, bfloat16, int8, int4"),
-    (lambda: format_of_code("F16"), "F16.*U8 .int4.")])
+    (lambda: weight_format("int5"), "int5.*auto, float32, bfloat16, int8, int4"),
+    (lambda: format_of_code("F64"), "F64.*U8 .int4."),
+    (lambda: FORMATS["q4_k"].pack(np.zeros((2, 128), np.float32)), r"q4_k packs 256 columns into 144.*\(2, 128\)"),
+    (lambda: FORMATS["float16"].pack(np.full((1, 2), 7e4, np.float32)), "65504.*70000"),
+    (lambda: FORMATS["q4_1"].pack(np.full((1, 32), -7e4, np.float32)), "q4_1.*65504.*70000")])
 def test_what_cannot_be_stored_is_refused(call, words):
     with pytest.raises((ConfigError, CheckpointError), match=words):
         call()
@@ -149,36 +157,37 @@ def test_the_table_is_read_without_mindspore():
 
 def test_no_other_file_tells_a_format_from_a_dtype():
     """Outside the kernels, nothing asks whether a dtype is uint8 or int8, or packs nibbles by itself."""
-    told = re.compile(r"dtype (?:==|in|!=) *\(?(?:ms|np|mindspore)\.u?int8|>> 4\) - 8|pack_int4\(")
+    told = re.compile(r"dtype (?:==|in|!=) *\(?(?:ms|np|mindspore)\.u?int8|>> 4\) - 8|(?:join|pack)_int4\(")
     for path in (ROOT / "colora_ms").rglob("*.py"):
-        if "kernels" in path.parts or path.name == "formats.py":
+        if "kernels" in path.parts or path.name in ("formats.py", "packing.py"):
             continue
         assert not told.search(path.read_text(encoding="utf-8")), path
 
 
 # -- stored weights ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind, group", [("float32", None), ("bfloat16", None), ("int8", None), ("int8", 4),
-                                         ("int4", 4)])
+@pytest.mark.parametrize("kind, group", [("int8", 4), ("int4", 4), *((name, None) for name in WEIGHT_FORMATS)])
 def test_more_rows_are_packed_like_those_before(kind, group):
-    weight, rows = matrix(5, 8, 1), matrix(2, 8, 2)
+    columns = max(8, FORMATS[kind].values)
+    weight, rows = (matrix(count, columns, count).clip(-6e4, 6e4) for count in (5, 2))
     one = FORMATS[kind].pack(weight, group)
     more, apart = one.and_rows(rows), FORMATS[kind].pack(rows, group)
-    assert more.shape == (7, 8) and np.array_equal(more.values(), np.concatenate([one.values(), apart.values()]))
+    assert more.shape == (7, columns) and np.array_equal(more.values(), np.concatenate([one.values(), apart.values()]))
     assert one.scale is None or more.scale.ndim == one.scale.ndim
 
 
 @pytest.mark.parametrize("kind", WEIGHT_FORMATS)
 def test_a_cells_tensors_and_back(mindspore, kind):
-    weight = matrix(5, 8, 3)
-    stored = FORMATS[kind].pack(weight)
+    stored = FORMATS[kind].pack(matrix(5, max(8, FORMATS[kind].values), 3).clip(-6e4, 6e4))
     tensor, scale = stored.tensors()
     assert str(tensor.dtype).lower() == FORMATS[kind].element
     FORMATS[kind].check(tensor, scale)
     back = FORMATS[kind].stored(tensor, scale)
     assert np.array_equal(back.data, stored.data) and np.array_equal(back.values(), stored.values())
+    own = FORMATS[kind]
     for other in FORMATS.values():
-        if other is not FORMATS[kind]:
+        if (other.element, other.scaled, other.zeros) != (own.element, own.scaled, own.zeros) \
+                or stored.data.shape[1] % other.items:
             with pytest.raises(ConfigError, match=f"none of the format {other.name}"):
                 other.check(tensor, scale)
 
@@ -199,6 +208,11 @@ def test_integers_are_not_rounded_again_and_floats_are_packed():
     assert BFLOAT16.pack(weight).as_format(INT4).format is INT4
     plain = stored_float(weight)
     assert plain.as_format(FLOAT32) is plain and plain.values() is weight
+    for one in FORMATS.values():
+        packed = one.pack(matrix(2, max(8, one.values), 6).clip(-6e4, 6e4))
+        assert packed.as_format(None) is packed
+        other = packed.as_format(FLOAT32)
+        assert other is packed if one in (INT8, INT4) else np.array_equal(other.values(), packed.values())
 
 
 def test_factors_are_their_product():
@@ -220,7 +234,7 @@ def blocks_with_scales():
         q = np.rint(blocks / np.maximum(scale.astype(np.float32), 1e-6)).clip(-127, 127).astype(np.int8)
         return np.concatenate([scale.view(np.uint8), q.view(np.uint8)], 2).reshape(len(weight), -1), None
 
-    def decode(data, scale, zero):
+    def decode(data, scale):
         blocks = data.reshape(len(data), -1, 18)
         scales = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float32)
         return (np.ascontiguousarray(blocks[..., 2:]).view(np.int8) * scales).reshape(len(data), -1).astype(np.float32)
@@ -228,12 +242,12 @@ def blocks_with_scales():
     return WeightFormat("blocks", "|u1", "uint8", None, None, encode, decode, values=16, items=18)
 
 
-def with_zero_points():
-    """Another one: bytes with a scale and a zero point a row."""
-    def decode(data, scale, zero):
-        return (data.astype(np.float32) - zero[:, None]) * scale[:, None]
+def with_offsets():
+    """Another one: bytes with a factor and an offset a row."""
+    def decode(data, scale):
+        return data.astype(np.float32) * scale[:, :1] + scale[:, 1:]
 
-    return WeightFormat("zeros", "|u1", "uint8", None, None, None, decode, scaled=True)
+    return WeightFormat("offsets", "|u1", "uint8", None, None, None, decode, scaled=True)
 
 
 def test_a_format_without_a_kernel_is_one_record(tiny_decoder):
@@ -248,17 +262,19 @@ def test_a_format_without_a_kernel_is_one_record(tiny_decoder):
     blocks = blocks_with_scales()
     assert blocks.row_bytes(32) == 36 and not blocks.is_float and blocks.bits == 9
     out, columns = values[up].shape
-    zeros = StoredWeight(with_zero_points(), (out, columns), random.integers(0, 256, (out, columns)).astype(np.uint8),
-                         np.full(out, 0.5, np.float32), np.full(out, 128, np.float32))
+    zeros = StoredWeight(with_offsets(), (out, columns), random.integers(0, 256, (out, columns)).astype(np.uint8),
+                         np.tile(np.array([0.5, -64], np.float32), (out, 1)))
     net = Decoder(config, {**values, gate: blocks.pack(values[gate]), up: zeros}, "int8")
     mlp = net.model.layers[0].mlp
     assert np.abs(blocks.pack(values[gate]).values() - values[gate]).max() < 0.02
     assert mlp.gate_proj.format is mlp.up_proj.format is INT8
     for cell, stored in ((mlp.gate_proj, blocks.pack(values[gate])), (mlp.up_proj, zeros)):
         assert np.array_equal(cell.weight.asnumpy(), INT8.pack(stored.values()).data)
+    with pytest.raises(CheckpointError, match=f"{gate}.*stored as blocks.*weight_format=.float32"):
+        Decoder(config, {**values, gate: blocks.pack(values[gate]), up: zeros})
 
 
-@pytest.mark.parametrize("wanted", WEIGHT_FORMATS)
+@pytest.mark.parametrize("wanted", ["auto", *(name for name in WEIGHT_FORMATS if FORMATS[name].values <= 2)])
 def test_the_builder_picks_cell_and_format(tiny_decoder, wanted):
     from colora_ms.models.activation_quant import ActivationQuantizedLinear
     from colora_ms.models.decoder import Decoder
@@ -281,11 +297,13 @@ def test_the_builder_picks_cell_and_format(tiny_decoder, wanted):
     up, down, q = layer.mlp.up_proj, layer.mlp.down_proj, layer.self_attn.q_proj
     assert up.format is INT4 and np.array_equal(up.weight.asnumpy(), kept.data) and up.weight_scale.shape == (48, 4)
     assert isinstance(down, ActivationQuantizedLinear) and down.linear.format is INT8 and down.quantize_input.bits == 8
-    assert isinstance(q, LowRankLinear) and q.format is (FLOAT32 if wanted == "float32" else BFLOAT16) and q.has_bias
+    assert isinstance(q, LowRankLinear) and q.has_bias
+    assert q.format is (FLOAT32 if wanted in ("auto", "float32") else BFLOAT16)
     embed = net.model.embed_tokens
-    assert embed.format is net.lm_head.format is FORMATS[wanted] is layer.mlp.gate_proj.format
-    assert net.lm_head.weight is embed.weight and is_float_matrix(net.lm_head) == FORMATS[wanted].is_float
-    assert not is_float_matrix(q) and not is_float_matrix(down) and not is_float_matrix(up)
+    chosen = FORMATS.get(wanted, FLOAT32)
+    assert embed.format is net.lm_head.format is chosen is layer.mlp.gate_proj.format
+    assert net.lm_head.weight is embed.weight and is_matrix(net.lm_head)
+    assert is_matrix(up) and not is_matrix(q) and not is_matrix(down)
     names = {parameter.name for parameter in net.get_parameters()}
     expected = {f"{base}.mlp.up_proj.weight", f"{base}.mlp.up_proj.weight_scale", f"{base}.mlp.down_proj.weight",
                 f"{base}.mlp.down_proj.weight_scale", f"{base}.self_attn.q_proj.inner.weight",
