@@ -37,7 +37,7 @@ class Ours:
         start = time.perf_counter()
         self.decoder, self.tokenizer = load_model(model)
         seconds = time.perf_counter() - start
-        self.generator = Generator(self.decoder, self.tokenizer, max_rows=1)
+        self.generator = Generator(self.decoder, self.tokenizer, max_rows=2)
         cells = [cell for _, cell in self.decoder.cells_and_names() if hasattr(cell, "format") and cell.format]
         return {"seconds": seconds, "formats": sorted({cell.format.name for cell in cells})}
 

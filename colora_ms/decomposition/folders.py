@@ -84,7 +84,7 @@ def save_decomposed(model: nn.Cell, folder: str | os.PathLike[str], tokenizer: A
     modules = {path: (cell.rank, cell.factors) for path, cell in chains.items()}
     parameters = {parameter.name: parameter for parameter in model.get_parameters()}
     packed = {f"{path}.weight": cell for path, cell in plain_cells(model).items()
-              if path not in chains and cell.format is not None and not cell.format.is_float}
+              if path not in chains and getattr(cell, "format", None) is not None and not cell.format.is_float}
 
     def values(name):
         return packed[name].base_values()["weight"] if name in packed else to_float32(parameters[name])

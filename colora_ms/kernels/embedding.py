@@ -83,7 +83,7 @@ def _bprop_plain(ids, tag, weight, out, dout):
     return ops.zeros_like(ids), ops.zeros_like(tag), dweight
 
 
-def _bprop_scaled(ids, tag, weight, weight_scale, out, dout):
+def _bprop_packed(ids, tag, weight, weight_scale, out, dout):
     return ops.zeros_like(ids), ops.zeros_like(tag), ops.zeros_like(weight), ops.zeros_like(weight_scale)
 
 
@@ -91,7 +91,7 @@ def _embedding(ids, base):
     flat = flat_base(base)
     if len(flat) == 2:
         return bound.embedding_plain(ids, *flat)
-    return bound.embedding_scaled(ids, *flat)
+    return bound.embedding_packed(ids, *flat)
 
 
 operation(_NAME, reference=lambda: embedding_reference, cpu=lambda: _embedding)
@@ -101,4 +101,4 @@ def _operator(bprop, tensors):
 
 
 operation("embedding_plain", cpu=lambda: _operator(_bprop_plain, 1))
-operation("embedding_scaled", cpu=lambda: _operator(_bprop_scaled, 2))
+operation("embedding_packed", cpu=lambda: _operator(_bprop_packed, 2))

@@ -155,7 +155,7 @@ def _plain_bprop(hidden, labels, tag, weight, out, dout):
             _weight_gradient(hidden, labels, tag, weight, out[3], share))
 
 
-def _scaled_bprop(hidden, labels, tag, weight, weight_scale, out, dout):
+def _packed_bprop(hidden, labels, tag, weight, weight_scale, out, dout):
     share = dout[0] + dout[4]
     return (out[2] * share.reshape((-1, 1)), ops.zeros_like(labels), ops.zeros_like(tag), ops.zeros_like(weight),
             ops.zeros_like(weight_scale))
@@ -168,8 +168,8 @@ def _plain_token_bprop(hidden, labels, tag, weight, out, dout):
             _weight_gradient(hidden, labels, tag, weight, lse, dout))
 
 
-def _scaled_token_bprop(hidden, labels, tag, weight, weight_scale, out, dout):
-    _, _, slope, _, _ = bound.linear_cross_entropy_scaled(hidden, labels, tag, weight, weight_scale)
+def _packed_token_bprop(hidden, labels, tag, weight, weight_scale, out, dout):
+    _, _, slope, _, _ = bound.linear_cross_entropy_packed(hidden, labels, tag, weight, weight_scale)
     return (slope * dout.reshape((-1, 1)), ops.zeros_like(labels), ops.zeros_like(tag), ops.zeros_like(weight),
             ops.zeros_like(weight_scale))
 
@@ -179,7 +179,7 @@ def _parts(hidden, base, labels):
     flat = flat_base(base)
     if len(flat) == 2:
         return bound.linear_cross_entropy_plain(hidden, labels, *flat)
-    return bound.linear_cross_entropy_scaled(hidden, labels, *flat)
+    return bound.linear_cross_entropy_packed(hidden, labels, *flat)
 
 
 def _linear_cross_entropy(hidden, base, labels):
@@ -195,7 +195,7 @@ def _linear_token_losses(hidden, base, labels):
     flat = flat_base(base)
     if len(flat) == 2:
         return bound.linear_token_losses_plain(hidden, labels, *flat)
-    return bound.linear_token_losses_scaled(hidden, labels, *flat)
+    return bound.linear_token_losses_packed(hidden, labels, *flat)
 
 
 def _operator(name, shapes, outputs, bprop, tensors):
@@ -210,11 +210,11 @@ operation("linear_token_cross_entropy", reference=lambda: linear_token_losses_re
 operation("linear_token_losses", reference=lambda: linear_token_losses_reference, cpu=lambda: _linear_token_losses)
 operation("linear_cross_entropy_plain",
           cpu=lambda: _operator("linear_cross_entropy", _loss_shapes, 5, _plain_bprop, 1))
-operation("linear_cross_entropy_scaled",
-          cpu=lambda: _operator("linear_cross_entropy", _loss_shapes, 5, _scaled_bprop, 2))
+operation("linear_cross_entropy_packed",
+          cpu=lambda: _operator("linear_cross_entropy", _loss_shapes, 5, _packed_bprop, 2))
 operation("linear_token_losses_plain",
           cpu=lambda: _operator("linear_token_losses", _token_shapes, 1, _plain_token_bprop, 1))
-operation("linear_token_losses_scaled",
-          cpu=lambda: _operator("linear_token_losses", _token_shapes, 1, _scaled_token_bprop, 2))
+operation("linear_token_losses_packed",
+          cpu=lambda: _operator("linear_token_losses", _token_shapes, 1, _packed_token_bprop, 2))
 operation("linear_cross_entropy_weight_grad",
           cpu=lambda: custom("linear_cross_entropy_weight_grad", _gradient_shapes, lambda *dtypes: ms.float32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,7 +16,7 @@ _one = threading.Lock()  # the operator's own threads compute one call at a time
 
 
 @functools.lru_cache(maxsize=1)
-def _function() -> ctypes._CFuncPtr:
+def _function() -> Callable[..., int]:
     return ctypes.CDLL(str(library_path())).colora_embedding
 
 
@@ -32,7 +33,7 @@ def unpack_rows(form: int, rows: np.ndarray, columns: int) -> np.ndarray:
     Raises:
         KernelError: rows of another size than the format's.
     """
-    inputs = [np.arange(len(rows), dtype=np.int32), np.zeros(tag_length(form, 0, 0), np.int8),
+    inputs: list[np.ndarray] = [np.arange(len(rows), dtype=np.int32), np.zeros(tag_length(form, 0, 0), np.int8),
               np.ascontiguousarray(rows), np.empty((len(rows), columns), np.float32)]
     count = len(inputs)
     shapes = [(ctypes.c_int64 * one.ndim)(*one.shape) for one in inputs]

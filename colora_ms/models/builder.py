@@ -67,7 +67,9 @@ class Builder:
         if name not in self.weights:
             raise CheckpointError(f"tensor {name!r} of shape {shape} is missing")
         found = self.weights[name]
-        found = found if isinstance(found, (StoredWeight, StoredFactors)) else stored_float(found)
+        if not isinstance(found, (StoredWeight, StoredFactors)):
+            # An array that its owner may write into is copied; one that nobody writes into is not.
+            found = stored_float(np.array(found) if getattr(found, "flags", None) and found.flags.writeable else found)
         if tuple(found.shape) != shape:
             raise CheckpointError(f"tensor {name!r} has shape {tuple(found.shape)}, the config asks for {shape}")
         return found
@@ -115,7 +117,7 @@ class Builder:
 
     def vector(self, name: str) -> Parameter:
         """A float32 Parameter, for what is no matrix."""
-        return self._keep(parameter_of(Tensor.from_numpy(self.stored(name).values()), name), name)
+        return self._keep(parameter_of(Tensor.from_numpy(np.array(self.stored(name).values())), name), name)
 
     def _keep_weight(self, cell: Union[Linear, Embedding], prefix: str) -> None:
         self._keep(cell.weight, f"{prefix}.weight")

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; Python names it from 3.13 on
 
 
+class _Mapping(mmap.mmap):
+    """A mapping that :func:`map_file` made."""
+
+
 def map_file(path: PathLike) -> np.ndarray:
     """A file's bytes, uint8 (n,), mapped copy-on-write: what a tensor over them is changed to does not reach the file.
 
@@ -36,8 +40,8 @@ def map_file(path: PathLike) -> np.ndarray:
             if size == 0:
                 return np.zeros(0, np.uint8)
             # No memory is set aside for copies: a file may be larger than the memory that is left.
-            mapping = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE | _NO_RESERVE,
-                                prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            mapping = _Mapping(file.fileno(), size, flags=mmap.MAP_PRIVATE | _NO_RESERVE,
+                               prot=mmap.PROT_READ | mmap.PROT_WRITE)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be opened: {error}") from None
     with contextlib.suppress(OSError):
@@ -56,7 +60,7 @@ def release(array: Optional[np.ndarray]) -> None:
     base = array
     while isinstance(base, (np.ndarray, memoryview)):
         base = base.base if isinstance(base, np.ndarray) else base.obj
-    if array is None or not isinstance(base, mmap.mmap) or not array.size or not array.flags.c_contiguous:
+    if array is None or not isinstance(base, _Mapping) or not array.size or not array.flags.c_contiguous:
         return
     start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
     page = mmap.PAGESIZE

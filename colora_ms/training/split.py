@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 
@@ -95,11 +95,13 @@ def split_model(checkpoint: Checkpoint, weight_format: str, team: Workers,
     if checkpoint.quantized is not None or checkpoint.low_rank:
         raise ConfigError(f"{checkpoint.path} has linears that are integers or factors, which cannot be split over "
                           "workers; leave distributed.tensor_parallel out, or train on the float model")
-    shapes = checkpoint.config.parameter_shapes()
-    whole = begin(Decoder(checkpoint.config, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}))
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in checkpoint.config.parameter_shapes().items()}
+    for array in zeros.values():
+        array.flags.writeable = False  # so that it is not copied: pages that nobody reads take no memory
+    whole = begin(Decoder(checkpoint.config, zeros))
     with tempfile.TemporaryDirectory(prefix="colora-whole-") as folder:
         whole.save(Path(folder) / "adapter", ADAPTER)
-        del whole
+        del whole, zeros
         decoder, handle = shard_decoder(checkpoint.config, checkpoint.stored, team, weight_format,
                                         adapters={ADAPTER: Path(folder) / "adapter"}, trainable=True)
     assert handle is not None
@@ -126,7 +128,7 @@ def own_tensors(tensors: Mapping[str, np.ndarray], team: Workers) -> dict[str, n
     return own
 
 
-def _stacked_axis(name):
+def _stacked_axis(name: str) -> Optional[int]:
     """The axis along which a stacked factor, or what is kept of it, is split; None: it is whole on every worker."""
     axis = split_axis(f"{name}.weight")
     return None if axis is None or not name.endswith(("lora_A", "lora_B")) else axis + 1

@@ -13,12 +13,16 @@ import mindspore as ms
 from mindspore import Tensor
 
 from colora_ms import runtime
+from colora_ms.kernels.aot import KernelError
+from colora_ms.kernels.unpack import unpack_rows
 from colora_ms.models import build_decoder, builder
 from colora_ms.models.checkpoint import open_checkpoint
+from colora_ms.models.decoder import Decoder
 from colora_ms.models.formats import FORMATS, stored_float
+from colora_ms.models.gguf_writer import write_gguf
 from colora_ms.models.hf_folder import write_hf_folder
 from colora_ms.models.mapped import map_file, parameter_of, release
-from colora_ms.models.repack import repacked
+from colora_ms.models.repack import fast_values, repacked
 from colora_ms.training.progress import Progress
 
 TINY = Path(__file__).resolve().parents[1] / "goldens" / "tiny" / "llama"
@@ -74,6 +78,20 @@ def test_a_changed_weight_leaves_the_file_and_other_models_as_they_are(folder):
     assert weight.data_ptr() == place and float(weight.asnumpy()[0, 0]) == value + 1
     assert float(same.asnumpy()[0, 0]) == value
     assert hashlib.sha256(file.read_bytes()).hexdigest() == before
+
+
+def test_an_array_of_the_callers_is_copied_unless_nobody_can_write_into_it():
+    source = open_checkpoint(TINY)
+    weights = {name: np.array(source.tensors[name]) for name in source.tensors}
+    weights["lm_head.weight"].flags.writeable = False
+    decoder = Decoder(source.config, weights)
+    places = {one.name: one.data_ptr() for one in decoder.get_parameters()}
+    assert places["lm_head.weight"] == weights["lm_head.weight"].ctypes.data
+    assert places["model.embed_tokens.weight"] != weights["model.embed_tokens.weight"].ctypes.data
+    norm = decoder.model.norm.weight
+    before = norm.asnumpy().copy()
+    weights["model.norm.weight"][:] = 7
+    np.testing.assert_array_equal(norm.asnumpy(), before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "uint8", "int32"])
@@ -142,6 +160,36 @@ def test_packing_by_rows_gives_the_bits_of_packing_at_once(name, shape):
 def test_integers_stay_as_they_are_stored():
     weight = FORMATS["int8"].pack(np.random.default_rng(0).standard_normal((4096, 512), np.float32))
     assert repacked(weight, FORMATS["int4"]) is weight
+
+
+BLOCK_FORMATS = [name for name, one in FORMATS.items() if one.ggml and one.values > 1]
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_blocks_are_unpacked_and_packed_anew_by_the_kernels_to_the_same_bits(name):
+    weight = FORMATS[name].pack(np.random.default_rng(0).standard_normal((2100, 512), np.float32))
+    np.testing.assert_array_equal(fast_values(weight), weight.values())
+    got, expected = repacked(weight, FORMATS["int4"]), weight.as_format(FORMATS["int4"])
+    np.testing.assert_array_equal(got.data, expected.data)
+    np.testing.assert_array_equal(got.scale, expected.scale)
+    assert repacked(weight, None) is weight
+
+
+def test_blocks_of_another_size_are_refused():
+    with pytest.raises(KernelError, match="expected"):
+        unpack_rows(FORMATS["q4_k"].tag, np.zeros((3, 144), np.uint8), 512)
+
+
+def test_the_blocks_of_a_gguf_file_lie_in_it_but_for_reordered_rows(tmp_path):
+    source, path = open_checkpoint(TINY), tmp_path / "tiny.gguf"
+    write_gguf(path, source.config, source.tensors, kind="Q8_0")
+    decoder = build_decoder(open_checkpoint(path))
+    (first, last), = mapped_ranges(path)
+    inside = {one.name: first <= one.data_ptr() < last for one in decoder.get_parameters()
+              if one.ndim == 2 and not one.name.startswith("rope")}
+    copied = sorted(name for name, there in inside.items() if not there)
+    assert copied and all(name.endswith(("q_proj.weight", "k_proj.weight")) for name in copied)
+    assert sum(inside.values()) >= 8
 
 
 class Terminal(io.StringIO):
