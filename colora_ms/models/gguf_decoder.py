@@ -125,15 +125,15 @@ class GgufDecoder:
         """The tensor of a Hugging Face name as the file stores it, in Hugging Face's row order: whole packed rows are
         moved."""
         found = self._file.stored(self._source[name])
+        if self.family.norm == "rms_plus_one" and name.endswith("norm.weight"):
+            return stored_float(found.values() - np.float32(1))  # llama.cpp's files hold 1 + weight
         index, rows = self._parts.get(name, (None, None))
         part = found.data if index is None else found.data[index]
         part = part if rows is None else part[rows[0]:rows[1]]
         data = restore_rows(part, interleaved_heads(self.config, name.rpartition(".")[0]))
         if data is not part:
             release(part)  # the pages from which rows were copied
-        if self.family.norm == "rms_plus_one" and name.endswith("norm.weight"):
-            return stored_float(found.format.unpack(data) - np.float32(1))  # llama.cpp's files hold 1 + weight
-        shape = self.shapes[name]
+        shape = tuple(self.shapes[name])
         return StoredWeight(found.format, shape, data.reshape(found.format.data_shape(shape)))
 
     def _tie_head(self):
