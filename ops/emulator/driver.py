@@ -103,7 +103,7 @@ def plan_multi_lora(tokens, hidden, rank, width, dtype, cores=48, slots=1, slice
     window = min(max(tokens, 1), 64)
     balance = (hidden * slices + width) * BYTES[dtype] // (8 * slices) + 1
     values = (tokens, hidden, rank, slices, width, slots, cores, window, column_unit(hidden, cores),
-              column_unit(width, cores), 256 // rank8 if rank > 32 else 8, balance)
+              column_unit(width, cores), 8, balance)
     return np.array(values, np.uint32), np.empty(2 * window * cores * slices * rank8 * 4, np.uint8)
 
 

@@ -56,7 +56,7 @@ inline MultiLoraPlan plan_multi_lora(uint32_t tokens, uint32_t hidden, uint32_t 
     t.window = tokens == 0 ? 1 : tokens < kSortWindow ? tokens : kSortWindow;
     t.unitIn = column_unit(hidden, cores);
     t.unitOut = column_unit(width, cores);
-    t.most = rank > 32 ? 256 / round_up(rank, 8) : 8;
+    t.most = 8;
     t.balance = static_cast<uint32_t>((uint64_t(hidden) * slices + width) * element_bytes / (8 * slices)) + 1;
     // Two halves in turn: the sums of one pass may still be read while those of the next are written.
     plan.workspace = uint64_t(2) * t.window * cores * padded * 4;

@@ -202,7 +202,8 @@ class MultiLora {
                 if (spread != SliceOf(c)) {
                     spread = SliceOf(c);
                     if (!loaded_) scale_ = ScaleOf(g, spread);
-                    Spread(g, spread);
+                    ScaleSums(g, spread);
+                    Spread(spread, 0, Smaller(chunks_.size[g], kSpread / rank8_));
                 }
                 ExpandBlock(g, c, end);
             }

@@ -139,21 +139,24 @@
             pieceQueue_.FreeTensor(part);
         }
     }
-    // A block of 32 bytes for each coefficient of a slice: rank8_ blocks a token.
-    __aicore__ inline void Spread(uint32_t g, uint32_t slice) {
-        LocalTensor<float> sums = sums_.template Get<float>(), spread = spread_.template Get<float>();
+    // The coefficients of a slice times its scale, where that is not in up.
+    __aicore__ inline void ScaleSums(uint32_t g, uint32_t slice) {
+        if (small_) return;
+        LocalTensor<float> sums = sums_.template Get<float>();
         const uint32_t n = chunks_.size[g];
         PipeBarrier<PIPE_V>();
-        if (!small_) {
-            for (uint32_t t = 0; t < (slices_ == 1 ? 1 : n); ++t) {
-                const LocalTensor<float> part = sums[t * padded_ + slice * rank8_];
-                Muls(part, part, scale_, static_cast<int32_t>((slices_ == 1 ? n : 1) * rank8_));
-            }
-            PipeBarrier<PIPE_V>();
+        for (uint32_t t = 0; t < (slices_ == 1 ? 1 : n); ++t) {
+            const LocalTensor<float> part = sums[t * padded_ + slice * rank8_];
+            Muls(part, part, scale_, static_cast<int32_t>((slices_ == 1 ? n : 1) * rank8_));
         }
+    }
+    // A block of 32 bytes for each coefficient of a slice, of n tokens of a chunk from its t0-th on: rank8_ blocks a token.
+    __aicore__ inline void Spread(uint32_t slice, uint32_t t0, uint32_t n) {
+        LocalTensor<float> sums = sums_.template Get<float>(), spread = spread_.template Get<float>();
+        PipeBarrier<PIPE_V>();
         for (uint32_t t = 0; t < (slices_ == 1 ? 1 : n); ++t) {
             const uint32_t repeats = (slices_ == 1 ? n : 1) * rank8_ / 8;
-            Brcb(spread[t * rank8_ * 8], sums[t * padded_ + slice * rank8_], static_cast<uint8_t>(repeats), BrcbRepeatParams{1, 8});
+            Brcb(spread[t * rank8_ * 8], sums[(t0 + t) * padded_ + slice * rank8_], static_cast<uint8_t>(repeats), BrcbRepeatParams{1, 8});
         }
     }
 
@@ -174,7 +177,12 @@
                 PipeBarrier<PIPE_V>();
                 Add(sum[c - begin], sum[c - begin], acc, static_cast<int32_t>(upPitch));
             } else {
-                AddChains(sum[c - begin], acc, spread, n, upPitch, pitch);
+                const uint32_t atOnce = kSpread / rank8_;
+                for (uint32_t t = 0; t < n; t += atOnce) {
+                    const uint32_t m = Smaller(atOnce, n - t);
+                    if (n > atOnce) Spread(SliceOf(begin), t, m);
+                    AddChains(sum[t * pitch + c - begin], acc, spread, m, upPitch, pitch);
+                }
             }
             if constexpr (kFloat) weightQueue_.FreeTensor(upTile_);
         }
