@@ -5,20 +5,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.adapters.dropout import Dropout
+from colora_ms.models.layers import Linear
 from colora_ms.training.data import IGNORE, EncodedExample
 
 VOCAB, HIDDEN, RANK = 20, 8, 4
-
-
-class Head(nn.Cell):
-    has_bias = False
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = weight
-
-    def construct(self, x, rows):
-        return ops.matmul(x, self.weight.T)
 
 
 class TinyDecoder(nn.Cell):
@@ -35,7 +25,7 @@ class TinyDecoder(nn.Cell):
         self.embed = Parameter(value(VOCAB, HIDDEN), name="embed", requires_grad=False)
         self.down = Parameter(value(1, RANK, HIDDEN), name="layer.lora_A")
         self.up = Parameter(value(1, HIDDEN, RANK), name="layer.lora_B")
-        self.lm_head = Head(Parameter(value(VOCAB, HIDDEN), name="head", requires_grad=False))
+        self.lm_head = Linear(Parameter(value(VOCAB, HIDDEN), name="head", requires_grad=False), HIDDEN, VOCAB)
         self.lm_head.weight.name = "head"
         self.lm_head.has_bias = not plain_head
         self.dropout = Dropout(dropout, seed, "layer") if dropout else None
