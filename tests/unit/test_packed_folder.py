@@ -232,6 +232,33 @@ def test_tensors_that_do_not_fit_are_named(suffix, wrong, tmp_path):
         open_checkpoint(str(tmp_path / "m")).stored["model.layers.0.self_attn.q_proj.weight"]
 
 
+def test_fused_linears_of_packed_folders_are_taken_apart(tmp_path):
+    """Phi-3's qkv_proj and gate_up_proj, packed as one: each part has its rows of the integers, factors and zeros."""
+    source, rng = open_checkpoint(str(TINY)), np.random.default_rng(2)
+    config = dict(json.loads((TINY / "config.json").read_text()), model_type="phi3", pad_token_id=0,
+                  architectures=["Phi3ForCausalLM"], quantization_config=GPTQ)
+    tensors, values = {}, {}
+    for name, value in source.tensors.items():
+        if "_proj.weight" not in name:
+            tensors[name] = values[name] = np.array(value)
+    for layer in range(config["num_hidden_layers"]):
+        for fused, parts in (("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+                             ("mlp.gate_up_proj", ("gate_proj", "up_proj")), ("self_attn.o_proj", ("o_proj",)),
+                             ("mlp.down_proj", ("down_proj",))):
+            place = f"model.layers.{layer}.{fused}"
+            names = [f"{place.rpartition('.')[0]}.{part}.weight" for part in parts]
+            rows = [source.tensors[name].shape[0] for name in names]
+            made, whole = make("gptq", (sum(rows), source.tensors[names[0]].shape[1]), rng, minus_one=1)
+            tensors.update({f"{place}.{part}": array for part, array in made.items()})
+            values.update(zip(names, np.split(whole, np.cumsum(rows)[:-1])))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    opened = open_checkpoint(str(tmp_path))
+    assert set(opened.tensors) == set(values)
+    for name, value in values.items():
+        assert np.array_equal(opened.stored[name].values(), value), name
+
+
 def test_older_folders_and_biases_of_zeros(tmp_path):
     values = folder_of(tmp_path / "m", GPTQ, lambda tensors: tensors.update(
         {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float16)}), minus_one=1)
