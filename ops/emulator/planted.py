@@ -66,8 +66,7 @@ def whole_source(operator):
 
 def edited(operator, name, pattern, replacement):
     """C++ of the kernel with the edit made, registered as edit_<name>; "" if there is no such place any more."""
-    once = 0 if name in table.EVERYWHERE else 1
-    text, count = re.subn(pattern, replacement, whole_source(operator), count=once, flags=re.S)
+    text, count = re.subn(pattern, replacement, whole_source(operator), count=1, flags=re.S)
     if count == 0:
         return ""
     symbol, arguments = f"edit_{name}", build.kernel_arguments(text, operator)

@@ -217,8 +217,6 @@ EDITS.update({
     "scratch_over_scores": ("scratch of a reduction over its source", "contrastive_select", "float16",
                             r"ReduceMax\(work, score, work\[64\]", "ReduceMax(work, score, score[64]", {"overlap"}),
 })
-# Edits that are made wherever they apply; the others once.
-EVERYWHERE = {"scale_of_the_slot_0", "slice_s_scale", "slice_s_coefficients", "scale_squared"}
 # Sizes of the launch of an edit, where the usual ones do not reach the bug.
 SIZES = {"table_too_small": {"tokens": 20, "experts": 4, "rank": 256, "width": 400},
          "one_turn": {"tokens": 70}, "rows_between_of_y": {"tokens": 60}}
