@@ -174,9 +174,8 @@ EDITS.update({
     "no_barrier_between_ranks": ("no barrier between two ranks' sums", "multi_lora", "float16",
                                  r"if \(j % chains == 0\) PipeBarrier<PIPE_V>\(\);", "", {"RAW", "WAW"}),
     "no_barrier_before_spread": ("coefficients spread before they are summed", "multi_lora", "float16",
-                                 r"PipeBarrier<PIPE_V>\(\);(\s*for \(uint32_t t = 0; t < \(slices_ == 1 \? 1 : n\); "
-                                 r"\+\+t\) \{\s*const uint32_t repeats)",
-                                 r"\1", {"RAW"}),
+                                 r"PipeBarrier<PIPE_V>\(\);(\s*for \([^{]*\{\s*const uint32_t repeats)", r"\1",
+                                 {"RAW"}),
     "down_past_end": ("the next adapter's rows of down", "multi_lora", "float16", r"downGm_, bank \+ c, rows",
                       "downGm_, bank + c + rank_ * hidden_, rows", {"gm_bounds", "wrong"}),
     "y_not_freed": ("rows of y that are never freed", "multi_lora", "float16", r"rowQueue_\.FreeTensor\(rows\);", "",
