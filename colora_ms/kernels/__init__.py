@@ -1,7 +1,7 @@
 """The operations that must be fast: one Python face each, a reference form, and a form for each device."""
 
 import colora_ms.kernels.ascend_builtin  # noqa: F401  # puts its rows into the table
-from colora_ms.kernels.activation import geglu, swiglu, swiglu_reference
+from colora_ms.kernels.activation import geglu, soft_cap, swiglu, swiglu_reference
 from colora_ms.kernels.adjust import adjust_logits, adjust_logits_reference
 from colora_ms.kernels.aot import ABSENT, KernelError
 from colora_ms.kernels.attention import (
@@ -65,6 +65,7 @@ __all__ = [
     "rms_norm_reference",
     "rms_norm_residual",
     "rms_norm_residual_reference",
+    "soft_cap",
     "step",
     "swiglu",
     "swiglu_reference",

@@ -13,6 +13,7 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from colora_ms.kernels import bound
+from colora_ms.kernels.activation import soft_cap
 from colora_ms.kernels.aot import custom
 from colora_ms.kernels.registry import operation
 from colora_ms.kernels.shapes import element_type, require, require_dtype, require_shape
@@ -146,7 +147,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, cap: flo
     scores = ops.matmul(queries, keys.transpose((0, 1, 3, 2)))
     scores = scores * factor if factor > 0 else scores / math.sqrt(dim)
     if cap > 0:
-        scores = cap * ops.tanh(scores / cap)
+        scores = soft_cap(scores, cap)
     scores = scores.reshape((rows, heads, tokens, positions))
     mask = seen.reshape((seen.shape[0], 1, tokens, positions))
     scores = ops.where(mask, scores, ops.full_like(scores, _MASKED))

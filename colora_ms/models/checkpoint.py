@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Optional, Union
 
-from colora_ms.errors import CheckpointError, near
+from colora_ms.errors import CheckpointError, ConfigError, near
 from colora_ms.files import read_json
 from colora_ms.models import low_rank_folder
 from colora_ms.models.config import DecoderConfig
@@ -201,7 +201,10 @@ def _open_mindspore(path, file, config):
 
 def _open_gguf(path):
     file = open_gguf(path)
-    decoder = GgufDecoder(file)
+    try:
+        decoder = GgufDecoder(file)
+    except ConfigError as error:
+        raise error if path in str(error) else ConfigError(f"{path}: {error}") from None
     shapes = dict(decoder.shapes)
     shapes.update({name: file.tensors[name].shape for name in decoder.unknown})
     check_shapes(shapes, decoder.config.parameter_shapes(), path)

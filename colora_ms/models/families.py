@@ -52,7 +52,21 @@ def _gemma3_rest(values: dict, metadata: Mapping) -> None:
     values.setdefault("rope_local_base_freq", 10000.0)
 
 
+def _scaled_logits(architecture: str, key: str):
+    """llama.cpp refuses a file of these without the factor of the logits."""
+    def rest(values: dict, metadata: Mapping) -> None:
+        if key not in values:
+            raise ConfigError(f"the GGUF value '{architecture}.logit_scale' is missing, which a {architecture} model "
+                              "must have")
+    return rest
+
+
 def _granite_rest(values: dict, metadata: Mapping) -> None:
+    _scaled_logits("granite", "logits_scaling")(values, metadata)
+    turned = metadata.get("granite.rope.scaling.finetuned", True)
+    if not turned:
+        raise ConfigError(f"the GGUF value 'granite.rope.scaling.finetuned' is {turned!r}, a model without rotary "
+                          "positions, which is not implemented")
     values.setdefault("attention_multiplier", values["head_dim"] ** -0.5)
 
 
@@ -101,8 +115,7 @@ _RECORDS = (
                      "head_dim": 256, "vocab_size": 262208, "rope_theta": 1e6, "tie_word_embeddings": True},
            attention_bias="attention_bias", attention_out_bias="attention_bias", qk_norm=True, norm="rms_plus_one",
            norms=_SANDWICH, activation="gelu_tanh", activation_key="hidden_activation", embedding_root=True,
-           settings={"query_scalar": ("query_pre_attn_scalar", 256), "attention_cap": ("attn_logit_softcapping", None),
-                     "logit_cap": ("final_logit_softcapping", None),
+           settings={"query_scalar": ("query_pre_attn_scalar", 256), "logit_cap": ("final_logit_softcapping", None),
                      "rope_local_theta": ("rope_local_base_freq", 10000.0)},
            local_rotary=True, sliding=Sliding(4096, full_every=6, pattern="sliding_window_pattern"),
            gguf_layer=_GGUF_SANDWICH,
@@ -150,7 +163,8 @@ _RECORDS = (
            norms=Norms(before_mlp=""), parallel=True, settings={"logits_factor": ("logit_scale", 0.0625)},
            rotary_pairs=True, rotary_layers="sliding", eps="layer_norm_eps", head_dim_key=False,
            sliding=Sliding(4096, full_every=4, pattern="sliding_window_pattern"),
-           gguf_keys={"logit_scale": "logit_scale", "sliding_window": "attention.sliding_window"}),
+           gguf_keys={"logit_scale": "logit_scale", "sliding_window": "attention.sliding_window"},
+           gguf_rest=_scaled_logits("cohere2", "logit_scale")),
     # OLMo-2; a GGUF of OLMo-3 says "olmo2", too, with a window
     Family("olmo2", "Olmo2ForCausalLM", gguf="olmo2", tokenizer="GPTNeoXTokenizer",
            defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
@@ -171,13 +185,13 @@ _RECORDS = (
            defaults={"max_position_embeddings": 32768, "num_key_value_heads": 16, "qkv_bias": True,
                      "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
                      "shared_expert_intermediate_size": 5632},
-           attention_bias="qkv_bias", window_layers=28,
+           attention_bias="qkv_bias",  # releases differ in which layers use_sliding_window means: it is refused
            routing=Routing("num_experts", shared="shared_expert_intermediate_size")),
     # Qwen3-30B-A3B and 235B-A22B
     Family("qwen3_moe", "Qwen3MoeForCausalLM", gguf="qwen3moe", tokenizer="Qwen2Tokenizer",
            defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4, "num_experts": 128,
                      "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-           attention_bias="attention_bias", attention_out_bias="attention_bias", qk_norm=True, window_layers=28,
+           attention_bias="attention_bias", attention_out_bias="attention_bias", qk_norm=True,
            routing=Routing("num_experts"), gguf_biases=False, gguf_rest=_normalised),
 )
 

@@ -28,6 +28,7 @@ NEUTRAL: Mapping[str, tuple] = {
     "num_local_experts": (None, 0),
     "add_cross_attention": (None, False),
     "is_encoder_decoder": (None, False),
+    "use_bidirectional_attention": (None, False),
 }
 
 #: Modules of a layer under llama.cpp's names (behind ``blk.N.``) and Hugging Face's (behind ``model.layers.N.``).

@@ -207,7 +207,7 @@ class GgufDecoder:
             value = metadata.get(key + other)
             if isinstance(value, float):
                 value = float(f"{value:.6g}")
-            if isinstance(value, list):  # a boolean a layer, whether it slides
+            if isinstance(value, (list, np.ndarray)):  # a boolean a layer, whether it slides
                 values["layer_types"] = ["sliding_attention" if one else "full_attention" for one in value]
             elif value is not None:
                 values[own] = value
@@ -252,7 +252,7 @@ class GgufDecoder:
 
     def _scaling(self, key):
         """The rope_scaling dictionary of the metadata, or None."""
-        kind = self._get(key + "rope.scaling.type", str, "none")
+        kind = self._get(key + "rope.scaling.type", str, "")
         factor = self._get(key + "rope.scaling.factor", float,
                            self._file.metadata.get(key + "rope.scale_linear"), required=False)
         known = {key + "rope.scaling." + name
@@ -265,10 +265,9 @@ class GgufDecoder:
                               "implemented")
         if LONGROPE[0] in self._file.tensors:
             return self._longrope(key)
-        if kind == "none":
-            if factor in (None, 0.0, 1.0):
-                return None
-            kind = "linear"
+        if kind == "none" or (not kind and factor in (None, 0.0, 1.0)):
+            return None  # where the type says "none", a factor is not looked at
+        kind = kind or "linear"
         scaling = {"rope_type": kind, "factor": factor}
         original = self._get(key + "rope.scaling.original_context_length", int, required=False)
         if kind == "yarn" and original is not None:

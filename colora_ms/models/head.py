@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
+from colora_ms.kernels import soft_cap
 from colora_ms.models.formats import is_matrix
 
 
@@ -22,5 +23,5 @@ def plain_head(decoder: Any) -> bool:
 def capped(logits: Tensor, cap: float) -> Tensor:
     """cap * tanh(logits / cap), or the logits where cap is 0; in graphs."""
     if cap > 0:
-        return cap * ops.tanh(logits / cap)
+        return soft_cap(logits, cap)
     return logits

@@ -106,8 +106,8 @@ class PackedTensors:
             raise self._refused(f"format is {kind!r}, expected pack-quantized or int-quantized")
         groups = self._settings.get("config_groups")
         if not isinstance(groups, dict) or not groups:
-            raise self._refused("config_groups is missing")
-        bits = set()
+            raise self._refused(f"config_groups is {groups!r:.80}, not a group of settings")
+        bits, self.sizes = set(), set()
         for name, group in groups.items():
             weights = group.get("weights") if isinstance(group, dict) else None
             if not isinstance(weights, dict) or weights.get("type") != "int" or weights.get("num_bits") not in (4, 8):
@@ -118,6 +118,11 @@ class PackedTensors:
                                         f"{group[what].get('num_bits') if isinstance(group[what], dict) else '?'})")
             if weights.get("strategy") not in ("group", "channel", "tensor"):
                 raise self._refused(f"strategy of {name} is {weights.get('strategy')!r}")
+            if weights["strategy"] == "group":
+                size = weights.get("group_size")
+                if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                    raise self._refused(f"group_size of {name} is {size!r}, expected a positive number")
+                self.sizes.add(size)
             if weights.get("actorder") not in (None, False, "weight", "static"):
                 raise self._refused(f"actorder of {name} is {weights['actorder']!r}")
             bits.add(weights["num_bits"])
@@ -220,8 +225,10 @@ class PackedTensors:
         else:
             scale = self._part(module, "weight_scale", floats, (out, None))
         groups = scale.shape[1]
-        if not groups or columns % groups:
-            raise self._problem(f"{module}.weight_scale", f"has {groups} groups, which do not divide {columns} inputs")
+        fits = {columns} if groups == 1 else {size for size in self.sizes if -(-columns // size) == groups}
+        if len(fits) != 1:
+            raise self._problem(f"{module}.weight_scale", f"has {groups} groups of {columns} inputs, but group_size is "
+                                f"{', '.join(map(str, sorted(self.sizes))) or 'not given'}")
         packed = f"{module}.weight_packed" in self._store.shapes
         if packed:
             words = self._part(module, "weight_packed", ("I32",), (out, -(-columns * self.bits // 32)))
@@ -235,4 +242,4 @@ class PackedTensors:
                 zero = np.broadcast_to(self._part(module, "weight_zero_point", ("I8",), (1,)), (out, 1))
             else:
                 zero = self._part(module, "weight_zero_point", ("I8",), (out, groups))
-        return compressed(words, scale, zero, columns, self.bits if packed else 8)
+        return compressed(words, scale, zero, np.arange(columns) // fits.pop(), self.bits if packed else 8)

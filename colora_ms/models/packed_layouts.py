@@ -100,15 +100,16 @@ def awq(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, group: np.n
     return Integers(columns(qweight), np.ascontiguousarray(scales.T), columns(qzeros).astype(np.float32), 4, group)
 
 
-def compressed(packed: np.ndarray, scale: np.ndarray, zero: Optional[np.ndarray], columns: int, bits: int) -> Integers:
+def compressed(packed: np.ndarray, scale: np.ndarray, zero: Optional[np.ndarray], group: np.ndarray,
+               bits: int) -> Integers:
     """compressed-tensors: packed along the inputs, values + 2**(bits - 1).
 
     Args:
-        packed: int32 (out, ceil(columns * bits / 32)), or int8 (out, columns) as they are; scale: (out, groups)
-            float32, groups dividing ``columns``; zero: signed, int8 (out, groups), or packed int32
+        packed: int32 (out, ceil(in * bits / 32)), or int8 (out, in) as they are; scale: (out, groups) float32;
+            group: (in,), that of each input; zero: signed, int8 (out, groups), or packed int32
             (ceil(out * bits / 32), groups), along the outputs; None: 0.
     """
-    out, groups = scale.shape
+    (out, groups), columns = scale.shape, len(group)
     half = 2 ** (bits - 1)
     if packed.dtype.itemsize == 1:
         q = (packed ^ -128).view(np.uint8)
@@ -120,4 +121,4 @@ def compressed(packed: np.ndarray, scale: np.ndarray, zero: Optional[np.ndarray]
         centre = _fields(zero.T, bits).reshape(groups, -1)[:, :out].T.astype(np.float32)
     else:
         centre = zero.astype(np.float32) + half
-    return Integers(np.ascontiguousarray(q), scale, centre, bits, np.arange(columns) // (columns // groups))
+    return Integers(np.ascontiguousarray(q), scale, centre, bits, group)

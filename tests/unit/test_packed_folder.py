@@ -59,9 +59,10 @@ def test_vector_of_awq():
 
 def test_vectors_of_compressed_tensors():
     packed = np.repeat(words("3e94fa50")[None], 8, 0)
-    w = compressed(packed, np.full((8, 1), .5, np.float32), words("d7af9850")[None], 8, 4).stored().values()
+    w = compressed(packed, np.full((8, 1), .5, np.float32), words("d7af9850")[None], np.zeros(8, int),
+                   4).stored().values()
     assert w[0].tolist() == [0, 2.5, 5, 7.5, 2, 4.5, 7, 1.5] and w[1].tolist() == [-2.5, 0, 2.5, 5, -.5, 2, 4.5, -1]
-    eight = compressed(words("ff807f00")[None], np.ones((1, 1), np.float32), None, 4, 8).stored()
+    eight = compressed(words("ff807f00")[None], np.ones((1, 1), np.float32), None, np.zeros(4, int), 8).stored()
     assert eight.format is INT8_ZERO and eight.values().tolist() == [[-128, -1, 0, 127]]
 
 
@@ -105,7 +106,7 @@ def group_settings(bits=4, kind="pack-quantized", **weights):
     return {"quant_method": "compressed-tensors", "format": kind, "ignore": ["lm_head"],
             "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "output_activations": None,
                                           "weights": {"num_bits": bits, "type": "int", "strategy": "group",
-                                                      "symmetric": False, **weights}}}}
+                                                      "group_size": 16, "symmetric": False, **weights}}}}
 
 
 def folder_of(path, settings, change=None, **options):
