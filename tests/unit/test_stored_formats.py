@@ -7,7 +7,26 @@ import pytest
 from colora_ms.adapters import inject
 from colora_ms.adapters.config import LoraConfig
 from colora_ms.errors import AdapterError
-from colora_ms.models.formats import FORMATS, INT4_ZERO, WEIGHT_FORMATS, StoredWeight
+from colora_ms.models.formats import (
+    FORMATS,
+    INT4_ZERO,
+    INT4_ZERO_ORDERED,
+    INT8_ZERO_ORDERED,
+    WEIGHT_FORMATS,
+    StoredWeight,
+)
+
+#: Formats whose columns have an order, which nothing is packed into by name.
+ORDERED = {one.name: one for one in (INT4_ZERO_ORDERED, INT8_ZERO_ORDERED)}
+
+
+def stored_as(kind, values, random):
+    """Values packed; for an ordered format in columns of any order."""
+    if kind not in ORDERED:
+        return FORMATS[kind].pack(values)
+    order = random.permutation(values.shape[1]).astype(np.int32)
+    packed = FORMATS[kind.removesuffix("_ordered")].pack(values[:, order])
+    return StoredWeight(ORDERED[kind], packed.shape, packed.data, packed.scale, order=order)
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +37,13 @@ def models(mindspore):
     config = DecoderConfig(model_type="llama", vocab_size=97, hidden_size=256, intermediate_size=512,
                            num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
                            max_position_embeddings=128, eos_token_ids=(2,), tie_word_embeddings=True)
-    random, stored, kinds = np.random.default_rng(7), {}, list(WEIGHT_FORMATS)
+    random, stored, kinds = np.random.default_rng(7), {}, [*WEIGHT_FORMATS, *ORDERED]
     for name, shape in config.parameter_shapes().items():
         values = (random.standard_normal(shape) * 0.1 + ("norm" in name)).astype(np.float32)
         if name == "model.embed_tokens.weight":
             stored[name] = FORMATS["q6_k"].pack(values)
         elif "_proj" in name:
-            stored[name] = FORMATS[kinds[len([one for one in stored if "_proj" in one]) % len(kinds)]].pack(values)
+            stored[name] = stored_as(kinds[len([one for one in stored if "_proj" in one]) % len(kinds)], values, random)
         else:
             stored[name] = FORMATS["float32"].pack(values)
     return config, stored, {name: one.values() for name, one in stored.items()}
@@ -63,7 +82,7 @@ def test_every_format_is_in_the_model_and_stays(models):
     config, stored, _ = models
     net = decoder(config, stored)
     cells = {name: cell for name, cell in net.cells_and_names() if name.endswith("_proj")}
-    assert {cell.format.name for cell in cells.values()} == set(WEIGHT_FORMATS)
+    assert {cell.format.name for cell in cells.values()} == {*WEIGHT_FORMATS, *ORDERED}
     assert net.model.embed_tokens.format.name == net.lm_head.format.name == "q6_k"
     for name, cell in cells.items():
         assert np.array_equal(cell.base_values()["weight"], stored[f"{name}.weight"].values())
