@@ -6,7 +6,7 @@ import pytest
 
 from colora_ms.adapters import inject
 from colora_ms.adapters.config import LoraConfig
-from colora_ms.errors import AdapterError
+from colora_ms.errors import AdapterError, CheckpointError
 from colora_ms.models.formats import (
     FORMATS,
     INT4_ZERO,
@@ -127,6 +127,35 @@ def test_answers_with_adapter_and_contrast_are_those_of_the_float32_model(models
                         for options in ({}, {"adapter": "default"},
                                         {"adapter": "default", "contrast": Contrast(0.3, 0.7)})])
     assert answers[0] == answers[1] and len(answers[0][2]) == 10
+
+
+def test_a_head_whose_columns_have_an_order(models):
+    """Its contrast at few tokens and the loss through its logits are those of the float32 head; no table is so."""
+    import dataclasses
+
+    import mindspore as ms
+
+    from colora_ms.decoding import Contrast, Generator
+    from colora_ms.training.step import CausalLossCell
+
+    config, stored, values = models
+    config = dataclasses.replace(config, tie_word_embeddings=False)
+    random = np.random.default_rng(9)
+    matrix = (random.standard_normal((97, 256)) * 0.1).astype(np.float32)
+    head = stored_as("int4_zero_ordered", matrix, random)
+    ids = ms.Tensor(np.random.default_rng(5).integers(3, 97, (2, 9)).astype(np.int32))
+    answers, losses = [], []
+    for weights in ({**values, "lm_head.weight": head}, {**values, "lm_head.weight": head.values()}):
+        net = decoder(config, weights)
+        cell = CausalLossCell(net)
+        losses.append(cell(ids, ids, ms.Tensor([9, 9], ms.int32), ms.Tensor([-1, -1], ms.int32))[0].asnumpy())
+        generator = Generator(net, Numbers(), adapted(net))
+        answers.append([generator.generate([[5, 9, 40]], max_new_tokens=10, ignore_eos=True, adapter="default",
+                                           contrast=Contrast(alpha, 0.7))[0].tokens for alpha in (0.3, 0.9)])
+    assert answers[0] == answers[1] and len(answers[0][1]) == 10
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    with pytest.raises(CheckpointError, match="model.embed_tokens.*int4_zero_ordered.*only linears"):
+        decoder(config, {**values, "lm_head.weight": head, "model.embed_tokens.weight": head})
 
 
 def test_a_merge_is_refused_by_name_and_made_in_a_float_copy(models):
