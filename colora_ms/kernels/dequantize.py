@@ -11,8 +11,10 @@ from colora_ms.kernels.aot import ABSENT
 from colora_ms.kernels.operands import (
     INT4,
     INT4_ZERO,
+    INT4_ZERO_ORDERED,
     INT8,
     INT8_ZERO,
+    INT8_ZERO_ORDERED,
     Q4_0,
     Q4_1,
     Q4_K,
@@ -29,7 +31,7 @@ _BITS = Tensor(np.array([1, 2, 4, 8, 16, 32, 64, 128], np.int32))
 
 
 def dequantize(form: int, weight: Tensor, weight_scale: Tensor = ABSENT) -> Tensor:
-    """A weight as float32 (out, in), each value rounded once.
+    """A weight as float32 (out, in), each value rounded once; its columns as they lie.
 
     Args:
         form: number of its format in :mod:`colora_ms.kernels.operands`; weight, weight_scale: as for
@@ -38,14 +40,14 @@ def dequantize(form: int, weight: Tensor, weight_scale: Tensor = ABSENT) -> Tens
     rows = weight.shape[0]
     if form >= Q4_0 and form <= Q6_K:
         return _blocks(form, weight, rows).reshape((rows, -1))
-    if form == INT4 or form == INT4_ZERO:
+    if form == INT4 or form == INT4_ZERO or form == INT4_ZERO_ORDERED:
         low, high = _nibbles(weight.astype(ms.int32))
         values = ops.stack((low, high), -1).reshape((rows, weight.shape[1] * 2)).astype(ms.float32)
         if form == INT4:
             values = values - 8.0
     else:
         values = weight.astype(ms.float32)
-    if form == INT4_ZERO or form == INT8_ZERO:
+    if form == INT4_ZERO or form == INT8_ZERO or form == INT4_ZERO_ORDERED or form == INT8_ZERO_ORDERED:
         factor, zero = weight_scale[:, :, 0], weight_scale[:, :, 1]
         values = values.reshape((rows, factor.shape[1], -1)) - ops.expand_dims(zero, -1)
         return (values * ops.expand_dims(factor, -1)).reshape((rows, -1))

@@ -39,6 +39,8 @@ def embedding(ids: Tensor, base: tuple) -> Tensor:
 def embedding_reference(ids: Tensor, base: tuple) -> Tensor:
     """:func:`embedding` in built-in operators; differentiable for float weights, any device; ids are not checked."""
     form, tensors, _ = base
+    if len(tensors) > 2:
+        raise ValueError("embedding takes one matrix whose columns lie as they are counted")
     flat = ids.reshape((-1,))
     weight = tensors[0]
     # The framework has no bfloat16 gather on a CPU: the whole table is widened first.

@@ -9,7 +9,7 @@ from colora_ms.kernels import ascend, bound
 from colora_ms.kernels.dequantize import dequantize
 from colora_ms.kernels.linear_operator import forward_operators, gradient_operator
 from colora_ms.kernels.lora import low_rank_reference
-from colora_ms.kernels.operands import PRODUCT, flat_linears
+from colora_ms.kernels.operands import INT4_ZERO_ORDERED, INT8_ZERO_ORDERED, PRODUCT, flat_linears
 from colora_ms.kernels.registry import operation
 
 
@@ -30,7 +30,8 @@ def multi_lora_linear(x: Tensor, slots: Tensor, *linears: tuple) -> Tensor | tup
             weight (out, in) float32, bfloat16, float16 or int8, (out, in/2) uint8 = packed int4 (low nibble = even
             column, stored as value + 8), or (out, bytes of a row) uint8 = blocks of a GGUF file;
             weight_scale float32 (out,) or (out, groups), only and always with int8 and int4; (out, groups, 2), factors
-            and zero points, with int8_zero and int4_zero;
+            and zero points, with int8_zero and int4_zero, and with their ordered forms, which have order (in,) int32 as
+            well, a permutation: column k of the weight meets x[order[k]];
             bias (out,) float32 or ``ABSENT``;
             or a product (``product_of``) inner (r, in), core (r', r) or ``ABSENT``, outer (out, r'), each float32 or
             bfloat16, and bias.
@@ -91,7 +92,10 @@ def base_reference(x: Tensor, base: tuple) -> Tensor:
     """The base alone, in built-in operators: x (..., in) -> (..., out) float32."""
     form, tensors, bias = base
     y = x.reshape((-1, x.shape[-1]))  # (tokens, in)
-    if form < PRODUCT:
+    if form == INT4_ZERO_ORDERED or form == INT8_ZERO_ORDERED:
+        y = ops.gather(y, tensors[2], 1)
+        y = ops.matmul(y, ops.transpose(dequantize(form, tensors[0], tensors[1]), (1, 0)))  # (tokens, out)
+    elif form < PRODUCT:
         y = ops.matmul(y, ops.transpose(dequantize(form, *tensors), (1, 0)))  # (tokens, out)
     else:
         for factor in tensors:

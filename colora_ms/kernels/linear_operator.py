@@ -31,7 +31,7 @@ MOST_LINEARS = 4
 
 _NAME = "multi_lora_linear"
 _WEIGHTS = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16, "int8": ms.int8,
-            "int8_zero": ms.int8}  # the others are bytes
+            "int8_zero": ms.int8, "int8_zero_ordered": ms.int8}  # the others are bytes
 _DENSE = (ms.float32, ms.bfloat16)
 
 
@@ -84,7 +84,9 @@ def check_base(op: str, places: Places, shapes: tuple, columns: int, tag: str = 
             require(len(factor) == 2 and factor[1] == out, op, argument + tag, factor, f"(outputs, {out})")
             out = factor[0]
     else:
-        out, _ = check_matrix(op, places.form, given["weight"], given.get("weight_scale"), columns, tag)
+        out, found = check_matrix(op, places.form, given["weight"], given.get("weight_scale"), columns, tag)
+        if "order" in given:
+            require_shape(op, "order" + tag, given["order"], (found,))
     if "bias" in given:
         require_shape(op, "bias" + tag, given["bias"], (out,))
     return out
@@ -113,6 +115,8 @@ def check_linear_dtypes(op: str, places: Places, kinds: tuple) -> None:
     for name, kind in given.items():
         if name == "weight":
             require_dtype(op, name, kind, (_WEIGHTS.get(places.form, ms.uint8),))
+        elif name == "order":
+            require_dtype(op, name, kind, (ms.int32,))
         else:
             dense = name in dict(FORMATS)[places.form] and name != "weight_scale" or name in ("down", "up")
             require_dtype(op, name, kind, _DENSE if dense else (ms.float32,))

@@ -79,6 +79,8 @@ def linear_token_losses(hidden: Tensor, base: tuple, labels: Tensor) -> Tensor:
 def linear_token_losses_reference(hidden: Tensor, base: tuple, labels: Tensor) -> Tensor:
     """:func:`linear_token_losses` in built-in operators; differentiable, any device; labels are not checked."""
     form, tensors, _ = base
+    if len(tensors) > 2:
+        raise ValueError("linear_cross_entropy takes one matrix whose columns lie as they are counted")
     return token_losses_of_logits(ops.matmul(hidden, dequantize(form, *tensors).transpose((1, 0))), labels)
 
 

@@ -30,21 +30,24 @@ from colora_ms.kernels.layer_form import LAYER_REAL, LAYER_WHOLE, form_tensors
 from colora_ms.kernels.shapes import require
 
 #: Formats of a base: (name, its tensors); the first ones have the numbers of ``Format`` in ops/cpu/weights.h, which are
-#: the tags of ``models.formats``. A product is the chain of its tensors, the first one meets x.
+#: the tags of ``models.formats``. Column k of an ordered one meets ``x[order[k]]``. A product is the chain of its
+#: tensors, the first one meets x.
 FORMATS = (("float32", ("weight",)), ("bfloat16", ("weight",)), ("int8", ("weight", "weight_scale")),
            ("int4", ("weight", "weight_scale")), ("float16", ("weight",)), ("q4_0", ("weight",)), ("q4_1", ("weight",)),
            ("q5_0", ("weight",)), ("q5_1", ("weight",)), ("q8_0", ("weight",)), ("q4_k", ("weight",)),
            ("q5_k", ("weight",)), ("q6_k", ("weight",)), ("int4_zero", ("weight", "weight_scale")),
-           ("int8_zero", ("weight", "weight_scale")), ("product", ("inner", "outer")),
+           ("int8_zero", ("weight", "weight_scale")), ("int4_zero_ordered", ("weight", "weight_scale", "order")),
+           ("int8_zero_ordered", ("weight", "weight_scale", "order")), ("product", ("inner", "outer")),
            ("product_with_core", ("inner", "core", "outer")))
-(FLOAT32, BFLOAT16, INT8, INT4, FLOAT16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4_ZERO, INT8_ZERO, PRODUCT,
- PRODUCT_WITH_CORE) = range(len(FORMATS))
+(FLOAT32, BFLOAT16, INT8, INT4, FLOAT16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4_ZERO, INT8_ZERO,
+ INT4_ZERO_ORDERED, INT8_ZERO_ORDERED, PRODUCT, PRODUCT_WITH_CORE) = range(len(FORMATS))
 
 #: {format: (values, elements of the weight's tensor)} of those that pack several values; the others are one each.
-PACKED = {"int4": (2, 1), "int4_zero": (2, 1), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24),
-          "q8_0": (32, 34), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210)}
+PACKED = {"int4": (2, 1), "int4_zero": (2, 1), "int4_zero_ordered": (2, 1), "q4_0": (32, 18), "q4_1": (32, 20),
+          "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34), "q4_k": (256, 144), "q5_k": (256, 176),
+          "q6_k": (256, 210)}
 #: Formats whose scales are pairs, a factor and a zero point.
-WITH_ZEROS = ("int4_zero", "int8_zero")
+WITH_ZEROS = ("int4_zero", "int8_zero", "int4_zero_ordered", "int8_zero_ordered")
 
 #: Tensors of a linear's adapters, which come together.
 ADAPTER = ("down", "up", "scale")
@@ -86,14 +89,17 @@ _TENSORS = tuple(len(tensors) for _, tensors in FORMATS)
 # -- in graphs --------------------------------------------------------------------------------------------------------
 
 
-def base_of(form: int, weight: Tensor, weight_scale: Tensor = ABSENT, bias: Tensor = ABSENT) -> tuple:
+def base_of(form: int, weight: Tensor, weight_scale: Tensor = ABSENT, bias: Tensor = ABSENT,
+            order: Tensor = ABSENT) -> tuple:
     """The base of a linear that is one matrix.
 
     Args:
-        form: the tag of its format (``models.formats.WeightFormat.tag``), below PRODUCT; weight, weight_scale, bias: as
-            for :func:`colora_ms.kernels.multi_lora_linear`.
+        form: the tag of its format (``models.formats.WeightFormat.tag``), below PRODUCT; weight, weight_scale, bias,
+            order: as for :func:`colora_ms.kernels.multi_lora_linear`.
     """
     bias = () if bias.ndim == 0 else (bias,)
+    if _TENSORS[form] == 3:
+        return (form, (weight, weight_scale, order), bias)
     if _TENSORS[form] == 2:
         return (form, (weight, weight_scale), bias)
     return (form, (weight,), bias)

@@ -99,6 +99,9 @@ class Builder:
             raise CheckpointError(f"the embedding {prefix} is stored as factors or with rounded activations, which "
                                   "only linears can be")
         stored = self._in_format(f"{prefix}.weight", stored)
+        if stored.order is not None:
+            raise CheckpointError(f"the embedding {prefix} is stored as {stored.format.name}, which only linears can "
+                                  "be; load the model in a format by name, such as weight_format=\"float32\"")
         weight, scale = weight_parameters(prefix, stored)
         cell = Embedding(weight, stored.shape[1], weight_scale=scale, weight_format=stored.format)
         self._keep_weight(cell, prefix)
@@ -123,6 +126,8 @@ class Builder:
         self._keep(cell.weight, f"{prefix}.weight")
         if cell.format.scaled:
             self._keep(cell.weight_scale, f"{prefix}.weight_scale")
+        if cell.format.ordered:
+            self._keep(cell.order, f"{prefix}.order")
 
     def _keep(self, parameter: Parameter, name: str) -> Parameter:
         self.names[id(parameter)] = (parameter, name)
@@ -159,4 +164,6 @@ def weight_parameters(path: str, stored: StoredWeight) -> tuple[Parameter, Optio
 def linear_of(path: str, stored: StoredWeight, bias: Optional[Parameter]) -> Linear:
     """A Linear of a stored matrix (out, in), in its own format; ``bias``: its Parameter (out,) or None."""
     weight, scale = weight_parameters(path, stored)
-    return Linear(weight, stored.shape[1], stored.shape[0], weight_scale=scale, bias=bias, weight_format=stored.format)
+    order = None if stored.order is None else parameter_of(Tensor.from_numpy(stored.order), f"{path}.order")
+    return Linear(weight, stored.shape[1], stored.shape[0], weight_scale=scale, bias=bias,
+                  weight_format=stored.format, order=order)

@@ -51,6 +51,7 @@ class WeightFormat:
         values, items: a row is a run of blocks; so many values of a row are so many stored elements.
         scaled: whether a float32 scale comes with the tensor, (out,) or (out, groups).
         zeros: whether that scale is (out, groups, 2): factors and zero points.
+        ordered: whether an order (in,) int32 comes with it: column k of what is stored is column order[k].
         ggml: GGML's name of the type whose blocks a row consists of, or None.
         encode, decode: the arithmetic of :meth:`pack` and :meth:`unpack`.
         join, split: of formats of scaled integers, from the integers (out, in) int8 to the stored tensor, and back.
@@ -67,6 +68,7 @@ class WeightFormat:
     items: int = 1
     scaled: bool = False
     zeros: bool = False
+    ordered: bool = False
     ggml: Optional[str] = None
     join: Optional[Callable[[np.ndarray], np.ndarray]] = field(default=None, repr=False)
     split: Optional[Callable[[np.ndarray], np.ndarray]] = field(default=None, repr=False)
@@ -130,24 +132,28 @@ class WeightFormat:
         return StoredWeight(self, q.shape, self.join(np.asarray(q).astype(np.int8)), scale)
 
     def unpack(self, data: np.ndarray, scale: Optional[np.ndarray] = None) -> np.ndarray:
-        """The values of a stored tensor, float32; of float32 itself the array that was given."""
+        """The values of a stored tensor, float32, its columns as they lie; of float32 itself the array that was
+        given."""
         return self.decode(data, scale)
 
-    def stored(self, weight: Tensor, scale: Optional[Tensor] = None) -> StoredWeight:
-        """The arrays behind a Cell's tensors; ``scale``: None or ``kernels.ABSENT`` (rank 0) for none."""
+    def stored(self, weight: Tensor, scale: Optional[Tensor] = None, order: Optional[Tensor] = None) -> StoredWeight:
+        """The arrays behind a Cell's tensors; ``scale``, ``order``: None or ``kernels.ABSENT`` (rank 0) for none."""
         data = weight.asnumpy()
         data = data.view(self.dtype) if data.dtype != np.dtype(self.dtype) else data
-        own = None if scale is None or not scale.ndim else scale.asnumpy()
-        return StoredWeight(self, self.shape(tuple(weight.shape)), data, own)
+        own, columns = (None if one is None or not one.ndim else one.asnumpy() for one in (scale, order))
+        return StoredWeight(self, self.shape(tuple(weight.shape)), data, own, order=columns)
 
-    def check(self, weight: Tensor, scale: Optional[Tensor]) -> None:
+    def check(self, weight: Tensor, scale: Optional[Tensor], order: Optional[Tensor] = None) -> None:
         """ConfigError unless a Cell's tensors can be of this format."""
         kind = str(weight.dtype).lower()
         pairs = scale is not None and scale.ndim == 3
         if kind != self.element or self.scaled != (scale is not None) or self.zeros != pairs \
+                or self.ordered != (order is not None) \
                 or weight.ndim == 2 and weight.shape[1] % self.items:
             given = "without a scale" if scale is None else f"with a scale of shape {tuple(scale.shape)}"
-            wanted = f"{'with' if self.scaled else 'without'} a scale{', in pairs' if self.zeros else ''}"
+            given += "" if order is None else " and an order"
+            wanted = (f"{'with' if self.scaled else 'without'} a scale{', in pairs' if self.zeros else ''}"
+                      f"{', and an order, which linears alone can have' if self.ordered else ''}")
             raise ConfigError(f"a weight of dtype {kind} and shape {tuple(weight.shape)} {given} is none of the format "
                               f"{self.name}, which is {self.element}, {self.items} a block, {wanted}")
 
@@ -162,6 +168,7 @@ class StoredWeight:
             or None; (out, groups, 2), factors and zero points, for formats that have those.
         activations: (bits of the linear's input, bits of its output) to which a model of rounded activations rounds
             them; 0: not at all.
+        order: (in,) int32, a permutation, for formats that are ordered.
     """
 
     format: WeightFormat
@@ -169,6 +176,7 @@ class StoredWeight:
     data: np.ndarray
     scale: Optional[np.ndarray] = None
     activations: tuple[int, int] = (0, 0)
+    order: Optional[np.ndarray] = None
 
     @property
     def group(self) -> Optional[int]:
@@ -178,11 +186,12 @@ class StoredWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
-        return sum(array.nbytes for array in (self.data, self.scale) if array is not None)
+        return sum(array.nbytes for array in (self.data, self.scale, self.order) if array is not None)
 
     def values(self) -> np.ndarray:
         """The values, float32 of ``shape``."""
-        return self.format.unpack(self.data, self.scale)
+        found = self.format.unpack(self.data, self.scale)
+        return found if self.order is None else found[:, np.argsort(self.order)]
 
     def integers(self) -> np.ndarray:
         """The integers (out, in) int8 of a format of scaled integers."""
@@ -290,7 +299,7 @@ def format_of_code(code: str) -> WeightFormat:
 
 def weight_values(cell: Any) -> np.ndarray:
     """The weight of a Cell that carries its format, float32 (out, in)."""
-    return cell.format.stored(cell.weight, cell.weight_scale).values()
+    return cell.format.stored(cell.weight, cell.weight_scale, getattr(cell, "order", None)).values()
 
 
 def logical_shape(cell: Any) -> tuple[int, ...]:
@@ -309,10 +318,11 @@ def holds_floats(cell: Any, parameter: Tensor) -> bool:
 
 def is_matrix(cell: Any) -> bool:
     """Whether a linear is one matrix, in whatever format, and nothing else, as the fused losses take it: no factors, no
-    bias, no adapter on it."""
+    order of its columns, no bias, no adapter on it."""
     own = getattr(cell, "format", None)
-    return (isinstance(own, WeightFormat) and getattr(cell, "weight", None) is not None and hasattr(cell, "base")
-            and not getattr(cell, "has_bias", False) and not getattr(cell, "decomposed", False))
+    return (isinstance(own, WeightFormat) and not own.ordered and hasattr(cell, "base")
+            and getattr(cell, "weight", None) is not None and not getattr(cell, "has_bias", False)
+            and not getattr(cell, "decomposed", False))
 
 
 @functools.lru_cache(maxsize=None)
@@ -336,6 +346,18 @@ INT4_ZERO = WeightFormat("int4_zero", "|u1", "uint8", None, 13, packing.pack_int
                          values=2, items=1, scaled=True, zeros=True)
 INT8_ZERO = WeightFormat("int8_zero", "|i1", "int8", None, 14, packing.pack_int8_zero, packing.unpack_int8_zero,
                          scaled=True, zeros=True)
+
+
+def _no_packing(weight: np.ndarray, group: Optional[int]) -> packing.Packed:
+    raise ConfigError("weights are not packed into this format, which files bring along; use one of "
+                      + ", ".join(WEIGHT_FORMATS))
+
+
+# GPTQ with activation order: the columns lie sorted by group. No other weight is packed so, nor asked for so.
+INT4_ZERO_ORDERED = WeightFormat("int4_zero_ordered", "|u1", "uint8", None, 15, _no_packing, packing.unpack_int4_zero,
+                                 values=2, items=1, scaled=True, zeros=True, ordered=True)
+INT8_ZERO_ORDERED = WeightFormat("int8_zero_ordered", "|i1", "int8", None, 16, _no_packing, packing.unpack_int8_zero,
+                                 scaled=True, zeros=True, ordered=True)
 
 
 def _of_blocks(name: str, tag: int) -> WeightFormat:
@@ -370,10 +392,6 @@ def format_of_ggml(kind: str) -> WeightFormat:
     values, size = block_sizes(kind)
     return WeightFormat(kind, "|u1", "uint8", None, None, _no_packing, lambda data, scale: unpack_type(kind, data),
                         values=values, items=size, ggml=kind)
-
-
-def _no_packing(weight: np.ndarray, group: Optional[int]) -> packing.Packed:
-    raise ConfigError("weights are not packed into this type of GGUF files; use one of " + ", ".join(WEIGHT_FORMATS))
 
 
 #: What the weights of a folder can be written as: floats, and integers rounded to nearest.

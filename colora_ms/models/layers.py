@@ -31,15 +31,17 @@ class Linear(LinearLeaf, nn.Cell):
         weight: Parameter of the format's dtype and stored shape for (out, in).
         weight_scale: Parameter (out,) or (out, in / group) float32 for formats with a scale, else None.
         bias: Parameter (out,) float32 or None.
+        order: Parameter (in,) int32 for formats that are ordered, else None.
         in_features, out_features: the sizes of x's and y's last axis.
         weight_format: the :class:`colora_ms.models.formats.WeightFormat` of the weight.
     """
 
     def __init__(self, weight: Parameter, in_features: int, out_features: int, weight_scale: Optional[Parameter] = None,
-                 bias: Optional[Parameter] = None, weight_format: WeightFormat = FLOAT32) -> None:
+                 bias: Optional[Parameter] = None, weight_format: WeightFormat = FLOAT32,
+                 order: Optional[Parameter] = None) -> None:
         super().__init__()
         bind()
-        weight_format.check(weight, weight_scale)
+        weight_format.check(weight, weight_scale, order)
         self.format = weight_format
         self.tag = weight_format.tag
         self.in_features = in_features
@@ -47,11 +49,12 @@ class Linear(LinearLeaf, nn.Cell):
         self.weight = weight
         self.weight_scale = ABSENT if weight_scale is None else weight_scale
         self.bias = ABSENT if bias is None else bias
+        self.order = ABSENT if order is None else order
         self.has_bias = bias is not None
 
     def base(self) -> tuple:
         """What the Cell multiplies with, see :mod:`colora_ms.kernels.operands`."""
-        return base_of(self.tag, self.weight, self.weight_scale, self.bias)
+        return base_of(self.tag, self.weight, self.weight_scale, self.bias, self.order)
 
     def leaf_parameters(self) -> dict[str, Parameter]:
         """As :class:`colora_ms.models.leaf.Leaf` says."""

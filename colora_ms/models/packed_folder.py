@@ -1,8 +1,8 @@
 """Reading of Hugging Face folders whose linears are GPTQ, AWQ (gemm) or compressed-tensors integers.
 
 What ``quantization_config`` says (old GPTQ folders: ``quantize_config.json``) is read, or refused by name. Weights
-become int4_zero or int8_zero; what a folder leaves in float stays as it is. Layouts:
-:mod:`colora_ms.models.packed_layouts`.
+become int4_zero or int8_zero, with GPTQ's activation order their ordered forms; what a folder leaves in float stays as
+it is. Layouts: :mod:`colora_ms.models.packed_layouts`.
 """
 
 from __future__ import annotations

@@ -8,11 +8,14 @@ vLLM's compressed-tensors.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple, Optional
 
 import numpy as np
 
-from colora_ms.models.formats import INT4_ZERO, INT8_ZERO, StoredWeight, WeightFormat
+from colora_ms.models.formats import INT4_ZERO, INT4_ZERO_ORDERED, INT8_ZERO, INT8_ZERO_ORDERED, StoredWeight
+
+_ORDERED = {INT4_ZERO: INT4_ZERO_ORDERED, INT8_ZERO: INT8_ZERO_ORDERED}
 
 # Nibble i of an AWQ word holds this one of its eight columns.
 _AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
@@ -33,11 +36,13 @@ class Integers(NamedTuple):
     group: np.ndarray
 
     def stored(self) -> StoredWeight:
-        """As int4_zero or int8_zero; with groups that are not contiguous (GPTQ's activation order) in a format that
-        can be unpacked only."""
+        """As int4_zero or int8_zero; with groups that are not contiguous (GPTQ's activation order) with the columns
+        sorted by group, as their ordered forms."""
         columns = self.q.shape[1]
         if np.any(np.diff(self.group) < 0):
-            return StoredWeight(_ordered(self), self.q.shape, self.q)
+            order = np.argsort(self.group, kind="stable").astype(np.int32)
+            found = self._replace(q=self.q[:, order], group=self.group[order]).stored()
+            return replace(found, format=_ORDERED[found.format], order=order)
         starts = np.flatnonzero(np.diff(self.group, prepend=self.group[0] - 1))
         size = math.gcd(columns, *starts.tolist())  # a last group may be shorter: all are cut into equal ones
         chosen = self.group[::size]
@@ -46,19 +51,6 @@ class Integers(NamedTuple):
             return StoredWeight(INT4_ZERO, self.q.shape, self.q[:, 0::2] | self.q[:, 1::2] << 4, pairs)
         pairs[:, :, 1] -= 128
         return StoredWeight(INT8_ZERO, self.q.shape, (self.q ^ 128).view(np.int8), pairs)
-
-    def values(self) -> np.ndarray:
-        """(out, in) float32, each rounded once."""
-        return (self.q.astype(np.float32) - self.zero[:, self.group]) * self.scale[:, self.group]
-
-
-def _ordered(integers: Integers) -> WeightFormat:
-    return WeightFormat("GPTQ with activation order", "|u1", "uint8", None, None, _no_packing,
-                        lambda data, scale: integers.values(), scaled=True)
-
-
-def _no_packing(weight, group):
-    raise NotImplementedError("nothing is packed into GPTQ's layout here")
 
 
 def _fields(words: np.ndarray, bits: int) -> np.ndarray:

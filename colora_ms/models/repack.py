@@ -94,7 +94,8 @@ def fast_values(stored: StoredWeight) -> np.ndarray:
 
 
 def _arrays(stored: StoredWeight) -> dict[str, np.ndarray]:
-    return {name: value for name, value in vars(stored).items() if isinstance(value, np.ndarray)}
+    """Its arrays that have a row for each output."""
+    return {name: value for name, value in vars(stored).items() if name != "order" and isinstance(value, np.ndarray)}
 
 
 def _part(stored: StoredWeight, begin: int, end: int) -> StoredWeight:

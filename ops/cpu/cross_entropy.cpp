@@ -59,6 +59,7 @@ Head read(Reader& reader) {
   labels.expect_dtype("int32").expect_rank(1).expect_dim(0, hidden.dim(0), "tokens, as in hidden");
   const Base base = read_base(reader, Tag::of(reader.next("weight's tag")), hidden.dim(1));
   if (base.product() || base.bias) base.last.fail("is a factor of a product or has a bias, expected one matrix");
+  if (base.order) base.last.fail("has columns in an order of its own, which this loss does not take");
   Head h{hidden.dim(0), hidden.dim(1), base.out(), hidden.data<float>(), base.matrix(), labels.data<int32_t>(), {}};
   if (h.hidden < 1 || h.vocab < 1)
     base.last.fail("has shape %s, expected (vocab, hidden_size) of at least (1, 1)", base.last.shape_text().c_str());

@@ -12,6 +12,7 @@ COLORA_OPERATOR(embedding) {
   ids.expect_dtype("int32");
   const Base base = read_base(reader, Tag::of(reader.next("embedding")), -1);
   if (base.product() || base.bias) base.last.fail("is a factor of a product or has a bias, expected one matrix");
+  if (base.order) base.last.fail("has columns in an order of its own, which a linear can have, a table not");
   call.expect(reader.at(), 1);
   const Weight& table = base.matrix();
   const Tensor y = call.out(0, "y");

@@ -68,6 +68,7 @@ struct Linear {
   float* y = nullptr;
   std::vector<Product> chain;                // one for each factor of the base
   std::vector<std::vector<float>> between;  // y of the factors before the last
+  std::vector<float> gathered;              // x in the order of the base's columns
   int64_t out() const { return base.out(); }
 };
 
@@ -257,12 +258,43 @@ inline void run_group(const std::vector<Product*>& products, const float* from, 
   Forward(products, from, tokens, width).run();
 }
 
+// x (tokens, in) in the order of a base's columns.
+inline void gather_columns(const float* x, int64_t tokens, int64_t in, const int32_t* order, float* to) {
+  parallel_ranges(tokens, 1, 32768 / (in + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t k = 0; k < in; ++k) to[t * in + k] = x[t * in + order[k]];
+  });
+}
+
+// The linears of a call whose columns have an order of their own: x is gathered once for those that share one, as
+// projections that were quantised on the same inputs do; the adapters read x as it is.
+inline void run_ordered(std::vector<Linear*> linears, const float* x, int64_t in, RowSlots& rows) {
+  while (!linears.empty()) {
+    Linear& first = *linears[0];
+    std::vector<Product*> same;
+    std::vector<Linear*> others;
+    for (Linear* l : linears) {
+      if (std::equal(first.base.order, first.base.order + in, l->base.order)) same.push_back(&l->chain[0]);
+      else others.push_back(l);
+    }
+    first.gathered.resize(size_t(rows.tokens() * in));
+    gather_columns(x, rows.tokens(), in, first.base.order, first.gathered.data());
+    run_group(same, first.gathered.data(), in, x, in, rows);
+    linears.swap(others);
+  }
+}
+
 // y of all linears. x: (tokens, in).
 inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t in, RowSlots& rows) {
   std::vector<Product*> whole;
+  std::vector<Linear*> ordered;
   for (Linear& l : linears) {
     l.chain.back().adapters = l.adapters.present() ? &l.adapters : nullptr;
     l.chain.back().y = l.y;
+    if (l.base.order) {
+      ordered.push_back(&l);
+      continue;
+    }
     if (!l.base.product()) {
       whole.push_back(&l.chain[0]);
       continue;
@@ -280,6 +312,7 @@ inline void run_linears(std::vector<Linear>& linears, const float* x, int64_t in
     }
   }
   if (!whole.empty()) run_group(whole, x, in, x, in, rows);
+  run_ordered(ordered, x, in, rows);
 }
 
 }  // namespace COLORA_ISA_NAMESPACE

@@ -73,11 +73,22 @@ class Backward {
       parallel_tasks((tokens_ + piece - 1) / piece, [&](int64_t i) { expand_back(l, i * piece, (i + 1) * piece); });
       adapter_gradients(l);
     }
-    const int64_t pieces = (tokens_ + rows_ - 1) / rows_;
-    parallel_tasks(panels_ * pieces, [&](int64_t i) {
-      const int64_t begin = i % pieces * rows_;
-      input_gradient(i / pieces, begin, std::min(tokens_, begin + rows_));
-    });
+    const auto ordered = [](const LinearGrad& l) { return l.base.order != nullptr; };
+    if (std::none_of(linears_.begin(), linears_.end(), ordered)) {
+      panels([&](int64_t panel, int64_t t0, int64_t t1) {
+        for (const LinearGrad& l : linears_) {
+          base_gradient(l, panel, t0, t1);
+          low_rank_gradient(l, panel, t0, t1);
+        }
+      });
+      return;
+    }
+    // Panels of one linear are other columns of dx than those of the next one, so that it waits; each sum is in the
+    // same order.
+    for (const LinearGrad& l : linears_) {
+      panels([&](int64_t panel, int64_t t0, int64_t t1) { base_gradient(l, panel, t0, t1); });
+      panels([&](int64_t panel, int64_t t0, int64_t t1) { low_rank_gradient(l, panel, t0, t1); });
+    }
   }
 
  private:
@@ -134,28 +145,49 @@ class Backward {
     });
   }
 
-  // dx of the tokens [t0, t1) in one panel of columns
-  void input_gradient(int64_t panel, int64_t t0, int64_t t1) {
+  // Calls work(panel, t0, t1) for all panels of columns and pieces of the tokens.
+  template <class Work>
+  void panels(const Work& work) {
+    const int64_t pieces = (tokens_ + rows_ - 1) / rows_;
+    parallel_tasks(panels_ * pieces, [&](int64_t i) {
+      const int64_t begin = i % pieces * rows_;
+      work(i / pieces, begin, std::min(tokens_, begin + rows_));
+    });
+  }
+
+  // What a base adds to dx of the tokens [t0, t1) in one panel of its columns; those of an order of their own are
+  // gathered from dx and put back.
+  void base_gradient(const LinearGrad& l, int64_t panel, int64_t t0, int64_t t1) {
     alignas(64) float packed[kOuterDepth * kOuterColumns];
+    const int64_t k0 = panel * kOuterColumns, k1 = std::min(in_, k0 + kOuterColumns), width = k1 - k0;
+    const int32_t* order = l.base.order;
+    std::vector<float> tile(size_t(order ? (t1 - t0) * width : 0));
+    float* to = order ? tile.data() : dx_ + t0 * in_ + k0;
+    const int64_t stride = order ? width : in_;
+    const bool first = &l == &linears_.front();
+    const float* from = first ? nullptr : to;
+    for (int64_t t = t0; order && !first && t < t1; ++t)
+      for (int64_t k = k0; k < k1; ++k) to[(t - t0) * width + k - k0] = dx_[t * in_ + order[k]];
+    const int64_t out = l.weight().out;
+    for (int64_t o = 0; o < out; o += kOuterDepth) {
+      const int64_t depth = std::min(kOuterDepth, out - o);
+      pack(l.weight(), o, o + depth, k0, k1, packed);
+      outer_panel(t1 - t0, width, depth, l.behind + t0 * out + o, out, 1, packed, kOuterColumns, from, to, stride);
+      from = to;
+    }
+    for (int64_t t = t0; order && t < t1; ++t)
+      for (int64_t k = k0; k < k1; ++k) dx_[t * in_ + order[k]] = to[(t - t0) * width + k - k0];
+  }
+
+  // What the adapters of a linear add to dx of the tokens [t0, t1) in one panel of columns.
+  void low_rank_gradient(const LinearGrad& l, int64_t panel, int64_t t0, int64_t t1) {
     const int64_t k0 = panel * kOuterColumns, k1 = std::min(in_, k0 + kOuterColumns);
-    float* to = dx_ + t0 * in_ + k0;
-    const float* from = nullptr;
-    for (const LinearGrad& l : linears_) {
-      const int64_t out = l.weight().out;
-      for (int64_t o = 0; o < out; o += kOuterDepth) {
-        const int64_t depth = std::min(kOuterDepth, out - o);
-        pack(l.weight(), o, o + depth, k0, k1, packed);
-        outer_panel(t1 - t0, k1 - k0, depth, l.behind + t0 * out + o, out, 1, packed, kOuterColumns,
-                    from, to, in_);
-        from = to;
-      }
-      for (const Run& run : l.all_runs) {
-        const int64_t begin = std::max(t0, run.begin), end = std::min(t1, run.end);
-        if (begin >= end) continue;
-        float* rows = dx_ + begin * in_ + k0;
-        outer_panel(end - begin, k1 - k0, l.adapters.rank, l.u.data() + begin * l.stride, l.stride, 1,
-                    l.adapters.down.f32() + run.slot * l.adapters.rank * in_ + k0, in_, rows, rows, in_);
-      }
+    for (const Run& run : l.all_runs) {
+      const int64_t begin = std::max(t0, run.begin), end = std::min(t1, run.end);
+      if (begin >= end) continue;
+      float* rows = dx_ + begin * in_ + k0;
+      outer_panel(end - begin, k1 - k0, l.adapters.rank, l.u.data() + begin * l.stride, l.stride, 1,
+                  l.adapters.down.f32() + run.slot * l.adapters.rank * in_ + k0, in_, rows, rows, in_);
     }
   }
 

@@ -7,6 +7,7 @@
 // which of them there are: a length is known while a graph is compiled, when nobody sees values.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "check.h"
@@ -42,6 +43,8 @@
   X(q6_k, 1)                   \
   X(int4_zero, 2)              \
   X(int8_zero, 2)              \
+  X(int4_zero_ordered, 3)      \
+  X(int8_zero_ordered, 3)      \
   X(product, 2)                \
   X(product_with_core, 3)
 
@@ -192,12 +195,24 @@ struct Base {
   BaseFormat format = BaseFormat::float32;
   std::vector<Weight> factors;
   const float* bias = nullptr;
+  const int32_t* order = nullptr;  // (in,): column k of the matrix meets x[order[k]]; null: x[k]
   colora::Tensor last;  // the tensor of the last factor, for messages
 
   bool product() const { return factors.size() > 1; }
   const Weight& matrix() const { return factors.back(); }  // the whole weight where it is no product
   int64_t out() const { return factors.back().out; }
 };
+
+// The order of a matrix's columns, which the loader made a permutation; here what it reads is kept inside of x.
+inline const int32_t* order_of(const colora::Tensor& order, int64_t in) {
+  order.expect_dtype("int32").expect_rank(1).expect_dim(0, in, "the input columns of the weight");
+  const int32_t* at = order.data<const int32_t>();
+  uint32_t most = 0;
+  for (int64_t k = 0; k < in; ++k) most = std::max(most, uint32_t(at[k]));
+  if (int64_t(most) >= in)
+    order.fail("holds %d, expected columns of x, 0 to %lld", int(int32_t(most)), (long long)in - 1);
+  return at;
+}
 
 // The base of a linear with `in` columns (< 0: any number) behind its tag. `name`: of a matrix that is no product.
 inline Base read_base(Reader& reader, const Tag& tag, int64_t in, const char* name = "weight") {
@@ -214,11 +229,16 @@ inline Base read_base(Reader& reader, const Tag& tag, int64_t in, const char* na
     if (tag.format == BaseFormat::product_with_core) rank = factor("core", rank);
     factor("outer", rank);
   } else {
-    const Format format = Format(int(tag.format));  // the formats before the products are those of one matrix
+    // The formats before the products are those of one matrix; an ordered one is the format of its integers.
+    const bool ordered = tag.format == BaseFormat::int4_zero_ordered || tag.format == BaseFormat::int8_zero_ordered;
+    const Format format = tag.format == BaseFormat::int4_zero_ordered   ? Format::kInt4_Zero
+                          : tag.format == BaseFormat::int8_zero_ordered ? Format::kInt8_Zero
+                                                                        : Format(int(tag.format));
     base.last = reader.next(name);
     const bool scaled = layout_of(format).scale_numbers > 0;
     base.factors.push_back(
         weight_of(base.last, scaled ? reader.next("weight_scale") : reader.absent("weight_scale"), in, format));
+    if (ordered) base.order = order_of(reader.next("order"), base.matrix().in);
   }
   if (tag.bias) {
     const colora::Tensor bias = reader.next("bias");

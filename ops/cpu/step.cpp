@@ -120,7 +120,7 @@ class Step {
     const Tensor norm = reader.next("norm"), norm_eps = reader.next("norm_eps");
     const Tag tag = Tag::of(reader.next("embed_tokens"));
     const Base table = read_base(reader, tag, -1, "embed_tokens");
-    if (table.product() || tag.bias || tag.adapter) table.last.fail("is no table: expected one matrix alone");
+    if (table.product() || tag.bias || tag.adapter || table.order) table.last.fail("is no table: expected one matrix alone");
     table_ = table.matrix();
     read_norm(norm, norm_eps, table_.in, NormKind(form.within(ModelWhole::norm, "norm", 0, int(NormKind::count) - 1)), norm_);
     head_.push_back(read_linear(reader, table_.in, slots_));

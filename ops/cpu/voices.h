@@ -57,8 +57,13 @@ inline void survivors_logits(const Voices& q, const Base& head, const float* h, 
   const float* bias = head.bias;
   RowSlots alone;
   alone.set(1, 1, nullptr);
+  std::vector<float> gathered(size_t(head.order ? w.in : 0));
   for (int k = 1; k < q.select.count; ++k) {
     const float* x = h + q.at[k] * w.in;
+    if (head.order) {
+      gather_columns(x, 1, w.in, head.order, gathered.data());
+      x = gathered.data();
+    }
     for (const int64_t o : blocks) {
       Product part;
       part.weight = o < 0 ? w : rows_of(w, o, std::min(w.out, o + kOuts));

@@ -6,6 +6,7 @@
 //   uint8  (out, in/2): two 4-bit values a byte, low nibble = even column, stored as value + 8: w = (q - 8) * scale
 //   int8_zero, int4_zero: the same with (scale, zero point) float32 (out, groups, 2): w = (q - zero) * scale, where the
 //          four bits are stored as they are
+//          (their ordered forms in operands.h are these, with the order in which the columns meet x)
 //   q4_0 ... q6_k: rows of the blocks of GGUF files as bytes, scales among them (block_readers.h)
 // A quantised value is always dequantised to float32 with one rounding and then used like a float32 weight, so the
 // decode form, the prefill form and the reference form see the same numbers.

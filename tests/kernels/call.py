@@ -171,15 +171,16 @@ def linear(weight, weight_scale=None, bias=None, down=None, up=None, scale=None)
 
 
 class Packed(np.ndarray):
-    """An array with the name of its format, where the dtype does not tell it: ``packed(array, "q4_k")``."""
+    """An array with the name of its format, where the dtype does not tell it: ``packed(array, "q4_k")``; and with the
+    order of its columns, where the format has one."""
 
-    form = None
+    form = order = None
 
 
-def packed(array, form):
+def packed(array, form, order=None):
     """See Packed."""
     array = np.ascontiguousarray(array).view(Packed)
-    array.form = form
+    array.form, array.order = form, order
     return array
 
 
@@ -192,7 +193,8 @@ def base(weight, weight_scale):
     elif form is None:
         floats = "bfloat16" if dtype == "bfloat16" else "float32"
         form = "int8" if dtype == "int8" or weight_scale is not None else floats
-    return form, [weight, weight_scale] if form.startswith("int") else [weight]
+    order = [weight.order] if form.endswith("_ordered") else []
+    return form, [weight, weight_scale, *order] if form.startswith("int") else [weight]
 
 
 def table(weight, weight_scale=None):

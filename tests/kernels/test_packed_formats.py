@@ -11,8 +11,9 @@ from colora_ms.kernels.operands import FORMATS, PACKED, PRODUCT, WITH_ZEROS
 ISAS = available_isas()
 BLOCKS = tuple(name for name in PACKED if name.startswith("q"))
 KINDS = ("float16", *BLOCKS, *WITH_ZEROS)
-# Even and odd columns are added up apart, so a sum is not in the order of float32's.
-OTHER_ORDER = ("int4_zero",)
+ORDERED = ("int4_zero_ordered", "int8_zero_ordered")
+# Even and odd columns are added up apart, or columns as they lie, so a sum is not in the order of float32's.
+OTHER_ORDER = ("int4_zero", *ORDERED)
 
 
 def halves(rng, count):
@@ -44,13 +45,17 @@ def make(rng, form, out, columns):
             values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[form.upper()])
         return packed(raw, form), None, values.astype(np.float32)
     groups = next(n for n in (4, 3, 1) if columns % n == 0)
-    low, high = (0, 16) if form == "int4_zero" else (-128, 128)
+    low, high = (0, 16) if form.startswith("int4") else (-128, 128)
     q, zero = rng.integers(low, high, (out, groups, columns // groups)), rng.integers(low, high, (out, groups, 1))
     scale = rng.uniform(-0.1, 0.1, (out, groups, 1)).astype(np.float32)
     values = ((q - zero).astype(np.float32) * scale).reshape(out, columns)
     q = q.reshape(out, columns)
-    q = (q[:, 0::2] | q[:, 1::2] << 4).astype(np.uint8) if form == "int4_zero" else q.astype(np.int8)
-    return packed(q, form), np.concatenate([scale, zero.astype(np.float32)], 2), values
+    q = (q[:, 0::2] | q[:, 1::2] << 4).astype(np.uint8) if form.startswith("int4") else q.astype(np.int8)
+    order = rng.permutation(columns).astype(np.int32) if form in ORDERED else None
+    if order is not None:
+        stored, values = values, np.empty_like(values)
+        values[:, order] = stored
+    return packed(q, form, order), np.concatenate([scale, zero.astype(np.float32)], 2), values
 
 
 def widths(form):
@@ -64,7 +69,9 @@ def bits(array):
 
 
 def rows_of(weight, scale=None):
-    """All rows of a table by the embedding operator."""
+    """All rows of a table by the embedding operator; of an ordered one, which is no table, by a product with ones."""
+    if weight.form in ORDERED:
+        return run(np.eye(len(weight.order), dtype=np.float32), None, [weight, scale])[0].T
     form, out = weight.form, weight.shape[0]
     values, size = PACKED.get(form, (1, 1))
     return call("embedding", [np.arange(out, dtype=np.int32), *table(weight, scale)],
@@ -133,7 +140,10 @@ def test_every_value_is_that_of_another_reader(form):
     rng = np.random.default_rng(1)
     for columns in widths(form):
         weight, scale, values = make(rng, form, 7, columns)
-        assert np.array_equal(bits(rows_of(weight, scale)), bits(values))
+        found = rows_of(weight, scale)
+        if form in ORDERED:  # sums have no zero below zero
+            found, values = found + 0.0, values + 0.0
+        assert np.array_equal(bits(found), bits(values))
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -205,6 +215,50 @@ def test_zero_points_come_in_pairs_with_scales(form):
             run(np.ones((1, 8), np.float32), None, [weight, bad] + [None] * 4)
 
 
+@pytest.mark.parametrize("form", ORDERED)
+def test_linears_of_one_call_have_orders_of_their_own(form):
+    """Two that share one, one with another, one of plain float32: each is what it is alone, its gradient, too."""
+    rng = np.random.default_rng(7)
+    linears, plain, columns = [], [], 160
+    for i in range(4):
+        weight, scale, values = make(rng, form if i != 2 else "int8_zero", 9, columns)
+        if i == 1:
+            stored, weight.order = values[:, weight.order], linears[0][0].order.copy()
+            values[:, weight.order] = stored
+        pair = adapters(rng, 3, 4, columns, 9)
+        linears.append([weight, scale, None, *pair])
+        plain.append([values, None, None, *pair])
+    slots = np.array([0, -1, 2, 0, 1], np.int32)
+    for tokens in (1, 9):
+        x = rng.normal(size=(5, tokens, columns)).astype(np.float32)
+        together = run(x, slots, *linears)
+        for one, same, got in zip(linears, plain, together):
+            assert np.array_equal(bits(got), bits(run(x, slots, one)[0]))
+            if one[0].order is not None:  # without adapters it is the plain form on the gathered x
+                sorted_form = packed(np.asarray(one[0]), form.removesuffix("_ordered"))
+                bare, = run(np.ascontiguousarray(x[:, :, one[0].order]), None, [sorted_form, one[1]])
+                assert np.array_equal(bits(run(x, None, one[:2])[0]), bits(bare))
+            np.testing.assert_allclose(got, run(x, slots, same)[0], rtol=0, atol=2e-5 * np.abs(got).max())
+        dy = rng.normal(size=(4, 5, tokens, 9)).astype(np.float32)
+        outputs = [(x.shape, "float32")] + [(part.shape, "float32") for one in linears for part in one[3:5]]
+        got, want = (call("multi_lora_linear_grad", [np.array([4], np.int32), x, slots, *[
+            tensor for own, one in zip(dy, ones) for tensor in (own, *linear(*one))]], outputs)
+            for ones in (linears, plain))
+        for mine, theirs in zip(got, want):
+            assert np.abs(theirs).max() > 0 and np.array_equal(bits(mine), bits(theirs))
+
+
+@pytest.mark.parametrize("form", ORDERED)
+def test_orders_that_reach_outside_of_x_and_tables_are_refused(form):
+    weight, scale, _ = make(np.random.default_rng(8), form, 3, 8)
+    for wrong in (np.arange(1, 9, dtype=np.int32), -np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int64),
+                  np.arange(4, dtype=np.int32)):
+        with pytest.raises(Refused, match="order"):
+            run(np.ones((1, 8), np.float32), None, [packed(np.asarray(weight), form, wrong), scale])
+    with pytest.raises(Refused, match="order of its own"):
+        call("embedding", [np.zeros(1, np.int32), *table(weight, scale)], [((1, 8), "float32")])
+
+
 # -- in graph mode ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kinds", [KINDS[i:i + 4] for i in range(0, len(KINDS), 4)], ids=" ".join)
@@ -219,13 +273,17 @@ def test_faces_and_gradients_equal_those_of_the_reference_forms(mindspore, isa, 
     if isa != ISAS[0] or backend() != "cpu":
         pytest.skip("graph mode is tested with the CPU operators, once")
     ms, rng = mindspore, np.random.default_rng(6)
-    bases, tables = [], []
+    bases, rows_are, tables = [], [], []
     for form in kinds:
         weight, scale, values = make(rng, form, 6, 512)
         tag = [name for name, _ in FORMATS].index(form)
         assert tag < PRODUCT
-        bases.append(base_of(tag, ms.Tensor(np.asarray(weight)), ABSENT if scale is None else ms.Tensor(scale)))
-        tables.append(values)
+        order = ABSENT if weight.order is None else ms.Tensor(weight.order)
+        bases.append(base_of(tag, ms.Tensor(np.asarray(weight)), ABSENT if scale is None else ms.Tensor(scale),
+                             order=order))
+        if form not in ORDERED:
+            rows_are.append(bases[-1])
+            tables.append(values)
     down, up, strength = (ms.Tensor(one) for one in adapters(rng, 2, 3, 512, 6))
     x, slots = ms.Tensor(rng.normal(size=(3, 2, 512)).astype(np.float32)), ms.Tensor(np.array([0, -1, 1], np.int32))
     ids = ms.Tensor(np.array([5, 0, 3], np.int32))
@@ -234,8 +292,9 @@ def test_faces_and_gradients_equal_those_of_the_reference_forms(mindspore, isa, 
         class Loss(ms.nn.Cell):
             def construct(self, x, down, up):
                 total, found = 0.0, ()
-                for base in bases:
+                for base in rows_are:
                     found = found + (rows(ids, base),)
+                for base in bases:
                     y = product(x, slots, (base, (down, up, strength)))
                     total = total + (y * y).mean()
                 return total, found

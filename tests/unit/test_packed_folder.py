@@ -11,10 +11,11 @@ from safetensors.numpy import save_file
 
 from colora_ms.errors import CheckpointError
 from colora_ms.models.checkpoint import open_checkpoint
-from colora_ms.models.formats import INT4_ZERO, INT8_ZERO
+from colora_ms.models.formats import FLOAT32, INT4_ZERO, INT4_ZERO_ORDERED, INT8_ZERO, INT8_ZERO_ORDERED
 from colora_ms.models.hf_folder import PACKED_METHODS
 from colora_ms.models.packed_folder import METHODS
 from colora_ms.models.packed_layouts import awq, compressed, gptq
+from colora_ms.models.repack import repacked
 
 TINY = Path(__file__).resolve().parents[1] / "goldens" / "tiny" / "llama"
 ZEROS = [3, 8, 15, 1, 7, 9, 2, 12]
@@ -47,7 +48,12 @@ def test_vector_of_activation_order():
     w = found.stored().values().T
     assert w[:, 0].tolist() == [-2, -1, -.5, -1.25, .5, -.75, -.5, 2]
     assert w[:, 3].tolist() == [-.5, 3, 3.5, .25, 4.5, .75, 1, 6]
-    assert found.stored().format.tag is None
+    stored = found.stored()
+    assert stored.format is INT4_ZERO_ORDERED and stored.order.tolist() == [1, 2, 4, 7, 0, 3, 5, 6]
+    assert stored.scale.shape == (8, 2, 2)
+    eight = found._replace(bits=8).stored()
+    assert eight.format is INT8_ZERO_ORDERED and np.array_equal(eight.values(), stored.values())
+    assert np.array_equal(repacked(stored, FLOAT32).data, stored.values())  # square: an order is no rows
 
 
 def test_vector_of_awq():
@@ -175,25 +181,46 @@ def test_zero_points_of_0_in_version_1_borrow_from_the_whole_word():
     assert found.zero[:, 0].tolist() == zero[0].tolist()
 
 
-def test_activation_order_is_unpacked_where_that_is_asked_for(tmp_path, mindspore):
-    from colora_ms.models.decoder import Decoder
-
-    order = np.random.default_rng(2).permutation(np.repeat(np.arange(2), 16))
-
+@pytest.fixture(scope="module")
+def ordered(tmp_path_factory):
+    """(folder, values) of the tiny model as GPTQ writes it with desc_act: q, k and v share an order, the others have
+    their own, and o_proj's is sorted already."""
+    path = tmp_path_factory.mktemp("ordered") / "m"
     values = {}
 
     def reorder(tensors):
-        parts, values["w"] = make("gptq", (32, 32), np.random.default_rng(3), order=order, minus_one=1)
-        tensors.update({f"model.layers.0.self_attn.q_proj.{name}": part for name, part in parts.items()})
+        rng = np.random.default_rng(3)
+        for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+            out, columns = tensors[f"{name}.qweight"].shape[1], 8 * tensors[f"{name}.qweight"].shape[0]
+            kind = 0 if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj") else rng.integers(1, 99)
+            order = np.random.default_rng(kind).permutation(np.arange(columns) // 16)
+            order = np.sort(order) if name.endswith("o_proj") else order
+            parts, values[f"{name}.weight"] = make("gptq", (out, columns), rng, order=order, minus_one=1)
+            tensors.update({f"{name}.{part}": array for part, array in parts.items()})
 
-    folder_of(tmp_path / "m", dict(GPTQ, desc_act=True), reorder, minus_one=1)
-    opened = open_checkpoint(str(tmp_path / "m"))
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert np.array_equal(opened.tensors[name], values["w"])
-    with pytest.raises(CheckpointError, match=f"{name}.*activation order.*by name"):
-        Decoder(opened.config, opened.stored)
+    whole = folder_of(path, dict(GPTQ, desc_act=True), reorder, minus_one=1)
+    return path, {**whole, **values}
+
+
+def test_activation_order_is_computed_in(ordered, mindspore):
+    """The logits are those of the float32 model of the same values; asked for by name it is unpacked."""
+    from colora_ms.models.decoder import Decoder
+
+    path, values = ordered
+    opened = open_checkpoint(str(path))
+    assert all(np.array_equal(opened.tensors[name], value) for name, value in values.items())
+    ids, lengths, slots = (mindspore.Tensor(np.array(one, np.int32)) for one in ([[1, 5, 9, 3, 7]], [5], [-1]))
+    packed, floats = Decoder(opened.config, opened.stored), Decoder(opened.config, values)
+    layer = packed.model.layers[0]
+    assert layer.self_attn.o_proj.format is INT4_ZERO
+    for cell in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+        assert cell.format is INT4_ZERO_ORDERED and cell.order.name.endswith("_proj.order")
+        assert np.array_equal(cell.base_values()["weight"], values[cell.weight.name])
+    got, want = (net(ids, lengths, slots).asnumpy() for net in (packed, floats))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
     net = Decoder(opened.config, opened.stored, "float32")
-    assert np.array_equal(net.model.layers[0].self_attn.q_proj.weight.asnumpy(), values["w"])
+    assert np.array_equal(net.model.layers[0].self_attn.q_proj.weight.asnumpy(),
+                          values["model.layers.0.self_attn.q_proj.weight"])
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -249,7 +276,9 @@ def test_fused_linears_of_packed_folders_are_taken_apart(tmp_path):
             place = f"model.layers.{layer}.{fused}"
             names = [f"{place.rpartition('.')[0]}.{part}.weight" for part in parts]
             rows = [source.tensors[name].shape[0] for name in names]
-            made, whole = make("gptq", (sum(rows), source.tensors[names[0]].shape[1]), rng, minus_one=1)
+            columns = source.tensors[names[0]].shape[1]
+            order = rng.permutation(np.arange(columns) // 16) if layer else None
+            made, whole = make("gptq", (sum(rows), columns), rng, minus_one=1, order=order)
             tensors.update({f"{place}.{part}": array for part, array in made.items()})
             values.update(zip(names, np.split(whole, np.cumsum(rows)[:-1])))
     (tmp_path / "config.json").write_text(json.dumps(config))

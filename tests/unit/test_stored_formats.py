@@ -6,8 +6,27 @@ import pytest
 
 from colora_ms.adapters import inject
 from colora_ms.adapters.config import LoraConfig
-from colora_ms.errors import AdapterError
-from colora_ms.models.formats import FORMATS, INT4_ZERO, WEIGHT_FORMATS, StoredWeight
+from colora_ms.errors import AdapterError, CheckpointError
+from colora_ms.models.formats import (
+    FORMATS,
+    INT4_ZERO,
+    INT4_ZERO_ORDERED,
+    INT8_ZERO_ORDERED,
+    WEIGHT_FORMATS,
+    StoredWeight,
+)
+
+#: Formats whose columns have an order, which nothing is packed into by name.
+ORDERED = {one.name: one for one in (INT4_ZERO_ORDERED, INT8_ZERO_ORDERED)}
+
+
+def stored_as(kind, values, random):
+    """Values packed; for an ordered format in columns of any order."""
+    if kind not in ORDERED:
+        return FORMATS[kind].pack(values)
+    order = random.permutation(values.shape[1]).astype(np.int32)
+    packed = FORMATS[kind.removesuffix("_ordered")].pack(values[:, order])
+    return StoredWeight(ORDERED[kind], packed.shape, packed.data, packed.scale, order=order)
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +37,13 @@ def models(mindspore):
     config = DecoderConfig(model_type="llama", vocab_size=97, hidden_size=256, intermediate_size=512,
                            num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
                            max_position_embeddings=128, eos_token_ids=(2,), tie_word_embeddings=True)
-    random, stored, kinds = np.random.default_rng(7), {}, list(WEIGHT_FORMATS)
+    random, stored, kinds = np.random.default_rng(7), {}, [*WEIGHT_FORMATS, *ORDERED]
     for name, shape in config.parameter_shapes().items():
         values = (random.standard_normal(shape) * 0.1 + ("norm" in name)).astype(np.float32)
         if name == "model.embed_tokens.weight":
             stored[name] = FORMATS["q6_k"].pack(values)
         elif "_proj" in name:
-            stored[name] = FORMATS[kinds[len([one for one in stored if "_proj" in one]) % len(kinds)]].pack(values)
+            stored[name] = stored_as(kinds[len([one for one in stored if "_proj" in one]) % len(kinds)], values, random)
         else:
             stored[name] = FORMATS["float32"].pack(values)
     return config, stored, {name: one.values() for name, one in stored.items()}
@@ -63,7 +82,7 @@ def test_every_format_is_in_the_model_and_stays(models):
     config, stored, _ = models
     net = decoder(config, stored)
     cells = {name: cell for name, cell in net.cells_and_names() if name.endswith("_proj")}
-    assert {cell.format.name for cell in cells.values()} == set(WEIGHT_FORMATS)
+    assert {cell.format.name for cell in cells.values()} == {*WEIGHT_FORMATS, *ORDERED}
     assert net.model.embed_tokens.format.name == net.lm_head.format.name == "q6_k"
     for name, cell in cells.items():
         assert np.array_equal(cell.base_values()["weight"], stored[f"{name}.weight"].values())
@@ -108,6 +127,35 @@ def test_answers_with_adapter_and_contrast_are_those_of_the_float32_model(models
                         for options in ({}, {"adapter": "default"},
                                         {"adapter": "default", "contrast": Contrast(0.3, 0.7)})])
     assert answers[0] == answers[1] and len(answers[0][2]) == 10
+
+
+def test_a_head_whose_columns_have_an_order(models):
+    """Its contrast at few tokens and the loss through its logits are those of the float32 head; no table is so."""
+    import dataclasses
+
+    import mindspore as ms
+
+    from colora_ms.decoding import Contrast, Generator
+    from colora_ms.training.step import CausalLossCell
+
+    config, stored, values = models
+    config = dataclasses.replace(config, tie_word_embeddings=False)
+    random = np.random.default_rng(9)
+    matrix = (random.standard_normal((97, 256)) * 0.1).astype(np.float32)
+    head = stored_as("int4_zero_ordered", matrix, random)
+    ids = ms.Tensor(np.random.default_rng(5).integers(3, 97, (2, 9)).astype(np.int32))
+    answers, losses = [], []
+    for weights in ({**values, "lm_head.weight": head}, {**values, "lm_head.weight": head.values()}):
+        net = decoder(config, weights)
+        cell = CausalLossCell(net)
+        losses.append(cell(ids, ids, ms.Tensor([9, 9], ms.int32), ms.Tensor([-1, -1], ms.int32))[0].asnumpy())
+        generator = Generator(net, Numbers(), adapted(net))
+        answers.append([generator.generate([[5, 9, 40]], max_new_tokens=10, ignore_eos=True, adapter="default",
+                                           contrast=Contrast(alpha, 0.7))[0].tokens for alpha in (0.3, 0.9)])
+    assert answers[0] == answers[1] and len(answers[0][1]) == 10
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    with pytest.raises(CheckpointError, match="model.embed_tokens.*int4_zero_ordered.*only linears"):
+        decoder(config, {**values, "lm_head.weight": head, "model.embed_tokens.weight": head})
 
 
 def test_a_merge_is_refused_by_name_and_made_in_a_float_copy(models):
