@@ -236,6 +236,21 @@ def test_settings_that_are_not_read_are_named(settings, words, tmp_path):
         open_checkpoint(str(tmp_path / "m"))
 
 
+def test_groups_of_compressed_tensors_are_those_of_the_settings(tmp_path):
+    """A last group may be shorter than the others; a size that the scales do not have is an error."""
+    settings = group_settings(group_size=24)
+    columns, rng = 32, np.random.default_rng(3)
+    q, scale = rng.integers(0, 16, (8, columns)), rng.uniform(.01, .1, (8, 2)).astype(np.float32)
+    index = np.arange(columns) // 24
+    found = compressed(pack(q, 4), scale, None, index, 4).stored()
+    assert np.array_equal(found.values(), (q - 8).astype(np.float32) * scale[:, index])
+    folder_of(tmp_path / "m", settings, group=16)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(dict(
+        json.loads((tmp_path / "m" / "config.json").read_text()), quantization_config=group_settings(group_size=8))))
+    with pytest.raises(CheckpointError, match="has 2 groups of 32 inputs, but group_size is 8"):
+        open_checkpoint(str(tmp_path / "m")).stored["model.layers.0.self_attn.q_proj.weight"]
+
+
 def test_rounded_activations_are_refused(tmp_path):
     settings = group_settings(8, "int-quantized")
     settings["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True}
