@@ -34,29 +34,31 @@ def _vector(read: float, written: float, cached: bool) -> float:
     return constants.VECTOR_HEAD_US + (read + written) / (constants.MEMORY_TB_S * 1e6)
 
 
-def prices(tokens: int, hidden: int, rank: int, slots: int, cached: bool) -> Dict[str, float]:
+def prices(tokens: int, hidden: int, rank: int, slots: int, cached: bool, slices: int = 1,
+           out: int = 0) -> Dict[str, float]:
     """Microseconds of the base product and, by form, of the pair that is added to it.
 
     Args:
-        tokens: of the prompts. hidden: inputs and outputs. rank: of the adapters.
+        tokens: of the prompts. hidden: inputs, and outputs where out is 0. rank: of the adapters.
         slots: adapters of the bank (masked) or in use (grouped), a zero adapter as group 0 on top.
         cached: see the head of this module.
+        slices, out: linears packed into one, and their outputs together; every form multiplies the zeros that a slice's
+            rows have at the outputs of the others.
     """
-    x, v = tokens * hidden * SIZE, tokens * rank * SIZE
-    weights = hidden * rank * SIZE
+    out, rank = out or hidden, slices * rank
+    x, y, v = tokens * hidden * SIZE, tokens * out * SIZE, tokens * rank * SIZE
+    down, up = hidden * rank * SIZE, out * rank * SIZE
     matmul, grouped = constants.MATMUL_HEAD_US, constants.GROUPED_HEAD_US
-    add = _vector(2 * x, x, cached)
+    add = _vector(2 * y, y, cached)
     columns = slots * rank
+    pair = (_cube(tokens, hidden, rank, (slots + 1) * down, x, v, grouped, cached)
+            + _cube(tokens, rank, out, (slots + 1) * up, v, y, grouped, cached) + add)
     return {
-        "base": _cube(tokens, hidden, hidden, hidden * hidden * SIZE, x, x, matmul, cached),
-        "masked dense": (_cube(tokens, hidden, columns, slots * weights, x, tokens * columns * SIZE, matmul, cached)
-                         + _vector(2 * tokens * columns * SIZE, tokens * columns * SIZE, cached)
-                         + _cube(tokens, columns, hidden, slots * weights, tokens * columns * SIZE, x, matmul, cached)
+        "base": _cube(tokens, hidden, out, hidden * out * SIZE, x, y, matmul, cached),
+        "masked dense": (_cube(tokens, hidden, columns, slots * down, x, tokens * columns * SIZE, matmul, cached)
+                         + _vector(tokens * columns * (SIZE + 1), tokens * columns * SIZE, cached)  # Select: a bool
+                         + _cube(tokens, columns, out, slots * up, tokens * columns * SIZE, y, matmul, cached)
                          + add),
-        "grouped, sorted once a model": (_cube(tokens, hidden, rank, (slots + 1) * weights, x, v, grouped, cached)
-                                         + _cube(tokens, rank, hidden, (slots + 1) * weights, v, x, grouped, cached)
-                                         + add),
-        "grouped, sorted each linear": (_cube(tokens, hidden, rank, (slots + 1) * weights, x, v, grouped, cached)
-                                        + _cube(tokens, rank, hidden, (slots + 1) * weights, v, x, grouped, cached)
-                                        + 2 * _vector(x, x, cached) + add),
+        "grouped, sorted once a model": pair,
+        "grouped, sorted each linear": pair + _vector(x, x, cached) + _vector(y, y, cached),
     }

@@ -24,6 +24,10 @@ import ascend_prefill
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN, RANK = 4096, 16
 BATCHES = (1, 8, 32)
+#: Linears of Llama-2-7B and of grouped heads: name, inputs, outputs, slices.
+PACKED = (("o", HIDDEN, HIDDEN, 1), ("q, k, v", HIDDEN, 3 * HIDDEN, 3), ("q, k, v, 8 heads of k", HIDDEN, 6144, 3),
+          ("gate, up", HIDDEN, 22016, 2), ("down", 11008, HIDDEN, 1))
+PACKED_SLOTS = (1, 2, 4, 6, 8, 12, 16)
 MATRIX = {"rank": (1, 3, 8, 16, 24, 32, 64, 128, 256), "hidden": (64, 576, 1000, 4096, 11008),
           "tokens": (0, 1, 2, 7, 32, 150)}  # dtypes, slices and cores in turn
 
@@ -222,6 +226,12 @@ def print_prefill(emulator, measure):
             + f" {f'{vector:.1f} ({vector / base:.3f})':>20}")
         if slots == 4:
             measure("prefill_lora_over_base" + ("" if cached else "_from_memory"), min(forms.values()) / base, "ratio")
+    print(f"\npacked linears of {tokens} tokens, tensors from cache: masked dense / grouped, sorted once a model, us\n"
+          + " " * 24 + " ".join(f"{f'{slots} adapters':>12}" for slots in PACKED_SLOTS))
+    for name, width, out, slices in PACKED:
+        pairs = (ascend_prefill.prices(tokens, width, RANK, slots, True, slices, out) for slots in PACKED_SLOTS)
+        both = (f"{one['masked dense']:.1f} / {one['grouped, sorted once a model']:.1f}" for one in pairs)
+        print(f"{name:>24}" + " ".join(f"{text:>12}" for text in both))
     weight = HIDDEN * HIDDEN
     plain, packed = (size / (constants.MEMORY_TB_S * 1e6) for size in (2 * weight, weight / 2 + weight / 64))
     print(f"a weight of {HIDDEN} x {HIDDEN} is read in {plain:.1f} us as float16, in {packed:.1f} us as int4 with "

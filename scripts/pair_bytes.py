@@ -1,5 +1,7 @@
-"""Bytes that multi_lora moves between memory and the cores in one launch, counted by the emulator while it runs the
-device source: rows of adapters, of x and y, and what the cores tell each other through the workspace."""
+"""Bytes of the low-rank pairs. Of a decode step: what multi_lora moves between memory and the cores in one launch,
+counted by the emulator while it runs the device source: rows of adapters, of x and y, and what the cores tell each
+other through the workspace. Of prompts: what the launches of each form read and write, from shapes alone; held to the
+compiled graph by tests/ascend/test_device_prompts.py."""
 
 from __future__ import annotations
 
@@ -17,6 +19,30 @@ import driver  # noqa: E402
 
 #: Vector cores of a 910B1 or B2.
 CORES = 48
+
+
+#: Bytes of a half type, and of int32.
+HALF, INT = 2, 4
+
+
+def masked(tokens: int, width: int, out: int, columns: int) -> int:
+    """MatMul, Select, MatMul and Add of a half type; columns: slots * slices * rank."""
+    down, up, inner = columns * width * HALF, columns * out * HALF, tokens * columns
+    x, y = tokens * width * HALF, tokens * out * HALF
+    return (x + down + inner * HALF) + (inner * (1 + 2 * HALF) + HALF) + (inner * HALF + up + y) + 3 * y
+
+
+def mask(tokens: int, columns: int) -> int:
+    """Equal, once a step for each width of a slot."""
+    return INT * (tokens + columns) + tokens * columns
+
+
+def grouped(tokens: int, width: int, out: int, columns: int, slots: int) -> int:
+    """GroupedMatmul twice and Add; columns: slices * rank of a slot."""
+    groups, x, y, inner = 1 + slots, tokens * width * HALF, tokens * out * HALF, tokens * columns * HALF
+    ends = groups * 2 * INT
+    return (x + groups * columns * width * HALF + ends + inner) + (
+        inner + groups * columns * out * HALF + ends + y) + 3 * y
 
 
 @functools.lru_cache(maxsize=None)

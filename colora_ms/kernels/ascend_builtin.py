@@ -35,8 +35,8 @@ TRAINING_MASK = 2048
 #: face -> whether MindSpore has a gradient of its operator; a reshape and a cut have those of their kind.
 GRADIENTS = {"rms_norm": True, "add_rms_norm": True, "rotary": False, "reshape_and_cache": False,
              "paged_attention": False, "flash_attention": True, "causal": True, "swiglu": True, "linear": True,
-             "grouped_linear": True, "quantized_linear": False, "embedding": True, "add": True, "reshape": True,
-             "split": True}
+             "product": True, "where": True, "grouped_linear": True, "quantized_linear": False, "embedding": True,
+             "add": True, "reshape": True, "split": True}
 
 
 def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
@@ -183,6 +183,27 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         (tokens, out) of x's dtype; sums are float32.
     """
     return bound.builtin_linear(x, weight)
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """``x @ matrix`` (MatMul, nothing transposed): for banks that lie rank-major.
+
+    Args:
+        x: (tokens, in). matrix: (in, out) of x's dtype.
+
+    Returns:
+        (tokens, out) of x's dtype; sums are float32.
+    """
+    return bound.builtin_product(x, matrix)
+
+
+def where(mask: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """x where the mask is true, other elsewhere (Select): what is not chosen does not count, not even a NaN.
+
+    Args:
+        mask: bool of x's shape. x: half type or float32. other: (1,) of x's dtype.
+    """
+    return bound.builtin_where(mask, x, other)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_list: Tensor, counts: bool = False) -> Tensor:

@@ -54,6 +54,14 @@ def _linear(x, weight):
     return _get_cache_prim(primitives.MatMul)(False, True)(x, weight)
 
 
+def _product(x, matrix):
+    return _get_cache_prim(primitives.MatMul)(False, False)(x, matrix)
+
+
+def _where(mask, x, other):
+    return _get_cache_prim(primitives.Select)()(mask, x, other)
+
+
 def _grouped_linear(x, weight, group_list, counts):
     return _get_cache_prim(primitives.GroupedMatmulV4)()(
         [x], [weight], None, None, None, None, None, None, group_list, None, None, None, 3, 0, 1 if counts else 0, 0)[0]
@@ -92,5 +100,5 @@ def _split(x, sizes):
 CALLS = {
     "rms_norm": _first, "add_rms_norm": _first_and_third, "rotary": _rotary, "reshape_and_cache": _reshape_and_cache,
     "paged_attention": _paged_attention, "flash_attention": _flash_attention, "causal": _causal, "swiglu": _swiglu,
-    "linear": _linear, "grouped_linear": _grouped_linear, "quantized_linear": _quantized_linear,
-    "embedding": _embedding, "add": _add, "reshape": _reshape, "split": _split}
+    "linear": _linear, "product": _product, "where": _where, "grouped_linear": _grouped_linear,
+    "quantized_linear": _quantized_linear, "embedding": _embedding, "add": _add, "reshape": _reshape, "split": _split}

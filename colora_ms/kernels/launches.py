@@ -154,7 +154,8 @@ def operator_name(node: Any) -> str:
         return node.op_type
     name = next((one.value.str_val for one in node.attribute if one.name == "func_name"), "Custom")
     name = name.rsplit(":", 1)[-1]
-    return {"GroupedMatmul": "GroupedMatmulV4", "FlashAttentionScoreBSH": "FlashAttentionScore"}.get(name, name)
+    return {"GroupedMatmul": "GroupedMatmulV4", "Product": "MatMul",
+            "FlashAttentionScoreBSH": "FlashAttentionScore"}.get(name, name)
 
 
 def _leaves(name, made):

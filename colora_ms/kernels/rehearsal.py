@@ -221,6 +221,14 @@ def _linear(x, weight):
     return _agreed(bound.rehearsal_MatMul(x, weight), CALLS["linear"](x, weight))
 
 
+def _product(x, matrix):
+    return _agreed(bound.rehearsal_Product(x, matrix), CALLS["product"](x, matrix))
+
+
+def _where(mask, x, other):
+    return _agreed(bound.rehearsal_Select(mask, x, other), CALLS["where"](mask, x, other))
+
+
 def _grouped_linear(x, weight, group_list, counts):
     real = CALLS["grouped_linear"](x, weight, group_list, counts)
     return _agreed(bound.rehearsal_GroupedMatmul(x, weight, group_list, 1 if counts else 0), real)
@@ -264,5 +272,5 @@ def _split(x, sizes):
 STAND_INS = {
     "rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rotary": _rotary, "reshape_and_cache": _reshape_and_cache,
     "paged_attention": _paged_attention, "flash_attention": _flash_attention, "causal": _causal, "swiglu": _swiglu,
-    "linear": _linear, "grouped_linear": _grouped_linear, "quantized_linear": _quantized_linear,
-    "embedding": _embedding, "add": _add, "reshape": _reshape, "split": _split}
+    "linear": _linear, "product": _product, "where": _where, "grouped_linear": _grouped_linear,
+    "quantized_linear": _quantized_linear, "embedding": _embedding, "add": _add, "reshape": _reshape, "split": _split}

@@ -213,6 +213,24 @@ def _matmul(x: Argument, weight: Argument) -> Outputs:
     return [([x.shape[0], weight.shape[0]], x.dtype)]
 
 
+def _product(x: Argument, matrix: Argument) -> Outputs:
+    require_dtype("MatMul", "x", x.dtype, FLOATS)
+    _one_dtype("MatMul", x=x, matrix=matrix)
+    require(len(x.shape) == 2, "MatMul", "x", x.shape, "(tokens, in)")
+    require(len(matrix.shape) == 2 and matrix.shape[0] == x.shape[1], "MatMul", "matrix", matrix.shape,
+            f"({x.shape[1]}, out)")
+    return [([x.shape[0], matrix.shape[1]], x.dtype)]
+
+
+def _select(mask: Argument, x: Argument, other: Argument) -> Outputs:
+    require_dtype("Select", "mask", mask.dtype, (ms.bool_,))
+    require_dtype("Select", "x", x.dtype, FLOATS)
+    _one_dtype("Select", x=x, other=other)
+    require_shape("Select", "mask", mask.shape, x.shape)
+    require_shape("Select", "other", other.shape, (1,))
+    return [(x.shape, x.dtype)]
+
+
 def _grouped_matmul(x: Argument, weight: Argument, groups: Argument, kind: Argument) -> Outputs:
     name = "GroupedMatmulV4"
     require_dtype(name, "x", x.dtype, FLOATS)
@@ -275,5 +293,6 @@ CHECKS: dict[str, Callable[..., Outputs]] = {
     "RmsNorm": _rms_norm, "AddRmsNorm": _add_rms_norm, "ApplyRotaryPosEmb": _rotary,
     "ReshapeAndCache": _reshape_and_cache, "PagedAttention": _paged_attention, "FlashAttentionScore": _flash_attention,
     "FlashAttentionScoreBSH": _causal, "FlashAttentionScoreGrad": _causal_grad, "Swiglu": _swiglu, "MatMul": _matmul,
+    "Product": _product, "Select": _select,
     "GroupedMatmul": _grouped_matmul, "WeightQuantBatchMatmul": _quantized, "Gather": _gather, "Add": _add,
     "Reshape": _reshape, "SplitWithSize": _split}

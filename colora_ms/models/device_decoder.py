@@ -1,7 +1,8 @@
 """A decoder as a graph of Ascend's built-in operators and our own: what :mod:`colora_ms.decoding.device_step` runs.
 
 Launches of a layer with adapters on all linears: AddRmsNorm, MatMul, MultiLora, SplitWithSize, ApplyRotaryPosEmb,
-ReshapeAndCache, attention, MatMul, MultiLora, AddRmsNorm, MatMul, MultiLora, Swiglu, MatMul, MultiLora; with
+ReshapeAndCache, attention, MatMul, MultiLora, AddRmsNorm, MatMul, MultiLora, Swiglu, MatMul, MultiLora; in a prefill
+each MultiLora is the pair of :mod:`colora_ms.models.device_prompts`, of three or four launches; with
 projection biases (Qwen2) one more for each, with norms of the heads (Qwen3) two. The residual stream is kept in the
 compute type, as AddRmsNorm returns it.
 """
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from colora_ms.kernels import ascend_builtin, bind
 from colora_ms.models.changes import changes
+from colora_ms.models.device_prompts import owners_of, prepared
 from colora_ms.models.device_weights import Heads, PackedLinear, Watch, constant, device_tensor, plain
 from colora_ms.models.paged_cache import device_dim
 from colora_ms.models.replacing import replacements
@@ -128,7 +130,9 @@ class DeviceDecoder(nn.Cell):
         self.layers = nn.CellList([DeviceLayer(f"device.layers.{i}", decoder.config, layer, dtype)
                                    for i, layer in enumerate(model.layers)])
         self.norm = DeviceNorm("device.norm", model.norm, dtype)
-        self.head = PackedLinear("device.lm_head", (decoder.lm_head,), dtype)
+        self.head = PackedLinear("device.lm_head", (decoder.lm_head,), dtype, prompts=False)
+        owners, self.zero = owners_of(self.packed[:-1], dtype)
+        self.owners, self.masked = ParameterTuple(owners), bool(owners)
         tied = decoder.config.tie_word_embeddings and not self.head.integer  # rows of integers cannot be gathered
         self.table = self.head.weight if tied else constant(self._embed[0].base_values()["weight"], dtype,
                                                                 "device.embed_tokens")
@@ -171,13 +175,16 @@ class DeviceDecoder(nn.Cell):
         """Logits (R, vocab) float32 behind some tokens of a flat batch.
 
         Args:
-            tokens, positions: (T,) int32; slots: see :class:`PackedLinear`.
+            tokens, positions: (T,) int32; slots: (), ((T,) int32,), or for prompts what ``device_prompts.prepared``
+                takes.
             lengths: the graph's batch_valid_length; keys, values: the cache's Parameters, one a layer.
             places: see :meth:`DeviceLayer.increment` (four) and :meth:`DeviceLayer.prefill` (two).
             read: (R,) int32, the tokens whose logits are wanted.
         """
         x = ascend_builtin.embedding(self.table, tokens)
         turn = (ascend_builtin.embedding(self.cos, positions), ascend_builtin.embedding(self.sin, positions), lengths)
+        if len(slots) == 2:
+            slots = prepared(slots, self.owners if self.masked else (), self.zero)
         residual = x
         for i, layer in enumerate(self.layers):
             if i == 0:

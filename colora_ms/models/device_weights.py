@@ -19,6 +19,7 @@ from colora_ms.kernels import ascend, ascend_builtin
 from colora_ms.kernels.operands import ADAPTER
 from colora_ms.models.changes import slot_versions, whole_version
 from colora_ms.models.device_lily import LilyPart, is_routed
+from colora_ms.models.device_prompts import banks_of, is_masked, masked_pair
 from colora_ms.models.device_quantized import INTEGERS, integer_tensors
 from colora_ms.models.safetensors_file import bfloat16_to_float32
 
@@ -93,19 +94,21 @@ class PackedLinear(nn.Cell):
         name: of its Parameters; cells: the decoder's Cells, in the order of the output's slices.
         dtype: ``mindspore.float16`` or ``bfloat16``.
         outputs: the heads of each Cell's outputs; (): they are no heads. inputs: those of the inputs, or None.
+        prompts: whether it is ever given many tokens at once with adapters; the head is not.
 
     Attributes:
         weight: (out, in); where it is ``integer``, what :mod:`colora_ms.models.device_quantized` makes of it, with
             antiquant, its scale, and group. bias: (out,), where ``has_bias``.
         down: (slots, slices * rank, in), up: (slots, rank, out), scale: (slots, slices) float32, ends: (slices,) int32,
             the outputs behind the last one of each slice; where ``has_lora``. A slice without an adapter has scale 0.
-        shrink: (1 + slots, in, slices * rank), expand: (1 + slots, slices * rank, out), the same for GroupedMatmul: the
-            scales are in expand, and number 0 is an adapter of zeros, for the base's rows.
+        masked: whether prompts take the masked form (:mod:`colora_ms.models.device_prompts`, where ``shrink`` and
+            ``expand`` are told); owner: which of the step's masks is this linear's, given by the decoder.
     """
 
     def __init__(self, name: str, cells: Sequence[nn.Cell], dtype: Any, outputs: Sequence[Heads] = (),
-                 inputs: Optional[Heads] = None) -> None:
+                 inputs: Optional[Heads] = None, prompts: bool = True) -> None:
         super().__init__()
+        self._name = name
         self._sources, self._dtype, self._outputs, self._inputs = list(cells), dtype, list(outputs), inputs
         self.slices = len(cells)
         leaves = [plain(cell) for cell in cells]
@@ -127,17 +130,20 @@ class PackedLinear(nn.Cell):
                                   if is_routed(cell) and not cell.fusible])
         pairs = self._pairs()
         self._paired = [cell for cell, pair in zip(cells, pairs) if pair]
-        self.has_lora = bool(self._paired)
+        self.has_lora, self.masked, self.owner = bool(self._paired), False, 0
         self.slots = max((mix.slots for mix in self.mixes), default=0)
         if self.has_lora:
             self.rank = max(pair["down"].shape[1] for pair in pairs if pair)
             self.slots = next(pair["down"].shape[0] for pair in pairs if pair)
-            banks = [np.stack(one) for one in zip(*(self._slot_values(pairs, slot) for slot in range(self.slots)))]
-            self.down, self.up, self.scale = (constant(one, kind, f"{name}.{part}") for one, kind, part in zip(
-                banks, (dtype, dtype, ms.float32), ADAPTER))
-            self.shrink, self.expand = (
-                constant(np.concatenate((np.zeros_like(one[:1]), one)), dtype, f"{name}.{part}")
-                for one, part in zip(banks[3:], ("shrink", "expand")))
+            self.masked = is_masked(self.slots, self.slices * self.rank)
+            self._kept = list(ADAPTER) + (banks_of(self.masked) if prompts else [])
+            self._first = 0 if self.masked else 1  # the place of slot 0 in the banks of prompts
+            banks = [self._slot_values(pairs, slot) for slot in range(self.slots)]
+            for part in self._kept:
+                values = np.stack([one[part] for one in banks])
+                if part not in ADAPTER and not self.masked:
+                    values = np.concatenate((np.zeros_like(values[:1]), values))
+                setattr(self, part, constant(values, ms.float32 if part == "scale" else dtype, f"{name}.{part}"))
             self.ends = Parameter(Tensor(np.array(self.ends_at, np.int32)), name=f"{name}.ends", requires_grad=False)
         self._base, self._seen_slots = Watch(leaves), self._slot_state()
 
@@ -145,7 +151,7 @@ class PackedLinear(nn.Cell):
         """x: (tokens, in) -> (tokens, out).
 
         slots: () for no adapters; ((tokens,) int32,), -1 for the base; or, for many tokens that stand in the order of
-        their slots, ((tokens,) int32, (1 + slots,) int64), behind it the ends of the base's and of each slot's tokens.
+        their slots, what :func:`colora_ms.models.device_prompts.prepared` makes of them.
         """
         if self.integer:
             y = ascend_builtin.quantized_linear(x, self.weight, self.antiquant, self.group)
@@ -153,7 +159,9 @@ class PackedLinear(nn.Cell):
             y = ascend_builtin.linear(x, self.weight)
         if self.has_bias:
             y = ascend_builtin.add(y, self.bias)
-        if self.has_lora and len(slots) == 2:
+        if self.has_lora and len(slots) > 1 and self.masked:
+            y = ascend_builtin.add(y, masked_pair(x, self.down, self.expand, slots[2][self.owner], slots[3]))
+        elif self.has_lora and len(slots) > 1:
             inner = ascend_builtin.grouped_linear(x, self.shrink, slots[1])
             y = ascend_builtin.add(y, ascend_builtin.grouped_linear(inner, self.expand, slots[1]))
         elif self.has_lora and len(slots) == 1:
@@ -215,9 +223,10 @@ class PackedLinear(nn.Cell):
 
     def _put(self, pairs: list[dict[str, Tensor]], slot: int) -> None:
         """Write one slot of the banks, on the device."""
-        banks = ((self.down, 0), (self.up, 0), (self.scale, 0), (self.shrink, 1), (self.expand, 1))
-        for (parameter, first), values in zip(banks, self._slot_values(pairs, slot)):
-            write_slot(parameter, first + slot, device_tensor(values[None], parameter.dtype, parameter.name))
+        values = self._slot_values(pairs, slot)
+        for part in self._kept:
+            parameter, first = getattr(self, part), 0 if part in ADAPTER else self._first
+            write_slot(parameter, first + slot, device_tensor(values[part][None], parameter.dtype, parameter.name))
 
     def _out(self, i: int, values: np.ndarray, axis: int) -> np.ndarray:
         """Values of Cell i with the device's heads on the axis of the outputs."""
@@ -236,17 +245,27 @@ class PackedLinear(nn.Cell):
                                          else np.zeros(plain(cell).out_features, np.float32), 0)
                                for i, cell in enumerate(self._sources)])
 
-    def _slot_values(self, pairs: list[dict[str, Tensor]], slot: int) -> tuple[np.ndarray, ...]:
+    def _slot_values(self, pairs: list[dict[str, Tensor]], slot: int) -> dict[str, np.ndarray]:
         """down (slices * rank, in), up (rank, out), scale (slices,), shrink (in, slices * rank), expand (slices * rank,
-        out) of one slot, float32."""
+        out) of one slot, float32.
+
+        Raises:
+            CheckpointError: one holds a number that is not finite.
+        """
         down = np.zeros((self.slices, self.rank, self.in_features), np.float32)
         expand = np.zeros((self.slices, self.rank, self.out_features), np.float32)
         up = np.zeros((self.rank, self.out_features), np.float32)
         scale = np.zeros(self.slices, np.float32)
         starts = (0, *self.ends_at)
-        for i, pair in enumerate(pairs):
-            if pair:
-                values = {name: slot_of(pair[name], slot) for name in ADAPTER}
+        for i, one in enumerate(pairs):
+            if one:
+                values = {name: slot_of(one[name], slot) for name in ADAPTER}
+                for name, numbers in values.items():
+                    if not np.all(np.isfinite(numbers)):
+                        raise CheckpointError(
+                            f"slot {slot} of {self._name}, {name} of its linear {i}, holds "
+                            f"{numbers[~np.isfinite(numbers)].flat[0]}, expected finite numbers: all slots share the "
+                            "products of a prompt; load the adapter again, or train it with a lower learning rate")
                 rank = len(values["down"])
                 down[i, :rank] = self._in(values["down"])
                 up[:rank, starts[i]:starts[i + 1]] = self._out(i, values["up"], 0).T
@@ -254,7 +273,8 @@ class PackedLinear(nn.Cell):
                 part = slice(starts[i], starts[i + 1])
                 expand[i, :, part] = scale[i] * up[:, part]
         down = down.reshape(-1, self.in_features)
-        return down, up, scale, down.T, expand.reshape(-1, self.out_features)
+        return {"down": down, "up": up, "scale": scale, "shrink": down.T,
+                "expand": expand.reshape(-1, self.out_features)}
 
     def _slot_state(self) -> list[tuple[int, ...]]:
         """A tuple a slot that changes when the slot is written."""

@@ -112,6 +112,35 @@ STAND_IN(MatMul, "MatMul") {
     return 0;
 }
 
+// x (rows, in), matrix (in, out) -> (rows, out)
+STAND_IN(Product, "MatMul") {
+    const int64_t rows = call.dim(0, 0), in = call.dim(0, 1), out = call.dim(1, 1);
+    const std::vector<float> x = call.all(0), matrix = call.all(1);
+    std::vector<float> y(size_t(rows * out), 0.f);
+#pragma omp parallel for if (rows * in * out > 1 << 20)
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < in; ++k) {
+            const float factor = x[size_t(r * in + k)];
+            for (int64_t c = 0; c < out; ++c) y[size_t(r * out + c)] += factor * matrix[size_t(k * out + c)];
+        }
+    }
+    call.write(2, 0, rows * out, y.data());
+    return 0;
+}
+
+// mask, x of one shape, other (1,) -> x where the mask is true, other elsewhere
+STAND_IN(Select, "Select") {
+    const int64_t n = call.elements(1);
+    const uint8_t* mask = static_cast<const uint8_t*>(call.data[0]);
+    std::vector<float> x = call.all(1);
+    const float other = call.all(2)[0];
+    for (int64_t k = 0; k < n; ++k) {
+        if (!mask[k]) x[size_t(k)] = other;
+    }
+    call.write(3, 0, n, x.data());
+    return 0;
+}
+
 // table (rows, width), indices -> table[indices]
 STAND_IN(Gather, "Gather") {
     const int64_t rows = call.dim(0, 0), width = call.elements(0) / rows, count = call.elements(1);

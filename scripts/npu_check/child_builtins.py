@@ -6,7 +6,7 @@ import child
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from colora_ms.kernels import ascend_builtin as device
 
@@ -59,6 +59,14 @@ class Linear(nn.Cell):
 class Grouped(nn.Cell):
     def construct(self, x, weight, groups):
         return device.grouped_linear(x, weight, groups)
+
+
+class Chosen(nn.Cell):
+    """The masked form of a prompt's pairs: whose column it is, Select, and a product that is not transposed."""
+
+    def construct(self, slots, owner, x, zero, matrix):
+        mask = ops.equal(ops.expand_dims(slots, 1), owner)
+        return device.product(device.where(mask, x, zero), matrix)
 
 
 class Quantized(nn.Cell):
@@ -194,6 +202,13 @@ def check_products(rng, dtype):
         got = Grouped()(x, banks, Tensor(np.array([2, 5, 5, 8], np.int64)))
         parts = [back(x)[a:b] @ back(banks)[g] for g, a, b in ((0, 0, 2), (1, 2, 5), (3, 5, 8))]
         line["wrong"] = differs(got, np.concatenate(parts), dtype)
+    slots, owner = np.array([-1, 0, 1, 2, 2, -1, 0, 1], np.int32), np.repeat(np.arange(3, dtype=np.int32), 16)[None]
+    inner, matrix = rng.normal(size=(8, 48)), tensor(rng.normal(size=(48, 96)), dtype)
+    inner[slots[:, None] != owner] = np.inf  # what is not chosen must not count
+    with child.reported(f"Equal, Select, MatMul {dtype}") as line:
+        got = Chosen()(Tensor(slots), Tensor(owner), tensor(inner, dtype), tensor([0], dtype), matrix)
+        chosen = np.where(slots[:, None] == owner, back(tensor(inner, dtype)), 0)
+        line["wrong"] = differs(got, chosen @ back(matrix), dtype)
     numbers = rng.integers(-128, 128, (64, 96)).astype(np.int8)
     for group in (0, 32):
         scale = tensor(rng.uniform(0.01, 0.02, (3, 64) if group else (64,)), dtype)

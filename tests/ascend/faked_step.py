@@ -32,7 +32,7 @@ def step_graphs():
     """{dtype: {phase: (operators with adapters, without)}}, and the form of the cache."""
     found = {}
     decoder = Decoder(DecoderConfig("llama", 100, 64, 96, 2, 4, 2, 32, 128))
-    inject(decoder, LoraConfig(r=4, target_modules="all-linear"), slots=2)
+    inject(decoder, LoraConfig(r=40, target_modules="all-linear"), slots=2)  # q, k, v: grouped
     for dtype in ("bfloat16", "float16"):
         os.environ["COLORA_ASCEND_DTYPE"] = dtype
         form = cache_form(decoder)

@@ -29,6 +29,8 @@ WANTED = {
                         {"query": "q", "key": "k", "value": "v", "attn_mask": "mask"}),
     "swiglu": (("x",), "Swiglu", {}, {"input": "x", "dim": -1}),
     "linear": (("x", "w"), "MatMul", {"transpose_a": False, "transpose_b": True}, {"input": "x", "mat2": "w"}),
+    "product": (("x", "m"), "MatMul", {"transpose_a": False, "transpose_b": False}, {"input": "x", "mat2": "m"}),
+    "where": (("mask", "x", "other"), "Select", {}, {"condition": "mask", "input": "x", "other": "other"}),
     "grouped_linear": (("x", "w", "groups", True), "GroupedMatmulV4", {},
                        {"x": ["x"], "weight": ["w"], "group_list": "groups", "split_item": 3, "group_type": 0,
                         "group_list_type": 1, "act_type": 0}),

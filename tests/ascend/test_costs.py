@@ -91,6 +91,20 @@ def test_transfers_cost_by_size_and_cores():
     assert costs.write_cycles(32, 1) > constants.WRITE_LATENCY_US * constants.CLOCK_GHZ * 1e3
 
 
+def test_the_masked_form_of_prompts_ends_where_the_grouped_one_is_cheaper():
+    """1,024 tokens, tensors from the cache, rank 16; more columns by another adapter."""
+    from colora_ms.models.device_prompts import MASKED_COLUMNS, is_masked
+
+    def costs_least(columns, slices, out):
+        forms = ascend_prefill.prices(1024, 4096, 16, columns // (16 * slices), True, slices, out)
+        return forms["masked dense"] <= forms["grouped, sorted once a model"]
+
+    for slices, out in ((1, 4096), (3, 12288), (3, 6144), (2, 22016)):
+        assert is_masked(MASKED_COLUMNS // (16 * slices), 16 * slices) and costs_least(MASKED_COLUMNS, slices, out)
+    assert not is_masked(MASKED_COLUMNS // 16 + 1, 16) and not costs_least(MASKED_COLUMNS + 48, 3, 12288)
+    assert costs_least(256, 1, 4096) and not costs_least(288, 1, 4096)  # what is packed ends first
+
+
 def test_prefill_by_hand():
     """Bytes and operations of the base product and of one form, from memory."""
     tokens, hidden, rank = 1024, 4096, 16

@@ -20,7 +20,7 @@ from colora_ms.decoding.device_step import INCREMENT, PREFILL, DeviceGraphs, ste
 from colora_ms.decoding.step import FlatBatch  # noqa: E402
 from colora_ms.errors import CheckpointError, ConfigError  # noqa: E402
 from colora_ms.kernels.options import SELECTION, OptionRows  # noqa: E402
-from colora_ms.models import device_form  # noqa: E402
+from colora_ms.models import device_form, device_prompts  # noqa: E402
 from colora_ms.models.config import DecoderConfig  # noqa: E402
 from colora_ms.models.decoder import Decoder  # noqa: E402
 from colora_ms.models.device_decoder import DeviceDecoder  # noqa: E402
@@ -147,6 +147,13 @@ def test_wider_heads_turn_the_same_pairs():
     np.testing.assert_allclose(heads.spread(weight, 1) @ heads.spread(q, 1).T, weight @ q.T)
 
 
+@pytest.fixture(params=["masked", "grouped"])
+def form(request, monkeypatch):
+    """How the pairs of prompts are computed."""
+    monkeypatch.setattr(device_prompts, "MASKED_COLUMNS", 192 if request.param == "masked" else 0)
+    return request.param
+
+
 @pytest.fixture
 def adapted(mindspore):
     net = decoder()
@@ -160,7 +167,7 @@ def banks(packed):
     return {name: getattr(packed, name).astype(ms.float32).asnumpy() for name in names if hasattr(packed, name)}
 
 
-def test_packed_adapters_are_those_of_the_cells(adapted):
+def test_packed_adapters_are_those_of_the_cells(adapted, form):
     net, handle = adapted
     attention = net.model.layers[0].self_attn
     packed = PackedLinear("x", (attention.q_proj, attention.k_proj, attention.v_proj), ms.float16)
@@ -175,13 +182,17 @@ def test_packed_adapters_are_those_of_the_cells(adapted):
     inner = (x @ found["down"][0].T).reshape(6, 3, 4) * found["scale"][0][:, None]
     got = np.concatenate([inner[:, i] @ found["up"][0][:, a:b] for i, (a, b) in
                           enumerate(((0, 128), (128, 192), (192, 256)))], 1)
-    grouped = x @ found["shrink"][1] @ found["expand"][1]
-    for one in (got, grouped):
+    if form == "grouped":
+        prompt = x @ found["shrink"][1] @ found["expand"][1]
+        assert not found["shrink"][0].any() and not found["expand"][0].any(), "group 0 is the base's"
+    else:
+        assert "shrink" not in found and len(found["expand"]) == 2
+        prompt = x @ found["down"][0].T @ found["expand"][0]
+    for one in (got, prompt):
         np.testing.assert_allclose(one, want, atol=2e-3 * np.abs(want).max())
-    assert not found["shrink"][0].any() and not found["expand"][0].any(), "group 0 is the base's"
 
 
-def test_written_slots_and_merged_weights_are_read_again_in_place(adapted):
+def test_written_slots_and_merged_weights_are_read_again_in_place(adapted, form):
     net, handle = adapted
     names = [parameter.name for parameter in net.get_parameters()]
     device = DeviceDecoder(net, ms.bfloat16)
@@ -189,14 +200,15 @@ def test_written_slots_and_merged_weights_are_read_again_in_place(adapted):
     assert not {id(one) for one in net.get_parameters()} & {id(one) for one in device.get_parameters()}
     packed = device.layers[1].qkv
     before = banks(packed)
-    places = [parameter.data_ptr() for parameter in (packed.down, packed.up, packed.shrink)]
+    kept = [packed.down, packed.up, packed.expand] + ([packed.shrink] if form == "grouped" else [])
+    places = [parameter.data_ptr() for parameter in kept]
     handle.add_adapter("two", LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False))
     device.refresh()
     after, fresh = banks(packed), banks(DeviceDecoder(net, ms.bfloat16).layers[1].qkv)
     assert not before["down"][1].any() and after["down"][1].any()
     for name, value in fresh.items():
         np.testing.assert_array_equal(after[name], value, err_msg=name)
-    assert places == [parameter.data_ptr() for parameter in (packed.down, packed.up, packed.shrink)]
+    assert places == [parameter.data_ptr() for parameter in kept]
     handle.merge("one")
     device.refresh()
     merged = banks(packed)
@@ -248,6 +260,16 @@ def test_values_that_float16_does_not_hold_are_refused():
     with pytest.raises(CheckpointError, match="x holds 70000.*COLORA_ASCEND_DTYPE=bfloat16"):
         device_tensor(np.array([1, 7e4]), ms.float16, "x")
     assert device_tensor(np.array([7e4]), ms.bfloat16, "x").astype(ms.float32).asnumpy() == 70144
+
+
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
+def test_banks_that_are_not_finite_are_refused(adapted, dtype):
+    net, handle = adapted
+    device = DeviceDecoder(net, dtype)
+    net.model.layers[1].mlp.down_proj.up.asnumpy()[0, 3, 1] = np.inf
+    for read in (lambda: device.refresh(trained=True), lambda: DeviceDecoder(net, dtype)):
+        with pytest.raises(CheckpointError, match="slot 0 of device.layers.1.down_proj, up of its linear 0, holds inf"):
+            read()
 
 
 # -- forms and refusals ------------------------------------------------------------------------------------------------
@@ -343,7 +365,7 @@ def test_lily_in_a_rehearsal(emulator):
 @pytest.mark.parametrize("dtype, block", [("bfloat16", 128), ("float16", 16)])
 def test_the_rehearsal_of_a_small_real_model(emulator, shared, tmp_path, dtype, block):
     out = tmp_path / "measures.json"
-    process(SCRIPTS / "rehearse_ascend.py", "--model", shared / "data" / "stories260k", "--requests", 8, "--tokens", 12,
-            "--dtype", dtype, "--block", block, "--json", out)
+    process(SCRIPTS / "rehearse_ascend.py", "--model", shared / "data" / "stories260k", "--requests", 20,
+            "--tokens", 32, "--dtype", dtype, "--block", block, "--json", out)
     found = {one["name"]: one["value"] for one in json.loads(out.read_text())["measures"]}
     assert found["rehearsal_equal"] == 1 and found[f"rehearsal_decided_{dtype}"] > 0.2

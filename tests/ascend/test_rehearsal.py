@@ -82,6 +82,12 @@ class Linear(nn.Cell):
         return device.linear(x, weight)
 
 
+class Chosen(nn.Cell):
+    def construct(self, mask, x, other, matrix):
+        chosen = device.where(mask, x, other)
+        return chosen, device.product(chosen, matrix)
+
+
 class Embedding(nn.Cell):
     def construct(self, table, tokens):
         return device.embedding(table, tokens)
@@ -179,6 +185,12 @@ def test_what_looks_at_one_token(random, dtype):
     close(Swiglu()(x), gate / (1 + np.exp(-gate)) * up, dtype)
     weight = tensor(random.normal(size=(70, 96)), dtype)
     close(Linear()(x, weight), back(x) @ back(weight).T, dtype, 2)
+    mask, holes = random.random((5, 96)) < 0.5, back(x)
+    holes[~mask] = np.nan  # what is not chosen does not count
+    matrix = tensor(random.normal(size=(96, 70)), dtype)
+    chosen, made = Chosen()(Tensor(mask), tensor(holes, dtype), tensor([0], dtype), matrix)
+    np.testing.assert_array_equal(back(chosen), np.where(mask, back(x), 0))
+    close(made, np.where(mask, back(x), 0) @ back(matrix), dtype, 2)
     shaped, left, right, flat = Cut()(x)
     assert shaped.shape == (1, 5, 32)
     np.testing.assert_array_equal(np.concatenate([back(shaped)[0], back(left), back(right), back(flat).reshape(5, 48)],

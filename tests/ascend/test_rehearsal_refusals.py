@@ -17,6 +17,7 @@ from colora_ms.kernels.aot import KernelError  # noqa: E402
 from colora_ms.kernels.rehearsal import last_refusal, library  # noqa: E402
 from test_rehearsal import (  # noqa: E402, F401
     AddRmsNorm,
+    Chosen,
     Chunks,
     Decode,
     Embedding,
@@ -63,6 +64,9 @@ def refused(words, cell, *arguments):
     ("[Ii]nput|even", Swiglu(), (t(3, 33),)),
     ("MatMul", Linear(), (t(3, 32), t(32, 30))),
     ("weight has dtype|same dtype|must be", Linear(), (t(3, 32), t(30, 32, dtype=F))),
+    ("MatMul", Chosen(), (t(3, 32, dtype=ms.bool_), t(3, 32), t(1), t(30, 32))),
+    ("mask has shape", Chosen(), (t(1, 32, dtype=ms.bool_), t(3, 32), t(1), t(32, 30))),
+    ("other has dtype|type", Chosen(), (t(3, 32, dtype=ms.bool_), t(3, 32), t(1, dtype=F), t(32, 30))),
     ("indices has dtype Int64", Embedding(), (t(8, 32), Tensor(np.array([1], np.int64)))),
     ("group_list has dtype", Grouped(), (t(6, 32), t(2, 32, 16), ints(2, 6))),
     ("weight has shape|shape", Grouped(), (t(6, 32), t(2, 16, 32), Tensor(np.array([2, 6])))),
