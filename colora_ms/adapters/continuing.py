@@ -78,6 +78,7 @@ def continue_adapter(net: nn.Cell, folder: Union[str, os.PathLike], given: Optio
             stored.refuse(stored.problems, base_model)
         problems = disagreements(given, stored.config, folder)
         if not problems and any(setting in given for setting in _CHOOSING):
+            stored.refuse(stored.problems + stored.fit(net), base_model)
             modules, defaults = modules_of(net), tree.default_targets(net)
             own, asked = (match(one, modules, defaults).targets
                           for one in (stored.config, replace(stored.config, **given)))
