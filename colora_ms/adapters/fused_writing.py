@@ -19,7 +19,7 @@ from colora_ms.adapters.key_names import PREFIX
 from colora_ms.adapters.matching import Matched, Module, Target, shortest_names
 from colora_ms.errors import AdapterError
 from colora_ms.models.config import DecoderConfig
-from colora_ms.models.families import family
+from colora_ms.models.families import FAMILIES, family
 from colora_ms.models.family_tensors import part_rows
 
 _LAYER = re.compile(r"model\.layers\.\d+\.")
@@ -41,6 +41,13 @@ def fused_groups(matched: Matched, model: Any) -> dict[str, dict[str, Target]]:
         if whole:
             groups.setdefault(whole, {})[name] = target
     return groups
+
+
+def names_fused(config: Any) -> bool:
+    """Whether a config's ``target_modules`` lists linears that some family's folders keep as one."""
+    wholes = {whole.rpartition(".")[2] for record in FAMILIES.values() for whole in record.fused}
+    targets = config.target_modules
+    return isinstance(targets, list) and any(name.rpartition(".")[2] in wholes for name in targets)
 
 
 def check_fusible(matched: Matched, model: Any) -> None:

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from colora_ms.adapters import LoraConfig, inject, load_adapter
+from colora_ms.adapters.continuing import config_of, continue_adapter, disagreements
 from colora_ms.adapters.gguf_convert import convert_adapter
 from colora_ms.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from colora_ms.errors import AdapterError
@@ -139,6 +140,21 @@ def test_other_scales_go_into_b_once(models, tmp_path):
     again.save(tmp_path / "b")
     assert on_disk(tmp_path / "a")[0] == on_disk(tmp_path / "b")[0]
     assert (tmp_path / "a" / WEIGHTS_FILE).read_bytes() == (tmp_path / "b" / WEIGHTS_FILE).read_bytes()
+
+
+def test_training_goes_on_with_the_parts(models, tmp_path):
+    """A recipe may name the parts beside start_from; other modules than the adapter's are refused."""
+    handle = injected(models["phi3_window"], r=2, target_modules=["q_proj", "v_proj"])
+    handle.save(tmp_path / "a")
+    config = config_of(tmp_path / "a")
+    assert config.target_modules == ["qkv_proj"]
+    given = {"r": 2, "target_modules": ["v_proj", "q_proj"]}
+    assert disagreements(given, config, "a") == [] and disagreements({"r": 4}, config, "a") != []
+    again = continue_adapter(opened(models["phi3_window"]), tmp_path / "a", given)
+    mine, other = ({one.name: one.asnumpy() for one in each.trainable_params()} for each in (handle, again))
+    assert mine.keys() == other.keys() and all(np.array_equal(mine[name], other[name]) for name in mine)
+    with pytest.raises(AdapterError, match="target_modules is .*k_proj"):
+        continue_adapter(opened(models["phi3_window"]), tmp_path / "a", {"target_modules": ["q_proj", "k_proj"]})
 
 
 def test_trained_on_in_peft_the_blocks_are_gone(models, tmp_path):
