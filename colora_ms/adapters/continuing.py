@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from mindspore import nn
 
 from colora_ms.adapters import tree
+from colora_ms.adapters.fused_writing import names_fused
 from colora_ms.adapters.inject import load_adapter, modules_of
 from colora_ms.adapters.patterns import ORDERED
 from colora_ms.adapters.peft_format import StoredAdapter
@@ -52,6 +53,8 @@ def disagreements(given: dict[str, Any], config: Any, folder: Union[str, os.Path
         return [f"section adapter has no setting {name!r}; beside start_from it may have method, {', '.join(known)}."
                 f"{near(name, known)}" for name in unknown]
     asked = replace(config, **given)
+    if names_fused(config):  # the recipe may name the parts, which only the model knows
+        given = {name: value for name, value in given.items() if name not in (*_CHOOSING, *ORDERED)}
     return [f"{name} is {getattr(asked, name)!r:.80}, but the adapter in {folder} has {getattr(config, name)!r:.80}; "
             "leave it out, it comes from the adapter" for name in given
             if _plain(getattr(asked, name), name) != _plain(getattr(config, name), name)
@@ -76,6 +79,7 @@ def continue_adapter(net: nn.Cell, folder: Union[str, os.PathLike], given: Optio
         stored = StoredAdapter(folder)
         if stored.config is None:
             stored.refuse(stored.problems, base_model)
+        stored.refuse(stored.problems + stored.fit(net), base_model)
         problems = disagreements(given, stored.config, folder)
         if not problems and any(setting in given for setting in _CHOOSING):
             modules, defaults = modules_of(net), tree.default_targets(net)

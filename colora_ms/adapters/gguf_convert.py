@@ -6,7 +6,7 @@ from typing import Any, Union
 
 from colora_ms.adapters import vocabulary
 from colora_ms.adapters.config_modules import modules_of_config
-from colora_ms.adapters.gguf_lora import write_gguf_lora
+from colora_ms.adapters.gguf_lora import merge_command, write_gguf_lora
 from colora_ms.adapters.matching import DEFAULT_TARGETS, match
 from colora_ms.adapters.peft_format import StoredAdapter, write_adapter
 from colora_ms.adapters.principal import as_plain_lora, starts_on
@@ -52,8 +52,8 @@ def convert_adapter(folder: Union[str, os.PathLike], path: Union[str, os.PathLik
     more = vocabulary.larger(stored, modules)
     if more is not None:
         raise AdapterError(f"the adapter in {folder} has {more.rows} rows for tokens, its base {more.tables.rows}, "
-                           "which a LoRA of llama.cpp cannot add; merge it into the model instead: colora-ms merge "
-                           "MODEL ADAPTER OUT.gguf")
+                           "which a LoRA of llama.cpp cannot add; merge it into the model instead: "
+                           + merge_command(checkpoint.config))
     try:
         matched = match(stored.config, modules, list(DEFAULT_TARGETS))
     except AdapterError as error:
@@ -74,5 +74,5 @@ def convert_adapter(folder: Union[str, os.PathLike], path: Union[str, os.PathLik
     if os.path.lexists(path):
         raise AdapterError(f"{path} exists already; choose another name")
     config.base_model_name_or_path = str(base)
-    write_adapter(path, config, matched, modules, values)
+    write_adapter(path, config, matched, modules, values, model=checkpoint.config)
     return []

@@ -230,6 +230,13 @@ def write_gguf_lora(path: Union[str, os.PathLike], config: Any, matched: Matched
     return notes
 
 
+def merge_command(config: Any) -> str:
+    """How an adapter for which llama.cpp has no form is merged into a model with this config."""
+    if family(config.model_type).gguf_writes:
+        return "colora-ms merge MODEL ADAPTER OUT.gguf"
+    return f"colora-ms merge MODEL ADAPTER OUT, into a folder ({config.model_type} models are not written as GGUF here)"
+
+
 def _check_expressible(config, matched, values):
     """Refuse what llama.cpp's LoRA has no tensors for; all reasons in one error."""
     problems = [f"it trains {name} whole" for name in matched.saved[:3]]
@@ -252,7 +259,7 @@ def _check_expressible(config, matched, values):
                  if name.endswith(tuple(fused))][:1]
     if problems:
         raise AdapterError("the adapter cannot be written as a LoRA of llama.cpp: " + "; ".join(problems)
-                           + ". Merge it into the model instead: colora-ms merge MODEL ADAPTER OUT.gguf")
+                           + f". Merge it into the model instead: {merge_command(config)}")
 
 
 def _one_alpha(matched):

@@ -85,7 +85,7 @@ def export_lora(handle: 'Adapters', folder: Union[str, os.PathLike], name: Optio
         task_type=config.task_type, base_model_name_or_path=config.base_model_name_or_path, revision=config.revision)
     as_lora = Matched(targets, matched.saved, matched.biases)
     assert list(matching.match(lora, handle.modules).targets) == list(targets)
-    write_adapter(folder, lora, as_lora, handle.modules, values)
+    write_adapter(folder, lora, as_lora, handle.modules, values, model=getattr(handle.net, "config", None))
 
 
 def _names(config, matched):

@@ -22,6 +22,7 @@ from mindspore import nn
 from colora_ms.adapters import pickle_file, store
 from colora_ms.adapters.expert_parameters import split_experts, without_parameters
 from colora_ms.adapters.fused_linears import split_fused
+from colora_ms.adapters.fused_writing import fuse
 from colora_ms.adapters.gguf_lora import GgufLoraFile
 from colora_ms.adapters.key_names import PREFIX, PlainFile, plain_names
 from colora_ms.adapters.matching import Matched, Module, shortest_names
@@ -238,7 +239,8 @@ def entries(matched: Matched, modules: dict[str, Module]) -> dict[str, Entry]:
 
 
 def write_adapter(folder: Union[str, os.PathLike], config: Any, matched: Matched, modules: dict[str, Module],
-                  values: dict[tuple[str, str], dict[str, np.ndarray]], copies: bool = False) -> None:
+                  values: dict[tuple[str, str], dict[str, np.ndarray]], copies: bool = False,
+                  model: Any = None) -> None:
     """Write an adapter as PEFT does, whole or not at all.
 
     Args:
@@ -246,9 +248,10 @@ def write_adapter(folder: Union[str, os.PathLike], config: Any, matched: Matched
         config: the adapter's config; matched and modules: what it means on the model.
         values: {(module name, role): {field: float32 array}}, as :meth:`StoredAdapter.read` returns.
         copies: write a tensor that modules share once for each of them, as PEFT does, not once.
+        model: the model's config, whose family may keep linears as one (:mod:`colora_ms.adapters.fused_writing`).
 
     Raises:
-        AdapterError: a value is not finite, or the folder cannot be written.
+        AdapterError: a value is not finite, PEFT has no form for it, or the folder cannot be written.
     """
     tensors, broken = {}, []
     for key, entry in (method(config.peft_type).entries or entries)(matched, modules).items():
@@ -261,7 +264,9 @@ def write_adapter(folder: Union[str, os.PathLike], config: Any, matched: Matched
         raise AdapterError(f"the adapter is not written to {folder}, because {len(broken)} of its tensors hold values "
                            f"that are not finite, {broken[0]!r} first: its training diverged; load an earlier "
                            "checkpoint")
-    text = store.config_text(config.to_peft(_explicit_targets(config, matched, modules)))
+    explicit = _explicit_targets(config, matched, modules)
+    fused, tensors = fuse(config, matched, modules, tensors, model)
+    text = store.config_text(fused.to_peft(explicit if fused is config else None))
 
     def write(temporary):
         write_safetensors(os.fspath(temporary / store.WEIGHTS_FILE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
+from colora_ms.adapters.fused_writing import fused_groups
 from colora_ms.adapters.matching import Matched
 from colora_ms.adapters.peft_format import write_adapter
 from colora_ms.adapters.principal import as_plain_lora
@@ -28,11 +29,13 @@ def save_adapter(folder: Any, handle: Any, config: Any, matched: Matched, values
         raise AdapterError(f"layout is {layout!r}, expected None or 'peft'")
     if handle.base_model and not config.base_model_name_or_path:
         config.base_model_name_or_path = str(handle.base_model)
-    if changed and as_lora:
+    model = getattr(handle.net, "config", None)
+    # The start of a fused linear is not the starts of its parts, so that only plain LoRA means the same there.
+    if changed and (as_lora or fused_groups(matched, model)):
         config, matched, values = as_plain_lora(config, matched, values, changed.starts)
     elif changed and config.pissa_iterations is not None:
         raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} starts from random numbers that a PEFT "
                            "folder does not hold; save it with as_lora=True")
     if layout == "peft":
         config = method(config.peft_type).peft_config(config, matched, handle.modules)
-    write_adapter(folder, config, matched, handle.modules, values, copies=layout == "peft")
+    write_adapter(folder, config, matched, handle.modules, values, copies=layout == "peft", model=model)

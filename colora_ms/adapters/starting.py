@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Tensor
 
 from colora_ms.adapters.config import INITIALISATIONS
+from colora_ms.adapters.fused_writing import check_fusible
 from colora_ms.adapters.matching import Matched, places_of
 from colora_ms.adapters.merging import check_changeable
 from colora_ms.adapters.outside import leaf
@@ -28,6 +29,8 @@ def check_start(handle: 'Adapters', config: Any, matched: Matched) -> None:
     if not any(start is one for one in (True, False)) and start not in INITIALISATIONS and not changes_base:
         raise AdapterError(f"init_lora_weights={start!r} is not implemented for a new adapter; "
                            "use one of " + ", ".join(map(repr, INITIALISATIONS)))
+    if handle.trainable and config.peft_type == "LORA":
+        check_fusible(matched, getattr(handle.net, "config", None))
     if changes_base:
         what = f"an adapter with init_lora_weights={config.init_lora_weights!r} cannot start"
         check_splittable(config, matched, handle.modules, handle.cells)

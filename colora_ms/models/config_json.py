@@ -259,8 +259,8 @@ def _refused_settings(values: dict, record: Family) -> list[str]:
         value = values.get(name)
         if not any(value is item or (not isinstance(value, bool) and value == item)
                    for item in allowed):
-            reason = ("quantized Hugging Face weights are not read; use the unquantized model or "
-                      "a GGUF file" if name == "quantization_config"
+            reason = ("of quantized Hugging Face weights those of gptq, awq and compressed-tensors are read; use such "
+                      "a folder, the unquantized model or a GGUF file" if name == "quantization_config"
                       else f"only {allowed[0]!r} is implemented")
             problems.append(f"{name} is {short(value)}: {reason}")
     for name in dict.fromkeys(["attention_bias", "mlp_bias", "tie_word_embeddings", *record.keys()]):
