@@ -184,8 +184,8 @@ def refuse_strengths(rows: Iterable[Row]) -> None:
         if row.scale != 1.0:
             raise DecodingError(
                 f"adapter {row.adapter!r:.80} at {row.scale:g} times its scale (adapter_scale, or a voice's scale): on "
-                f"{ms.get_context('device_target')} with the {backend()!r} kernels this model's steps have one scale an "
-                "adapter, not one a row. What works is an adapter with the strength in it: "
+                f"{ms.get_context('device_target')} with the {backend()!r} kernels this model's steps have one scale "
+                "an adapter, not one a row. What works is an adapter with the strength in it: "
                 f"add_weighted_adapter([{row.adapter!r:.80}], [{row.scale:g}], 'another name', 'cat') of its handle, "
                 "and save(); or the strength times lora_alpha in a copy of its adapter_config.json")
 

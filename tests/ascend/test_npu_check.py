@@ -82,7 +82,7 @@ def test_where_nothing_is_the_first_failure_says_what_to_try(tmp_path):
 
 
 def test_the_card_and_its_name(tmp_path):
-    smi = fake_cann.npu_smi(tmp_path / "bin", chip="910")
+    smi = fake_cann.npu_smi(tmp_path / "bin", chip="Ascend910")
     done = verify(tmp_path, "--steps", "1", path=[smi])
     assert done.returncode == 1 and "gives it to an A3 (910_93xx) too. On an A3 set COLORA_SOC" in done.stdout
     done = verify(tmp_path, "--steps", "1", path=[smi], DEVICE_ID="1", COLORA_SOC="ascend910_93")
