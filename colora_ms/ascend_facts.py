@@ -36,6 +36,9 @@ _REFUSED = {
     "950": "its vector unit has another instruction set (register based), for which the operators are not written",
 }
 
+#: Chips of the first 910 by the names that are theirs alone.
+_FIRST = ("910A", "910PROA", "910PROB", "910PREMIUMA")
+
 
 def chip_name(text: str) -> str:
     """"Ascend910B3", "ascend910_9391" or " 910b4 " -> "910B3", "910_9391", "910B4"."""
@@ -60,12 +63,58 @@ def unit_of(chip: str) -> str:
         if name.startswith(family):
             raise ConfigError(f"the chip {chip!r} is not supported: {why}; the operators run on Atlas A2 and A3 "
                               f"({', '.join(CHIPS)}). Use COLORA_KERNELS=reference there.")
-    if name in ("910", "910A", "910PROA", "910PROB", "910PREMIUMA"):
+    if name == "910":
+        raise ConfigError(f"the chip {chip!r} is not supported under that name: it is that of the first 910, which has "
+                          "no vector cores of their own, and npu-smi gives it to an A3 (910_93xx) too. On an A3 set "
+                          "COLORA_SOC=ascend910_93; on the first 910 use COLORA_KERNELS=reference.")
+    if name in _FIRST:
         raise ConfigError(f"the chip {chip!r} is not supported: the first 910 has no vector cores of their own; the "
-                          f"operators run on Atlas A2 and A3 ({', '.join(CHIPS)}).")
+                          f"operators run on Atlas A2 and A3 ({', '.join(CHIPS)}). Use COLORA_KERNELS=reference there.")
     raise ConfigError(f"the chip {chip!r} is not known; expected one of {', '.join(CHIPS)} or a unit "
                       f"({', '.join(UNITS)}).{near(name, CHIPS)} "
                       "Set COLORA_SOC to the unit if it is a new name of one.")
+
+
+def units_of(text: str) -> list[str]:
+    """The units that a value of ``COLORA_SOC`` names: "both", or units and chips with ";" between them.
+
+    Raises:
+        ConfigError: it names nothing, has another separator, or a name is not known or refused.
+    """
+    if text.strip() == "both":
+        return list(UNITS)
+    names = [one.strip() for one in text.split(";") if one.strip()]
+    if not names:
+        raise ConfigError(f"COLORA_SOC={text!r} names no chip; expected both, or units ({', '.join(UNITS)}) or chips "
+                          "with ; between them")
+    for name in names:
+        wrong = re.search(r"[,:|+/\s]", name)
+        if wrong:
+            raise ConfigError(f"COLORA_SOC={text!r} has {wrong[0]!r} between names: expected ; as in "
+                              f"COLORA_SOC='{';'.join(UNITS)}'")
+    return list(dict.fromkeys(unit_of(name) for name in names))
+
+
+def unit_in_use(chip: str, given: str = "") -> str:
+    """The unit of the chip that this machine names.
+
+    Args:
+        chip: as the runtime or npu-smi names it. given: the value of ``COLORA_SOC``, which answers, where it names one
+            unit, for a name that says too little: a new one, or the "910" of npu-smi.
+
+    Raises:
+        ConfigError: see :func:`unit_of` and :func:`units_of`.
+    """
+    try:
+        return unit_of(chip)
+    except ConfigError:
+        name = chip_name(chip)
+        if not given or name in _FIRST or any(name.startswith(family) for family in _REFUSED):
+            raise
+        units = units_of(given)
+        if len(units) != 1:
+            raise
+        return units[0]
 
 
 class Fit(NamedTuple):

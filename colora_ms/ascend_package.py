@@ -123,8 +123,8 @@ def stamp(folder: Path) -> dict[str, Any]:
 
 
 def check(folder: Path, operators: Iterable[str], unit: Optional[str] = None) -> None:
-    """Refuse a package that was built for another CANN or chip, or that lacks operators; one without a stamp, which
-    ``build.sh`` did not build, is warned of.
+    """Refuse a package that was built for another CANN or chip, or that lacks operators. One without a stamp, which
+    ``build.sh`` did not build, is warned of, and so is one whose CANN cannot be compared with that of this process.
 
     Args:
         folder: the package. operators: names that this version of ``colora_ms`` calls. unit: of the chip in use.
@@ -138,9 +138,15 @@ def check(folder: Path, operators: Iterable[str], unit: Optional[str] = None) ->
                      "is not known", folder, STAMP)
         return
     problems = []
-    now = cann_version(os.environ.get("ASCEND_HOME_PATH"))
-    if now and known.get("cann") not in (now, None) and os.environ.get(ANY_CANN) != "1":
-        problems.append(f"they were built with CANN {known['cann']}, this process has {now} ({ANY_CANN}=1 allows it)")
+    built, home = known.get("cann"), os.environ.get("ASCEND_HOME_PATH")
+    now, asked = cann_version(home), os.environ.get(ANY_CANN) != "1"
+    if asked and built and now and built != now:
+        problems.append(f"they were built with CANN {built}, this process has {now} ({ANY_CANN}=1 allows it)")
+    elif asked and not (built and now):
+        _log.warning("the operators in %s were built with CANN %s, this process has CANN %s (ASCEND_HOME_PATH=%s): "
+                     "whether they fit cannot be checked; source the toolkit's set_env.sh, and build them again if it "
+                     "is the build that did not know (%s=1: this is not said)", folder, built or "(unknown)",
+                     now or "(unknown)", home or "(not set)", ANY_CANN)
     lacking = sorted(set(operators) - set(known.get("operators", ())))
     if lacking:
         problems.append(f"{', '.join(lacking)} is lacking")

@@ -2,7 +2,7 @@
 
 Two moments matter. :func:`prepare` runs when ``colora_ms`` is imported: environment variables and the operators' path,
 which MindSpore reads once, at the first operator of the process. :func:`apply` runs before the first graph and tensor
-of this package (``kernels.registry.bind``, ``distributed.workers.start``): graph settings, memory, the chip. Neither
+of this package (``kernels.registry.bind``, ``distributed.workers.start``): graph settings and memory. Neither
 changes what the user has set; what was taken is printed once and asked back from MindSpore.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from colora_ms import ascend_package
-from colora_ms.ascend_facts import ENVIRONMENT, unit_of
+from colora_ms.ascend_facts import ENVIRONMENT, unit_in_use
 from colora_ms.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -95,13 +95,12 @@ def apply(cache: Optional[Path] = None) -> tuple[Setting, ...]:
         All settings in force.
 
     Raises:
-        ConfigError: the chip is refused, a value did not arrive in MindSpore, the memory limit is malformed, or the
+        ConfigError: a value did not arrive in MindSpore, the memory limit is malformed, or the
             operators' path would come too late; the message says what to do.
     """
     global _applied
     if _applied is not None:
         return _applied
-    _refuse_chip()
     prepare()
     package = _package_path()
     found = [*_prepared, *_graph_settings(), *_memory(), *_callback_folder(cache), *package]
@@ -178,12 +177,21 @@ def _set_graph(**values: str) -> None:
                               "not one of the table of versions in ops/ascend/README.md")
 
 
-def _refuse_chip() -> None:
+def chip() -> str:
+    """The chip's name as MindSpore says it; "" where there is none."""
     from mindspore._c_expression import MSContext
 
-    chip = str(MSContext.get_instance().get_ascend_soc_version() or "")
-    if chip:
-        unit_of(chip)
+    return str(MSContext.get_instance().get_ascend_soc_version() or "")
+
+
+def unit() -> Optional[str]:
+    """The unit that operators for this process's chip are compiled for; None where MindSpore names no chip.
+
+    Raises:
+        ConfigError: our operators cannot run on it; MindSpore's own can (``COLORA_KERNELS=reference``).
+    """
+    name = chip()
+    return unit_in_use(name, os.environ.get("COLORA_SOC", "")) if name else None
 
 
 def _graph_settings() -> list[Setting]:

@@ -6,6 +6,7 @@
 #   bash scripts/verify_on_npu.sh --help       which steps, where the logs go
 #
 # PYTHON: the interpreter that has mindspore (default python3). ASCEND_CUSTOM_OPP_PATH: already built operators to use.
+# COLORA_SOC: the unit of a chip whose name says too little (ascend910_93 on an A3 that npu-smi names Ascend910).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -13,7 +13,7 @@ from colora_ms.decoding.completion import Completion
 from colora_ms.decoding.core import Core, cache_blocks
 from colora_ms.decoding.options import PER_PROMPT, Options
 from colora_ms.decoding.prompt import encode_prompt, ending_ids
-from colora_ms.decoding.request import Limits, Request, Running, row_key
+from colora_ms.decoding.request import Limits, Request, Running, refuse_strengths, row_key
 from colora_ms.decoding.step import bucket
 from colora_ms.decoding.values import shown
 from colora_ms.errors import DecodingError
@@ -215,9 +215,8 @@ class Generator:
         if len(request.rows) > self.max_rows:
             raise DecodingError(f"prompt {index} takes {len(request.rows)} rows, this generator has "
                                 f"max_rows={self.max_rows}")
-        if not self.decoder.fused_step and any(row.scale != 1.0 for row in request.rows):
-            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; "
-                                "leave it out")
+        if not self.decoder.fused_step:
+            refuse_strengths(request.rows)
         slots = [self._slot(row.adapter) for row in request.rows]
         keys = [row_key("" if slot < 0 else f"slot {slot}", row) for slot, row in zip(slots, request.rows)]
         return Running(request, self.tokenizer, eos, slots, keys)

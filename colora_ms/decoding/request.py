@@ -14,6 +14,8 @@ from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+import mindspore as ms
+
 from colora_ms.decoding.adjusting import Adjusting
 from colora_ms.decoding.answer import Answer
 from colora_ms.decoding.mix import OWN
@@ -21,6 +23,7 @@ from colora_ms.decoding.options import Options
 from colora_ms.decoding.prompt import check_ids, encode_prompt
 from colora_ms.decoding.values import shown
 from colora_ms.errors import AdapterError, CheckpointError, ColoraError, DecodingError
+from colora_ms.kernels import backend
 from colora_ms.models.paged_cache import BLOCK
 
 #: Roles of the rows of a contrast, and of a request without a mix: the one whose tokens are answered, and the one whose
@@ -169,6 +172,22 @@ def rows_of(options: Options, adapter: Optional[str], encoded: Callable[[Any, st
 def row_key(content: str, row: Row) -> str:
     """Who computes a row's keys and values: its adapter's content ("" without one) and its strength."""
     return content if not content or row.scale == 1.0 else f"{content} x {row.scale!r}"
+
+
+def refuse_strengths(rows: Iterable[Row]) -> None:
+    """Refuse rows with a strength other than 1, where steps are not one operator of the CPU library.
+
+    Raises:
+        DecodingError: there is one; the message says which, where, and what works.
+    """
+    for row in rows:
+        if row.scale != 1.0:
+            raise DecodingError(
+                f"adapter {row.adapter!r:.80} at {row.scale:g} times its scale (adapter_scale, or a voice's scale): on "
+                f"{ms.get_context('device_target')} with the {backend()!r} kernels this model's steps have one scale "
+                "an adapter, not one a row. What works is an adapter with the strength in it: "
+                f"add_weighted_adapter([{row.adapter!r:.80}], [{row.scale:g}], 'another name', 'cat') of its handle, "
+                "and save(); or the strength times lora_alpha in a copy of its adapter_config.json")
 
 
 class Running:

@@ -96,7 +96,7 @@ def find_package() -> Path:
 
     Raises:
         KernelError: neither ``ASCEND_CUSTOM_OPP_PATH`` nor the package's own folder holds the operators, or MindSpore
-            has read the variable already. ConfigError: they were built for another CANN.
+            has read the variable already. ConfigError: they were built for another CANN or chip.
     """
     found = ascend_package.find()
     if found is None:
@@ -105,7 +105,7 @@ def find_package() -> Path:
         if ascend_settings.device_in_use():
             raise KernelError(ascend_package.too_late(found.path))
         ascend_package.put_first(found.path)
-    ascend_package.check(found.path, OPERATORS)
+    ascend_package.check(found.path, OPERATORS, ascend_settings.unit())
     return found.path
 
 

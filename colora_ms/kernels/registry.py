@@ -80,8 +80,8 @@ def bind() -> Choice:
 
     Raises:
         KernelError: ``COLORA_KERNELS`` is unknown or needs a library that is not there, or something else was bound
-            before: an operation that graphs hold cannot change under them. ConfigError: a setting of Ascend cannot be
-            had (see ``ascend_settings``).
+            before: an operation that graphs hold cannot change under them. ConfigError: the column ``ascend`` on a
+            chip that it cannot run on, or a setting of Ascend that cannot be had (see ``ascend_settings``).
     """
     global _BOUND
     choice = _choose()
@@ -91,6 +91,8 @@ def bind() -> Choice:
         if "OMP_NUM_THREADS" in os.environ:
             os.environ.setdefault("COLORA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
         if choice.target == "Ascend":
+            if choice.backend == "ascend":
+                ascend_settings.unit()  # refuses a chip that our operators cannot run on; MindSpore's own may
             ascend_settings.apply()
             ascend_settings.require_team()
         _fill(_TABLE, choice)

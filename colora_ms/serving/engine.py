@@ -17,7 +17,7 @@ from colora_ms import runtime
 from colora_ms.decoding.core import AHEAD, Core, cache_blocks
 from colora_ms.decoding.options import Options
 from colora_ms.decoding.prompt import ending_ids
-from colora_ms.decoding.request import Limits, Request
+from colora_ms.decoding.request import Limits, Request, refuse_strengths
 from colora_ms.decoding.step import StepGraph
 from colora_ms.decoding.values import shown
 from colora_ms.distributed.workers import Workers
@@ -168,9 +168,8 @@ class Engine:
         if self.bank is not None and len(names) > self.bank.max_loaded:
             raise DecodingError(f"the request mixes {len(names)} adapters, the engine's bank has "
                                 f"{self.bank.max_loaded} slots")
-        if not self._core.graph.fused and any(row.scale != 1.0 for row in request.rows):
-            raise DecodingError("adapter_scale needs a model whose steps are one operator, which this one's are not; "
-                                "leave it out")
+        if not self._core.graph.fused:
+            refuse_strengths(request.rows)
 
     def _digest(self, adapter: str) -> str:
         """The content that an adapter's name stands for."""

@@ -37,4 +37,6 @@ for setting in "$cann/bin/setenv.bash" "$cann/../set_env.sh"; do
     fi
 done
 unset ASCEND_CUSTOM_OPP_PATH
-exec "$python" "$here/build_operators.py" --cann "$cann" --install "$install"
+"$python" "$here/build_operators.py" --cann "$cann" --install "$install"
+# Here and not in Python, behind which MindSpore still prints when it ends.
+echo "export ASCEND_CUSTOM_OPP_PATH=$(cd "$install/vendors/colora" && pwd -P)"

@@ -103,8 +103,11 @@ def check_tools():
                           f"python3 -m pip install {names}")
 
 
-def plain(path, what):
+def plain(path, what, instead):
     """A path with its links resolved, of which MindSpore's compiler and CANN's installer accept every character.
+
+    Args:
+        what: the path's name in the message; instead: what to do there.
 
     Raises:
         ConfigError: it has another one.
@@ -113,25 +116,37 @@ def plain(path, what):
     if not _PLAIN.fullmatch(str(resolved)):
         bad = sorted(set(_PLAIN.sub("", str(resolved))))
         raise ConfigError(f"{what} {str(resolved)!r} has {', '.join(map(repr, bad))}: letters, digits and _ / . - are "
-                          "accepted; give a folder without: bash ops/ascend/build.sh /opt/colora")
+                          f"accepted; {instead}")
     return resolved
+
+
+def made(folder, what, instead):
+    """Make a folder that can be written.
+
+    Raises:
+        ConfigError: it cannot be made or written; the message names it and what it is for.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        why = "a file has that name" if isinstance(problem, FileExistsError) else problem.strerror
+        raise ConfigError(f"{what} {str(folder)!r} cannot be made: {why}; {instead}") from problem
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{what} {str(folder)!r} cannot be written; {instead}")
+    return folder
 
 
 def work_folder():
     """``COLORA_BUILD`` or build/ beside this file; a temporary folder (which stays, with its logs) where the latter's
     path is not plain or cannot be written."""
     if os.environ.get("COLORA_BUILD"):
-        folder = plain(os.environ["COLORA_BUILD"], "COLORA_BUILD")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        instead = "set COLORA_BUILD to another one, such as /tmp/colora"
+        return made(plain(os.environ["COLORA_BUILD"], "COLORA_BUILD", instead), "the folder COLORA_BUILD", instead)
     try:
-        folder = plain(HERE / "build", "the folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (ConfigError, OSError):
+        return made(plain(HERE / "build", "the folder", ""), "the folder", "")
+    except ConfigError:
         pass
-    return plain(tempfile.mkdtemp(prefix="colora-build-"), "the temporary folder")
+    return plain(tempfile.mkdtemp(prefix="colora-build-"), "the temporary folder", "set COLORA_BUILD or TMPDIR")
 
 
 def load_compiler(script, source):
@@ -226,21 +241,26 @@ def main(arguments=None):
     parser.add_argument("--units", default=os.environ.get("COLORA_SOC") or None)
     options = parser.parse_args(arguments)
     try:
-        cann = Path(os.path.realpath(options.cann))
+        cann = plain(options.cann, "the CANN toolkit's folder", "install the toolkit in a folder without, and set "
+                     "ASCEND_HOME_PATH to it (a link does not help: links are resolved)")
         template(cann)
         compiler_script()
         check_tools()
         units = machine.units(options.units)
-        install = plain(options.install, "the install folder")
-        install.mkdir(parents=True, exist_ok=True)
+        if cann_version(cann) is None:
+            print(f"build.sh: warning: no file in {cann} says the version of CANN; whether the operators fit the CANN "
+                  "of a later process cannot be checked then, and each will warn of it", file=sys.stderr)
+        instead = "give another one: bash ops/ascend/build.sh /opt/colora"
+        install = made(plain(options.install, "the install folder", instead), "the install folder", instead)
+        work = work_folder()
         began = time.time()
-        package = compile_all(cann, install, units, work_folder())
+        package = compile_all(cann, install, units, work)
         finish(package, cann, units)
     except (ConfigError, OSError) as problem:
         print(f"build.sh: {problem}", file=sys.stderr)
         return 1
-    print(f"built for {' and '.join(units)} with CANN {cann_version(cann)} in {time.time() - began:.0f} s. Now: "
-          f"export ASCEND_CUSTOM_OPP_PATH={package}")
+    print(f"built for {' and '.join(units)} with CANN {cann_version(cann) or '(version unknown)'} in "
+          f"{time.time() - began:.0f} s: {package}")
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from colora_ms.ascend_facts import chip_name, unit_of  # noqa: E402
+from colora_ms.ascend_facts import chip_name, unit_of, units_of  # noqa: E402
 from colora_ms.ascend_package import cann_version  # noqa: E402
 from colora_ms.errors import ConfigError  # noqa: E402
 
@@ -87,11 +87,10 @@ def units(wanted=None):
         wanted: None: those of this machine's chip; "both"; or names of units or chips with ";" between them.
 
     Raises:
-        ConfigError: a name is not known or refused, or this machine's chip cannot be asked.
+        ConfigError: a name is not known or refused, there is none, or this machine's chip cannot be asked.
     """
     if wanted:
-        names = ["ascend910b", "ascend910_93"] if wanted == "both" else [one for one in wanted.split(";") if one]
-        return list(dict.fromkeys(unit_of(one) for one in names))
+        return units_of(wanted)
     here = chip()
     if here is None:
         raise ConfigError("the chip of this machine is not known: neither the runtime (libascendcl.so) nor npu-smi "

@@ -8,6 +8,7 @@ stand-ins, and steps 1, 2, 4 and 5 look at what is there.
 """
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -93,11 +94,19 @@ class Check:
 
 
 def chosen(text):
-    """{step} of "1-7,9"."""
+    """{step} of "1-7,9".
+
+    Raises:
+        argparse.ArgumentTypeError: it is not of that form, or there is no such step.
+    """
     found = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last <= 13:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected steps from 1 to 13, such as 1-7,9 (13, the archive, "
+                                             "is always written)")
+        found |= set(range(first, last + 1))
     return found
 
 
@@ -133,14 +142,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="without a device: emulated, with stand-ins")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, for a test of the check itself")
-    parser.add_argument("--steps", default="1-12", help="which ones, such as 1-7,9")
+    parser.add_argument("--steps", default="1-12", type=chosen, help="which ones, such as 1-7,9")
     parser.add_argument("--folder", type=Path, default=Path("npu-check"), help="for logs, golden files and the archive")
     parser.add_argument("--rebuild", action="store_true", help="build although a package is there")
     options = parser.parse_args(arguments)
     began = time.time()
     options.folder.mkdir(parents=True, exist_ok=True)
     check, report = Check(options), Report(options.folder.resolve())
-    run(check, report, chosen(options.steps))
+    run(check, report, options.steps)
     path = report.archive(check.facts, logs_of_cann(began))
     report.add(13, "archive", time.time() - began, Outcome(OK, f"{path}: please send it"))
     print(f"\n{report.table()}")

@@ -29,14 +29,16 @@ def card(check):
                        "ls /dev/davinci*; is the driver loaded, and are the devices passed into the container?")
     facts["chip"] = name
     try:
-        facts["unit"] = ascend_facts.unit_of(name)
+        facts["unit"] = ascend_facts.unit_in_use(name, os.environ.get("COLORA_SOC", ""))
     except ConfigError as problem:
-        return Outcome(FAILED, str(problem), "use one of these chips, or COLORA_KERNELS=reference")
+        return Outcome(FAILED, str(problem), "COLORA_SOC names the unit of a chip whose name says too little; else use "
+                       "one of these chips, or COLORA_KERNELS=reference")
     cann = machine.toolkit()
     facts["cores"] = (machine.cores(cann, name) if cann else None) or ascend_facts.CORES.get(name)
-    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "0").split(",")
-    mine = int(visible[int(os.environ.get("DEVICE_ID", "0"))]) if visible[0].isdigit() else 0
-    facts["card"] = mine
+    try:
+        facts["card"] = mine = _card_in_use()
+    except ConfigError as problem:
+        return Outcome(FAILED, str(problem), "unset both, or let DEVICE_ID count from 0 among the visible ones")
     here = next((one for one in found["cards"] if one["id"] == mine), None)
     free = here["total_mb"] - here["used_mb"] if here and here["total_mb"] is not None else None
     line = (f"{name} ({facts['unit']}), {facts['cores'] and facts['cores'][1]} vector cores, card {mine} of "
@@ -52,6 +54,25 @@ def card(check):
     if here and here["health"] != "OK":
         return Outcome(LOOK, f"{line}; npu-smi says its health is {here['health']}", "npu-smi info -t health -i CARD")
     return Outcome(OK, line)
+
+
+def _card_in_use():
+    """The number of the card, as npu-smi counts: the one of ASCEND_RT_VISIBLE_DEVICES that DEVICE_ID names.
+
+    Raises:
+        ConfigError: one of the two is malformed, or there is none of that number.
+    """
+    given, visible = os.environ.get("DEVICE_ID") or "0", os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "")
+    cards = [one.strip() for one in visible.split(",")]
+    if not given.isdigit():
+        raise ConfigError(f"DEVICE_ID={given!r}: expected a number, such as 0")
+    if not visible:
+        return int(given)
+    if not all(one.isdigit() for one in cards):
+        raise ConfigError(f"ASCEND_RT_VISIBLE_DEVICES={visible!r}: expected numbers with commas, such as 0,1")
+    if int(given) >= len(cards):
+        raise ConfigError(f"DEVICE_ID={given}, but ASCEND_RT_VISIBLE_DEVICES={visible!r} lets {len(cards)} be seen")
+    return int(cards[int(given)])
 
 
 def software(check):
@@ -133,6 +154,8 @@ def build(check):
     install = check.folder / "install"
     environment = {**check.environment(), "COLORA_BUILD": str(check.folder / "logs" / "build")}
     environment.pop("ASCEND_CUSTOM_OPP_PATH", None)
+    if "unit" in check.facts:
+        environment["COLORA_SOC"] = check.facts["unit"]
     child = check.watch.run(["bash", str(check.root / "ops/ascend/build.sh"), str(install)],
                             check.folder / "logs" / "build.log", environment, limit=3600, quiet=3600)
     if child.code:

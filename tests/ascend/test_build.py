@@ -48,7 +48,8 @@ def test_the_whole_way(tmp_path, layout):
                  ASCEND_CUSTOM_OPP_PATH="/one:/two")
     assert done.returncode == 0, done.stdout + done.stderr
     package = tmp_path / "out" / "vendors" / "colora"
-    assert "built for ascend910b with CANN 9.0.0" in done.stdout and f"ASCEND_CUSTOM_OPP_PATH={package}" in done.stdout
+    assert "built for ascend910b with CANN 9.0.0" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"export ASCEND_CUSTOM_OPP_PATH={package}" and "warning" not in done.stderr
     stamp = json.loads((package / ascend_package.STAMP).read_text())
     assert stamp["units"] == ["ascend910b"] and stamp["cann"] == "9.0.0" and len(stamp["operators"]) == COUNT
     assert len(stamp["exports"]) == 2 * COUNT
@@ -95,6 +96,8 @@ def test_a_template_that_is_not_whole_is_told_with_the_version(tmp_path):
 def test_what_is_checked_before_compiling(tmp_path):
     pytest.importorskip("mindspore")
     cann, smi = fake_cann.toolkit(tmp_path / "cann"), fake_cann.npu_smi(tmp_path / "bin", chip="310P3")
+    blank, file = fake_cann.toolkit(tmp_path / "my cann"), tmp_path / "file"
+    file.write_text("")
     tools = tmp_path / "tools"  # a PATH without cmake
     tools.mkdir()
     for name in ("bash", "g++", "make", "dirname"):
@@ -104,6 +107,12 @@ def test_what_is_checked_before_compiling(tmp_path):
             ("'310P3' is not supported: it has no bfloat16", [], {"path": [smi]}),
             ("neither the runtime (libascendcl.so) nor npu-smi says it; set COLORA_SOC", [], {}),
             ("the chip 'ascend710' is not known", [], {"COLORA_SOC": "910B3;ascend710"}),
+            ("COLORA_SOC=';' names no chip", [], {"COLORA_SOC": ";"}),
+            ("the install folder '/proc/x' cannot be made: No such file", ["/proc/x"], {"COLORA_SOC": "both"}),
+            (f"the install folder '{file}' cannot be made: a file has", [file], {"COLORA_SOC": "both"}),
+            ("set COLORA_BUILD to another one", [tmp_path / "out"],
+             {"COLORA_SOC": "both", "COLORA_BUILD": str(tmp_path / "a b")}),
+            ("the CANN toolkit's folder", [], {"COLORA_SOC": "both", "ASCEND_HOME_PATH": str(blank)}),
             ("has ' ', '+': letters, digits", [tmp_path / "in c++ here"], {"COLORA_SOC": "both"})):
         done = build(cann, *arguments, **environment)
         assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

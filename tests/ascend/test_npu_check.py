@@ -59,6 +59,7 @@ def test_a_dry_run_goes_through_all_steps(tmp_path, emulator):
                           9: "17 of 17 calls", 10: "1 layers on rehearsal", 11: "6 times taken",
                           12: "tensor parallel"}.items():
         assert words in lines[number] and "FAILED" not in lines[number], lines[number]
+    assert lines[11].split()[4] == "ok", lines[11]
     (archive,) = (tmp_path / "check").glob("*.tar.gz")
     with tarfile.open(archive) as pack:
         held = {Path(one.name).name: pack.extractfile(one).read() for one in pack.getmembers()}
@@ -78,6 +79,35 @@ def test_where_nothing_is_the_first_failure_says_what_to_try(tmp_path):
     assert done.returncode == 1 and "'310P3' is not supported: it has no bfloat16" in done.stdout
     done = verify(tmp_path, "--steps", "1", path=[fake_cann.npu_smi(tmp_path / "bin")], ASCEND_RT_VISIBLE_DEVICES="1")
     assert done.returncode == 1 and "other processes on it: 12345 (python3 serve.py, 56610 MB)" in done.stdout
+
+
+def test_the_card_and_its_name(tmp_path):
+    smi = fake_cann.npu_smi(tmp_path / "bin", chip="Ascend910")
+    done = verify(tmp_path, "--steps", "1", path=[smi])
+    assert done.returncode == 1 and "gives it to an A3 (910_93xx) too. On an A3 set COLORA_SOC" in done.stdout
+    done = verify(tmp_path, "--steps", "1", path=[smi], DEVICE_ID="1", COLORA_SOC="ascend910_93")
+    assert "910 (ascend910_93)" in done.stdout and "card 1 of 2" in done.stdout
+
+
+@pytest.mark.parametrize("device, visible, card", [
+    ("1", None, 1), (None, None, 0), (None, "3,5", 3), ("1", "3,5", 5), ("2", "3,5", "lets 2 be seen"),
+    ("one", None, "expected a number"), ("0", "a-b", "expected numbers with commas")])
+def test_which_card(monkeypatch, device, visible, card):
+    for name, value in (("DEVICE_ID", device), ("ASCEND_RT_VISIBLE_DEVICES", visible)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    if isinstance(card, int):
+        assert main.steps_machine._card_in_use() == card
+    else:
+        with pytest.raises(main.steps_machine.ConfigError, match=card):
+            main.steps_machine._card_in_use()
+
+
+@pytest.mark.parametrize("steps", ["foo", "", "20", "7-1", "0", "1,", "1-2-3"])
+def test_steps_that_are_none(tmp_path, steps, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(["--folder", str(tmp_path / "none"), "--steps", steps])
+    assert ended.value.code == 2 and f"{steps!r}: expected steps from 1 to 13" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_child_that_hangs_is_ended_and_named(tmp_path):

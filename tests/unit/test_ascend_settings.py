@@ -45,6 +45,26 @@ def test_other_chips_are_refused_by_name(name, words):
     assert words in str(told.value) and repr(name) in str(told.value)
 
 
+def test_a_name_that_says_too_little_is_told_by_the_setting():
+    with pytest.raises(ConfigError, match="npu-smi gives it to an A3 .* set COLORA_SOC=ascend910_93"):
+        ascend_facts.unit_in_use("Ascend910")
+    assert ascend_facts.unit_in_use("Ascend910", "ascend910_93") == "ascend910_93"
+    assert ascend_facts.unit_in_use("910_9999", "910_9391") == "ascend910_93"
+    assert ascend_facts.unit_in_use("910B3", "ascend910_93") == "ascend910b"  # the chip's own name tells more
+    for chip, given in (("Ascend910", "both"), ("310P3", "ascend910b"), ("910A", "ascend910b")):
+        with pytest.raises(ConfigError, match=f"{chip}' is not supported"):
+            ascend_facts.unit_in_use(chip, given)
+
+
+@pytest.mark.parametrize("text, words", [
+    (";", "names no chip"), ("  ", "names no chip"), ("ascend910b,", "has ',' between names: expected ;"),
+    ("ascend910b ascend910_93", "has ' ' between names: expected ;"), ("910B3;nothing", "'nothing' is not known")])
+def test_units_that_a_setting_does_not_name(text, words):
+    with pytest.raises(ConfigError) as told:
+        ascend_facts.units_of(text)
+    assert words in str(told.value)
+
+
 def test_every_chip_has_its_cores():
     assert set(ascend_facts.CHIPS) == set(ascend_facts.CORES)
     assert all(vector == 2 * cube for cube, vector in ascend_facts.CORES.values())
@@ -147,19 +167,21 @@ REFUSED = [
     ("COLORA_NPU_MEMORY", "lots", "", "expected a size such as 54GB"),
     ("MS_COMPILER_CACHE_PATH", "/tmp/a b", "", "has a blank"),
     ("COLORA_NPU_MEMORY", "5GB", "device_in_use = lambda: True", "comes too late"),
-    ("X", "", "_refuse_chip = lambda: unit_of('ascend310p')", "'ascend310p' is not supported"),
+    ("COLORA_KERNELS", "ascend", "chip = lambda: 'ascend310p'", "'ascend310p' is not supported"),
     ("X", "", "_context = lambda name: ''", "jit_level = '' after 'O0' was set"),
     ("MS_ROLE", "MS_WORKER", "", "has not joined its job")]
 
 
 def test_what_cannot_be_had_is_said(tmp_path):
-    """Each in turn; the last one, which comes after the settings, binds nothing either."""
+    """Each in turn; the last one, which comes after the settings, binds nothing either. MindSpore's own operators,
+    which the refusal of a chip advises, are bound on that chip."""
     program = FAKED + f"""
 import os
 from colora_ms import ascend_settings
 from colora_ms.kernels import registry
 kept = dict(vars(ascend_settings))
 for name, value, fake, words in {REFUSED!r}:
+    before = os.environ.get(name)
     os.environ[name] = value
     exec(fake, vars(ascend_settings))
     try:
@@ -168,7 +190,10 @@ for name, value, fake, words in {REFUSED!r}:
     except ValueError as error:
         print(words in str(error), error)
     del os.environ[name]
-    vars(ascend_settings).update({{key: kept[key] for key in ("device_in_use", "_refuse_chip", "_context")}})
+    if before is not None:
+        os.environ[name] = before
+    vars(ascend_settings).update({{key: kept[key] for key in ("device_in_use", "chip", "_context")}})
+ascend_settings.chip = lambda: "ascend310p"
 print(registry.bind().backend)
 """
     out, _ = run(program, ASCEND_HOME_PATH=str(tmp_path), COLORA_KERNELS="reference")
@@ -211,6 +236,29 @@ def test_a_package_for_another_cann_is_refused(tmp_path, monkeypatch, caplog):
     (built / ascend_package.STAMP).write_text("{")
     with pytest.raises(ConfigError, match="is damaged"):
         ascend_package.check(built, [])
+
+
+def test_a_cann_that_cannot_be_compared_is_said(tmp_path, monkeypatch, caplog):
+    known, unknown = str(toolkit(tmp_path / "cann", "9.0.0")), str(tmp_path / "none")
+    for built, home, words in (("9.0.0", unknown, "with CANN 9.0.0, this process has CANN (unknown)"),
+                               (None, known, "with CANN (unknown), this process has CANN 9.0.0"), ("9.0.0", known, "")):
+        caplog.clear()
+        monkeypatch.setenv("ASCEND_HOME_PATH", home)
+        ascend_package.check(package(tmp_path / f"p{len(list(tmp_path.iterdir()))}", cann=built, operators=[]), [])
+        assert words in caplog.text and bool(caplog.text) == bool(words)
+
+
+def test_operators_of_another_chip_are_refused_when_they_are_loaded(tmp_path, monkeypatch):
+    from colora_ms.kernels import ascend
+
+    built = package(tmp_path / "p", cann="9.0.0", units=["ascend910_93"], operators=list(ascend.OPERATORS))
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(toolkit(tmp_path / "cann", "9.0.0")))
+    monkeypatch.setenv(ascend_package.VARIABLE, str(built))
+    monkeypatch.setattr(ascend_settings, "chip", lambda: "Ascend910B3")
+    with pytest.raises(ConfigError, match="built for ascend910_93, this one is ascend910b"):
+        ascend.find_package()
+    monkeypatch.setattr(ascend_settings, "chip", lambda: "ascend910_93")
+    assert ascend.find_package() == built
 
 
 def test_the_own_package_is_in_the_path_before_mindspore(tmp_path):

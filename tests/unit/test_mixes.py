@@ -158,10 +158,19 @@ def test_the_strength_of_an_adapter(made):
 
 
 def test_strengths_need_the_operator(made, monkeypatch):
+    """Elsewhere they are refused, and what the refusal advises has the same tokens."""
     generator, handle = made
+    want = generator.generate([PROMPT], adapter="a", adapter_scale=0.5)[0].tokens
+    handle.add_weighted_adapter(["a"], [0.5], "half", "cat")
+    assert generator.generate([PROMPT], adapter="half")[0].tokens == want
+    handle.delete_adapter("half")
     monkeypatch.setattr(type(generator.decoder), "fused_step", property(lambda self: False))
-    with pytest.raises(DecodingError, match="adapter_scale needs a model whose steps are one operator"):
+    said = (r"adapter 'a' at 0\.5 times its scale .* on CPU with the 'cpu' kernels .*"
+            r"add_weighted_adapter\(\['a'\], \[0\.5\]")
+    with pytest.raises(DecodingError, match=said):
         generator.generate([PROMPT], adapter="a", adapter_scale=0.5)
+    with pytest.raises(DecodingError, match="adapter 'a' at 0.25 times its scale"):
+        generator.generate([PROMPT], mix=Mix((Voice("one", "a", scale=0.25), Voice("two", "b"))))
 
 
 def layers_with_scales(decoder):
