@@ -184,7 +184,7 @@ def test_random_generators_are_restored(tmp_path):
     np.random.seed(4)
     random.gauss(0, 1)
     np.random.normal()
-    checkpoints.save_checkpoint(tmp_path, 1, trainer.stepper.optimizer, {})
+    checkpoints.write_checkpoint(tmp_path, 1, checkpoints.tensors_of(trainer.stepper.optimizer), {})
     want = random.random(), random.gauss(0, 1), np.random.normal(), np.random.rand()
     _, tensors = checkpoints.read_checkpoint(tmp_path)
     checkpoints.restore(trainer.stepper.optimizer, tensors)
