@@ -23,9 +23,6 @@ from colora_ms.kernels.ascend_builtin_calls import CALLS
 from colora_ms.kernels.registry import bind, fill, operation, table
 from colora_ms.kernels.rehearsal import STAND_INS
 
-#: The device's default of positions in a block.
-DEVICE_BLOCK = 128
-
 #: Side of the mask that FlashAttentionScore takes for prompts (layout TH).
 PROMPT_MASK = 128
 

@@ -205,21 +205,20 @@ def _swiglu(x: Argument, axis: Argument) -> Outputs:
 
 
 def _matmul(x: Argument, weight: Argument) -> Outputs:
-    require_dtype("MatMul", "x", x.dtype, FLOATS)
-    _one_dtype("MatMul", x=x, weight=weight)
-    require(len(x.shape) == 2, "MatMul", "x", x.shape, "(tokens, in)")
-    require(len(weight.shape) == 2 and weight.shape[1] == x.shape[1], "MatMul", "weight", weight.shape,
-            f"(out, {x.shape[1]})")
-    return [([x.shape[0], weight.shape[0]], x.dtype)]
+    return _two_axes(x, weight, "weight", 1, f"(out, {x.shape[-1]})")
 
 
 def _product(x: Argument, matrix: Argument) -> Outputs:
+    return _two_axes(x, matrix, "matrix", 0, f"({x.shape[-1]}, out)")
+
+
+def _two_axes(x: Argument, other: Argument, name: str, inner: int, form: str) -> Outputs:
+    """A product of x (tokens, in) with a matrix whose axis ``inner`` is x's last one."""
     require_dtype("MatMul", "x", x.dtype, FLOATS)
-    _one_dtype("MatMul", x=x, matrix=matrix)
+    _one_dtype("MatMul", x=x, **{name: other})
     require(len(x.shape) == 2, "MatMul", "x", x.shape, "(tokens, in)")
-    require(len(matrix.shape) == 2 and matrix.shape[0] == x.shape[1], "MatMul", "matrix", matrix.shape,
-            f"({x.shape[1]}, out)")
-    return [([x.shape[0], matrix.shape[1]], x.dtype)]
+    require(len(other.shape) == 2 and other.shape[inner] == x.shape[1], "MatMul", name, other.shape, form)
+    return [([x.shape[0], other.shape[1 - inner]], x.dtype)]
 
 
 def _select(mask: Argument, x: Argument, other: Argument) -> Outputs:

@@ -103,6 +103,7 @@ class FamilyTensors:
             if rows is None and not self._take_experts(own, name, shape, config, record):
                 self.parts[name] = Part(own)
         self.shapes = {name: self._shape(part) for name, part in self.parts.items()}
+        self._last: Optional[tuple[str, StoredWeight]] = None
 
     def _take_experts(self, own, name, shape, config, record):
         """Whether it is all experts' weights in one: (experts, 2 * width, hidden) or (experts, hidden, width)."""
@@ -124,23 +125,17 @@ class FamilyTensors:
         shape = shape if part.index is None else shape[1:]
         return shape if part.rows is None else (part.rows[1] - part.rows[0], *shape[1:])
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, float32."""
-        part = self.parts[name]
-        return np.ascontiguousarray(part.of(self.store.read(part.name)))
-
     def stored(self, name: str) -> StoredWeight:
         """The tensor as it is stored."""
         part = self.parts[name]
-        whole = self.store.stored(part.name)
         if part.whole:
-            return whole
+            return self.store.stored(part.name)
+        if self._last is None or self._last[0] != part.name:
+            # The parts of one tensor follow one another, and a packed tensor is unpacked whole.
+            self._last = part.name, self.store.stored(part.name)
+        whole = self._last[1]
         data, scale = (None if one is None else np.ascontiguousarray(part.of(one)) for one in (whole.data, whole.scale))
         return dataclasses.replace(whole, shape=self.shapes[name], data=data, scale=scale)
-
-    def dtype(self, name: str) -> str:
-        """The dtype's name in the file."""
-        return self.store.dtype(self.parts[name].name)
 
     def check_dtypes(self, names: Iterable[str]) -> None:
         """As of the store."""
