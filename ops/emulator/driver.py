@@ -73,8 +73,8 @@ class Emulator:
 
 
 # ---- the tiling of the LoRA operators, in Python for what the tests need; compared with the C++ one in test_contract
-FIELDS = ("tokens", "hidden", "rank", "width", "rowWidth", "offset", "slots", "segments", "cores", "window", "unitIn",
-          "unitOut", "exact")
+FIELDS = ("tokens", "hidden", "rank", "width", "rowWidth", "offset", "slots", "cores", "window", "unitIn", "unitOut",
+          "exact")
 
 
 def column_unit(columns, cores):
@@ -84,14 +84,12 @@ def column_unit(columns, cores):
     return 16
 
 
-def plan_lora(tokens, hidden, rank, width, dtype, cores=48, row_width=None, offset=0, slots=1, segments=0, exact=False,
-              most=64):
+def plan_lora(tokens, hidden, rank, width, dtype, cores=48, row_width=None, offset=0, slots=1, exact=False):
     """(tiling array, workspace array) as plan_lora of lora_tiling_core.h makes them."""
     exact = exact or dtype != "float16"
     padded = -(-rank // 8) * 8
-    window = 32768 // padded if segments else most
-    window = min(window, max(tokens, 1))
-    values = (tokens, hidden, rank, width, row_width or width, offset, slots, segments, cores, window,
+    window = min(64, max(tokens, 1))
+    values = (tokens, hidden, rank, width, row_width or width, offset, slots, cores, window,
               column_unit(hidden, cores), column_unit(width, cores), int(exact))
     row = padded * 4 if exact else -(-rank // 16) * 32 + 32
     return np.array(values, np.uint32), np.empty(window * cores * padded * 4 + window * row, np.uint8)

@@ -132,7 +132,7 @@ def planner(tmp_path_factory):
 #include "multi_lora/op_host/multi_lora_tiling_core.h"
 extern "C" __attribute__((visibility("default"))) int plan(const unsigned* a, unsigned* out, unsigned long long* ws) {
     const colora::LoraPlan p =
-        colora::plan_lora(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
+        colora::plan_lora(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10]);
     __builtin_memcpy(out, &p.data, sizeof(p.data));
     *ws = p.workspace;
     return p.error.empty() ? 0 : 1;
@@ -167,11 +167,11 @@ def test_plan_is_what_the_tests_assume(planner):
     for _ in range(300):
         tokens, hidden, rank, width, cores = (int(rng.integers(a, b))
                                               for a, b in ((0, 500), (1, 12000), (1, 257), (1, 12000), (1, 65)))
-        segments, exact = int(rng.integers(0, 3)), bool(rng.integers(2))
+        exact = bool(rng.integers(2))
         dtype = ("float16", "bfloat16", "float32")[rng.integers(3)]
-        failed, out, workspace = plan(planner, tokens, hidden, rank, width, width + 5, 2, 4, segments, cores,
+        failed, out, workspace = plan(planner, tokens, hidden, rank, width, width + 5, 2, 4, cores,
                                       4 if dtype == "float32" else 2, dtype == "float16", exact)
-        want, scratch = plan_lora(tokens, hidden, rank, width, dtype, cores, width + 5, 2, 4, segments, exact)
+        want, scratch = plan_lora(tokens, hidden, rank, width, dtype, cores, width + 5, 2, 4, exact)
         assert not failed and np.array_equal(out, want) and workspace == scratch.nbytes
 
 
@@ -190,7 +190,7 @@ def test_plans_of_the_others_are_what_the_tests_assume(planner):
         experts = int(rng.integers(1, 16))
         failed, out, workspace = plan(planner, tokens, experts, rank, width, width + 3, 1, slots, cores, *form,
                                       function="plan_mix",
-                                      fields=14)
+                                      fields=13)
         want, scratch = plan_lily_mix(tokens, experts, rank, width, dtype, cores, width + 3, 1, slots, exact)
         assert not failed and np.array_equal(out, want) and workspace == scratch.nbytes
 
@@ -208,9 +208,9 @@ def test_plans_of_the_others_refuse(planner):
 
 
 def test_plan_refuses(planner):
-    good = [4, 64, 8, 64, 64, 0, 2, 0, 48, 2, 1, 0]
+    good = [4, 64, 8, 64, 64, 0, 2, 48, 2, 1, 0]
     assert plan(planner, *good)[0] == 0
-    for place, value in ((1, 0), (2, 0), (2, 257), (3, 0), (5, 1), (6, 0), (8, 0), (8, 65)):
+    for place, value in ((1, 0), (2, 0), (2, 257), (3, 0), (5, 1), (6, 0), (7, 0), (7, 65)):
         bad = list(good)
         bad[place] = value
         assert plan(planner, *bad)[0] == 1, (place, value)

@@ -167,7 +167,7 @@ EXPORT int LoraShrink(AOT_ARGUMENTS) {
         return fail("LoraShrink: x and down must have one dtype, scale and h are float32");
     }
     if (int bad = check_slots(name, call, 3, uint32_t(bank))) return bad;
-    const auto plan = colora::plan_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rank), 1, 1, 0, uint32_t(bank), 0, cores(),
+    const auto plan = colora::plan_lora(uint32_t(tokens), uint32_t(hidden), uint32_t(rank), 1, 1, 0, uint32_t(bank), cores(),
                                         call.dtype(0) == "float32" ? 4 : 2, call.dtype(0) == "float16", false);
     if (!plan.error.empty()) return fail("LoraShrink: " + plan.error);
     return launch("lora_shrink", call, 0, plan.workspace, &plan.data, sizeof(plan.data));
@@ -184,7 +184,7 @@ static int expand(const char* name, const Call& call, bool exact) {
     if (int bad = check_shape(name, call, 4, "out", {tokens, width})) return bad;
     if (call.dtype(0) != "float32" || call.dtype(1) != call.dtype(3)) return fail(std::string(name) + ": h is float32, up and y have one dtype");
     if (int bad = check_slots(name, call, 2, uint32_t(bank))) return bad;
-    const auto plan = colora::plan_lora(uint32_t(tokens), 1, uint32_t(rank), uint32_t(width), uint32_t(width), 0, uint32_t(bank), 0, cores(),
+    const auto plan = colora::plan_lora(uint32_t(tokens), 1, uint32_t(rank), uint32_t(width), uint32_t(width), 0, uint32_t(bank), cores(),
                                         call.dtype(1) == "float32" ? 4 : 2, call.dtype(1) == "float16", exact);
     if (!plan.error.empty()) return fail(std::string(name) + ": " + plan.error);
     return launch("lora_expand", call, 1, plan.workspace, &plan.data, sizeof(plan.data));

@@ -8,7 +8,7 @@
 namespace colora {
 
 constexpr uint32_t kMaxRank = 256;
-constexpr uint32_t kMaxGroups = 64;          // adapters (or segments) in one pass over the cores
+constexpr uint32_t kMaxGroups = 64;          // adapters in one pass over the cores
 constexpr uint32_t kSortWindow = 64;         // tokens that are grouped by adapter at a time
 constexpr uint32_t kMaxCores = 64;
 
@@ -20,7 +20,6 @@ struct LoraTilingData {
     uint32_t rowWidth;     // columns of y
     uint32_t offset;       // first column of y that up adds to
     uint32_t slots;        // adapters in the bank
-    uint32_t segments;     // 0: token form, one slot a token
     uint32_t cores;        // blocks launched
     uint32_t window;       // tokens in one pass
     uint32_t unitIn;       // hidden columns that one core takes at least
@@ -50,11 +49,10 @@ struct LoraPlan {
     std::string error;
 };
 
-// element_bytes: of x, down, up, y. half: whether they are float16 (the only type with rounded coefficients). most: tokens
-// of one pass in the token form, at most 64.
+// element_bytes: of x, down, up, y. half: whether they are float16 (the only type with rounded coefficients).
 inline LoraPlan plan_lora(uint32_t tokens, uint32_t hidden, uint32_t rank, uint32_t width, uint32_t row_width,
-                          uint32_t offset, uint32_t slots, uint32_t segments, uint32_t cores, uint32_t element_bytes,
-                          bool half, bool exact, uint32_t most = kSortWindow) {
+                          uint32_t offset, uint32_t slots, uint32_t cores, uint32_t element_bytes,
+                          bool half, bool exact) {
     LoraPlan plan;
     if (rank < 1 || rank > kMaxRank) {
         plan.error = "rank " + std::to_string(rank) + " is outside 1.." + std::to_string(kMaxRank);
@@ -69,10 +67,9 @@ inline LoraPlan plan_lora(uint32_t tokens, uint32_t hidden, uint32_t rank, uint3
     if (!plan.error.empty()) return plan;
     exact = exact || !half;
     LoraTilingData& t = plan.data;
-    t = LoraTilingData{tokens, hidden, rank, width, row_width, offset, slots, segments, cores, 0, 0, 0, exact ? 1u : 0u};
+    t = LoraTilingData{tokens, hidden, rank, width, row_width, offset, slots, cores, 0, 0, 0, exact ? 1u : 0u};
     const uint32_t padded = round_up(rank, 8);
-    // Segments need no sorting; their window keeps the partial sums of all cores within 6.3 MB.
-    t.window = segments ? 32768 / padded : most;
+    t.window = kSortWindow;
     if (t.window > tokens) t.window = tokens ? tokens : 1;
     t.unitIn = column_unit(hidden, cores);
     t.unitOut = column_unit(width, cores);

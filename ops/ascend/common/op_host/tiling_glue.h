@@ -43,7 +43,6 @@ inline ge::graphStatus Refuse(const char* op, const std::string& error) {
 // out is 0 (CANN's project builds op_host as C++11: no default values in an aggregate).
 struct LoraSizes {
     uint32_t tokens, hidden, rank, width, rowWidth, slots;
-    uint32_t segments;  // 0: one slot a token
     bool exact;
 };
 
@@ -60,7 +59,6 @@ void SetLora(Tiling& tiling, const Data& data) {
     tiling.set_rowWidth(data.rowWidth);
     tiling.set_offset(data.offset);
     tiling.set_slots(data.slots);
-    tiling.set_segments(data.segments);
     tiling.set_cores(data.cores);
     tiling.set_window(data.window);
     tiling.set_unitIn(data.unitIn);
@@ -77,7 +75,7 @@ ge::graphStatus LaunchLora(const char* op, gert::TilingContext* context, const L
     const ge::DataType type = context->GetInputDesc(typed)->GetDataType();
     const colora::LoraPlan plan =
         colora::plan_lora(sizes.tokens, sizes.hidden, sizes.rank, sizes.width, sizes.rowWidth, 0, sizes.slots,
-                          sizes.segments, cores, ElementBytes(type), type == ge::DT_FLOAT16, sizes.exact);
+                          cores, ElementBytes(type), type == ge::DT_FLOAT16, sizes.exact);
     if (!plan.error.empty()) return Refuse(op, plan.error);
     Tiling tiling;
     SetLora(tiling, plan.data);

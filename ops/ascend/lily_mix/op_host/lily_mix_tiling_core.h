@@ -14,7 +14,6 @@ struct LilyMixTilingData {
     uint32_t rowWidth;
     uint32_t offset;
     uint32_t slots;
-    uint32_t segments;
     uint32_t cores;
     uint32_t window;
     uint32_t unitIn;
@@ -32,7 +31,7 @@ struct LilyMixPlan {
 inline LilyMixPlan plan_lily_mix(uint32_t tokens, uint32_t experts, uint32_t rank, uint32_t width, uint32_t row_width,
                                  uint32_t offset, uint32_t slots, uint32_t cores, uint32_t element_bytes, bool half, bool exact) {
     LilyMixPlan plan;
-    const LoraPlan lora = plan_lora(tokens, 1, rank, width, row_width, offset, slots, 0, cores, element_bytes, half, exact);
+    const LoraPlan lora = plan_lora(tokens, 1, rank, width, row_width, offset, slots, cores, element_bytes, half, exact);
     plan.error = lora.error;
     if (plan.error.empty() && experts < 1) plan.error = "experts must be at least 1";
     if (plan.error.empty() && uint64_t(experts) * coefficient_row(rank, element_bytes, lora.data.exact != 0) > kMixedBytes) {
@@ -42,7 +41,7 @@ inline LilyMixPlan plan_lily_mix(uint32_t tokens, uint32_t experts, uint32_t ran
     }
     if (!plan.error.empty()) return plan;
     const LoraTilingData& t = lora.data;
-    plan.data = LilyMixTilingData{t.tokens, t.hidden, t.rank, t.width, t.rowWidth, t.offset, t.slots, t.segments, t.cores,
+    plan.data = LilyMixTilingData{t.tokens, t.hidden, t.rank, t.width, t.rowWidth, t.offset, t.slots, t.cores,
                                   t.window, t.unitIn, t.unitOut, t.exact, experts};
     plan.workspace = lora.workspace;
     return plan;

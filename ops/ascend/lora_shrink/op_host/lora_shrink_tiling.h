@@ -12,7 +12,6 @@ TILING_DATA_FIELD_DEF(uint32_t, width);
 TILING_DATA_FIELD_DEF(uint32_t, rowWidth);
 TILING_DATA_FIELD_DEF(uint32_t, offset);
 TILING_DATA_FIELD_DEF(uint32_t, slots);
-TILING_DATA_FIELD_DEF(uint32_t, segments);
 TILING_DATA_FIELD_DEF(uint32_t, cores);
 TILING_DATA_FIELD_DEF(uint32_t, window);
 TILING_DATA_FIELD_DEF(uint32_t, unitIn);
