@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,23 @@ def library_path() -> Path:
     """Path of the compiled CPU library; it exists only if a C++ compiler was there at installation."""
     override = os.environ.get("COLORA_CPU_LIBRARY")
     return Path(override) if override else Path(__file__).resolve().parent.parent / "_lib" / "libcolora_cpu.so"
+
+
+def source_builder(folder: str) -> Path:
+    """``ops/<folder>/build.py`` of the source tree; it is not there where only the package is installed."""
+    return Path(__file__).resolve().parents[2] / "ops" / folder / "build.py"
+
+
+def run_builder(builder: Path) -> Path:
+    """The library that a builder's ``build()`` makes, or finds made.
+
+    Raises:
+        RuntimeError: there is no compiler, or a source does not compile.
+    """
+    spec = importlib.util.spec_from_file_location(f"colora_{builder.parent.name}_build", builder)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]  # the file is there
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return Path(module.build())
 
 
 class _Operator(ops.Custom):

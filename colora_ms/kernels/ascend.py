@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from mindspore.ops import CustomRegOp
 
 from colora_ms import ascend_package, ascend_settings
 from colora_ms.kernels import bound
-from colora_ms.kernels.aot import KernelError
+from colora_ms.kernels.aot import KernelError, run_builder, source_builder
 from colora_ms.kernels.ascend_shapes import SHAPES, output_dtype
 from colora_ms.kernels.registry import backend, bind, operation
 
@@ -119,17 +118,13 @@ def emulator_library() -> Path:
         if not Path(override).is_file():
             raise KernelError(f"COLORA_EMULATOR_LIBRARY={override!r} does not exist")
         return Path(override)
-    package = Path(__file__).resolve().parent.parent
-    builder = package.parent / "ops" / "emulator" / "build.py"
+    builder = source_builder("emulator")
     if builder.is_file():
-        spec = importlib.util.spec_from_file_location("colora_emulator_build", builder)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]  # the file is there
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
         try:
-            return Path(module.build())
+            return run_builder(builder)
         except RuntimeError as error:
             raise KernelError(f"the emulated Ascend operators could not be built: {error}") from error
-    library = package / "_lib" / "libcolora_emulator.so"
+    library = Path(__file__).resolve().parent.parent / "_lib" / "libcolora_emulator.so"
     if library.is_file():
         return library
     raise KernelError(f"{library} does not exist; run `python ops/emulator/build.py {library}` in the source tree")

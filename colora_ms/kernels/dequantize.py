@@ -27,6 +27,8 @@ from colora_ms.kernels.operands import (
 
 # Every float16 by its bits.
 _HALVES = Tensor(np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32))
+# Of the formats from q4_0 to q6_k, in the order of their numbers.
+_BLOCK_BYTES = (18, 20, 22, 24, 34, 144, 176, 210)
 _BITS = Tensor(np.array([1, 2, 4, 8, 16, 32, 64, 128], np.int32))
 
 
@@ -83,21 +85,7 @@ def _remainder(raw, by):
 
 
 def _blocks(form, weight, rows):
-    size = 210
-    if form == Q4_0:
-        size = 18
-    elif form == Q4_1:
-        size = 20
-    elif form == Q5_0:
-        size = 22
-    elif form == Q5_1:
-        size = 24
-    elif form == Q8_0:
-        size = 34
-    elif form == Q4_K:
-        size = 144
-    elif form == Q5_K:
-        size = 176
+    size = _BLOCK_BYTES[form - Q4_0]
     b = weight.reshape((rows, weight.shape[1] // size, size)).astype(ms.int32)  # (rows, blocks, bytes)
     d = _half(b, 0)
     if form == Q4_0:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from mindspore.ops import auto_generate as primitives
 from mindspore.ops._primitive_cache import _get_cache_prim
 
 from colora_ms.kernels import bound
-from colora_ms.kernels.aot import ABSENT, KernelError
+from colora_ms.kernels.aot import ABSENT, KernelError, run_builder, source_builder
 from colora_ms.kernels.ascend import note_library
 from colora_ms.kernels.ascend_builtin_calls import CALLS
 from colora_ms.kernels.registry import operation
@@ -46,14 +45,11 @@ def library() -> Path:
     Raises:
         KernelError: there are no sources, or no compiler.
     """
-    builder = Path(__file__).resolve().parents[2] / "ops" / "rehearsal" / "build.py"
+    builder = source_builder("rehearsal")
     if not builder.is_file():
         raise KernelError(f"{builder} does not exist: the rehearsal runs from the source tree alone")
-    spec = importlib.util.spec_from_file_location("colora_rehearsal_build", builder)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]  # the file is there
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
     try:
-        return Path(module.build())
+        return run_builder(builder)
     except RuntimeError as error:
         raise KernelError(str(error)) from error
 

@@ -114,28 +114,10 @@ inline __attribute__((always_inline)) void tile(const Reader& w, int64_t o, int6
   else
     add_columns(acc, w, o, group, x, k0, k1, ahead);
   if (last && adapters) add_low_rank<O, R>(acc, o, rank, adapters);
-  if constexpr (O == 4) {
-    v4f b = {};
-    if (last && bias) std::memcpy(&b, bias + o, sizeof b);
-    for (int r = 0; r < R; ++r) {
-      v4f s = sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r]);
-      if (!first) {
-        v4f before;
-        std::memcpy(&before, y[r] + o, sizeof before);
-        s = before + s;
-      }
-      if (last && bias) s = s + b;
-      std::memcpy(y[r] + o, &s, sizeof s);
-    }
-  } else {
-    for (int i = 0; i < O; ++i)
-      for (int r = 0; r < R; ++r) {
-        float s = sum(acc[i][r]);
-        if (!first) s = y[r][o + i] + s;
-        if (last && bias) s = s + bias[o + i];
-        y[r][o + i] = s;
-      }
-  }
+  if constexpr (O == kOuts)
+    put_outputs<R>(acc, o, first, last, bias, y);
+  else
+    for (int i = 0; i < O; ++i) put_output<R>(acc[i], o + i, first, last, bias, y);
 }
 
 template <class Reader, int O>

@@ -109,6 +109,38 @@ inline __attribute__((always_inline)) void add_low_rank(vf (&acc)[O][R], int64_t
   }
 }
 
+// Puts the sums of R rows into output o, after what stands there unless this is the first piece of the columns, and before
+// the bias behind the last one.
+template <int R>
+inline __attribute__((always_inline)) void put_output(const vf (&acc)[R], int64_t o, bool first, bool last,
+                                                      const float* bias, float* const* y) {
+  for (int r = 0; r < R; ++r) {
+    float s = sum(acc[r]);
+    if (!first) s = y[r][o] + s;
+    if (last && bias) s = s + bias[o];
+    y[r][o] = s;
+  }
+}
+
+// The same of outputs [o, o + kOuts).
+template <int R>
+inline __attribute__((always_inline)) void put_outputs(const vf (&acc)[kOuts][R], int64_t o, bool first, bool last,
+                                                       const float* bias, float* const* y) {
+  v4f b = {};
+  if (last && bias) std::memcpy(&b, bias + o, sizeof b);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    v4f s = sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r]);
+    if (!first) {
+      v4f before;
+      std::memcpy(&before, y[r] + o, sizeof before);
+      s = before + s;
+    }
+    if (last && bias) s = s + b;
+    std::memcpy(y[r] + o, &s, sizeof s);
+  }
+}
+
 // Rows of x with their outputs; arrays of `count` pointers.
 struct Rows {
   int64_t count = 0;
@@ -160,31 +192,13 @@ inline __attribute__((always_inline)) void packed_tile(const float* w, const flo
   }
   if (outs == kOuts) {
     if (last && adapters) add_low_rank<kOuts, R>(acc, o, rank, adapters);
-    v4f b = {};
-    if (last && bias) std::memcpy(&b, bias + o, sizeof b);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      v4f s = sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r]);
-      if (!first) {
-        v4f before;
-        std::memcpy(&before, y[r] + o, sizeof before);
-        s = before + s;
-      }
-      if (last && bias) s = s + b;
-      std::memcpy(y[r] + o, &s, sizeof s);
-    }
-    return;
+    return put_outputs<R>(acc, o, first, last, bias, y);
   }
   for (int i = 0; i < outs; ++i) {  // the last outputs, one by one
     vf one[1][R];
     for (int r = 0; r < R; ++r) one[0][r] = i == 0 ? acc[0][r] : i == 1 ? acc[1][r] : acc[2][r];
     if (last && adapters) add_low_rank<1, R>(one, o + i, rank, adapters);
-    for (int r = 0; r < R; ++r) {
-      float s = sum(one[0][r]);
-      if (!first) s = y[r][o + i] + s;
-      if (last && bias) s = s + bias[o + i];
-      y[r][o + i] = s;
-    }
+    put_output<R>(one[0], o + i, first, last, bias, y);
   }
 }
 

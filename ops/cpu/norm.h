@@ -36,15 +36,19 @@ inline float norm_row(const float* x, const float* weight, float* y, int64_t n, 
   return inverse;
 }
 
+// total = a + b, rows of n.
+inline void add_row(const float* a, const float* b, float* total, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store_upto(total + i, load_upto(a + i, n - i) + load_upto(b + i, n - i), n - i);
+}
+
 // total = x + residual and y = norm(total) of `rows` rows of n; inverse (rows,) may be null.
 inline void add_norm_rows(const float* x, const float* residual, const float* weight, float eps, int64_t rows, int64_t n,
                           float* total, float* y, float* inverse) {
   parallel_ranges(rows, 1, kNormGrain / (n + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const float *a = x + r * n, *b = residual + r * n;
       float* t = total + r * n;
-      for (int64_t i = 0; i < n; i += kLanes)
-        store_upto(t + i, load_upto(a + i, n - i) + load_upto(b + i, n - i), n - i);
+      add_row(x + r * n, residual + r * n, t, n);
       const float value = norm_row(t, weight, y + r * n, n, eps);
       if (inverse) inverse[r] = value;
     }

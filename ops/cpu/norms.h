@@ -65,10 +65,8 @@ inline const float* enter(const Norm& norm, const float* x, const float* residua
   }
   parallel_ranges(rows, 1, kNormGrain / (n + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const float *a = x + r * n, *b = residual + r * n;
       float* t = sum + r * n;
-      for (int64_t i = 0; i < n; i += kLanes)
-        store_upto(t + i, load_upto(a + i, n - i) + load_upto(b + i, n - i), n - i);
+      add_row(x + r * n, residual + r * n, t, n);
       if (norm.there()) norm.row(t, h + r * n, n);
     }
   });

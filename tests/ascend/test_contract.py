@@ -75,15 +75,7 @@ def test_mindspore_reads_what_python_registers(tmp_path, monkeypatch):
     from mindspore.ops.operations import _custom_ops_utils as utils
 
     from colora_ms.kernels import ascend
-
-    class Chip:
-        @staticmethod
-        def get_instance():
-            return Chip
-
-        @staticmethod
-        def get_ascend_soc_version():
-            return "ascend910b"
+    from tests.fake_chip import Chip
 
     contract.write(tmp_path)
     monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", str(tmp_path))

@@ -13,7 +13,7 @@ os.environ["ASCEND_CUSTOM_OPP_PATH"] = str(FOLDER)
 os.environ["MS_COMPILER_CACHE_PATH"] = str(FOLDER / "cache")
 os.environ["LOCAL_DEFAULT_PATH"] = str(FOLDER / "logs")
 os.environ.pop("COLORA_KERNELS", None)
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import numpy as np  # noqa: E402
 
@@ -25,18 +25,9 @@ from mindspore.ops.operations import _custom_ops_utils, custom_ops  # noqa: E402
 
 import test_mindformers_cells as linears  # noqa: E402
 from colora_ms.adapters import LoraConfig, inject  # noqa: E402
+from fake_chip import Chip  # noqa: E402
 
 real = context.get_context
-
-
-class Chip:
-    @staticmethod
-    def get_instance():
-        return Chip
-
-    @staticmethod
-    def get_ascend_soc_version():
-        return "ascend910b"
 
 
 context.get_context = ms.get_context = lambda key: "Ascend" if key == "device_target" else real(key)
