@@ -236,21 +236,37 @@ def launched(emulator):
 
 # ---- the compiler, the lints, the calls ----------------------------------------------------------------------------
 def refused_lines():
-    """{name: whether the compiler refuses its line} of planted/refused.cpp."""
-    lines = REFUSED_SOURCE.read_text().splitlines()
+    """{name: what the compiler says of its line} of planted/refused.cpp; "" where it takes the line. All are compiled
+    at once; what then is not named, alone (some compilers stop after a number of errors)."""
+    lines = REFUSED_SOURCE.read_text().splitlines(keepends=True)
     places = {found.group(1): i for i, line in enumerate(lines, 1) if (found := re.search(r"// REFUSED (\w+)", line))}
-    done = subprocess.run([build.compiler(), *build.flags("-O0"), "-fsyntax-only", str(REFUSED_SOURCE)],
+    told = _errors("".join(lines))
+    for name, place in places.items():
+        if place not in told:
+            alone = "".join(line for i, line in enumerate(lines, 1) if i == place or i not in places.values())
+            told[place] = "; ".join(_errors(alone).values())
+    return {name: told[place] for name, place in places.items()}
+
+
+def _errors(source):
+    """{line of `source`: the first error that the compiler has for it}; a compiler that fails without naming a line of
+    it is an error here, with what it printed."""
+    done = subprocess.run([build.compiler(), *build.flags("-O0"), "-fsyntax-only", "-xc++", "-"], input=source,
                           capture_output=True, text=True)
-    seen = {int(line) for line in re.findall(re.escape(REFUSED_SOURCE.name) + r":(\d+):\d+:\s+(?:error|required from)",
-                                             done.stderr)}
-    return {name: line in seen for name, line in places.items()}
+    found = {}
+    for line, what in re.findall(r"^<stdin>:(\d+):\d+:\s+(error: .*|required from.*)$", done.stderr, re.M):
+        found.setdefault(int(line), what)
+    if done.returncode and not found:
+        raise RuntimeError(f"{build.compiler()} failed without an error in a line of {REFUSED_SOURCE.name}:\n"
+                           f"{done.stderr[-4000:]}")
+    return found
 
 
 def compiled():
     lines = refused_lines()
     for what, names in table.REFUSED.items():
         for name in names:
-            yield Outcome(name, what, "compiler", lines[name], "does not compile" if lines[name] else "")
+            yield Outcome(name, what, "compiler", bool(lines[name]), lines[name])
 
 
 def linted():

@@ -298,9 +298,9 @@ LONG = {"digits": "1" * 100000, "decimals": "0." + "3" * 99998, "list": "1," * 5
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_texts_take_linear_time(name):
-    began = time.process_time()
+    began = time.thread_time()   # not the process's: other threads may wait by spinning
     extract_number(LONG[name])
-    assert time.process_time() - began < 1, "100,000 characters took a second"
+    assert time.thread_time() - began < 3, "100,000 characters take 0.1 to 0.4 s where nothing is quadratic"
 
 
 def test_more_digits_than_count():
