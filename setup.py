@@ -38,6 +38,8 @@ def build_operators(folder):
 class BuildWithOperators(build_py):
     def run(self):
         super().run()
+        if self.editable_mode:  # the checkout has both already, see below; what is built here is thrown away
+            return
         package = Path(self.build_lib) / "colora_ms"
         build_operators(package / "_lib")
         (package / "recipes" / "data").mkdir(parents=True, exist_ok=True)
