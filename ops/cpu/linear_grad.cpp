@@ -33,9 +33,25 @@ struct LinearGrad {
   const Weight& weight() const { return base.factors.front(); }
 };
 
-// Rows [o0, o1), columns [k0, k1) of W as float32, row stride kOuterColumns.
-void pack(const Weight& w, int64_t o0, int64_t o1, int64_t k0, int64_t k1, float* to) {
-  for (int64_t o = o0; o < o1; ++o, to += kOuterColumns) read_columns(w, o, k0, k1, to);
+// Columns of a panel: a multiple of kOuterColumns into which whole blocks of a packed weight fit, so that none is unpacked
+// twice.
+int64_t panel_columns(const std::vector<LinearGrad>& linears) {
+  int64_t columns = kOuterColumns;
+  for (const LinearGrad& l : linears) columns = std::max<int64_t>(columns, l.weight().layout().values);
+  return columns;
+}
+
+// Rows [o0, o1), columns [k0, k1) of W as float32: kOuterDepth rows of kOuterColumns, then those of the next columns.
+void pack(const Weight& w, int64_t o0, int64_t o1, int64_t k0, int64_t k1, float* row, float* to) {
+  for (int64_t o = o0; o < o1; ++o, to += kOuterColumns) {
+    if (k1 - k0 <= kOuterColumns) {
+      read_columns(w, o, k0, k1, to);
+      continue;
+    }
+    read_columns(w, o, k0, k1, row);
+    for (int64_t k = 0; k < k1 - k0; k += kOuterColumns)
+      std::memcpy(to + k * kOuterDepth, row + k, size_t(std::min(kOuterColumns, k1 - k0 - k)) * sizeof(float));
+  }
 }
 
 class Backward {
@@ -46,11 +62,13 @@ class Backward {
       : linears_(linears), groups_(groups), x_(x), dx_(dx), tokens_(reached(linears, all_tokens)), in_(in) {
     const int64_t tokens = tokens_;
     std::memset(dx + tokens * in, 0, size_t((all_tokens - tokens) * in) * sizeof(float));
-    panels_ = (in + kOuterColumns - 1) / kOuterColumns;
+    width_ = panel_columns(linears);
+    panels_ = (in + width_ - 1) / width_;
     // Rows are cut only as far as needed to give every thread several tasks: each piece packs W again.
     int64_t pieces = std::max<int64_t>(1, 4 * colora::thread_count() / panels_);
     rows_ = std::max<int64_t>((tokens + pieces - 1) / pieces, 16 * kOuterRows);
     rows_ = (rows_ + kOuterRows - 1) / kOuterRows * kOuterRows;
+    packed_.resize((kOuterDepth + 1) * width_ * colora::thread_count());
   }
 
   void run() {
@@ -120,7 +138,7 @@ class Backward {
 
   void adapter_gradients(LinearGrad& l) {
     const int64_t rank = l.adapters.rank, out = l.out, wide = 16 * kOuterRows;
-    const int64_t down_tasks = panels_, up_tasks = (out + wide - 1) / wide, per_group = down_tasks + up_tasks;
+    const int64_t down_tasks = (in_ + kOuterColumns - 1) / kOuterColumns, up_tasks = (out + wide - 1) / wide, per_group = down_tasks + up_tasks;
     parallel_tasks(int64_t(l.runs.size()) * per_group, [&](int64_t task) {
       const std::vector<Run>& runs = l.runs[size_t(task / per_group)];
       const int64_t i = task % per_group, slot = runs[0].slot;
@@ -158,8 +176,8 @@ class Backward {
   // What a base adds to dx of the tokens [t0, t1) in one panel of its columns; those of an order of their own are
   // gathered from dx and put back.
   void base_gradient(const LinearGrad& l, int64_t panel, int64_t t0, int64_t t1) {
-    alignas(64) float packed[kOuterDepth * kOuterColumns];
-    const int64_t k0 = panel * kOuterColumns, k1 = std::min(in_, k0 + kOuterColumns), width = k1 - k0;
+    float *packed = packed_.data() + worker_index() * (kOuterDepth + 1) * width_, *row = packed + kOuterDepth * width_;
+    const int64_t k0 = panel * width_, k1 = std::min(in_, k0 + width_), width = k1 - k0;
     const int32_t* order = l.base.order;
     std::vector<float> tile(size_t(order ? (t1 - t0) * width : 0));
     float* to = order ? tile.data() : dx_ + t0 * in_ + k0;
@@ -171,8 +189,10 @@ class Backward {
     const int64_t out = l.weight().out;
     for (int64_t o = 0; o < out; o += kOuterDepth) {
       const int64_t depth = std::min(kOuterDepth, out - o);
-      pack(l.weight(), o, o + depth, k0, k1, packed);
-      outer_panel(t1 - t0, width, depth, l.behind + t0 * out + o, out, 1, packed, kOuterColumns, from, to, stride);
+      pack(l.weight(), o, o + depth, k0, k1, row, packed);
+      for (int64_t k = 0; k < width; k += kOuterColumns)
+        outer_panel(t1 - t0, std::min(kOuterColumns, width - k), depth, l.behind + t0 * out + o, out, 1,
+                    packed + k * kOuterDepth, kOuterColumns, from ? from + k : nullptr, to + k, stride);
       from = to;
     }
     for (int64_t t = t0; order && t < t1; ++t)
@@ -181,13 +201,14 @@ class Backward {
 
   // What the adapters of a linear add to dx of the tokens [t0, t1) in one panel of columns.
   void low_rank_gradient(const LinearGrad& l, int64_t panel, int64_t t0, int64_t t1) {
-    const int64_t k0 = panel * kOuterColumns, k1 = std::min(in_, k0 + kOuterColumns);
+    const int64_t k1 = std::min(in_, (panel + 1) * width_);
     for (const Run& run : l.all_runs) {
       const int64_t begin = std::max(t0, run.begin), end = std::min(t1, run.end);
-      if (begin >= end) continue;
-      float* rows = dx_ + begin * in_ + k0;
-      outer_panel(end - begin, k1 - k0, l.adapters.rank, l.u.data() + begin * l.stride, l.stride, 1,
-                  l.adapters.down.f32() + run.slot * l.adapters.rank * in_ + k0, in_, rows, rows, in_);
+      for (int64_t k = panel * width_; begin < end && k < k1; k += kOuterColumns) {
+        float* rows = dx_ + begin * in_ + k;
+        outer_panel(end - begin, std::min(kOuterColumns, k1 - k), l.adapters.rank, l.u.data() + begin * l.stride,
+                    l.stride, 1, l.adapters.down.f32() + run.slot * l.adapters.rank * in_ + k, in_, rows, rows, in_);
+      }
     }
   }
 
@@ -195,7 +216,8 @@ class Backward {
   const SlotGroups& groups_;
   const float* x_;
   float* dx_;
-  int64_t tokens_, in_, panels_, rows_;
+  int64_t tokens_, in_, width_, panels_, rows_;
+  AlignedFloats packed_;  // of each worker: a block of W, and a row of it
 };
 
 // What reaches the first factor of a product: dy through the factors behind it, last first.

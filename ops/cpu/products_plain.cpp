@@ -96,7 +96,7 @@ void read_columns(const Weight& w, int64_t o, int64_t k0, int64_t k1, float* to)
     default: break;
   }
   if (w.layout().blocks) return read_block_columns(w, o, k0, k1, to);
-  for (int64_t k = k0; k < k1; ++k) to[k - k0] = element(w, o, k);
+  read_scaled(w, o, k0, k1, to);
 }
 
 }  // namespace COLORA_ISA_NAMESPACE

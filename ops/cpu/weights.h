@@ -12,6 +12,7 @@
 // decode form, the prefill form and the reference form see the same numbers.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "check.h"
@@ -107,19 +108,27 @@ inline Weight weight_of(const colora::Tensor& weight, const colora::Tensor& scal
   return w;
 }
 
-// One element of a format with a scale tensor, for groups of odd sizes.
-inline float element(const Weight& w, int64_t o, int64_t k) {
-  const bool zeros = w.layout().scale_numbers == 2;
-  const float* scale = w.scale + (o * w.groups + k / w.group) * (zeros ? 2 : 1);
-  float q, centre = zeros ? scale[1] : 0.0f;
-  if (w.nibble_pairs()) {
-    const uint8_t byte = w.i4()[(o * w.in + k) / 2];
-    q = float(int((k & 1) ? byte >> 4 : byte & 15));
-    if (!zeros) centre = 8.0f;
-  } else {
-    q = float(w.i8()[o * w.in + k]);
+// The columns [k0, k1) of row o of a format with a scale tensor, float32, whatever its groups.
+inline void read_scaled(const Weight& w, int64_t o, int64_t k0, int64_t k1, float* to) {
+  const bool zeros = w.layout().scale_numbers == 2, nibbles = w.nibble_pairs();
+  for (int64_t k = k0; k < k1;) {
+    const int64_t g = k / w.group, end = std::min(k1, (g + 1) * w.group);
+    const float* scale = w.scale + (o * w.groups + g) * (zeros ? 2 : 1);
+    const float factor = scale[0], centre = zeros ? scale[1] : nibbles ? 8.0f : 0.0f;
+    if (!nibbles) {
+      for (const int8_t* from = w.i8() + o * w.in; k < end; ++k) to[k - k0] = (float(from[k]) - centre) * factor;
+      continue;
+    }
+    const uint8_t* from = w.i4() + o * w.in / 2;
+    const auto low = [&](int64_t pair) { return (float(int(from[pair] & 15)) - centre) * factor; };
+    const auto high = [&](int64_t pair) { return (float(int(from[pair] >> 4)) - centre) * factor; };
+    if (k & 1) to[k - k0] = high(k / 2), ++k;
+    float* pairs = to + k - k0;
+    const int64_t first = k / 2, count = std::max<int64_t>(0, end - k) / 2;
+    for (int64_t i = 0; i < count; ++i) pairs[2 * i] = low(first + i), pairs[2 * i + 1] = high(first + i);
+    k += 2 * count;
+    if (k < end) to[k - k0] = low(k / 2), ++k;
   }
-  return (q - centre) * scale[0];
 }
 
 // Groups whose border falls inside a step of the readers of nibbles or bytes cannot use them; such weights (odd group

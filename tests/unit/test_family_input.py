@@ -27,6 +27,8 @@ def config(model_type, **values):
     ("gemma3_text", {"sliding_window": -3}, "sliding_window is -3, but layer 0 slides"),
     ("gemma2", {"layer_types": ["full_attention"] * 5}, "layer_types has 5 entries, expected one for each of 6 layers"),
     ("gemma2", {"layer_types": ["chunked_attention"] * 6}, "only 'full_attention' and 'sliding_attention'"),
+    ("mistral", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 3},
+     "layer_types calls layer 1 of a mistral model full_attention, but sliding_window is 4 for all layers"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0], expected a 0 or 1 for each of 6 layers"),
     ("qwen3_moe", {"num_experts_per_tok": 200}, "num_experts_per_tok is 200, expected 1 to 128"),
     ("qwen3_moe", {"num_experts": 0}, "num_experts is 0, but qwen3_moe is a family of routed experts"),

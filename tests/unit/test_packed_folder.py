@@ -202,6 +202,13 @@ def ordered(tmp_path_factory):
     return path, {**whole, **values}
 
 
+def test_info_says_how_a_folder_is_packed(ordered, capsys):
+    from colora_ms.cli import main
+
+    assert main(["info", str(ordered[0])]) == 0
+    assert "packed      gptq: kept so unless another format is asked for" in capsys.readouterr().out
+
+
 def test_activation_order_is_computed_in(ordered, mindspore):
     """The logits are those of the float32 model of the same values; asked for by name it is unpacked."""
     from colora_ms.models.decoder import Decoder
