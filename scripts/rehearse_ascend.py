@@ -84,11 +84,13 @@ def random_decoder(layers: int, **other: Any) -> Any:
 
 
 def with_adapters(decoder: Any) -> Any:
-    """Two adapters on all linears, of ranks 8 and 4; the handle."""
+    """Two adapters on all linears but routed experts and what chooses them, of ranks 8 and 4; the handle."""
     from colora_ms.adapters import LoraConfig, inject
 
+    targets = r".*(self_attn|mlp|shared_expert)\.[a-z]+_proj" if decoder.config.experts else "all-linear"
+
     def config(rank: int) -> LoraConfig:
-        return LoraConfig(r=rank, lora_alpha=rank / 4, target_modules="all-linear", init_lora_weights=False)
+        return LoraConfig(r=rank, lora_alpha=rank / 4, target_modules=targets, init_lora_weights=False)
 
     handle = inject(decoder, config(8), "one", slots=2, seed=1)
     handle.add_adapter("two", config(4))
