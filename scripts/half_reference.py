@@ -16,6 +16,9 @@ Adapter = Mapping[str, Tuple[np.ndarray, np.ndarray, float]]
 #: Relative distance of neighbouring numbers of a type, halved: how far one rounding is off.
 UNIT = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8}
 
+#: How near two experts' logits may be, in roundings of the largest of the row, for a rounding to choose between them.
+NEAR = 4.0
+
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     """float32 values that the type holds, to nearest, ties to even."""
@@ -50,16 +53,25 @@ class HalfReference:
         self.cos, self.sin = (self._half(one) for one in rope)
         self.adapters = [{name: (self._half(down), self._half(up), np.float32(scale))
                           for name, (down, up, scale) in one.items()} for one in adapters]
-        self._kept: Dict[Tuple[int, bytes], np.ndarray] = {}
+        self._kept: Dict[Tuple[int, bytes], Tuple[np.ndarray, np.ndarray]] = {}
 
     def _half(self, values: np.ndarray) -> np.ndarray:
         return rounded(values, self.dtype)
 
     def logits(self, ids: Sequence[int], slot: int) -> np.ndarray:
         """(tokens, vocab) float32: the logits behind every token of a sequence."""
+        return self._found(ids, slot)[0]
+
+    def settled(self, ids: Sequence[int], slot: int) -> np.ndarray:
+        """(tokens,) bool: whether no router's choice so far hangs on a rounding, see :data:`NEAR`."""
+        return self._found(ids, slot)[1]
+
+    def _found(self, ids: Sequence[int], slot: int) -> Tuple[np.ndarray, np.ndarray]:
         key = (slot, np.asarray(ids, np.int32).tobytes())
         if key not in self._kept:
-            self._kept[key] = self._forward(np.asarray(ids), None if slot < 0 else self.adapters[slot])
+            self._clear = np.ones(len(ids), bool)
+            logits = self._forward(np.asarray(ids), None if slot < 0 else self.adapters[slot])
+            self._kept[key] = logits, np.logical_and.accumulate(self._clear)
         return self._kept[key]
 
     def _forward(self, ids: np.ndarray, adapter: Optional[Adapter]) -> np.ndarray:
@@ -95,6 +107,9 @@ class HalfReference:
         shares = np.exp(logits - logits.max(-1, keepdims=True))
         shares /= shares.sum(-1, keepdims=True)
         chosen = np.argsort(-shares, -1, kind="stable")[:, :config.experts_per_token]  # (tokens, k)
+        if config.experts_per_token < config.experts:
+            last, first_out = np.sort(logits, -1)[:, ::-1][:, config.experts_per_token - 1:][:, :2].T
+            self._clear &= last - first_out > NEAR * UNIT[self.dtype] * np.abs(logits).max(-1)
         taken = np.take_along_axis(shares, chosen, 1)
         if config.normalised_experts:
             taken = taken / taken.sum(-1, keepdims=True)

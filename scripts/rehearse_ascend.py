@@ -123,6 +123,8 @@ def _compare(arguments: argparse.Namespace, dtype: str, measures: Dict[str, floa
           f"largest logit (tolerance {ROUNDINGS:g})")
     print(f"{found.steps} tokens: the tolerance decides {found.decided}, {found.equal} of these were made; it leaves "
           f"{found.steps - found.decided} open, {found.possible} of all were possible")
+    if found.unsettled:
+        print(f"{found.unsettled} rows of logits were left out: which experts computed them hangs on a rounding")
     print(f"{counts['preemptions']} preemptions, {counts['cached_tokens']} tokens found in the cache, "
           f"{counts['copied_blocks']} blocks copied, {graph.compilations()} graphs compiled, "
           f"{time.monotonic() - start:.0f} s")

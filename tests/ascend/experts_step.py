@@ -32,8 +32,8 @@ class CellsReference:
 
     dtype = "float16"
 
-    def __init__(self, decoder, wanted):
-        self._decoder, self._kept = decoder, {}
+    def __init__(self, decoder, wanted, half):
+        self._kept, self.settled = {}, half.settled
         ids = np.zeros((len(wanted), LONGEST + 8), np.int32)
         for row, (sequence, _) in enumerate(wanted):
             ids[row, :len(sequence)] = sequence
@@ -63,10 +63,11 @@ def rehearsed(case):
     slots = {None: -1, **{name: handle.slot(name) for name in handle.names}}
     wanted = sorted({(tuple([*one.prompt, *one.tokens]), slot) for one in requests
                      for slot in {slots[one.adapter]} | ({-1} if one.contrast else set())})
-    cells = CellsReference(decoder, wanted)
+    half = reference_of(decoder, handle, "float16")
+    cells = CellsReference(decoder, wanted, half)
     graph = generator._core.graph
     found = {"cache": type(graph.cache).__name__, "layers": decoder.config.num_hidden_layers,
-             "half": dataclasses.asdict(compare(rows, requests, slots, reference_of(decoder, handle, "float16"))),
+             "half": dataclasses.asdict(compare(rows, requests, slots, half)),
              "cells": dataclasses.asdict(compare(rows, requests, slots, cells))}
     for (phase, adapted, _), cell in graph.device.steps.items():
         counted = launches_of(cell)
