@@ -165,8 +165,8 @@ def made(mlp, h):
 
 
 def off(got, want):
-    """The largest error, in roundings of float16 of the largest number."""
-    return np.abs(back(got) - want).max() / (np.abs(want).max() * 2.0 ** -11)
+    """The largest error, in roundings of the largest number."""
+    return np.abs(back(got) - want).max() / (np.abs(want).max() * (2.0 ** -11 if got.dtype == ms.float16 else 2.0 ** -8))
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +181,9 @@ def test_every_launch_is_one_whatever_the_experts_and_tokens(random, routed):  #
              "Add": 1}
     many = opened("qwen2_moe_norm", num_experts=23, num_experts_per_tok=7)[0].model.layers[0].feed_forward
     few = opened("mixtral", num_hidden_layers=1)[0].model.layers[0].feed_forward
-    for mlp, tokens in ((routed, 6), (many, 33), (few, 6)):
-        cell, h = Alone(DeviceExperts("x", mlp, ms.float16)), tensor(random.normal(size=(tokens, 32)), ms.float16)
+    for mlp, tokens, dtype in ((routed, 6, ms.float16), (routed, 6, ms.bfloat16), (many, 33, ms.float16),
+                               (few, 6, ms.float16)):
+        cell, h = Alone(DeviceExperts("x", mlp, dtype)), tensor(random.normal(size=(tokens, 32)), dtype)
         assert off(cell(h), made(mlp, back(h))[0]) < 8
         found = launches_of(cell)
         if mlp is few:  # no shared expert
