@@ -166,7 +166,8 @@ def made(mlp, h):
 
 def off(got, want):
     """The largest error, in roundings of the largest number."""
-    return np.abs(back(got) - want).max() / (np.abs(want).max() * (2.0 ** -11 if got.dtype == ms.float16 else 2.0 ** -8))
+    unit = 2.0 ** -11 if got.dtype == ms.float16 else 2.0 ** -8
+    return np.abs(back(got) - want).max() / (np.abs(want).max() * unit)
 
 
 @pytest.fixture(scope="module")
