@@ -2,7 +2,8 @@
 
 Writes ``families/<case>.npz``: the config.json, names and shapes of the folder's tensors (their values follow from
 their names, see ``family_rules``), ids, and the logits of full passes: of the prompt, of a greedy answer behind it, and
-with a LoRA of PEFT on every linear. Needs torch, transformers 4.57 and peft::
+with a LoRA of PEFT on every linear. ``moves`` says how far the logits move where one setting is read wrongly
+(``WRONG``): a golden that does not see the mistake is an error. Needs torch, transformers 4.57 and peft::
 
     python tests/goldens/make_family_goldens.py [case ...]
 """
@@ -20,6 +21,7 @@ from family_rules import tensor
 from peft import LoraConfig, get_peft_model
 
 VOCAB, PROMPT, ANSWER = 47, 22, 8
+TOLERANCE = 2e-4  # of the tests
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
          "pad_token_id": 0, "tie_word_embeddings": False}
@@ -61,10 +63,39 @@ CASES = {
                                "decoder_sparse_step": 2, **MOE}),
 }
 
+OTHER_WAY = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}
 
-def build(case):
-    """(model, config.json, {name: shape})."""
+#: case: the mistakes that others made (a setting that is lost, taken at its default, or upside down), each as settings.
+WRONG = {
+    "mistral": [{"sliding_window": 5}, {"sliding_window": None}, {"rope_theta": 10000.0}],
+    "gemma2": [{"sliding_window": 5}, {"query_pre_attn_scalar": 12}, {"query_pre_attn_scalar": 8},
+               {"attn_logit_softcapping": None}, {"final_logit_softcapping": None}, {"layer_types": OTHER_WAY},
+               {"hidden_activation": "gelu"}],
+    "gemma3_text": [{"sliding_window": 5}, {"query_pre_attn_scalar": 12}, {"final_logit_softcapping": None},
+                    {"rope_scaling": None}, {"rope_local_base_freq": 1000.0}, {"layer_types": OTHER_WAY}],
+    "phi3_long": [{"rope_scaling": {**LONGROPE, "long_factor": LONGROPE["short_factor"]}},
+                  {"original_max_position_embeddings": 64}],
+    "phi3_short": [{"rope_scaling": {**LONGROPE, "short_factor": LONGROPE["long_factor"]}}],
+    "phi3_window": [{"sliding_window": 5}, {"sliding_window": None}],
+    "granite": [{"embedding_multiplier": 1.0}, {"attention_multiplier": 1.0}, {"attention_multiplier": 8 ** -0.5},
+                {"residual_multiplier": 1.0}, {"logits_scaling": 1.0}, {"logits_scaling": 1 / 1.7}],
+    "smollm3": [{"no_rope_layers": [0, 1, 0, 0, 1]}, {"no_rope_layers": [1] * 5}],
+    "glm4": [{"partial_rotary_factor": 1.0}],
+    "cohere2": [{"sliding_window": 5}, {"sliding_window": 4096}, {"logit_scale": 1.0}, {"layer_types": OTHER_WAY}],
+    "olmo2": [{"rms_norm_eps": 1e-2}],
+    "mixtral": [{"sliding_window": 6}, {"sliding_window": None}, {"num_experts_per_tok": 1}],
+    "qwen2_moe": [{"norm_topk_prob": True}], "qwen2_moe_norm": [{"norm_topk_prob": False}],
+    "qwen3_moe": [{"norm_topk_prob": False}],
+}
+
+
+def build(case, wrong=None):
+    """(model, config.json, {name: shape}); wrong: settings that are put in the place of the case's own."""
     name, settings = CASES[case]
+    if (wrong or {}).get("layer_types") is OTHER_WAY:
+        own = build(case)[1]["layer_types"]
+        wrong = {"layer_types": [OTHER_WAY[kind] for kind in own]}
+    settings = {**settings, **(wrong or {})}
     kind = {"Gemma3": "Gemma3Text"}.get(name, name)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings})
     config._attn_implementation = "eager"
@@ -115,7 +146,12 @@ def make(case):
             saved = key.replace(".default", "")
             slopes[saved] = float((value.grad.numpy() * tensor(f"probe.{saved}", tuple(value.shape))).sum())
     targets = sorted(adapted.peft_config["default"].target_modules)
-    about = {"config": values, "shapes": shapes, "lora": lora, "targets": targets, "prompt": PROMPT,
+    moves = []
+    for wrong in WRONG[case]:
+        moved = float(np.abs(logits_of(build(case, wrong)[0], answer) - logits).max())
+        assert moved > 5 * TOLERANCE, f"{case} does not see {wrong}: its logits move by {moved:.2g}"
+        moves.append([", ".join(wrong), moved])
+    about = {"moves": moves, "config": values, "shapes": shapes, "lora": lora, "targets": targets, "prompt": PROMPT,
              "loss": float(loss), "slopes": slopes,
              "transformers": transformers.__version__}
     folder = Path(__file__).parent / "families"

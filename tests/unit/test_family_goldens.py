@@ -122,6 +122,13 @@ def test_logits_and_answers_are_those_of_transformers(case, mindspore, tmp_path,
     assert agree(answers[3], log_softmax(golden.lora_logits), prompts[3], ids[:golden.prompt]) == 1
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_goldens_can_fail(case):
+    """Every mistake that the maker tried moves the logits far beyond what the tests allow."""
+    moves = Golden(case).about["moves"]
+    assert moves and all(moved > 1e-3 for _, moved in moves), moves
+
+
 @pytest.mark.parametrize("case", ["gemma2", "qwen2_moe_norm"])
 def test_the_loss_and_its_gradients_are_those_of_peft(case, mindspore, tmp_path):
     """Caps, a window, four norms; experts with their shares: every lora_A and lora_B."""
