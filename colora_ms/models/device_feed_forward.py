@@ -159,7 +159,8 @@ def why_not_experts(mlp: nn.Cell) -> str:
                     "expert, not on routed experts or what chooses them")
         kept = FORMATS[leaf.operands()[0][0]][0]
         if kept not in FLOATS:
-            return f"{name} is kept as {kept}; the device's grouped products take {' or '.join(FLOATS)}"
+            return (f"{name} is kept as {kept}; the device's grouped products take {' or '.join(FLOATS)}: load the "
+                    'model with weight_format="bfloat16"')
         if leaf.has_bias:
             return f"{name} has a bias; the device's grouped products have none"
         if max(leaf.in_features, 2 * leaf.out_features) > MOST_AXIS:
