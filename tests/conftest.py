@@ -1,5 +1,6 @@
 """Shared fixtures: MindSpore's set-up, the golden folders, a tiny random decoder and the default model."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -27,6 +28,19 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage():
+    """MindSpore collects garbage before every compilation, which takes seconds in a process that holds the objects of
+    many tests: what a module leaves is put out of the collector's sight."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
