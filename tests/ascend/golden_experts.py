@@ -1,5 +1,5 @@
 """The families' tiny golden models that have routed experts (tests/goldens/families), as the device step takes them:
-Mixtral without its window, Qwen3-MoE with heads of 32, which have norms."""
+Mixtral without its window and with one layer, Qwen3-MoE with heads of 32, which have norms, and two layers."""
 import json
 import sys
 from pathlib import Path
@@ -14,7 +14,8 @@ sys.path.append(str(GOLDENS))
 from family_rules import tensor  # noqa: E402
 
 #: case -> what is changed in its config; {}: the golden logits are those of transformers.
-CASES = {"mixtral": {"sliding_window": None}, "qwen2_moe": {}, "qwen2_moe_norm": {}, "qwen3_moe": {"head_dim": 32}}
+CASES = {"mixtral": {"sliding_window": None, "num_hidden_layers": 1}, "qwen2_moe": {}, "qwen2_moe_norm": {},
+         "qwen3_moe": {"head_dim": 32, "num_hidden_layers": 2}}
 
 
 def opened(case, weight_format="float32", **changes):

@@ -245,7 +245,6 @@ def test_a_planted_mistake_is_seen(random, routed, planted):  # noqa: F811
     h = tensor(random.normal(size=(6, 32)), ms.float16)
     want, chosen = made(routed, back(h))
     assert len(np.unique(chosen)) > 3 and np.bincount(chosen.reshape(-1)).max() > 2
-    assert off(Alone(DeviceExperts("x", routed, ms.float16))(h), want) < 8
     cell = Alone(planted("x", routed, ms.float16))
     if planted is Ends:
         refused(r"group_list\[\d\] is \d+, expected a count", cell, h)
@@ -307,20 +306,22 @@ def rehearsed(emulator):
 
 
 @pytest.mark.parametrize("case, sparse, shared, normed", [
-    ("mixtral", 2, False, True), ("qwen2_moe", 2, True, False), ("qwen2_moe_norm", 1, True, True),
+    ("mixtral", 1, False, True), ("qwen2_moe", 2, True, False), ("qwen2_moe_norm", 1, True, True),
     ("qwen3_moe", 1, False, True)])
 def test_models_with_experts_in_a_rehearsal(rehearsed, case, sparse, shared, normed):
-    """Logits and tokens of requests with and without adapters and of a contrast, against the half-type reference and
-    the Cells in float32; where the config is the golden's, logits against transformers'."""
+    """Logits and tokens of requests with and without adapters and of a contrast, against the half-type reference; and
+    against transformers where the config is the golden's, elsewhere against the Cells in float32."""
     found = rehearsed[case]
-    assert found["cache"] == "DeviceCache"
-    for kind in ("half", "cells"):
+    assert found["cache"] == "DeviceCache" and ("golden" in found) == case.startswith("qwen2")
+    for kind in ("half",) if "golden" in found else ("half", "cells"):
         one = found[kind]
         assert one["logits"] + one["unsettled"] == 35 and one["logits"] >= 24, (kind, one)
         # the norms of heads make scores of which a rounding is felt: the half-type reference is as far from float32
         assert one["off"] <= (64 if (kind, case) == ("cells", "qwen3_moe") else 16), (kind, one)
         assert one["decided"] == one["equal"] > 15 and one["possible"] == one["steps"] == 30, (kind, one)
-    assert found.get("golden", 0) < 16 * 2.0 ** -11 and ("golden" in found) == case.startswith("qwen2")
+    if "golden" in found:  # as far as the answer goes, which transformers made, too
+        assert len(found["golden"]) == 5
+        assert all(far < 16 * 2.0 ** -11 and token == want for far, token, want in found["golden"]), found["golden"]
     dense = found["layers"] - sparse
     for phase in ("prefill True", "increment True"):
         for counts, copied, views in found[phase]:
