@@ -128,9 +128,9 @@ def _layers(found: _Values, problems: list[str]) -> dict[str, Any]:
             uniform, slides = slides, [window is not None and _LAYER_TYPES.get(kind, False) for kind in kinds]
             if not sliding.full_every and not sliding.pattern and len(kinds) == count and slides != uniform:
                 # older releases of transformers ignore the list there, newer ones heed it
-                problems.append(f"layer_types calls layer {slides.index(False)} of a {record.name} model full_attention, "
-                                f"but sliding_window is {short(window)} for all layers: releases of transformers differ "
-                                "in which of the two counts; take layer_types out, or make sliding_window null")
+                problems.append(f"layer_types calls layer {slides.index(False)} of a {record.name} model "
+                                f"full_attention, but sliding_window is {short(window)} for all layers: releases of transformers "
+                                "differ in which of the two counts; take layer_types out, or make sliding_window null")
         if any(slides) and (not _is_int(window) or window < 1):
             problems.append(f"sliding_window is {short(window)}, but layer {slides.index(True)} slides: expected at "
                             "least 1 position")

@@ -17,7 +17,6 @@ kernel tag it can be read from files, and a decoder that is built from it packs 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
@@ -27,6 +26,7 @@ import numpy as np
 from colora_ms.errors import CheckpointError, ConfigError, near
 from colora_ms.models import packing
 from colora_ms.models.gguf_blocks import BLOCKS, block_sizes, pack_blocks, unpack_type
+from colora_ms.models.mapped import array_dtype
 from colora_ms.models.safetensors_file import WRITE_DTYPES
 
 if TYPE_CHECKING:
@@ -226,9 +226,10 @@ class StoredWeight:
     def tensors(self) -> tuple[Tensor, Optional[Tensor]]:
         """(weight, scale or None) as a Cell takes them: views of the arrays, so that a Parameter of
         :func:`colora_ms.models.mapped.parameter_of` lies where they lie."""
+        import mindspore as ms
         from mindspore import Tensor
 
-        data = self.data.view(_bfloat16()) if self.format.element == "bfloat16" else self.data
+        data = self.data.view(array_dtype(ms.bfloat16)) if self.format.element == "bfloat16" else self.data
         weight, scale = (None if one is None else Tensor.from_numpy(np.ascontiguousarray(one))
                          for one in (data, self.scale))
         return weight, scale
@@ -323,14 +324,6 @@ def is_matrix(cell: Any) -> bool:
     return (isinstance(own, WeightFormat) and not own.ordered and hasattr(cell, "base")
             and getattr(cell, "weight", None) is not None and not getattr(cell, "has_bias", False)
             and not getattr(cell, "decomposed", False))
-
-
-@functools.lru_cache(maxsize=None)
-def _bfloat16() -> np.dtype:
-    """The dtype that bfloat16 tensors have as arrays: NumPy has none, and MindSpore's is found on its arrays only."""
-    import mindspore as ms
-
-    return ms.Tensor(np.zeros(1, np.float32)).astype(ms.bfloat16).asnumpy().dtype
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

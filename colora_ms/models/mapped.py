@@ -9,6 +9,8 @@ place while a model of it is loaded (a rename over it is harmless).
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import mmap
 import os
 from typing import TYPE_CHECKING, Optional
@@ -19,9 +21,12 @@ from colora_ms.errors import CheckpointError
 from colora_ms.files import PathLike
 
 if TYPE_CHECKING:
+    import mindspore as ms
     from mindspore import Parameter, Tensor
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; Python names it from 3.13 on
+
+_OWN_PAGES = 1 << 20  # bytes; a process may have some 65,000 mappings
 
 
 class _Mapping(mmap.mmap):
@@ -68,6 +73,28 @@ def release(array: Optional[np.ndarray]) -> None:
     if last > first:
         with contextlib.suppress(OSError):
             base.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+@functools.lru_cache(maxsize=None)
+def array_dtype(dtype: ms.dtype.Type) -> np.dtype:
+    """The dtype that tensors of a MindSpore dtype have as arrays: of bfloat16 it is found on its arrays only."""
+    from mindspore import Tensor
+
+    return Tensor(0, dtype).asnumpy().dtype
+
+
+def zeros(shape: tuple[int, ...], dtype: ms.dtype.Type, name: str) -> Parameter:
+    """A frozen Parameter of zeros, whose pages come when they are first written: what is sized for the largest load
+    costs the time and memory of what is used."""
+    from mindspore import Tensor
+
+    kind = array_dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    if size < _OWN_PAGES:
+        memory = np.zeros(size, np.uint8)
+    else:
+        memory = np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    return parameter_of(Tensor.from_numpy(memory.view(kind).reshape(shape)), name)
 
 
 def parameter_of(tensor: Tensor, name: str, requires_grad: bool = False) -> Parameter:

@@ -6,14 +6,13 @@ Which of the two forms a model has on the device in use, and how long a block is
 
 from __future__ import annotations
 
-import numpy as np
-
 import mindspore as ms
-from mindspore import Parameter, ParameterTuple, Tensor, nn
+from mindspore import ParameterTuple, nn
 
 from colora_ms.errors import ConfigError
 from colora_ms.kernels.paged import BLOCK, block_numbers
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.mapped import zeros
 
 #: Types of a cache by their names in options.
 CACHE_DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "int8": ms.int8}
@@ -104,6 +103,4 @@ def block_bytes(config: DecoderConfig, dtype: ms.dtype.Type = ms.float32) -> int
 
 
 def _parameters(kind: str, shape: tuple, layers: int, dtype: ms.dtype.Type) -> ParameterTuple:
-    zeros = np.zeros(shape, np.int8)
-    return ParameterTuple([Parameter(Tensor(zeros, dtype), name=f"cache.{kind}.{i}", requires_grad=False)
-                           for i in range(layers)])
+    return ParameterTuple([zeros(shape, dtype, f"cache.{kind}.{i}") for i in range(layers)])

@@ -13,6 +13,7 @@
 #include "operands.h"
 #include "outer.h"
 #include "products.h"
+#include "scratch.h"
 
 namespace COLORA_ISA_NAMESPACE {
 namespace {
