@@ -16,6 +16,9 @@ Adapter = Mapping[str, Tuple[np.ndarray, np.ndarray, float]]
 #: Relative distance of neighbouring numbers of a type, halved: how far one rounding is off.
 UNIT = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8}
 
+#: How near two experts' logits may be, in roundings of the largest of the row, for a rounding to choose between them.
+NEAR = 4.0
+
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     """float32 values that the type holds, to nearest, ties to even."""
@@ -26,8 +29,13 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
+def _chooses(name: str) -> bool:
+    """Whether a weight is a router's, or the gate's of a shared expert: they stay float32."""
+    return name.rpartition(".")[0].endswith((".gate", ".shared_expert_gate"))
+
+
 class HalfReference:
-    """The logits of a decoder of the Llama family in a half type.
+    """The logits of a decoder of the Llama family, or of its kin with routed experts, in a half type.
 
     Args:
         config: a ``DecoderConfig``.
@@ -40,20 +48,30 @@ class HalfReference:
     def __init__(self, config: Any, weights: Mapping[str, np.ndarray], rope: Tuple[np.ndarray, np.ndarray],
                  adapters: Sequence[Adapter], dtype: str) -> None:
         self.config, self.dtype = config, dtype
-        self.weights = {name: self._half(value) for name, value in weights.items()}
+        self.weights = {name: np.float32(value) if _chooses(name) else self._half(value)
+                        for name, value in weights.items()}
         self.cos, self.sin = (self._half(one) for one in rope)
         self.adapters = [{name: (self._half(down), self._half(up), np.float32(scale))
                           for name, (down, up, scale) in one.items()} for one in adapters]
-        self._kept: Dict[Tuple[int, bytes], np.ndarray] = {}
+        self._kept: Dict[Tuple[int, bytes], Tuple[np.ndarray, np.ndarray]] = {}
 
     def _half(self, values: np.ndarray) -> np.ndarray:
         return rounded(values, self.dtype)
 
     def logits(self, ids: Sequence[int], slot: int) -> np.ndarray:
         """(tokens, vocab) float32: the logits behind every token of a sequence."""
+        return self._found(ids, slot)[0]
+
+    def settled(self, ids: Sequence[int], slot: int) -> np.ndarray:
+        """(tokens,) bool: whether no router's choice so far hangs on a rounding, see :data:`NEAR`."""
+        return self._found(ids, slot)[1]
+
+    def _found(self, ids: Sequence[int], slot: int) -> Tuple[np.ndarray, np.ndarray]:
         key = (slot, np.asarray(ids, np.int32).tobytes())
         if key not in self._kept:
-            self._kept[key] = self._forward(np.asarray(ids), None if slot < 0 else self.adapters[slot])
+            self._clear = np.ones(len(ids), bool)
+            logits = self._forward(np.asarray(ids), None if slot < 0 else self.adapters[slot])
+            self._kept[key] = logits, np.logical_and.accumulate(self._clear)
         return self._kept[key]
 
     def _forward(self, ids: np.ndarray, adapter: Optional[Adapter]) -> np.ndarray:
@@ -67,13 +85,45 @@ class HalfReference:
             h = self._attention(h, f"{name}.self_attn", adapter)
             residual = self._half(residual + h)
             h = self._norm(residual, f"{name}.post_attention_layernorm", eps)
-            gate, up = (self._linear(h, f"{name}.mlp.{part}", adapter) for part in ("gate_proj", "up_proj"))
-            with np.errstate(over="ignore"):
-                h = self._half(gate / (1 + np.exp(-gate)) * up)
-            x = self._linear(h, f"{name}.mlp.down_proj", adapter)
+            routed = next((one for one in ("mlp", "block_sparse_moe") if f"{name}.{one}.gate.weight" in self.weights),
+                          None)
+            x = self._experts(h, f"{name}.{routed}", adapter) if routed else self._mlp(h, f"{name}.mlp", adapter)
         h = self._norm(self._half(residual + x), "model.norm", eps)
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         return self._linear(h, head, adapter, "lm_head")
+
+    def _mlp(self, h: np.ndarray, name: str, adapter: Optional[Adapter]) -> np.ndarray:
+        w1, w3, w2 = (("gate_proj", "up_proj", "down_proj") if f"{name}.gate_proj.weight" in self.weights
+                      else ("w1", "w3", "w2"))
+        gate, up = (self._linear(h, f"{name}.{part}", adapter) for part in (w1, w3))
+        with np.errstate(over="ignore"):
+            h = self._half(gate / (1 + np.exp(-gate)) * up)
+        return self._linear(h, f"{name}.{w2}", adapter)
+
+    def _experts(self, h: np.ndarray, name: str, adapter: Optional[Adapter]) -> np.ndarray:
+        """The router and its shares are float32; the shares are rounded when they multiply."""
+        config = self.config
+        logits = h @ self.weights[f"{name}.gate.weight"].T
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True)
+        chosen = np.argsort(-shares, -1, kind="stable")[:, :config.experts_per_token]  # (tokens, k)
+        if config.experts_per_token < config.experts:
+            last, first_out = np.sort(logits, -1)[:, ::-1][:, config.experts_per_token - 1:][:, :2].T
+            self._clear &= last - first_out > NEAR * UNIT[self.dtype] * np.abs(logits).max(-1)
+        taken = np.take_along_axis(shares, chosen, 1)
+        if config.normalised_experts:
+            taken = taken / taken.sum(-1, keepdims=True)
+        out = np.zeros_like(h)
+        for expert in np.unique(chosen):
+            tokens, place = np.nonzero(chosen == expert)
+            made = self._mlp(h[tokens], f"{name}.experts.{expert}", None)
+            out[tokens] += made * self._half(taken)[tokens, place][:, None]
+        out = self._half(out)
+        if not config.shared_size:
+            return out
+        share = 1 / (1 + np.exp(-(h @ self.weights[f"{name}.shared_expert_gate.weight"].T)))
+        shared = self._mlp(h, f"{name}.shared_expert", adapter)
+        return self._half(out + self._half(shared * self._half(share)))
 
     def _linear(self, x: np.ndarray, name: str, adapter: Optional[Adapter], called: str = "") -> np.ndarray:
         y = self._half(x @ self.weights[f"{name}.weight"].T)

@@ -32,8 +32,9 @@ TRAINING_MASK = 2048
 #: face -> whether MindSpore has a gradient of its operator; a reshape and a cut have those of their kind.
 GRADIENTS = {"rms_norm": True, "add_rms_norm": True, "rotary": False, "reshape_and_cache": False,
              "paged_attention": False, "flash_attention": True, "causal": True, "swiglu": True, "linear": True,
-             "product": True, "where": True, "grouped_linear": True, "quantized_linear": False, "embedding": True,
-             "add": True, "reshape": True, "split": True}
+             "product": True, "where": True, "grouped_linear": True, "top_experts": False, "by_expert": False,
+             "from_experts": True, "scaled_rows": True, "quantized_linear": False, "embedding": True, "add": True,
+             "reshape": True, "split": True}
 
 
 def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
@@ -217,6 +218,53 @@ def grouped_linear(x: Tensor, weight: Tensor, group_list: Tensor, counts: bool =
         (rows, out) of x's dtype. Rows behind the last group are **not written**: let group 0 be a zero adapter.
     """
     return bound.builtin_grouped_linear(x, weight, group_list, counts)
+
+
+def top_experts(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest numbers of the softmax of a row, and where they stand (MoeGatingTopKSoftmax; its first two outputs).
+
+    Args:
+        logits: (tokens, experts), half type or float32. Numbers that are not finite are not for the operator: its
+            documents do not say what it takes for their experts.
+        count: a constant, 1 to the experts, at most 1,024.
+
+    Returns:
+        (tokens, count) of logits' dtype, the largest first, not divided by their sum; (tokens, count) int32.
+    """
+    return bound.builtin_top_experts(logits, count)
+
+
+def by_expert(x: Tensor, experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token once for each of its experts, an expert's tokens beside each other in their order (MoeInitRoutingV2,
+    nothing dropped; its first three outputs).
+
+    Args:
+        x: (tokens, hidden), half type or float32.
+        experts: (tokens, k) int32, 0 to count - 1; count: a constant, how many experts there are.
+
+    Returns:
+        ((tokens * k, hidden) of x's dtype, (tokens * k,) int32: at i * k + j the row of it that is token i for its j-th
+        expert, (count,) int32: how many each expert has).
+    """
+    return bound.builtin_by_expert(x, experts, count)
+
+
+def from_experts(y: Tensor, places: Tensor, shares: Tensor) -> Tensor:
+    """The sum over a token's experts of what they made of it times its shares (MoeTokenUnpermute).
+
+    Args:
+        y: (tokens * k, hidden), half type or float32, in the order of :func:`by_expert`.
+        places: (tokens * k,) int32, its second result: none twice. shares: (tokens, k) of y's dtype; k at most 512.
+
+    Returns:
+        (tokens, hidden) of y's dtype; sums are float32.
+    """
+    return bound.builtin_from_experts(y, places, shares)
+
+
+def scaled_rows(x: Tensor, factors: Tensor) -> Tensor:
+    """Each row times its factor (Mul): x (rows, columns), factors (rows, 1) of one dtype."""
+    return bound.builtin_scaled_rows(x, factors)
 
 
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, group: int = 0) -> Tensor:

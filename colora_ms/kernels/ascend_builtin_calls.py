@@ -67,6 +67,24 @@ def _grouped_linear(x, weight, group_list, counts):
         [x], [weight], None, None, None, None, None, None, group_list, None, None, None, 3, 0, 1 if counts else 0, 0)[0]
 
 
+def _top_experts(logits, count):
+    return _get_cache_prim(primitives.MoeGatingTopKSoftmax)()(logits, None, count)[:2]
+
+
+def _by_expert(x, experts, count):
+    # as mindformers and vLLM-MindSpore call it: nothing is dropped (0, 0, ..., 0), sizes and not their sums (2); what
+    # the last flag asks for is not read
+    return _get_cache_prim(primitives.MoeInitRoutingV2)()(x, experts, 0, 0, count, 0, 2, True)[:3]
+
+
+def _from_experts(y, places, shares):
+    return _get_cache_prim(primitives.MoeTokenUnpermute)()(y, places, shares, False, None)
+
+
+def _scaled_rows(x, factors):
+    return _get_cache_prim(primitives.Mul)()(x, factors)
+
+
 def _quantized_linear(x, weight, scale, group):
     return _get_cache_prim(primitives.WeightQuantBatchMatmul)(False, True, group)(x, weight, scale)
 
@@ -101,4 +119,5 @@ CALLS = {
     "rms_norm": _first, "add_rms_norm": _first_and_third, "rotary": _rotary, "reshape_and_cache": _reshape_and_cache,
     "paged_attention": _paged_attention, "flash_attention": _flash_attention, "causal": _causal, "swiglu": _swiglu,
     "linear": _linear, "product": _product, "where": _where, "grouped_linear": _grouped_linear,
+    "top_experts": _top_experts, "by_expert": _by_expert, "from_experts": _from_experts, "scaled_rows": _scaled_rows,
     "quantized_linear": _quantized_linear, "embedding": _embedding, "add": _add, "reshape": _reshape, "split": _split}

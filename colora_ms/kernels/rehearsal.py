@@ -230,6 +230,26 @@ def _grouped_linear(x, weight, group_list, counts):
     return _agreed(bound.rehearsal_GroupedMatmul(x, weight, group_list, 1 if counts else 0), real)
 
 
+def _top_experts(logits, count):
+    real = CALLS["top_experts"](logits, count)
+    shares, experts, _ = bound.rehearsal_MoeGatingTopKSoftmax(logits, count)
+    return _agreed(shares, real[0]), _agreed(experts, real[1])
+
+
+def _by_expert(x, experts, count):
+    real = CALLS["by_expert"](x, experts, count)
+    rows, places, sizes, _ = bound.rehearsal_MoeInitRoutingV2(x, experts, count)
+    return _agreed(rows, real[0]), _agreed(places, real[1]), _agreed(sizes, real[2])
+
+
+def _from_experts(y, places, shares):
+    return _agreed(bound.rehearsal_MoeTokenUnpermute(y, places, shares), CALLS["from_experts"](y, places, shares))
+
+
+def _scaled_rows(x, factors):
+    return _agreed(bound.rehearsal_Mul(x, factors), CALLS["scaled_rows"](x, factors))
+
+
 def _quantized_linear(x, weight, scale, group):
     real = CALLS["quantized_linear"](x, weight, scale, group)
     return _agreed(bound.rehearsal_WeightQuantBatchMatmul(x, weight, scale, group), real)
@@ -269,4 +289,5 @@ STAND_INS = {
     "rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rotary": _rotary, "reshape_and_cache": _reshape_and_cache,
     "paged_attention": _paged_attention, "flash_attention": _flash_attention, "causal": _causal, "swiglu": _swiglu,
     "linear": _linear, "product": _product, "where": _where, "grouped_linear": _grouped_linear,
+    "top_experts": _top_experts, "by_expert": _by_expert, "from_experts": _from_experts, "scaled_rows": _scaled_rows,
     "quantized_linear": _quantized_linear, "embedding": _embedding, "add": _add, "reshape": _reshape, "split": _split}

@@ -27,6 +27,9 @@ MOST_DIM, MOST_BLOCK_DIM, MOST_ROWS = 256, 128 * 128, 8192
 #: Query heads that FlashAttentionScore takes; groups and last axis of GroupedMatmul.
 MOST_HEADS, MOST_GROUPS, MOST_AXIS = 256, 1024, 65535
 
+#: Experts that MoeGatingTopKSoftmax takes of a row, and experts of a token of MoeTokenUnpermute.
+MOST_TOP, MOST_CHOSEN = 1024, 512
+
 #: Largest head_dim in training.
 MOST_TRAINING_DIM = 512
 
@@ -243,6 +246,49 @@ def _grouped_matmul(x: Argument, weight: Argument, groups: Argument, kind: Argum
     return [([x.shape[0], weight.shape[2]], x.dtype)]
 
 
+def _top_experts(logits: Argument, count: Argument) -> Outputs:
+    name = "MoeGatingTopKSoftmax"
+    require_dtype(name, "x", logits.dtype, FLOATS)
+    require(len(logits.shape) == 2, name, "x", logits.shape, "(tokens, experts)")
+    most = min(logits.shape[1], MOST_TOP)
+    require(count.value is not None and 1 <= count.value <= most, name, "k", count.value, f"a constant, 1 to {most}")
+    shape = [logits.shape[0], count.value]
+    return [(shape, logits.dtype), (shape, ms.int32), (shape, ms.int32)]
+
+
+def _by_expert(x: Argument, experts: Argument, count: Argument) -> Outputs:
+    name = "MoeInitRoutingV2"
+    require_dtype(name, "x", x.dtype, FLOATS)
+    require_dtype(name, "expert_idx", experts.dtype, (ms.int32,))
+    require(len(x.shape) == 2, name, "x", x.shape, "(tokens, hidden)")
+    require(len(experts.shape) == 2 and experts.shape[0] == x.shape[0], name, "expert_idx", experts.shape,
+            f"({x.shape[0]}, experts of a token)")
+    require(count.value is not None and count.value >= 1, name, "expert_num", count.value, "a constant, 1 at least")
+    rows = experts.shape[0] * experts.shape[1]
+    return [([rows, x.shape[1]], x.dtype), ([rows], ms.int32), ([count.value], ms.int32), ([count.value], ms.int32)]
+
+
+def _from_experts(y: Argument, places: Argument, shares: Argument) -> Outputs:
+    name = "MoeTokenUnpermute"
+    require_dtype(name, "permuted_tokens", y.dtype, FLOATS)
+    _one_dtype(name, permuted_tokens=y, probs=shares)
+    require_dtype(name, "sorted_indices", places.dtype, (ms.int32,))
+    require(len(shares.shape) == 2 and 1 <= shares.shape[1] <= MOST_CHOSEN, name, "probs", shares.shape,
+            f"(tokens, experts of a token up to {MOST_CHOSEN})")
+    rows = shares.shape[0] * shares.shape[1]
+    require(len(y.shape) == 2 and y.shape[0] == rows, name, "permuted_tokens", y.shape, f"({rows}, hidden)")
+    require_shape(name, "sorted_indices", places.shape, [rows])
+    return [([shares.shape[0], y.shape[1]], y.dtype)]
+
+
+def _scaled_rows(x: Argument, factors: Argument) -> Outputs:
+    require_dtype("Mul", "x", x.dtype, FLOATS)
+    _one_dtype("Mul", x=x, y=factors)
+    require(len(x.shape) == 2, "Mul", "x", x.shape, "(rows, columns)")
+    require_shape("Mul", "y", factors.shape, [x.shape[0], 1])
+    return [(x.shape, x.dtype)]
+
+
 def _quantized(x: Argument, weight: Argument, scale: Argument, group: Argument) -> Outputs:
     name = "WeightQuantBatchMatmul"
     require_dtype(name, "x", x.dtype, HALF)
@@ -292,6 +338,6 @@ CHECKS: dict[str, Callable[..., Outputs]] = {
     "RmsNorm": _rms_norm, "AddRmsNorm": _add_rms_norm, "ApplyRotaryPosEmb": _rotary,
     "ReshapeAndCache": _reshape_and_cache, "PagedAttention": _paged_attention, "FlashAttentionScore": _flash_attention,
     "FlashAttentionScoreBSH": _causal, "FlashAttentionScoreGrad": _causal_grad, "Swiglu": _swiglu, "MatMul": _matmul,
-    "Product": _product, "Select": _select,
-    "GroupedMatmul": _grouped_matmul, "WeightQuantBatchMatmul": _quantized, "Gather": _gather, "Add": _add,
-    "Reshape": _reshape, "SplitWithSize": _split}
+    "Product": _product, "Select": _select, "GroupedMatmul": _grouped_matmul, "MoeGatingTopKSoftmax": _top_experts,
+    "MoeInitRoutingV2": _by_expert, "MoeTokenUnpermute": _from_experts, "Mul": _scaled_rows,
+    "WeightQuantBatchMatmul": _quantized, "Gather": _gather, "Add": _add, "Reshape": _reshape, "SplitWithSize": _split}

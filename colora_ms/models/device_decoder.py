@@ -3,8 +3,9 @@
 Launches of a layer with adapters on all linears: AddRmsNorm, MatMul, MultiLora, SplitWithSize, ApplyRotaryPosEmb,
 ReshapeAndCache, attention, MatMul, MultiLora, AddRmsNorm, MatMul, MultiLora, Swiglu, MatMul, MultiLora; in a prefill
 each MultiLora is the pair of :mod:`colora_ms.models.device_prompts`, of three or four launches; with
-projection biases (Qwen2) one more for each, with norms of the heads (Qwen3) two. The residual stream is kept in the
-compute type, as AddRmsNorm returns it.
+projection biases (Qwen2) one more for each, with norms of the heads (Qwen3) two; routed experts have those of
+:mod:`colora_ms.models.device_feed_forward` behind the second AddRmsNorm. The residual stream is kept in the compute
+type, as AddRmsNorm returns it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from colora_ms.kernels import ascend_builtin, bind
 from colora_ms.models.changes import changes
+from colora_ms.models.device_feed_forward import DeviceExperts, device_feed_forward
 from colora_ms.models.device_prompts import owners_of, prepared
 from colora_ms.models.device_weights import Heads, PackedLinear, Watch, constant, device_tensor, plain
 from colora_ms.models.paged_cache import device_dim
@@ -54,7 +56,7 @@ class DeviceLayer(nn.Cell):
 
     def __init__(self, name: str, config: Any, layer: nn.Cell, dtype: Any) -> None:
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self.heads, self.kv_heads, self.dim = (config.num_attention_heads, config.num_key_value_heads,
                                                device_dim(config.head_dim))
         self.widths = (self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.dim)
@@ -65,12 +67,16 @@ class DeviceLayer(nn.Cell):
         self.qkv = PackedLinear(f"{name}.qkv", (attention.q_proj, attention.k_proj, attention.v_proj), dtype,
                                 (query, key, key))
         self.out = PackedLinear(f"{name}.o_proj", (attention.o_proj,), dtype, inputs=query)
-        self.gate_up = PackedLinear(f"{name}.gate_up", (mlp.gate_proj, mlp.up_proj), dtype)
-        self.down = PackedLinear(f"{name}.down_proj", (mlp.down_proj,), dtype)
+        self.mlp = device_feed_forward(name, layer.feed_forward, dtype)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = DeviceNorm(f"{name}.q_norm", attention.q_norm, dtype)
             self.k_norm = DeviceNorm(f"{name}.k_norm", attention.k_norm, dtype)
+
+    @property
+    def linears(self) -> list[PackedLinear]:
+        """All linears but routed experts."""
+        return [self.qkv, self.out, *self.mlp.linears]
 
     def heads_of(self, h: Tensor, slots: tuple, turn: tuple) -> tuple:
         """h: (tokens, hidden); turn: (cos, sin) of the tokens, and the graph's batch_valid_length -> rotated q, k, and
@@ -109,7 +115,7 @@ class DeviceLayer(nn.Cell):
     def behind(self, h: Tensor, residual: Tensor, slots: tuple) -> tuple:
         """What comes behind the attention -> (the block's output, the residual)."""
         h, residual = self.after.add(self.out(h, slots), residual)
-        return self.down(ascend_builtin.swiglu(self.gate_up(h, slots)), slots), residual
+        return self.mlp(h, slots), residual
 
 
 class DeviceDecoder(nn.Cell):
@@ -144,8 +150,8 @@ class DeviceDecoder(nn.Cell):
 
     @property
     def packed(self) -> list[PackedLinear]:
-        """All linears."""
-        return [one for layer in self.layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [self.head]
+        """All linears but routed experts."""
+        return [one for layer in self.layers for one in layer.linears] + [self.head]
 
     @property
     def adapted(self) -> bool:
@@ -164,7 +170,7 @@ class DeviceDecoder(nn.Cell):
             for one in self.packed:
                 one.refresh(trained)
             for _, cell in self.cells_and_names():
-                if isinstance(cell, DeviceNorm):
+                if isinstance(cell, (DeviceNorm, DeviceExperts)):
                     cell.refresh(trained)
             if self._watch.changed(trained) and self.table is not self.head.weight:
                 values = self._embed[0].base_values()["weight"]

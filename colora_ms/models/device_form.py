@@ -20,9 +20,10 @@ from colora_ms.errors import ConfigError
 from colora_ms.kernels import backend
 from colora_ms.kernels.operands import FORMATS
 from colora_ms.models.config import DecoderConfig
+from colora_ms.models.device_feed_forward import is_sparse, why_not_experts
 from colora_ms.models.device_lily import POOLS, is_routed
 from colora_ms.models.device_quantized import INTEGERS, why_not_integers
-from colora_ms.models.device_weights import plain
+from colora_ms.models.device_weights import FLOATS, plain
 from colora_ms.models.paged_cache import (
     BLOCK,
     CACHE_DTYPES,
@@ -44,18 +45,14 @@ COMPUTE_DTYPES = {"bfloat16": ms.bfloat16, "float16": ms.float16}
 #: Positions that a block may have there (``COLORA_ASCEND_BLOCK``); the last one is the default.
 BLOCKS = (16, 32, 64, 128)
 
-#: Formats of linears that the device step keeps in the compute type, by their names in ``kernels.operands.FORMATS``;
-#: those of :mod:`colora_ms.models.device_quantized` stay integers.
-FLOATS = ("float32", "bfloat16")
-
-
-#: Families whose layers are those of Llama, and the fields of a config that the device step reads, or that mean nothing
-#: to it: whatever else a config may have must be at its default.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+#: Families whose layers are those of Llama, or routed experts in an MLP's place, and the fields of a config that the
+#: device step reads, or that mean nothing to it: whatever else a config may have must be at its default.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
 FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
           "tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "qk_norm", "bos_token_id",
-          "eos_token_ids", "pad_token_id", "torch_dtype")
+          "eos_token_ids", "pad_token_id", "torch_dtype", "experts", "experts_per_token", "expert_size", "shared_size",
+          "normalised_experts", "dense_layers")
 
 #: Largest rank of MultiLora, and rows of its down factor over all slices.
 MOST_RANK, MOST_ROWS = 256, 512
@@ -138,10 +135,16 @@ def device_block() -> int:
 
 
 def products(decoder: Any) -> Iterator[tuple[str, list[nn.Cell]]]:
-    """(name, Cells) of the products of a device step: linears that read the same input are one."""
+    """(name, Cells) of the products of a device step but those of routed experts: linears that read the same input are
+    one."""
     for i, layer in enumerate(decoder.model.layers):
-        for room, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.self_attn, ("o_proj",)),
-                            (layer.mlp, ("gate_proj", "up_proj")), (layer.mlp, ("down_proj",))):
+        rooms = [(layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.self_attn, ("o_proj",))]
+        mlp = layer.feed_forward
+        if is_sparse(mlp):
+            mlp = mlp.shared_expert if mlp.shares else None
+        if mlp is not None:
+            rooms += [(mlp, mlp.parts_names[:2]), (mlp, mlp.parts_names[2:])]
+        for room, names in rooms:
             yield f"layer {i}'s {', '.join(names)}", [getattr(room, name) for name in names]
     yield "lm_head", [decoder.lm_head]
 
@@ -181,6 +184,10 @@ def why_not(decoder: Any, block: int = BLOCKS[-1]) -> str:
         reason = why_not_integers([plain(cell) for cell in cells], dim != config.head_dim)
         if reason:
             return f"{name}: {reason}"
+    for i, layer in enumerate(model.layers):
+        reason = why_not_experts(layer.feed_forward) if is_sparse(layer.feed_forward) else ""
+        if reason:
+            return f"layer {i}'s {reason}"
     others = [("embed_tokens", model.embed_tokens), ("norm", model.norm)]
     for i, layer in enumerate(model.layers):
         others += [(f"layer {i}'s norm", layer.input_layernorm), (f"layer {i}'s norm", layer.post_attention_layernorm)]

@@ -23,6 +23,10 @@ from colora_ms.models.device_prompts import banks_of, is_masked, masked_pair
 from colora_ms.models.device_quantized import INTEGERS, integer_tensors
 from colora_ms.models.safetensors_file import bfloat16_to_float32
 
+#: Formats of linears that the device step keeps in the compute type, by their names in ``kernels.operands.FORMATS``;
+#: those of :mod:`colora_ms.models.device_quantized` stay integers.
+FLOATS = ("float32", "bfloat16")
+
 
 def device_tensor(values: np.ndarray, dtype: Any, name: str) -> Tensor:
     """Float values in a compute type, rounded to nearest.

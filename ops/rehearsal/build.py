@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("call", "dense", "attention", "grouped", "training")
+SOURCES = ("call", "dense", "attention", "grouped", "experts", "training")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-shared", "-Wall",
          "-Wno-unused-parameter"]
 

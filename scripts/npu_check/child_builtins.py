@@ -78,6 +78,25 @@ class Quantized(nn.Cell):
         return device.quantized_linear(x, weight, scale, self.group)
 
 
+class Routed(nn.Cell):
+    """Router logits to shares, tokens by expert, and back with nothing between, as a layer of experts calls them."""
+
+    def __init__(self, experts, count):
+        super().__init__()
+        self.experts, self.count = experts, count
+
+    def construct(self, logits, x):
+        logits = ops.nan_to_num(logits, 0.0, 1e30, -1e30)
+        shares, chosen = device.top_experts(logits, self.count)
+        rows, places, sizes = device.by_expert(x, chosen, self.experts)
+        return shares, chosen, rows, sizes, device.from_experts(rows, places, shares.astype(x.dtype))
+
+
+class Scaled(nn.Cell):
+    def construct(self, x, factors):
+        return device.scaled_rows(x, factors)
+
+
 class Append(nn.Cell):
     def __init__(self, key_cache, value_cache):
         super().__init__()
@@ -218,6 +237,34 @@ def check_products(rng, dtype):
             line["wrong"] = differs(Quantized(group)(x, Tensor(numbers), scale), want, dtype, 4)
 
 
+def check_experts(rng, dtype):
+    logits, x = rng.normal(size=(6, 5)) * 3, tensor(rng.normal(size=(6, 96)), dtype)
+    logits[:, 3] = -20  # nobody's expert
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    order = np.argsort(-chances, -1)[:, :2]
+    with child.reported(f"MoeGatingTopKSoftmax, MoeInitRoutingV2, MoeTokenUnpermute {dtype}") as line:
+        shares, chosen, rows, sizes, again = Routed(5, 2)(tensor(logits, ms.float32), x)
+        want = np.take_along_axis(chances, order, 1)
+        if not np.array_equal(chosen.asnumpy(), order):
+            line["wrong"] = "other experts were chosen"
+        elif not np.array_equal(back(rows), back(x)[np.argsort(order.reshape(-1), kind="stable") // 2]):
+            line["wrong"] = "an expert's tokens do not stand beside each other, in their order"
+        elif sizes.asnumpy().tolist() != np.bincount(order.reshape(-1), minlength=5).tolist():
+            line["wrong"] = f"the experts' tokens are counted as {sizes.asnumpy().tolist()}"
+        else:
+            line["wrong"] = (differs(shares, want, ms.float16)
+                             or differs(again, back(x) * want.sum(1, keepdims=True), dtype, 4))
+    with child.reported(f"MoeGatingTopKSoftmax, MoeInitRoutingV2, a spoiled row {dtype}") as line:
+        logits[2] = np.nan
+        other = Routed(5, 2)(tensor(logits, ms.float32), x)[4]
+        kept = np.arange(6) != 2
+        if not np.array_equal(back(other)[kept], back(again)[kept]):
+            line["wrong"] = "router logits that are no numbers change other rows"
+    with child.reported(f"Mul of rows {dtype}") as line:
+        factors = tensor(rng.normal(size=(6, 1)), dtype)
+        line["wrong"] = differs(Scaled()(x, factors), back(x) * back(factors), dtype)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--target", default="Ascend")
@@ -239,6 +286,7 @@ def main():
             check_paged(rng, dtype, block, dim)
         check_prompt(rng, dtype)
         check_products(rng, dtype)
+        check_experts(rng, dtype)
 
 
 if __name__ == "__main__":

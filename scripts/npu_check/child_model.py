@@ -1,6 +1,6 @@
 """Steps 10 and 11, in a process of its own: a small model generates, and says what it compiled.
 
-    child_model.py OUT.json [--target Ascend|CPU] [--layers 1] [--format bfloat16] [--prompts 4]
+    child_model.py OUT.json [--target Ascend|CPU] [--layers 1] [--format bfloat16] [--prompts 4] [--experts]
 
 Without an adapter, with an adapter of zeros, with two adapters, with a contrast, by Generator. The same on the CPU's
 own operators is what a device is compared with: tokens, and by how much each won.
@@ -16,6 +16,10 @@ import numpy as np
 CASES = ("base", "zero", "one", "two", "contrast")
 SIZES = dict(model_type="llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_attention_heads=4,
              num_key_value_heads=2, head_dim=64, max_position_embeddings=256, eos_token_ids=(2,))
+#: With routed experts in the MLP's place, and one that every token has; adapters go elsewhere.
+EXPERTS = dict(model_type="qwen2_moe", attention_bias=True, experts=8, experts_per_token=2, expert_size=128,
+               shared_size=256, normalised_experts=True)
+NO_EXPERTS = r".*(self_attn|shared_expert)\.[a-z]+_proj"
 
 
 class Words:
@@ -30,7 +34,7 @@ class Words:
         return " ".join(map(str, ids))
 
 
-def build(layers, weight_format, adapters=True):
+def build(layers, weight_format, adapters=True, experts=False):
     """(decoder, handle of the adapters zero, one and two) of fixed random weights."""
     from mindspore import Tensor
 
@@ -38,14 +42,15 @@ def build(layers, weight_format, adapters=True):
     from colora_ms.models.config import DecoderConfig
     from colora_ms.models.decoder import Decoder
 
-    config = DecoderConfig(num_hidden_layers=layers, **SIZES)
+    config = DecoderConfig(num_hidden_layers=layers, **{**SIZES, **(EXPERTS if experts else {})})
     rng = np.random.default_rng(11)
-    weights = {name: (rng.standard_normal(shape) * 0.08 + ("norm" in name)).astype(np.float32)
+    weights = {name: (rng.standard_normal(shape) * (0.3 if name.endswith(".gate.weight") else 0.08)
+                      + ("norm" in name)).astype(np.float32)
                for name, shape in config.parameter_shapes().items()}
     decoder = Decoder(config, weights, weight_format=weight_format)
     if not adapters:
         return decoder, None
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=NO_EXPERTS if experts else "all-linear")
     handle = inject(decoder, lora, adapter_name="zero", slots=3)
     handle.add_adapter("one", lora)
     handle.add_adapter("two", lora)
@@ -84,6 +89,7 @@ def main():
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--format", default="bfloat16")
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--experts", action="store_true", help="routed experts in the MLP's place")
     options = parser.parse_args()
     import mindspore as ms
 
@@ -92,7 +98,7 @@ def main():
     from colora_ms.kernels import backend
 
     began = time.time()
-    decoder, handle = build(options.layers, options.format)
+    decoder, handle = build(options.layers, options.format, experts=options.experts)
     found = answers(decoder, handle, options.prompts, 8 if options.prompts > 1 else 4)
     options.out.write_text(json.dumps({
         "answers": found, "kernels": backend(), "graphs": runtime.all_compilations(),

@@ -7,12 +7,12 @@ from report import FAILED, LOOK, NOT_RUN, OK, Outcome
 MARGIN = 0.1
 
 
-def _model(check, name, layers, weight_format, reference=False, prompts=4):
+def _model(check, name, layers, weight_format, reference=False, prompts=4, more=()):
     """(Child, its result or None) of child_model.py; the reference runs on the CPU's own operators in float32."""
     out = check.folder / f"{name}.json"
     environment = {"COLORA_KERNELS": ""} if reference or not check.emulated else {"COLORA_KERNELS": check.kernels}
     child = check.child(name, "child_model.py", str(out), "--layers", str(layers), "--format", weight_format,
-                        "--prompts", str(prompts), limit=1800, quiet=900,
+                        "--prompts", str(prompts), *more, limit=1800, quiet=900,
                         target="CPU" if reference else None, **environment)
     return child, json.loads(out.read_text()) if out.is_file() else None
 
@@ -38,15 +38,17 @@ def compare(got, want):
 
 
 def model(check):
-    """10. One layer, then a small model: base, zero adapter = base, two adapters that differ, contrast."""
+    """10. One layer, then a small model, then one with experts: base, zero adapter = base, two adapters that differ,
+    contrast."""
     prompts = 1 if check.options.quick else 4
     lines = []
-    for layers in (1,) if check.options.quick else (1, 4):
-        _, want = _model(check, f"reference{layers}", layers, "float32", reference=True, prompts=prompts)
-        child, found = _model(check, f"model{layers}", layers, "bfloat16", prompts=prompts)
+    for layers, name in ((1, "1"),) if check.options.quick else ((1, "1"), (4, "4"), (2, "_experts")):
+        more = ("--experts",) if name == "_experts" else ()
+        _, want = _model(check, f"reference{name}", layers, "float32", reference=True, prompts=prompts, more=more)
+        child, found = _model(check, f"model{name}", layers, "bfloat16", prompts=prompts, more=more)
         if found is None or child.hung or child.code or want is None:
-            return check.failure(child, [], f"the model of {layers} layers does not run: logs/model{layers}.log")
-        check.facts[f"model{layers}"] = {key: found[key] for key in ("graphs", "seconds", "kernels", "settings")}
+            return check.failure(child, [], f"the model of {layers} layers does not run: logs/model{name}.log")
+        check.facts[f"model{name}"] = {key: found[key] for key in ("graphs", "seconds", "kernels", "settings")}
         got = found["answers"]
         problems, compared, left = compare(got, want["answers"])
         tokens = {case: [one["tokens"] for one in answers] for case, answers in got.items()}
@@ -60,7 +62,8 @@ def model(check):
                                                                        if problems[1:] else ""),
                            f"{check.codes.OURS}; steps 7 and 9 are right, so look at what passes between operators",
                            tuple(problems))
-        lines.append(f"{layers} layers on {found['kernels']}: {compared} tokens equal, {left} too close to call")
+        kind = "layers with experts" if more else "layers"
+        lines.append(f"{layers} {kind} on {found['kernels']}: {compared} tokens equal, {left} too close to call")
     return Outcome(OK, "; ".join(lines))
 
 

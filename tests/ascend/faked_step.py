@@ -42,4 +42,9 @@ def step_graphs():
                         for phase in ("prefill", "increment")}
         found[dtype]["cache"] = [list(cache.keys[0].shape), str(cache.dtype), str(form.dtypes[0] == getattr(ms, dtype))]
         found[dtype]["graphs"] = len(graphs.steps)
+    decoder = Decoder(DecoderConfig("qwen2_moe", 100, 64, 96, 1, 4, 2, 32, 128, attention_bias=True, experts=5,
+                                    experts_per_token=2, expert_size=48, shared_size=40, normalised_experts=True))
+    form = cache_form(decoder)
+    graphs = DeviceGraphs(DeviceDecoder(decoder, form.dtype(None)), form.make(decoder.config, 2))
+    found["experts"] = {phase: operators_of(graphs.step(phase, False)) for phase in ("prefill", "increment")}
     return found

@@ -117,3 +117,13 @@ def test_the_graphs_of_a_device_step(faked, dtype):
                   for one in (adapted, plain)]
         # q, k and v are grouped; the three other linears of a layer masked, with masks of two widths.
         assert counts == [[9 + 12, 4, 6, 2, 8] if phase == "prefill" else [9, 0, 0, 0, 0], [9, 0, 0, 0, 0]]
+
+
+def test_the_graphs_of_a_device_step_with_experts(faked):
+    """The token dimension is unknown to MindSpore's inference of the operators around the experts, too."""
+    for found in faked["step"]["experts"].values():
+        counts = {name: found.get(name) for name in ("NanToNum", "MoeGatingTopKSoftmax", "SumExt", "Div",
+                                                     "MoeInitRoutingV2", "InnerMoeTokenUnpermute", "Sigmoid", "Mul")}
+        assert set(counts.values()) == {1}, counts
+        assert found["GroupedMatmulV4"] == 2 and found["Swiglu"] == 2 and found["Cast"] == 5
+        assert not {"Transpose", "StridedSlice", "Concat"} & set(found)

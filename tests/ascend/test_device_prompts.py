@@ -79,7 +79,7 @@ def test_a_prefill_of_two_ranks_and_the_base_is_the_reference(mindspore, emulato
     else:
         want = (sum(pair_bytes.grouped(16, width, out, 8 * slices, 2) for width, out, slices in shapes), 0)
     assert of_pairs(found.launches) == want
-    down = getattr(device.layers[0].gate_up, "down" if form == "masked" else "shrink")
+    down = getattr(device.layers[0].mlp.gate_up, "down" if form == "masked" else "shrink")
     loud = down.asnumpy()
     loud[0 if form == "masked" else 1] = 6e4
     down.set_data(Tensor(loud))

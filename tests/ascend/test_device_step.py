@@ -229,7 +229,7 @@ def test_what_was_trained_is_read_again_when_asked(adapted):
     norm.asnumpy()[...] = 0.25
     device.refresh(trained=True)
     assert (device.layers[0].before.gamma.asnumpy() == 0.25).all()
-    assert (banks(device.layers[0].down)["down"][0] == 0.5).all()
+    assert (banks(device.layers[0].mlp.down)["down"][0] == 0.5).all()
 
 
 @pytest.mark.parametrize("name, group", [("int8", None), ("int8", 64), ("int4", 32), ("int4", 128)])

@@ -55,6 +55,9 @@ CASES = {
                         (4, 0.125, 2)),
     "causal": ((t(1, 16, 256), t(1, 16, 128), t(1, 16, 128), t(2048, 2048, dtype=ms.uint8)), (4, 0.125)),
     "grouped_linear": ((t(6, 32), t(3, 32, 16), Tensor(np.array([2, 4, 6]))), (False,)),
+    "top_experts": ((t(3, 5),), (2,)),
+    "by_expert": ((t(3, 32), Tensor(np.zeros((3, 2), np.int32))), (5,)),
+    "from_experts": ((t(6, 32), ints(*range(6)), t(3, 2)), ()),
     "quantized_linear": ((t(3, 64), t(8, 64, dtype=ms.int8), t(8)), (0,)),
 }
 
