@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"low rank    {len(checkpoint.low_rank)} matrices: {', '.join(list(checkpoint.low_rank)[:3])}, ...")
     else:
         print(f"parameters  {checkpoint.config.parameter_count():,}")
-    if checkpoint.packed or checkpoint.quantized:
-        kinds = checkpoint.packed or [checkpoint.quantized["quant_method"]]
+    kinds = checkpoint.packed or ([checkpoint.quantized["quant_method"]] if checkpoint.quantized else [])
+    if kinds:
         print(f"packed      {', '.join(kinds)}: kept so unless another format is asked for")
     for name, value in checkpoint.config.to_hf().items():
         print(f"{name:24s} {value}")
