@@ -1,5 +1,5 @@
 """Every family in use, against the goldens of transformers and PEFT: merged into files, in a contrast, behind the
-engine of the server, and trained."""
+engine of the server. Training: test_family_goldens."""
 
 import numpy as np
 import pytest
