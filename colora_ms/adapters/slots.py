@@ -8,17 +8,16 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
 from colora_ms.models.changes import note_slot, note_whole
-from colora_ms.models.mapped import zeros
+from colora_ms.models.mapped import array_dtype, zeros
 from colora_ms.models.safetensors_file import bfloat16_to_float32, float32_to_bfloat16
 
 
 def stacked(name: str, shape: tuple[int, ...], trainable: bool, dtype: Any = np.float32) -> Parameter:
     """A Parameter of zeros, first axis = slots; dtype: NumPy's, or ``mindspore.bfloat16``."""
-    if not trainable:
-        return zeros(shape, dtype if dtype == ms.bfloat16 else Tensor(np.zeros(1, dtype)).dtype, name)
-    if dtype == ms.bfloat16:
-        return Parameter(Tensor(np.zeros(shape, np.float32)).astype(dtype), name=name, requires_grad=trainable)
-    return Parameter(Tensor(np.zeros(shape, dtype)), name=name, requires_grad=trainable)
+    kind = array_dtype(dtype) if dtype == ms.bfloat16 else np.dtype(dtype)
+    if trainable:
+        return Parameter(Tensor.from_numpy(np.zeros(shape, kind)), name=name, requires_grad=True)
+    return zeros(shape, kind, name)
 
 
 def put(parameter: Parameter, slot: int, value: Any) -> None:

@@ -60,7 +60,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code. An expected failure is one paragraph, not a
     traceback."""
-    # MindSpore's hundreds of thousands of objects come to stay: looking for garbage among them is a tenth of a start.
+    # MindSpore's hundreds of thousands of objects come to stay: looking for garbage among them delays the start.
     gc.set_threshold(50_000, 20, 50)
     parsed = build_parser().parse_args(arguments)
     # MindSpore's own warnings are for its developers; set GLOG_v=2 to see them.

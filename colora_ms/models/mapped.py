@@ -83,12 +83,11 @@ def array_dtype(dtype: ms.dtype.Type) -> np.dtype:
     return Tensor(0, dtype).asnumpy().dtype
 
 
-def zeros(shape: tuple[int, ...], dtype: ms.dtype.Type, name: str) -> Parameter:
+def zeros(shape: tuple[int, ...], kind: np.dtype, name: str) -> Parameter:
     """A frozen Parameter of zeros, whose pages come when they are first written: what is sized for the largest load
     costs the time and memory of what is used."""
     from mindspore import Tensor
 
-    kind = array_dtype(dtype)
     size = math.prod(shape) * kind.itemsize
     if size < _OWN_PAGES:
         memory = np.zeros(size, np.uint8)

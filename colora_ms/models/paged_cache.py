@@ -12,7 +12,7 @@ from mindspore import ParameterTuple, nn
 from colora_ms.errors import ConfigError
 from colora_ms.kernels.paged import BLOCK, block_numbers
 from colora_ms.models.config import DecoderConfig
-from colora_ms.models.mapped import zeros
+from colora_ms.models.mapped import array_dtype, zeros
 
 #: Types of a cache by their names in options.
 CACHE_DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "int8": ms.int8}
@@ -103,4 +103,4 @@ def block_bytes(config: DecoderConfig, dtype: ms.dtype.Type = ms.float32) -> int
 
 
 def _parameters(kind: str, shape: tuple, layers: int, dtype: ms.dtype.Type) -> ParameterTuple:
-    return ParameterTuple([zeros(shape, dtype, f"cache.{kind}.{i}") for i in range(layers)])
+    return ParameterTuple([zeros(shape, array_dtype(dtype), f"cache.{kind}.{i}") for i in range(layers)])

@@ -139,7 +139,8 @@ class Backward {
 
   void adapter_gradients(LinearGrad& l) {
     const int64_t rank = l.adapters.rank, out = l.out, wide = 16 * kOuterRows;
-    const int64_t down_tasks = (in_ + kOuterColumns - 1) / kOuterColumns, up_tasks = (out + wide - 1) / wide, per_group = down_tasks + up_tasks;
+    const int64_t down_tasks = (in_ + kOuterColumns - 1) / kOuterColumns, up_tasks = (out + wide - 1) / wide;
+    const int64_t per_group = down_tasks + up_tasks;
     parallel_tasks(int64_t(l.runs.size()) * per_group, [&](int64_t task) {
       const std::vector<Run>& runs = l.runs[size_t(task / per_group)];
       const int64_t i = task % per_group, slot = runs[0].slot;
